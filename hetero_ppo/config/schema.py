@@ -1,0 +1,291 @@
+"""Every option of a run, with its unit and its one default.
+
+The classes are OmegaConf structured configs: a key that is not here is an error. Cross-field rules live in
+``checks.py``; what is derived from these few inputs (micro-batches per minibatch, steps per epoch) is computed in
+``derived.py`` and printed when a run starts, never written back into the config.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, Optional
+
+from omegaconf import MISSING
+
+
+class Dtype(str, Enum):
+    """Parameter dtype of a role. Main parameters and optimizer moments are fp32 in both cases."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class LrSchedule(str, Enum):
+    constant = "constant"
+    linear = "linear"
+    cosine = "cosine"
+
+
+class KlEstimator(str, Enum):
+    """Per-token estimators of KL(policy || reference), Schulman 2020, "Approximating KL divergence"."""
+
+    k1 = "k1"
+    k2 = "k2"
+    k3 = "k3"
+
+
+class KlController(str, Enum):
+    fixed = "fixed"
+    adaptive = "adaptive"
+
+
+class TruncatedResponses(str, Enum):
+    """What becomes of a response that hit the length limit without an end-of-sequence token."""
+
+    score = "score"  # scored like any other
+    penalise = "penalise"  # its score is replaced by algorithm.truncation_score
+    mask = "mask"  # it takes no part in the losses, nor in whitening
+
+
+class OverlongPrompts(str, Enum):
+    drop = "drop"  # left out, and their number is printed
+    error = "error"  # the run does not start
+
+
+class RewardSource(str, Enum):
+    model = "model"
+    function = "function"
+
+
+@dataclass
+class ParallelConfig:
+    """A role's layout over the ranks of the run. Data parallelism is what is left of the world size."""
+
+    tensor: int = 1  # TP ranks
+    pipeline: int = 1  # PP stages
+    virtual_pipeline: Optional[int] = None  # model chunks per PP rank (interleaved schedule)
+    context: int = 1  # CP ranks
+    expert: int = 1  # EP ranks
+    sequence: bool = False  # sequence parallelism over the TP ranks
+
+
+@dataclass
+class ModelConfig:
+    path: str = MISSING  # Hugging Face checkpoint folder: config.json and *.safetensors
+    tokenizer: Optional[str] = None  # tokenizer folder; default: path
+    dtype: Dtype = Dtype.fp32
+    from_scratch: bool = False  # initialise all weights (config.json alone is read); every tensor is named in the log
+    init_seed: int = 1234  # seed of weights that are initialised rather than loaded
+
+
+@dataclass
+class OptimizerConfig:
+    lr: float = 1e-5
+    min_lr: float = 0.0
+    lr_schedule: LrSchedule = LrSchedule.constant
+    warmup_steps: int = 0  # optimizer steps
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    grad_clip: float = 1.0  # global L2 norm; 0 switches clipping off
+    distributed: bool = False  # shard fp32 main parameters and moments over the data-parallel ranks (ZeRO-1)
+
+
+@dataclass
+class DdpConfig:
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False  # needs optimizer.distributed
+    bucket_size: Optional[int] = None  # parameters per gradient bucket; None: Megatron-Core's choice
+
+
+@dataclass
+class RoleConfig:
+    """One of actor, critic, reference, reward: a model and its own layout."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    micro_batch_size: int = 8  # sequences per forward on one data-parallel rank
+
+
+@dataclass
+class TrainedRoleConfig(RoleConfig):
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    ddp: DdpConfig = field(default_factory=DdpConfig)
+    recompute: Optional[str] = None  # None, "selective" or "full" activation recomputation
+
+
+@dataclass
+class DataConfig:
+    train: str = MISSING  # .jsonl or .parquet file
+    eval: Optional[str] = None  # same format; None: no evaluation
+    messages_key: str = "messages"
+    prompt_key: str = "prompt"
+    chosen_key: str = "chosen"
+    rejected_key: str = "rejected"
+    label_key: str = "label"
+    metadata_key: str = "metadata"
+    chat_template: Optional[str] = None  # Jinja file that replaces the tokenizer's template
+    apply_chat_template: bool = True  # False: prompt and answer are tokenised as they stand and concatenated
+    max_prompt_tokens: int = 512
+    max_sequence_tokens: int = 1024  # prompt and answer together (SFT, reward model)
+    overlong_prompts: OverlongPrompts = OverlongPrompts.error
+    shuffle: bool = True
+
+
+@dataclass
+class RunConfig:
+    dir: str = MISSING  # everything a run writes lies below
+    seed: int = 42
+    log_every: int = 1  # steps
+    threads: Optional[int] = None  # CPU threads per rank; None: cores / local ranks
+    tensorboard: bool = True
+    wandb_project: Optional[str] = None  # Weights & Biases, when installed
+    timeout_minutes: float = 30.0  # deadline of a collective
+
+
+@dataclass
+class CheckpointConfig:
+    every: int = 0  # steps; 0: at the end alone
+    keep: int = 2  # newest checkpoints that are kept
+    load: Optional[str] = None  # run folder to resume from
+    export_hf: bool = True  # write <run.dir>/hf when training ends
+
+
+@dataclass
+class SupervisedTrainConfig:
+    """Batching and length of an SFT or reward-model run."""
+
+    steps: Optional[int] = None  # optimizer steps; None: epochs decides
+    epochs: int = 1
+    global_batch_size: int = 32  # examples (or pairs) per optimizer step, over all ranks
+    eval_every: int = 0  # steps; 0: at the end alone
+    eval_batches: Optional[int] = None  # global batches; None: all of them
+
+
+@dataclass
+class RewardModelLossConfig:
+    margin: float = 0.0  # Bradley-Terry: -log sigmoid(chosen - rejected - margin)
+    score_l2: float = 0.0  # weight of mean(score^2), keeps scores near 0
+
+
+@dataclass
+class SamplingConfig:
+    """Every field is sent to the engine explicitly: no server-side default takes part."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1  # -1: all
+    max_tokens: int = 128  # response tokens
+    ignore_eos: bool = False
+    stop_token_ids: list[int] = field(default_factory=list)  # beside the tokenizer's end-of-sequence token
+
+
+@dataclass
+class RolloutConfig:
+    engine: str = "vllm"
+    num_servers: int = 1  # vLLM HTTP servers on this node
+    dtype: Optional[Dtype] = None  # engine dtype; None: the actor's
+    max_num_seqs: int = 64  # running batch of one server
+    kv_cache_mib: int = 256  # KV cache of one server (CPU)
+    gpu_memory_utilization: float = 0.4  # share of the device (GPU)
+    server_threads: Optional[int] = None  # OMP threads of one server (CPU); None: cores / servers
+    tensor_parallel: int = 1  # GPUs per server
+    start_timeout_s: float = 240.0
+    request_timeout_s: float = 600.0
+    sync_timeout_s: float = 120.0
+    max_restarts: int = 2  # of a server that died, before the run stops
+    verify_sync: bool = True  # compare the engine's log-probs of a golden prompt with the trainer's after every sync
+    verify_sync_tolerance: Optional[float] = None  # max |difference| in log-prob; None: 1e-3 (fp32), 0.15 (bf16)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    eval_sampling: SamplingConfig = field(default_factory=SamplingConfig)
+
+
+@dataclass
+class RewardConfig:
+    source: RewardSource = RewardSource.model
+    function: Optional[str] = None  # "package.module:function", or "path/to/file.py:function"
+    clip: float = 10.0  # |score| is clipped to it; 0 switches clipping off
+    normalise: bool = False  # divide by the running standard deviation of the scores (after subtracting the mean)
+
+
+@dataclass
+class KlConfig:
+    estimator: KlEstimator = KlEstimator.k1
+    controller: KlController = KlController.fixed
+    coef: float = 0.05  # initial, or fixed, weight of the KL penalty in the reward
+    target: float = 6.0  # adaptive: KL per sequence, in nats
+    horizon: int = 10_000  # adaptive: samples (Ziegler et al. 2019, section 2.2)
+    loss_coef: float = 0.0  # weight of the KL in the actor's loss
+    loss_estimator: KlEstimator = KlEstimator.k3
+
+
+@dataclass
+class AlgorithmConfig:
+    gamma: float = 1.0
+    lam: float = 0.95
+    clip_ratio: float = 0.2
+    dual_clip: Optional[float] = None  # c > 1 of dual-clip PPO (Ye et al. 2020); None: off
+    value_clip: Optional[float] = 0.2  # |value - old value| beyond which the value loss is clipped; None: off
+    entropy_coef: float = 0.0
+    whiten_advantages: bool = True  # over the whole rollout batch and all ranks
+    ppo_epochs: int = 1
+    rollout_batch_size: int = 64  # prompts per PPO step, over all ranks
+    samples_per_prompt: int = 1
+    minibatch_size: int = 16  # responses per optimizer step, over all ranks
+    critic_warmup_steps: int = 0  # PPO steps that train the critic alone
+    truncated: TruncatedResponses = TruncatedResponses.score
+    truncation_score: float = -1.0  # with truncated: penalise
+    kl: KlConfig = field(default_factory=KlConfig)
+
+
+@dataclass
+class PpoTrainConfig:
+    steps: Optional[int] = None  # PPO steps; None: epochs decides
+    epochs: int = 1  # passes over the prompts
+    eval_every: int = 0  # PPO steps; 0: before the first and after the last alone
+    eval_function: Optional[str] = None  # held-out check of an answer; same form as reward.function
+    dump_rollouts: bool = True  # <run.dir>/rollouts/step_*.jsonl
+    replay_rollouts: Optional[str] = None  # take token ids from this folder's rollouts instead of an engine
+
+
+@dataclass
+class SftConfig:
+    kind: str = "sft"
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    actor: TrainedRoleConfig = field(default_factory=TrainedRoleConfig)
+    train: SupervisedTrainConfig = field(default_factory=SupervisedTrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+
+@dataclass
+class RmConfig:
+    kind: str = "rm"
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    reward: TrainedRoleConfig = field(default_factory=TrainedRoleConfig)
+    train: SupervisedTrainConfig = field(default_factory=SupervisedTrainConfig)
+    loss: RewardModelLossConfig = field(default_factory=RewardModelLossConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+
+@dataclass
+class PpoConfig:
+    kind: str = "ppo"
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    actor: TrainedRoleConfig = field(default_factory=TrainedRoleConfig)
+    critic: TrainedRoleConfig = field(default_factory=TrainedRoleConfig)
+    reference: RoleConfig = field(default_factory=RoleConfig)
+    reward_model: Optional[RoleConfig] = None
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    train: PpoTrainConfig = field(default_factory=PpoTrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+
+#: ``kind`` of a YAML file -> its schema.
+SCHEMAS: dict[str, Any] = {"sft": SftConfig, "rm": RmConfig, "ppo": PpoConfig}

@@ -1,0 +1,124 @@
+"""Records that the stages hand to each other. Frozen; a shape on every tensor.
+
+Letters: B sequences, S tokens of the padded sequence (prompt and response), T = S - 1 predicted tokens.
+
+Sequences are right-padded: position 0 is the first prompt token, and under causal attention no real token sees
+padding, so no attention mask is needed. All per-token tensors of the algorithm have T columns: column t speaks of
+the prediction of token t + 1 from tokens 0..t.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """Prompts of one PPO step on this data-parallel rank."""
+
+    prompt_ids: list[list[int]]  # token ids, template applied, not padded
+    prompt_index: list[int]  # row of the dataset, stable over epochs
+    labels: list[Any]  # whatever the label key holds, or None
+    metadata: list[dict[str, Any]]
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids)
+
+
+@dataclass(frozen=True)
+class Response:
+    """One engine answer."""
+
+    token_ids: list[int]  # response tokens, end-of-sequence included when it was sampled
+    log_probs: list[float]  # of the sampled tokens, in the distribution that was sampled from
+    finish_reason: str  # "stop" (end-of-sequence or stop token) or "length"
+    weight_version: str  # label of the weights that made it
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Prompts and their responses. samples_per_prompt responses of a prompt lie next to each other."""
+
+    token_ids: Tensor  # [B, S] int64, right-padded
+    prompt_lengths: Tensor  # [B] int64
+    sequence_lengths: Tensor  # [B] int64, prompt and response
+    response_mask: Tensor  # [B, T] bool, True where column t predicts a response token
+    rollout_log_probs: Tensor  # [B, T] float32, 0 outside response_mask
+    truncated: Tensor  # [B] bool, no end-of-sequence within max_tokens
+    weight_version: list[str]  # one per row
+    prompt_index: list[int]
+    labels: list[Any]
+    metadata: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def batch_size(self) -> int:
+        return self.token_ids.shape[0]
+
+    @property
+    def response_lengths(self) -> Tensor:
+        """[B] int64."""
+        return self.sequence_lengths - self.prompt_lengths
+
+
+@dataclass(frozen=True)
+class Experience:
+    """A rollout with all that the two losses need. Per-token tensors are 0 outside response_mask."""
+
+    rollout: Rollout
+    response_mask: Tensor  # [B, T] bool; rows that the losses leave out are False throughout
+    old_log_probs: Tensor  # [B, T] float32
+    ref_log_probs: Tensor  # [B, T] float32
+    values: Tensor  # [B, T] float32, of the state before token t + 1
+    scores: Tensor  # [B] float32, raw reward-model or function scores
+    token_level_rewards: Tensor  # [B, T] float32, KL penalty and final score
+    advantages: Tensor  # [B, T] float32, whitened
+    returns: Tensor  # [B, T] float32
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """Rows of one forward: right-padded to the longest of them."""
+
+    token_ids: Tensor  # [b, s] int64
+    sequence_lengths: Tensor  # [b] int64
+    fields: dict[str, Tensor] = field(default_factory=dict)  # what the loss takes, [b, s - 1] or [b]
+
+    @property
+    def position_ids(self) -> Tensor:
+        """[b, s] int64."""
+        b, s = self.token_ids.shape
+        return torch.arange(s, device=self.token_ids.device).expand(b, s)
+
+
+@dataclass(frozen=True)
+class SupervisedBatch:
+    """SFT examples."""
+
+    token_ids: Tensor  # [B, S] int64, right-padded
+    sequence_lengths: Tensor  # [B] int64
+    loss_mask: Tensor  # [B, T] bool, True where column t predicts a token of an answer
+
+
+@dataclass(frozen=True)
+class PreferenceBatch:
+    """Pairs: row i of chosen answers the same prompt as row i of rejected."""
+
+    chosen_ids: Tensor  # [B, S] int64, right-padded
+    chosen_lengths: Tensor  # [B] int64
+    rejected_ids: Tensor  # [B, S'] int64
+    rejected_lengths: Tensor  # [B] int64
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """What one step reports: verl's metric names, and seconds by phase."""
+
+    step: int
+    values: dict[str, float]
+    seconds: dict[str, float] = field(default_factory=dict)
+    note: Optional[str] = None
