@@ -75,8 +75,7 @@ class ModelConfig:
     path: str = MISSING  # Hugging Face checkpoint folder: config.json and *.safetensors
     tokenizer: Optional[str] = None  # tokenizer folder; default: path
     dtype: Dtype = Dtype.fp32
-    from_scratch: bool = False  # initialise all weights (config.json alone is read); every tensor is named in the log
-    init_seed: int = 1234  # seed of weights that are initialised rather than loaded
+    init_seed: int = 1234  # seed of a scalar head that the checkpoint lacks
 
 
 @dataclass

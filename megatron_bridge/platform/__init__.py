@@ -1,0 +1,49 @@
+"""The one place that adapts Megatron-Core to the machine.
+
+Import this package before any ``megatron.core`` module. On a machine with CUDA it changes nothing but the Adam fallback.
+Without CUDA it installs an import hook that rewrites ``torch.cuda`` and ``"cuda"`` inside ``megatron.core`` modules alone
+(``cpu_rewrite``) to a small CPU stand-in (``cpu_device``): torch itself and every other library stay as they are.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+HAS_CUDA: bool = torch.cuda.is_available()
+
+
+def _install() -> None:
+    loaded = sorted(name for name in sys.modules if name == "megatron.core" or name.startswith("megatron.core."))
+    if loaded and not HAS_CUDA:
+        raise ImportError(
+            f"megatron_bridge.platform must be imported before megatron.core, but {loaded[0]} is loaded already; "
+            "import megatron_bridge first"
+        )
+    if not HAS_CUDA:
+        from megatron_bridge.platform import cpu_rewrite
+
+        cpu_rewrite.install()
+    from megatron_bridge.platform import adam
+
+    adam.install_if_needed()
+
+
+_install()
+
+
+def device() -> torch.device:
+    """The device of this rank: the current CUDA device, or the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if HAS_CUDA else torch.device("cpu")
+
+
+def distributed_backend() -> str:
+    """NCCL for CUDA tensors and gloo for host tensors, or gloo alone."""
+    return "cpu:gloo,cuda:nccl" if HAS_CUDA else "gloo"
+
+
+def synchronize() -> None:
+    """Wait for the device's queued work; nothing to wait for on a CPU."""
+    if HAS_CUDA:
+        torch.cuda.synchronize()

@@ -1,0 +1,113 @@
+"""Process groups of a role: one ProcessGroupCollection for each, over the same ranks.
+
+Megatron-Core's global accessors (``parallel_state.get_*``) know one layout for the whole process. Here every role has its
+own, so groups are built on a HyperCommGrid and handed on as arguments.
+"""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+import megatron_bridge.platform as platform
+from megatron.core.hyper_comm_grid import HyperCommGrid
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from hetero_ppo.config.schema import ParallelConfig
+
+
+def initialise(timeout_minutes: float) -> None:
+    """Join the world that torchrun describes (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT), with a deadline on collectives.
+
+    Raises:
+        RuntimeError: not started by torchrun.
+    """
+    missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise RuntimeError(f"{', '.join(missing)} not set: start this run with torchrun, or with scripts/train_*.sh")
+    if platform.HAS_CUDA:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group(platform.distributed_backend(), timeout=timedelta(minutes=timeout_minutes))
+
+
+def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
+    """Ranks left for data parallelism.
+
+    Raises:
+        ValueError: the layout does not divide the world size.
+    """
+    model_ranks = parallel.tensor * parallel.pipeline * parallel.context
+    if world_size % model_ranks:
+        raise ValueError(
+            f"world size {world_size} is not a multiple of tensor {parallel.tensor} x pipeline {parallel.pipeline} x "
+            f"context {parallel.context} = {model_ranks} ranks; change the layout or NPROC_PER_NODE"
+        )
+    return world_size // model_ranks
+
+
+def role_groups(parallel: ParallelConfig) -> ProcessGroupCollection:
+    """Create all groups of one role's layout. Collective over the world: every rank calls it, roles in the same order.
+
+    Rank order is tp fastest, then cp, dp, pp, as in Megatron-LM's default "tp-cp-ep-dp-pp".
+    """
+    world_size = dist.get_world_size()
+    dp = data_parallel_size(parallel, world_size)
+    grid = HyperCommGrid([parallel.tensor, parallel.context, dp, parallel.pipeline], ["tp", "cp", "dp", "pp"])
+    groups = ProcessGroupCollection()
+    groups.tp = grid.create_pg("tp")
+    groups.cp = grid.create_pg("cp")
+    groups.dp = grid.create_pg("dp")
+    groups.pp = grid.create_pg("pp")
+    groups.mp = grid.create_pg(["tp", "pp"])
+    groups.tp_cp = grid.create_pg(["tp", "cp"])
+    groups.dp_cp = grid.create_pg(["cp", "dp"])
+    groups.tp_dp_cp = grid.create_pg(["tp", "cp", "dp"])
+    groups.intra_dp_cp = groups.dp_cp
+    # A dense model has no expert layout: one expert rank, expert tensor parallelism equal to tensor parallelism.
+    solo = [dist.new_group([rank]) for rank in range(world_size)]
+    groups.ep = solo[dist.get_rank()]
+    groups.expt_tp = groups.tp
+    groups.tp_ep = groups.tp
+    groups.tp_ep_pp = groups.mp
+    groups.expt_dp = groups.dp_cp
+    groups.intra_expt_dp = groups.dp_cp
+    groups.hcp = []
+    groups.inter_dist_opt = None
+    groups.intra_dist_opt = dist.group.WORLD
+    groups.embd, groups.pos_embd = _embedding_groups(parallel, dp)
+    return groups
+
+
+def _embedding_groups(
+    parallel: ParallelConfig, dp: int
+) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
+    """(first and last pipeline stage, first stage) of this rank's pipeline; None on ranks outside them.
+
+    Tied embeddings live on both stages and their gradients are summed over the first group.
+    """
+    rank = dist.get_rank()
+    stride = parallel.tensor * parallel.context * dp  # distance between two stages of one pipeline
+    embd = pos_embd = None
+    for first in range(stride):
+        last = first + stride * (parallel.pipeline - 1)
+        members = sorted({first, last})
+        group = dist.new_group(members)
+        first_group = dist.new_group([first])
+        if rank in members:
+            embd = group
+        if rank == first:
+            pos_embd = first_group
+    return embd, pos_embd
+
+
+def is_last_stage(groups: ProcessGroupCollection) -> bool:
+    """True on the ranks that hold the end of the model."""
+    return groups.pp.rank() == groups.pp.size() - 1
+
+
+def last_stage_rank(groups: ProcessGroupCollection) -> int:
+    """Global rank of the last stage of this rank's pipeline."""
+    return dist.get_process_group_ranks(groups.pp)[-1]

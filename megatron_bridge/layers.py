@@ -1,0 +1,126 @@
+"""Layers of the local spec that Megatron-Core has no portable version of, and the choice of spec.
+
+With Transformer Engine installed its spec is used. Otherwise the local spec, with two replacements: attention through torch's
+``scaled_dot_product_attention`` instead of an explicit (batch, heads, s, s) score tensor, and an RMSNorm whose weight is
+marked for sequence parallelism (Megatron-Core's torch wrapper refuses it).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import megatron_bridge.platform as platform
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+HAS_TRANSFORMER_ENGINE: bool = platform.HAS_CUDA and importlib.util.find_spec("transformer_engine") is not None
+
+
+class SdpaCoreAttention(MegatronModule):
+    """Causal attention over right-padded sequences, no mask: real tokens never see padding, which lies to their right.
+
+    On a CPU bf16 inputs are attended to in fp32: torch's bf16 CPU kernel is several times slower at the short lengths of
+    CPU runs, and fp32 is the more exact of the two.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: Optional[float] = None,
+        softmax_scale: Optional[float] = None,
+        cp_comm_type: Optional[str] = None,
+        pg_collection: Optional[ProcessGroupCollection] = None,
+    ) -> None:
+        super().__init__(config=config)
+        self.softmax_scale = softmax_scale
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Optional[Tensor],
+        attn_mask_type: Optional[AttnMaskType] = None,
+        attention_bias: Optional[Tensor] = None,
+        packed_seq_params: Optional[PackedSeqParams] = None,
+    ) -> Tensor:
+        """query [s, b, heads, d], key and value [s, b, groups, d] -> [s, b, heads * d]."""
+        assert packed_seq_params is None and attention_bias is None, "packed sequences come with their own layer spec"
+        s, b, heads, d = query.shape
+        dtype = query.dtype
+        q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
+        if query.device.type == "cpu" and dtype != torch.float32:
+            q, k, v = q.float(), k.float(), v.float()
+        out = F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=key.shape[2] != heads
+        )
+        return out.permute(2, 0, 1, 3).reshape(s, b, heads * d).to(dtype)
+
+
+class RMSNorm(torch.nn.Module):
+    """Root-mean-square norm (Zhang and Sennrich 2019), in fp32 inside, as transformers computes it."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        hidden_size: int,
+        eps: float = 1e-5,
+        persist_layer_norm: bool = False,
+        zero_centered_gamma: bool = False,
+        normalization: str = "RMSNorm",
+    ) -> None:
+        super().__init__()
+        self.eps = eps
+        self.normalized_shape = (hidden_size,)
+        device = torch.device("cpu") if config.use_cpu_initialization else platform.device()
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
+        # Megatron-Core sums the gradients of such weights over the tensor-parallel ranks.
+        self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[..., hidden] -> [..., hidden]."""
+        if hidden_states.dtype == torch.float32:
+            return F.rms_norm(hidden_states, self.normalized_shape, self.weight, self.eps)
+        x = hidden_states.float()
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * x.to(hidden_states.dtype)
+
+
+def decoder_spec(config: TransformerConfig, num_local_layers: int) -> TransformerBlockSubmodules:
+    """Spec of the layers of one model chunk."""
+    if HAS_TRANSFORMER_ENGINE:
+        layer = get_gpt_layer_with_transformer_engine_spec(
+            num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm
+        )
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        return TransformerBlockSubmodules(layer_specs=[layer] * num_local_layers, layer_norm=TENorm)
+    layer = get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization=config.normalization
+    )
+    submodules = layer.submodules
+    submodules.input_layernorm = RMSNorm
+    submodules.pre_mlp_layernorm = RMSNorm
+    attention: ModuleSpec = submodules.self_attention
+    attention.submodules.core_attention = SdpaCoreAttention
+    if config.qk_layernorm:
+        attention.submodules.q_layernorm = RMSNorm
+        attention.submodules.k_layernorm = RMSNorm
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_local_layers, layer_norm=RMSNorm)

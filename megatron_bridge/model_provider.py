@@ -1,0 +1,112 @@
+"""Build the Megatron-Core model chunks of one role on this rank, from explicit process groups."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import megatron_bridge.platform as platform
+from megatron.core import tensor_parallel
+from megatron.core.models.gpt import GPTModel
+from megatron.core.pipeline_parallel.utils import is_pp_first_stage, is_pp_last_stage, is_vp_first_stage, is_vp_last_stage
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+
+from megatron_bridge.config_mapping import BridgeConfig
+from megatron_bridge.layers import decoder_spec
+from megatron_bridge.rope import install_rope
+
+#: "lm" predicts tokens; "value" (critic) and "score" (reward model) give one number a token.
+Head = Literal["lm", "value", "score"]
+
+
+class ScalarHead(MegatronModule):
+    """hidden -> 1, in place of the output layer. Replicated over the tensor-parallel ranks, computed in fp32.
+
+    Its weights start from N(0, 1 / (hidden + 1)), the reward head of Stiennon et al. 2020, drawn from ``seed`` so that
+    every layout starts from the same numbers.
+    """
+
+    def __init__(self, config: TransformerConfig, groups: ProcessGroupCollection, seed: int) -> None:
+        super().__init__(config=config)
+        self.tp_group = groups.tp
+        generator = torch.Generator().manual_seed(seed)
+        weight = torch.randn(1, config.hidden_size, generator=generator) / (config.hidden_size + 1) ** 0.5
+        self.weight = torch.nn.Parameter(weight.to(dtype=config.params_dtype, device=platform.device()))
+
+    def forward(
+        self, input_: Tensor, weight: Optional[Tensor] = None, runtime_gather_output: Optional[bool] = None
+    ) -> tuple[Tensor, None]:
+        """[s, b, hidden] (a slice of s under sequence parallelism) -> ([s, b, 1] float32, no bias)."""
+        if self.config.sequence_parallel:
+            input_ = tensor_parallel.gather_from_sequence_parallel_region(
+                input_, tensor_parallel_output_grad=False, group=self.tp_group
+            )
+        return F.linear(input_.float(), self.weight.float()), None
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: Optional[dict[str, Any]] = None
+    ) -> dict[str, Any]:
+        """Sharded form for dist_checkpointing: one replicated tensor."""
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True),
+            prefix,
+            {},
+            sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=(metadata or {})["dp_cp_group"],
+        )
+
+
+def build_model(
+    bridge: BridgeConfig, groups: ProcessGroupCollection, *, head: Head = "lm", init_seed: int = 1234
+) -> list[GPTModel]:
+    """The model chunks of this rank: one, or one for each virtual pipeline stage.
+
+    Args:
+        bridge: the mapped Hugging Face config and layout.
+        groups: the role's process groups; their sizes are the layout's.
+        head: what the last stage computes.
+        init_seed: seed of a scalar head, which no checkpoint may have.
+
+    Returns:
+        GPTModels in virtual-stage order, on this rank's device, weights not yet loaded.
+    """
+    config = bridge.transformer
+    stages = config.virtual_pipeline_model_parallel_size
+    seeds = dict(tp_rank=groups.tp.rank(), ep_rank=groups.ep.rank(), etp_rank=groups.expt_tp.rank())
+    tensor_parallel.model_parallel_cuda_manual_seed(init_seed, force_reset_rng=True, **seeds)
+    return [_build_chunk(bridge, groups, head, init_seed, stage) for stage in ([None] if stages is None else range(stages))]
+
+
+def _build_chunk(
+    bridge: BridgeConfig, groups: ProcessGroupCollection, head: Head, init_seed: int, vp_stage: Optional[int]
+) -> GPTModel:
+    config = bridge.transformer
+    vp_size = config.virtual_pipeline_model_parallel_size
+    pre_process = is_vp_first_stage(vp_stage, vp_size) and is_pp_first_stage(groups.pp)
+    post_process = is_vp_last_stage(vp_stage, vp_size) and is_pp_last_stage(groups.pp)
+    num_layers = get_num_layers_to_build(config, vp_stage, groups.pp.rank())
+    chunk = GPTModel(
+        config=config,
+        transformer_layer_spec=decoder_spec(config, num_layers),
+        vocab_size=bridge.padded_vocab_size,
+        max_sequence_length=bridge.max_position_embeddings,
+        pre_process=pre_process,
+        post_process=post_process,
+        parallel_output=True,
+        share_embeddings_and_output_weights=bridge.tie_word_embeddings and head == "lm",
+        pg_collection=groups,
+        vp_stage=vp_stage,
+        **bridge.rope,
+    )
+    install_rope(chunk, bridge)
+    if post_process and head != "lm":
+        chunk.output_layer = ScalarHead(config, groups, init_seed)
+    return chunk.to(platform.device())

@@ -1,0 +1,91 @@
+"""Adam in the convention of FusedAdam, for machines with neither Transformer Engine nor NVIDIA's apex.
+
+Megatron-Core then falls back to ``torch.optim.AdamW``, whose step counter lives in the state of every parameter; the
+checkpoint code of its distributed optimizer expects FusedAdam's layout: ``step`` in the parameter group, and ``exp_avg``
+and ``exp_avg_sq`` alone in the state. The arithmetic is torch's own functional AdamW.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any, Callable, Iterable, Optional
+
+import torch
+from torch.optim._functional import adam as functional_adam
+from torch.optim.adamw import adamw as functional_adamw
+
+
+class Adam(torch.optim.Optimizer):
+    """Adam (Kingma and Ba 2015), with decoupled weight decay (Loshchilov and Hutter 2019) when ``adam_w_mode``."""
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        adam_w_mode: bool = True,
+    ) -> None:
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+        self.adam_w_mode = adam_w_mode
+
+    @torch.no_grad()
+    def step(self, closure: Optional[Callable[[], float]] = None) -> Optional[float]:
+        """One update of every parameter that has a gradient."""
+        loss = closure() if closure is not None else None
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            for p in params:
+                if "exp_avg" not in self.state[p]:
+                    self.state[p]["exp_avg"] = torch.zeros_like(p)
+                    self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
+            # The functional form increments the counters that it is given, one tensor for each parameter.
+            steps = [torch.tensor(float(group["step"] - 1)) for _ in params]
+            update = functional_adamw if self.adam_w_mode else functional_adam
+            update(
+                params,
+                [p.grad for p in params],
+                [self.state[p]["exp_avg"] for p in params],
+                [self.state[p]["exp_avg_sq"] for p in params],
+                [],
+                steps,
+                foreach=True,
+                fused=False,
+                capturable=False,
+                differentiable=False,
+                has_complex=False,
+                amsgrad=False,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+            )
+        return loss
+
+
+def has_fused_adam() -> bool:
+    """True where Transformer Engine or NVIDIA's apex brings FusedAdam. PyPI's ``apex`` is another project: no optimizers."""
+    if importlib.util.find_spec("transformer_engine") is not None:
+        return True
+    if importlib.util.find_spec("apex") is None:
+        return False
+    return importlib.util.find_spec("apex.optimizers") is not None
+
+
+def install_if_needed() -> None:
+    """Make Megatron-Core build this Adam where it has no fused one."""
+    if has_fused_adam():
+        return
+    import megatron.core.optimizer as optimizer
+    import megatron.core.optimizer.distrib_optimizer as distrib_optimizer
+
+    optimizer.Adam = Adam
+    optimizer.USING_PYTORCH_OPTIMIZER = False
+    distrib_optimizer.Adam = Adam
+    distrib_optimizer.HAVE_APEX_OR_TE = True
