@@ -1,0 +1,136 @@
+"""Per-token estimates of KL(policy || reference), and the controllers of the KL penalty's weight."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from hetero_ppo.config.schema import KlConfig, KlController, KlEstimator
+
+#: log(reference / policy) above which k3 saturates: exp(20) = 4.9e8 is far from float32's overflow at exp(88).
+K3_MAX_LOG_RATIO = 20.0
+
+#: Bound on the relative error that one update of the adaptive controller sees (Ziegler et al. 2019, section 2.2).
+MAX_RELATIVE_ERROR = 0.2
+
+
+def kl_estimate(log_probs: Tensor, ref_log_probs: Tensor, estimator: KlEstimator) -> Tensor:
+    """Estimate KL(policy || reference) of each token from the probability of the sampled token alone.
+
+    With r = reference / policy at a token that the policy sampled (Schulman 2020, "Approximating KL divergence"):
+    ``k1 = -log r`` (unbiased, may be negative), ``k2 = (log r)^2 / 2`` (biased, not negative) and
+    ``k3 = r - 1 - log r`` (unbiased, not negative).
+
+    In k3 alone, log r is clamped to at most 20, so that a token which the policy has all but ruled out gives a large
+    finite number with no gradient instead of an overflow. Nothing is clamped from below: there k3 is linear in log r.
+
+    Args:
+        log_probs: [B, T] float, of the policy, in nats.
+        ref_log_probs: [B, T] float, of the reference.
+        estimator: k1, k2 or k3.
+
+    Returns:
+        [B, T] float, nats; differentiable in both inputs.
+    """
+    log_ratio = ref_log_probs - log_probs
+    if estimator == KlEstimator.k1:
+        return -log_ratio
+    if estimator == KlEstimator.k2:
+        return 0.5 * log_ratio.square()
+    if estimator == KlEstimator.k3:
+        log_ratio = log_ratio.clamp(max=K3_MAX_LOG_RATIO)
+        return log_ratio.expm1() - log_ratio
+    raise ValueError(f"KL estimator {estimator!r} is unknown: set algorithm.kl.estimator to k1, k2 or k3")
+
+
+class FixedKlController:
+    """A KL coefficient that stays as configured, after a resume too."""
+
+    def __init__(self, coef: float):
+        self.coef = coef
+
+    def update(self, current_kl: float, num_samples: int) -> None:
+        """Same call as ``AdaptiveKlController.update``; changes nothing."""
+
+    def state_dict(self) -> dict[str, str | float]:
+        return {"controller": KlController.fixed.value, "coef": self.coef}
+
+    def load_state_dict(self, state: dict[str, str | float]) -> None:
+        """Check that the checkpoint had the same controller. The coefficient of the configuration is kept.
+
+        Raises:
+            ValueError: the checkpoint was written with another controller.
+        """
+        _check_controller(state, KlController.fixed)
+
+
+class AdaptiveKlController:
+    """Proportional controller in log space that steers the KL per sequence to a target.
+
+    Ziegler et al. 2019, "Fine-Tuning Language Models from Human Preferences", section 2.2:
+    ``e = clip((KL - target) / target, -0.2, 0.2)``, ``coef <- coef * (1 + e * num_samples / horizon)``.
+
+    Args:
+        coef: initial coefficient.
+        target: KL per sequence, nats, above 0.
+        horizon: samples over which the coefficient moves by its own size when the error is 1.
+    """
+
+    def __init__(self, coef: float, target: float, horizon: int):
+        if target <= 0:
+            raise ValueError(f"algorithm.kl.target is {target}: the adaptive KL controller needs a target above 0 nats")
+        if horizon <= 0:
+            raise ValueError(f"algorithm.kl.horizon is {horizon}: the adaptive KL controller needs at least 1 sample")
+        self.coef = coef
+        self.target = target
+        self.horizon = horizon
+
+    def update(self, current_kl: float, num_samples: int) -> None:
+        """Move the coefficient after one rollout batch.
+
+        Args:
+            current_kl: mean KL per sequence of the batch, nats.
+            num_samples: responses in the batch, over all ranks.
+
+        Raises:
+            ValueError: the KL is not finite, or the batch is so large for the horizon (5 times or more) that the
+                coefficient could turn negative.
+        """
+        if not math.isfinite(current_kl):
+            raise ValueError(f"the KL per sequence is {current_kl}: policy or reference log-probs are not finite")
+        if num_samples * MAX_RELATIVE_ERROR >= self.horizon:
+            raise ValueError(
+                f"algorithm.kl.horizon is {self.horizon} samples, and one PPO step has {num_samples}: the KL "
+                f"coefficient could turn negative. Set it above {int(num_samples * MAX_RELATIVE_ERROR)}"
+            )
+        error = current_kl / self.target - 1.0
+        error = min(max(error, -MAX_RELATIVE_ERROR), MAX_RELATIVE_ERROR)
+        self.coef *= 1.0 + error * num_samples / self.horizon
+
+    def state_dict(self) -> dict[str, str | float]:
+        return {"controller": KlController.adaptive.value, "coef": self.coef}
+
+    def load_state_dict(self, state: dict[str, str | float]) -> None:
+        """Take the coefficient of a checkpoint; target and horizon stay as configured.
+
+        Raises:
+            ValueError: the checkpoint was written with another controller.
+        """
+        _check_controller(state, KlController.adaptive)
+        self.coef = float(state["coef"])
+
+
+def build_kl_controller(config: KlConfig) -> FixedKlController | AdaptiveKlController:
+    """The controller that ``algorithm.kl`` asks for."""
+    if config.controller == KlController.adaptive:
+        return AdaptiveKlController(config.coef, config.target, config.horizon)
+    return FixedKlController(config.coef)
+
+
+def _check_controller(state: dict[str, str | float], expected: KlController) -> None:
+    if state["controller"] != expected.value:
+        raise ValueError(
+            f"the checkpoint's KL controller is {state['controller']!r}, algorithm.kl.controller is "
+            f"{expected.value!r}: resume with the controller that wrote the checkpoint"
+        )

@@ -1,0 +1,132 @@
+"""From one score per response to one reward per token."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hetero_ppo.algorithms.masking import last_response_column
+from hetero_ppo.config.schema import TruncatedResponses
+
+#: Added to the running variance when scores are normalised: equal scores become zeros.
+NORMALISE_EPS = 1e-8
+
+
+class RunningMoments:
+    """Count, mean and sum of squared deviations of all scores seen so far.
+
+    Batches are merged by the pairwise update of Chan, Golub and LeVeque 1979 (Welford's for a batch of one). Ranks stay
+    equal when each merges the moments of the global batch.
+    """
+
+    def __init__(self):
+        self.count = 0.0
+        self.mean = 0.0
+        self.m2 = 0.0  # sum of (score - mean)^2
+
+    @property
+    def var(self) -> float:
+        """Population variance; 0 before the first score."""
+        return self.m2 / self.count if self.count else 0.0
+
+    def update(self, values: Tensor) -> None:
+        """Merge values of any shape, all of which are on this rank."""
+        if values.numel():
+            values = values.double()
+            mean = values.mean()
+            self.merge(float(values.numel()), mean.item(), (values - mean).square().sum().item())
+
+    def merge(self, count: float, mean: float, m2: float) -> None:
+        """Merge the moments of another set of values: plain numbers that can come from another rank.
+
+        With ``m = global_masked_moments(scores, mask, group)``: ``merge(m.count, m.mean, m.var * m.count)``.
+        """
+        total = self.count + count
+        if total == 0:
+            return
+        delta = mean - self.mean
+        self.mean += delta * count / total
+        self.m2 += m2 + delta * delta * self.count * count / total
+        self.count = total
+
+    def state_dict(self) -> dict[str, float]:
+        return {"count": self.count, "mean": self.mean, "m2": self.m2}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.count = float(state["count"])
+        self.mean = float(state["mean"])
+        self.m2 = float(state["m2"])
+
+
+def normalise_scores(scores: Tensor, mean: float, var: float) -> Tensor:
+    """``(scores - mean) / sqrt(var + 1e-8)`` with running moments that hold these scores already.
+
+    Args:
+        scores: [B] float.
+        mean: running mean, ``RunningMoments.mean``.
+        var: running population variance, ``RunningMoments.var``.
+
+    Returns:
+        [B] in the dtype of ``scores``.
+    """
+    return (scores - mean) * (var + NORMALISE_EPS) ** -0.5
+
+
+def clip_scores(scores: Tensor, clip: float) -> Tensor:
+    """Clip scores to [-clip, clip]; 0 switches clipping off.
+
+    Args:
+        scores: [B] float.
+        clip: ``reward.clip``.
+
+    Returns:
+        [B] in the dtype of ``scores``.
+    """
+    return scores.clamp(-clip, clip) if clip > 0 else scores
+
+
+def apply_truncation(
+    scores: Tensor, response_mask: Tensor, truncated: Tensor, policy: TruncatedResponses, truncation_score: float
+) -> tuple[Tensor, Tensor]:
+    """What becomes of responses that hit the length limit without an end-of-sequence token.
+
+    To be called after normalisation and clipping: ``truncation_score`` is a reward as the policy sees it.
+
+    Args:
+        scores: [B] float.
+        response_mask: [B, T] bool.
+        truncated: [B] bool.
+        policy: ``score`` changes nothing; ``penalise`` replaces the score; ``mask`` takes the row out of the mask, and
+            so out of losses, whitening and token counts.
+        truncation_score: with ``penalise``, ``algorithm.truncation_score``.
+
+    Returns:
+        scores [B], response_mask [B, T].
+    """
+    if policy == TruncatedResponses.score:
+        return scores, response_mask
+    if policy == TruncatedResponses.penalise:
+        return scores.masked_fill(truncated, truncation_score), response_mask
+    if policy == TruncatedResponses.mask:
+        return scores, response_mask & ~truncated[:, None]
+    raise ValueError(f"algorithm.truncated is {policy!r}: set it to score, penalise or mask")
+
+
+def token_level_rewards(scores: Tensor, kl: Tensor, response_mask: Tensor, kl_coef: float) -> Tensor:
+    """``-kl_coef * kl`` on each response token, and the score on the last one.
+
+    Ziegler et al. 2019, equation 2, spread over the tokens. A row without a True column gets zeros.
+
+    Args:
+        scores: [B] float, normalised and clipped as configured.
+        kl: [B, T] float, nats per token (``kl_estimate``).
+        response_mask: [B, T] bool.
+        kl_coef: current coefficient of the controller.
+
+    Returns:
+        [B, T] float, 0 outside ``response_mask``.
+    """
+    last = last_response_column(response_mask)[:, None]
+    is_last = torch.arange(response_mask.shape[1], device=response_mask.device) == last
+    rewards = (-kl_coef * kl).masked_fill(~response_mask, 0)
+    return rewards + scores.to(rewards.dtype)[:, None].expand_as(rewards).masked_fill(~is_last, 0)

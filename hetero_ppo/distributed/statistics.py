@@ -1,0 +1,77 @@
+"""Statistics over all ranks of a group, in float64 and in rank order: every rank gets the same bits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Moments(NamedTuple):
+    """Of the masked values of all ranks."""
+
+    mean: float
+    var: float  # population variance
+    count: int
+
+
+def global_masked_moments(values: Tensor, mask: Tensor, group: dist.ProcessGroup | None) -> Moments:
+    """Mean, population variance and number of the masked values of all ranks of ``group``.
+
+    Each rank's mean and squared deviations are taken first and then combined (Chan, Golub and LeVeque 1979), so that a
+    mean far from 0 costs no digits. A rank may have no masked value.
+
+    Args:
+        values: any shape, float; on a device that ``group`` can communicate from.
+        mask: bool, the shape of ``values``.
+        group: ranks with different values (a data-parallel group); None is this process alone.
+
+    Returns:
+        ``Moments(mean, var, count)``, equal on all ranks.
+
+    Raises:
+        ValueError: no rank has a masked value.
+    """
+    selected = values.detach()[mask].double()
+    count = selected.numel()
+    mean = selected.mean() if count else selected.new_zeros(())
+    m2 = (selected - mean).square().sum()
+    parts = _gather(torch.stack([mean.new_tensor(float(count)), mean, m2]), group)  # [ranks, 3]
+    counts, means, m2s = parts.unbind(1)
+    total = counts.sum()
+    if total == 0:
+        raise ValueError(
+            "no response token takes part: the mask is empty on all ranks. With algorithm.truncated=mask every "
+            "response was truncated; raise rollout.sampling.max_tokens or choose score or penalise"
+        )
+    mean = (counts * means).sum() / total
+    var = (m2s + counts * (means - mean).square()).sum() / total
+    return Moments(mean.item(), var.item(), int(total.item()))
+
+
+def all_reduce_metric_sums(metric_sums: Mapping[str, Tensor], group: dist.ProcessGroup | None) -> dict[str, Tensor]:
+    """Add ``[sum, count]`` pairs over the ranks of ``group``, in one collective.
+
+    Args:
+        metric_sums: name -> [2] float64 (see ``hetero_ppo.algorithms.losses``); the same names on all ranks, in any
+            order, at least one.
+        group: ranks that saw different rows (a data-parallel group); None is this process alone.
+
+    Returns:
+        name -> [2] float64 on the CPU, equal on all ranks.
+    """
+    names = sorted(metric_sums)
+    total = _gather(torch.stack([metric_sums[name] for name in names]), group).sum(dim=0)
+    return dict(zip(names, total.unbind(0)))
+
+
+def _gather(local: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """[...] of each rank -> [ranks, ...] on the CPU, in rank order: unlike an all-reduce, whose order is its own."""
+    if group is None:
+        return local[None].cpu()
+    parts = [torch.empty_like(local) for _ in range(group.size())]
+    dist.all_gather(parts, local, group=group)
+    return torch.stack(parts).cpu()

@@ -1,0 +1,247 @@
+"""Log-probabilities and entropy from logits whose vocabulary is split over tensor-parallel ranks.
+
+The row maximum and the sums are computed in float32 from slices of rows, so that no float32 copy of the whole
+[tokens, vocabulary] tensor is ever made, forward or backward. What autograd keeps is the logits themselves, in their own
+dtype, and two float32 numbers per row.
+
+Accuracy: on bf16 logits the result is that of float32 arithmetic on those bf16 numbers (error below 1e-5 in log-prob);
+what bf16 costs lies in the logits, whose rounding alone is up to 2^-9 of their size (0.03 at a logit of 16).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+#: Elements of one float32 slice: 4 MiB stays in a CPU's cache, 256 MiB fills a GPU.
+_CHUNK_ELEMENTS_CPU = 1 << 20
+_CHUNK_ELEMENTS_GPU = 1 << 26
+
+
+def vocab_parallel_log_probs(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float,
+    vocab_size: int,
+    tp_group: dist.ProcessGroup | None,
+    with_entropy: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probability of each target under ``softmax(logits / temperature)``, and the entropy of that distribution.
+
+    Rank r of ``tp_group`` holds columns ``r * V/tp .. (r + 1) * V/tp - 1``. Columns from ``vocab_size`` on are padding:
+    they take no part, and their gradient is 0. Results and gradients of the log-probs are equal on all ranks of the
+    group; the gradient of the logits is each rank's own columns, without a collective.
+
+    Leading dimensions that are not contiguous cost a copy of the logits: of Megatron-Core's [S, B, V/tp], take
+    ``logits[:-1]`` before transposing anything else than the result.
+
+    Args:
+        logits: [..., V/tp] bf16, fp16, float32 or float64, finite.
+        targets: [...] int64, global token ids below ``vocab_size``.
+        temperature: the sampling temperature of the engine, above 0: it divides the logits.
+        vocab_size: true size of the vocabulary, in columns of all ranks together.
+        tp_group: the role's tensor-parallel group; None is one rank.
+        with_entropy: compute the entropy as well. Differentiable; detach it where it is only a metric, and the
+            backward does no work for it.
+
+    Returns:
+        log_probs [...] and entropy [...] (None without ``with_entropy``), float32 (float64 for float64 logits), nats.
+
+    Raises:
+        ValueError: ``temperature`` is not positive, or ``vocab_size`` does not fit the logits.
+    """
+    if temperature <= 0:
+        raise ValueError(
+            f"temperature is {temperature}: log-probs of greedy decoding do not exist. Set "
+            "rollout.sampling.temperature above 0"
+        )
+    tp_size = 1 if tp_group is None else tp_group.size()
+    if not 0 < vocab_size <= logits.shape[-1] * tp_size:
+        raise ValueError(
+            f"vocab_size is {vocab_size}, but the logits have {logits.shape[-1]} columns on each of {tp_size} "
+            "tensor-parallel ranks: the model and the tokenizer do not belong together"
+        )
+    if torch.is_grad_enabled() and logits.requires_grad:
+        log_probs, entropy = _VocabParallelLogProbs.apply(
+            logits, targets, temperature, vocab_size, tp_group, with_entropy
+        )
+        return log_probs, entropy
+    log_probs, entropy, _ = _forward(logits, targets, temperature, vocab_size, tp_group, with_entropy)
+    return log_probs, entropy
+
+
+class _VocabParallelLogProbs(torch.autograd.Function):
+    """With p = softmax(x), x = logits / temperature, y the target and H the entropy:
+
+    ``d log p_y / d x_j = [j = y] - p_j`` and ``d H / d x_j = -p_j (log p_j + H)``.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        targets: Tensor,
+        temperature: float,
+        vocab_size: int,
+        tp_group: dist.ProcessGroup | None,
+        with_entropy: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        log_probs, entropy, log_sum_exp = _forward(logits, targets, temperature, vocab_size, tp_group, with_entropy)
+        ctx.save_for_backward(logits, targets, log_sum_exp, entropy)
+        ctx.temperature = temperature
+        ctx.columns = _own_columns(logits.shape[-1], vocab_size, tp_group)
+        ctx.set_materialize_grads(False)
+        return log_probs, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_log_probs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Any, ...]:
+        logits, targets, log_sum_exp, entropy = ctx.saved_tensors
+        if grad_log_probs is None and grad_entropy is None:
+            return None, None, None, None, None, None
+        if grad_log_probs is None:
+            grad_log_probs = torch.zeros_like(log_sum_exp)
+        # Of log p_y and H with respect to the logits: the temperature divides once more.
+        grad_log_probs = (grad_log_probs / ctx.temperature).reshape(-1, 1)
+        if grad_entropy is not None:
+            grad_entropy = (grad_entropy / ctx.temperature).reshape(-1, 1)
+            entropy = entropy.reshape(-1, 1)
+        first, num_columns = ctx.columns
+        grad_logits = _backward(
+            logits, targets, log_sum_exp, entropy, grad_log_probs, grad_entropy, ctx.temperature, first, num_columns
+        )
+        return grad_logits, None, None, None, None, None
+
+
+def _forward(
+    logits: Tensor,
+    targets: Tensor,
+    temperature: float,
+    vocab_size: int,
+    tp_group: dist.ProcessGroup | None,
+    with_entropy: bool,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """log_probs [...], entropy [...] or None, log of the softmax denominator [...]."""
+    rows = logits.detach().reshape(-1, logits.shape[-1])
+    first, num_columns = _own_columns(rows.shape[1], vocab_size, tp_group)
+    rows, flat_targets = rows[:, :num_columns], targets.reshape(-1)
+    if tp_group is None or tp_group.size() == 1:
+        results = _one_rank_rows(rows, flat_targets, temperature, with_entropy)
+    else:
+        results = _split_rows(rows, flat_targets - first, temperature, tp_group, with_entropy)
+    log_probs, log_sum_exp, entropy = (None if x is None else x.view(targets.shape) for x in results)
+    return log_probs, entropy, log_sum_exp
+
+
+def _one_rank_rows(
+    rows: Tensor, targets: Tensor, temperature: float, with_entropy: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """log_probs, log of the softmax denominator, entropy; each [N], of rows [N, V] and targets [N]."""
+    targets = targets[:, None]
+    log_probs = torch.empty(rows.shape[0], 1, dtype=_compute_dtype(rows), device=rows.device)
+    log_sum_exp = torch.empty_like(log_probs)
+    entropy = torch.empty_like(log_probs) if with_entropy else None
+    for rows_of in _row_slices(rows):
+        scaled = _scaled(rows[rows_of], temperature)
+        log_softmax = torch.log_softmax(scaled, dim=-1)
+        target = targets[rows_of]
+        torch.gather(log_softmax, 1, target, out=log_probs[rows_of])
+        torch.sub(scaled.gather(1, target), log_probs[rows_of], out=log_sum_exp[rows_of])
+        if entropy is not None:
+            entropy[rows_of] = -log_softmax.exp().mul_(log_softmax).sum(dim=-1, keepdim=True)
+    return log_probs, log_sum_exp, entropy
+
+
+def _split_rows(
+    rows: Tensor, targets: Tensor, temperature: float, tp_group: dist.ProcessGroup, with_entropy: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """As ``_one_rank_rows``, of a rank's columns and of targets counted from its first column. Two collectives."""
+    num_rows, num_columns = rows.shape
+    dtype = _compute_dtype(rows)
+    if num_columns:
+        row_max = rows.amax(dim=1).to(dtype) / temperature
+    else:  # a rank that holds nothing but padding
+        row_max = torch.full((num_rows,), -torch.inf, dtype=dtype, device=rows.device)
+    dist.all_reduce(row_max, op=dist.ReduceOp.MAX, group=tp_group)
+
+    # sum of exp(x - max), x_target - max, and for the entropy sum of exp(x - max) (x - max)
+    sums = torch.zeros(3 if with_entropy else 2, num_rows, dtype=dtype, device=rows.device)
+    if num_columns:
+        owned = (targets >= 0) & (targets < num_columns)
+        columns = targets.clamp(0, num_columns - 1)[:, None]
+        for rows_of in _row_slices(rows):
+            shifted = _scaled(rows[rows_of], temperature) - row_max[rows_of, None]
+            sums[1, rows_of] = shifted.gather(1, columns[rows_of]).squeeze(1).masked_fill_(~owned[rows_of], 0)
+            exp = shifted.exp()
+            sums[0, rows_of] = exp.sum(dim=1)
+            if with_entropy:
+                sums[2, rows_of] = exp.mul_(shifted).sum(dim=1)
+    dist.all_reduce(sums, op=dist.ReduceOp.SUM, group=tp_group)
+    log_sum = sums[0].log()
+    entropy = log_sum - sums[2] / sums[0] if with_entropy else None
+    return sums[1] - log_sum, row_max + log_sum, entropy
+
+
+def _backward(
+    logits: Tensor,
+    targets: Tensor,
+    log_sum_exp: Tensor,
+    entropy: Tensor | None,
+    grad_log_probs: Tensor,
+    grad_entropy: Tensor | None,
+    temperature: float,
+    first: int,
+    num_columns: int,
+) -> Tensor:
+    """Gradient of the logits [..., V/tp] from gradients [N, 1] that are divided by the temperature already."""
+    grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    grad_rows = grad_logits.view(-1, logits.shape[-1])
+    grad_rows[:, num_columns:] = 0  # padding
+    if num_columns == 0:
+        return grad_logits
+    rows = logits.reshape(-1, logits.shape[-1])[:, :num_columns]
+    log_sum_exp = log_sum_exp.reshape(-1, 1)
+    columns = targets.reshape(-1, 1) - first
+    at_target = grad_log_probs.masked_fill((columns < 0) | (columns >= num_columns), 0)
+    columns = columns.clamp(0, num_columns - 1)
+    for rows_of in _row_slices(rows):
+        result = grad_rows[rows_of, :num_columns]
+        scaled = _scaled(rows[rows_of], temperature)
+        work = result if result.dtype == scaled.dtype else torch.empty_like(scaled)  # holds log-softmax, then gradient
+        torch.sub(scaled, log_sum_exp[rows_of], out=work)
+        if grad_entropy is None:
+            work.exp_().mul_(-grad_log_probs[rows_of])
+        else:
+            weight = (work + entropy[rows_of]).mul_(-grad_entropy[rows_of]).sub_(grad_log_probs[rows_of])
+            work.exp_().mul_(weight)
+        work.scatter_add_(1, columns[rows_of], at_target[rows_of])
+        if work is not result:
+            result.copy_(work)
+    return grad_logits
+
+
+def _own_columns(local_columns: int, vocab_size: int, tp_group: dist.ProcessGroup | None) -> tuple[int, int]:
+    """First global column of this rank, and how many of its columns are not padding."""
+    first = 0 if tp_group is None else tp_group.rank() * local_columns
+    return first, min(max(vocab_size - first, 0), local_columns)
+
+
+def _compute_dtype(logits: Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def _scaled(rows: Tensor, temperature: float) -> Tensor:
+    """Rows in the dtype of the computation, divided by the temperature; a view of them where neither changes them."""
+    rows = rows.to(_compute_dtype(rows))
+    return rows if temperature == 1.0 else rows / temperature
+
+
+def _row_slices(rows: Tensor) -> list[slice]:
+    elements = _CHUNK_ELEMENTS_CPU if rows.device.type == "cpu" else _CHUNK_ELEMENTS_GPU
+    step = max(1, elements // max(1, rows.shape[1]))
+    return [slice(start, start + step) for start in range(0, rows.shape[0], step)]
