@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, Optional
+from typing import Any
 
 from omegaconf import MISSING
 
@@ -49,6 +49,8 @@ class TruncatedResponses(str, Enum):
 
 
 class OverlongPrompts(str, Enum):
+    """What becomes of a prompt over data.max_prompt_tokens, or an SFT or preference example over max_sequence_tokens."""
+
     drop = "drop"  # left out, and their number is printed
     error = "error"  # the run does not start
 
@@ -64,7 +66,7 @@ class ParallelConfig:
 
     tensor: int = 1  # TP ranks
     pipeline: int = 1  # PP stages
-    virtual_pipeline: Optional[int] = None  # model chunks per PP rank (interleaved schedule)
+    virtual_pipeline: int | None = None  # model chunks per PP rank (interleaved schedule)
     context: int = 1  # CP ranks
     expert: int = 1  # EP ranks
     sequence: bool = False  # sequence parallelism over the TP ranks
@@ -73,7 +75,7 @@ class ParallelConfig:
 @dataclass
 class ModelConfig:
     path: str = MISSING  # Hugging Face checkpoint folder: config.json and *.safetensors
-    tokenizer: Optional[str] = None  # tokenizer folder; default: path
+    tokenizer: str | None = None  # tokenizer folder; default: path
     dtype: Dtype = Dtype.fp32
     init_seed: int = 1234  # seed of a scalar head that the checkpoint lacks
 
@@ -96,7 +98,7 @@ class OptimizerConfig:
 class DdpConfig:
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False  # needs optimizer.distributed
-    bucket_size: Optional[int] = None  # parameters per gradient bucket; None: Megatron-Core's choice
+    bucket_size: int | None = None  # parameters per gradient bucket; None: Megatron-Core's choice
 
 
 @dataclass
@@ -112,20 +114,21 @@ class RoleConfig:
 class TrainedRoleConfig(RoleConfig):
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     ddp: DdpConfig = field(default_factory=DdpConfig)
-    recompute: Optional[str] = None  # None, "selective" or "full" activation recomputation
+    recompute: str | None = None  # None, "selective" or "full" activation recomputation
 
 
 @dataclass
 class DataConfig:
     train: str = MISSING  # .jsonl or .parquet file
-    eval: Optional[str] = None  # same format; None: no evaluation
+    eval: str | None = None  # same format; None: no evaluation
     messages_key: str = "messages"
     prompt_key: str = "prompt"
+    completion_key: str = "completion"  # SFT: the answer to prompt_key, where there is no messages_key
     chosen_key: str = "chosen"
     rejected_key: str = "rejected"
     label_key: str = "label"
     metadata_key: str = "metadata"
-    chat_template: Optional[str] = None  # Jinja file that replaces the tokenizer's template
+    chat_template: str | None = None  # Jinja file that replaces the tokenizer's template
     apply_chat_template: bool = True  # False: prompt and answer are tokenised as they stand and concatenated
     max_prompt_tokens: int = 512
     max_sequence_tokens: int = 1024  # prompt and answer together (SFT, reward model)
@@ -138,9 +141,9 @@ class RunConfig:
     dir: str = MISSING  # everything a run writes lies below
     seed: int = 42
     log_every: int = 1  # steps
-    threads: Optional[int] = None  # CPU threads per rank; None: cores / local ranks
+    threads: int | None = None  # CPU threads per rank; None: cores / local ranks
     tensorboard: bool = True
-    wandb_project: Optional[str] = None  # Weights & Biases, when installed
+    wandb_project: str | None = None  # Weights & Biases, when installed
     timeout_minutes: float = 30.0  # deadline of a collective
 
 
@@ -148,7 +151,7 @@ class RunConfig:
 class CheckpointConfig:
     every: int = 0  # steps; 0: at the end alone
     keep: int = 2  # newest checkpoints that are kept
-    load: Optional[str] = None  # run folder to resume from
+    load: str | None = None  # run folder to resume from
     export_hf: bool = True  # write <run.dir>/hf when training ends
 
 
@@ -156,11 +159,11 @@ class CheckpointConfig:
 class SupervisedTrainConfig:
     """Batching and length of an SFT or reward-model run."""
 
-    steps: Optional[int] = None  # optimizer steps; None: epochs decides
+    steps: int | None = None  # optimizer steps; None: epochs decides
     epochs: int = 1
     global_batch_size: int = 32  # examples (or pairs) per optimizer step, over all ranks
     eval_every: int = 0  # steps; 0: at the end alone
-    eval_batches: Optional[int] = None  # global batches; None: all of them
+    eval_batches: int | None = None  # global batches; None: all of them
 
 
 @dataclass
@@ -185,18 +188,18 @@ class SamplingConfig:
 class RolloutConfig:
     engine: str = "vllm"
     num_servers: int = 1  # vLLM HTTP servers on this node
-    dtype: Optional[Dtype] = None  # engine dtype; None: the actor's
+    dtype: Dtype | None = None  # engine dtype; None: the actor's
     max_num_seqs: int = 64  # running batch of one server
     kv_cache_mib: int = 256  # KV cache of one server (CPU)
     gpu_memory_utilization: float = 0.4  # share of the device (GPU)
-    server_threads: Optional[int] = None  # OMP threads of one server (CPU); None: cores / servers
+    server_threads: int | None = None  # OMP threads of one server (CPU); None: cores / servers
     tensor_parallel: int = 1  # GPUs per server
     start_timeout_s: float = 240.0
     request_timeout_s: float = 600.0
     sync_timeout_s: float = 120.0
     max_restarts: int = 2  # of a server that died, before the run stops
     verify_sync: bool = True  # compare the engine's log-probs of a golden prompt with the trainer's after every sync
-    verify_sync_tolerance: Optional[float] = None  # max |difference| in log-prob; None: 1e-3 (fp32), 0.15 (bf16)
+    verify_sync_tolerance: float | None = None  # max |difference| in log-prob; None: 1e-3 (fp32), 0.15 (bf16)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     eval_sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
@@ -204,7 +207,7 @@ class RolloutConfig:
 @dataclass
 class RewardConfig:
     source: RewardSource = RewardSource.model
-    function: Optional[str] = None  # "package.module:function", or "path/to/file.py:function"
+    function: str | None = None  # "package.module:function", or "path/to/file.py:function"
     clip: float = 10.0  # |score| is clipped to it; 0 switches clipping off
     normalise: bool = False  # divide by the running standard deviation of the scores (after subtracting the mean)
 
@@ -225,8 +228,8 @@ class AlgorithmConfig:
     gamma: float = 1.0
     lam: float = 0.95
     clip_ratio: float = 0.2
-    dual_clip: Optional[float] = None  # c > 1 of dual-clip PPO (Ye et al. 2020); None: off
-    value_clip: Optional[float] = 0.2  # |value - old value| beyond which the value loss is clipped; None: off
+    dual_clip: float | None = None  # c > 1 of dual-clip PPO (Ye et al. 2020); None: off
+    value_clip: float | None = 0.2  # |value - old value| beyond which the value loss is clipped; None: off
     entropy_coef: float = 0.0
     whiten_advantages: bool = True  # over the whole rollout batch and all ranks
     ppo_epochs: int = 1
@@ -241,12 +244,12 @@ class AlgorithmConfig:
 
 @dataclass
 class PpoTrainConfig:
-    steps: Optional[int] = None  # PPO steps; None: epochs decides
+    steps: int | None = None  # PPO steps; None: epochs decides
     epochs: int = 1  # passes over the prompts
     eval_every: int = 0  # PPO steps; 0: before the first and after the last alone
-    eval_function: Optional[str] = None  # held-out check of an answer; same form as reward.function
+    eval_function: str | None = None  # held-out check of an answer; same form as reward.function
     dump_rollouts: bool = True  # <run.dir>/rollouts/step_*.jsonl
-    replay_rollouts: Optional[str] = None  # take token ids from this folder's rollouts instead of an engine
+    replay_rollouts: str | None = None  # take token ids from this folder's rollouts instead of an engine
 
 
 @dataclass
@@ -278,7 +281,7 @@ class PpoConfig:
     actor: TrainedRoleConfig = field(default_factory=TrainedRoleConfig)
     critic: TrainedRoleConfig = field(default_factory=TrainedRoleConfig)
     reference: RoleConfig = field(default_factory=RoleConfig)
-    reward_model: Optional[RoleConfig] = None
+    reward_model: RoleConfig | None = None
     reward: RewardConfig = field(default_factory=RewardConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)

@@ -1,0 +1,277 @@
+"""YAML file and ``a.b=c`` overrides -> a typed configuration.
+
+The YAML names its schema with ``kind: sft|rm|ppo`` and may hold ``${oc.env:VAR}`` and ``${actor.model.path}``-like
+interpolations. An unknown key, a value of the wrong type and a missing mandatory field are each a ``ValueError`` that
+says where it was written and what was meant.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import Enum
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+import yaml
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
+
+from hetero_ppo.config import schema
+
+AnyConfig = schema.SftConfig | schema.RmConfig | schema.PpoConfig
+
+
+@dataclass(frozen=True)
+class LoadedConfig:
+    """A complete, resolved configuration and where it came from."""
+
+    kind: str  # "sft", "rm" or "ppo"
+    config: AnyConfig  # the dataclass of hetero_ppo.config.schema
+    node: DictConfig  # the same, resolved, as an OmegaConf node
+    source: str  # the YAML file
+
+
+@dataclass(frozen=True)
+class DraftConfig:
+    """A configuration whose keys and types were checked, but which may lack mandatory fields or hold interpolations."""
+
+    kind: str
+    node: DictConfig
+    source: str
+    origins: dict[str, str]  # dotted field -> where the user wrote it
+
+    def missing_fields(self) -> list[str]:
+        """Mandatory fields that neither the file nor an override gives, sorted."""
+        return sorted(_missing(OmegaConf.to_container(self.node, resolve=False), ""))
+
+
+def load_config(path: str, overrides: list[str]) -> LoadedConfig:
+    """Read ``path``, apply ``overrides`` (each ``a.b=c``) in order, resolve interpolations.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: bad YAML, unknown key, wrong type, missing mandatory field, unset environment variable.
+    """
+    draft = load_draft(path, overrides)
+    missing = draft.missing_fields()
+    if missing:
+        example = " ".join(f"{field}=..." for field in missing)
+        raise ValueError(
+            f"{path}: mandatory field{'s' if len(missing) > 1 else ''} not given: {', '.join(missing)}; "
+            f"write them in the file, or add {example} on the command line"
+        )
+    _resolve(draft)
+    return LoadedConfig(draft.kind, OmegaConf.to_object(draft.node), draft.node, path)
+
+
+def load_draft(path: str, overrides: list[str]) -> DraftConfig:
+    """As ``load_config``, but mandatory fields may be missing and interpolations stay as they were written.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: bad YAML, unknown key, wrong type.
+    """
+    values, lines = _read_yaml(path)
+    kind = _kind(values, path)
+    schema_class = schema.SCHEMAS[kind]
+    node = OmegaConf.structured(schema_class)
+    OmegaConf.set_struct(node, True)
+    origins: dict[str, str] = {}
+
+    def file_origin(field: str) -> str:
+        return f"{path}:{lines[field]}"
+
+    for field, value, hint in _leaves(values, schema_class, "", file_origin, schema_class):
+        _assign(node, schema_class, field, value, hint, file_origin(field))
+        origins[field] = file_origin(field)
+    for override in overrides:
+        for field, value, hint in _override_leaves(override, schema_class):
+            _assign(node, schema_class, field, value, hint, f"override {override!r}")
+            origins[field] = f"override {override!r}"
+    return DraftConfig(kind, node, path, origins)
+
+
+def _read_yaml(path: str) -> tuple[dict[str, Any], dict[str, int]]:
+    """Values of the file, and the line of every dotted key."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"config file {path!r} does not exist (current folder: {os.getcwd()})")
+    try:
+        with open(path, encoding="utf-8") as file:
+            tree = yaml.compose(file, Loader=yaml.SafeLoader)
+        values = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
+        raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict) or not values:
+        raise ValueError(f"{path}: the top level has to be a mapping with `kind: sft`, `kind: rm` or `kind: ppo`")
+    return values, dict(_key_lines(tree, ""))
+
+
+def _key_lines(tree: yaml.Node, prefix: str) -> Iterator[tuple[str, int]]:
+    if isinstance(tree, yaml.MappingNode):
+        for key, value in tree.value:
+            field = f"{prefix}{key.value}"
+            yield field, key.start_mark.line + 1
+            yield from _key_lines(value, f"{field}.")
+
+
+def _missing(values: dict[str, Any], prefix: str) -> Iterator[str]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _missing(value, f"{prefix}{name}.")
+        elif value == MISSING:
+            yield prefix + name
+
+
+def _kind(values: dict[str, Any], path: str) -> str:
+    kinds = ", ".join(schema.SCHEMAS)
+    if "kind" not in values:
+        raise ValueError(f"{path}: no `kind` at the top level; add `kind:` with one of {kinds}")
+    kind = values["kind"]
+    if kind not in schema.SCHEMAS:
+        raise ValueError(f"{path}: kind is {kind!r}; allowed: {kinds}")
+    return kind
+
+
+def _override_leaves(override: str, schema_class: type) -> Iterator[tuple[str, Any, Any]]:
+    field, equals, text = override.partition("=")
+    if not equals or not field or field.startswith("-"):
+        raise ValueError(f"override {override!r}: overrides look like a.b=c, for example train.steps=10")
+    if field == "kind":
+        raise ValueError(f"override {override!r}: kind chooses the schema; change it in the file")
+    try:
+        value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)["value"]
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ValueError(f"override {override!r}: {text!r} is not a YAML value; quote it if it is text") from error
+    nested: Any = value
+    for name in reversed(field.split(".")):
+        nested = {name: nested}
+    return _leaves(nested, schema_class, "", lambda _: f"override {override!r}", schema_class)
+
+
+def _leaves(
+    values: dict[Any, Any], section: type, prefix: str, origin: Callable[[str], str], schema_class: type
+) -> Iterator[tuple[str, Any, Any]]:
+    """(dotted field, value, type) of everything set below a section; an unknown key is an error."""
+    hints = get_type_hints(section)
+    for key, value in values.items():
+        field = f"{prefix}{key}"
+        if key not in hints:
+            raise ValueError(f"{origin(field)}: unknown key {field!r}; {_suggestion(str(key), prefix, section, schema_class)}")
+        nested = section_class(hints[key])
+        if nested is not None and isinstance(value, dict):
+            if value:
+                yield from _leaves(value, nested, f"{field}.", origin, schema_class)
+        elif isinstance(value, dict):
+            raise ValueError(f"{origin(field)}: {field} takes one value ({_type_name(hints[key])}), not the keys {list(value)}")
+        else:
+            yield field, value, hints[key]
+
+
+def _suggestion(key: str, prefix: str, section: type, schema_class: type) -> str:
+    """The nearest known key: a sibling, else the same or a similar name anywhere, else the list of siblings."""
+    siblings = [field.name for field in dataclasses.fields(section)]
+    near = difflib.get_close_matches(key, siblings, n=1)
+    if near:
+        return f"did you mean {prefix + near[0]!r}?"
+    everywhere = list(all_fields(schema_class))
+    same_name = [field for field in everywhere if field.split(".")[-1] == key]
+    if same_name:
+        return f"did you mean {' or '.join(repr(field) for field in same_name)}?"
+    near = difflib.get_close_matches(prefix + key, everywhere, n=1)
+    known = f"known keys {'under ' + prefix[:-1] if prefix else 'at the top level'}: {', '.join(siblings)}"
+    return f"nearest: {near[0]!r}; {known}" if near else known
+
+
+def all_fields(section: type, prefix: str = "") -> Iterator[str]:
+    """Dotted names of all leaf fields of a schema class."""
+    for name, hint in get_type_hints(section).items():
+        nested = section_class(hint)
+        if nested is None:
+            yield prefix + name
+        else:
+            yield from all_fields(nested, f"{prefix}{name}.")
+
+
+def _strip_optional(hint: Any) -> tuple[Any, bool]:
+    if get_origin(hint) in (Union, UnionType) and type(None) in get_args(hint):
+        return next(arg for arg in get_args(hint) if arg is not type(None)), True
+    return hint, False
+
+
+def section_class(hint: Any) -> type | None:
+    """The dataclass of a section, or None for a plain field."""
+    hint, _ = _strip_optional(hint)
+    return hint if dataclasses.is_dataclass(hint) else None
+
+
+def enum_choices(hint: Any) -> list[str]:
+    """Names of the members of an enum field; empty for other fields."""
+    plain, _ = _strip_optional(hint)
+    return [member.name for member in plain] if isinstance(plain, type) and issubclass(plain, Enum) else []
+
+
+def _type_name(hint: Any) -> str:
+    plain, optional = _strip_optional(hint)
+    if enum_choices(hint):
+        name = "one of " + ", ".join(enum_choices(hint))
+    elif get_origin(plain) is list:
+        name = f"a list of {get_args(plain)[0].__name__}"
+    else:
+        name = {int: "an integer", float: "a number", str: "text", bool: "true or false"}[plain]
+    return f"{name}, or null" if optional else name
+
+
+def _assign(node: DictConfig, schema_class: type, field: str, value: Any, hint: Any, origin: str) -> None:
+    if section_class(hint) is not None:
+        if value is not None or not _strip_optional(hint)[1]:
+            keys = ", ".join(get_type_hints(section_class(hint)))
+            raise ValueError(f"{origin}: {field} is a section with the keys {keys}; got the value {value!r}")
+    elif not _is_acceptable(value, _strip_optional(hint)[0]):
+        raise ValueError(f"{origin}: {field}: {value!r} is not allowed; allowed: {_type_name(hint)}")
+    _open_optional_sections(node, schema_class, field)
+    try:
+        OmegaConf.update(node, field, value, merge=False)
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{origin}: {field}: {value!r} is not allowed; allowed: {_type_name(hint)}") from error
+
+
+def _is_acceptable(value: Any, plain: Any) -> bool:
+    """Stricter than OmegaConf, which reads 3 as true and true as the text "True"."""
+    interpolated = isinstance(value, str) and "${" in value
+    if plain is bool and value is not None:
+        return isinstance(value, bool) or interpolated
+    if plain is str:
+        return not isinstance(value, (bool, list))
+    return True
+
+
+def _open_optional_sections(node: DictConfig, schema_class: type, field: str) -> None:
+    """Give a section that is None by default its defaults before a field inside it is set."""
+    section: type = schema_class
+    parts = field.split(".")
+    for depth, name in enumerate(parts[:-1], start=1):
+        nested = section_class(get_type_hints(section)[name])
+        prefix = ".".join(parts[:depth])
+        if OmegaConf.select(node, prefix) is None:
+            OmegaConf.update(node, prefix, OmegaConf.structured(nested))
+        section = nested
+
+
+def _resolve(draft: DraftConfig) -> None:
+    """Replace interpolations by their values, in place."""
+    for field, origin in draft.origins.items():
+        try:
+            OmegaConf.select(draft.node, field)
+        except InterpolationToMissingValueError as error:
+            raise ValueError(f"{origin}: {field} refers to a field that has no value: {_first_line(error)}") from error
+        except OmegaConfBaseException as error:
+            raise ValueError(f"{origin}: {field} cannot be resolved: {_first_line(error)}") from error
+    OmegaConf.resolve(draft.node)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]
