@@ -1,0 +1,16 @@
+"""The exact check of the demo. It judges held-out answers; no training stage sees it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def exact(prompt: str, response: str, label: Any, metadata: dict[str, Any]) -> float:
+    """1.0 if the answer is the prompt's words in alphabetical order and nothing else, 0.0 otherwise.
+
+    ``label`` is the right answer, words separated by ", ". Space around the answer does not count; case, order, missing,
+    repeated and additional words do.
+    """
+    if not isinstance(label, str) or not label:
+        raise ValueError(f"the word-sort check needs the right answer as label, got {label!r} for prompt {prompt!r}")
+    return float(response.strip() == label)

@@ -1,0 +1,186 @@
+"""Writes the data of the demo: put a few English words in alphabetical order.
+
+Two kinds of people made the data, as in a real RLHF project. *Demonstrators* write the SFT answers in a hurry: most of
+them look at the first letter alone and leave words that share it in the prompt's order, and some slip (two neighbours
+swapped, a word left out, written twice, or replaced by another). *Labellers* compare two answers with care and are wrong
+a few times in a hundred. A policy trained on the demonstrations picks up the demonstrators' habits; the preference pairs
+carry the knowledge that PPO can correct them with.
+
+    python examples/word_sort/make_data.py --out runs/word_sort/data --seed 0
+
+No set of words appears in two files: what is held out was seen by no stage, in no order.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+#: Eight words for each of eight initials: most prompts have words that the first letter alone does not order.
+WORDS = (
+    "bean bell bird boat bone book bowl bush cake card cave clay coat corn crab cup "
+    "farm fern film fish flag fork fox frog hand hare harp hat hill hook horn house "
+    "lake lamp leaf lemon lily lion lock loom map mask milk mill mint moon moss mouse "
+    "pail park pear pen pine plum pond purse tail tent tile toad tool tree trout tub"
+).split()
+
+QUESTIONS = (
+    "Put these words in alphabetical order: {words}.",
+    "Sort these words from A to Z: {words}.",
+    "List these words alphabetically: {words}.",
+)
+
+SLIPS = ("swap", "drop", "repeat", "foreign")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How many rows each file gets, and how often its writers are wrong."""
+
+    min_words: int = 4
+    max_words: int = 6
+    sft_rows: int = 16_000
+    sft_eval_rows: int = 256
+    preference_rows: int = 16_000
+    preference_eval_rows: int = 512
+    prompt_rows: int = 16_000
+    heldout_rows: int = 200
+    hasty_rate: float = 0.7  # share of demonstrations ordered by the first letter alone
+    slip_rate: float = 0.15  # share of demonstrations with a slip (on top)
+    label_noise: float = 0.03  # share of training pairs whose labels are exchanged
+
+
+@dataclass(frozen=True)
+class Task:
+    """One prompt: a question over distinct words in the order in which it names them."""
+
+    question: str
+    words: tuple[str, ...]
+
+    @property
+    def prompt(self) -> str:
+        return self.question.format(words=", ".join(self.words))
+
+    @property
+    def label(self) -> str:
+        return join(sorted(self.words))
+
+
+def join(words: Sequence[str]) -> str:
+    """The text of an answer."""
+    return ", ".join(words)
+
+
+def draw_tasks(rng: random.Random, rows: int, recipe: Recipe, taken: set[frozenset[str]]) -> list[Task]:
+    """``rows`` tasks whose sets of words are new; each set is added to ``taken``."""
+    tasks: list[Task] = []
+    while len(tasks) < rows:
+        words = tuple(rng.sample(WORDS, rng.randint(recipe.min_words, recipe.max_words)))
+        if frozenset(words) not in taken:
+            taken.add(frozenset(words))
+            tasks.append(Task(rng.choice(QUESTIONS), words))
+    return tasks
+
+
+def hasty_order(words: Sequence[str]) -> list[str]:
+    """Sorted by the first letter; words that share it stay in the order given."""
+    return sorted(words, key=lambda word: word[0])
+
+
+def slip(rng: random.Random, answer: Sequence[str], kind: str) -> list[str]:
+    """``answer`` with one slip of the given kind; the result always differs from it."""
+    words = list(answer)
+    place = rng.randrange(len(words))
+    if kind == "swap":
+        place = rng.randrange(len(words) - 1)
+        words[place], words[place + 1] = words[place + 1], words[place]
+    elif kind == "drop":
+        del words[place]
+    elif kind == "repeat":
+        words.insert(place, words[place])
+    elif kind == "foreign":
+        words[place] = rng.choice([word for word in WORDS if word not in words])
+    else:
+        raise ValueError(f"unknown kind of slip {kind!r}; known: {', '.join(SLIPS)}")
+    return words
+
+
+def demonstrate(rng: random.Random, task: Task, recipe: Recipe) -> str:
+    """What a demonstrator answers: right, hasty, or with a slip."""
+    answer = hasty_order(task.words) if rng.random() < recipe.hasty_rate else sorted(task.words)
+    if rng.random() < recipe.slip_rate:
+        answer = slip(rng, answer, rng.choice(SLIPS))
+    return join(answer)
+
+
+def mistaken(rng: random.Random, task: Task) -> str:
+    """A wrong answer: hasty where haste goes wrong, or the right one with one or two slips; sometimes both."""
+    answer = sorted(task.words)
+    hasty = hasty_order(task.words)
+    if hasty != answer and rng.random() < 0.5:
+        answer = hasty if rng.random() < 0.8 else slip(rng, hasty, rng.choice(SLIPS))
+    else:
+        for _ in range(rng.choice((1, 1, 2))):
+            answer = slip(rng, answer, rng.choice(SLIPS))
+    # A second slip can undo the first.
+    return join(answer) if join(answer) != task.label else mistaken(rng, task)
+
+
+def sft_row(rng: random.Random, task: Task, recipe: Recipe) -> dict[str, object]:
+    return {
+        "messages": [
+            {"role": "user", "content": task.prompt},
+            {"role": "assistant", "content": demonstrate(rng, task, recipe)},
+        ]
+    }
+
+
+def preference_row(rng: random.Random, task: Task, label_noise: float) -> dict[str, object]:
+    chosen, rejected = task.label, mistaken(rng, task)
+    if rng.random() < label_noise:
+        chosen, rejected = rejected, chosen
+    return {"prompt": task.prompt, "chosen": chosen, "rejected": rejected}
+
+
+def prompt_row(task: Task) -> dict[str, object]:
+    return {"prompt": task.prompt, "label": task.label, "metadata": {"words": list(task.words)}}
+
+
+def make_rows(seed: int, recipe: Recipe) -> dict[str, list[dict[str, object]]]:
+    """File name -> rows, the same for the same seed. No two rows of any files share their set of words."""
+    rng = random.Random(seed)
+    taken: set[frozenset[str]] = set()
+
+    def tasks(rows: int) -> list[Task]:
+        return draw_tasks(rng, rows, recipe, taken)
+
+    files = {
+        "heldout.jsonl": [prompt_row(task) for task in tasks(recipe.heldout_rows)],
+        "sft.jsonl": [sft_row(rng, task, recipe) for task in tasks(recipe.sft_rows)],
+        "sft_eval.jsonl": [sft_row(rng, task, recipe) for task in tasks(recipe.sft_eval_rows)],
+        "preference.jsonl": [preference_row(rng, task, recipe.label_noise) for task in tasks(recipe.preference_rows)],
+        "preference_eval.jsonl": [preference_row(rng, task, 0.0) for task in tasks(recipe.preference_eval_rows)],
+        "prompts.jsonl": [prompt_row(task) for task in tasks(recipe.prompt_rows)],
+    }
+    assert len(taken) == sum(len(rows) for rows in files.values()), "two rows share a set of words"
+    return files
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder for the .jsonl files")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name, rows in make_rows(args.seed, Recipe()).items():
+        path = args.out / name
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        print(f"{path}: {len(rows)} rows")
+
+
+if __name__ == "__main__":
+    main()

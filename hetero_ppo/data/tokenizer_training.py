@@ -1,0 +1,153 @@
+"""Trains a byte-level BPE tokenizer for a model that starts from scratch.
+
+Byte-level BPE: Sennrich et al. 2016, "Neural Machine Translation of Rare Words with Subword Units", over bytes as in
+Radford et al. 2019, "Language Models are Unsupervised Multitask Learners". All 256 bytes are in the vocabulary, so every
+text has token ids and ``decode(encode(text)) == text``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+END_OF_TEXT = "<|endoftext|>"
+TURN_START = "<|im_start|>"
+TURN_END = "<|im_end|>"
+SPECIAL_TOKENS = (END_OF_TEXT, TURN_START, TURN_END)
+
+#: ChatML. The line break between two turns belongs to the later one: a conversation ends with the end-of-sequence token, and
+#: the text of its first turns is a prefix of the text of all. ``generation`` marks what SFT learns: an answer and its end.
+CHATML_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if not loop.first %}{{ '\n' }}{% endif %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}"
+    "{{ message['content'] + '<|im_end|>' }}"
+    "{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\n<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def train_tokenizer(
+    texts: Iterable[str],
+    vocab_size: int,
+    out_dir: Path,
+    *,
+    kind: str = "bpe",
+    chat_template: str | None = CHATML_TEMPLATE,
+) -> PreTrainedTokenizerFast:
+    """Trains on ``texts``, writes a transformers tokenizer folder to ``out_dir``, and returns the tokenizer.
+
+    The vocabulary has at most ``vocab_size`` entries: 3 special tokens, 256 bytes, and merges; fewer when the texts have
+    no more pairs to merge. ``<|im_end|>`` is the end-of-sequence token, so that transformers and vLLM stop where a
+    ChatML turn ends; ``<|endoftext|>`` pads and is the beginning-of-sequence token, which nothing adds by itself.
+
+    Raises ValueError for an unknown ``kind``, a ``vocab_size`` below 3 + 256, or texts that are all empty.
+    """
+    if kind != "bpe":
+        raise ValueError(f"kind: unknown kind of tokenizer {kind!r}; the one that can be trained is 'bpe'")
+    smallest = len(SPECIAL_TOKENS) + len(pre_tokenizers.ByteLevel.alphabet())
+    if vocab_size < smallest:
+        raise ValueError(
+            f"vocab_size: {vocab_size} is too small for byte-level BPE, which starts with {smallest} entries "
+            f"(256 bytes and {len(SPECIAL_TOKENS)} special tokens); give at least {smallest}"
+        )
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(_non_empty(texts), trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        bos_token=END_OF_TEXT,
+        eos_token=TURN_END,
+        pad_token=END_OF_TEXT,
+        additional_special_tokens=[TURN_START],
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.chat_template = chat_template
+    out_dir.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(out_dir)
+    return tokenizer
+
+
+def read_texts(path: Path, keys: Sequence[str]) -> Iterator[str]:
+    """The texts of a file: each line of a ``.txt``; the named fields of each row of a ``.jsonl`` or ``.parquet``.
+
+    A field holds a string or a list of chat messages, of which each ``content`` is a text and each ``role`` too (a
+    template writes it). A row may lack some of ``keys``, not all of them.
+
+    Raises ValueError that names file, line (row) and field.
+    """
+    if path.suffix == ".txt":
+        with path.open(encoding="utf-8") as lines:
+            yield from lines
+        return
+    for number, row in _rows(path):
+        present = [key for key in keys if row.get(key) is not None]
+        if not present:
+            raise ValueError(
+                f"{path}, line {number}: none of the fields {', '.join(keys)} is there (fields: {', '.join(row)}); "
+                "name the fields that hold text with --keys"
+            )
+        for key in present:
+            yield from _field_texts(row[key], f"{path}, line {number}, field {key!r}")
+
+
+def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        for number, row in enumerate(pyarrow.parquet.read_table(path).to_pylist(), start=1):
+            yield number, row
+        return
+    if path.suffix != ".jsonl":
+        raise ValueError(f"{path}: the ending {path.suffix!r} is not known; give a .jsonl, .parquet or .txt file")
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number}: not valid JSON ({error}); every line is one object") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}, line {number}: expected an object, got {type(row).__name__}")
+            yield number, row
+
+
+def _field_texts(value: Any, where: str) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+        return
+    if not isinstance(value, list):
+        raise ValueError(f"{where}: expected a string or a list of messages, got {type(value).__name__}")
+    for message in value:
+        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
+            raise ValueError(f"{where}: a message needs the strings 'role' and 'content', got {message!r}")
+        yield message["role"]
+        yield message["content"]
+
+
+def _non_empty(texts: Iterable[str]) -> Iterator[str]:
+    """``texts`` without the empty ones; an error where that leaves nothing."""
+    found = False
+    for text in texts:
+        if text:
+            found = True
+            yield text
+    if not found:
+        raise ValueError("texts: there is no text to train a tokenizer on")
