@@ -160,13 +160,17 @@ def _leaves(
     for key, value in values.items():
         field = f"{prefix}{key}"
         if key not in hints:
-            raise ValueError(f"{origin(field)}: unknown key {field!r}; {_suggestion(str(key), prefix, section, schema_class)}")
+            raise ValueError(
+                f"{origin(field)}: unknown key {field!r}; {_suggestion(str(key), prefix, section, schema_class)}"
+            )
         nested = section_class(hints[key])
         if nested is not None and isinstance(value, dict):
             if value:
                 yield from _leaves(value, nested, f"{field}.", origin, schema_class)
         elif isinstance(value, dict):
-            raise ValueError(f"{origin(field)}: {field} takes one value ({_type_name(hints[key])}), not the keys {list(value)}")
+            raise ValueError(
+                f"{origin(field)}: {field} takes one value ({_type_name(hints[key])}), not the keys {list(value)}"
+            )
         else:
             yield field, value, hints[key]
 

@@ -47,7 +47,9 @@ def _render_section(values: dict[str, Any], section: type, indent: str) -> Itera
             yield from _render_section(value, nested, indent + "  ")
         else:
             text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=2**20)
-            yield _with_comment(f"{indent}{field.name}: {text.removesuffix(chr(10)).removesuffix('...').rstrip()}", comment)
+            yield _with_comment(
+                f"{indent}{field.name}: {text.removesuffix(chr(10)).removesuffix('...').rstrip()}", comment
+            )
 
 
 def _comment(section: type, name: str, hint: Any) -> str | None:

@@ -1,0 +1,497 @@
+"""Rules between fields, and between fields and the machine. One small function per rule, each ValueError names the fix.
+
+``check_config`` needs the configuration and the world size alone; ``check_paths`` looks at the disk. Both run before a
+model is built. Which tokenizers go together is checked in ``hetero_ppo.data.chat_template``, which can read them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from typing import Any
+
+from hetero_ppo.config.derived import config_roles, data_parallel_size, exact_quotient, trained_roles
+from hetero_ppo.config.load import AnyConfig
+from hetero_ppo.config.schema import (
+    KlController,
+    PpoConfig,
+    RewardSource,
+    RmConfig,
+    SamplingConfig,
+    SftConfig,
+)
+
+DATA_SUFFIXES = (".jsonl", ".parquet")
+RECOMPUTE_CHOICES = (None, "selective", "full")
+
+
+def check_config(config: AnyConfig, world_size: int) -> None:
+    """Run every rule that needs no file.
+
+    Raises:
+        ValueError: the first rule that is broken: field, value, fix.
+    """
+    for check in COMMON_CHECKS:
+        check(config, world_size)
+    if isinstance(config, PpoConfig):
+        for ppo_check in PPO_CHECKS:
+            ppo_check(config, world_size)
+    else:
+        for supervised_check in SUPERVISED_CHECKS:
+            supervised_check(config, world_size)
+
+
+def check_paths(config: AnyConfig) -> None:
+    """Every file and folder that the run reads exists and is what it should be.
+
+    Raises:
+        ValueError: the first that is not.
+    """
+    for check in PATH_CHECKS:
+        check(config)
+
+
+def _require(condition: bool, field: str, value: object, rule: str) -> None:
+    if not condition:
+        raise ValueError(f"{field}={value}: {rule}")
+
+
+# --- every kind of run -------------------------------------------------------------------------------------------------
+
+
+def check_layout_is_supported(config: AnyConfig, world_size: int) -> None:
+    """Context and expert parallelism are in the schema, and not built yet."""
+    for name, role in config_roles(config).items():
+        for axis in ("tensor", "pipeline", "context", "expert"):
+            size = vars(role.parallel)[axis]
+            _require(size >= 1, f"{name}.parallel.{axis}", size, "a layout has at least 1 rank on every axis")
+        for axis in ("context", "expert"):
+            size = vars(role.parallel)[axis]
+            _require(
+                size == 1, f"{name}.parallel.{axis}", size, f"{axis} parallelism is not supported yet; set it to 1"
+            )
+
+
+def check_layout_divides_world(config: AnyConfig, world_size: int) -> None:
+    for name, role in config_roles(config).items():
+        data_parallel_size(name, role.parallel, world_size)
+
+
+def check_sequence_parallel(config: AnyConfig, world_size: int) -> None:
+    for name, role in config_roles(config).items():
+        _require(
+            not role.parallel.sequence or role.parallel.tensor > 1,
+            f"{name}.parallel.sequence",
+            role.parallel.sequence,
+            f"sequence parallelism splits over the tensor-parallel ranks and {name}.parallel.tensor is 1; "
+            "raise tensor or set sequence to false",
+        )
+
+
+def check_virtual_pipeline(config: AnyConfig, world_size: int) -> None:
+    for name, role in config_roles(config).items():
+        chunks = role.parallel.virtual_pipeline
+        if chunks is not None:
+            field = f"{name}.parallel.virtual_pipeline"
+            _require(chunks > 1, field, chunks, "model chunks per pipeline rank: at least 2, or null")
+            _require(
+                role.parallel.pipeline > 1,
+                field,
+                chunks,
+                f"the interleaved schedule needs {name}.parallel.pipeline > 1; set virtual_pipeline to null",
+            )
+
+
+def check_micro_batches(config: AnyConfig, world_size: int) -> None:
+    for name, role in config_roles(config).items():
+        _require(role.micro_batch_size >= 1, f"{name}.micro_batch_size", role.micro_batch_size, "at least 1 sequence")
+
+
+def check_optimizers(config: AnyConfig, world_size: int) -> None:
+    for name, role in trained_roles(config).items():
+        optimizer, field = role.optimizer, f"{name}.optimizer"
+        _require(optimizer.lr >= 0, f"{field}.lr", optimizer.lr, "a learning rate is not negative")
+        _require(
+            0 <= optimizer.min_lr <= optimizer.lr,
+            f"{field}.min_lr",
+            optimizer.min_lr,
+            f"the schedule ends between 0 and {field}.lr={optimizer.lr}",
+        )
+        _require(
+            optimizer.warmup_steps >= 0, f"{field}.warmup_steps", optimizer.warmup_steps, "0 or more optimizer steps"
+        )
+        _require(optimizer.weight_decay >= 0, f"{field}.weight_decay", optimizer.weight_decay, "0 or more")
+        _require(0 <= optimizer.beta1 < 1, f"{field}.beta1", optimizer.beta1, "in [0, 1)")
+        _require(0 <= optimizer.beta2 < 1, f"{field}.beta2", optimizer.beta2, "in [0, 1)")
+        _require(optimizer.eps > 0, f"{field}.eps", optimizer.eps, "greater than 0")
+        _require(optimizer.grad_clip >= 0, f"{field}.grad_clip", optimizer.grad_clip, "0 (off) or a positive norm")
+
+
+def check_overlap_param_gather(config: AnyConfig, world_size: int) -> None:
+    for name, role in trained_roles(config).items():
+        _require(
+            not role.ddp.overlap_param_gather or role.optimizer.distributed,
+            f"{name}.ddp.overlap_param_gather",
+            role.ddp.overlap_param_gather,
+            f"parameters are gathered by the distributed optimizer alone; set {name}.optimizer.distributed=true",
+        )
+
+
+def check_recompute(config: AnyConfig, world_size: int) -> None:
+    for name, role in trained_roles(config).items():
+        _require(
+            role.recompute in RECOMPUTE_CHOICES, f"{name}.recompute", role.recompute, "allowed: null, selective, full"
+        )
+
+
+def check_lengths(config: AnyConfig, world_size: int) -> None:
+    data = config.data
+    _require(data.max_prompt_tokens >= 1, "data.max_prompt_tokens", data.max_prompt_tokens, "at least 1 token")
+    _require(
+        data.max_sequence_tokens >= 2,
+        "data.max_sequence_tokens",
+        data.max_sequence_tokens,
+        "at least a prompt and an answer token",
+    )
+
+
+def check_data_formats(config: AnyConfig, world_size: int) -> None:
+    for field, path in (("data.train", config.data.train), ("data.eval", config.data.eval)):
+        if path is not None:
+            _require(path.endswith(DATA_SUFFIXES), field, path, f"a data file ends in {' or '.join(DATA_SUFFIXES)}")
+
+
+def check_run(config: AnyConfig, world_size: int) -> None:
+    run, checkpoint = config.run, config.checkpoint
+    _require(run.log_every >= 1, "run.log_every", run.log_every, "at least 1 step")
+    _require(run.threads is None or run.threads >= 1, "run.threads", run.threads, "at least 1, or null")
+    _require(run.timeout_minutes > 0, "run.timeout_minutes", run.timeout_minutes, "more than 0 minutes")
+    _require(checkpoint.every >= 0, "checkpoint.every", checkpoint.every, "0 (at the end alone) or a number of steps")
+    _require(checkpoint.keep >= 1, "checkpoint.keep", checkpoint.keep, "at least the newest checkpoint is kept")
+
+
+def check_there_are_steps(config: AnyConfig, world_size: int) -> None:
+    train = config.train
+    if train.steps is not None:
+        _require(
+            train.steps >= 1, "train.steps", train.steps, "a run does at least 1 step; null lets train.epochs decide"
+        )
+    else:
+        _require(
+            train.epochs >= 1,
+            "train.epochs",
+            train.epochs,
+            "a run does at least 1 pass over the data, or set train.steps",
+        )
+
+
+def check_eval(config: AnyConfig, world_size: int) -> None:
+    train = config.train
+    _require(train.eval_every >= 0, "train.eval_every", train.eval_every, "0 or a number of steps")
+    _require(
+        train.eval_every == 0 or config.data.eval is not None,
+        "train.eval_every",
+        train.eval_every,
+        "there is nothing to evaluate on; set data.eval to a file, or train.eval_every to 0",
+    )
+
+
+# --- SFT and reward model ----------------------------------------------------------------------------------------------
+
+
+def check_global_batch(config: SftConfig | RmConfig, world_size: int) -> None:
+    size = config.train.global_batch_size
+    _require(size >= 1, "train.global_batch_size", size, "at least 1 row per optimizer step")
+    for name, role in trained_roles(config).items():
+        ranks = data_parallel_size(name, role.parallel, world_size)
+        exact_quotient(size, ranks, "train.global_batch_size", f"the data-parallel size of {name}")
+
+
+def check_eval_batches(config: SftConfig | RmConfig, world_size: int) -> None:
+    batches = config.train.eval_batches
+    _require(batches is None or batches >= 1, "train.eval_batches", batches, "at least 1, or null for all of them")
+
+
+def check_reward_model_loss(config: SftConfig | RmConfig, world_size: int) -> None:
+    if isinstance(config, RmConfig):
+        _require(config.loss.margin >= 0, "loss.margin", config.loss.margin, "0 or more")
+        _require(config.loss.score_l2 >= 0, "loss.score_l2", config.loss.score_l2, "0 or more")
+
+
+# --- PPO ---------------------------------------------------------------------------------------------------------------
+
+
+def check_rollout_batch(config: PpoConfig, world_size: int) -> None:
+    """Prompts are dealt to the actor's data-parallel ranks, responses to every role's, minibatches to the trained ones."""
+    algorithm = config.algorithm
+    for field in ("rollout_batch_size", "samples_per_prompt", "minibatch_size", "ppo_epochs"):
+        _require(vars(algorithm)[field] >= 1, f"algorithm.{field}", vars(algorithm)[field], "at least 1")
+    responses = algorithm.rollout_batch_size * algorithm.samples_per_prompt
+    name_of_responses = "algorithm.rollout_batch_size x algorithm.samples_per_prompt"
+    exact_quotient(responses, algorithm.minibatch_size, name_of_responses, "algorithm.minibatch_size")
+    for name, role in config_roles(config).items():
+        ranks = data_parallel_size(name, role.parallel, world_size)
+        exact_quotient(responses, ranks, name_of_responses, f"the data-parallel size of {name}")
+        if name == "actor":
+            exact_quotient(
+                algorithm.rollout_batch_size, ranks, "algorithm.rollout_batch_size", "the data-parallel size of actor"
+            )
+        if name in trained_roles(config):
+            exact_quotient(
+                algorithm.minibatch_size, ranks, "algorithm.minibatch_size", f"the data-parallel size of {name}"
+            )
+
+
+def check_objective(config: PpoConfig, world_size: int) -> None:
+    algorithm = config.algorithm
+    _require(0 <= algorithm.gamma <= 1, "algorithm.gamma", algorithm.gamma, "in [0, 1]")
+    _require(0 <= algorithm.lam <= 1, "algorithm.lam", algorithm.lam, "in [0, 1]")
+    _require(algorithm.clip_ratio > 0, "algorithm.clip_ratio", algorithm.clip_ratio, "greater than 0")
+    _require(
+        algorithm.dual_clip is None or algorithm.dual_clip > 1,
+        "algorithm.dual_clip",
+        algorithm.dual_clip,
+        "dual-clip PPO needs c > 1 (3.0 in the paper), or null to switch it off",
+    )
+    _require(
+        algorithm.value_clip is None or algorithm.value_clip > 0,
+        "algorithm.value_clip",
+        algorithm.value_clip,
+        "greater than 0, or null to switch it off",
+    )
+    _require(algorithm.entropy_coef >= 0, "algorithm.entropy_coef", algorithm.entropy_coef, "0 or more")
+
+
+def check_critic_warmup(config: PpoConfig, world_size: int) -> None:
+    warmup, steps = config.algorithm.critic_warmup_steps, config.train.steps
+    _require(warmup >= 0, "algorithm.critic_warmup_steps", warmup, "0 or more PPO steps")
+    _require(
+        steps is None or warmup < steps,
+        "algorithm.critic_warmup_steps",
+        warmup,
+        f"train.steps={steps}, so the actor would never be trained; warm up for fewer steps",
+    )
+
+
+def check_kl(config: PpoConfig, world_size: int) -> None:
+    kl = config.algorithm.kl
+    _require(kl.coef >= 0, "algorithm.kl.coef", kl.coef, "0 or more")
+    _require(kl.loss_coef >= 0, "algorithm.kl.loss_coef", kl.loss_coef, "0 or more")
+    if kl.controller is KlController.adaptive:
+        _require(
+            kl.coef > 0,
+            "algorithm.kl.coef",
+            kl.coef,
+            "the adaptive controller multiplies it, so it has to start above 0",
+        )
+        _require(kl.target > 0, "algorithm.kl.target", kl.target, "a target above 0 nats per sequence")
+        _require(kl.horizon >= 1, "algorithm.kl.horizon", kl.horizon, "at least 1 sample")
+
+
+def check_reward_source(config: PpoConfig, world_size: int) -> None:
+    reward = config.reward
+    _require(reward.clip >= 0, "reward.clip", reward.clip, "0 (off) or a positive bound")
+    if reward.source is RewardSource.function:
+        _require(
+            reward.function is not None,
+            "reward.source",
+            "function",
+            "set reward.function to package.module:function or path/to/file.py:function",
+        )
+        _require(
+            config.reward_model is None,
+            "reward.source",
+            "function",
+            "reward_model is set and would not be used; set reward_model=null, or reward.source=model",
+        )
+    else:
+        _require(
+            config.reward_model is not None,
+            "reward.source",
+            "model",
+            "set reward_model.model.path, or reward.source=function",
+        )
+        _require(
+            reward.function is None,
+            "reward.function",
+            reward.function,
+            "reward.source is model, so it would not be used; set reward.source=function, or reward.function=null",
+        )
+
+
+def check_function_names(config: PpoConfig, world_size: int) -> None:
+    for field, name in (
+        ("reward.function", config.reward.function),
+        ("train.eval_function", config.train.eval_function),
+    ):
+        if name is not None:
+            module, colon, function = name.rpartition(":")
+            _require(
+                bool(colon and module and function.isidentifier()),
+                field,
+                name,
+                "a function is named package.module:function or path/to/file.py:function",
+            )
+    _require(
+        config.train.eval_function is None or config.data.eval is not None,
+        "train.eval_function",
+        config.train.eval_function,
+        "there is nothing to evaluate on; set data.eval to a file of prompts",
+    )
+
+
+def check_sampling(config: PpoConfig, world_size: int) -> None:
+    _check_sampling("rollout.sampling", config.rollout.sampling)
+    _require(
+        config.rollout.sampling.temperature > 0,
+        "rollout.sampling.temperature",
+        config.rollout.sampling.temperature,
+        "PPO samples from the policy and divides the trainer's logits by it, so it is greater than 0; greedy "
+        "answers are for rollout.eval_sampling",
+    )
+    _check_sampling("rollout.eval_sampling", config.rollout.eval_sampling)
+
+
+def _check_sampling(field: str, sampling: SamplingConfig) -> None:
+    _require(sampling.temperature >= 0, f"{field}.temperature", sampling.temperature, "0 (greedy) or more")
+    _require(0 < sampling.top_p <= 1, f"{field}.top_p", sampling.top_p, "in (0, 1]; 1 keeps all tokens")
+    _require(
+        sampling.top_k == -1 or sampling.top_k >= 1, f"{field}.top_k", sampling.top_k, "-1 (all tokens) or at least 1"
+    )
+    _require(sampling.max_tokens >= 1, f"{field}.max_tokens", sampling.max_tokens, "at least 1 response token")
+    for token in sampling.stop_token_ids:
+        _require(token >= 0, f"{field}.stop_token_ids", sampling.stop_token_ids, "token ids are not negative")
+
+
+def check_rollout_servers(config: PpoConfig, world_size: int) -> None:
+    rollout = config.rollout
+    for field in ("num_servers", "max_num_seqs", "kv_cache_mib", "tensor_parallel"):
+        _require(vars(rollout)[field] >= 1, f"rollout.{field}", vars(rollout)[field], "at least 1")
+    for field in ("start_timeout_s", "request_timeout_s", "sync_timeout_s"):
+        _require(vars(rollout)[field] > 0, f"rollout.{field}", vars(rollout)[field], "more than 0 seconds")
+    _require(rollout.max_restarts >= 0, "rollout.max_restarts", rollout.max_restarts, "0 or more")
+    share = rollout.gpu_memory_utilization
+    _require(0 < share <= 1, "rollout.gpu_memory_utilization", share, "a share of the device, in (0, 1]")
+
+
+# --- the disk ----------------------------------------------------------------------------------------------------------
+
+
+def check_model_folders(config: AnyConfig) -> None:
+    for name, role in config_roles(config).items():
+        field, path = f"{name}.model.path", role.model.path
+        _require(
+            os.path.isdir(path), field, path, "no such folder; give a Hugging Face checkpoint folder on this machine"
+        )
+        read_model_config(field, path)
+        _require(
+            any(file.endswith(".safetensors") for file in os.listdir(path)),
+            field,
+            path,
+            "the folder has no *.safetensors file; save the model with safetensors",
+        )
+        tokenizer = role.model.tokenizer
+        _require(tokenizer is None or os.path.isdir(tokenizer), f"{name}.model.tokenizer", tokenizer, "no such folder")
+
+
+def read_model_config(field: str, path: str) -> dict[str, Any]:
+    """config.json of a checkpoint folder.
+
+    Raises:
+        ValueError: missing or not JSON.
+    """
+    file = os.path.join(path, "config.json")
+    _require(os.path.isfile(file), field, path, "the folder has no config.json; give a Hugging Face checkpoint folder")
+    try:
+        with open(file, encoding="utf-8") as stream:
+            return json.load(stream)
+    except ValueError as error:
+        raise ValueError(f"{field}={path}: config.json is not valid JSON: {error}") from error
+
+
+def check_context_lengths(config: AnyConfig) -> None:
+    """The longest sequence fits the positions that the model was made for (scaled RoPE is left to the user)."""
+    if isinstance(config, PpoConfig):
+        tokens = config.data.max_prompt_tokens + config.rollout.sampling.max_tokens
+        fields = "data.max_prompt_tokens + rollout.sampling.max_tokens"
+    else:
+        tokens, fields = config.data.max_sequence_tokens, "data.max_sequence_tokens"
+    for name, role in config_roles(config).items():
+        model = read_model_config(f"{name}.model.path", role.model.path)
+        scaling = model.get("rope_scaling") or model.get("rope_parameters") or {}
+        if scaling.get("rope_type", scaling.get("type", "default")) == "default" and "max_position_embeddings" in model:
+            limit = model["max_position_embeddings"]
+            _require(
+                tokens <= limit,
+                fields,
+                tokens,
+                f"{name}.model.path has max_position_embeddings {limit}; lower the length or use a longer model",
+            )
+
+
+def check_data_files(config: AnyConfig) -> None:
+    files = {
+        "data.train": config.data.train,
+        "data.eval": config.data.eval,
+        "data.chat_template": config.data.chat_template,
+    }
+    for field, path in files.items():
+        if path is not None:
+            _require(os.path.isfile(path), field, path, f"no such file (current folder: {os.getcwd()})")
+
+
+def check_function_files(config: AnyConfig) -> None:
+    if isinstance(config, PpoConfig):
+        functions = {"reward.function": config.reward.function, "train.eval_function": config.train.eval_function}
+        for field, name in functions.items():
+            if name is not None and name.rpartition(":")[0].endswith(".py"):
+                _require(os.path.isfile(name.rpartition(":")[0]), field, name, "no such Python file")
+
+
+def check_run_folders(config: AnyConfig) -> None:
+    _require(not os.path.isfile(config.run.dir), "run.dir", config.run.dir, "is a file; a run writes into a folder")
+    load = config.checkpoint.load
+    _require(load is None or os.path.isdir(load), "checkpoint.load", load, "no such run folder")
+    if isinstance(config, PpoConfig):
+        replay = config.train.replay_rollouts
+        _require(replay is None or os.path.isdir(replay), "train.replay_rollouts", replay, "no such folder of rollouts")
+
+
+COMMON_CHECKS: tuple[Callable[[AnyConfig, int], None], ...] = (
+    check_layout_is_supported,
+    check_layout_divides_world,
+    check_sequence_parallel,
+    check_virtual_pipeline,
+    check_micro_batches,
+    check_optimizers,
+    check_overlap_param_gather,
+    check_recompute,
+    check_lengths,
+    check_data_formats,
+    check_run,
+    check_there_are_steps,
+    check_eval,
+)
+SUPERVISED_CHECKS: tuple[Callable[[SftConfig | RmConfig, int], None], ...] = (
+    check_global_batch,
+    check_eval_batches,
+    check_reward_model_loss,
+)
+PPO_CHECKS: tuple[Callable[[PpoConfig, int], None], ...] = (
+    check_rollout_batch,
+    check_objective,
+    check_critic_warmup,
+    check_kl,
+    check_reward_source,
+    check_function_names,
+    check_sampling,
+    check_rollout_servers,
+)
+PATH_CHECKS: tuple[Callable[[AnyConfig], None], ...] = (
+    check_data_files,
+    check_model_folders,
+    check_context_lengths,
+    check_function_files,
+    check_run_folders,
+)

@@ -1,0 +1,259 @@
+"""What follows from the few batch sizes a user writes: computed once, printed when a run starts, never written back."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from hetero_ppo.config.load import AnyConfig
+from hetero_ppo.config.schema import (
+    ParallelConfig,
+    PpoConfig,
+    RmConfig,
+    RoleConfig,
+    SftConfig,
+    TrainedRoleConfig,
+)
+
+
+def config_roles(config: AnyConfig) -> dict[str, RoleConfig]:
+    """Field name -> role, for every role that the run builds."""
+    if isinstance(config, SftConfig):
+        return {"actor": config.actor}
+    if isinstance(config, RmConfig):
+        return {"reward": config.reward}
+    roles: dict[str, RoleConfig] = {"actor": config.actor, "critic": config.critic, "reference": config.reference}
+    if config.reward_model is not None:
+        roles["reward_model"] = config.reward_model
+    return roles
+
+
+def trained_roles(config: AnyConfig) -> dict[str, TrainedRoleConfig]:
+    """The roles of ``config_roles`` that have an optimizer."""
+    return {name: role for name, role in config_roles(config).items() if isinstance(role, TrainedRoleConfig)}
+
+
+def data_parallel_size(role: str, parallel: ParallelConfig, world_size: int) -> int:
+    """Ranks left to ``role`` for data parallelism.
+
+    Raises:
+        ValueError: the layout does not divide the world size.
+    """
+    model_ranks = parallel.tensor * parallel.pipeline * parallel.context
+    if world_size % model_ranks:
+        raise ValueError(
+            f"{role}.parallel: tensor {parallel.tensor} x pipeline {parallel.pipeline} x context {parallel.context} = "
+            f"{model_ranks} ranks do not divide the world size {world_size}; change the layout, or start a multiple of "
+            f"{model_ranks} processes (NPROC_PER_NODE x NNODES)"
+        )
+    return world_size // model_ranks
+
+
+@dataclass(frozen=True)
+class RoleBatching:
+    """How one trained role cuts its optimizer steps."""
+
+    role: str
+    data_parallel_size: int  # ranks
+    batch_per_rank: int  # sequences (SFT, PPO) or pairs (reward model) per optimizer step on one data-parallel rank
+    micro_batch_size: int  # of them per forward
+    micro_batches: int  # per optimizer step on one rank, the last one may be smaller
+    optimizer_steps_per_step: int  # optimizer steps per PPO step; 1 for SFT and reward model
+    total_optimizer_steps: int
+
+
+@dataclass(frozen=True)
+class SupervisedBatching:
+    """SFT and reward model."""
+
+    num_rows: int  # examples (SFT) or pairs (reward model) in the training file, after over-long ones were left out
+    global_batch_size: int
+    total_steps: int
+    role: RoleBatching
+    row_unit: str  # "examples" or "pairs"
+
+    def describe(self) -> str:
+        """Aligned lines, each with its unit."""
+        rows = [
+            ("training data", self.num_rows, self.row_unit),
+            ("global batch", self.global_batch_size, f"{self.row_unit} per optimizer step, over all ranks"),
+            ("steps", self.total_steps, f"optimizer steps, {self._passes():.2f} passes over the data"),
+        ]
+        return _aligned(rows + _role_rows(self.role, self.row_unit))
+
+    def _passes(self) -> float:
+        return self.total_steps * self.global_batch_size / self.num_rows
+
+
+@dataclass(frozen=True)
+class PpoBatching:
+    """PPO: everything is counted in prompts, responses or steps."""
+
+    num_prompts: int  # in the training file, after over-long ones were left out
+    rollout_batch_size: int  # prompts per PPO step, over all ranks
+    samples_per_prompt: int
+    responses_per_step: int  # over all ranks
+    prompts_per_rank: int  # per PPO step on one data-parallel rank of the actor
+    responses_per_rank: int  # the same in responses
+    minibatches_per_epoch: int  # optimizer steps in one pass over the rollout batch
+    ppo_epochs: int  # passes over the rollout batch
+    total_steps: int  # PPO steps
+    critic_warmup_steps: int  # PPO steps that train the critic alone
+    actor: RoleBatching
+    critic: RoleBatching
+
+    def describe(self) -> str:
+        """Aligned lines, each with its unit."""
+        passes = self.total_steps * self.rollout_batch_size / self.num_prompts
+        rows = [
+            ("training data", self.num_prompts, "prompts"),
+            ("rollout batch", self.rollout_batch_size, "prompts per PPO step, over all ranks"),
+            ("samples per prompt", self.samples_per_prompt, "responses"),
+            ("responses per step", self.responses_per_step, "responses per PPO step, over all ranks"),
+            (
+                "responses per rank",
+                self.responses_per_rank,
+                f"responses per PPO step, of {self.prompts_per_rank} prompts",
+            ),
+            ("minibatches", self.minibatches_per_epoch, f"per PPO epoch, {self.ppo_epochs} PPO epochs per step"),
+            ("PPO steps", self.total_steps, f"{passes:.2f} passes over the prompts"),
+            ("critic warm-up", self.critic_warmup_steps, "PPO steps that train the critic alone"),
+        ]
+        return _aligned(rows + _role_rows(self.actor, "responses") + _role_rows(self.critic, "responses"))
+
+
+def _role_rows(role: RoleBatching, unit: str) -> list[tuple[str, int, str]]:
+    per_step = f", {role.optimizer_steps_per_step} per PPO step" if role.optimizer_steps_per_step != 1 else ""
+    return [
+        (f"{role.role} data parallel", role.data_parallel_size, "ranks"),
+        (f"{role.role} batch per rank", role.batch_per_rank, f"{unit} per optimizer step"),
+        (
+            f"{role.role} micro-batches",
+            role.micro_batches,
+            f"of at most {role.micro_batch_size} {unit} per optimizer step",
+        ),
+        (f"{role.role} optimizer steps", role.total_optimizer_steps, f"in the whole run{per_step}"),
+    ]
+
+
+def _aligned(rows: list[tuple[str, int, str]]) -> str:
+    name_width = max(len(name) for name, _, _ in rows)
+    number_width = max(len(str(number)) for _, number, _ in rows)
+    return "\n".join(f"{name:<{name_width}}  {number:>{number_width}}  {unit}" for name, number, unit in rows)
+
+
+def total_steps(steps: int | None, epochs: int, num_rows: int, rows_per_step: int, source: str) -> int:
+    """``steps`` where given, else enough steps that every row is seen ``epochs`` times (the last pass may go on).
+
+    Raises:
+        ValueError: there is nothing to do.
+    """
+    total = steps if steps is not None else math.ceil(num_rows * epochs / rows_per_step)
+    if num_rows == 0 or total <= 0:
+        raise ValueError(
+            f"the run would do zero steps: {num_rows} usable rows in {source}, train.steps={steps}, train.epochs={epochs}; "
+            "check the data file and what was left out of it, and the two settings"
+        )
+    return total
+
+
+def derive_supervised(config: SftConfig | RmConfig, world_size: int, num_rows: int) -> SupervisedBatching:
+    """Batching of an SFT or reward-model run on ``world_size`` ranks with ``num_rows`` usable training rows.
+
+    Raises:
+        ValueError: sizes that do not divide, or zero steps.
+    """
+    name, role = next(iter(trained_roles(config).items()))
+    train = config.train
+    steps = total_steps(train.steps, train.epochs, num_rows, train.global_batch_size, config.data.train)
+    batching = _role_batching(name, role, world_size, train.global_batch_size, "train.global_batch_size", 1, steps)
+    unit = "examples" if isinstance(config, SftConfig) else "pairs"
+    return SupervisedBatching(num_rows, train.global_batch_size, steps, batching, unit)
+
+
+def derive_ppo(config: PpoConfig, world_size: int, num_prompts: int) -> PpoBatching:
+    """Batching of a PPO run on ``world_size`` ranks with ``num_prompts`` usable prompts.
+
+    Raises:
+        ValueError: sizes that do not divide, or zero steps.
+    """
+    algorithm, train = config.algorithm, config.train
+    responses = algorithm.rollout_batch_size * algorithm.samples_per_prompt
+    minibatches = exact_quotient(
+        responses,
+        algorithm.minibatch_size,
+        "algorithm.rollout_batch_size x algorithm.samples_per_prompt",
+        "algorithm.minibatch_size",
+    )
+    steps = total_steps(train.steps, train.epochs, num_prompts, algorithm.rollout_batch_size, config.data.train)
+    if algorithm.critic_warmup_steps >= steps:
+        raise ValueError(
+            f"algorithm.critic_warmup_steps={algorithm.critic_warmup_steps}: the run has {steps} PPO steps, so the actor "
+            "would never be trained; warm up for fewer steps, or raise train.steps or train.epochs"
+        )
+    per_step = algorithm.ppo_epochs * minibatches
+    roles = {
+        name: _role_batching(
+            name, role, world_size, algorithm.minibatch_size, "algorithm.minibatch_size", per_step, per_step * trained
+        )
+        for name, role, trained in (
+            ("actor", config.actor, steps - algorithm.critic_warmup_steps),
+            ("critic", config.critic, steps),
+        )
+    }
+    ranks = roles["actor"].data_parallel_size
+    prompts_per_rank = exact_quotient(
+        algorithm.rollout_batch_size, ranks, "algorithm.rollout_batch_size", "the actor's data-parallel size"
+    )
+    return PpoBatching(
+        num_prompts=num_prompts,
+        rollout_batch_size=algorithm.rollout_batch_size,
+        samples_per_prompt=algorithm.samples_per_prompt,
+        responses_per_step=responses,
+        prompts_per_rank=prompts_per_rank,
+        responses_per_rank=prompts_per_rank * algorithm.samples_per_prompt,
+        minibatches_per_epoch=minibatches,
+        ppo_epochs=algorithm.ppo_epochs,
+        total_steps=steps,
+        critic_warmup_steps=algorithm.critic_warmup_steps,
+        actor=roles["actor"],
+        critic=roles["critic"],
+    )
+
+
+def _role_batching(
+    name: str,
+    role: TrainedRoleConfig,
+    world_size: int,
+    batch: int,
+    batch_field: str,
+    optimizer_steps_per_step: int,
+    total_optimizer_steps: int,
+) -> RoleBatching:
+    ranks = data_parallel_size(name, role.parallel, world_size)
+    per_rank = exact_quotient(batch, ranks, batch_field, f"the data-parallel size of {name}")
+    return RoleBatching(
+        role=name,
+        data_parallel_size=ranks,
+        batch_per_rank=per_rank,
+        micro_batch_size=role.micro_batch_size,
+        micro_batches=math.ceil(per_rank / role.micro_batch_size),
+        optimizer_steps_per_step=optimizer_steps_per_step,
+        total_optimizer_steps=total_optimizer_steps,
+    )
+
+
+def exact_quotient(numerator: int, denominator: int, numerator_name: str, denominator_name: str) -> int:
+    """``numerator / denominator``.
+
+    Raises:
+        ValueError: it is not a whole number; names the nearest sizes that would do.
+    """
+    if numerator % denominator:
+        below = numerator - numerator % denominator
+        nearest = f"{below} or {below + denominator}" if below else str(denominator)
+        raise ValueError(
+            f"{numerator_name} = {numerator} is not a multiple of {denominator_name} = {denominator}; "
+            f"the nearest multiple is {nearest}"
+        )
+    return numerator // denominator
