@@ -2,11 +2,11 @@
 
 Every loss is a sum over the tokens (or pairs) of this micro-batch divided by ``denominator``, the number of tokens
 (or pairs) in the global minibatch over all ranks and micro-batches. So the sum of the micro-batches' losses over all
-ranks is the minibatch's mean, and the sum of their gradients its gradient, however it is cut. An engine whose framework
-averages over ranks or micro-batches has to undo that.
+ranks is the minibatch's mean, and the sum of their gradients its gradient, however it is cut. An engine that divides
+by the number of tokens itself passes 1.
 
-Metrics travel as ``[sum, count]`` pairs in float64 under verl's names; pairs of micro-batches and ranks are added, and
-``mean_metrics`` divides at the end.
+Metrics travel as float64 sums under verl's names, with the count they are over; sums and counts of micro-batches and
+ranks are added, and ``mean_metrics`` divides at the end.
 """
 
 from __future__ import annotations
@@ -26,19 +26,20 @@ from hetero_ppo.config.schema import KlEstimator
 #: |log(policy / old policy)| beyond which the ratio stays constant: exp(20) = 4.9e8 cannot overflow float32.
 MAX_LOG_RATIO = 20.0
 
-#: Pairs that ``mean_metrics`` turns into critic/vf_explained_var.
+#: Sums that ``mean_metrics`` turns into critic/vf_explained_var.
 _EXPLAINED_VAR_PARTS = ("critic/returns", "critic/returns_sq", "critic/residual", "critic/residual_sq")
 
 
 @dataclass(frozen=True)
 class Loss:
-    """One term of a loss. Terms of one micro-batch add up with ``+``."""
+    """One term of a loss. Terms over the same tokens of the same micro-batch add up with ``+``."""
 
     loss: Tensor  # [] float, with a graph
-    metric_sums: dict[str, Tensor]  # verl's name -> [2] float64: sum and count, without a graph
+    count: Tensor  # [] int64, tokens (or pairs) that the sums are over
+    metric_sums: dict[str, Tensor]  # verl's name -> [] float64, without a graph
 
     def __add__(self, other: Loss) -> Loss:
-        return Loss(self.loss + other.loss, add_metric_sums([self.metric_sums, other.metric_sums]))
+        return Loss(self.loss + other.loss, self.count, self.metric_sums | other.metric_sums)
 
 
 def policy_loss(
@@ -54,7 +55,7 @@ def policy_loss(
 
     Schulman et al. 2017, "Proximal Policy Optimization Algorithms", equation 7: the token's loss is
     ``max(-A ratio, -A clip(ratio, 1 - clip_ratio, 1 + clip_ratio))``. With ``dual_clip = c``, Ye et al. 2020,
-    "Mastering Complex Control in MOBA Games with Deep Reinforcement Learning", equation 5: where A < 0 the loss is at
+    "Mastering Complex Control in MOBA Games with Deep Reinforcement Learning" (dual-clip PPO): where A < 0 the loss is at
     most ``-c A``. The log-ratio is clamped to +-20 before the exponential.
 
     Args:
@@ -68,8 +69,8 @@ def policy_loss(
 
     Returns:
         The loss and actor/pg_loss, actor/pg_clipfrac, actor/pg_clipfrac_lower, actor/ppo_kl, actor/ratio_mean.
-        ``ppo_kl`` is the k1 estimate of KL(old || new), ``pg_clipfrac`` the share of tokens
-        whose clipped term is the larger, ``pg_clipfrac_lower`` that of tokens which the dual clip bounds.
+        ``ppo_kl`` is the k1 estimate of KL(old || new), ``pg_clipfrac`` the share of tokens whose clipped term is the
+        larger, ``pg_clipfrac_lower`` that of tokens which the dual clip bounds.
 
     Raises:
         ValueError: ``denominator`` is not positive.
@@ -86,7 +87,8 @@ def policy_loss(
         negative = advantages < 0
         bounded = negative & (surrogate > bound)
         token_loss = torch.where(negative, torch.minimum(surrogate, bound), surrogate)
-    metric_sums = _masked_sums(
+    return _with_sums(
+        masked_mean(token_loss, mask, denominator),
         mask,
         {
             "actor/pg_loss": token_loss,
@@ -96,7 +98,6 @@ def policy_loss(
             "actor/ratio_mean": ratio,
         },
     )
-    return Loss(masked_mean(token_loss, mask, denominator), metric_sums)
 
 
 def value_loss(
@@ -111,7 +112,7 @@ def value_loss(
 
     With ``V_clip = clip(V, V_old - value_clip, V_old + value_clip)`` the token's loss is
     ``max((V - R)^2, (V_clip - R)^2) / 2`` (openai/baselines ppo2; Engstrom et al. 2020, "Implementation Matters in Deep
-    Policy Gradients", section 3).
+    Policy Gradients").
 
     Args:
         values: [b, t] float, of the critic being trained, with a graph.
@@ -123,8 +124,8 @@ def value_loss(
 
     Returns:
         The loss and critic/vf_loss, critic/vf_clipfrac, critic/vpred_mean, and the parts from which ``mean_metrics``
-        makes critic/vf_explained_var and critic/returns/mean. Explained variance, ``1 - var(R - V_old) / var(R)``, is of the values that made the
-        advantages, so that its parts do not depend on the minibatch's place in the epoch.
+        makes critic/vf_explained_var and critic/returns/mean. Explained variance, ``1 - var(R - V_old) / var(R)``, is
+        of the values that made the advantages, so that its parts do not depend on the minibatch's place in the epoch.
 
     Raises:
         ValueError: ``denominator`` is not positive.
@@ -140,7 +141,8 @@ def value_loss(
     token_loss = 0.5 * token_loss
     wide_returns = returns.double()
     residual = wide_returns - old_values
-    metric_sums = _masked_sums(
+    return _with_sums(
+        masked_mean(token_loss, mask, denominator),
         mask,
         {
             "critic/vf_loss": token_loss,
@@ -152,7 +154,6 @@ def value_loss(
             "critic/residual_sq": residual.square(),
         },
     )
-    return Loss(masked_mean(token_loss, mask, denominator), metric_sums)
 
 
 def entropy_bonus(entropy: Tensor, mask: Tensor, entropy_coef: float, denominator: float) -> Loss:
@@ -170,7 +171,7 @@ def entropy_bonus(entropy: Tensor, mask: Tensor, entropy_coef: float, denominato
     _check_denominator(denominator)
     differentiable = entropy if entropy_coef else entropy.detach()  # spares the backward over the vocabulary
     loss = -entropy_coef * masked_mean(differentiable, mask, denominator)
-    return Loss(loss, _masked_sums(mask, {"actor/entropy": entropy}))
+    return _with_sums(loss, mask, {"actor/entropy": entropy})
 
 
 def kl_loss(
@@ -197,7 +198,7 @@ def kl_loss(
     _check_denominator(denominator)
     kl = kl_estimate(log_probs.masked_fill(~mask, 0), ref_log_probs.masked_fill(~mask, 0), estimator)
     loss = kl_loss_coef * masked_mean(kl, mask, denominator)
-    return Loss(loss, _masked_sums(mask, {"actor/kl_loss": kl}))
+    return _with_sums(loss, mask, {"actor/kl_loss": kl})
 
 
 def bradley_terry_loss(
@@ -228,7 +229,8 @@ def bradley_terry_loss(
     loss = pair_loss.sum() / denominator
     if score_l2:
         loss = loss + score_l2 * (chosen_scores.square() + rejected_scores.square()).sum() / (2.0 * denominator)
-    metric_sums = _masked_sums(
+    return _with_sums(
+        loss,
         torch.ones_like(difference, dtype=torch.bool),
         {
             "rm/loss": pair_loss,
@@ -238,7 +240,6 @@ def bradley_terry_loss(
             "rm/rejected_score": rejected_scores,
         },
     )
-    return Loss(loss, metric_sums)
 
 
 def sft_loss(log_probs: Tensor, mask: Tensor, denominator: float) -> Loss:
@@ -253,49 +254,46 @@ def sft_loss(log_probs: Tensor, mask: Tensor, denominator: float) -> Loss:
         ValueError: ``denominator`` is not positive.
     """
     _check_denominator(denominator)
-    return Loss(-masked_mean(log_probs, mask, denominator), _masked_sums(mask, {"sft/loss": -log_probs}))
+    return _with_sums(-masked_mean(log_probs, mask, denominator), mask, {"sft/loss": -log_probs})
 
 
 def add_metric_sums(parts: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Add the ``[sum, count]`` pairs of micro-batches, minibatches or loss terms, name by name."""
+    """Add the sums of micro-batches or minibatches, name by name."""
     total: dict[str, Tensor] = {}
     for part in parts:
-        for name, pair in part.items():
-            total[name] = total[name] + pair if name in total else pair
+        for name, value in part.items():
+            total[name] = total[name] + value if name in total else value
     return total
 
 
-def mean_metrics(metric_sums: Mapping[str, Tensor]) -> dict[str, float]:
-    """Divide sums by counts; the parts of explained variance become critic/vf_explained_var.
+def mean_metrics(metric_sums: Mapping[str, Tensor | float], count: Tensor | float) -> dict[str, float]:
+    """Divide sums by their count; the parts of explained variance become critic/vf_explained_var.
 
     Args:
-        metric_sums: name -> [2] float64, sum and count over all ranks and micro-batches.
+        metric_sums: name -> sum over all ranks and micro-batches.
+        count: tokens (or pairs) that the sums are over.
 
     Returns:
         name -> mean. NaN where nothing was counted; explained variance is NaN too where all returns are equal.
     """
-    means = {}
-    for name, pair in metric_sums.items():
-        total, count = pair.tolist()
-        means[name] = total / count if count else math.nan
+    number = float(count)
+    means = {name: float(total) / number if number else math.nan for name, total in metric_sums.items()}
     if _EXPLAINED_VAR_PARTS[0] in means:
         returns, returns_sq, residual, residual_sq = (means.pop(name) for name in _EXPLAINED_VAR_PARTS)
         returns_var = returns_sq - returns**2
         # float64 leaves about 1e-16 of the mean square in a difference that is 0.
         known = returns_var > 1e-12 * returns_sq
-        explained = 1.0 - (residual_sq - residual**2) / returns_var if known else math.nan
-        means["critic/vf_explained_var"] = explained
+        means["critic/vf_explained_var"] = 1.0 - (residual_sq - residual**2) / returns_var if known else math.nan
         means["critic/returns/mean"] = returns
     return means
 
 
-def _masked_sums(mask: Tensor, metrics: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """name -> [2] float64: sum over the mask, and its number of True places. Nothing waits for the device."""
+def _with_sums(loss: Tensor, mask: Tensor, metrics: Mapping[str, Tensor]) -> Loss:
+    """The loss with the sum of each metric over the mask. Nothing waits for the device."""
     with torch.no_grad():
         values = torch.stack([value.detach().double() for value in metrics.values()])
         sums = values.masked_fill_(~mask, 0).flatten(1).sum(dim=1)
-        pairs = torch.stack([sums, mask.sum().double().expand_as(sums)], dim=1)
-        return dict(zip(metrics, pairs.unbind(0)))
+        return Loss(loss, mask.sum(), dict(zip(metrics, sums.unbind(0))))
 
 
 def _check_denominator(denominator: float) -> None:

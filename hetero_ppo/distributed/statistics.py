@@ -52,20 +52,19 @@ def global_masked_moments(values: Tensor, mask: Tensor, group: dist.ProcessGroup
     return Moments(mean.item(), var.item(), int(total.item()))
 
 
-def all_reduce_metric_sums(metric_sums: Mapping[str, Tensor], group: dist.ProcessGroup | None) -> dict[str, Tensor]:
-    """Add ``[sum, count]`` pairs over the ranks of ``group``, in one collective.
+def all_reduce_metric_sums(metric_sums: Mapping[str, Tensor], group: dist.ProcessGroup | None) -> dict[str, float]:
+    """Add sums (and counts) over the ranks of ``group``, in one collective.
 
     Args:
-        metric_sums: name -> [2] float64 (see ``hetero_ppo.algorithms.losses``); the same names on all ranks, in any
-            order, at least one.
+        metric_sums: name -> [] tensor, at least one; the same names on all ranks, in any order.
         group: ranks that saw different rows (a data-parallel group); None is this process alone.
 
     Returns:
-        name -> [2] float64 on the CPU, equal on all ranks.
+        name -> sum, equal on all ranks.
     """
     names = sorted(metric_sums)
-    total = _gather(torch.stack([metric_sums[name] for name in names]), group).sum(dim=0)
-    return dict(zip(names, total.unbind(0)))
+    total = _gather(torch.stack([metric_sums[name].double() for name in names]), group).sum(dim=0)
+    return dict(zip(names, total.tolist()))
 
 
 def _gather(local: Tensor, group: dist.ProcessGroup | None) -> Tensor:

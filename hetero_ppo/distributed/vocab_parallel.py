@@ -37,8 +37,8 @@ def vocab_parallel_log_probs(
     they take no part, and their gradient is 0. Results and gradients of the log-probs are equal on all ranks of the
     group; the gradient of the logits is each rank's own columns, without a collective.
 
-    Leading dimensions that are not contiguous cost a copy of the logits: of Megatron-Core's [S, B, V/tp], take
-    ``logits[:-1]`` before transposing anything else than the result.
+    Logits that are not contiguous cost a copy of them, forward and backward. To leave out the last position of [B, S,
+    V/tp], which predicts nothing, give it any target and slice the results, not the logits.
 
     Args:
         logits: [..., V/tp] bf16, fp16, float32 or float64, finite.
