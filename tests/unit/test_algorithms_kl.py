@@ -9,7 +9,7 @@ from hetero_ppo.algorithms.kl import AdaptiveKlController, FixedKlController, bu
 from hetero_ppo.config.schema import KlConfig, KlController, KlEstimator
 
 
-def test_estimators_by_hand():
+def test_estimators_by_hand() -> None:
     # policy / reference = 2 and 1/2
     log_probs, ref_log_probs = torch.tensor([[0.8, 0.2]]).log(), torch.tensor([[0.4, 0.4]]).log()
     log2 = math.log(2.0)
@@ -19,7 +19,7 @@ def test_estimators_by_hand():
     assert kl_estimate(log_probs, ref_log_probs, KlEstimator.k3)[0].tolist() == pytest.approx(k3)
 
 
-def test_k1_and_k3_are_unbiased_and_k2_is_close():
+def test_k1_and_k3_are_unbiased_and_k2_is_close() -> None:
     policy = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
     reference = torch.tensor([0.45, 0.25, 0.3], dtype=torch.float64)
     exact = (policy * (policy / reference).log()).sum().item()
@@ -29,7 +29,7 @@ def test_k1_and_k3_are_unbiased_and_k2_is_close():
     assert expectation[KlEstimator.k2] == pytest.approx(exact, rel=0.2)
 
 
-def test_k3_saturates_where_the_policy_has_ruled_a_token_out():
+def test_k3_saturates_where_the_policy_has_ruled_a_token_out() -> None:
     log_probs = torch.tensor([-1000.0, -1.0], requires_grad=True)
     kl = kl_estimate(log_probs, torch.tensor([-1.0, -1000.0]), KlEstimator.k3)
     kl.sum().backward()
@@ -38,7 +38,7 @@ def test_k3_saturates_where_the_policy_has_ruled_a_token_out():
     assert log_probs.grad.tolist() == pytest.approx([0.0, 1.0])
 
 
-def test_adaptive_controller_by_hand():
+def test_adaptive_controller_by_hand() -> None:
     controller = AdaptiveKlController(coef=0.1, target=6.0, horizon=1000)
     controller.update(current_kl=6.6, num_samples=100)  # error 0.1, under the bound
     assert controller.coef == pytest.approx(0.1 * 1.01)
@@ -49,7 +49,7 @@ def test_adaptive_controller_by_hand():
     assert controller.coef == pytest.approx(0.1 * 1.02 * 0.98)
 
 
-def test_adaptive_controller_holds_the_target_of_a_simple_plant():
+def test_adaptive_controller_holds_the_target_of_a_simple_plant() -> None:
     """KL falls as the coefficient grows: KL = 1 / coef. The controller has to find coef = 1 / target."""
     controller = AdaptiveKlController(coef=0.05, target=4.0, horizon=500)
     for _ in range(400):
@@ -57,7 +57,7 @@ def test_adaptive_controller_holds_the_target_of_a_simple_plant():
     assert 1.0 / controller.coef == pytest.approx(4.0, rel=1e-3)
 
 
-def test_adaptive_controller_resumes():
+def test_adaptive_controller_resumes() -> None:
     source = AdaptiveKlController(coef=0.1, target=6.0, horizon=1000)
     source.update(60.0, 100)
     resumed = AdaptiveKlController(coef=0.7, target=6.0, horizon=1000)
@@ -65,7 +65,7 @@ def test_adaptive_controller_resumes():
     assert resumed.coef == source.coef
 
 
-def test_controllers_refuse_what_cannot_be_meant():
+def test_controllers_refuse_what_cannot_be_meant() -> None:
     with pytest.raises(ValueError, match="algorithm.kl.target"):
         AdaptiveKlController(0.1, target=0.0, horizon=10)
     with pytest.raises(ValueError, match="algorithm.kl.horizon"):
@@ -78,7 +78,7 @@ def test_controllers_refuse_what_cannot_be_meant():
         FixedKlController(0.1).load_state_dict(AdaptiveKlController(0.1, 1.0, 10).state_dict())
 
 
-def test_build_kl_controller_reads_the_config():
+def test_build_kl_controller_reads_the_config() -> None:
     fixed = build_kl_controller(KlConfig(coef=0.3))
     fixed.update(100.0, 1000)
     assert isinstance(fixed, FixedKlController) and fixed.coef == 0.3

@@ -18,7 +18,7 @@ from hetero_ppo.algorithms.losses import (
 from hetero_ppo.config.schema import KlEstimator
 
 
-def one_token_policy_loss(ratio, advantage, dual_clip=None):
+def one_token_policy_loss(ratio: float, advantage: float, dual_clip: float | None = None):
     """Loss and its derivative in the ratio's logarithm, clip_ratio 0.2."""
     log_prob = torch.tensor([[math.log(ratio)]], dtype=torch.float64, requires_grad=True)
     result = policy_loss(
@@ -47,7 +47,9 @@ def one_token_policy_loss(ratio, advantage, dual_clip=None):
         (5.0, 2.0, 3.0, -2.4, 0.0, 1, 0),  # dual clip leaves good tokens alone
     ],
 )
-def test_policy_loss_by_hand(ratio, advantage, dual_clip, loss, gradient, clipped, bounded):
+def test_policy_loss_by_hand(
+    ratio: float, advantage: float, dual_clip: float | None, loss: float, gradient: float, clipped: int, bounded: int
+) -> None:
     got_loss, got_gradient, metrics = one_token_policy_loss(ratio, advantage, dual_clip)
     assert got_loss == pytest.approx(loss)
     assert got_gradient == pytest.approx(gradient)
@@ -60,12 +62,12 @@ def test_policy_loss_by_hand(ratio, advantage, dual_clip, loss, gradient, clippe
     }
 
 
-def test_gradient_at_ratio_one_is_the_policy_gradient():
+def test_gradient_at_ratio_one_is_the_policy_gradient() -> None:
     for advantage in (2.0, -2.0):
         assert one_token_policy_loss(1.0, advantage, dual_clip=3.0)[1] == pytest.approx(-advantage)
 
 
-def test_policy_loss_survives_extreme_ratios():
+def test_policy_loss_survives_extreme_ratios() -> None:
     log_probs = torch.tensor([[0.0, -500.0, 7.0]], requires_grad=True)
     mask = torch.tensor([[True, True, False]])
     result = policy_loss(log_probs, torch.tensor([[-500.0, 0.0, 0.0]]), -torch.ones(1, 3), mask, 0.2, None, 2)
@@ -83,7 +85,7 @@ def test_policy_loss_survives_extreme_ratios():
         (0.5, 0.2, 0.5 * 1.5**2, -1.5, 0),  # moved away: the plain error is larger, and it pulls back
     ],
 )
-def test_value_loss_by_hand(value, value_clip, loss, gradient, clipped):
+def test_value_loss_by_hand(value: float, value_clip: float | None, loss: float, gradient: float, clipped: int) -> None:
     values = torch.tensor([[value, 77.0]], dtype=torch.float64, requires_grad=True)
     mask = torch.tensor([[True, False]])
     old_values = torch.ones(1, 2, dtype=torch.float64)
@@ -99,11 +101,11 @@ def test_value_loss_by_hand(value, value_clip, loss, gradient, clipped):
     assert math.isnan(metrics["critic/vf_explained_var"])  # one return has no variance
 
 
-def test_explained_variance():
+def test_explained_variance() -> None:
     returns = 100 + torch.tensor([[1.0, 2.0, 3.0, 6.0]])
     mask = torch.ones(1, 4, dtype=torch.bool)
 
-    def explained(old_values):
+    def explained(old_values: torch.Tensor):
         result = value_loss(torch.zeros(1, 4), old_values, returns, mask, 0.2, 4)
         return mean_metrics(result.metric_sums, result.count)["critic/vf_explained_var"]
 
@@ -114,7 +116,7 @@ def test_explained_variance():
     assert explained(noisy) == pytest.approx(1 - 1 / returns.var(unbiased=False).item(), rel=1e-5)
 
 
-def test_entropy_bonus_and_kl_loss():
+def test_entropy_bonus_and_kl_loss() -> None:
     mask = torch.tensor([[True, True, False]])
     entropy = torch.tensor([[1.0, 3.0, 50.0]], requires_grad=True)
     bonus = entropy_bonus(entropy, mask, entropy_coef=0.1, denominator=2)
@@ -132,14 +134,14 @@ def test_entropy_bonus_and_kl_loss():
     assert mean_metrics(kl.metric_sums, kl.count) == {"actor/kl_loss": 0.25}
 
 
-def test_terms_add_up():
+def test_terms_add_up() -> None:
     mask = torch.tensor([[True, False]])
     total = sft_loss(torch.tensor([[-2.0, -5.0]]), mask, 1) + entropy_bonus(torch.tensor([[3.0, 1.0]]), mask, 0.5, 1)
     assert total.loss.item() == 0.5 and total.count.item() == 1
     assert mean_metrics(total.metric_sums, total.count) == {"sft/loss": 2.0, "actor/entropy": 3.0}
 
 
-def test_bradley_terry_by_hand():
+def test_bradley_terry_by_hand() -> None:
     chosen, rejected = torch.tensor([2.0, 0.0], requires_grad=True), torch.tensor([1.0, 0.0], requires_grad=True)
     result = bradley_terry_loss(chosen, rejected, margin=0.0, score_l2=0.0, denominator=2)
     result.loss.backward()
@@ -157,7 +159,7 @@ def test_bradley_terry_by_hand():
     }
 
 
-def test_bradley_terry_margin_and_l2():
+def test_bradley_terry_margin_and_l2() -> None:
     chosen, rejected = torch.tensor([3.0]), torch.tensor([1.0])
     plain = math.log1p(math.exp(-0.5))
     result = bradley_terry_loss(chosen, rejected, margin=1.5, score_l2=0.0, denominator=1)
@@ -168,7 +170,7 @@ def test_bradley_terry_margin_and_l2():
     assert far.loss.item() == pytest.approx(1000.0)  # no overflow
 
 
-def test_sft_loss_by_hand():
+def test_sft_loss_by_hand() -> None:
     log_probs = torch.tensor([[-1.0, -2.0, -30.0], [-3.0, -40.0, -50.0]], requires_grad=True)
     mask = torch.tensor([[True, True, False], [True, False, False]])
     result = sft_loss(log_probs, mask, denominator=3)
@@ -177,13 +179,13 @@ def test_sft_loss_by_hand():
     assert torch.equal(log_probs.grad, mask * torch.tensor(-1 / 3))
 
 
-def test_no_token_is_an_error():
+def test_no_token_is_an_error() -> None:
     mask = torch.zeros(1, 2, dtype=torch.bool)
     with pytest.raises(ValueError, match="algorithm.truncated"):
         sft_loss(torch.zeros(1, 2), mask, denominator=0)
 
 
-def _all_terms(t, rows, columns, denominator):
+def _all_terms(t: dict[str, torch.Tensor], rows: slice, columns: int, denominator: float):
     """Every term of actor and critic on some rows and columns of a minibatch."""
     x = {name: value[rows, :columns] for name, value in t.items()}
     policy = policy_loss(x["log_probs"], x["old_log_probs"], x["advantages"], x["mask"], 0.2, 3.0, denominator)
@@ -205,7 +207,7 @@ def _minibatch():
 
 
 @pytest.mark.parametrize("cuts", [[8], [4, 4], [1, 2, 5], [1] * 8])
-def test_micro_batches_sum_to_the_minibatch(cuts):
+def test_micro_batches_sum_to_the_minibatch(cuts: list[int]) -> None:
     tensors, lengths = _minibatch()
     denominator = lengths.sum().item()
     trained = [tensors[name] for name in ("log_probs", "entropy", "values")]
@@ -228,12 +230,13 @@ def test_micro_batches_sum_to_the_minibatch(cuts):
     metrics = mean_metrics(whole.metric_sums, whole.count)
     assert mean_metrics(sums, count) == {name: pytest.approx(value, rel=1e-9) for name, value in metrics.items()}
     assert metrics["actor/pg_loss"] == pytest.approx(
-        policy_loss(*(tensors[n] for n in ("log_probs", "old_log_probs", "advantages", "mask")), 0.2, 3.0, denominator)
-        .loss.item()
+        policy_loss(
+            *(tensors[n] for n in ("log_probs", "old_log_probs", "advantages", "mask")), 0.2, 3.0, denominator
+        ).loss.item()
     )
 
 
-def test_what_lies_on_padding_is_without_effect():
+def test_what_lies_on_padding_is_without_effect() -> None:
     tensors, _ = _minibatch()
     spoiled = {}
     for name, value in tensors.items():

@@ -15,19 +15,19 @@ from hetero_ppo.config.schema import TruncatedResponses
 MASK = torch.tensor([[False, True, True, False], [True, True, True, True], [False, False, False, False]])
 
 
-def test_token_level_rewards_by_hand():
+def test_token_level_rewards_by_hand() -> None:
     kl = torch.tensor([[9.0, 1.0, 2.0, 9.0], [1.0, -1.0, 0.0, 4.0], [5.0, 5.0, 5.0, 5.0]])
     rewards = token_level_rewards(torch.tensor([10.0, -3.0, 7.0]), kl, MASK, kl_coef=0.5)
     assert rewards.tolist() == [[0.0, -0.5, 9.0, 0.0], [-0.5, 0.5, 0.0, -5.0], [0.0, 0.0, 0.0, 0.0]]
 
 
-def test_clip_scores():
+def test_clip_scores() -> None:
     scores = torch.tensor([-12.0, 0.5, 30.0])
     assert clip_scores(scores, 10.0).tolist() == [-10.0, 0.5, 10.0]
     assert clip_scores(scores, 0.0).tolist() == scores.tolist()
 
 
-def test_truncated_responses():
+def test_truncated_responses() -> None:
     scores, truncated = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([False, True, False])
     same = apply_truncation(scores, MASK, truncated, TruncatedResponses.score, -1.0)
     assert torch.equal(same[0], scores) and torch.equal(same[1], MASK)
@@ -39,7 +39,7 @@ def test_truncated_responses():
     assert torch.equal(masked[1][0], MASK[0])
 
 
-def test_running_moments_are_those_of_all_values_in_any_batches():
+def test_running_moments_are_those_of_all_values_in_any_batches() -> None:
     values = 1e4 + torch.randn(100, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     one_by_one, batches, left, right = (RunningMoments() for _ in range(4))
     for value in values:
@@ -55,14 +55,14 @@ def test_running_moments_are_those_of_all_values_in_any_batches():
         assert moments.var == pytest.approx(values.var(unbiased=False).item(), rel=1e-9)
 
 
-def test_running_moments_before_the_first_value():
+def test_running_moments_before_the_first_value() -> None:
     moments = RunningMoments()
     moments.merge(0.0, 0.0, 0.0)
     moments.update(torch.empty(0))
     assert (moments.count, moments.mean, moments.var) == (0.0, 0.0, 0.0)
 
 
-def test_running_moments_resume():
+def test_running_moments_resume() -> None:
     source, resumed = RunningMoments(), RunningMoments()
     source.update(torch.tensor([1.0, 2.0, 6.0]))
     resumed.load_state_dict(source.state_dict())
@@ -71,7 +71,7 @@ def test_running_moments_resume():
     assert resumed.state_dict() == source.state_dict()
 
 
-def test_normalise_scores():
+def test_normalise_scores() -> None:
     moments = RunningMoments()
     scores = torch.tensor([1.0, 3.0])
     moments.update(scores)
