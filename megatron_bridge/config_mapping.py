@@ -1,0 +1,259 @@
+"""Hugging Face config.json -> Megatron-Core TransformerConfig, with everything else that a GPTModel needs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import megatron_bridge.platform as platform
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_bridge.families import Family, family_of
+from megatron_bridge.param_mapping import Dims, PipelineLayout, check_tensor_parallel, padded_vocab_size
+from megatron_bridge.rope import rope_frequencies, rope_parameters, set_attention_scaling
+
+_REQUIRED_FIELDS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+
+
+@dataclass(frozen=True, eq=False)
+class BridgeConfig:
+    """A checkpoint's config and a layout, as Megatron-Core takes them."""
+
+    family: Family
+    transformer: TransformerConfig
+    hf_config: dict[str, Any]  # config.json, unedited
+    vocab_size: int  # rows of the checkpoint's embedding
+    padded_vocab_size: int  # rows of the model's embedding; the rows beyond vocab_size are zero
+    max_position_embeddings: int  # tokens
+    tie_word_embeddings: bool
+    rope: dict[str, Any]  # keyword arguments of GPTModel
+    inv_freq: Tensor  # [head_dim / 2] float32, installed by rope.install_rope
+    attention_scaling: float  # factor on cosine and sine; set on `transformer` already
+
+    @property
+    def dims(self) -> Dims:
+        """Sizes that the weight rules need."""
+        config = self.transformer
+        return Dims(
+            hidden=config.hidden_size,
+            ffn=config.ffn_hidden_size,
+            query=config.num_attention_heads * config.kv_channels,
+            key=config.num_query_groups * config.kv_channels,
+            head_dim=config.kv_channels,
+            num_query_groups=config.num_query_groups,
+            vocab=self.vocab_size,
+            padded_vocab=self.padded_vocab_size,
+        )
+
+    @property
+    def pipeline_layout(self) -> PipelineLayout:
+        """Layers on pipeline ranks and model chunks."""
+        config = self.transformer
+        return PipelineLayout(
+            num_layers=config.num_layers,
+            pp_size=config.pipeline_model_parallel_size,
+            vp_size=config.virtual_pipeline_model_parallel_size or 1,
+        )
+
+
+def read_hf_config(path: str | Path) -> dict[str, Any]:
+    """config.json of a checkpoint folder, as it stands.
+
+    Raises:
+        ValueError: there is none, or it is not JSON.
+    """
+    file = Path(path) / "config.json"
+    if not file.is_file():
+        raise ValueError(f"{file}: no such file; give the folder of a Hugging Face checkpoint")
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file}, line {error.lineno}: not JSON ({error.msg})") from error
+
+
+def bridge_config(
+    hf_config: dict[str, Any],
+    *,
+    dtype: torch.dtype,
+    tensor: int = 1,
+    pipeline: int = 1,
+    virtual_pipeline: Optional[int] = None,
+    context: int = 1,
+    expert: int = 1,
+    sequence: bool = False,
+    recompute: Optional[str] = None,
+    vocab_multiple: int = 1,
+) -> BridgeConfig:
+    """Map a Hugging Face config to a layout.
+
+    Args:
+        hf_config: config.json, as ``read_hf_config`` returns it.
+        dtype: of the parameters: torch.float32 or torch.bfloat16.
+        tensor, pipeline, context, expert: ranks of each kind of parallelism.
+        virtual_pipeline: model chunks per pipeline rank; None: one.
+        sequence: sequence parallelism over the tensor-parallel ranks.
+        recompute: activation recomputation: None, "selective" (the MLP) or "full" (every layer).
+        vocab_multiple: the vocabulary is padded to a multiple of vocab_multiple x tensor rows.
+
+    Raises:
+        ValueError: a setting of the checkpoint or of the layout that is not supported, with its name and value.
+    """
+    family = family_of(hf_config)
+    hf = _with_defaults(hf_config, family)
+    _check_settings(hf, family)
+    heads, groups, head_dim = _attention_sizes(hf)
+    _check_layout(hf, heads, groups, tensor, pipeline, virtual_pipeline, expert, sequence)
+    parameters = rope_parameters(hf_config)
+    inv_freq, attention_scaling = rope_frequencies(parameters, head_dim, hf["max_position_embeddings"])
+    transformer = TransformerConfig(
+        num_layers=hf["num_hidden_layers"],
+        hidden_size=hf["hidden_size"],
+        ffn_hidden_size=hf["intermediate_size"],
+        num_attention_heads=heads,
+        num_query_groups=groups,
+        kv_channels=head_dim,
+        layernorm_epsilon=hf["rms_norm_eps"],
+        init_method_std=hf["initializer_range"],
+        add_qkv_bias=family.qkv_bias,
+        qk_layernorm=family.qk_layernorm,
+        tensor_model_parallel_size=tensor,
+        pipeline_model_parallel_size=pipeline,
+        virtual_pipeline_model_parallel_size=virtual_pipeline,
+        context_parallel_size=context,
+        sequence_parallel=sequence,
+        **_ARCHITECTURE,
+        **_dtype_settings(dtype),
+        **_machine_settings(),
+        **_recompute_settings(recompute),
+    )
+    set_attention_scaling(transformer, attention_scaling)
+    return BridgeConfig(
+        family=family,
+        transformer=transformer,
+        hf_config=hf_config,
+        vocab_size=hf["vocab_size"],
+        padded_vocab_size=padded_vocab_size(hf["vocab_size"], vocab_multiple * tensor),
+        max_position_embeddings=hf["max_position_embeddings"],
+        tie_word_embeddings=hf["tie_word_embeddings"],
+        rope={"position_embedding_type": "rope", "rotary_percent": 1.0, "rotary_base": parameters["rope_theta"]},
+        inv_freq=inv_freq,
+        attention_scaling=attention_scaling,
+    )
+
+
+#: What all supported families have in common.
+_ARCHITECTURE: dict[str, Any] = dict(
+    normalization="RMSNorm",
+    activation_func=F.silu,
+    gated_linear_unit=True,
+    add_bias_linear=False,
+    hidden_dropout=0.0,
+    attention_dropout=0.0,
+    attention_softmax_in_fp32=True,
+)
+
+
+def _dtype_settings(dtype: torch.dtype) -> dict[str, Any]:
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"dtype {dtype} is not supported; use torch.float32 or torch.bfloat16")
+    return dict(bf16=dtype is torch.bfloat16, params_dtype=dtype, pipeline_dtype=dtype, autocast_dtype=dtype)
+
+
+def _machine_settings() -> dict[str, Any]:
+    """Fused kernels are CUDA's; with gloo, batched sends of interleaved stages mix up their messages."""
+    return dict(
+        use_cpu_initialization=not platform.HAS_CUDA,
+        batch_p2p_comm=platform.HAS_CUDA,
+        bias_activation_fusion=platform.HAS_CUDA,
+        bias_dropout_fusion=platform.HAS_CUDA,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=False,
+    )
+
+
+def _recompute_settings(recompute: Optional[str]) -> dict[str, Any]:
+    """Attention kernels never store their scores, so what "selective" can save is the MLP's activations."""
+    if recompute is None:
+        return {}
+    if recompute == "selective":
+        return dict(recompute_granularity="selective", recompute_modules=["mlp"])
+    if recompute == "full":
+        return dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    raise ValueError(f"recompute {recompute!r} is not supported; use null, 'selective' or 'full'")
+
+
+def _with_defaults(hf_config: dict[str, Any], family: Family) -> dict[str, Any]:
+    missing = [name for name in _REQUIRED_FIELDS if hf_config.get(name) is None]
+    if missing:
+        raise ValueError(f"config.json: {', '.join(missing)} missing, needed for model_type {family.model_type!r}")
+    given = {name: value for name, value in hf_config.items() if value is not None}
+    return {**family.defaults, **given}
+
+
+def _check_settings(hf: dict[str, Any], family: Family) -> None:
+    for name, value in family.required_values.items():
+        if hf[name] != value:
+            raise ValueError(
+                f"config.json: {name} {hf[name]!r} is not supported for model_type {family.model_type!r}; only {value!r} is"
+            )
+    if hf.get("quantization_config") is not None:
+        raise ValueError("config.json: quantization_config is not supported; give the unquantised checkpoint")
+    sliding = [i for i, kind in enumerate(hf.get("layer_types") or ()) if kind != "full_attention"]
+    if sliding:
+        raise ValueError(
+            f"config.json: layer_types has {hf['layer_types'][sliding[0]]!r} at layer {sliding[0]}; only full_attention is "
+            "supported"
+        )
+    first_window = hf.get("max_window_layers", hf["num_hidden_layers"])
+    in_use = hf.get("use_sliding_window", False) and hf.get("sliding_window") is not None
+    if in_use and not hf.get("layer_types") and first_window < hf["num_hidden_layers"]:
+        raise ValueError(
+            f"config.json: use_sliding_window true with max_window_layers {first_window} is not supported; only full "
+            "attention is"
+        )
+
+
+def _attention_sizes(hf: dict[str, Any]) -> tuple[int, int, int]:
+    """(attention heads, query groups, channels of a head)."""
+    heads, hidden = hf["num_attention_heads"], hf["hidden_size"]
+    groups = hf["num_key_value_heads"] or heads
+    if heads % groups:
+        raise ValueError(f"config.json: num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}")
+    if hf["head_dim"] is None and hidden % heads:
+        raise ValueError(f"config.json: hidden_size {hidden} is not a multiple of num_attention_heads {heads}, and no head_dim")
+    head_dim = hf["head_dim"] or hidden // heads
+    if head_dim % 2:
+        raise ValueError(f"config.json: head_dim {head_dim} is odd; rotary embeddings need pairs of channels")
+    return heads, groups, head_dim
+
+
+def _check_layout(
+    hf: dict[str, Any],
+    heads: int,
+    groups: int,
+    tensor: int,
+    pipeline: int,
+    virtual_pipeline: Optional[int],
+    expert: int,
+    sequence: bool,
+) -> None:
+    check_tensor_parallel(tensor, heads=heads, num_query_groups=groups, ffn=hf["intermediate_size"])
+    if expert != 1:
+        raise ValueError(f"expert parallelism {expert}: model_type {hf['model_type']!r} is dense, use 1")
+    if sequence and tensor == 1:
+        raise ValueError("sequence parallelism needs tensor parallelism above 1; set sequence to false")
+    if virtual_pipeline is not None and pipeline == 1:
+        raise ValueError(f"virtual_pipeline {virtual_pipeline} needs pipeline parallelism above 1; leave it out")
+    stages = pipeline * (virtual_pipeline or 1)
+    if hf["num_hidden_layers"] % stages:
+        raise ValueError(
+            f"num_hidden_layers {hf['num_hidden_layers']} is not a multiple of pipeline {pipeline} x virtual_pipeline "
+            f"{virtual_pipeline or 1} = {stages} stages; choose a divisor"
+        )

@@ -1,0 +1,171 @@
+"""Save a distributed model as a Hugging Face checkpoint folder that transformers and vLLM load as it stands."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any, Iterable, Iterator, Optional
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor
+
+import megatron_bridge.platform  # noqa: F401  before megatron.core
+from megatron.core.models.gpt import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_bridge.config_mapping import BridgeConfig, read_hf_config
+from megatron_bridge.hf_checkpoint import INDEX_FILE, SINGLE_FILE, tensor_names
+from megatron_bridge.stream import stream_hf
+
+_EMBEDDING = "model.embed_tokens.weight"
+_LM_HEAD = "lm_head.weight"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+def save_hf(
+    model_chunks: list[GPTModel],
+    bridge: BridgeConfig,
+    groups: ProcessGroupCollection,
+    out_dir: str | Path,
+    *,
+    source_dir: str | Path,
+    tokenizer_dir: Optional[str | Path] = None,
+    head: str = "lm",
+    dtype: Optional[torch.dtype] = None,
+    max_shard_bytes: float = 5e9,
+) -> None:
+    """Write a whole checkpoint: config, generation config, tokenizer files, weights in one file or several with an index.
+
+    Collective over the role's ranks: one rank writes, and all return when the folder is in place. It is written beside
+    ``out_dir`` and then renamed, so ``out_dir`` is never half a checkpoint; what was there before is replaced.
+
+    Args:
+        groups: tp and pp gather the weights; dp_cp tells the one replica that writes.
+        source_dir: checkpoint whose config.json, generation_config.json and tokenizer are taken over.
+        tokenizer_dir: takes the tokenizer from here instead.
+        head: "lm", or "value" / "score": the folder is then a sequence classifier with one label.
+        dtype: of the saved tensors; None: the parameters'.
+        max_shard_bytes: most bytes of tensors in one file.
+
+    Raises:
+        ValueError: unknown head, or chunks and groups that are not of the bridge's layout.
+    """
+    if groups.dp_cp.rank() == 0:
+        tensors = stream_hf(model_chunks, bridge, groups, head=head)
+        if groups.tp.rank() == 0 and groups.pp.rank() == 0:
+            saved_dtype = dtype or bridge.transformer.params_dtype
+            _write_folder(tensors, bridge, Path(out_dir), Path(source_dir), tokenizer_dir, head, saved_dtype, max_shard_bytes)
+        else:
+            for _ in tensors:
+                pass
+    for group in (groups.pp, groups.tp, groups.dp_cp):
+        dist.barrier(group=group)
+
+
+def _write_folder(
+    tensors: Iterable[tuple[str, Tensor]],
+    bridge: BridgeConfig,
+    out_dir: Path,
+    source_dir: Path,
+    tokenizer_dir: Optional[str | Path],
+    head: str,
+    dtype: torch.dtype,
+    max_shard_bytes: float,
+) -> None:
+    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    scratch = out_dir.with_name(f".{out_dir.name}.{os.getpid()}.partial")
+    scratch.mkdir()
+    try:
+        if head == "lm" and bridge.tie_word_embeddings and _LM_HEAD in tensor_names(source_dir):
+            tensors = _with_tied_head(tensors)
+        _write_weights(tensors, scratch, dtype, max_shard_bytes)
+        config = exported_config(read_hf_config(source_dir), bridge.family.architecture(head), head, dtype)
+        (scratch / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        _copy_files(("generation_config.json",), source_dir, scratch)
+        _copy_files(TOKENIZER_FILES, Path(tokenizer_dir or source_dir), scratch)
+        _put_in_place(scratch, out_dir)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+
+
+def exported_config(source: dict[str, Any], architecture: str, head: str, dtype: torch.dtype) -> dict[str, Any]:
+    """The source's config with architecture and dtype of what is saved, and one label for a scalar head."""
+    dtype_key = "torch_dtype" if "torch_dtype" in source else "dtype"  # transformers 5 writes "dtype"
+    config = {**source, "architectures": [architecture], dtype_key: str(dtype).removeprefix("torch.")}
+    if head != "lm":
+        config.pop("num_labels", None)  # transformers derives it from id2label
+        config |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+    return config
+
+
+def _with_tied_head(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Add the second copy of tied embeddings that the source checkpoint has."""
+    embedding: Optional[Tensor] = None
+    for name, tensor in tensors:
+        if name == _EMBEDDING:
+            embedding = tensor.clone()
+        yield name, tensor
+    assert embedding is not None
+    yield _LM_HEAD, embedding
+
+
+def _write_weights(tensors: Iterable[tuple[str, Tensor]], folder: Path, dtype: torch.dtype, max_shard_bytes: float) -> None:
+    """Fill one file after the other, holding at most one; names with the number of files are known at the end."""
+    shard: dict[str, Tensor] = {}
+    files: list[list[str]] = []  # names of the tensors in each file
+    size = total = 0
+
+    def flush() -> None:
+        save_file(shard, folder / f"{len(files)}.safetensors", metadata={"format": "pt"})
+        files.append(list(shard))
+        shard.clear()
+
+    for name, tensor in tensors:
+        copy = tensor.to(device="cpu", dtype=dtype, copy=True)
+        if shard and size + copy.nbytes > max_shard_bytes:
+            flush()
+            size = 0
+        shard[name] = copy
+        size += copy.nbytes
+        total += copy.nbytes
+    flush()
+    if len(files) == 1:
+        (folder / "0.safetensors").rename(folder / SINGLE_FILE)
+        return
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(files):
+        file = f"model-{number + 1:05d}-of-{len(files):05d}.safetensors"
+        (folder / f"{number}.safetensors").rename(folder / file)
+        weight_map |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _copy_files(names: Iterable[str], source: Path, target: Path) -> None:
+    for name in names:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+def _put_in_place(scratch: Path, out_dir: Path) -> None:
+    old = out_dir.with_name(f".{out_dir.name}.{os.getpid()}.old")
+    if out_dir.exists():
+        out_dir.rename(old)
+    scratch.rename(out_dir)
+    if old.exists():
+        shutil.rmtree(old)

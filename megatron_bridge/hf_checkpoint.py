@@ -1,0 +1,107 @@
+"""The safetensors files of a Hugging Face checkpoint: what they hold, and reading parts of it."""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Optional
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A tensor's header."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str  # safetensors' name: "F32", "BF16", ...
+
+
+class LazyTensor:
+    """A tensor in a file; indexing reads that part alone."""
+
+    def __init__(self, safe_slice: Any) -> None:
+        self._slice = safe_slice
+
+    def __getitem__(self, index: slice | tuple[slice, ...]) -> Tensor:
+        return self._slice[index]
+
+
+class HfCheckpoint:
+    """All tensors of a checkpoint folder, one file or several with an index. Use as a context manager.
+
+    Raises:
+        ValueError: no safetensors, an index that names a file or a tensor that is not there, or a damaged file.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._stack = ExitStack()
+        self._open: dict[Path, Any] = {}
+        self.tensors: dict[str, TensorInfo] = {}
+        try:
+            self._read_headers()
+        except BaseException:
+            self._stack.close()
+            raise
+
+    def _read_headers(self) -> None:
+        index = self.path / INDEX_FILE
+        if index.is_file():
+            weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            for file in sorted(set(weight_map.values())):
+                self._read_header(self.path / file, listed_in=index)
+            for name, file in weight_map.items():
+                if name not in self.tensors:
+                    raise ValueError(f"{index}: lists {name} in {file}, but that file does not hold it")
+        elif (self.path / SINGLE_FILE).is_file():
+            self._read_header(self.path / SINGLE_FILE, listed_in=None)
+        else:
+            raise ValueError(
+                f"{self.path}: neither {SINGLE_FILE} nor {INDEX_FILE}; save the model with save_pretrained as safetensors"
+            )
+
+    def _read_header(self, file: Path, listed_in: Optional[Path]) -> None:
+        if not file.is_file():
+            raise ValueError(f"{listed_in}: lists {file.name}, but there is no such file; complete the download")
+        try:
+            handle = self._stack.enter_context(safe_open(file, framework="pt"))
+        except SafetensorError as error:
+            raise ValueError(f"{file}: not a readable safetensors file ({error}); download or save it again") from error
+        self._open[file] = handle
+        for name in handle.keys():
+            part = handle.get_slice(name)
+            self.tensors[name] = TensorInfo(file, tuple(part.get_shape()), part.get_dtype())
+
+    @property
+    def source(self) -> Path:
+        """The file that says what the checkpoint holds."""
+        index = self.path / INDEX_FILE
+        return index if index.is_file() else self.path / SINGLE_FILE
+
+    def lazy(self, name: str) -> LazyTensor:
+        """A tensor to read by indexing."""
+        return LazyTensor(self._open[self.tensors[name].file].get_slice(name))
+
+    def __enter__(self) -> HfCheckpoint:
+        return self
+
+    def __exit__(
+        self, kind: Optional[type[BaseException]], error: Optional[BaseException], trace: Optional[TracebackType]
+    ) -> None:
+        self._stack.close()
+
+
+def tensor_names(path: str | Path) -> set[str]:
+    """Names of a checkpoint's tensors."""
+    with HfCheckpoint(path) as checkpoint:
+        return set(checkpoint.tensors)

@@ -1,0 +1,216 @@
+"""How Hugging Face tensors become Megatron-Core parameters and back: pure rules, no files, no collectives.
+
+A rule joins one Megatron parameter with the Hugging Face tensors that it holds. Every tensor-parallel rank's part of each
+of those tensors is one contiguous block of rows or columns, so a loader reads no more than it keeps.
+
+Megatron layouts (Shoeybi et al. 2019, "Megatron-LM"):
+
+* ``linear_qkv``: rows grouped by query group, each group ``[its query heads; its key head; its value head]``;
+* ``linear_fc1``: on each rank ``[its gate rows; its up rows]``;
+* vocabulary matrices: rows padded with zeros to the padded vocabulary, then divided among the ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Iterator, Protocol, Sequence
+
+import torch
+from torch import Tensor
+
+
+class Kind(Enum):
+    """How a parameter is divided over the tensor-parallel ranks and joined from its Hugging Face tensors."""
+
+    REPLICATED = "replicated"
+    ROW = "row"  # columns divided: the input dimension of a row-parallel layer
+    QKV = "qkv"
+    GATE_UP = "gate_up"
+    VOCAB = "vocab"
+
+
+@dataclass(frozen=True)
+class Dims:
+    """Sizes of a model that the rules need, all of the whole model."""
+
+    hidden: int
+    ffn: int
+    query: int  # attention heads x head_dim
+    key: int  # query groups x head_dim
+    head_dim: int
+    num_query_groups: int
+    vocab: int  # rows of the checkpoint's embedding
+    padded_vocab: int  # rows of the Megatron embedding over all tensor-parallel ranks
+    labels: int = 1  # outputs of a value or score head
+
+
+@dataclass(frozen=True)
+class HfTensor:
+    """A Hugging Face tensor: its name (within its layer, for a layer's) and its dimensions as names of ``Dims``."""
+
+    name: str
+    dims: tuple[str, ...]
+
+    def shape(self, dims: Dims) -> tuple[int, ...]:
+        """The full tensor's shape."""
+        return tuple(getattr(dims, name) for name in self.dims)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One Megatron parameter and what it holds. ``megatron``: its name in each layer spec (local, Transformer Engine)."""
+
+    megatron: tuple[str, ...]
+    kind: Kind
+    hf: tuple[HfTensor, ...]
+
+
+class Sliceable(Protocol):
+    """A tensor, or a tensor in a file, of which a part is read by indexing."""
+
+    def __getitem__(self, index: slice | tuple[slice, ...]) -> Tensor: ...
+
+
+def _block(length: int, tp_rank: int, tp_size: int) -> slice:
+    size = length // tp_size
+    return slice(tp_rank * size, (tp_rank + 1) * size)
+
+
+def check_tensor_parallel(tp_size: int, *, heads: int, num_query_groups: int, ffn: int) -> None:
+    """Raise ValueError where the sizes of a model cannot be divided over ``tp_size`` ranks."""
+    if tp_size > num_query_groups:
+        raise ValueError(
+            f"tensor parallelism {tp_size} exceeds num_key_value_heads {num_query_groups}: a key-value head would have to "
+            f"be copied to several ranks; use at most {num_query_groups} tensor-parallel ranks"
+        )
+    sizes = {"num_attention_heads": heads, "num_key_value_heads": num_query_groups, "intermediate_size": ffn}
+    for name, size in sizes.items():
+        if size % tp_size:
+            raise ValueError(f"{name} {size} is not a multiple of tensor parallelism {tp_size}; choose a divisor of it")
+
+
+def padded_vocab_size(vocab_size: int, multiple: int) -> int:
+    """The smallest multiple of ``multiple`` that holds the vocabulary."""
+    return -(-vocab_size // multiple) * multiple
+
+
+def shard(rule: Rule, dims: Dims, tensors: Sequence[Sliceable], tp_rank: int, tp_size: int) -> Tensor:
+    """The Megatron parameter of one tensor-parallel rank.
+
+    Args:
+        tensors: the rule's Hugging Face tensors, whole, in the rule's order.
+
+    Returns:
+        A tensor of the parameter's shape on this rank, in the dtype of the inputs.
+    """
+    if rule.kind is Kind.REPLICATED:
+        return tensors[0][:]
+    if rule.kind is Kind.ROW:
+        return tensors[0][:, _block(rule.hf[0].shape(dims)[1], tp_rank, tp_size)]
+    if rule.kind is Kind.VOCAB:
+        return _vocab_shard(dims, tensors[0], tp_rank, tp_size)
+    parts = [t[_block(hf.shape(dims)[0], tp_rank, tp_size)] for t, hf in zip(tensors, rule.hf)]
+    if rule.kind is Kind.GATE_UP:
+        return torch.cat(parts)
+    groups = dims.num_query_groups // tp_size
+    return torch.cat([part.unflatten(0, (groups, -1)) for part in parts], dim=1).flatten(0, 1)
+
+
+def _vocab_shard(dims: Dims, tensor: Sliceable, tp_rank: int, tp_size: int) -> Tensor:
+    rows = _block(dims.padded_vocab, tp_rank, tp_size)
+    start, stop = min(rows.start, dims.vocab), min(rows.stop, dims.vocab)
+    part = tensor[start:stop]
+    padding = part.new_zeros(rows.stop - rows.start - part.shape[0], *part.shape[1:])
+    return torch.cat([part, padding]) if padding.shape[0] else part
+
+
+def merge(rule: Rule, dims: Dims, shards: Sequence[Tensor]) -> list[Tensor]:
+    """The rule's Hugging Face tensors, whole, from the shards of all tensor-parallel ranks in rank order.
+
+    The results may share memory with the shards.
+    """
+    if rule.kind is Kind.REPLICATED:
+        return [shards[0]]
+    if rule.kind is Kind.ROW:
+        return [_cat(shards, dim=1)]
+    if rule.kind is Kind.VOCAB:
+        return [_cat(shards, dim=0)[: dims.vocab]]
+    if rule.kind is Kind.GATE_UP:
+        halves = [part.chunk(2) for part in shards]
+        return [_cat([half[i] for half in halves], dim=0) for i in range(2)]
+    heads = dims.query // dims.key
+    grouped = _cat(shards, dim=0).unflatten(0, (dims.num_query_groups, -1))
+    parts = grouped.split([heads * dims.head_dim, dims.head_dim, dims.head_dim], dim=1)
+    return [part.flatten(0, 1) for part in parts]
+
+
+def _cat(tensors: Sequence[Tensor], dim: int) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim=dim)
+
+
+@dataclass(frozen=True)
+class PipelineLayout:
+    """Which layers lie on which pipeline rank, in which model chunk. Layer numbers start at 0.
+
+    With virtual stages the chunks go round the ranks: chunk c of rank p comes before chunk c of rank p + 1, and all
+    chunks c before all chunks c + 1 (Narayanan et al. 2021, interleaved schedule).
+    """
+
+    num_layers: int
+    pp_size: int
+    vp_size: int = 1  # model chunks per rank
+
+    @property
+    def layers_per_chunk(self) -> int:
+        return self.num_layers // (self.pp_size * self.vp_size)
+
+    @property
+    def last(self) -> tuple[int, int]:
+        """(pipeline rank, chunk) that holds the end of the model."""
+        return self.pp_size - 1, self.vp_size - 1
+
+    def global_layer(self, pp_rank: int, chunk: int, local: int) -> int:
+        """Number of a chunk's local layer in the whole model."""
+        return (chunk * self.pp_size + pp_rank) * self.layers_per_chunk + local
+
+    def locate(self, layer: int) -> tuple[int, int, int]:
+        """(pipeline rank, chunk, local layer) of a layer of the whole model."""
+        stage, local = divmod(layer, self.layers_per_chunk)
+        chunk, pp_rank = divmod(stage, self.pp_size)
+        return pp_rank, chunk, local
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A rule at its place: in which chunk of which pipeline rank, and under which full names."""
+
+    rule: Rule
+    pp_rank: int
+    chunk: int
+    megatron_prefix: str = ""
+    hf_prefix: str = ""
+
+    @property
+    def megatron_names(self) -> list[str]:
+        """The parameter's possible names in the chunk; each layer spec has exactly one of them."""
+        return [self.megatron_prefix + name for name in self.rule.megatron]
+
+    @property
+    def hf_names(self) -> list[str]:
+        return [self.hf_prefix + tensor.name for tensor in self.rule.hf]
+
+
+def entries(
+    layer_rules: Sequence[Rule], layout: PipelineLayout, *, embedding: Rule, final_norm: Rule, output: Rule | None
+) -> Iterator[Entry]:
+    """Every rule of a model, in the order of a Hugging Face state dict. ``output`` is None where it is tied."""
+    last_rank, last_chunk = layout.last
+    yield Entry(embedding, 0, 0)
+    for layer in range(layout.num_layers):
+        pp_rank, chunk, local = layout.locate(layer)
+        for rule in layer_rules:
+            yield Entry(rule, pp_rank, chunk, f"decoder.layers.{local}.", f"model.layers.{layer}.")
+    yield Entry(final_norm, last_rank, last_chunk)
+    if output is not None:
+        yield Entry(output, last_rank, last_chunk)
