@@ -67,11 +67,11 @@ install_cpu() {
     say "installing $TORCH_CPU"
     install_torch_cpu
     say "installing $(grep -c '==' requirements/cpu.lock) pinned packages (requirements/cpu.lock)"
-    pip install --quiet --no-deps -r requirements/cpu.lock
+    pip install -qq --no-deps -r requirements/cpu.lock
     # Left by an earlier `pip install -e .[cpu]`: their CUDA builds break every model load of vLLM beside a CPU torch.
     pip uninstall --quiet --yes torchvision torchaudio torchcodec 2>/dev/null
     # The lock has setuptools, so no second copy of it has to be fetched for the build.
-    pip install --quiet --no-deps --no-build-isolation -e .
+    pip install -qq --no-deps --no-build-isolation -e .
 }
 
 install_gpu() {

@@ -1,0 +1,310 @@
+"""Curves of a run as SVG text that an HTML page can hold inline."""
+
+from __future__ import annotations
+
+import io
+import math
+from dataclasses import dataclass
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("svg")
+
+from matplotlib.axes import Axes  # noqa: E402  (the backend has to be chosen first)
+from matplotlib.figure import Figure  # noqa: E402
+from matplotlib.ticker import MaxNLocator  # noqa: E402
+
+from hetero_ppo.observability.records import RunRecord, Series  # noqa: E402
+from hetero_ppo.observability.timers import TOTAL, top_level  # noqa: E402
+
+#: Distinguishable for colour-blind readers too; the line styles differ as well.
+COLOURS = ("#2563eb", "#e0662f", "#0d9172", "#8b4fc1", "#b98900", "#c2375f", "#4b8fb3", "#6b7f2a")
+GREY = "#b6bcc6"
+INK = "#3b4351"
+
+#: More steps than this are averaged in bins, so that a long run's report stays small.
+MAX_POINTS = 400
+MAX_BARS = 80
+
+STYLE = {
+    "svg.fonttype": "none",  # text stays text: small, sharp, searchable
+    "font.size": 9,
+    "axes.edgecolor": "#ccd1d9",
+    "axes.labelcolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e8ebf0",
+    "grid.linewidth": 0.8,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+}
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Curves on one pair of axes."""
+
+    ylabel: str
+    metrics: tuple[tuple[str, str], ...]  # metric name, label in the legend
+    percent: bool = False  # values 0 to 1, shown as 0 to 100 %
+
+
+@dataclass(frozen=True)
+class Group:
+    """One figure: panels above each other."""
+
+    title: str
+    panels: tuple[Panel, ...]
+
+
+GROUPS: tuple[Group, ...] = (
+    Group(
+        "Reward",
+        (
+            Panel(
+                "score per response",
+                (
+                    ("reward/mean", "rollouts"),
+                    ("reward/with_kl_mean", "rollouts, with the KL penalty"),
+                    ("eval/reward", "held-out prompts"),
+                ),
+            ),
+        ),
+    ),
+    Group(
+        "KL to the reference",
+        (Panel("nats per response", (("kl/reference", "rollouts"), ("eval/kl", "held-out prompts"))),),
+    ),
+    Group(
+        "Accuracy",
+        (
+            Panel(
+                "% correct",
+                (
+                    ("eval/accuracy", "held-out, sampled"),
+                    ("eval/greedy_accuracy", "held-out, greedy"),
+                    ("rm/accuracy", "pairs of the training batch"),
+                    ("eval/rm/accuracy", "held-out pairs"),
+                ),
+                percent=True,
+            ),
+        ),
+    ),
+    Group(
+        "Response length",
+        (
+            Panel(
+                "tokens",
+                (
+                    ("response_length/mean", "mean"),
+                    ("response_length/max", "longest"),
+                    ("eval/response_length", "held-out, mean"),
+                ),
+            ),
+            Panel("% cut off", (("response_length/clip_ratio", "without an end of sequence"),), percent=True),
+        ),
+    ),
+    Group(
+        "Losses",
+        (
+            Panel(
+                "nats per token",
+                (("sft/loss", "answers of the training batch"), ("eval/sft/loss", "held-out answers")),
+            ),
+            Panel(
+                "nats per pair",
+                (("rm/loss", "pairs of the training batch"), ("eval/rm/loss", "held-out pairs")),
+            ),
+            Panel("policy", (("actor/pg_loss", "actor/pg_loss"),)),
+            Panel("value", (("critic/vf_loss", "critic/vf_loss"),)),
+        ),
+    ),
+    Group(
+        "Gradient norms, before clipping",
+        (
+            Panel(
+                "L2 norm",
+                (("train/grad_norm", "model"), ("actor/grad_norm", "actor"), ("critic/grad_norm", "critic")),
+            ),
+        ),
+    ),
+    Group(
+        "Policy updates",
+        (
+            Panel("nats per token", (("actor/ppo_kl", "KL of a step's updates (actor/ppo_kl)"),)),
+            Panel("% of tokens", (("actor/pg_clipfrac", "ratio clipped"),), percent=True),
+            Panel("nats per token", (("actor/entropy", "entropy"),)),
+        ),
+    ),
+    Group("Value function", (Panel("explained variance", (("critic/vf_explained_var", "of the returns"),)),)),
+    Group(
+        "Engine against trainer",
+        (
+            Panel(
+                "|difference| in log-prob",
+                (("rollout/log_prob_diff_mean", "mean"), ("rollout/log_prob_diff_max", "largest")),
+            ),
+        ),
+    ),
+    Group(
+        "Score margin",
+        (Panel("chosen - rejected", (("rm/score_margin", "training batch"), ("eval/rm/score_margin", "held-out pairs"))),),
+    ),
+    Group(
+        "Learning rate",
+        (Panel("per optimizer step", (("train/lr", "model"), ("actor/lr", "actor"), ("critic/lr", "critic"))),),
+    ),
+)
+
+
+def grouped_metrics() -> set[str]:
+    """Metrics that some group draws."""
+    return {name for group in GROUPS for panel in group.panels for name, _ in panel.metrics}
+
+
+def group_figures(run: RunRecord) -> list[tuple[str, str]]:
+    """(title, SVG) of every group that the run has metrics of, then the seconds by phase."""
+    series = {**_evaluation_series(run), **run.series}
+    figures: list[tuple[str, str]] = []
+    with matplotlib.rc_context(STYLE):
+        for group in GROUPS:
+            panels = [panel for panel in group.panels if any(_drawable(series, name) for name, _ in panel.metrics)]
+            if panels:
+                figures.append((group.title, _draw_group(f"{run.dir}/{group.title}", panels, series)))
+        if top_level({name: 0.0 for name in run.seconds if name != TOTAL}):
+            figures.append(("Seconds per step, by phase", _draw_seconds(f"{run.dir}/seconds", run)))
+    return figures
+
+
+def phase_means(run: RunRecord) -> list[tuple[str, float]]:
+    """(phase, mean seconds per step) of the top-level phases and "other", over all steps; longest first."""
+    steps = _phase_table(run)
+    names = list(dict.fromkeys(name for row in steps.values() for name in row))
+    means = [(name, sum(row.get(name, 0.0) for row in steps.values()) / len(steps)) for name in names]
+    return sorted(means, key=lambda item: (item[0] == "other", -item[1]))
+
+
+def _evaluation_series(run: RunRecord) -> dict[str, Series]:
+    """Curves of two points, from the evaluations before the first and after the last step."""
+    if run.before is None or run.after is None:
+        return {}
+    pairs = {
+        "eval/accuracy": (run.before.accuracy, run.after.accuracy),
+        "eval/greedy_accuracy": (run.before.greedy_accuracy, run.after.greedy_accuracy),
+        "eval/reward": (run.before.reward, run.after.reward),
+        "eval/kl": (run.before.kl, run.after.kl),
+        "eval/response_length": (run.before.response_length, run.after.response_length),
+    }
+    return {
+        name: Series([0, run.num_steps], [before, after])
+        for name, (before, after) in pairs.items()
+        if before is not None and after is not None
+    }
+
+
+def _drawable(series: dict[str, Series], name: str) -> bool:
+    return name in series and any(math.isfinite(value) for value in series[name].values)
+
+
+def _draw_group(identity: str, panels: list[Panel], series: dict[str, Series]) -> str:
+    figure = Figure(figsize=(5.6, 2.7 if len(panels) == 1 else 1.75 * len(panels) + 0.3), layout="constrained")
+    for axes, panel in zip(np.atleast_1d(figure.subplots(len(panels), 1, sharex=True)), panels, strict=True):
+        drawn = [(name, label) for name, label in panel.metrics if _drawable(series, name)]
+        for index, (name, label) in enumerate(drawn):
+            _draw_curve(axes, series[name], label, COLOURS[index], 100.0 if panel.percent else 1.0)
+        axes.set_ylabel(panel.ylabel)
+        axes.margins(x=0.02, y=0.1)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
+        if panel.percent:
+            _keep_percent_limits(axes)
+        if len(drawn) > 1 or drawn[0][1] != drawn[0][0]:
+            axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=3, borderaxespad=0.1, handlelength=1.4)
+    axes.set_xlabel("step")
+    return _svg(figure, identity)
+
+
+def _keep_percent_limits(axes: Axes) -> None:
+    low, high = axes.get_ylim()
+    axes.set_ylim(max(low, -2.0), min(high, 102.0) if high > 1.0 else 1.0)
+
+
+def _draw_curve(axes: Axes, series: Series, label: str, colour: str, scale: float) -> None:
+    steps, values = _binned(series, MAX_POINTS)
+    values = values * scale
+    if len(steps) <= 12:
+        axes.plot(steps, values, color=colour, marker="o", markersize=4, linewidth=1.6, label=label)
+        return
+    if len(steps) < 30:
+        axes.plot(steps, values, color=colour, linewidth=1.6, label=label)
+        return
+    axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.3)
+    axes.plot(steps, _smoothed(values), color=colour, linewidth=1.8, label=label)
+
+
+def _binned(series: Series, limit: int) -> tuple[np.ndarray, np.ndarray]:
+    """Means of equal bins of steps when there are more than ``limit``; NaN where a bin has no finite value."""
+    steps, values = np.asarray(series.steps, dtype=float), np.asarray(series.values, dtype=float)
+    if len(steps) <= limit:
+        return steps, values
+    bins = np.array_split(np.arange(len(steps)), limit)
+    return np.array([steps[rows].mean() for rows in bins]), np.array([_finite_mean(values[rows]) for rows in bins])
+
+
+def _finite_mean(values: np.ndarray) -> float:
+    finite = values[np.isfinite(values)]
+    return float(finite.mean()) if len(finite) else math.nan
+
+
+def _smoothed(values: np.ndarray) -> np.ndarray:
+    """Centred moving mean over a tenth of the curve; windows shrink at both ends, gaps stay gaps."""
+    half = max(1, len(values) // 20)
+    means = [_finite_mean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
+    return np.where(np.isfinite(values), np.array(means), math.nan)
+
+
+def _phase_table(run: RunRecord) -> dict[int, dict[str, float]]:
+    """Step -> seconds of its top-level phases, for the steps that were timed."""
+    rows: dict[int, dict[str, float]] = {}
+    for name, series in run.seconds.items():
+        for step, value in zip(series.steps, series.values, strict=True):
+            rows.setdefault(step, {})[name] = value
+    return {step: top_level(rows[step]) for step in sorted(rows)}
+
+
+def _draw_seconds(identity: str, run: RunRecord) -> str:
+    table = _phase_table(run)
+    names = [name for name, _ in phase_means(run)]
+    steps = list(table)
+    figure = Figure(figsize=(5.6, 3.1), layout="constrained")
+    axes = figure.subplots()
+    bottom: np.ndarray | None = None
+    colours = iter(COLOURS)
+    for name in names:
+        positions, heights = _binned(Series(steps, [table[step].get(name, 0.0) for step in steps]), MAX_BARS)
+        bottom = np.zeros(len(positions)) if bottom is None else bottom
+        width = 0.86 * (positions[1] - positions[0] if len(positions) > 1 else 1.0)
+        colour = GREY if name == "other" else next(colours, GREY)
+        axes.bar(positions, heights, width=width, bottom=bottom, color=colour, label=name, linewidth=0)
+        bottom = bottom + heights
+    axes.grid(axis="x", visible=False)
+    axes.set_ylabel("seconds")
+    axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
+    axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=4, borderaxespad=0.1, handlelength=1.0)
+    return _svg(figure, identity)
+
+
+def _svg(figure: Figure, identity: str) -> str:
+    """SVG element of a figure. ``identity`` salts its ids: those of figures on the same page must differ."""
+    out = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": identity}):
+        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Title": None})
+    text = out.getvalue()
+    return text[text.index("<svg") :]

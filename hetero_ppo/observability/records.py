@@ -1,0 +1,164 @@
+"""Reads back what a run wrote: metrics.jsonl, config.yaml, eval_before.json, eval_after.json."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from hetero_ppo.observability.metrics import METRICS_FILE
+from hetero_ppo.observability.timers import TOTAL
+
+CONFIG_FILE = "config.yaml"
+EVAL_BEFORE_FILE = "eval_before.json"
+EVAL_AFTER_FILE = "eval_after.json"
+
+
+@dataclass(frozen=True)
+class Series:
+    """One metric over the steps that have it."""
+
+    steps: list[int]
+    values: list[float]  # NaN where the run wrote null
+
+    @property
+    def last(self) -> float:
+        return self.values[-1]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One held-out answer."""
+
+    prompt: str
+    response: str
+    label: Any
+    score: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One held-out evaluation of a PPO run."""
+
+    accuracy: float | None  # of sampled answers, 0 to 1; None: the run has no held-out check
+    greedy_accuracy: float | None  # of greedy answers
+    reward: float
+    kl: float  # nats per response, against the reference
+    response_length: float  # tokens
+    num_prompts: int
+    samples: list[Sample] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """All that a report needs of one run."""
+
+    dir: Path
+    kind: str  # "sft", "rm", "ppo", or "run" where there is no config.yaml
+    config_text: str | None
+    num_steps: int  # highest step of the file
+    seconds_total: float
+    series: dict[str, Series]
+    seconds: dict[str, Series]  # by phase, "parent/child" where nested, with "total"
+    notes: list[tuple[int, str]]
+    before: Evaluation | None
+    after: Evaluation | None
+
+    @property
+    def num_non_finite(self) -> int:
+        return sum(not math.isfinite(value) for series in self.series.values() for value in series.values)
+
+
+def read_run(path: Path) -> RunRecord:
+    """Read a run folder, or a metrics.jsonl file (then its folder).
+
+    A step that appears twice (a run resumed from before it) counts with its later record.
+
+    Raises ValueError naming the file and line of what is missing or malformed.
+    """
+    metrics_path = path if path.suffix == ".jsonl" else path / METRICS_FILE
+    records = _read_metrics(metrics_path)
+    run_dir = metrics_path.parent
+    config_path = run_dir / CONFIG_FILE
+    config_text = config_path.read_text(encoding="utf-8") if config_path.exists() else None
+    kind = str(OmegaConf.create(config_text).get("kind", "run")) if config_text else "run"
+    steps = sorted(records)
+    seconds = _to_series({step: records[step]["seconds"] for step in steps})
+    if TOTAL in seconds:
+        seconds_total = sum(seconds[TOTAL].values)
+    else:
+        times = [records[step]["time"] for step in steps]
+        seconds_total = max(times) - min(times)
+    return RunRecord(
+        dir=run_dir,
+        kind=kind,
+        config_text=config_text,
+        num_steps=steps[-1],
+        seconds_total=seconds_total,
+        series=_to_series({step: records[step]["metrics"] for step in steps}),
+        seconds=seconds,
+        notes=[(step, note) for step in steps for note in records[step]["notes"]],
+        before=read_evaluation(run_dir / EVAL_BEFORE_FILE),
+        after=read_evaluation(run_dir / EVAL_AFTER_FILE),
+    )
+
+
+def read_evaluation(path: Path) -> Evaluation | None:
+    """Read one evaluation; None when there is no such file. Raises ValueError for a malformed one."""
+    if not path.exists():
+        return None
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        return Evaluation(
+            accuracy=None if raw["accuracy"] is None else float(raw["accuracy"]),
+            greedy_accuracy=None if raw["greedy_accuracy"] is None else float(raw["greedy_accuracy"]),
+            reward=float(raw["reward"]),
+            kl=float(raw["kl"]),
+            response_length=float(raw["response_length"]),
+            num_prompts=int(raw["num_prompts"]),
+            samples=[
+                Sample(str(row["prompt"]), str(row["response"]), row["label"], float(row["score"]))
+                for row in raw["samples"]
+            ],
+        )
+    except KeyError as error:
+        raise ValueError(f"{path}: the field {error} is missing") from error
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: not an evaluation ({error})") from error
+
+
+def _read_metrics(path: Path) -> dict[int, dict[str, Any]]:
+    """Step -> merged record: metrics, seconds, time, notes."""
+    if not path.exists():
+        raise ValueError(f"{path}: no such file. --run takes a run's folder (run.dir of its config) or its {METRICS_FILE}")
+    records: dict[int, dict[str, Any]] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            row = json.loads(line)
+            record = records.setdefault(int(row["step"]), {"metrics": {}, "seconds": {}, "notes": []})
+            record["metrics"].update(row["metrics"])
+            record["seconds"].update(row["seconds"])
+            record["time"] = float(row["time"])
+            if "note" in row:
+                record["notes"].append(str(row["note"]))
+        except KeyError as error:
+            raise ValueError(f"{path}, line {number}: the field {error} is missing") from error
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}, line {number}: not a metrics record ({error})") from error
+    if not records:
+        raise ValueError(f"{path}: empty, the run logged no step")
+    return records
+
+
+def _to_series(rows: dict[int, dict[str, float | None]]) -> dict[str, Series]:
+    series: dict[str, Series] = {}
+    for step, row in rows.items():
+        for name, value in row.items():
+            target = series.setdefault(name, Series([], []))
+            target.steps.append(step)
+            target.values.append(math.nan if value is None else value)
+    return series

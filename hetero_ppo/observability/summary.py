@@ -1,0 +1,113 @@
+"""What a PPO run achieved, in a terminal: before and after, sample answers, where things lie."""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+from typing import Any
+
+from hetero_ppo.observability.metrics import METRICS_FILE
+from hetero_ppo.observability.records import EVAL_AFTER_FILE, EVAL_BEFORE_FILE, Evaluation, Sample, read_evaluation
+
+#: Sample answers shown.
+NUM_SAMPLES = 3
+
+REPORT_FILE = "report.html"
+EXPORT_FOLDER = "hf"
+
+
+def comparison_rows(before: Evaluation, after: Evaluation) -> list[tuple[str, str, str, str]]:
+    """(measure, before, after, change) as text. Accuracies without a held-out check are left out."""
+    rows: list[tuple[str, str, str, str]] = []
+    accuracies = (
+        ("accuracy, sampled answers", before.accuracy, after.accuracy),
+        ("accuracy, greedy answers", before.greedy_accuracy, after.greedy_accuracy),
+    )
+    for name, old, new in accuracies:
+        if old is not None and new is not None:
+            rows.append((name, f"{100 * old:.1f} %", f"{100 * new:.1f} %", f"{100 * (new - old):+.1f} points"))
+    plain = (
+        ("mean reward", before.reward, after.reward, ".3f"),
+        ("KL to the reference, nats per response", before.kl, after.kl, ".3f"),
+        ("response length, tokens", before.response_length, after.response_length, ".1f"),
+    )
+    rows.extend((name, f"{old:{spec}}", f"{new:{spec}}", f"{new - old:+{spec}}") for name, old, new, spec in plain)
+    return rows
+
+
+def matched_samples(before: Evaluation, after: Evaluation, limit: int = NUM_SAMPLES) -> list[tuple[Sample, Sample]]:
+    """Samples of the two evaluations that answer the same prompt, those whose answer changed first.
+
+    Raises ValueError when no prompt is in both.
+    """
+    later = {sample.prompt: sample for sample in after.samples}
+    pairs = [(sample, later[sample.prompt]) for sample in before.samples if sample.prompt in later]
+    if not pairs:
+        raise ValueError(f"{EVAL_BEFORE_FILE} and {EVAL_AFTER_FILE} have no sample prompt in common")
+    return sorted(pairs, key=lambda pair: pair[0].response == pair[1].response)[:limit]
+
+
+def read_comparison(run_dir: Path) -> tuple[Evaluation, Evaluation]:
+    """The evaluations before the first and after the last PPO step. Raises ValueError when one is missing."""
+    before, after = read_evaluation(run_dir / EVAL_BEFORE_FILE), read_evaluation(run_dir / EVAL_AFTER_FILE)
+    if before is None or after is None:
+        missing = EVAL_BEFORE_FILE if before is None else EVAL_AFTER_FILE
+        raise ValueError(
+            f"{run_dir / missing}: no such file. A finished PPO run with data.eval writes it; is this a PPO run's folder?"
+        )
+    return before, after
+
+
+def format_summary(run_dir: Path, report: Path | None = None) -> str:
+    """The quick start's ending: table, sample answers, paths.
+
+    Args:
+        run_dir: folder of a finished PPO run.
+        report: HTML file of the run, if there is one.
+
+    Raises ValueError when the run has no evaluation before or after, or a malformed one.
+    """
+    before, after = read_comparison(run_dir)
+    lines = [f"Held-out prompts: {after.num_prompts}. Before and after PPO:", ""]
+    lines += _table(("", "before", "after", "change"), comparison_rows(before, after))
+    for number, (old, new) in enumerate(matched_samples(before, after), start=1):
+        lines += ["", *_sample_lines(number, old, new)]
+    lines += ["", *_path_lines(run_dir, report)]
+    return "\n".join(lines)
+
+
+def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+    """First column to the left, the others to the right."""
+    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+
+    def line(cells: tuple[str, ...]) -> str:
+        first, *others = zip(cells, widths, strict=True)
+        return "  ".join([f"  {first[0]:<{first[1]}}", *(f"{cell:>{width}}" for cell, width in others)])
+
+    rule = "  " + "-" * (sum(widths) + 2 * (len(widths) - 1))
+    return [line(header), rule, *(line(row) for row in rows)]
+
+
+def _sample_lines(number: int, old: Sample, new: Sample) -> list[str]:
+    lines = _wrapped(f"Sample {number}: ", old.prompt)
+    if old.label is not None:
+        lines += _wrapped("   right: ", old.label)
+    lines += _wrapped("  before: ", f"{old.response.strip() or '(empty)'}   [score {old.score:.2f}]")
+    return lines + _wrapped("   after: ", f"{new.response.strip() or '(empty)'}   [score {new.score:.2f}]")
+
+
+def _wrapped(head: str, text: Any) -> list[str]:
+    """``text`` within 110 columns, its own line breaks shown as such, below each other after ``head``."""
+    shown = str(text).strip().replace("\n", "\\n")
+    return textwrap.wrap(shown, width=110, initial_indent=head, subsequent_indent=" " * len(head)) or [head]
+
+
+def _path_lines(run_dir: Path, report: Path | None) -> list[str]:
+    paths = [
+        ("exported model", run_dir / EXPORT_FOLDER),
+        ("metrics", run_dir / METRICS_FILE),
+        ("TensorBoard", run_dir / "tensorboard"),
+    ]
+    if report is not None:
+        paths.append(("report", report))
+    return [f"{name + ':':<16}{path}" for name, path in paths if path.exists()]
