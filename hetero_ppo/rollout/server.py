@@ -44,7 +44,7 @@ TRAINER_VARIABLES = (
     "PYTORCH_CUDA_ALLOC_CONF",
     "PYTORCH_ALLOC_CONF",
 )
-TRAINER_PREFIXES = ("TORCHELASTIC_", "PET_", "TORCH_NCCL_", "VLLM_")
+TRAINER_PREFIXES = ("TORCHELASTIC_", "PET_", "TORCH_NCCL_")
 
 
 @dataclass(frozen=True)
@@ -192,6 +192,14 @@ class VllmServer:
         """Asks the process to stop; :meth:`wait` sees to the rest."""
         if self.running:
             self._process.send_signal(signal.SIGTERM)
+
+    def wait_exit(self, timeout_s: float) -> None:
+        """Waits for a process that is ending by itself; returns after the timeout if it is not."""
+        if self._process is not None:
+            try:
+                self._process.wait(timeout=timeout_s)
+            except subprocess.TimeoutExpired:
+                pass
 
     def wait(self) -> None:
         """Waits for the end; kills whatever is left. Nothing of the server runs when this returns."""

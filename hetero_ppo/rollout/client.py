@@ -1,0 +1,146 @@
+"""Speaks HTTP with one vLLM server: token ids in, token ids and log-probs of the sampled tokens out.
+
+Requests go to ``/inference/v1/generate``: one prompt each, so that each has its own seed, and the answer says which weights made
+which tokens. For 64 prompts it costs no more than one ``/v1/completions`` request with a list of prompts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import aiohttp
+
+from hetero_ppo.config.schema import SamplingConfig
+from hetero_ppo.rollout.server import SERVED_MODEL_NAME, VllmServer
+from hetero_ppo.types import Response
+
+HEALTH_TIMEOUT_S = 5.0
+POLL_S = 0.2
+#: The server's clamp of log-probs that are -inf or NaN.
+NOT_FINITE = -9999.0
+
+
+class ServerDied(Exception):
+    """The server's process ended, or its engine did; the supervisor decides what to do about it."""
+
+
+class ServerClient:
+    """Client of one server. All methods run on the engine's event loop.
+
+    Every method raises ``ServerDied`` when the server has ended, and ``RuntimeError``, which names the phase, the server and its
+    log, when it answers with an error or not within its deadline.
+    """
+
+    def __init__(self, server: VllmServer):
+        self.server = server
+        self._session: aiohttp.ClientSession | None = None
+
+    async def open(self) -> None:
+        # No limit on connections: a request that waits for one would not be in the server's batch.
+        connector = aiohttp.UnixConnector(path=str(self.server.socket_path), limit=0, keepalive_timeout=15.0)
+        headers = {"Authorization": f"Bearer {self.server.api_key}"}
+        self._session = aiohttp.ClientSession(connector=connector, headers=headers)
+
+    async def close(self) -> None:
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+    async def wait_ready(self, timeout_s: float) -> None:
+        """Returns when the server answers.
+
+        Raises:
+            ServerDied: it ended while starting.
+            RuntimeError: it does not answer within the deadline.
+        """
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        while asyncio.get_running_loop().time() < deadline:
+            if not self.server.running:
+                raise ServerDied(self.server.name)
+            if await self.healthy():
+                return
+            await asyncio.sleep(POLL_S)
+        raise RuntimeError(f"start: {self.server.name} did not answer within {timeout_s:.0f} s; {self.server.report()}")
+
+    async def healthy(self) -> bool:
+        timeout = aiohttp.ClientTimeout(total=HEALTH_TIMEOUT_S)
+        try:
+            async with self._session.get("http://server/health", timeout=timeout) as reply:
+                return reply.status == 200
+        except (aiohttp.ClientError, OSError):  # TimeoutError is an OSError
+            return False
+
+    async def generate(self, prompt: list[int], sampling: SamplingConfig, stop: list[int], seed: int, timeout_s: float) -> Response:
+        """One response. ``stop``: ids that end it, end-of-sequence included."""
+        params = {
+            "n": 1,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k,
+            "min_p": 0.0,
+            "max_tokens": sampling.max_tokens,
+            "min_tokens": 0,
+            "presence_penalty": 0.0,
+            "frequency_penalty": 0.0,
+            "repetition_penalty": 1.0,
+            "seed": seed,
+            "stop_token_ids": stop,
+            # The server's own idea of the end-of-sequence token takes no part: ours is in stop_token_ids.
+            "ignore_eos": True,
+            "logprobs": 0,  # of the sampled token alone
+            "detokenize": False,
+        }
+        body = {"model": SERVED_MODEL_NAME, "token_ids": prompt, "sampling_params": params}
+        answer = await self.post("generate", "/inference/v1/generate", timeout_s, body)
+        return self._response(answer["choices"][0])
+
+    def _response(self, choice: dict[str, Any]) -> Response:
+        log_probs = [entry["logprob"] for entry in choice["logprobs"]["content"]]
+        versions = sorted({span["version"] for span in choice["weight_versions"]})
+        if choice["finish_reason"] not in ("stop", "length"):
+            raise RuntimeError(f"generate: {self.server.name} ended a response with {choice['finish_reason']!r}")
+        if len(versions) != 1 or len(log_probs) != len(choice["token_ids"]):
+            raise RuntimeError(
+                f"generate: {self.server.name} answered {len(choice['token_ids'])} tokens with {len(log_probs)} log-probs, "
+                f"made by the weight versions {versions}; expected one log-prob per token and one version"
+            )
+        if log_probs and min(log_probs) <= NOT_FINITE:
+            raise RuntimeError(f"generate: {self.server.name} sampled from logits that are not finite (weights {versions[0]})")
+        return Response(choice["token_ids"], log_probs, choice["finish_reason"], versions[0])
+
+    async def prompt_log_probs(self, token_ids: list[int], timeout_s: float) -> list[float]:
+        """log p(token t + 1 | tokens 0..t) at temperature 1, for t = 0 .. len - 2."""
+        params = {"max_tokens": 1, "temperature": 1.0, "top_p": 1.0, "top_k": -1, "seed": 0, "ignore_eos": True}
+        params |= {"prompt_logprobs": 0, "detokenize": False}
+        body = {"model": SERVED_MODEL_NAME, "token_ids": token_ids, "sampling_params": params}
+        answer = await self.post("prompt_log_probs", "/inference/v1/generate", timeout_s, body)
+        entries = answer["prompt_logprobs"][1:]
+        return [entry[str(token)]["logprob"] for entry, token in zip(entries, token_ids[1:], strict=True)]
+
+    async def call_worker(self, phase: str, method: str, timeout_s: float, **arguments: Any) -> list[dict[str, Any]]:
+        """Calls a method of the worker extension; one result per worker (tensor-parallel rank)."""
+        body = {"method": method, "kwargs": arguments, "timeout": timeout_s}
+        return (await self.post(phase, "/collective_rpc", timeout_s + 5.0, body))["results"]
+
+    async def post(self, phase: str, route: str, timeout_s: float, body: dict[str, Any] | None = None) -> Any:
+        """POSTs JSON and returns the answer's JSON."""
+        timeout = aiohttp.ClientTimeout(total=timeout_s)
+        try:
+            async with self._session.post(f"http://server{route}", json=body, timeout=timeout) as reply:
+                status, text = reply.status, await reply.read()
+        except TimeoutError:
+            raise RuntimeError(
+                f"{phase}: {self.server.name} did not answer {route} within {timeout_s:.0f} s; {self.server.report()}"
+            ) from None
+        except (aiohttp.ClientError, OSError) as error:
+            raise ServerDied(f"{route}: {type(error).__name__}: {error}") from error
+        if status == 200:
+            return json.loads(text)
+        if status >= 500 and not await self.healthy():
+            raise ServerDied(f"{route}: HTTP {status}")
+        raise RuntimeError(
+            f"{phase}: {self.server.name} answered {route} with HTTP {status}: {text.decode(errors='replace')[:2000]}\n"
+            f"{self.server.report()}"
+        )

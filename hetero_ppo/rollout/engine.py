@@ -1,0 +1,280 @@
+"""The rollout engine as the trainer sees it: prompts in, responses out, new weights now and then."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import shutil
+import threading
+from collections.abc import Coroutine, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import torch
+from torch import Tensor
+
+from hetero_ppo.config.schema import Dtype, RolloutConfig, SamplingConfig
+from hetero_ppo.observability.progress import progress
+from hetero_ppo.rollout.pool import ServerPool, gather_all
+from hetero_ppo.rollout.server import ServerSpec, VllmServer, server_threads
+from hetero_ppo.rollout.weight_sync import remove_weights, shared_memory_dir, write_weights
+from hetero_ppo.types import Response
+
+T = TypeVar("T")
+
+#: max |difference| between the engine's and the trainer's log-probs of a golden prompt. bf16 has 8 bits of mantissa, and the two
+#: sides round at different places.
+SYNC_TOLERANCE = {Dtype.fp32: 1e-3, Dtype.bf16: 0.15}
+
+
+def response_seed(seed: int, prompt: int, sample: int) -> int:
+    """Seed of one response, in [0, 2^63): the same whichever server takes it, and whatever else is in the batch."""
+    digest = hashlib.blake2b(f"{seed}/{prompt}/{sample}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def check_prompts(prompts: list[list[int]], max_tokens: int, max_model_len: int) -> None:
+    """Raises ValueError for a prompt that is empty, or too long for its response to fit."""
+    if not prompts:
+        raise ValueError("generate: no prompts")
+    for row, prompt in enumerate(prompts):
+        if not prompt:
+            raise ValueError(f"generate: prompt {row} has no tokens")
+        if len(prompt) + max_tokens > max_model_len:
+            raise ValueError(
+                f"generate: prompt {row} has {len(prompt)} tokens; with sampling.max_tokens={max_tokens} that is more than "
+                f"the engine's {max_model_len} tokens (max_model_len)"
+            )
+
+
+class VllmEngine:
+    """vLLM servers on this node. A context manager; leaving it ends the servers, and so does any error but ValueError.
+
+    Use it from one rank per node. ``generate`` and ``sync_weights`` block; they may be called from different threads.
+
+    Args:
+        config: the ``rollout`` section.
+        model_path: Hugging Face folder.
+        dtype: the actor's dtype, for ``config.dtype`` None.
+        run_dir: server logs go to ``<run_dir>/rollout/server_<i>.log``.
+        max_model_len: tokens, longest prompt and response together.
+        eos_token_ids: they end a response, unless ``sampling.ignore_eos``.
+        initial_version: label of the weights in ``model_path``. None: the folder has config.json alone; the servers start with
+            random weights and refuse to generate before the first sync.
+
+    Raises:
+        ValueError: the temporary directory's path is too long for unix sockets.
+    """
+
+    def __init__(
+        self,
+        config: RolloutConfig,
+        *,
+        model_path: str,
+        dtype: Dtype,
+        run_dir: Path,
+        max_model_len: int,
+        eos_token_ids: list[int],
+        initial_version: str | None = "initial",
+    ):
+        self.config = config
+        self.dtype = dtype if config.dtype is None else config.dtype
+        self.max_model_len = max_model_len
+        self.eos_token_ids = eos_token_ids
+        self._spec = ServerSpec(
+            model_path=str(Path(model_path).resolve()),
+            dtype=self.dtype,
+            max_model_len=max_model_len,
+            load_weights=initial_version is not None,
+            cuda=torch.cuda.is_available(),
+            config=config,
+            threads=server_threads(config, len(os.sched_getaffinity(0))),
+        )
+        self._log_dir = Path(run_dir).resolve() / "rollout"
+        self._initial_version = initial_version
+        self._num_syncs = 0
+        self._pool: ServerPool | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+        self._private_dir: Path | None = None
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def version(self) -> str | None:
+        """Label of the weights in the servers; None: random ones."""
+        return self._started_pool().version
+
+    @property
+    def servers(self) -> list[VllmServer]:
+        return [member.server for member in self._started_pool().members]
+
+    def start(self) -> None:
+        """Starts all servers and returns when they answer (20 to 60 s).
+
+        Raises:
+            RuntimeError: a server ended, or did not answer within ``start_timeout_s``; nothing is left running.
+        """
+        if self._pool is not None:
+            raise RuntimeError("the rollout engine is started already")
+        self._private_dir = shared_memory_dir()
+        servers = [
+            VllmServer(index, self._spec, self._private_dir, self._log_dir / f"server_{index}.log")
+            for index in range(self.config.num_servers)
+        ]
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="rollout", daemon=True)
+        self._thread.start()
+        self._pool = ServerPool(
+            servers,
+            self._initial_version,
+            max_restarts=self.config.max_restarts,
+            start_timeout_s=self.config.start_timeout_s,
+            sync_timeout_s=self.config.sync_timeout_s,
+        )
+        self._run(self._pool.start())
+
+    def generate(
+        self,
+        prompts: list[list[int]],
+        sampling: SamplingConfig,
+        *,
+        n: int,
+        seed: int,
+        show_progress: bool = False,
+    ) -> list[list[Response]]:
+        """Answers prompts.
+
+        Args:
+            prompts: token ids, not padded.
+            sampling: how to sample; all of it is sent, nothing is left to the server's defaults.
+            n: responses per prompt.
+            seed: of this call; the same call with the same seed and weights gives the same tokens.
+            show_progress: a progress bar on stderr.
+
+        Returns:
+            For each prompt, in order, its n responses.
+
+        Raises:
+            ValueError: a prompt is empty or too long.
+            RuntimeError: a server failed beyond ``max_restarts``; nothing is left running.
+        """
+        check_prompts(prompts, sampling.max_tokens, self.max_model_len)
+        pool = self._started_pool()
+        if pool.version is None:
+            raise RuntimeError("generate: the servers have random weights; call sync_weights first")
+        stop = list(sampling.stop_token_ids) + ([] if sampling.ignore_eos else self.eos_token_ids)
+        with progress(description="rollout", total=len(prompts) * n, is_writer=show_progress, unit="response") as bar:
+
+            async def one(prompt: int, sample: int) -> Response:
+                one_seed = response_seed(seed, prompt, sample)
+                timeout_s = self.config.request_timeout_s
+                response = await pool.call_least_loaded(
+                    "generate", lambda client: client.generate(prompts[prompt], sampling, stop, one_seed, timeout_s)
+                )
+                bar.update(1)
+                return response
+
+            flat = self._run(gather_all([one(i, j) for i in range(len(prompts)) for j in range(n)]))
+        return [flat[i * n : (i + 1) * n] for i in range(len(prompts))]
+
+    def sync_weights(self, tensors: Iterator[tuple[str, Tensor]], version: str) -> None:
+        """Replaces the servers' weights.
+
+        Args:
+            tensors: (Hugging Face name, full tensor) of the whole model; tied tensors may be left out. Read once, in order.
+            version: label of the new weights; responses carry it.
+
+        Raises:
+            ValueError: a tensor is missing, unknown, comes twice, or has the wrong shape; the servers keep their old weights.
+            RuntimeError: a server failed; nothing is left running.
+        """
+        pool = self._started_pool()
+        self._num_syncs += 1
+        files = write_weights(self._private_dir / f"weights_{self._num_syncs}", tensors, version, self.dtype)
+        previous = pool.files
+        try:
+            self._run(pool.load(files))
+        except ValueError:
+            remove_weights(files)
+            raise
+        if previous is not None:
+            remove_weights(previous)
+
+    def prompt_log_probs(self, token_ids: list[int], server: int = 0) -> list[float]:
+        """log p(token t + 1 | tokens 0..t) at temperature 1, for t = 0 .. len - 2, by one of the servers."""
+        pool = self._started_pool()
+        member = pool.members[server]
+        timeout_s = self.config.sync_timeout_s
+        return self._run(
+            pool.call(member, "prompt_log_probs", lambda client: client.prompt_log_probs(token_ids, timeout_s))
+        )
+
+    def verify_sync(self, token_ids: list[int], log_probs: list[float]) -> float:
+        """Compares every server's log-probs of a golden prompt with the trainer's own.
+
+        Args:
+            token_ids: the golden prompt, L tokens.
+            log_probs: L - 1 values, log p(token t + 1 | tokens 0..t) at temperature 1.
+
+        Returns:
+            The largest absolute difference.
+
+        Raises:
+            RuntimeError: it is larger than ``verify_sync_tolerance``: the servers do not hold the trainer's weights.
+        """
+        tolerance = self.config.verify_sync_tolerance
+        if tolerance is None:
+            tolerance = SYNC_TOLERANCE[self.dtype]
+        largest = 0.0
+        for index, server in enumerate(self.servers):
+            engine_log_probs = self.prompt_log_probs(token_ids, index)
+            pairs = zip(engine_log_probs, log_probs, strict=True)
+            difference, position = max((abs(a - b), t) for t, (a, b) in enumerate(pairs))
+            if not difference <= tolerance:
+                raise RuntimeError(
+                    f"weight sync {self.version!r}: {server.name} gives token {position + 1} of the golden prompt a log-prob of "
+                    f"{engine_log_probs[position]:.5f}, the trainer {log_probs[position]:.5f}; the difference exceeds "
+                    f"rollout.verify_sync_tolerance ({tolerance}): the server does not hold the trainer's weights"
+                )
+            largest = max(largest, difference)
+        return largest
+
+    def close(self) -> None:
+        """Ends the servers and removes sockets and weight files. May be called more than once."""
+        pool, self._pool = self._pool, None
+        if pool is None:
+            return
+        try:
+            asyncio.run_coroutine_threadsafe(pool.stop(), self._loop).result()
+        finally:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
+            shutil.rmtree(self._private_dir)
+
+    def _started_pool(self) -> ServerPool:
+        if self._pool is None:
+            raise RuntimeError("the rollout engine is not running: it was not started, was closed, or ended with an error")
+        return self._pool
+
+    def _run(self, call: Coroutine[Any, Any, T]) -> T:
+        """Runs a call on the engine's loop. Any error but ValueError ends the engine."""
+        future = asyncio.run_coroutine_threadsafe(call, self._loop)
+        try:
+            return future.result()
+        except ValueError:
+            raise
+        except BaseException:
+            future.cancel()
+            self.close()
+            raise

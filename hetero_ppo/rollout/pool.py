@@ -1,0 +1,184 @@
+"""The servers of one node: started together, restarted when they die, given requests by load."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from hetero_ppo.rollout.client import ServerClient, ServerDied
+from hetero_ppo.rollout.server import VllmServer
+from hetero_ppo.rollout.weight_sync import WeightFiles, stage, swap
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+#: Requests a server holds beyond its running batch, so that it never waits for the client.
+QUEUE_FACTOR = 1.5
+#: A server whose engine died answers 500 for a while before its process ends.
+EXIT_WAIT_S = 10.0
+PAUSE_TIMEOUT_S = 5.0
+
+
+@dataclass
+class Member:
+    """A server, its client, and what the pool knows of it."""
+
+    server: VllmServer
+    client: ServerClient
+    in_flight: int = 0
+    restarts: int = 0
+    starts: int = 0  # how often it has been started: tells whether somebody else has restarted it meanwhile
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+
+async def gather_all(calls: list[Coroutine[Any, Any, T]]) -> list[T]:
+    """Runs all; at the first error the others are cancelled and that error is raised."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(call) for call in calls]
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+    return [task.result() for task in tasks]
+
+
+class ServerPool:
+    """All methods run on one event loop.
+
+    Args:
+        servers: not started yet.
+        initial_version: label of the weights in the model's folder; None when the servers start with random weights.
+        max_restarts: of one server.
+        start_timeout_s: deadline of a start.
+        sync_timeout_s: deadline of a weight sync.
+    """
+
+    def __init__(
+        self,
+        servers: list[VllmServer],
+        initial_version: str | None,
+        *,
+        max_restarts: int,
+        start_timeout_s: float,
+        sync_timeout_s: float,
+    ):
+        self.members = [Member(server, ServerClient(server)) for server in servers]
+        self.initial_version = initial_version
+        self.files: WeightFiles | None = None
+        self.max_restarts = max_restarts
+        self.start_timeout_s = start_timeout_s
+        self.sync_timeout_s = sync_timeout_s
+        config = servers[0].spec.config
+        self._slots = asyncio.Semaphore(int(QUEUE_FACTOR * config.max_num_seqs * len(servers)))
+
+    @property
+    def version(self) -> str | None:
+        """Label of the weights that all servers hold; None: random ones."""
+        return self.files.version if self.files is not None else self.initial_version
+
+    async def start(self) -> None:
+        """Starts all servers at the same time.
+
+        Raises:
+            RuntimeError: a server ended while starting, or did not answer within the deadline.
+        """
+        await gather_all([self._boot(member, "start") for member in self.members])
+
+    async def stop(self) -> None:
+        """Ends all servers, whatever state they are in."""
+        await asyncio.gather(*(self._stop(member) for member in self.members))
+
+    async def _stop(self, member: Member) -> None:
+        try:
+            if member.server.running and await member.client.healthy():
+                # Without it a SIGTERM with requests in flight can hang vLLM's shutdown.
+                await member.client.post("stop", "/pause?mode=abort", PAUSE_TIMEOUT_S)
+        except (ServerDied, RuntimeError) as error:
+            log.info("stop: %s", error)  # it is ended below all the same
+        finally:
+            await member.client.close()
+            member.server.terminate()
+            await asyncio.to_thread(member.server.wait)
+
+    async def _boot(self, member: Member, phase: str) -> None:
+        """Starts a server and gives it the newest weights."""
+        await asyncio.to_thread(member.server.spawn)
+        await member.client.open()
+        try:
+            await member.client.wait_ready(self.start_timeout_s)
+            if self.files is not None:
+                await stage(member.client, self.files, self.sync_timeout_s)
+                await swap(member.client, self.files, self.sync_timeout_s)
+            elif self.initial_version is not None:
+                body = {"new_version": self.initial_version}
+                await member.client.post(phase, "/update_weight_version", self.sync_timeout_s, body)
+        except ServerDied as error:
+            await asyncio.to_thread(member.server.wait_exit, EXIT_WAIT_S)
+            raise RuntimeError(
+                f"{phase}: {member.server.name} ended while starting ({error}); {member.server.report()}"
+            ) from None
+        member.starts += 1
+
+    async def _restart(self, member: Member, starts: int, phase: str, cause: ServerDied) -> None:
+        """Restarts a dead server, unless that has happened since it was seen alive with ``starts`` starts.
+
+        Raises:
+            RuntimeError: it died more often than ``max_restarts`` allows.
+        """
+        async with member.lock:
+            if member.starts != starts:
+                return
+            await asyncio.to_thread(member.server.wait_exit, EXIT_WAIT_S)
+            report = member.server.report()
+            await member.client.close()
+            await asyncio.to_thread(member.server.kill)
+            member.restarts += 1
+            message = f"{phase}: {member.server.name} died ({cause}); {report}"
+            if member.restarts > self.max_restarts:
+                raise RuntimeError(f"{message}\nrollout.max_restarts allows {self.max_restarts} restarts of a server")
+            log.warning("%s\nrestart %d of %d", message, member.restarts, self.max_restarts)
+            await self._boot(member, phase)
+
+    async def call(self, member: Member, phase: str, send: Callable[[ServerClient], Awaitable[T]]) -> T:
+        """Sends a request, and sends it again when the server died under it and was restarted."""
+        while True:
+            starts = member.starts
+            try:
+                return await send(member.client)
+            except ServerDied as error:
+                await self._restart(member, starts, phase, error)
+
+    async def call_least_loaded(self, phase: str, send: Callable[[ServerClient], Awaitable[T]]) -> T:
+        """As :meth:`call`, on the server with the fewest requests."""
+        async with self._slots:
+            member = min(self.members, key=lambda m: m.in_flight)
+            member.in_flight += 1
+            try:
+                return await self.call(member, phase, send)
+            finally:
+                member.in_flight -= 1
+
+    async def load(self, files: WeightFiles) -> None:
+        """Gives all servers new weights. They are checked by every server before the first one changes.
+
+        Raises:
+            ValueError: the tensors do not fit the model; the servers keep their old weights.
+            RuntimeError: a server answered with an error, not in time, or died too often.
+        """
+        await gather_all(
+            [
+                self.call(member, "weight sync", lambda client: stage(client, files, self.sync_timeout_s))
+                for member in self.members
+            ]
+        )
+        self.files = files  # a server that is restarted from here on starts with them
+        await gather_all([self._swap(member, files) for member in self.members])
+
+    async def _swap(self, member: Member, files: WeightFiles) -> None:
+        starts = member.starts
+        try:
+            await swap(member.client, files, self.sync_timeout_s)
+        except ServerDied as error:
+            await self._restart(member, starts, "weight sync", error)

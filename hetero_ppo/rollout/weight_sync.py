@@ -1,0 +1,150 @@
+"""Carries the actor's weights to running servers through files in shared memory.
+
+A sync writes the tensors, as they come, into safetensors shards of a new directory (mode 0700, in /dev/shm where there is one),
+lets every server check them (names, shapes, checksums), and only then pauses the servers, swaps the weights, drops the prefix
+cache, sets the weight version and resumes. The last version's files stay until the next one is in place: a server that has to be
+restarted gets them again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hetero_ppo.config.schema import Dtype
+from hetero_ppo.rollout.client import ServerClient
+from hetero_ppo.rollout.worker_extension import tensor_checksum
+
+SHARD_BYTES = 512 * 2**20
+TORCH_DTYPE = {Dtype.fp32: torch.float32, Dtype.bf16: torch.bfloat16}
+SAFETENSORS_DTYPE = {torch.float32: "F32", torch.bfloat16: "BF16"}
+
+
+@dataclass(frozen=True)
+class WeightFiles:
+    """One version's tensors on disk."""
+
+    version: str
+    paths: list[Path]
+    checksums: dict[str, str]  # tensor name -> SHA-256 of its bytes
+
+
+def shared_memory_dir() -> Path:
+    """A new private directory, in shared memory where the machine has it."""
+    parent = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    return Path(tempfile.mkdtemp(prefix="hetero_ppo_", dir=parent))
+
+
+def _write_shard(path: Path, tensors: dict[str, Tensor]) -> dict[str, str]:
+    """Writes one safetensors file (8-byte header length, JSON header, raw data) and returns the tensors' checksums.
+
+    The library's ``save_file`` refuses tensors that share a storage, which is what views of a flat parameter buffer do, and
+    its lower-level twin copies every tensor to ``bytes``.
+    """
+    header, offset = {}, 0
+    for name, tensor in tensors.items():
+        end = offset + tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": SAFETENSORS_DTYPE[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with ThreadPoolExecutor(max_workers=1) as pool, open(path, "xb", opener=_private_opener) as file:
+        checksums = pool.map(tensor_checksum, tensors.values())  # beside the writing; both release the GIL
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            file.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+        return dict(zip(tensors, checksums, strict=True))
+
+
+def _private_opener(path: str, flags: int) -> int:
+    return os.open(path, flags, mode=0o600)
+
+
+def write_weights(directory: Path, tensors: Iterator[tuple[str, Tensor]], version: str, dtype: Dtype) -> WeightFiles:
+    """Writes a stream of (Hugging Face name, tensor) into ``directory`` in the engine's dtype.
+
+    No more than one shard is held at a time. The directory appears under its name when all of it is written.
+
+    Raises:
+        ValueError: the stream is empty or names a tensor twice.
+    """
+    partial = directory.with_name(directory.name + ".partial")
+    partial.mkdir(mode=0o700)
+    names: list[str] = []
+    checksums: dict[str, str] = {}
+    shard: dict[str, Tensor] = {}
+    shard_bytes = 0
+
+    def flush() -> None:
+        nonlocal shard_bytes
+        names.append(f"shard_{len(names):05d}.safetensors")
+        checksums.update(_write_shard(partial / names[-1], shard))
+        shard.clear()
+        shard_bytes = 0
+
+    for name, tensor in tensors:
+        if name in checksums or name in shard:
+            raise ValueError(f"weight sync {version!r}: tensor {name!r} comes twice in the stream")
+        shard[name] = tensor.detach().to(device="cpu", dtype=TORCH_DTYPE[dtype]).contiguous()
+        shard_bytes += shard[name].numel() * shard[name].element_size()
+        if shard_bytes >= SHARD_BYTES:
+            flush()
+    if shard:
+        flush()
+    if not names:
+        raise ValueError(f"weight sync {version!r}: the stream has no tensors")
+    partial.rename(directory)
+    return WeightFiles(version, [directory / name for name in names], checksums)
+
+
+def remove_weights(files: WeightFiles) -> None:
+    shutil.rmtree(files.paths[0].parent)
+
+
+async def stage(client: ServerClient, files: WeightFiles, timeout_s: float) -> None:
+    """Lets a server read and check the files; its weights stay as they are.
+
+    Raises:
+        ValueError: a tensor is missing, unknown, or of the wrong shape.
+        RuntimeError: a tensor's bytes did not arrive as they were sent.
+    """
+    paths = [str(path) for path in files.paths]
+    results = await client.call_worker("weight sync", "hetero_ppo_stage_weights", timeout_s, paths=paths)
+    for result in results:
+        if result["problems"]:
+            shown = "; ".join(result["problems"][:8])
+            more = len(result["problems"]) - 8
+            raise ValueError(
+                f"weight sync {files.version!r}: the tensors do not fit the model of {client.server.name}: {shown}"
+                + (f"; and {more} more" if more > 0 else "")
+                + ". The server keeps its old weights."
+            )
+        wrong = sorted(name for name, digest in files.checksums.items() if result["checksums"][name] != digest)
+        if wrong:
+            raise RuntimeError(
+                f"weight sync {files.version!r}: {client.server.name} read other bytes than were written for {wrong[:8]}"
+            )
+
+
+async def swap(client: ServerClient, files: WeightFiles, timeout_s: float) -> None:
+    """Puts staged weights in place and drops everything that was computed with the old ones."""
+    await client.post("weight sync", "/pause?mode=wait", timeout_s)
+    await client.call_worker("weight sync", "hetero_ppo_load_staged", timeout_s)
+    reset = await client.post("weight sync", "/reset_prefix_cache", timeout_s)
+    if not reset["success"]:
+        raise RuntimeError(f"weight sync {files.version!r}: {client.server.name} could not reset its prefix cache")
+    await client.post("weight sync", "/update_weight_version", timeout_s, {"new_version": files.version})
+    await client.post("weight sync", "/resume", timeout_s)

@@ -1,0 +1,80 @@
+"""Receives weights inside vLLM's worker process (``--worker-extension-cls``).
+
+The trainer writes safetensors files and calls these methods over ``/collective_rpc`` with plain JSON arguments; nothing is ever
+unpickled. Two calls, because an update that fails half-way leaves vLLM's model unusable: ``hetero_ppo_stage_weights`` opens the
+files, checks names and shapes against the model's Hugging Face layout and returns a checksum per tensor, with the old weights
+untouched; ``hetero_ppo_load_staged`` puts them in place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+
+def tensor_checksum(tensor: Tensor) -> str:
+    """SHA-256 of a contiguous CPU tensor's bytes."""
+    return hashlib.sha256(memoryview(tensor.reshape(-1).view(torch.uint8).numpy())).hexdigest()
+
+
+def expected_shapes(hf_config: Any) -> tuple[dict[str, list[int]], set[str]]:
+    """Name -> shape of a checkpoint's tensors, and the names that may be left out because they are tied to others."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(hf_config)
+    shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    tied = {"lm_head.weight"} if hf_config.tie_word_embeddings else set()
+    return shapes, tied
+
+
+def find_problems(received: dict[str, Tensor], shapes: dict[str, list[int]], optional: set[str]) -> list[str]:
+    """What is wrong with a set of tensors, one sentence per tensor."""
+    problems = [f"missing tensor {name!r}" for name in sorted(shapes.keys() - received.keys() - optional)]
+    problems += [f"unknown tensor {name!r}" for name in sorted(received.keys() - shapes.keys())]
+    for name in sorted(received.keys() & shapes.keys()):
+        if list(received[name].shape) != shapes[name]:
+            problems.append(f"tensor {name!r} has shape {list(received[name].shape)}, expected {shapes[name]}")
+    return problems
+
+
+class WeightReceiver:
+    """Mixed into vLLM's Worker; ``self`` is the worker. The names must not clash with the Worker's."""
+
+    hetero_ppo_staged: dict[str, Tensor] | None = None
+
+    def hetero_ppo_stage_weights(self, paths: list[str]) -> dict[str, Any]:
+        """Reads and checks the tensors of safetensors files.
+
+        Returns:
+            ``{"problems": [...], "checksums": {name: sha256}}``; tensors are kept for ``hetero_ppo_load_staged`` when there is
+            no problem.
+        """
+        tensors: dict[str, Tensor] = {}
+        for path in paths:
+            with safe_open(path, framework="pt", device="cpu") as file:
+                for name in file.offset_keys():
+                    tensors[name] = file.get_tensor(name)
+        shapes, optional = expected_shapes(self.model_config.hf_config)
+        problems = find_problems(tensors, shapes, optional)
+        with ThreadPoolExecutor(max_workers=4) as pool:  # hashing releases the GIL
+            checksums = dict(zip(tensors, pool.map(tensor_checksum, tensors.values())))
+        self.hetero_ppo_staged = None if problems else tensors
+        return {"problems": problems, "checksums": checksums}
+
+    def hetero_ppo_load_staged(self) -> dict[str, Any]:
+        """Replaces the model's weights with the staged ones.
+
+        Raises:
+            RuntimeError: nothing is staged.
+        """
+        tensors, self.hetero_ppo_staged = self.hetero_ppo_staged, None
+        if tensors is None:
+            raise RuntimeError("no weights are staged: call hetero_ppo_stage_weights first")
+        self.reload_weights(weights_iterator=iter(tensors.items()))
+        return {"loaded": len(tensors)}
