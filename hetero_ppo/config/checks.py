@@ -11,7 +11,13 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from hetero_ppo.config.derived import config_roles, data_parallel_size, exact_quotient, trained_roles
+from hetero_ppo.config.derived import (
+    RESPONSES_FIELDS,
+    config_roles,
+    data_parallel_size,
+    exact_quotient,
+    trained_roles,
+)
 from hetero_ppo.config.load import AnyConfig
 from hetero_ppo.config.schema import (
     KlController,
@@ -57,7 +63,7 @@ def _require(condition: bool, field: str, value: object, rule: str) -> None:
         raise ValueError(f"{field}={value}: {rule}")
 
 
-# --- every kind of run -------------------------------------------------------------------------------------------------
+# --- every kind of run ----------------------------------------------------------------------------------------------
 
 
 def check_layout_is_supported(config: AnyConfig, world_size: int) -> None:
@@ -197,7 +203,7 @@ def check_eval(config: AnyConfig, world_size: int) -> None:
     )
 
 
-# --- SFT and reward model ----------------------------------------------------------------------------------------------
+# --- SFT and reward model -------------------------------------------------------------------------------------------
 
 
 def check_global_batch(config: SftConfig | RmConfig, world_size: int) -> None:
@@ -219,24 +225,19 @@ def check_reward_model_loss(config: SftConfig | RmConfig, world_size: int) -> No
         _require(config.loss.score_l2 >= 0, "loss.score_l2", config.loss.score_l2, "0 or more")
 
 
-# --- PPO ---------------------------------------------------------------------------------------------------------------
+# --- PPO ------------------------------------------------------------------------------------------------------------
 
 
 def check_rollout_batch(config: PpoConfig, world_size: int) -> None:
-    """Prompts are dealt to the actor's data-parallel ranks, responses to every role's, minibatches to the trained ones."""
+    """Responses are dealt to the data-parallel ranks of every role, minibatches to those of the trained ones."""
     algorithm = config.algorithm
     for field in ("rollout_batch_size", "samples_per_prompt", "minibatch_size", "ppo_epochs"):
         _require(vars(algorithm)[field] >= 1, f"algorithm.{field}", vars(algorithm)[field], "at least 1")
     responses = algorithm.rollout_batch_size * algorithm.samples_per_prompt
-    name_of_responses = "algorithm.rollout_batch_size x algorithm.samples_per_prompt"
-    exact_quotient(responses, algorithm.minibatch_size, name_of_responses, "algorithm.minibatch_size")
+    exact_quotient(responses, algorithm.minibatch_size, RESPONSES_FIELDS, "algorithm.minibatch_size")
     for name, role in config_roles(config).items():
         ranks = data_parallel_size(name, role.parallel, world_size)
-        exact_quotient(responses, ranks, name_of_responses, f"the data-parallel size of {name}")
-        if name == "actor":
-            exact_quotient(
-                algorithm.rollout_batch_size, ranks, "algorithm.rollout_batch_size", "the data-parallel size of actor"
-            )
+        exact_quotient(responses, ranks, RESPONSES_FIELDS, f"the data-parallel size of {name}")
         if name in trained_roles(config):
             exact_quotient(
                 algorithm.minibatch_size, ranks, "algorithm.minibatch_size", f"the data-parallel size of {name}"
@@ -375,7 +376,7 @@ def check_rollout_servers(config: PpoConfig, world_size: int) -> None:
     _require(0 < share <= 1, "rollout.gpu_memory_utilization", share, "a share of the device, in (0, 1]")
 
 
-# --- the disk ----------------------------------------------------------------------------------------------------------
+# --- the disk -------------------------------------------------------------------------------------------------------
 
 
 def check_model_folders(config: AnyConfig) -> None:

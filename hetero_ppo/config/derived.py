@@ -15,6 +15,9 @@ from hetero_ppo.config.schema import (
     TrainedRoleConfig,
 )
 
+#: How error messages name the number of responses per PPO step.
+RESPONSES_FIELDS = "algorithm.rollout_batch_size x algorithm.samples_per_prompt"
+
 
 def config_roles(config: AnyConfig) -> dict[str, RoleConfig]:
     """Field name -> role, for every role that the run builds."""
@@ -93,8 +96,7 @@ class PpoBatching:
     rollout_batch_size: int  # prompts per PPO step, over all ranks
     samples_per_prompt: int
     responses_per_step: int  # over all ranks
-    prompts_per_rank: int  # per PPO step on one data-parallel rank of the actor
-    responses_per_rank: int  # the same in responses
+    responses_per_rank: int  # per PPO step on one data-parallel rank of the actor
     minibatches_per_epoch: int  # optimizer steps in one pass over the rollout batch
     ppo_epochs: int  # passes over the rollout batch
     total_steps: int  # PPO steps
@@ -113,7 +115,7 @@ class PpoBatching:
             (
                 "responses per rank",
                 self.responses_per_rank,
-                f"responses per PPO step, of {self.prompts_per_rank} prompts",
+                "responses per PPO step, on one data-parallel rank of the actor",
             ),
             ("minibatches", self.minibatches_per_epoch, f"per PPO epoch, {self.ppo_epochs} PPO epochs per step"),
             ("PPO steps", self.total_steps, f"{passes:.2f} passes over the prompts"),
@@ -151,8 +153,8 @@ def total_steps(steps: int | None, epochs: int, num_rows: int, rows_per_step: in
     total = steps if steps is not None else math.ceil(num_rows * epochs / rows_per_step)
     if num_rows == 0 or total <= 0:
         raise ValueError(
-            f"the run would do zero steps: {num_rows} usable rows in {source}, train.steps={steps}, train.epochs={epochs}; "
-            "check the data file and what was left out of it, and the two settings"
+            f"the run would do zero steps: {num_rows} usable rows in {source}, train.steps={steps}, "
+            f"train.epochs={epochs}; check the data file and what was left out of it, and the two settings"
         )
     return total
 
@@ -179,17 +181,12 @@ def derive_ppo(config: PpoConfig, world_size: int, num_prompts: int) -> PpoBatch
     """
     algorithm, train = config.algorithm, config.train
     responses = algorithm.rollout_batch_size * algorithm.samples_per_prompt
-    minibatches = exact_quotient(
-        responses,
-        algorithm.minibatch_size,
-        "algorithm.rollout_batch_size x algorithm.samples_per_prompt",
-        "algorithm.minibatch_size",
-    )
+    minibatches = exact_quotient(responses, algorithm.minibatch_size, RESPONSES_FIELDS, "algorithm.minibatch_size")
     steps = total_steps(train.steps, train.epochs, num_prompts, algorithm.rollout_batch_size, config.data.train)
     if algorithm.critic_warmup_steps >= steps:
         raise ValueError(
-            f"algorithm.critic_warmup_steps={algorithm.critic_warmup_steps}: the run has {steps} PPO steps, so the actor "
-            "would never be trained; warm up for fewer steps, or raise train.steps or train.epochs"
+            f"algorithm.critic_warmup_steps={algorithm.critic_warmup_steps}: the run has {steps} PPO steps, so the "
+            "actor would never be trained; warm up for fewer steps, or raise train.steps or train.epochs"
         )
     per_step = algorithm.ppo_epochs * minibatches
     roles = {
@@ -201,17 +198,15 @@ def derive_ppo(config: PpoConfig, world_size: int, num_prompts: int) -> PpoBatch
             ("critic", config.critic, steps),
         )
     }
-    ranks = roles["actor"].data_parallel_size
-    prompts_per_rank = exact_quotient(
-        algorithm.rollout_batch_size, ranks, "algorithm.rollout_batch_size", "the actor's data-parallel size"
+    responses_per_rank = exact_quotient(
+        responses, roles["actor"].data_parallel_size, RESPONSES_FIELDS, "the data-parallel size of actor"
     )
     return PpoBatching(
         num_prompts=num_prompts,
         rollout_batch_size=algorithm.rollout_batch_size,
         samples_per_prompt=algorithm.samples_per_prompt,
         responses_per_step=responses,
-        prompts_per_rank=prompts_per_rank,
-        responses_per_rank=prompts_per_rank * algorithm.samples_per_prompt,
+        responses_per_rank=responses_per_rank,
         minibatches_per_epoch=minibatches,
         ppo_epochs=algorithm.ppo_epochs,
         total_steps=steps,

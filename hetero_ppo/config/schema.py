@@ -49,7 +49,7 @@ class TruncatedResponses(str, Enum):
 
 
 class OverlongPrompts(str, Enum):
-    """What becomes of a prompt over data.max_prompt_tokens, or an SFT or preference example over max_sequence_tokens."""
+    """What becomes of a prompt over data.max_prompt_tokens, or an SFT or preference row over max_sequence_tokens."""
 
     drop = "drop"  # left out, and their number is printed
     error = "error"  # the run does not start

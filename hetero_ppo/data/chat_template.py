@@ -1,0 +1,177 @@
+"""Tokenizers and chat templates: text and messages -> token ids."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+
+import jinja2
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from hetero_ppo.config.checks import read_model_config
+from hetero_ppo.config.derived import config_roles
+from hetero_ppo.config.load import AnyConfig
+from hetero_ppo.config.schema import DataConfig, ModelConfig
+from hetero_ppo.data.reading import Message
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """A tokenizer and the template that a run uses with it."""
+
+    tokenizer: PreTrainedTokenizerBase
+    template: str | None  # Jinja source; None: prompts and answers are tokenised as they stand
+    prefix_ids: list[int]  # what plain text starts with: the begin-of-sequence token where the tokenizer adds one
+    eos_token_id: int
+    source: str  # tokenizer folder
+
+    @property
+    def template_hash(self) -> str:
+        """sha256 of the template, "none" without one."""
+        return "none" if self.template is None else hashlib.sha256(self.template.encode()).hexdigest()
+
+    def render(self, messages: list[Message], add_generation_prompt: bool) -> str:
+        """The template's text for ``messages``; with ``add_generation_prompt`` up to where an answer begins.
+
+        Raises:
+            ValueError: the template refuses the messages.
+        """
+        try:
+            text = self.tokenizer.apply_chat_template(
+                messages, chat_template=self.template, add_generation_prompt=add_generation_prompt, tokenize=False
+            )
+        except jinja2.TemplateError as error:
+            roles = ", ".join(message["role"] for message in messages)
+            raise ValueError(f"the chat template does not take messages of the roles {roles}: {error}") from error
+        return text
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of each text, nothing added before or after it."""
+        return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+
+    def decode(self, token_ids: list[int]) -> str:
+        """Text of ``token_ids``, special tokens left out."""
+        return self.tokenizer.decode(token_ids, skip_special_tokens=True)
+
+
+def tokenizer_folder(model: ModelConfig) -> str:
+    """Where a role's tokenizer is: ``model.tokenizer``, else ``model.path``."""
+    return model.tokenizer if model.tokenizer is not None else model.path
+
+
+def load_tokenizer(folder: str, field: str) -> PreTrainedTokenizerBase:
+    """The tokenizer in ``folder``; code that a checkpoint brings along is never run. ``field`` is for error messages.
+
+    Raises:
+        ValueError: no tokenizer there, or no end-of-sequence token.
+    """
+    if not any(os.path.isfile(os.path.join(folder, name)) for name in TOKENIZER_FILES):
+        raise ValueError(f"{field}={folder}: the folder has no tokenizer ({', '.join(TOKENIZER_FILES)})")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{field}={folder}: the tokenizer cannot be loaded: {' '.join(str(error).split())}") from error
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"{field}={folder}: the tokenizer has no end-of-sequence token, so an answer could not end; "
+            "set eos_token in its tokenizer_config.json"
+        )
+    return tokenizer
+
+
+def load_text_encoder(model: ModelConfig, data: DataConfig, role: str) -> TextEncoder:
+    """The tokenizer of ``role``'s model with the template that ``data`` chooses.
+
+    Raises:
+        ValueError: no tokenizer, no template where one is asked for, or a template that is not Jinja.
+    """
+    folder = tokenizer_folder(model)
+    tokenizer = load_tokenizer(folder, f"{role}.model.tokenizer" if model.tokenizer else f"{role}.model.path")
+    template = _choose_template(tokenizer, data, folder)
+    own_ids = tokenizer("")["input_ids"]
+    prefix = [tokenizer.bos_token_id] if tokenizer.bos_token_id in own_ids else []
+    return TextEncoder(tokenizer, template, prefix, tokenizer.eos_token_id, folder)
+
+
+def _choose_template(tokenizer: PreTrainedTokenizerBase, data: DataConfig, folder: str) -> str | None:
+    if not data.apply_chat_template:
+        if data.chat_template is not None:
+            raise ValueError(
+                f"data.chat_template={data.chat_template}: data.apply_chat_template is false, so it would not be used; "
+                "set one or the other"
+            )
+        return None
+    if data.chat_template is None:
+        template = tokenizer.chat_template
+        if isinstance(template, dict):
+            template = template.get("default")
+        if template is None:
+            raise ValueError(
+                f"the tokenizer in {folder} has no chat template; set data.chat_template to a Jinja file, or "
+                "data.apply_chat_template=false to tokenise prompts and answers as they stand"
+            )
+        return template
+    if not os.path.isfile(data.chat_template):
+        raise ValueError(f"data.chat_template={data.chat_template}: no such file")
+    with open(data.chat_template, encoding="utf-8") as file:
+        template = file.read()
+    if not template.strip():
+        raise ValueError(f"data.chat_template={data.chat_template}: the file is empty")
+    return template
+
+
+def check_tokenizers(config: AnyConfig) -> None:
+    """Every role knows the tokens that the run's tokenizer makes, by the same ids.
+
+    Token ids go from role to role as they are; a critic or reward model of another vocabulary would read other words.
+
+    Raises:
+        ValueError: fewer embedding rows than tokens, another vocabulary, or another end-of-sequence token.
+    """
+    roles = config_roles(config)
+    policy_name = next(iter(roles))  # the actor; the reward model in a reward-model run
+    policy_folder = tokenizer_folder(roles[policy_name].model)
+    policy = load_tokenizer(policy_folder, f"{policy_name}.model.path")
+    for name, role in roles.items():
+        field = f"{name}.model.path"
+        rows = read_model_config(field, role.model.path)["vocab_size"]
+        if len(policy) > rows:
+            raise ValueError(
+                f"{field}={role.model.path}: the model has {rows} embedding rows and the tokenizer in {policy_folder} "
+                f"{len(policy)} tokens; use the tokenizer that belongs to the model"
+            )
+        folder = tokenizer_folder(role.model)
+        if not _same_folder(folder, policy_folder):
+            _check_same_vocabulary(policy, policy_folder, load_tokenizer(folder, field), folder, name)
+
+
+def _same_folder(one: str, other: str) -> bool:
+    return os.path.realpath(one) == os.path.realpath(other)
+
+
+def _check_same_vocabulary(
+    policy: PreTrainedTokenizerBase,
+    policy_folder: str,
+    other: PreTrainedTokenizerBase,
+    other_folder: str,
+    role: str,
+) -> None:
+    policy_vocab, other_vocab = policy.get_vocab(), other.get_vocab()
+    if policy_vocab != other_vocab:
+        differing = {token for token, _ in policy_vocab.items() ^ other_vocab.items()}
+        token = min(differing)
+        raise ValueError(
+            f"{role}: the tokenizer in {other_folder} has another vocabulary than the one in {policy_folder}: "
+            f"{len(differing)} tokens differ, for example {json.dumps(token, ensure_ascii=False)} is "
+            f"{other_vocab.get(token, 'missing')} there and {policy_vocab.get(token, 'missing')} here. Roles exchange "
+            "token ids; use models of one tokenizer"
+        )
+    if policy.eos_token_id != other.eos_token_id:
+        raise ValueError(
+            f"{role}: the end-of-sequence token is {other.eos_token!r} in {other_folder} and {policy.eos_token!r} in "
+            f"{policy_folder}; sequences would end otherwise than {role} learned. Make eos_token the same in both"
+        )

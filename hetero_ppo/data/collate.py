@@ -1,0 +1,54 @@
+"""Lists of examples -> padded batches. Padding is on the right and has id 0; its id is never looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hetero_ppo.data.preference import PreferenceExample
+from hetero_ppo.data.prompts import PromptExample
+from hetero_ppo.data.sft import SftExample
+from hetero_ppo.types import PreferenceBatch, PromptBatch, SupervisedBatch
+
+
+def pad_right(sequences: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
+    """([B, S] int64 ids, [B] int64 lengths); S is the longest sequence."""
+    lengths = torch.tensor([len(ids) for ids in sequences], dtype=torch.int64)
+    padded = torch.zeros(len(sequences), int(lengths.max()), dtype=torch.int64)
+    for row, ids in enumerate(sequences):
+        padded[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
+    return padded, lengths
+
+
+def collate_sft(examples: Sequence[SftExample]) -> SupervisedBatch:
+    """At least one example -> SupervisedBatch. Column t of the mask is the prediction of token t + 1."""
+    token_ids, lengths = pad_right([example.token_ids for example in examples])
+    mask = torch.zeros(token_ids.shape[0], token_ids.shape[1] - 1, dtype=torch.bool)
+    for row, example in enumerate(examples):
+        for start, end in example.answer_spans:
+            mask[row, max(start - 1, 0) : end - 1] = True
+    return SupervisedBatch(token_ids=token_ids, sequence_lengths=lengths, loss_mask=mask)
+
+
+def collate_preferences(examples: Sequence[PreferenceExample]) -> PreferenceBatch:
+    """At least one pair -> PreferenceBatch; the two sides are padded each to its own longest."""
+    chosen_ids, chosen_lengths = pad_right([example.chosen_ids for example in examples])
+    rejected_ids, rejected_lengths = pad_right([example.rejected_ids for example in examples])
+    return PreferenceBatch(
+        chosen_ids=chosen_ids,
+        chosen_lengths=chosen_lengths,
+        rejected_ids=rejected_ids,
+        rejected_lengths=rejected_lengths,
+    )
+
+
+def collate_prompts(examples: Sequence[PromptExample]) -> PromptBatch:
+    """Prompts stay lists: the engine pads nothing."""
+    return PromptBatch(
+        prompt_ids=[example.prompt_ids for example in examples],
+        prompt_index=[example.index for example in examples],
+        labels=[example.label for example in examples],
+        metadata=[example.metadata for example in examples],
+    )

@@ -1,0 +1,98 @@
+"""Preference pairs: ``prompt``, ``chosen`` and ``rejected``, as text, as messages, or as two whole conversations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hetero_ppo.config.schema import DataConfig
+from hetero_ppo.data.chat_template import TextEncoder
+from hetero_ppo.data.conversation import Conversation, PlainPair, conversation, encode_sequences
+from hetero_ppo.data.dataset import Dataset, encode_in_blocks, make_dataset
+from hetero_ppo.data.prompts import prompt_messages
+from hetero_ppo.data.reading import Message, Row, read_rows
+from hetero_ppo.data.sft import answer_messages
+
+
+@dataclass(frozen=True)
+class PreferenceExample:
+    """Two answers to one prompt."""
+
+    chosen_ids: list[int]  # prompt and answer, ends with the end-of-sequence token
+    rejected_ids: list[int]
+    prompt_length: int  # tokens that the two share as their prompt
+
+    @property
+    def num_tokens(self) -> int:
+        """Of the longer one."""
+        return max(len(self.chosen_ids), len(self.rejected_ids))
+
+    @property
+    def all_ids(self) -> list[list[int]]:
+        return [self.chosen_ids, self.rejected_ids]
+
+
+def load_preferences(path: str, data: DataConfig, encoder: TextEncoder) -> Dataset[PreferenceExample]:
+    """Read and tokenise ``path``; over-long pairs as ``data.overlong_prompts`` says, pairs of same answers are left out.
+
+    ``data.chosen_key`` and ``data.rejected_key`` hold text, messages that answer ``data.prompt_key``, or whole
+    conversations; then the prompt may be left out and is what the two conversations have in common. Without a chat
+    template and a prompt, each of the two is taken as one whole text.
+
+    Raises:
+        FileNotFoundError, ValueError: names file, line and field.
+    """
+
+    def encode(block: Sequence[Row]) -> list[PreferenceExample]:
+        items = [item for row in block for item in _pair(row, data, encoder.template is not None)]
+        sequences = encode_sequences(encoder, items)
+        return [
+            PreferenceExample(chosen.token_ids, rejected.token_ids, chosen.prompt_length)
+            for chosen, rejected in zip(sequences[::2], sequences[1::2], strict=True)
+        ]
+
+    return make_dataset(
+        path,
+        encode_in_blocks(read_rows(path), encode),
+        data.max_sequence_tokens,
+        "data.max_sequence_tokens",
+        data.overlong_prompts,
+        lambda example: example.chosen_ids == example.rejected_ids,
+    )
+
+
+def _pair(row: Row, data: DataConfig, with_template: bool) -> list[PlainPair | Conversation]:
+    fields = (data.chosen_key, data.rejected_key)
+    if not with_template:
+        prompt = row.text(data.prompt_key) if row.has(data.prompt_key) else ""
+        return [PlainPair(row, prompt, row.text(field)) for field in fields]
+    answers = [answer_messages(row, field) for field in fields]
+    if row.has(data.prompt_key):
+        prompt_of = [prompt_messages(row, data.prompt_key)] * 2
+    else:
+        prompt_of = [_common_prompt(row, data, answers)] * 2
+    items = []
+    for field, prompt, answer in zip(fields, prompt_of, answers, strict=True):
+        if answer[0]["role"] != "assistant":
+            if answer[: len(prompt)] != prompt:
+                raise row.error(field, f"the conversation does not begin with the messages of {data.prompt_key!r}")
+            answer = answer[len(prompt) :]
+        if not answer or answer[0]["role"] != "assistant":
+            raise row.error(field, "what follows the prompt has to begin with an assistant message")
+        items.append(conversation(row, field, prompt + answer, len(prompt)))
+    return items
+
+
+def _common_prompt(row: Row, data: DataConfig, answers: list[list[Message]]) -> list[Message]:
+    """The messages that two whole conversations share, up to the first assistant message that differs."""
+    if answers[0][0]["role"] == "assistant":
+        row.value(data.prompt_key)  # raises: without a prompt, chosen and rejected are whole conversations
+    chosen, rejected = answers
+    shared = 0
+    while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
+        shared += 1
+    while shared > 0 and chosen[shared]["role"] != "assistant":
+        shared -= 1
+    if shared == 0:
+        raise row.error(data.rejected_key, f"shares no prompt with {data.chosen_key!r}; the first messages differ")
+    return chosen[:shared]

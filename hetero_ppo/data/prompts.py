@@ -1,0 +1,101 @@
+"""Prompts of a PPO run: ``prompt`` (text or messages) or ``messages``, with an optional label and metadata."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hetero_ppo.config.schema import DataConfig
+from hetero_ppo.data.chat_template import TextEncoder
+from hetero_ppo.data.dataset import Dataset, encode_in_blocks, make_dataset
+from hetero_ppo.data.reading import Message, Row, read_rows
+
+
+@dataclass(frozen=True)
+class PromptExample:
+    """One prompt, ready for the engine."""
+
+    prompt_ids: list[int]  # template applied, up to where the answer begins
+    label: Any  # whatever the label key holds, or None
+    metadata: dict[str, Any]
+    index: int  # row of the file, from 0; it stays the same when other rows are left out
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_ids)
+
+    @property
+    def all_ids(self) -> list[list[int]]:
+        return [self.prompt_ids]
+
+
+def load_prompts(path: str, data: DataConfig, encoder: TextEncoder) -> Dataset[PromptExample]:
+    """Read, template and tokenise the prompts of ``path``; over-long ones as ``data.overlong_prompts`` says.
+
+    A row has the prompt under ``data.prompt_key`` or, without that, under ``data.messages_key``.
+
+    Raises:
+        FileNotFoundError, ValueError: names file, line and field.
+    """
+    rows = read_rows(path)
+    index_of = {row.number: index for index, row in enumerate(rows)}
+
+    def encode(block: Sequence[Row]) -> list[PromptExample]:
+        ids = encoder.encode([_prompt_text(row, data, encoder) for row in block])
+        prefix = encoder.prefix_ids if encoder.template is None else []
+        return [
+            PromptExample(
+                prefix + prompt_ids, row.values.get(data.label_key), _metadata(row, data), index_of[row.number]
+            )
+            for row, prompt_ids in zip(block, ids, strict=True)
+        ]
+
+    return make_dataset(
+        path,
+        encode_in_blocks(rows, encode),
+        data.max_prompt_tokens,
+        "data.max_prompt_tokens",
+        data.overlong_prompts,
+        lambda example: False,
+    )
+
+
+def _prompt_text(row: Row, data: DataConfig, encoder: TextEncoder) -> str:
+    field = prompt_field(row, data)
+    if encoder.template is None:
+        return row.text(field)
+    messages = prompt_messages(row, field)
+    if messages[-1]["role"] == "assistant":
+        raise row.error(field, "the last message is the assistant's; a prompt ends with what the model has to answer")
+    try:
+        return encoder.render(messages, add_generation_prompt=True)
+    except ValueError as error:
+        raise row.error(field, str(error)) from error
+
+
+def prompt_field(row: Row, data: DataConfig) -> str:
+    """``data.prompt_key`` where the row has it, else ``data.messages_key``, else an error about the first."""
+    if not row.has(data.prompt_key) and row.has(data.messages_key):
+        return data.messages_key
+    return data.prompt_key
+
+
+def prompt_messages(row: Row, field: str) -> list[Message]:
+    """The prompt as messages: text becomes one user message.
+
+    Raises:
+        ValueError: neither text nor messages.
+    """
+    if isinstance(row.value(field), list):
+        return row.messages(field)
+    return [{"role": "user", "content": row.text(field)}]
+
+
+def _metadata(row: Row, data: DataConfig) -> dict[str, Any]:
+    if not row.has(data.metadata_key):
+        return {}
+    metadata = row.value(data.metadata_key)
+    if not isinstance(metadata, dict):
+        raise row.error(data.metadata_key, f"expected an object, got {type(metadata).__name__}")
+    return metadata

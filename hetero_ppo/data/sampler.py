@@ -1,0 +1,126 @@
+"""Which rows make which step, the same whatever the number of ranks, and exactly resumable."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+
+class ResumableSampler:
+    """Rows of step after step: epoch after epoch in an order drawn from (seed, epoch), without end.
+
+    Steps are cut from one endless stream, so the rows left over at the end of an epoch open the first batch of the
+    next: no row is skipped, and none is seen twice before all were seen once. Rank r of D gets rows r, r + D, r + 2D,
+    ... of the global batch; so the first 1/n of every rank's rows is together the first 1/n of the global batch, and
+    minibatches cut from the front hold the same rows under any D.
+    """
+
+    def __init__(
+        self,
+        num_rows: int,
+        global_batch_size: int,
+        dp_rank: int,
+        dp_size: int,
+        seed: int,
+        shuffle: bool,
+        fingerprint: str,
+    ) -> None:
+        """``fingerprint`` identifies the data set; a checkpoint of another one is refused.
+
+        Raises:
+            ValueError: no rows, or a batch that does not divide over the ranks.
+        """
+        if num_rows < 1:
+            raise ValueError("the data set has no rows to sample from")
+        if global_batch_size < 1 or global_batch_size % dp_size:
+            raise ValueError(
+                f"global batch of {global_batch_size} rows does not divide over {dp_size} data-parallel ranks"
+            )
+        if not 0 <= dp_rank < dp_size:
+            raise ValueError(f"data-parallel rank {dp_rank} is not in 0..{dp_size - 1}")
+        self.num_rows = num_rows
+        self.global_batch_size = global_batch_size
+        self.dp_rank = dp_rank
+        self.dp_size = dp_size
+        self.seed = seed
+        self.shuffle = shuffle
+        self.fingerprint = fingerprint
+        self.rows_consumed = 0  # over all epochs and ranks
+        self._order_epoch = -1
+        self._order: list[int] = []
+
+    @property
+    def epoch(self) -> int:
+        """Passes that were begun before the next row: 0 in the first one."""
+        return self.rows_consumed // self.num_rows
+
+    @property
+    def position(self) -> int:
+        """Rows of the current epoch that were handed out."""
+        return self.rows_consumed % self.num_rows
+
+    def next_batch(self) -> list[int]:
+        """This rank's rows of the next global batch, ``global_batch_size / dp_size`` of them."""
+        return self.next_global_batch()[self.dp_rank :: self.dp_size]
+
+    def next_global_batch(self) -> list[int]:
+        """All rows of the next global batch; it replaces ``next_batch``, not in addition to it."""
+        rows = [self._row_at(self.rows_consumed + offset) for offset in range(self.global_batch_size)]
+        self.rows_consumed += self.global_batch_size
+        return rows
+
+    def _row_at(self, stream_position: int) -> int:
+        epoch, position = divmod(stream_position, self.num_rows)
+        if not self.shuffle:
+            return position
+        if epoch != self._order_epoch:
+            self._order = self._permutation(epoch)
+            self._order_epoch = epoch
+        return self._order[position]
+
+    def _permutation(self, epoch: int) -> list[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        return torch.randperm(self.num_rows, generator=generator).tolist()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What ``load_state_dict`` needs to go on with the next row, under any number of ranks."""
+        return {
+            "rows_consumed": self.rows_consumed,
+            "epoch": self.epoch,
+            "position": self.position,
+            "num_rows": self.num_rows,
+            "seed": self.seed,
+            "shuffle": self.shuffle,
+            "fingerprint": self.fingerprint,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where ``state`` was taken. The batch size and the number of ranks may differ.
+
+        Raises:
+            ValueError: the checkpoint is of other data, or of another order.
+        """
+        if state["fingerprint"] != self.fingerprint or state["num_rows"] != self.num_rows:
+            raise ValueError(
+                f"the checkpoint was made on other data: {state['num_rows']} rows, fingerprint "
+                f"{state['fingerprint'][:12]}; this run has {self.num_rows} rows, fingerprint {self.fingerprint[:12]}. "
+                "The fingerprint covers the token ids, so another file, tokenizer, template or length limit changes it"
+            )
+        for name, field in (("seed", "run.seed"), ("shuffle", "data.shuffle")):
+            if state[name] != vars(self)[name]:
+                raise ValueError(
+                    f"the checkpoint was made with {field}={state[name]}, this run has {vars(self)[name]}: the order of "
+                    f"the rows would change; set {field}={state[name]}"
+                )
+        self.rows_consumed = state["rows_consumed"]
+
+
+def sequential_batches(num_rows: int, global_batch_size: int, dp_rank: int, dp_size: int) -> Iterator[list[int]]:
+    """This rank's rows of each batch of one pass in file order, for evaluation: every row once.
+
+    The last batch may be smaller, and some ranks' share of it may be empty; all ranks get the same number of batches.
+    """
+    for start in range(0, num_rows, global_batch_size):
+        yield list(range(start, min(start + global_batch_size, num_rows)))[dp_rank::dp_size]
