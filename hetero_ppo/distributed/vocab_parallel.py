@@ -66,13 +66,8 @@ def vocab_parallel_log_probs(
             f"vocab_size is {vocab_size}, but the logits have {logits.shape[-1]} columns on each of {tp_size} "
             "tensor-parallel ranks: the model and the tokenizer do not belong together"
         )
-    if torch.is_grad_enabled() and logits.requires_grad:
-        log_probs, entropy = _VocabParallelLogProbs.apply(
-            logits, targets, temperature, vocab_size, tp_group, with_entropy
-        )
-        return log_probs, entropy
-    log_probs, entropy, _ = _forward(logits, targets, temperature, vocab_size, tp_group, with_entropy)
-    return log_probs, entropy
+    # Without gradients (no_grad, or logits that need none) autograd drops what forward() hands it to keep.
+    return _VocabParallelLogProbs.apply(logits, targets, temperature, vocab_size, tp_group, with_entropy)
 
 
 class _VocabParallelLogProbs(torch.autograd.Function):
