@@ -11,12 +11,12 @@ import numpy as np
 
 matplotlib.use("svg")
 
-from matplotlib.axes import Axes  # noqa: E402  (the backend has to be chosen first)
-from matplotlib.figure import Figure  # noqa: E402
-from matplotlib.ticker import MaxNLocator  # noqa: E402
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-from hetero_ppo.observability.records import RunRecord, Series  # noqa: E402
-from hetero_ppo.observability.timers import TOTAL, top_level  # noqa: E402
+from hetero_ppo.observability.records import RunRecord, Series
+from hetero_ppo.observability.timers import TOTAL, top_level
 
 #: Distinguishable for colour-blind readers too; the line styles differ as well.
 COLOURS = ("#2563eb", "#e0662f", "#0d9172", "#8b4fc1", "#b98900", "#c2375f", "#4b8fb3", "#6b7f2a")
@@ -42,6 +42,7 @@ STYLE = {
     "ytick.color": INK,
     "xtick.major.size": 0,
     "ytick.major.size": 0,
+    "axes.formatter.limits": (-3, 4),
     "legend.frameon": False,
     "legend.fontsize": 8.5,
 }
@@ -155,7 +156,11 @@ GROUPS: tuple[Group, ...] = (
     ),
     Group(
         "Score margin",
-        (Panel("chosen - rejected", (("rm/score_margin", "training batch"), ("eval/rm/score_margin", "held-out pairs"))),),
+        (
+            Panel(
+                "chosen - rejected", (("rm/score_margin", "training batch"), ("eval/rm/score_margin", "held-out pairs"))
+            ),
+        ),
     ),
     Group(
         "Learning rate",
@@ -171,7 +176,7 @@ def grouped_metrics() -> set[str]:
 
 def group_figures(run: RunRecord) -> list[tuple[str, str]]:
     """(title, SVG) of every group that the run has metrics of, then the seconds by phase."""
-    series = {**_evaluation_series(run), **run.series}
+    series = {**run.series, **_evaluation_series(run)}
     figures: list[tuple[str, str]] = []
     with matplotlib.rc_context(STYLE):
         for group in GROUPS:
@@ -192,7 +197,7 @@ def phase_means(run: RunRecord) -> list[tuple[str, float]]:
 
 
 def _evaluation_series(run: RunRecord) -> dict[str, Series]:
-    """Curves of two points, from the evaluations before the first and after the last step."""
+    """Held-out curves: before the first step, the evaluations during the run, after the last step."""
     if run.before is None or run.after is None:
         return {}
     pairs = {
@@ -202,11 +207,13 @@ def _evaluation_series(run: RunRecord) -> dict[str, Series]:
         "eval/kl": (run.before.kl, run.after.kl),
         "eval/response_length": (run.before.response_length, run.after.response_length),
     }
-    return {
-        name: Series([0, run.num_steps], [before, after])
-        for name, (before, after) in pairs.items()
-        if before is not None and after is not None
-    }
+    curves: dict[str, Series] = {}
+    for name, (before, after) in pairs.items():
+        if before is not None and after is not None:
+            during = run.series.get(name, Series([], []))
+            points = {0: before, **dict(zip(during.steps, during.values, strict=True)), run.num_steps: after}
+            curves[name] = Series(list(points), list(points.values()))
+    return curves
 
 
 def _drawable(series: dict[str, Series], name: str) -> bool:
@@ -239,7 +246,10 @@ def _draw_curve(axes: Axes, series: Series, label: str, colour: str, scale: floa
     steps, values = _binned(series, MAX_POINTS)
     values = values * scale
     if len(steps) <= 12:
-        axes.plot(steps, values, color=colour, marker="o", markersize=4, linewidth=1.6, label=label)
+        # Few points are evaluations: the line between them is only a guide.
+        axes.plot(
+            steps, values, color=colour, marker="o", markersize=4.5, linewidth=1.1, linestyle=(0, (4, 3)), label=label
+        )
         return
     if len(steps) < 30:
         axes.plot(steps, values, color=colour, linewidth=1.6, label=label)
@@ -284,15 +294,17 @@ def _draw_seconds(identity: str, run: RunRecord) -> str:
     steps = list(table)
     figure = Figure(figsize=(5.6, 3.1), layout="constrained")
     axes = figure.subplots()
-    bottom: np.ndarray | None = None
+    bins = np.array_split(np.arange(len(steps)), min(len(steps), MAX_BARS))
+    left = np.array([steps[rows[0]] - 0.5 for rows in bins])
+    width = np.array([steps[rows[-1]] + 0.5 for rows in bins]) - left
+    bottom = np.zeros(len(bins))
     colours = iter(COLOURS)
     for name in names:
-        positions, heights = _binned(Series(steps, [table[step].get(name, 0.0) for step in steps]), MAX_BARS)
-        bottom = np.zeros(len(positions)) if bottom is None else bottom
-        width = 0.86 * (positions[1] - positions[0] if len(positions) > 1 else 1.0)
+        seconds = np.array([table[step].get(name, 0.0) for step in steps])
+        heights = np.array([seconds[rows].mean() for rows in bins])
         colour = GREY if name == "other" else next(colours, GREY)
-        axes.bar(positions, heights, width=width, bottom=bottom, color=colour, label=name, linewidth=0)
-        bottom = bottom + heights
+        axes.bar(left, heights, width, bottom, align="edge", color=colour, label=name, linewidth=0)
+        bottom += heights
     axes.grid(axis="x", visible=False)
     axes.set_ylabel("seconds")
     axes.set_xlabel("step")
@@ -305,6 +317,6 @@ def _svg(figure: Figure, identity: str) -> str:
     """SVG element of a figure. ``identity`` salts its ids: those of figures on the same page must differ."""
     out = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": identity}):
-        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Title": None})
+        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = out.getvalue()
     return text[text.index("<svg") :]

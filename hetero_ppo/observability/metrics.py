@@ -27,8 +27,8 @@ METRICS_FILE = "metrics.jsonl"
 #: SFT, reward model, PPO, and their evaluations. Everything else is in the files.
 HEADLINES: tuple[tuple[str, str, str], ...] = (
     ("train/loss", "loss", "8.4f"),
-    ("train/accuracy", "acc", "6.3f"),
-    ("train/margin", "margin", "7.3f"),
+    ("rm/accuracy", "acc", "6.3f"),
+    ("rm/score_margin", "margin", "7.3f"),
     ("train/grad_norm", "grad", "7.3f"),
     ("train/lr", "lr", "8.2e"),
     ("reward/mean", "reward", "7.3f"),

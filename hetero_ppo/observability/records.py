@@ -134,7 +134,9 @@ def read_evaluation(path: Path) -> Evaluation | None:
 def _read_metrics(path: Path) -> dict[int, dict[str, Any]]:
     """Step -> merged record: metrics, seconds, time, notes."""
     if not path.exists():
-        raise ValueError(f"{path}: no such file. --run takes a run's folder (run.dir of its config) or its {METRICS_FILE}")
+        raise ValueError(
+            f"{path}: no such file. --run takes a run's folder (run.dir of its config) or its {METRICS_FILE}"
+        )
     records: dict[int, dict[str, Any]] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
