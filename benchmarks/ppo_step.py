@@ -1,0 +1,169 @@
+"""Seconds per PPO step by phase, samples/s and tokens/s; with ``--peer trl`` beside TRL's PPOTrainer on the same work.
+
+The work: 64 prompts of 16 tokens, 64-token responses (the end-of-sequence token does not stop them), one PPO epoch,
+minibatches of 16, four random Llama models of one size (2.4m: 4 layers, hidden size 256, vocabulary 128; 30m: 8 layers,
+hidden size 512, vocabulary 4096). Each system runs in processes of its own, with the machine to itself; they take turns
+over ``--rounds`` rounds. The first steps of every run are warm-up and don't count. ``docs/benchmarks.md`` says more.
+
+    python benchmarks/ppo_step.py --model 2.4m --dtype bf16 --peer trl --json result.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from peers.environment import default_folder, ensure_trl, tail
+from ppo_step_inputs import ROLES, SHAPES, Inputs, ModelShape, Work, num_cores, our_config, write_config, write_inputs
+from ppo_step_report import model_result, read_steps, report, summary, table
+
+ROOT = Path(__file__).resolve().parents[1]
+DTYPES = ("fp32", "bf16")
+#: Steps that count, of one run: about 20 seconds of work on two cores.
+DEFAULT_STEPS = {"2.4m": 8, "30m": 3}
+
+
+def run_process(command: list[str], log: Path, timeout_s: float) -> None:
+    """Run a command in a session of its own, with its output in ``log``; on any way out nothing of it is left running.
+
+    Raises RuntimeError with the end of the log when it fails or runs past ``timeout_s``.
+    """
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
+    with log.open("w", encoding="utf-8") as output:
+        process = subprocess.Popen(
+            command, cwd=log.parent, stdout=output, stderr=subprocess.STDOUT, start_new_session=True, env=environment
+        )
+        try:
+            code = process.wait(timeout=timeout_s)
+        except subprocess.TimeoutExpired as error:
+            raise RuntimeError(f"{' '.join(command)} ran past {timeout_s:.0f} s:\n{tail(log.read_text())}") from error
+        finally:
+            stop(process)
+    if code != 0:
+        raise RuntimeError(f"{' '.join(command)} ended with {code}:\n{tail(log.read_text(), 40)}")
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End a process that still runs: SIGTERM, so that it stops its servers, and SIGKILL for its group after 20 seconds."""
+    if process.poll() is not None:
+        return
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(timeout=20)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def run_ours(args: argparse.Namespace, inputs: Inputs, work: Work, steps: int, folder: Path) -> list[dict[str, float]]:
+    """One run of this project. Returns seconds by phase of the steps that count."""
+    folder.mkdir(parents=True)
+    config = our_config(inputs, work, args.dtype, args.warmup + steps, folder / "run", args.micro_batch)
+    write_config(config, folder / "ppo.yaml")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.nproc}"]
+    command = [*torchrun, "-m", "hetero_ppo.cli.main", "train", "--config", str(folder / "ppo.yaml"), *args.overrides]
+    run_process(command, folder / "log.txt", args.timeout)
+    measured = read_steps(folder / "run" / "metrics.jsonl")
+    if len(measured) != args.warmup + steps:
+        raise RuntimeError(f"{folder}/run/metrics.jsonl holds {len(measured)} steps, not {args.warmup + steps}")
+    return measured[args.warmup :]
+
+
+def run_trl(
+    args: argparse.Namespace, python: Path, inputs: Inputs, work: Work, dtype: str, steps: int, folder: Path
+) -> list[dict[str, float]]:
+    """One run of TRL. Returns seconds by phase of the steps that count."""
+    folder.mkdir(parents=True)
+    result = folder / "result.json"
+    command = [str(python), str(ROOT / "benchmarks" / "peers" / "trl_ppo.py"), "--json", str(result)]
+    for role in ROLES:
+        command += [f"--{role}", str(inputs.models[role])]
+    numbers = {
+        "steps": steps,
+        "warmup": args.warmup,
+        "threads": num_cores(),
+        "prompts-per-step": work.prompts_per_step,
+        "prompt-tokens": work.prompt_tokens,
+        "response-tokens": work.response_tokens,
+        "minibatch": work.minibatch,
+    }
+    for name, value in numbers.items():
+        command += [f"--{name}", str(value)]
+    run_process([*command, "--prompts", str(inputs.prompts), "--dtype", dtype], folder / "log.txt", args.timeout)
+    return json.loads(result.read_text(encoding="utf-8"))["steps"]
+
+
+def measure(
+    args: argparse.Namespace, shape: ModelShape, work: Work, peer_python: Path | None, folder: Path
+) -> dict[str, Any]:
+    """All rounds of one model size. Returns its JSON object."""
+    steps = args.steps or DEFAULT_STEPS[shape.name]
+    inputs = write_inputs(shape, work, args.warmup + steps, folder)
+    peer_dtypes = [] if peer_python is None else sorted(DTYPES, key=lambda dtype: dtype != args.dtype)
+    ours: list[list[dict[str, float]]] = []
+    peer: dict[str, list[list[dict[str, float]]]] = {dtype: [] for dtype in peer_dtypes}
+
+    def progress(number: int, system: str, measured: list[dict[str, float]]) -> None:
+        rate = summary([measured], work)["samples_per_s"]
+        print(f"{shape.name} round {number + 1}/{args.rounds}: {system} {rate:.2f} samples/s", flush=True)
+
+    for number in range(args.rounds):
+        ours.append(run_ours(args, inputs, work, steps, folder / f"ours-{number}"))
+        progress(number, f"ours {args.dtype}", ours[-1])
+        for dtype in peer_dtypes:
+            where = folder / f"{args.peer}-{dtype}-{number}"
+            peer[dtype].append(run_trl(args, peer_python, inputs, work, dtype, steps, where))
+            progress(number, f"{args.peer} {dtype}", peer[dtype][-1])
+    peer_summaries = {dtype: summary(rounds, work) for dtype, rounds in peer.items()}
+    return model_result(shape, args.dtype, summary(ours, work), args.peer, peer_summaries)
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=[*SHAPES, "all"], default="all")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of our models (main parameters are fp32)")
+    parser.add_argument("--nproc", type=int, default=1, help="torchrun processes of ours")
+    parser.add_argument("--steps", type=int, help=f"PPO steps that count, per run (default {DEFAULT_STEPS})")
+    parser.add_argument("--warmup", type=int, default=1, help="PPO steps before them, per run")
+    parser.add_argument("--rounds", type=int, help="runs of each system (default: 1, with a peer 3)")
+    parser.add_argument("--micro-batch", type=int, default=16, help="sequences per forward of ours")
+    parser.add_argument("--peer", choices=["trl"], help="system to run in turn with ours")
+    parser.add_argument("--peer-venv", type=Path, default=default_folder(), help="where the peer is installed")
+    parser.add_argument("--timeout", type=float, default=3600, help="seconds that one run may take")
+    parser.add_argument("--folder", type=Path, help="keep models, configs and logs here (default: a temporary folder)")
+    parser.add_argument("--json", type=Path, help="file for the JSON object as well")
+    parser.add_argument("overrides", nargs="*", help="config overrides of ours, such as actor.micro_batch_size=8")
+    args = parser.parse_intermixed_args(arguments)
+    args.rounds = args.rounds or (3 if args.peer else 1)
+    return args
+
+
+def main() -> None:
+    args = parse_arguments()
+    work = Work()
+    shapes = list(SHAPES.values()) if args.model == "all" else [SHAPES[args.model]]
+    peer_python = ensure_trl(args.peer_venv) if args.peer else None
+    with tempfile.TemporaryDirectory(prefix="ppo-step-") as temporary:
+        folder = Path(temporary) if args.folder is None else Path(tempfile.mkdtemp(prefix="ppo-step-", dir=args.folder))
+        results = [measure(args, shape, work, peer_python, folder / shape.name) for shape in shapes]
+    settings = {"dtype": args.dtype, "nproc": args.nproc, "num_cores": num_cores(), "rounds": args.rounds}
+    whole = report(results, work, settings)
+    for result in results:
+        print("\n" + table(result))
+    line = json.dumps(whole)
+    if args.json is not None:
+        args.json.write_text(line + "\n", encoding="utf-8")
+    print("\n" + line)
+
+
+if __name__ == "__main__":
+    main()

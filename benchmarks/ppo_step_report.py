@@ -1,0 +1,154 @@
+"""From measured seconds to a table and a JSON object."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from ppo_step_inputs import ModelShape, Work
+
+TOTAL = "total"
+OTHER = "other"
+
+#: Phase of the table -> phases of the trainer's ``metrics.jsonl`` that belong to it.
+PHASES: dict[str, tuple[str, ...]] = {
+    "rollout": ("rollout",),
+    "weight sync": ("weight_sync",),
+    "old log-probs": ("old_log_probs",),
+    "reference log-probs": ("ref_log_probs",),
+    "scores": ("scores",),
+    "values": ("values",),
+    "training actor": ("train_actor",),
+    "training critic": ("train_critic",),
+}
+#: Phases of a peer's step -> those of the table that do the same work (for the table alone).
+PEER_PHASES: dict[str, tuple[str, ...]] = {
+    "generation": ("rollout", "weight sync"),
+    "forwards": ("old log-probs", "reference log-probs", "scores", "values"),
+    "training": ("training actor", "training critic"),
+    OTHER: (OTHER,),
+}
+
+
+def read_steps(path: Path) -> list[dict[str, float]]:
+    """Seconds by phase of the table, and the total, of every training step of a ``metrics.jsonl``, in order of the steps.
+
+    A step that the file holds twice counts once, with its later record. Records without seconds (an evaluation) are left
+    out. Raises ValueError when a line is not such a record, or no step has seconds.
+    """
+    by_step: dict[int, dict[str, float]] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            record = json.loads(line)
+            step, seconds = int(record["step"]), record["seconds"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}, line {number}: not a record with `step` and `seconds`: {error}") from error
+        if TOTAL in seconds and any(name in seconds for names in PHASES.values() for name in names):
+            by_step[step] = table_seconds(seconds)
+    if not by_step:
+        raise ValueError(f"{path}: no record has seconds of a PPO step")
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def table_seconds(seconds: dict[str, float]) -> dict[str, float]:
+    """One step's seconds by phase of the table. ``other`` is what is left of the total; phases that are absent are 0."""
+    phases = {phase: sum(seconds.get(name, 0.0) for name in names) for phase, names in PHASES.items()}
+    return {**phases, OTHER: seconds[TOTAL] - sum(phases.values()), TOTAL: seconds[TOTAL]}
+
+
+def summary(rounds: Sequence[Sequence[dict[str, float]]], work: Work) -> dict[str, Any]:
+    """What one system reached: rounds of steps of seconds by phase -> medians.
+
+    A round's rate comes from the median of its steps; the rate reported is the median of the rounds'. Seconds by phase are
+    medians over all steps of all rounds, so they need not add up to the median step.
+    """
+    steps = [step for one in rounds for step in one]
+    round_rates = [work.prompts_per_step / median(step[TOTAL] for step in one) for one in rounds]
+    return {
+        "seconds": {phase: round(median(step[phase] for step in steps), 4) for phase in steps[0] if phase != TOTAL},
+        "step_s": round(median(step[TOTAL] for step in steps), 4),
+        "samples_per_s": round(median(round_rates), 3),
+        "tokens_per_s": round(median(round_rates) * work.tokens_per_step / work.prompts_per_step, 1),
+        "samples_per_s_of_rounds": [round(rate, 3) for rate in round_rates],
+        "num_steps": len(steps),
+    }
+
+
+def ratios(ours: dict[str, Any], peer: dict[str, dict[str, Any]], dtype: str) -> dict[str, Any]:
+    """Ours over the peer's samples/s: at the same dtype, and against the peer's best dtype.
+
+    Medians of the ratios within each round, so that a machine which slows down between rounds does not count.
+    ``peer`` is dtype -> summary.
+    """
+
+    def against(other: dict[str, Any]) -> float:
+        pairs = zip(ours["samples_per_s_of_rounds"], other["samples_per_s_of_rounds"], strict=True)
+        return round(median(mine / theirs for mine, theirs in pairs), 3)
+
+    best = max(peer, key=lambda name: peer[name]["samples_per_s"])
+    return {
+        "samples_per_s_ratio": against(peer[dtype]),
+        "samples_per_s_ratio_vs_best": against(peer[best]),
+        "peer_best_dtype": best,
+    }
+
+
+def model_result(
+    shape: ModelShape, dtype: str, ours: dict[str, Any], peer_name: str | None, peer: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
+    """The JSON object of one model size."""
+    result = {"model": shape.name, "num_parameters": shape.num_parameters, "shape": asdict(shape), "dtype": dtype}
+    result["ours"] = ours
+    if peer_name is not None:
+        result["peer"] = {"name": peer_name, **peer}
+        result.update(ratios(ours, peer, dtype))
+    return result
+
+
+def report(results: list[dict[str, Any]], work: Work, settings: dict[str, Any]) -> dict[str, Any]:
+    """The JSON object of the benchmark. Its ratios are the smallest over the models."""
+    whole: dict[str, Any] = {"benchmark": "ppo_step", "work": asdict(work), **settings, "results": results}
+    for name in ("samples_per_s_ratio", "samples_per_s_ratio_vs_best"):
+        found = [result[name] for result in results if name in result]
+        if found:
+            whole[name] = min(found)
+    return whole
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result of one model size for people: one column per system, one row per phase."""
+    columns = [(f"ours {result['dtype']}", result["ours"])]
+    peer = dict(result.get("peer", {}))
+    name = peer.pop("name", "")
+    columns += [(f"{name} {dtype}", peer[dtype]) for dtype in peer]
+    lines = [f"{result['model']}: {result['num_parameters']:,} parameters in each of four models"]
+    lines.append(f"{'seconds per PPO step':<24}" + "".join(f"{title:>14}" for title, _ in columns))
+    for group, phases in PEER_PHASES.items():
+        if group != OTHER:
+            for phase in phases:
+                lines.append(f"  {phase:<22}{result['ours']['seconds'][phase]:>14.3f}")
+        lines.append(f"{group:<24}" + "".join(f"{group_seconds(s, group):>14.3f}" for _, s in columns))
+    for label, key, digits in (
+        ("step", "step_s", 3),
+        ("samples/s", "samples_per_s", 2),
+        ("tokens/s", "tokens_per_s", 0),
+    ):
+        lines.append(f"{label:<24}" + "".join(f"{system[key]:>14.{digits}f}" for _, system in columns))
+    if "samples_per_s_ratio" in result:
+        lines.append(
+            f"samples_per_s_ratio {result['samples_per_s_ratio']} (both {result['dtype']}), "
+            f"samples_per_s_ratio_vs_best {result['samples_per_s_ratio_vs_best']} ({name} {result['peer_best_dtype']})"
+        )
+    return "\n".join(lines)
+
+
+def group_seconds(system: dict[str, Any], group: str) -> float:
+    """Seconds of a row that ours and a peer share."""
+    seconds = system["seconds"]
+    if group in seconds:
+        return seconds[group]
+    return sum(seconds[phase] for phase in PEER_PHASES[group])

@@ -1,0 +1,208 @@
+"""The PPO-step benchmark: parsing, arithmetic, table, JSON. Nothing here asserts a speed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+from transformers import AutoConfig, AutoTokenizer
+
+from hetero_ppo.config.schema import SCHEMAS
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import ppo_step
+import ppo_step_inputs as inputs_module
+import ppo_step_report as report_module
+from peers import environment
+
+WORK = inputs_module.Work()
+
+#: A run's metrics.jsonl: an evaluation without phases, two steps, and the second step again after a resume.
+RECORDED = """\
+{"step": 0, "time": 1.0, "metrics": {"eval/reward": 0.1}, "seconds": {}}
+{"step": 1, "time": 2.0, "metrics": {"reward/mean": 0.2}, "seconds": {"rollout": 0.7, "rollout/wait": 0.6, "weight_sync": 0.05, "old_log_probs": 0.1, "ref_log_probs": 0.11, "scores": 0.12, "values": 0.13, "train_actor": 0.4, "train_critic": 0.3, "advantages": 0.02, "total": 2.0}}
+{"step": 2, "time": 3.0, "metrics": {}, "seconds": {"rollout": 9.0, "weight_sync": 0.0, "total": 10.0}}
+{"step": 2, "time": 4.0, "metrics": {}, "seconds": {"rollout": 0.5, "weight_sync": 0.05, "old_log_probs": 0.1, "ref_log_probs": 0.1, "scores": 0.1, "values": 0.1, "train_actor": 0.3, "train_critic": 0.3, "total": 1.6}}
+"""
+
+
+def steps_of(*totals: float) -> list[dict[str, float]]:
+    """Steps of ours with given totals, half of each rollout."""
+    phases = dict.fromkeys(report_module.PHASES, 0.0)
+    return [{**phases, "rollout": total / 2, "other": total / 2, "total": total} for total in totals]
+
+
+def peer_steps_of(*totals: float) -> list[dict[str, float]]:
+    return [{"generation": t / 4, "forwards": t / 4, "training": t / 2, "other": 0.0, "total": t} for t in totals]
+
+
+def test_read_steps_maps_phases_and_takes_the_later_record(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(RECORDED)
+    first, second = report_module.read_steps(path)
+    assert first["rollout"] == 0.7  # its child is not counted again
+    assert first["reference log-probs"] == 0.11
+    assert first["training critic"] == 0.3
+    assert first["other"] == pytest.approx(2.0 - 1.91)  # advantages and what no phase names
+    assert second["total"] == 1.6
+    assert sum(v for k, v in second.items() if k != "total") == pytest.approx(1.6)
+
+
+@pytest.mark.parametrize("text", ["{", '{"step": 1}', "[]", '{"step": 0, "seconds": {}}', ""])
+def test_read_steps_says_what_is_wrong(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"metrics\.jsonl"):
+        report_module.read_steps(path)
+
+
+def test_summary_takes_medians() -> None:
+    result = report_module.summary([steps_of(1.0, 2.0, 9.0), steps_of(4.0), steps_of(8.0)], WORK)
+    assert result["samples_per_s_of_rounds"] == [32.0, 16.0, 8.0]
+    assert result["samples_per_s"] == 16.0
+    assert result["tokens_per_s"] == 16.0 * 80
+    assert result["step_s"] == 4.0
+    assert result["seconds"]["rollout"] == 2.0
+    assert result["num_steps"] == 5
+
+
+def test_ratios_are_paired_by_round() -> None:
+    # The machine is half as fast in the second round: both systems suffer, the ratio does not.
+    ours = report_module.summary([steps_of(1.0), steps_of(2.0)], WORK)
+    peer = {
+        "fp32": report_module.summary([peer_steps_of(3.0), peer_steps_of(6.0)], WORK),
+        "bf16": report_module.summary([peer_steps_of(1.5), peer_steps_of(3.0)], WORK),
+    }
+    assert report_module.ratios(ours, peer, "fp32") == {
+        "samples_per_s_ratio": 3.0,
+        "samples_per_s_ratio_vs_best": 1.5,
+        "peer_best_dtype": "bf16",
+    }
+    assert report_module.ratios(ours, peer, "bf16")["samples_per_s_ratio"] == 1.5
+
+
+def sample_result(name: str, peer_s: float) -> dict:
+    ours = report_module.summary([steps_of(1.0)], WORK)
+    peer = {dtype: report_module.summary([peer_steps_of(peer_s)], WORK) for dtype in ("bf16", "fp32")}
+    return report_module.model_result(inputs_module.SHAPES[name], "bf16", ours, "trl", peer)
+
+
+def test_report_keys_and_smallest_ratio() -> None:
+    whole = report_module.report([sample_result("2.4m", 1.5), sample_result("30m", 2.0)], WORK, {"dtype": "bf16"})
+    assert json.loads(json.dumps(whole)) == whole
+    assert whole["samples_per_s_ratio"] == 1.5
+    assert whole["samples_per_s_ratio_vs_best"] == 1.5
+    assert whole["work"] == asdict(WORK)
+    small, large = whole["results"]
+    assert (small["model"], small["num_parameters"]) == ("2.4m", 2_427_136)
+    assert large["samples_per_s_ratio"] == 2.0
+    assert set(small["ours"]["seconds"]) == {*report_module.PHASES, "other"}
+    assert set(small["peer"]) == {"name", "bf16", "fp32"}
+
+
+def test_report_without_a_peer_has_no_ratio() -> None:
+    ours = report_module.summary([steps_of(1.0)], WORK)
+    result = report_module.model_result(inputs_module.SHAPES["2.4m"], "fp32", ours, None, {})
+    assert "samples_per_s_ratio" not in report_module.report([result], WORK, {})
+    assert "samples/s" in report_module.table(result)
+
+
+def test_table_names_every_phase_and_lines_up() -> None:
+    lines = report_module.table(sample_result("2.4m", 1.5)).splitlines()
+    text = "\n".join(lines)
+    for phase in (
+        *report_module.PHASES,
+        "other",
+        "generation",
+        "forwards",
+        "training",
+        "step",
+        "samples/s",
+        "tokens/s",
+    ):
+        assert phase in text
+    rows = {line[:24].strip(): line[24:].split() for line in lines[1:-1]}
+    assert rows["seconds per PPO step"] == ["ours", "bf16", "trl", "bf16", "trl", "fp32"]
+    assert rows["generation"] == ["0.500", "0.375", "0.375"]
+    assert rows["step"] == ["1.000", "1.500", "1.500"]
+    assert "samples_per_s_ratio 1.5" in lines[-1]
+
+
+def test_inputs_are_the_work(tmp_path: Path) -> None:
+    shape = inputs_module.ModelShape("tiny", 1, 32, 48, 2, 1, 64)
+    files = inputs_module.write_inputs(shape, WORK, steps=2, folder=tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(files.models["actor"])
+    prompts = [json.loads(line)["prompt"] for line in files.prompts.read_text().splitlines()]
+    assert len(prompts) == 2 * WORK.prompts_per_step
+    ids = tokenizer(prompts)["input_ids"]
+    assert {len(row) for row in ids} == {WORK.prompt_tokens}
+    assert all(0 < token < shape.vocab_size for row in ids for token in row)
+    for role, path in files.models.items():
+        config = AutoConfig.from_pretrained(path)
+        assert (config.vocab_size, config.tie_word_embeddings) == (64, False), role
+        assert (path / "model.safetensors").exists()
+
+
+def test_parameter_count_is_that_of_the_checkpoint(tmp_path: Path) -> None:
+    from safetensors import safe_open
+
+    shape = inputs_module.ModelShape("tiny", 2, 32, 48, 4, 2, 64)
+    inputs_module.write_model(shape, "actor", 1, tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert sum(file.get_tensor(name).numel() for name in file.keys()) == shape.num_parameters  # noqa: SIM118
+
+
+def test_our_config_is_accepted_by_the_schema(tmp_path: Path) -> None:
+    files = inputs_module.Inputs({role: tmp_path / role for role in inputs_module.ROLES}, tmp_path / "prompts.jsonl")
+    config = inputs_module.our_config(files, WORK, "bf16", steps=3, run_dir=tmp_path / "run", micro_batch=16)
+    merged = OmegaConf.merge(OmegaConf.structured(SCHEMAS["ppo"]), config)
+    assert merged.rollout.sampling.max_tokens == 64
+    assert merged.rollout.sampling.ignore_eos
+    assert merged.algorithm.rollout_batch_size == 64
+    assert merged.actor.model.dtype.value == "bf16"
+
+
+def test_a_failing_run_raises_with_its_last_lines(tmp_path: Path) -> None:
+    code = "import sys; print('the reason'); sys.exit(3)"
+    with pytest.raises(RuntimeError, match="(?s)ended with 3.*the reason"):
+        ppo_step.run_process([sys.executable, "-c", code], tmp_path / "log.txt", timeout_s=30)
+
+
+def test_a_run_past_its_time_is_stopped(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="ran past 1 s"):
+        ppo_step.run_process([sys.executable, "-c", "import time; time.sleep(60)"], tmp_path / "log.txt", timeout_s=1)
+
+
+def test_arguments() -> None:
+    args = ppo_step.parse_arguments(["--model", "2.4m", "--peer", "trl", "actor.micro_batch_size=4", "--dtype", "fp32"])
+    assert (args.rounds, args.overrides, args.dtype) == (3, ["actor.micro_batch_size=4"], "fp32")
+    assert ppo_step.parse_arguments([]).rounds == 1
+
+
+def test_peer_never_goes_into_the_running_environment(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="environment of this project"):
+        environment.ensure_trl(Path(sys.prefix))
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="not empty"):
+        environment.ensure_trl(tmp_path)
+
+
+def test_peer_has_the_torch_of_this_project() -> None:
+    found = environment.installed_versions(Path(sys.executable), ["torch", "transformers", "no-such-package"])
+    required = environment.trl_requirements()
+    assert found == {name: required[name] for name in ("torch", "transformers")}
+    assert required["trl"] == "1.12.0"
+
+
+def test_peer_script_compiles() -> None:
+    # It needs TRL to run; that it parses under this Python can be checked without.
+    script = BENCHMARKS / "peers" / "trl_ppo.py"
+    code = "import ast, sys; ast.parse(open(sys.argv[1]).read())"
+    subprocess.run([sys.executable, "-c", code, str(script)], check=True)
