@@ -86,13 +86,33 @@ class Microbatch:
 
     token_ids: Tensor  # [b, s] int64
     sequence_lengths: Tensor  # [b] int64
-    fields: dict[str, Tensor] = field(default_factory=dict)  # what the loss takes, [b, s - 1] or [b]
+    inputs: Any = None  # PolicyInputs, ValueInputs, ... with b rows and s - 1 columns; None for a forward alone
 
-    @property
-    def position_ids(self) -> Tensor:
-        """[b, s] int64."""
-        b, s = self.token_ids.shape
-        return torch.arange(s, device=self.token_ids.device).expand(b, s)
+
+@dataclass(frozen=True)
+class PolicyInputs:
+    """What the actor's loss takes beside the model's log-probs."""
+
+    old_log_probs: Tensor  # [b, t] float32
+    ref_log_probs: Tensor  # [b, t] float32
+    advantages: Tensor  # [b, t] float32
+    mask: Tensor  # [b, t] bool
+
+
+@dataclass(frozen=True)
+class ValueInputs:
+    """What the critic's loss takes beside the model's values."""
+
+    old_values: Tensor  # [b, t] float32
+    returns: Tensor  # [b, t] float32
+    mask: Tensor  # [b, t] bool
+
+
+@dataclass(frozen=True)
+class AnswerInputs:
+    """What the SFT loss takes beside the model's log-probs."""
+
+    mask: Tensor  # [b, t] bool
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import megatron_bridge.platform as platform
 from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from hetero_ppo.config.derived import data_parallel_size
 from hetero_ppo.config.schema import ParallelConfig
 
 
@@ -33,28 +34,16 @@ def initialise(timeout_minutes: float) -> None:
     dist.init_process_group(platform.distributed_backend(), timeout=timedelta(minutes=timeout_minutes))
 
 
-def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
-    """Ranks left for data parallelism.
+def role_groups(role: str, parallel: ParallelConfig) -> ProcessGroupCollection:
+    """Create all groups of one role's layout. Collective over the world: every rank calls it, roles in the same order.
+
+    Rank order is tp fastest, then cp, dp, pp, as in Megatron-LM's default "tp-cp-ep-dp-pp".
 
     Raises:
         ValueError: the layout does not divide the world size.
     """
-    model_ranks = parallel.tensor * parallel.pipeline * parallel.context
-    if world_size % model_ranks:
-        raise ValueError(
-            f"world size {world_size} is not a multiple of tensor {parallel.tensor} x pipeline {parallel.pipeline} x "
-            f"context {parallel.context} = {model_ranks} ranks; change the layout or NPROC_PER_NODE"
-        )
-    return world_size // model_ranks
-
-
-def role_groups(parallel: ParallelConfig) -> ProcessGroupCollection:
-    """Create all groups of one role's layout. Collective over the world: every rank calls it, roles in the same order.
-
-    Rank order is tp fastest, then cp, dp, pp, as in Megatron-LM's default "tp-cp-ep-dp-pp".
-    """
     world_size = dist.get_world_size()
-    dp = data_parallel_size(parallel, world_size)
+    dp = data_parallel_size(role, parallel, world_size)
     grid = HyperCommGrid([parallel.tensor, parallel.context, dp, parallel.pipeline], ["tp", "cp", "dp", "pp"])
     groups = ProcessGroupCollection()
     groups.tp = grid.create_pg("tp")
@@ -74,7 +63,6 @@ def role_groups(parallel: ParallelConfig) -> ProcessGroupCollection:
     groups.tp_ep_pp = groups.mp
     groups.expt_dp = groups.dp_cp
     groups.intra_expt_dp = groups.dp_cp
-    groups.hcp = []
     groups.inter_dist_opt = None
     groups.intra_dist_opt = dist.group.WORLD
     groups.embd, groups.pos_embd = _embedding_groups(parallel, dp)

@@ -1,0 +1,84 @@
+"""The losses as a TrainEngine calls them: model output and micro-batch in, sums out."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+from torch import Tensor
+
+from hetero_ppo.algorithms.losses import (
+    Loss,
+    bradley_terry_loss,
+    entropy_bonus,
+    kl_loss,
+    policy_loss,
+    sft_loss,
+    value_loss,
+)
+from hetero_ppo.config.schema import AlgorithmConfig, RewardModelLossConfig
+from hetero_ppo.engines.outputs import scores_output, token_log_probs, values_output
+from hetero_ppo.engines.train_engine import LossFn
+from hetero_ppo.types import Microbatch
+
+#: Losses come as sums over tokens; the engine divides gradients by the minibatch's number of tokens.
+SUM = 1.0
+
+
+def sft_loss_fn(vocab_size: int, tp_group: dist.ProcessGroup) -> LossFn:
+    """Negative log-likelihood of the answers' tokens."""
+
+    def loss_fn(logits: Tensor, microbatch: Microbatch) -> Loss:
+        log_probs, _ = token_log_probs(logits, microbatch, temperature=1.0, vocab_size=vocab_size, tp_group=tp_group)
+        return sft_loss(log_probs, microbatch.inputs.mask, SUM)
+
+    return loss_fn
+
+
+def reward_loss_fn(config: RewardModelLossConfig) -> LossFn:
+    """Bradley-Terry loss; micro-batches come from ``split_pairs``."""
+
+    def loss_fn(output: Tensor, microbatch: Microbatch) -> Loss:
+        chosen, rejected = scores_output(output, microbatch).chunk(2)
+        return bradley_terry_loss(chosen, rejected, config.margin, config.score_l2, SUM)
+
+    return loss_fn
+
+
+def actor_loss_fn(
+    config: AlgorithmConfig, temperature: float, vocab_size: int, tp_group: dist.ProcessGroup
+) -> LossFn:
+    """Clipped policy objective, entropy bonus, and KL to the reference where it is in the loss."""
+
+    def loss_fn(logits: Tensor, microbatch: Microbatch) -> Loss:
+        inputs = microbatch.inputs
+        log_probs, entropy = token_log_probs(
+            logits, microbatch, temperature=temperature, vocab_size=vocab_size, tp_group=tp_group, with_entropy=True
+        )
+        assert entropy is not None
+        loss = policy_loss(
+            log_probs,
+            inputs.old_log_probs,
+            inputs.advantages,
+            inputs.mask,
+            config.clip_ratio,
+            config.dual_clip,
+            SUM,
+        )
+        loss = loss + entropy_bonus(entropy, inputs.mask, config.entropy_coef, SUM)
+        if config.kl.loss_coef:
+            loss = loss + kl_loss(
+                log_probs, inputs.ref_log_probs, inputs.mask, config.kl.loss_estimator, config.kl.loss_coef, SUM
+            )
+        return loss
+
+    return loss_fn
+
+
+def critic_loss_fn(config: AlgorithmConfig) -> LossFn:
+    """Clipped squared error of the values."""
+
+    def loss_fn(output: Tensor, microbatch: Microbatch) -> Loss:
+        inputs = microbatch.inputs
+        values = values_output(output, microbatch)
+        return value_loss(values, inputs.old_values, inputs.returns, inputs.mask, config.value_clip, SUM)
+
+    return loss_fn

@@ -1,0 +1,100 @@
+"""Cut rows into micro-batches, and put what they computed back in place."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any, Sequence, TypeVar
+
+import torch
+from torch import Tensor
+
+from hetero_ppo.types import Microbatch, PreferenceBatch
+
+Record = TypeVar("Record")
+
+
+def select(record: Record, rows: Sequence[int], num_columns: int) -> Record:
+    """The rows of every tensor of a record; tensors with two dimensions keep ``num_columns`` columns."""
+    index = torch.as_tensor(rows)
+    picked: dict[str, Any] = {}
+    for entry in fields(record):
+        value = getattr(record, entry.name)
+        if isinstance(value, Tensor):
+            value = value[index]
+            value = value[:, :num_columns] if value.dim() == 2 else value
+        picked[entry.name] = value
+    return type(record)(**picked)
+
+
+def rank_rows(num_rows: int, rank: int, size: int) -> list[int]:
+    """Rows of a data-parallel rank: contiguous, sizes that differ by at most one."""
+    return list(range(num_rows * rank // size, num_rows * (rank + 1) // size))
+
+
+def split(
+    token_ids: Tensor,
+    sequence_lengths: Tensor,
+    inputs: Any,
+    rows: Sequence[int],
+    *,
+    micro_batch_size: int,
+    length_multiple: int = 1,
+) -> list[tuple[list[int], Microbatch]]:
+    """Micro-batches of ``rows``, each with rows of similar length and padded to its own longest.
+
+    Args:
+        token_ids: [B, S] int64, right-padded.
+        sequence_lengths: [B] int64.
+        inputs: a record of [B, S - 1] and [B] tensors, or None.
+        rows: the rows to take.
+        micro_batch_size: rows at most.
+        length_multiple: the padded length is a multiple of it (sequence parallelism cuts it into equal parts).
+
+    Returns:
+        (rows, micro-batch) pairs; together they hold every row once.
+    """
+    ordered = sorted(rows, key=lambda row: (int(sequence_lengths[row]), row))
+    result = []
+    for start in range(0, len(ordered), micro_batch_size):
+        taken = ordered[start : start + micro_batch_size]
+        index = torch.as_tensor(taken)
+        longest = int(sequence_lengths[index].max())
+        longest += -longest % length_multiple
+        ids = token_ids[index, :longest]
+        if ids.shape[1] < longest:
+            ids = torch.nn.functional.pad(ids, (0, longest - ids.shape[1]))
+        part = None if inputs is None else select(inputs, taken, longest - 1)
+        result.append((taken, Microbatch(token_ids=ids, sequence_lengths=sequence_lengths[index], inputs=part)))
+    return result
+
+
+def split_pairs(
+    batch: PreferenceBatch, pairs: Sequence[int], *, micro_batch_size: int, length_multiple: int = 1
+) -> list[Microbatch]:
+    """Micro-batches of whole pairs: rows 0..b/2 - 1 are chosen, the others rejected in the same order.
+
+    Args:
+        batch: all pairs.
+        pairs: the pairs to take.
+        micro_batch_size: sequences at most; at least one pair is taken.
+        length_multiple: the padded length is a multiple of it.
+    """
+    lengths = torch.maximum(batch.chosen_lengths, batch.rejected_lengths)
+    ordered = sorted(pairs, key=lambda pair: (int(lengths[pair]), pair))
+    per_microbatch = max(1, micro_batch_size // 2)
+    result = []
+    for start in range(0, len(ordered), per_microbatch):
+        index = torch.as_tensor(ordered[start : start + per_microbatch])
+        longest = int(lengths[index].max())
+        longest += -longest % length_multiple
+        ids = torch.cat([to_columns(batch.chosen_ids[index], longest), to_columns(batch.rejected_ids[index], longest)])
+        both = torch.cat([batch.chosen_lengths[index], batch.rejected_lengths[index]])
+        result.append(Microbatch(token_ids=ids, sequence_lengths=both))
+    return result
+
+
+def to_columns(value: Tensor, num_columns: int) -> Tensor:
+    """[b, t] -> [b, num_columns]: cut, or padded with zeros (the padding of length_multiple comes and goes here)."""
+    if value.shape[1] >= num_columns:
+        return value[:, :num_columns]
+    return torch.nn.functional.pad(value, (0, num_columns - value.shape[1]))

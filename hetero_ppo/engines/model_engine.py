@@ -1,0 +1,221 @@
+"""One role's model on this rank: built, loaded, and run forward in its own layout.
+
+Batches come in whole: every rank holds all rows on the host, takes those of its data-parallel rank, and gets the whole
+result back. So the data of one role's layout needs no translation into another's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Callable, Iterator, Optional, Sequence
+
+import torch
+import torch.distributed as dist
+from megatron.core.models.gpt import GPTModel
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.pipeline_parallel.schedules import (
+    forward_backward_no_pipelining,
+    forward_backward_pipelining_with_interleaving,
+    forward_backward_pipelining_without_interleaving,
+)
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
+
+import megatron_bridge.platform as platform
+from hetero_ppo.config.schema import Dtype, RoleConfig
+from hetero_ppo.distributed.groups import is_last_stage, last_stage_rank, role_groups
+from hetero_ppo.engines.microbatches import rank_rows, split, to_columns
+from hetero_ppo.engines.outputs import OutputFn
+from hetero_ppo.types import Microbatch
+from megatron_bridge.config_mapping import BridgeConfig, bridge_config, read_hf_config
+from megatron_bridge.export_hf import save_hf
+from megatron_bridge.import_hf import LoadReport, load_hf
+from megatron_bridge.model_provider import Head, build_model
+from megatron_bridge.stream import stream_hf
+
+DTYPES = {Dtype.fp32: torch.float32, Dtype.bf16: torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class RoleModel:
+    """What building a role gives."""
+
+    chunks: list[GPTModel]
+    bridge: BridgeConfig
+    groups: ProcessGroupCollection
+    report: LoadReport
+
+
+def build_role(role: str, config: RoleConfig, head: Head, recompute: Optional[str] = None) -> RoleModel:
+    """Create the groups, the model and its weights. Collective over the world."""
+    layout = config.parallel
+    bridge = bridge_config(
+        read_hf_config(config.model.path),
+        dtype=DTYPES[config.model.dtype],
+        tensor=layout.tensor,
+        pipeline=layout.pipeline,
+        virtual_pipeline=layout.virtual_pipeline,
+        context=layout.context,
+        expert=layout.expert,
+        sequence=layout.sequence,
+        recompute=recompute,
+    )
+    # Micro-batches differ in length, and the last one in rows.
+    bridge.transformer.variable_seq_lengths = layout.pipeline > 1
+    bridge.transformer.calculate_per_token_loss = True
+    groups = role_groups(role, layout)
+    chunks = build_model(bridge, groups, head=head, init_seed=config.model.init_seed)
+    report = load_hf(chunks, bridge, config.model.path, groups, head=head)
+    return RoleModel(chunks, bridge, groups, report)
+
+
+class ModelEngine:
+    """Forward passes of one role."""
+
+    def __init__(self, role: str, config: RoleConfig, head: Head, recompute: Optional[str] = None) -> None:
+        self.role = role
+        self.config = config
+        self.head: Head = head
+        model = build_role(role, config, head, recompute)
+        self.bridge = model.bridge
+        self.groups = model.groups
+        self.load_report = model.report
+        #: What the schedules run: the GPTModels here, their DDP wrappers in a TrainEngine.
+        self.chunks: list[torch.nn.Module] = list(model.chunks)
+        self.models: list[GPTModel] = model.chunks
+        self.length_multiple = config.parallel.tensor if config.parallel.sequence else 1
+        for chunk in self.models:
+            chunk.eval()
+
+    @property
+    def vocab_size(self) -> int:
+        """True vocabulary size, without padding."""
+        return self.bridge.vocab_size
+
+    def forward(self, token_ids: Tensor, sequence_lengths: Tensor, output: OutputFn) -> Tensor:
+        """Run all rows and return what ``output`` makes of them, the same on every rank.
+
+        Args:
+            token_ids: [B, S] int64, right-padded, on the host, the same on every rank.
+            sequence_lengths: [B] int64.
+            output: last-stage function, giving [b, s - 1] or [b] float32.
+
+        Returns:
+            [B, S - 1] or [B] float32, on the host.
+        """
+        num_rows, num_columns = token_ids.shape[0], token_ids.shape[1] - 1
+        rows = rank_rows(num_rows, self.groups.dp.rank(), self.groups.dp.size())
+        parts = split(
+            token_ids,
+            sequence_lengths,
+            None,
+            rows,
+            micro_batch_size=self.config.micro_batch_size,
+            length_multiple=self.length_multiple,
+        )
+        with torch.no_grad():
+            outputs = self.run_schedule([m for _, m in parts], lambda tensor, m: output(tensor, m), forward_only=True)
+        local: Optional[Tensor] = None
+        if is_last_stage(self.groups):
+            per_token = bool(outputs) and outputs[0].dim() == 2
+            local = torch.zeros((num_rows, num_columns) if per_token else (num_rows,), dtype=torch.float32)
+            for (taken, _), value in zip(parts, outputs):
+                host = value.detach().to("cpu", torch.float32)
+                local[taken] = to_columns(host, num_columns) if per_token else host
+        return self._gather(local)
+
+    def _gather(self, local: Optional[Tensor]) -> Tensor:
+        """Sum of the data-parallel ranks' disjoint rows, handed from the last stage to the whole pipeline."""
+        if local is not None and self.groups.dp.size() > 1:
+            dist.all_reduce(local, group=self.groups.dp)
+        if self.groups.pp.size() > 1:
+            local = broadcast_tensor(local, last_stage_rank(self.groups), self.groups.pp)
+        assert local is not None
+        return local
+
+    def run_schedule(
+        self, microbatches: Sequence[Microbatch], last_stage: Callable[[Tensor, Microbatch], Any], *, forward_only: bool
+    ) -> list[Any]:
+        """Megatron-Core's schedule for this layout over the micro-batches of this data-parallel rank.
+
+        Args:
+            microbatches: on the host; moved to the device one at a time.
+            last_stage: (model output, micro-batch) -> what a forward collects, or (loss, tokens, metrics) in training.
+
+        Returns:
+            What the last stage gave for every micro-batch; an empty list on other stages.
+        """
+        device = platform.device()
+
+        def forward_step(iterator: Iterator[Microbatch], model: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+            microbatch = to_device(next(iterator), device)
+            b, s = microbatch.token_ids.shape
+            positions = torch.arange(s, device=device).expand(b, s)
+            output = model(microbatch.token_ids, positions, None)
+
+            def collect(tensor: Tensor, non_loss_data: bool = False) -> Any:
+                return last_stage(tensor, microbatch)
+
+            return output, collect
+
+        parallel = self.config.parallel
+        arguments: dict[str, Any] = dict(
+            forward_step_func=forward_step,
+            num_microbatches=len(microbatches),
+            seq_length=max(m.token_ids.shape[1] for m in microbatches),
+            micro_batch_size=self.config.micro_batch_size,
+            forward_only=forward_only,
+            collect_non_loss_data=forward_only,
+            pg_collection=self.groups,
+        )
+        if parallel.pipeline == 1:
+            return forward_backward_no_pipelining(
+                data_iterator=iter(microbatches), model=self.chunks[0], **arguments
+            )
+        communicator = P2PCommunicator(self.groups.pp, self.bridge.transformer)
+        if parallel.virtual_pipeline is None:
+            return forward_backward_pipelining_without_interleaving(
+                data_iterator=iter(microbatches), model=self.chunks[0], p2p_communicator=communicator, **arguments
+            )
+        return forward_backward_pipelining_with_interleaving(
+            data_iterator=[iter(microbatches) for _ in self.chunks],
+            model=self.chunks,
+            p2p_communicator=communicator,
+            **arguments,
+        )
+
+    def stream_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """(Hugging Face name, whole tensor) one at a time, on every rank. Collective."""
+        return stream_hf(self.models, self.bridge, self.groups, head=self.head)
+
+    def export(self, out_dir: str, *, tokenizer_dir: Optional[str] = None) -> None:
+        """Write a Hugging Face checkpoint. Collective."""
+        save_hf(
+            self.models,
+            self.bridge,
+            self.groups,
+            out_dir,
+            source_dir=self.config.model.path,
+            tokenizer_dir=tokenizer_dir or self.config.model.tokenizer,
+            head=self.head,
+        )
+
+
+def to_device(microbatch: Microbatch, device: torch.device) -> Microbatch:
+    """The micro-batch with its tensors on ``device``."""
+    if device.type == "cpu":
+        return microbatch
+    inputs = microbatch.inputs
+    if inputs is not None:
+        inputs = type(inputs)(**{name: value.to(device, non_blocking=True) for name, value in vars(inputs).items()})
+    return Microbatch(microbatch.token_ids.to(device), microbatch.sequence_lengths.to(device), inputs)
+
+
+def broadcast_tensor(tensor: Optional[Tensor], source: int, group: dist.ProcessGroup) -> Tensor:
+    """Broadcast a float32 host tensor of at most two dimensions whose shape the other ranks do not know."""
+    shape = torch.tensor([-1, -1] if tensor is None else [*tensor.shape, *[-1] * (2 - tensor.dim())])
+    dist.broadcast(shape, source, group=group)
+    size = [int(n) for n in shape if n >= 0]
+    tensor = torch.empty(size, dtype=torch.float32) if tensor is None else tensor.contiguous()
+    dist.broadcast(tensor, source, group=group)
+    return tensor

@@ -1,0 +1,240 @@
+"""A role that is trained: Megatron-Core's DDP and optimizer around the model engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig as MegatronOptimizerConfig, get_megatron_optimizer
+from torch import Tensor
+
+from hetero_ppo.algorithms.losses import Loss, add_metric_sums
+from hetero_ppo.algorithms.schedules import lr_at
+from hetero_ppo.config.schema import Dtype, OptimizerConfig, TrainedRoleConfig
+from hetero_ppo.distributed.groups import is_last_stage, last_stage_rank
+from hetero_ppo.engines.microbatches import rank_rows, split, split_pairs
+from hetero_ppo.engines.model_engine import ModelEngine
+from hetero_ppo.types import Microbatch, PreferenceBatch
+from megatron_bridge.model_provider import Head
+
+#: Rows of the buffer that metric sums are reduced in.
+MAX_METRICS = 64
+
+
+@dataclass(frozen=True)
+class TrainStepResult:
+    """What one optimizer step reports, the same on every rank."""
+
+    loss: float  # mean over the minibatch's tokens; 0 when none takes part
+    grad_norm: float  # before clipping
+    learning_rate: float
+    count: int  # tokens, or pairs
+    metric_sums: dict[str, Tensor]  # name -> [] float64, sum over them
+
+
+#: (model output, micro-batch) -> loss with denominator 1: a sum over the micro-batch's tokens
+LossFn = Callable[[Tensor, Microbatch], Loss]
+
+
+class TrainEngine(ModelEngine):
+    """Forward, backward and optimizer steps of one role."""
+
+    def __init__(self, role: str, config: TrainedRoleConfig, head: Head, total_steps: int) -> None:
+        """Args:
+        role: its name in messages.
+        config: model, layout and optimizer.
+        head: what the last stage computes.
+        total_steps: optimizer steps of the run, for the learning-rate schedule.
+        """
+        super().__init__(role, config, head, config.recompute)
+        self.train_config = config
+        self.total_steps = total_steps
+        self.steps_done = 0
+        self.chunks = [self._wrap(chunk, index) for index, chunk in enumerate(self.models)]
+        self.optimizer = self._build_optimizer()
+        transformer = self.bridge.transformer
+        transformer.finalize_model_grads_func = finalize_model_grads
+        transformer.grad_scale_func = None
+        if config.ddp.overlap_grad_reduce:
+            no_syncs = [chunk.no_sync for chunk in self.chunks]
+            transformer.no_sync_func = no_syncs if len(no_syncs) > 1 else no_syncs[0]
+
+    def _wrap(self, chunk: torch.nn.Module, index: int) -> DistributedDataParallel:
+        config = self.train_config
+        ddp = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=config.ddp.overlap_grad_reduce,
+            overlap_param_gather=config.ddp.overlap_param_gather,
+            use_distributed_optimizer=config.optimizer.distributed,
+            bucket_size=config.ddp.bucket_size,
+        )
+        # Buckets after the first chunk's are reduced while earlier chunks still compute: no need to cut them.
+        return DistributedDataParallel(
+            self.bridge.transformer, ddp, chunk, disable_bucketing=index > 0, pg_collection=self.groups
+        )
+
+    def _build_optimizer(self) -> MegatronOptimizer:
+        config: OptimizerConfig = self.train_config.optimizer
+        return get_megatron_optimizer(
+            MegatronOptimizerConfig(
+                optimizer="adam",
+                lr=config.lr,
+                min_lr=config.min_lr,
+                weight_decay=config.weight_decay,
+                adam_beta1=config.beta1,
+                adam_beta2=config.beta2,
+                adam_eps=config.eps,
+                clip_grad=config.grad_clip,
+                bf16=self.config.model.dtype is Dtype.bf16,
+                params_dtype=self.bridge.transformer.params_dtype,
+                use_distributed_optimizer=config.distributed,
+                overlap_param_gather=self.train_config.ddp.overlap_param_gather,
+            ),
+            self.chunks,
+            use_gloo_process_groups=False,
+            pg_collection=self.groups,
+        )
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """ModelEngine.forward, in evaluation mode."""
+        for chunk in self.chunks:
+            chunk.eval()
+        return super().forward(*args, **kwargs)
+
+    def microbatches(
+        self, token_ids: Tensor, sequence_lengths: Tensor, inputs: Any, rows: Sequence[int]
+    ) -> list[Microbatch]:
+        """This data-parallel rank's part of a minibatch.
+
+        Args:
+            token_ids: [B, S] int64, the same on every rank.
+            sequence_lengths: [B] int64.
+            inputs: record of [B, S - 1] and [B] tensors for the loss.
+            rows: the minibatch's rows, over all ranks.
+        """
+        mine = [rows[i] for i in rank_rows(len(rows), self.groups.dp.rank(), self.groups.dp.size())]
+        parts = split(
+            token_ids,
+            sequence_lengths,
+            inputs,
+            mine,
+            micro_batch_size=self.config.micro_batch_size,
+            length_multiple=self.length_multiple,
+        )
+        return [microbatch for _, microbatch in parts]
+
+    def pair_microbatches(self, batch: PreferenceBatch) -> list[Microbatch]:
+        """This data-parallel rank's part of a batch of pairs; a pair's two sequences share a micro-batch."""
+        mine = rank_rows(batch.chosen_ids.shape[0], self.groups.dp.rank(), self.groups.dp.size())
+        return split_pairs(
+            batch, mine, micro_batch_size=self.config.micro_batch_size, length_multiple=self.length_multiple
+        )
+
+    def train_step(self, microbatches: Sequence[Microbatch], loss_fn: LossFn) -> TrainStepResult:
+        """One optimizer step on a minibatch. Collective over the role's ranks.
+
+        The gradient is that of (sum of the losses of all tokens) / (number of all tokens), no matter how the rows are cut
+        into micro-batches and over ranks.
+
+        Args:
+            microbatches: this data-parallel rank's part, at least one.
+            loss_fn: on the last stage.
+
+        Raises:
+            FloatingPointError: a gradient is NaN or infinite. The weights are as before the step.
+        """
+        for chunk in self.chunks:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        learning_rate = self._set_learning_rate()
+
+        def last_stage(output: Tensor, microbatch: Microbatch) -> tuple[Tensor, Tensor, Loss]:
+            result = loss_fn(output, microbatch)
+            return result.loss, result.count.to(torch.int), result
+
+        outputs = self.run_schedule(microbatches, last_stage, forward_only=False)
+        loss_sum, count, metric_sums = self._reduce(outputs)
+        grad_norm = self._optimizer_step() if count > 0 else 0.0
+        self.steps_done += 1
+        return TrainStepResult(loss_sum / max(count, 1), grad_norm, learning_rate, count, metric_sums)
+
+    def sharded_state_dict(self, *, is_loading: bool) -> dict[str, Any]:
+        """Weights and optimizer in Megatron-Core's sharded form, for dist_checkpointing. Collective."""
+        metadata = {
+            "distrib_optim_sharding_type": "fully_reshardable",
+            "distrib_optim_fully_reshardable_mem_efficient": False,
+            "chained_optim_avoid_prefix": True,
+            "dp_cp_group": self.groups.dp_cp,
+        }
+        weights = {
+            f"model{index}": chunk.sharded_state_dict(prefix=f"model{index}.", metadata=metadata)
+            for index, chunk in enumerate(self.chunks)
+        }
+        merged = {name: tensor for part in weights.values() for name, tensor in part.items()}
+        optimizer = self.optimizer.sharded_state_dict(merged, is_loading=is_loading, metadata=metadata)
+        return {**weights, "optimizer": optimizer, "steps_done": self.steps_done}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take what dist_checkpointing loaded into ``sharded_state_dict(is_loading=True)``."""
+        for index, chunk in enumerate(self.chunks):
+            prefix = f"model{index}."
+            weights = {name.removeprefix(prefix): tensor for name, tensor in state[f"model{index}"].items()}
+            chunk.load_state_dict(weights, strict=True)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.steps_done = int(state["steps_done"])
+
+    def _optimizer_step(self) -> float:
+        """MegatronOptimizer.step, with a look at the gradient norm before anything is written. Returns the norm."""
+        found_bad = self.optimizer.prepare_grads()
+        grad_norm = float(self.optimizer.get_grad_norm())
+        if found_bad or not grad_norm < float("inf"):
+            raise FloatingPointError(
+                f"{self.role}: gradient norm is {grad_norm} at optimizer step {self.steps_done + 1}; "
+                "weights are unchanged. Lower the learning rate, or look at this step's data in the rollout dump"
+            )
+        clip = self.train_config.optimizer.grad_clip
+        if clip > 0:
+            clip_grad_by_total_norm_fp32(self.optimizer.get_parameters(), clip, grad_norm)
+        self.optimizer.step_with_ready_grads()
+        return grad_norm
+
+    def _set_learning_rate(self) -> float:
+        learning_rate = lr_at(self.steps_done, self.train_config.optimizer, self.total_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        return learning_rate
+
+    def _reduce(self, outputs: list[Loss]) -> tuple[float, int, dict[str, Tensor]]:
+        """(loss sum, count, metric sums) over micro-batches and data-parallel ranks, on all stages."""
+        names: list[str] = []
+        totals = torch.zeros(MAX_METRICS, dtype=torch.float64)
+        if is_last_stage(self.groups):
+            metric_sums = add_metric_sums(output.metric_sums for output in outputs)
+            names = sorted(metric_sums)
+            for output in outputs:
+                totals[:2] += torch.stack([output.loss.detach().double(), output.count.double()]).cpu()
+            totals[2 : 2 + len(names)] = torch.stack([metric_sums[name] for name in names]).cpu()
+            dist.all_reduce(totals, group=self.groups.dp_cp)
+        if self.groups.pp.size() > 1:
+            source = last_stage_rank(self.groups)
+            dist.broadcast(totals, source, group=self.groups.pp)
+            names = _broadcast_names(names, source, self.groups.pp)
+        return float(totals[0]), int(totals[1]), {name: totals[2 + i] for i, name in enumerate(names)}
+
+
+def _broadcast_names(names: list[str], source: int, group: dist.ProcessGroup) -> list[str]:
+    """Metric names to the stages that have no loss, as UTF-8 bytes."""
+    raw = "\n".join(names).encode()
+    length = torch.tensor([len(raw)])
+    dist.broadcast(length, source, group=group)
+    data = torch.zeros(int(length), dtype=torch.uint8)
+    if raw:
+        data[:] = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
+    dist.broadcast(data, source, group=group)
+    return bytes(data.tolist()).decode().split("\n")

@@ -1,0 +1,155 @@
+"""From a rollout to an experience: one function for each forward, and the maths between them and the losses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hetero_ppo.algorithms.gae import generalized_advantages
+from hetero_ppo.algorithms.kl import AdaptiveKlController, FixedKlController, kl_estimate
+from hetero_ppo.algorithms.masking import whiten
+from hetero_ppo.algorithms.rewards import (
+    RunningMoments,
+    apply_truncation,
+    clip_scores,
+    normalise_scores,
+    token_level_rewards,
+)
+from hetero_ppo.config.schema import AlgorithmConfig, RewardConfig
+from hetero_ppo.distributed.statistics import global_masked_moments
+from hetero_ppo.engines.model_engine import ModelEngine
+from hetero_ppo.engines.outputs import log_probs_output, scores_output, values_output
+from hetero_ppo.observability.timers import PhaseTimer
+from hetero_ppo.reward.function import FunctionReward
+from hetero_ppo.types import Experience, Rollout
+
+
+def policy_log_probs(engine: ModelEngine, rollout: Rollout, temperature: float) -> Tensor:
+    """[B, T] float32 log-probs of the rollout's tokens under the actor or the reference, at the sampling temperature."""
+    output = log_probs_output(temperature=temperature, vocab_size=engine.vocab_size, tp_group=engine.groups.tp)
+    log_probs = engine.forward(rollout.token_ids, rollout.sequence_lengths, output)
+    return log_probs.masked_fill(~rollout.response_mask, 0)
+
+
+def state_values(engine: ModelEngine, rollout: Rollout) -> Tensor:
+    """[B, T] float32 values of the states before each response token."""
+    values = engine.forward(rollout.token_ids, rollout.sequence_lengths, values_output)
+    return values.masked_fill(~rollout.response_mask, 0)
+
+
+def model_scores(engine: ModelEngine, rollout: Rollout) -> Tensor:
+    """[B] float32 scores of the reward model at the end of each sequence."""
+    return engine.forward(rollout.token_ids, rollout.sequence_lengths, scores_output)
+
+
+@dataclass
+class ExperienceMaker:
+    """Runs the stages. The engines are the PPO trainer's; the critic's and actor's weights are those of the rollout."""
+
+    actor: ModelEngine
+    critic: ModelEngine
+    reference: ModelEngine
+    reward: ModelEngine | FunctionReward
+    algorithm: AlgorithmConfig
+    reward_config: RewardConfig
+    temperature: float
+    kl_controller: FixedKlController | AdaptiveKlController
+    score_moments: RunningMoments
+
+    def make(self, rollout: Rollout, timer: PhaseTimer) -> Experience:
+        """All forwards in sequence, then rewards, advantages and returns."""
+        with timer.phase("old_log_probs"):
+            old_log_probs = policy_log_probs(self.actor, rollout, self.temperature)
+        with timer.phase("ref_log_probs"):
+            ref_log_probs = policy_log_probs(self.reference, rollout, self.temperature)
+        with timer.phase("scores"):
+            scores = self.scores(rollout)
+        with timer.phase("values"):
+            values = state_values(self.critic, rollout)
+        with timer.phase("advantages"):
+            return self.assemble(rollout, old_log_probs, ref_log_probs, scores, values)
+
+    def scores(self, rollout: Rollout) -> Tensor:
+        """[B] float32 raw scores, from the reward model or the reward function."""
+        if isinstance(self.reward, FunctionReward):
+            return self.reward.score(rollout)
+        return model_scores(self.reward, rollout)
+
+    def assemble(
+        self, rollout: Rollout, old_log_probs: Tensor, ref_log_probs: Tensor, scores: Tensor, values: Tensor
+    ) -> Experience:
+        """Rewards, generalised advantages, whitening. Every rank holds all rows, so no collective is needed.
+
+        Raises:
+            FloatingPointError: a forward gave a NaN or an infinity.
+        """
+        for name, tensor in dict(old=old_log_probs, ref=ref_log_probs, scores=scores, values=values).items():
+            if not bool(torch.isfinite(tensor).all()):
+                raise FloatingPointError(f"make experience: {name} has values that are not finite; see the rollout dump")
+        algorithm = self.algorithm
+        shaped, mask = self._shape_scores(rollout, scores)
+        kl = kl_estimate(old_log_probs, ref_log_probs, algorithm.kl.estimator).masked_fill(~rollout.response_mask, 0)
+        rewards = token_level_rewards(shaped, kl, mask, self.kl_controller.coef)
+        advantages, returns = generalized_advantages(rewards, values, mask, algorithm.gamma, algorithm.lam)
+        if algorithm.whiten_advantages:
+            moments = global_masked_moments(advantages, mask, None)
+            advantages = whiten(advantages, mask, moments.mean, moments.var)
+        return Experience(
+            rollout=rollout,
+            response_mask=mask,
+            old_log_probs=old_log_probs,
+            ref_log_probs=ref_log_probs,
+            values=values.masked_fill(~mask, 0),
+            scores=scores,
+            token_level_rewards=rewards,
+            advantages=advantages,
+            returns=returns,
+            metrics=experience_metrics(rollout, scores, rewards, old_log_probs, ref_log_probs, self.kl_controller.coef),
+        )
+
+    def _shape_scores(self, rollout: Rollout, scores: Tensor) -> tuple[Tensor, Tensor]:
+        shaped = scores
+        if self.reward_config.normalise:
+            self.score_moments.update(scores)
+            shaped = normalise_scores(shaped, self.score_moments.mean, self.score_moments.var)
+        shaped = clip_scores(shaped, self.reward_config.clip)
+        algorithm = self.algorithm
+        return apply_truncation(
+            shaped, rollout.response_mask, rollout.truncated, algorithm.truncated, algorithm.truncation_score
+        )
+
+
+def sequence_kl(log_probs: Tensor, ref_log_probs: Tensor, mask: Tensor) -> Tensor:
+    """[B] nats: log-ratio to the reference summed over each response, an unbiased estimate of the sequence KL."""
+    return (log_probs - ref_log_probs).masked_fill(~mask, 0).sum(dim=1)
+
+
+def experience_metrics(
+    rollout: Rollout,
+    scores: Tensor,
+    rewards: Tensor,
+    old_log_probs: Tensor,
+    ref_log_probs: Tensor,
+    kl_coef: float,
+) -> dict[str, float]:
+    """verl's names, over the whole rollout batch."""
+    mask = rollout.response_mask
+    lengths = rollout.response_lengths.float()
+    drift = (old_log_probs - rollout.rollout_log_probs)[mask].abs()
+    kl = sequence_kl(old_log_probs, ref_log_probs, mask)
+    return {
+        "reward/mean": float(scores.mean()),
+        "reward/std": float(scores.std(correction=0)),
+        "reward/min": float(scores.min()),
+        "reward/max": float(scores.max()),
+        "reward/with_kl_mean": float(rewards.sum(dim=1).mean()),
+        "kl/reference": float(kl.mean()),
+        "kl/coef": kl_coef,
+        "response_length/mean": float(lengths.mean()),
+        "response_length/max": float(lengths.max()),
+        "response_length/clip_ratio": float(rollout.truncated.float().mean()),
+        "rollout/log_prob_diff_mean": float(drift.mean()),
+        "rollout/log_prob_diff_max": float(drift.max()),
+    }

@@ -1,0 +1,42 @@
+"""Start the run that a config file describes. Called on every rank by torchrun."""
+
+from __future__ import annotations
+
+import os
+
+from hetero_ppo.config.checks import check_config
+from hetero_ppo.config.load import load_config
+
+
+def main(config_path: str, overrides: list[str]) -> None:
+    """Load and check the config, then train.
+
+    Args:
+        config_path: YAML file with ``kind: sft``, ``rm`` or ``ppo``.
+        overrides: ``a.b=c``.
+
+    Raises:
+        ValueError: bad config or data; nothing was started.
+    """
+    loaded = load_config(config_path, overrides)
+    check_config(loaded.config, int(os.environ.get("WORLD_SIZE", "1")))
+    # Imported now: a bad config is said before Megatron-Core is loaded.
+    from hetero_ppo.trainers.run import end_run, start_run
+
+    run = start_run(loaded)
+    try:
+        if loaded.kind == "sft":
+            from hetero_ppo.trainers.sft import SftTrainer
+
+            SftTrainer(loaded.config, run).fit()
+        elif loaded.kind == "rm":
+            from hetero_ppo.trainers.rm import RewardModelTrainer
+
+            RewardModelTrainer(loaded.config, run).fit()
+        else:
+            from hetero_ppo.trainers.ppo import PpoTrainer
+
+            with PpoTrainer(loaded.config, run) as trainer:
+                trainer.fit()
+    finally:
+        end_run()

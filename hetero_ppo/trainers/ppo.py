@@ -1,0 +1,232 @@
+"""Proximal policy optimisation from a reward model or a reward function."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+
+import megatron_bridge.platform as platform
+from hetero_ppo.algorithms.losses import add_metric_sums, mean_metrics
+from hetero_ppo.checkpoint.manager import CheckpointManager
+from hetero_ppo.config.schema import PpoConfig
+from hetero_ppo.engines.losses import actor_loss_fn, critic_loss_fn
+from hetero_ppo.engines.train_engine import LossFn, TrainEngine, TrainStepResult
+from hetero_ppo.experience.rollouts import collect_rollout
+from hetero_ppo.experience.stages import policy_log_probs
+from hetero_ppo.observability.metrics import MetricsLogger
+from hetero_ppo.observability.progress import progress
+from hetero_ppo.observability.timers import PhaseTimer
+from hetero_ppo.trainers import ppo_setup
+from hetero_ppo.trainers.ppo_evaluation import Evaluator
+from hetero_ppo.trainers.run import Run
+from hetero_ppo.types import Experience, PolicyInputs, Rollout, StepMetrics, ValueInputs
+
+#: Tokens of the sequence that the engine and the trainer are compared on after every weight sync.
+GOLDEN_TOKENS = 64
+
+
+class PpoTrainer:
+    """Rollout, experience, critic and actor updates, weight sync; once per PPO step."""
+
+    def __init__(self, config: PpoConfig, run: Run) -> None:
+        """Load data, start the rollout engine, build the four roles.
+
+        Args:
+            config: checked.
+            run: of this process.
+        """
+        self.config = config
+        self.run = run
+        self.data = ppo_setup.load_data(config, run)
+        self.batching = ppo_setup.describe_batching(config, run, self.data)
+        self.total_steps = self.batching.ppo_steps
+        self.engine = ppo_setup.start_engine(config, run, self.data)
+        try:
+            self.roles = ppo_setup.build_roles(config, run, self.batching)
+            self.maker = ppo_setup.build_maker(config, self.roles, self.data)
+            self.evaluator = Evaluator(config, run, self.data, self.maker, self.engine)
+            if self.engine is not None:
+                self.engine.wait_ready()
+        except BaseException:
+            self.close()
+            raise
+        self.timer = PhaseTimer(platform.synchronize)
+        self.golden: list[int] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop the rollout engine."""
+        if self.engine is not None:
+            self.engine.close()
+
+    def fit(self) -> None:
+        """The algorithm (Schulman et al. 2017, algorithm 1; Ouyang et al. 2022, section 3.5)."""
+        config = self.config
+        manager = CheckpointManager(self.run.dir, config.checkpoint.keep)
+        start = self._resume(manager)
+        self.evaluator.run_and_save("before", f"step{start}")
+        with MetricsLogger(
+            self.run.dir, config.run, is_writer=self.run.is_writer, total_steps=self.total_steps
+        ) as logger:
+            self.timer.collect()
+            for step in progress(range(start, self.total_steps), description="PPO"):
+                with self.timer.phase("rollout"):
+                    rollout = self.collect(step)
+                with self.timer.phase("experience"):
+                    experience = self.maker.make(rollout, self.timer)
+                with self.timer.phase("train_critic"):
+                    metrics = self.update_critic(experience, step)
+                if step >= config.algorithm.critic_warmup_steps:
+                    with self.timer.phase("train_actor"):
+                        metrics |= self.update_actor(experience, step)
+                with self.timer.phase("weight_sync"):
+                    metrics |= self.sync_weights(step + 1)
+                self.maker.kl_controller.update(experience.metrics["kl/reference"], rollout.batch_size)
+                metrics = {**experience.metrics, **metrics}
+                if config.train.eval_every and (step + 1) % config.train.eval_every == 0:
+                    with self.timer.phase("eval"):
+                        metrics |= self.evaluator.metrics(self.evaluator.run(f"step{step + 1}"))
+                logger.log(StepMetrics(step + 1, metrics, self.timer.collect()))
+                self.evaluator.dump_rollout(step + 1, experience)
+                if config.checkpoint.every and (step + 1) % config.checkpoint.every == 0:
+                    self._save(manager, step + 1)
+        self.evaluator.run_and_save("after", f"step{self.total_steps}")
+        self._save(manager, self.total_steps)
+        if config.checkpoint.export_hf:
+            self.actor.export(str(self.run.dir / "hf"))
+            self.run.say(f"exported the actor to {self.run.dir / 'hf'}")
+
+    @property
+    def actor(self) -> TrainEngine:
+        return self.roles.actor
+
+    def collect(self, step: int) -> Rollout:
+        """Roll the current policy out on the step's prompts."""
+        algorithm = self.config.algorithm
+        return collect_rollout(
+            self.engine,
+            self.data.next_prompts(),
+            self.config.rollout.sampling,
+            n=algorithm.samples_per_prompt,
+            seed=self.config.run.seed * 1_000_003 + step,
+            version=f"step{step}",
+        )
+
+    def update_critic(self, experience: Experience, step: int) -> dict[str, float]:
+        """Fit the values to the returns."""
+        inputs = ValueInputs(experience.values, experience.returns, experience.response_mask)
+        loss_fn = critic_loss_fn(self.config.algorithm)
+        return self._update(self.roles.critic, "critic", experience, inputs, loss_fn, step)
+
+    def update_actor(self, experience: Experience, step: int) -> dict[str, float]:
+        """Improve the policy within the clip range."""
+        inputs = PolicyInputs(
+            experience.old_log_probs, experience.ref_log_probs, experience.advantages, experience.response_mask
+        )
+        loss_fn = actor_loss_fn(
+            self.config.algorithm, self.maker.temperature, self.actor.vocab_size, self.actor.groups.tp
+        )
+        return self._update(self.actor, "actor", experience, inputs, loss_fn, step)
+
+    def _update(
+        self,
+        engine: TrainEngine,
+        name: str,
+        experience: Experience,
+        inputs: PolicyInputs | ValueInputs,
+        loss_fn: LossFn,
+        step: int,
+    ) -> dict[str, float]:
+        """All epochs of minibatches of one role; its metrics, over all of them."""
+        rollout = experience.rollout
+        results: list[TrainStepResult] = []
+        for rows in self._minibatches(rollout.batch_size, step):
+            parts = engine.microbatches(rollout.token_ids, rollout.sequence_lengths, inputs, rows)
+            results.append(engine.train_step(parts, loss_fn))
+        metrics = mean_metrics(add_metric_sums(result.metric_sums for result in results))
+        metrics[f"{name}/grad_norm"] = sum(result.grad_norm for result in results) / len(results)
+        metrics[f"{name}/lr"] = results[-1].learning_rate
+        return metrics
+
+    def _minibatches(self, num_rows: int, step: int) -> list[list[int]]:
+        """Rows of every minibatch of the step, the same on every rank and for both roles."""
+        algorithm = self.config.algorithm
+        generator = torch.Generator().manual_seed(self.config.run.seed * 7_919 + step)
+        minibatches = []
+        for _ in range(algorithm.ppo_epochs):
+            order = torch.randperm(num_rows, generator=generator).tolist()
+            size = algorithm.minibatch_size
+            minibatches += [order[start : start + size] for start in range(0, num_rows, size)]
+        return minibatches
+
+    def sync_weights(self, step: int) -> dict[str, float]:
+        """Hand the actor's weights to the engine, and prove that it answers with them.
+
+        Raises:
+            RuntimeError: the engine's log-probs of a golden sequence are not the trainer's.
+        """
+        version = f"step{step}"
+        tensors = self.actor.stream_weights()
+        if self.engine is not None:
+            self.engine.sync_weights(tensors, version)
+        else:
+            for _ in tensors:  # the stream is collective
+                pass
+        if not self.config.rollout.verify_sync:
+            return {}
+        return {"rollout/golden_log_prob_diff": self._check_golden(version)}
+
+    def _check_golden(self, version: str) -> float:
+        ids = self.data.golden_prompt[:GOLDEN_TOKENS]
+        tokens = torch.tensor([ids])
+        rollout = ppo_setup.prompt_as_rollout(tokens)
+        ours = policy_log_probs(self.actor, rollout, 1.0)[0]
+        if self.engine is None:
+            return 0.0
+        theirs = torch.tensor(self.engine.prompt_log_probs(ids))
+        difference = float((ours - theirs).abs().max())
+        tolerance = ppo_setup.sync_tolerance(self.config)
+        if not difference <= tolerance:
+            raise RuntimeError(
+                f"weight sync: after {version} the engine's log-probs of the golden prompt differ from the trainer's by "
+                f"{difference:.3g} (rollout.verify_sync_tolerance {tolerance:g}): it does not answer with these weights"
+            )
+        return difference
+
+    def _save(self, manager: CheckpointManager, step: int) -> None:
+        with self.timer.phase("checkpoint"):
+            manager.save(
+                step,
+                {"actor": self.roles.actor, "critic": self.roles.critic},
+                {
+                    "prompts": self.data.state_dict(),
+                    "kl_controller": self.maker.kl_controller.state_dict(),
+                    "score_moments": self.maker.score_moments.state_dict(),
+                },
+            )
+
+    def _resume(self, manager: CheckpointManager) -> int:
+        if self.config.checkpoint.load is None:
+            return 0
+        state = manager.load(
+            Path(self.config.checkpoint.load), {"actor": self.roles.actor, "critic": self.roles.critic}
+        )
+        self.data.load_state_dict(state["prompts"])
+        self.maker.kl_controller.load_state_dict(state["kl_controller"])
+        self.maker.score_moments.load_state_dict(state["score_moments"])
+        step = int(state["step"])
+        if step >= self.total_steps:
+            raise ValueError(f"checkpoint.load is at PPO step {step} of {self.total_steps}: zero steps are left to do")
+        self.sync_weights(step)
+        self.run.say(f"resumed PPO from {self.config.checkpoint.load} at step {step}")
+        return step

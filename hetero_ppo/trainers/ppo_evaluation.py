@@ -1,0 +1,144 @@
+"""Held-out evaluation of the policy during PPO, and dumps of what was sampled."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any, Optional
+
+import torch
+
+from hetero_ppo.config.schema import PpoConfig
+from hetero_ppo.experience.rollouts import collect_rollout, prompt_texts, response_texts
+from hetero_ppo.experience.stages import ExperienceMaker, policy_log_probs, sequence_kl
+from hetero_ppo.reward.function import FunctionReward
+from hetero_ppo.rollout.engine import VllmEngine
+from hetero_ppo.rollout.replay import ReplayEngine, write_rollouts
+from hetero_ppo.trainers.ppo_setup import PpoData
+from hetero_ppo.trainers.run import Run
+from hetero_ppo.types import Experience
+
+#: Answers that an evaluation file shows.
+NUM_SAMPLES = 8
+EVAL_SEED = 20_011
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One policy on the held-out prompts. KL and length are of the sampled answers."""
+
+    accuracy: Optional[float]  # mean of train.eval_function over sampled answers; None without one
+    greedy_accuracy: Optional[float]  # the same at temperature 0
+    reward: float  # mean raw score of the sampled answers
+    kl: float  # nats per response, to the reference
+    response_length: float  # tokens
+    num_prompts: int
+    samples: list[dict[str, Any]]
+
+
+class Evaluator:
+    """Answers the held-out prompts with the engine and judges the answers."""
+
+    def __init__(
+        self,
+        config: PpoConfig,
+        run: Run,
+        data: PpoData,
+        maker: ExperienceMaker,
+        engine: Optional[VllmEngine | ReplayEngine],
+    ) -> None:
+        self.config = config
+        self.run_info = run
+        self.data = data
+        self.maker = maker
+        self.engine = engine
+        function = config.train.eval_function
+        self.check = None if function is None else FunctionReward(function, data.decode, "train.eval_function")
+
+    def run(self, version: str) -> Optional[Evaluation]:
+        """Sample and judge; None without held-out prompts. Collective."""
+        prompts = self.data.eval_prompts
+        if prompts is None:
+            return None
+        sampling = self.config.rollout.eval_sampling
+        rollout = collect_rollout(self.engine, prompts, sampling, n=1, seed=EVAL_SEED, version=version)
+        scores = self.maker.scores(rollout)
+        log_probs = policy_log_probs(self.maker.actor, rollout, sampling.temperature)
+        ref_log_probs = policy_log_probs(self.maker.reference, rollout, sampling.temperature)
+        accuracy = greedy_accuracy = None
+        if self.check is not None:
+            accuracy = float(self.check.score(rollout).mean())
+            greedy = dataclasses.replace(sampling, temperature=0.0, top_p=1.0, top_k=-1)
+            greedy_rollout = collect_rollout(self.engine, prompts, greedy, n=1, seed=EVAL_SEED, version=version)
+            greedy_accuracy = float(self.check.score(greedy_rollout).mean())
+        questions, answers = prompt_texts(rollout, self.data.decode), response_texts(rollout, self.data.decode)
+        return Evaluation(
+            accuracy=accuracy,
+            greedy_accuracy=greedy_accuracy,
+            reward=float(scores.mean()),
+            kl=float(sequence_kl(log_probs, ref_log_probs, rollout.response_mask).mean()),
+            response_length=float(rollout.response_lengths.float().mean()),
+            num_prompts=len(prompts),
+            samples=[
+                {
+                    "prompt": questions[row],
+                    "response": answers[row],
+                    "label": rollout.labels[row],
+                    "score": float(scores[row]),
+                }
+                for row in range(min(NUM_SAMPLES, rollout.batch_size))
+            ],
+        )
+
+    def run_and_save(self, name: str, version: str) -> None:
+        """Evaluate, print, and write ``<run.dir>/eval_<name>.json``."""
+        evaluation = self.run(version)
+        if evaluation is None:
+            return
+        shown = ", ".join(f"{key} {value:.4g}" for key, value in self.metrics(evaluation).items())
+        self.run_info.say(f"{name} PPO, {evaluation.num_prompts} held-out prompts: {shown}")
+        if self.run_info.is_writer:
+            path = self.run_info.dir / f"eval_{name}.json"
+            path.write_text(json.dumps(dataclasses.asdict(evaluation), indent=1))
+
+    @staticmethod
+    def metrics(evaluation: Optional[Evaluation]) -> dict[str, float]:
+        """The numbers, under eval/."""
+        if evaluation is None:
+            return {}
+        values = {
+            "eval/accuracy": evaluation.accuracy,
+            "eval/greedy_accuracy": evaluation.greedy_accuracy,
+            "eval/reward": evaluation.reward,
+            "eval/kl": evaluation.kl,
+            "eval/response_length": evaluation.response_length,
+        }
+        return {name: value for name, value in values.items() if value is not None}
+
+    def dump_rollout(self, step: int, experience: Experience) -> None:
+        """Write the step's prompts, responses and scores to ``<run.dir>/rollouts/``."""
+        if not (self.config.train.dump_rollouts and self.run_info.is_writer):
+            return
+        rollout = experience.rollout
+        rows = []
+        for row in range(rollout.batch_size):
+            start, end = int(rollout.prompt_lengths[row]), int(rollout.sequence_lengths[row])
+            ids = rollout.token_ids[row].tolist()
+            log_probs: torch.Tensor = rollout.rollout_log_probs[row, start - 1 : end - 1]
+            rows.append(
+                {
+                    "step": step,
+                    "prompt_index": rollout.prompt_index[row],
+                    "prompt_ids": ids[:start],
+                    "response_ids": ids[start:end],
+                    "rollout_log_probs": log_probs.tolist(),
+                    "finish_reason": "length" if bool(rollout.truncated[row]) else "stop",
+                    "weight_version": rollout.weight_version[row],
+                    "score": float(experience.scores[row]),
+                    "label": rollout.labels[row],
+                    "prompt": self.data.decode(ids[:start]),
+                    "response": self.data.decode(ids[start:end]),
+                }
+            )
+        write_rollouts(self.run_info.dir / "rollouts", step, rows)

@@ -1,0 +1,73 @@
+"""What every run sets up before its trainer: ranks, threads, the run folder."""
+
+from __future__ import annotations
+
+import os
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy
+import torch
+import torch.distributed as dist
+from omegaconf import OmegaConf
+
+import megatron_bridge.platform as platform
+from hetero_ppo.config.load import LoadedConfig
+from hetero_ppo.config.schema import RunConfig
+from hetero_ppo.distributed.groups import initialise
+from megatron_bridge.layers import HAS_TRANSFORMER_ENGINE
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as its trainer sees it."""
+
+    dir: Path
+    is_writer: bool  # rank 0: writes files and prints
+    world_size: int
+
+    def say(self, text: str) -> None:
+        """Print once for the run."""
+        if self.is_writer:
+            print(text, flush=True)
+
+
+def start_run(loaded: LoadedConfig) -> Run:
+    """Join the world, set seeds and threads, make the run folder and save the resolved config in it.
+
+    Raises:
+        ValueError: the run folder cannot be written.
+    """
+    config: RunConfig = loaded.config.run
+    initialise(config.timeout_minutes)
+    threads = _set_threads(config)
+    random.seed(config.seed)
+    numpy.random.seed(config.seed)
+    torch.manual_seed(config.seed)
+    run = Run(Path(config.dir), dist.get_rank() == 0, dist.get_world_size())
+    if run.is_writer:
+        try:
+            run.dir.mkdir(parents=True, exist_ok=True)
+            (run.dir / "config.yaml").write_text(OmegaConf.to_yaml(loaded.node))
+        except OSError as error:
+            raise ValueError(f"run.dir is {config.dir!r}: cannot write there ({error.strerror})") from error
+    spec = "Transformer Engine" if HAS_TRANSFORMER_ENGINE else "local"
+    run.say(
+        f"{loaded.kind} run in {run.dir}: {run.world_size} rank(s) on {platform.device().type}, "
+        f"{threads} CPU thread(s) each, Megatron-Core with the {spec} layer spec"
+    )
+    dist.barrier()
+    return run
+
+
+def _set_threads(config: RunConfig) -> int:
+    local_ranks = int(os.environ["LOCAL_WORLD_SIZE"])
+    threads = config.threads or max(1, len(os.sched_getaffinity(0)) // local_ranks)
+    torch.set_num_threads(threads)
+    return threads
+
+
+def end_run() -> None:
+    """Leave the world."""
+    dist.destroy_process_group()

@@ -1,0 +1,70 @@
+"""Runs under torchrun: trains a language-model head and a scalar head for three steps in one layout.
+
+usage: layout_worker.py MODEL_DIR LAYOUT_JSON OUT_JSON
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import torch
+import torch.distributed as dist
+
+import megatron_bridge.platform  # noqa: F401  before megatron.core
+from hetero_ppo.config.schema import (
+    DdpConfig,
+    Dtype,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RewardModelLossConfig,
+    TrainedRoleConfig,
+)
+from hetero_ppo.distributed.groups import initialise
+from hetero_ppo.engines.losses import reward_loss_fn, sft_loss_fn
+from hetero_ppo.engines.outputs import log_probs_output, scores_output, values_output
+from hetero_ppo.engines.train_engine import TrainEngine
+from hetero_ppo.types import AnswerInputs, PreferenceBatch
+
+
+def main(model_dir: str, layout: str, out: str) -> None:
+    torch.set_num_threads(1)
+    initialise(2.0)
+    options = json.loads(layout)
+    config = TrainedRoleConfig(
+        model=ModelConfig(path=model_dir, dtype=Dtype(options.pop("dtype", "fp32"))),
+        optimizer=OptimizerConfig(lr=1e-3, distributed=options.pop("distributed", False)),
+        ddp=DdpConfig(overlap_grad_reduce=options.pop("overlap", False)),
+        recompute=options.pop("recompute", None),
+        micro_batch_size=2,
+        parallel=ParallelConfig(**options),
+    )
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 120, (8, 14), generator=generator)
+    lengths = torch.randint(6, 15, (8,), generator=generator)
+    mask = (torch.arange(13)[None] < (lengths - 1)[:, None]) & (torch.arange(13)[None] >= 3)
+
+    result: dict[str, list[float]] = {}
+    lm = TrainEngine("actor", config, "lm", 10)
+    output = log_probs_output(temperature=0.7, vocab_size=lm.vocab_size, tp_group=lm.groups.tp)
+    result["log_probs"] = lm.forward(ids, lengths, output).masked_fill(~mask, 0).flatten().tolist()
+    steps = [lm.train_step(lm.microbatches(ids, lengths, AnswerInputs(mask), range(8)), sft_loss_fn(lm.vocab_size, lm.groups.tp)) for _ in range(3)]
+    result["lm_loss"] = [step.loss for step in steps]
+    result["lm_grad_norm"] = [step.grad_norm for step in steps]
+
+    rm = TrainEngine("reward", config, "score", 10)
+    pairs = PreferenceBatch(ids[:4], lengths[:4], ids[4:], lengths[4:])
+    steps = [rm.train_step(rm.pair_microbatches(pairs), reward_loss_fn(RewardModelLossConfig())) for _ in range(3)]
+    result["rm_loss"] = [step.loss for step in steps]
+    result["rm_grad_norm"] = [step.grad_norm for step in steps]
+    result["scores"] = rm.forward(ids, lengths, scores_output).tolist()
+    result["values"] = rm.forward(ids, lengths, values_output).masked_fill(~mask, 0).flatten().tolist()
+    if dist.get_rank() == 0:
+        with open(out, "w") as file:
+            json.dump(result, file)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
