@@ -1,0 +1,1 @@
+"""Shared by all tests: this file puts ``tests/`` on the import path."""

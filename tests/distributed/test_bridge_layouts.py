@@ -1,0 +1,125 @@
+"""Every family in every layout: logits as in transformers, and export(load(x)) is x bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bridge_models import CASES, hf_model, read_tensors, same_tensors, save_case, token_ids
+
+WORKER = Path(__file__).parent / "workers" / "bridge_worker.py"
+LAYOUTS = {"tp2": (2, 1, None), "pp2": (1, 2, None), "pp2vpp2": (1, 2, 2), "tp2pp2": (2, 2, None)}
+#: Every family in every layout; the rope types, which no layout touches, are compared in tests/numerics.
+LM_CASES = ("llama_untied", "llama_tied_llama3", "qwen2_tied", "qwen2_untied_yarn", "qwen3_tied")
+
+pytestmark = pytest.mark.slow
+
+
+def _jobs(folder: Path) -> list[dict[str, Any]]:
+    plan = [(case, "lm", "float32", layout) for case in LM_CASES for layout in LAYOUTS]
+    plan += [("qwen3_tied", "score", "float32", layout) for layout in LAYOUTS]
+    plan += [("llama_untied", "lm", "bfloat16", "tp2pp2")]
+    jobs = []
+    for case, head, dtype, layout in plan:
+        tensor, pipeline, virtual_pipeline = LAYOUTS[layout]
+        jobs.append(
+            dict(
+                name=f"{case}-{head}-{dtype}-{layout}",
+                case=case,
+                checkpoint=str(folder / f"{case}-{head}"),
+                out=str(folder / f"out-{case}-{head}-{dtype}-{layout}"),
+                head=head,
+                dtype=dtype,
+                tensor=tensor,
+                pipeline=pipeline,
+                virtual_pipeline=virtual_pipeline,
+            )
+        )
+    return jobs
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """One launch of four processes does all jobs. Returns the working folder and, for each job, what each rank saw."""
+    folder = tmp_path_factory.mktemp("bridge")
+    for case in LM_CASES:
+        save_case(case, folder / f"{case}-lm", max_shard_size="60KB")
+    save_case("qwen3_tied", folder / "qwen3_tied-score", head="score")
+    broken = save_case("qwen2_tied", folder / "broken-lm", max_shard_size="60KB")
+    index = broken / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["model.layers.3.extra.weight"] = content["weight_map"]["model.norm.weight"]
+    index.write_text(json.dumps(content))
+    jobs = _jobs(folder)
+    jobs.append({**jobs[0], "name": "broken", "checkpoint": str(broken), "out": str(folder / "out-broken")})
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4", str(WORKER)]
+    command += [str(folder / "jobs.json"), str(folder / "results.json")]
+    done = subprocess.run(
+        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stderr[done.stderr.find("Traceback") :][:4000]
+    return folder, json.loads((folder / "results.json").read_text())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", LM_CASES)
+def test_logits_equal_transformers(run: tuple[Path, dict[str, Any]], case: str, layout: str) -> None:
+    logits = torch.load(run[0] / f"out-{case}-lm-float32-{layout}.pt")
+    with torch.no_grad():
+        expected = hf_model(case)(token_ids()).logits
+    assert expected.abs().max() > 1  # logits worth comparing
+    assert (logits - expected).abs().max() <= 2e-5
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", LM_CASES)
+def test_export_is_the_source(run: tuple[Path, dict[str, Any]], case: str, layout: str) -> None:
+    folder, results = run
+    name = f"{case}-lm-float32-{layout}"
+    source, out = folder / f"{case}-lm", folder / f"out-{name}"
+    assert same_tensors(read_tensors(source), read_tensors(out))
+    assert ("lm_head.weight" in read_tensors(out)) == (not CASES[case][1].get("tie_word_embeddings", False))
+    for file in ("config.json", "generation_config.json"):
+        assert json.loads((source / file).read_text()) == json.loads((out / file).read_text())
+    assert not list(folder.glob(".*"))  # nothing half-written is left
+    assert all(rank["stream_equals_source"] and rank["saved_when_returned"] for rank in results[name])
+    assert all(rank["initialised"] == [] for rank in results[name])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_score_head(run: tuple[Path, dict[str, Any]], layout: str) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    folder, results = run
+    name = f"qwen3_tied-score-float32-{layout}"
+    out = folder / f"out-{name}"
+    assert same_tensors(read_tensors(folder / "qwen3_tied-score"), read_tensors(out))
+    assert all(rank["stream_equals_source"] for rank in results[name])
+    scores = torch.load(out.with_suffix(".pt"))  # [b, s, 1]
+    model = AutoModelForSequenceClassification.from_pretrained(out).eval()
+    with torch.no_grad():
+        expected = model(token_ids()).logits
+    assert (scores[:, -1] - expected).abs().max() <= 2e-5
+
+
+def test_bf16(run: tuple[Path, dict[str, Any]]) -> None:
+    folder, results = run
+    name = "llama_untied-lm-bfloat16-tp2pp2"
+    expected = {key: value.bfloat16() for key, value in read_tensors(folder / "llama_untied-lm").items()}
+    assert same_tensors(expected, read_tensors(folder / f"out-{name}"))
+    assert json.loads((folder / f"out-{name}" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert all(rank["stream_equals_source"] for rank in results[name])
+
+
+def test_all_ranks_report_a_broken_checkpoint(run: tuple[Path, dict[str, Any]]) -> None:
+    for rank in run[1]["broken"]:
+        assert "model.safetensors.index.json" in rank["error"]
+        assert "model.layers.3.extra.weight" in rank["error"]

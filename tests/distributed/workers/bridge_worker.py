@@ -1,0 +1,79 @@
+"""torchrun worker: load checkpoints in several layouts, run them, stream and save them.
+
+Usage: torchrun ... bridge_worker.py JOBS.json RESULTS.json. A job: name, checkpoint, out, head, dtype and the layout.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import megatron_bridge.platform  # noqa: F401  before megatron.core
+from hetero_ppo.config.schema import ParallelConfig
+from hetero_ppo.distributed.groups import initialise, role_groups
+from megatron_bridge.config_mapping import bridge_config, read_hf_config
+from megatron_bridge.export_hf import save_hf
+from megatron_bridge.import_hf import load_hf
+from megatron_bridge.model_provider import build_model
+from megatron_bridge.stream import stream_hf
+
+sys.path.append(str(Path(__file__).resolve().parents[2]))
+from bridge_models import pipeline_forward, read_tensors, same_tensors, token_ids  # noqa: E402
+
+
+def run_job(job: dict[str, Any]) -> dict[str, Any]:
+    """Returns what this rank saw."""
+    parallel = ParallelConfig(tensor=job["tensor"], pipeline=job["pipeline"], virtual_pipeline=job["virtual_pipeline"])
+    groups = role_groups("actor", parallel)
+    dtype = getattr(torch, job["dtype"])
+    bridge = bridge_config(
+        read_hf_config(job["checkpoint"]),
+        dtype=dtype,
+        tensor=parallel.tensor,
+        pipeline=parallel.pipeline,
+        virtual_pipeline=parallel.virtual_pipeline,
+    )
+    chunks = build_model(bridge, groups, head=job["head"])
+    try:
+        report = load_hf(chunks, bridge, job["checkpoint"], groups, head=job["head"])
+    except ValueError as error:
+        return {"error": str(error)}
+    source = {name: tensor.to(dtype) for name, tensor in read_tensors(Path(job["checkpoint"])).items()}
+    streamed = {name: tensor.clone() for name, tensor in stream_hf(chunks, bridge, groups, head=job["head"])}
+    save_hf(chunks, bridge, groups, job["out"], source_dir=job["checkpoint"], head=job["head"], max_shard_bytes=60_000)
+    result = {
+        "loaded": report.loaded,
+        "initialised": report.initialised,
+        "stream_equals_source": same_tensors(source, streamed),
+        "saved_when_returned": (Path(job["out"]) / "config.json").is_file(),
+    }
+    if dtype is torch.float32:
+        output = pipeline_forward(chunks, token_ids(), groups, bridge.transformer.hidden_size)
+        parts = [torch.empty_like(output) for _ in range(parallel.tensor)]
+        dist.all_gather(parts, output, group=groups.tp)
+        whole = torch.cat(parts, dim=-1)[..., : bridge.vocab_size] if job["head"] == "lm" else output
+        if dist.get_rank() == 0:
+            torch.save(whole, Path(job["out"]).with_suffix(".pt"))
+    return result
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    initialise(timeout_minutes=2)
+    results = {}
+    for job in json.loads(Path(sys.argv[1]).read_text()):
+        seen: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(seen, run_job(job))
+        results[job["name"]] = seen
+    if dist.get_rank() == 0:
+        Path(sys.argv[2]).write_text(json.dumps(results))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
