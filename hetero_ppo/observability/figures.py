@@ -42,7 +42,6 @@ STYLE = {
     "ytick.color": INK,
     "xtick.major.size": 0,
     "ytick.major.size": 0,
-    "axes.formatter.limits": (-3, 4),
     "legend.frameon": False,
     "legend.fontsize": 8.5,
 }
@@ -228,7 +227,9 @@ def _draw_group(identity: str, panels: list[Panel], series: dict[str, Series]) -
             _draw_curve(axes, series[name], label, COLOURS[index], 100.0 if panel.percent else 1.0)
         axes.set_ylabel(panel.ylabel)
         axes.margins(x=0.02, y=0.1)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
+        # "1e-05" at each tick instead of a factor above the axis, where the legend is.
+        axes.yaxis.set_major_formatter(lambda value, position: f"{value:g}")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7, steps=[1, 2, 5, 10]))
         if panel.percent:
             _keep_percent_limits(axes)
         if len(drawn) > 1 or drawn[0][1] != drawn[0][0]:
@@ -273,10 +274,20 @@ def _finite_mean(values: np.ndarray) -> float:
 
 
 def _smoothed(values: np.ndarray) -> np.ndarray:
-    """Centred moving mean over a tenth of the curve; windows shrink at both ends, gaps stay gaps."""
-    half = max(1, len(values) // 20)
-    means = [_finite_mean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
-    return np.where(np.isfinite(values), np.array(means), math.nan)
+    """Local linear regression (Cleveland 1979, without its weights) over a tenth of the curve; gaps stay gaps.
+
+    A moving mean would lag behind the data at both ends, where a reader looks first.
+    """
+    half = max(2, len(values) // 20)
+    places = np.arange(len(values), dtype=float)
+    smooth = np.full(len(values), math.nan)
+    for i in np.flatnonzero(np.isfinite(values)):
+        window = slice(max(0, i - half), i + half + 1)
+        known = np.isfinite(values[window])
+        # Relative to the point itself, so that a constant stays exactly constant.
+        x, y = places[window][known] - i, values[window][known] - values[i]
+        smooth[i] = values[i] + (np.polyfit(x, y, 1)[1] if len(x) > 2 else 0.0)
+    return smooth
 
 
 def _phase_table(run: RunRecord) -> dict[int, dict[str, float]]:
@@ -295,20 +306,19 @@ def _draw_seconds(identity: str, run: RunRecord) -> str:
     figure = Figure(figsize=(5.6, 3.1), layout="constrained")
     axes = figure.subplots()
     bins = np.array_split(np.arange(len(steps)), min(len(steps), MAX_BARS))
-    left = np.array([steps[rows[0]] - 0.5 for rows in bins])
-    width = np.array([steps[rows[-1]] + 0.5 for rows in bins]) - left
+    edges = [steps[rows[0]] - 0.5 for rows in bins] + [steps[-1] + 0.5]
     bottom = np.zeros(len(bins))
     colours = iter(COLOURS)
     for name in names:
         seconds = np.array([table[step].get(name, 0.0) for step in steps])
         heights = np.array([seconds[rows].mean() for rows in bins])
         colour = GREY if name == "other" else next(colours, GREY)
-        axes.bar(left, heights, width, bottom, align="edge", color=colour, label=name, linewidth=0)
-        bottom += heights
+        axes.stairs(bottom + heights, edges, baseline=bottom, fill=True, color=colour, label=name, linewidth=0)
+        bottom = bottom + heights
     axes.grid(axis="x", visible=False)
     axes.set_ylabel("seconds")
     axes.set_xlabel("step")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7, steps=[1, 2, 5, 10]))
     axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=4, borderaxespad=0.1, handlelength=1.0)
     return _svg(figure, identity)
 

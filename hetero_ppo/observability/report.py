@@ -47,14 +47,15 @@ h3 { font-size: 14px; margin: 0 0 8px; }
 .tile .name { color: var(--quiet); font-size: 13px; }
 .tile .value { font-size: 26px; font-weight: 650; letter-spacing: -.01em; font-variant-numeric: tabular-nums; }
 .tile .from { color: var(--quiet); font-size: 13px; font-variant-numeric: tabular-nums; }
-.figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(480px, 100%), 1fr)); gap: 14px;
-  align-items: stretch; }
+.figures { columns: 440px 2; column-gap: 14px; }
+.figures .card { break-inside: avoid; margin-bottom: 14px; }
 .figures svg { display: block; width: 100%; height: auto; }
 .figures svg text { font-family: inherit !important; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th { text-align: left; color: var(--quiet); font-size: 13px; font-weight: 500; }
 th, td { padding: 7px 14px 7px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 tr:last-child td { border-bottom: 0; }
+th:last-child, td:last-child { padding-right: 0; }
 th.number, td.number { text-align: right; }
 .wide { overflow-x: auto; }
 .sample { margin-top: 14px; }
@@ -69,7 +70,9 @@ th.number, td.number { text-align: right; }
 .chip { background: var(--chip); border-radius: 9px; padding: 0 8px; }
 .right .chip { background: var(--good); color: #fff; }
 .warn { background: #fff4e5; border-color: #f3d4a5; margin: 0 0 14px; }
-details { margin-top: 14px; }
+details { margin-top: 10px; }
+.figures + details { margin-top: 14px; }
+details.card { padding: 9px 18px; }
 summary { cursor: pointer; color: var(--quiet); font-size: 13.5px; }
 pre { overflow-x: auto; font: 12.5px/1.5 ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace;
   margin: 10px 0 0; }
