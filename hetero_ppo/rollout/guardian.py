@@ -80,7 +80,8 @@ def main(argv: list[str]) -> int:
         raise ValueError("guardian.py TRAINER_PID GRACE_S DIR -- COMMAND...")
     _prctl(PR_SET_CHILD_SUBREAPER, 1)
     signal.signal(signal.SIGTERM, _on_sigterm)
-    child = subprocess.Popen(argv[4:], start_new_session=True, preexec_fn=_die_with_parent)  # noqa: PLW1509, one thread
+    # Both of its streams go to the log, which is this process' stderr. (preexec_fn: there is one thread here.)
+    child = subprocess.Popen(argv[4:], stdout=sys.stderr, start_new_session=True, preexec_fn=_die_with_parent)  # noqa: PLW1509
     try:
         print(child.pid, flush=True)
         _watch(child, trainer, private_dir)

@@ -130,9 +130,9 @@ class ServerPool:
         async with member.lock:
             if member.starts != starts:
                 return
+            await member.client.close()  # an API server whose engine died waits for its connections to close
             await asyncio.to_thread(member.server.wait_exit, EXIT_WAIT_S)
             report = member.server.report()
-            await member.client.close()
             await asyncio.to_thread(member.server.kill)
             member.restarts += 1
             message = f"{phase}: {member.server.name} died ({cause}); {report}"
@@ -144,7 +144,8 @@ class ServerPool:
     async def call(self, member: Member, phase: str, send: Callable[[ServerClient], Awaitable[T]]) -> T:
         """Sends a request, and sends it again when the server died under it and was restarted."""
         while True:
-            starts = member.starts
+            async with member.lock:  # held while the server is restarted
+                starts = member.starts
             try:
                 return await send(member.client)
             except ServerDied as error:

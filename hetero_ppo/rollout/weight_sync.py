@@ -83,31 +83,44 @@ def write_weights(directory: Path, tensors: Iterator[tuple[str, Tensor]], versio
     """
     partial = directory.with_name(directory.name + ".partial")
     partial.mkdir(mode=0o700)
-    names: list[str] = []
-    checksums: dict[str, str] = {}
+    try:
+        shards = _write_shards(partial, tensors, version, TORCH_DTYPE[dtype])
+    except BaseException:
+        shutil.rmtree(partial)
+        raise
+    partial.rename(directory)
+    checksums = {name: digest for shard in shards.values() for name, digest in shard.items()}
+    return WeightFiles(version, [directory / name for name in shards], checksums)
+
+
+def _write_shards(
+    directory: Path, tensors: Iterator[tuple[str, Tensor]], version: str, dtype: torch.dtype
+) -> dict[str, dict[str, str]]:
+    """File name -> tensor name -> checksum."""
+    shards: dict[str, dict[str, str]] = {}
+    seen: set[str] = set()
     shard: dict[str, Tensor] = {}
     shard_bytes = 0
 
     def flush() -> None:
-        nonlocal shard_bytes
-        names.append(f"shard_{len(names):05d}.safetensors")
-        checksums.update(_write_shard(partial / names[-1], shard))
+        file_name = f"shard_{len(shards):05d}.safetensors"
+        shards[file_name] = _write_shard(directory / file_name, shard)
         shard.clear()
-        shard_bytes = 0
 
     for name, tensor in tensors:
-        if name in checksums or name in shard:
+        if name in seen:
             raise ValueError(f"weight sync {version!r}: tensor {name!r} comes twice in the stream")
-        shard[name] = tensor.detach().to(device="cpu", dtype=TORCH_DTYPE[dtype]).contiguous()
+        seen.add(name)
+        shard[name] = tensor.detach().to(device="cpu", dtype=dtype).contiguous()
         shard_bytes += shard[name].numel() * shard[name].element_size()
         if shard_bytes >= SHARD_BYTES:
             flush()
+            shard_bytes = 0
+    if not seen:
+        raise ValueError(f"weight sync {version!r}: the stream has no tensors")
     if shard:
         flush()
-    if not names:
-        raise ValueError(f"weight sync {version!r}: the stream has no tensors")
-    partial.rename(directory)
-    return WeightFiles(version, [directory / name for name in names], checksums)
+    return shards
 
 
 def remove_weights(files: WeightFiles) -> None:

@@ -1,0 +1,236 @@
+"""Rollouts on disk, one JSON line per response, and an engine that answers from them.
+
+``<dir>/step_<number>.jsonl``. Replaying fixes the token ids of a run, so that two runs that differ in their parallel layout can be
+compared number by number, and a step can be repeated without an engine.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from torch import Tensor
+
+from hetero_ppo.config.schema import SamplingConfig
+from hetero_ppo.types import Response, Rollout
+
+FILE_NAME = re.compile(r"step_(\d+)\.jsonl")
+FINISH_REASONS = ("stop", "length")
+
+
+@dataclass(frozen=True)
+class RolloutRecord:
+    """One line of a rollout file. Further keys of the line (scores, texts) are in ``extra``."""
+
+    step: int
+    prompt_index: int  # row of the dataset
+    prompt_ids: list[int]
+    response_ids: list[int]
+    rollout_log_probs: list[float]  # one per response token
+    finish_reason: str  # "stop" or "length"
+    weight_version: str
+    label: Any = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+#: Key -> type of its value, and of the list's items.
+_FIELDS: dict[str, tuple[type, ...]] = {
+    "step": (int,),
+    "prompt_index": (int,),
+    "prompt_ids": (list, int),
+    "response_ids": (list, int),
+    "rollout_log_probs": (list, float),
+    "finish_reason": (str,),
+    "weight_version": (str,),
+}
+
+
+def step_path(directory: Path, step: int) -> Path:
+    """File of a PPO step."""
+    return directory / f"step_{step:06d}.jsonl"
+
+
+def rollout_records(rollout: Rollout, step: int, extra: Mapping[str, Sequence[Any]]) -> list[RolloutRecord]:
+    """Rows of a rollout batch as records. ``extra``: name -> one value per row."""
+    records = []
+    for row in range(rollout.batch_size):
+        start, end = int(rollout.prompt_lengths[row]), int(rollout.sequence_lengths[row])
+        records.append(
+            RolloutRecord(
+                step=step,
+                prompt_index=rollout.prompt_index[row],
+                prompt_ids=rollout.token_ids[row, :start].tolist(),
+                response_ids=rollout.token_ids[row, start:end].tolist(),
+                rollout_log_probs=rollout.rollout_log_probs[row, start - 1 : end - 1].tolist(),
+                finish_reason="length" if rollout.truncated[row] else "stop",
+                weight_version=rollout.weight_version[row],
+                label=rollout.labels[row],
+                extra={name: values[row] for name, values in extra.items()},
+            )
+        )
+    return records
+
+
+def write_records(directory: Path, step: int, records: Sequence[RolloutRecord]) -> Path:
+    """Writes one step's file; it appears when it is complete, and replaces an older one of the same step."""
+    directory.mkdir(parents=True, exist_ok=True)
+    path = step_path(directory, step)
+    partial = path.with_suffix(".partial")
+    with open(partial, "w", encoding="utf-8") as file:
+        for record in records:
+            line = {name: value for name, value in vars(record).items() if name != "extra"} | record.extra
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    os.replace(partial, path)
+    return path
+
+
+def write_rollouts(directory: Path, step: int, rollout: Rollout, extra: Mapping[str, Sequence[Any]] | None = None) -> Path:
+    """Writes ``<directory>/step_<step>.jsonl`` and returns its path.
+
+    Args:
+        directory: made when it is not there.
+        step: PPO step.
+        rollout: all rows of the step.
+        extra: further columns, name -> one JSON value per row.
+    """
+    return write_records(directory, step, rollout_records(rollout, step, extra or {}))
+
+
+def _parse(line: str, where: str) -> RolloutRecord:
+    try:
+        values = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not JSON: {error}") from None
+    if type(values) is not dict:
+        raise ValueError(f"{where}: expected a JSON object, found {type(values).__name__}")
+    for name, (kind, *item_kind) in _FIELDS.items():
+        if name not in values:
+            raise ValueError(f"{where}: field {name!r} is missing")
+        value = values[name]
+        items_fit = all(isinstance(item, item_kind[0]) for item in value) if isinstance(value, list) and item_kind else True
+        if not isinstance(value, kind) or not items_fit:
+            expected = kind.__name__ + (f" of {item_kind[0].__name__}" if item_kind else "")
+            raise ValueError(f"{where}: field {name!r} is {json.dumps(value)[:80]}, expected {expected}")
+    if len(values["rollout_log_probs"]) != len(values["response_ids"]):
+        raise ValueError(
+            f"{where}: field 'rollout_log_probs' has {len(values['rollout_log_probs'])} values for "
+            f"{len(values['response_ids'])} response tokens"
+        )
+    if values["finish_reason"] not in FINISH_REASONS:
+        raise ValueError(f"{where}: field 'finish_reason' is {values['finish_reason']!r}, expected one of {FINISH_REASONS}")
+    known = {name: values.pop(name) for name in _FIELDS} | {"label": values.pop("label", None)}
+    return RolloutRecord(**known, extra=values)
+
+
+def read_rollouts(path: Path) -> list[RolloutRecord]:
+    """Reads one step's file.
+
+    Raises:
+        ValueError: a line is malformed (names file, line and field), or the file is empty.
+    """
+    with open(path, encoding="utf-8") as file:
+        records = [_parse(line, f"{path}:{number}") for number, line in enumerate(file, 1)]
+    if not records:
+        raise ValueError(f"{path}: no rollouts in this file")
+    return records
+
+
+def recorded_steps(directory: Path) -> list[int]:
+    """Steps that have a file in ``directory``, in order.
+
+    Raises:
+        ValueError: there is none.
+    """
+    steps = sorted(int(match[1]) for path in directory.glob("step_*.jsonl") if (match := FILE_NAME.fullmatch(path.name)))
+    if not steps:
+        raise ValueError(f"{directory}: no step_*.jsonl files to replay (train.replay_rollouts)")
+    return steps
+
+
+class ReplayEngine:
+    """Answers as a recorded run did. Same interface as ``VllmEngine``; it holds no weights.
+
+    Each ``generate`` call answers from the next recorded step.
+
+    Args:
+        directory: of the ``step_*.jsonl`` files.
+        first_step: recorded step that the first call answers from; None: the first there is.
+
+    Raises:
+        ValueError: there is no such file.
+    """
+
+    def __init__(self, directory: Path, first_step: int | None = None):
+        self.directory = directory
+        steps = recorded_steps(directory)
+        if first_step is not None and first_step not in steps:
+            raise ValueError(f"{directory}: step {first_step} was not recorded; there are steps {steps[0]} to {steps[-1]}")
+        self._steps = [step for step in steps if first_step is None or step >= first_step]
+        self.version: str | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def start(self) -> None:
+        """Nothing to start."""
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+    def generate(
+        self,
+        prompts: list[list[int]],
+        sampling: SamplingConfig,
+        *,
+        n: int,
+        seed: int,
+        show_progress: bool = False,
+    ) -> list[list[Response]]:
+        """The recorded responses of these prompts, in their order. ``seed`` and ``show_progress`` play no part.
+
+        Raises:
+            ValueError: no recorded step is left, a prompt has fewer than n recorded responses, or a response is longer than
+                ``sampling.max_tokens``.
+        """
+        if not self._steps:
+            raise ValueError(f"{self.directory}: every recorded step has been replayed; the run has more steps than the record")
+        path = step_path(self.directory, self._steps[0])
+        by_prompt: dict[tuple[int, ...], list[Response]] = {}
+        for record in read_rollouts(path):
+            response = Response(
+                record.response_ids, record.rollout_log_probs, record.finish_reason, record.weight_version
+            )
+            by_prompt.setdefault(tuple(record.prompt_ids), []).append(response)
+        answers = []
+        for row, prompt in enumerate(prompts):
+            recorded = by_prompt.get(tuple(prompt), [])
+            if len(recorded) < n:
+                raise ValueError(
+                    f"{path}: prompt {row} of this step ({len(prompt)} tokens, {prompt[:8]}...) needs {n} recorded responses, "
+                    f"{len(recorded)} are left; replay the run with the data, seed and batch sizes it was recorded with"
+                )
+            answers.append([recorded.pop(0) for _ in range(n)])
+            longest = max(len(response.token_ids) for response in answers[-1])
+            if longest > sampling.max_tokens:
+                raise ValueError(
+                    f"{path}: a recorded response has {longest} tokens, sampling.max_tokens is {sampling.max_tokens}"
+                )
+        self._steps.pop(0)
+        return answers
+
+    def sync_weights(self, tensors: Iterator[tuple[str, Tensor]], version: str) -> None:
+        """Reads the stream to its end (making it is a collective operation of the ranks) and drops it."""
+        for _ in tensors:
+            pass
+        self.version = version

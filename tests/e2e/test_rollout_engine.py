@@ -1,0 +1,283 @@
+"""The engine on a real vLLM server. One server serves all tests, in this order; the last two kill it."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from hetero_ppo.config.schema import Dtype, RolloutConfig, SamplingConfig
+from hetero_ppo.rollout.engine import VllmEngine
+from hetero_ppo.types import Response
+
+pytestmark = pytest.mark.slow
+
+VOCAB = 128
+EOS = 1
+MAX_MODEL_LEN = 256
+FREE = SamplingConfig(max_tokens=24, ignore_eos=True)
+PROMPTS = [[2 + (7 * i + 3 * j * j) % (VOCAB - 2) for j in range(4 + i)] for i in range(12)]
+
+
+def make_model(seed: int) -> LlamaForCausalLM:
+    """2.7 M parameters, with logits far enough from uniform that a wrong weight shows."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=MAX_MODEL_LEN,
+        eos_token_id=EOS,
+        bos_token_id=None,
+        pad_token_id=0,
+    )
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(3.0)
+    return model
+
+
+def save_model(path: Path) -> None:
+    make_model(0).save_pretrained(path)
+    vocabulary = {"<pad>": 0, "<eos>": EOS} | {f"t{i}": i for i in range(2, VOCAB)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>").save_pretrained(path)
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    path = tmp_path_factory.mktemp("model")
+    save_model(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def doomed_trainer(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.Popen[str]]:
+    """A trainer process that starts an engine of its own, beside the tests' one, and will be killed."""
+    run_dir = tmp_path_factory.mktemp("doomed")
+    program = (
+        "import pathlib, time\n"
+        "from hetero_ppo.config.schema import Dtype, RolloutConfig\n"
+        "from hetero_ppo.rollout.engine import VllmEngine\n"
+        f"engine = VllmEngine(RolloutConfig(kv_cache_mib=32), model_path={str(model_path)!r}, dtype=Dtype.fp32,\n"
+        f"                    run_dir=pathlib.Path({str(run_dir)!r}), max_model_len=64, eos_token_ids=[1])\n"
+        "engine.start()\n"
+        "time.sleep(600)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program])
+    yield process
+    process.kill()
+    process.wait()
+
+
+@pytest.fixture(scope="module")
+def engine(
+    model_path: Path, doomed_trainer: subprocess.Popen[str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[VllmEngine]:
+    config = RolloutConfig(kv_cache_mib=64, max_num_seqs=32, max_restarts=1)
+    with VllmEngine(
+        config,
+        model_path=str(model_path),
+        dtype=Dtype.fp32,
+        run_dir=tmp_path_factory.mktemp("run"),
+        max_model_len=MAX_MODEL_LEN,
+        eos_token_ids=[EOS],
+    ) as running:
+        yield running
+
+
+def children(pid: int) -> list[int]:
+    """All descendants that /proc shows."""
+    found = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        found += [int(child) for child in (task / "children").read_text().split() if int(child) not in found]
+    return found + [grandchild for child in found for grandchild in children(child)]
+
+
+def engine_cores(pids: list[int]) -> list[int]:
+    return [pid for pid in pids if b"EngineCore" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+def alive(pids: list[int]) -> list[int]:
+    return [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+
+
+def wait_until_gone(pids: list[int], timeout_s: float) -> list[int]:
+    """Those that are still there after the timeout."""
+    deadline = time.monotonic() + timeout_s
+    while alive(pids) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return alive(pids)
+
+
+def model_log_probs(model: LlamaForCausalLM, token_ids: list[int], temperature: float = 1.0) -> Tensor:
+    """[L - 1] log-probs of tokens 1.. by transformers."""
+    with torch.no_grad():
+        logits = model(torch.tensor([token_ids])).logits[0, :-1]
+    return torch.log_softmax(logits / temperature, -1).gather(1, torch.tensor(token_ids[1:])[:, None])[:, 0]
+
+
+def worst_difference(
+    model: LlamaForCausalLM, prompts: list[list[int]], answers: list[list[Response]], temperature: float = 1.0
+) -> float:
+    worst = 0.0
+    for prompt, responses in zip(prompts, answers, strict=True):
+        for response in responses:
+            ours = model_log_probs(model, prompt + response.token_ids, temperature)[len(prompt) - 1 :]
+            worst = max(worst, (ours - torch.tensor(response.log_probs)).abs().max().item())
+    return worst
+
+
+def tokens(answers: list[list[Response]]) -> list[list[list[int]]]:
+    return [[response.token_ids for response in group] for group in answers]
+
+
+def weights(model: LlamaForCausalLM) -> Iterator[tuple[str, Tensor]]:
+    yield from model.state_dict().items()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_log_probs_are_those_of_the_sampled_distribution(engine: VllmEngine, temperature: float) -> None:
+    sampling = SamplingConfig(max_tokens=24, ignore_eos=True, temperature=temperature)
+    answers = engine.generate(PROMPTS, sampling, n=1, seed=3)
+    assert all(len(group[0].token_ids) == 24 and group[0].finish_reason == "length" for group in answers)
+    assert {group[0].weight_version for group in answers} == {"initial"}
+    assert worst_difference(make_model(0), PROMPTS, answers, temperature) < 1e-4
+    assert worst_difference(make_model(0), PROMPTS, answers, 1.6 - temperature) > 0.1
+
+
+def test_seeds_repeat_and_samples_differ(engine: VllmEngine) -> None:
+    first = engine.generate(PROMPTS, FREE, n=3, seed=5)
+    assert [len(group) for group in first] == [3] * len(PROMPTS)
+    assert all(len({tuple(ids) for ids in group}) == 3 for group in tokens(first))
+    assert tokens(engine.generate(PROMPTS, FREE, n=3, seed=5)) == tokens(first)
+    assert tokens(engine.generate(PROMPTS[:2], FREE, n=1, seed=5)) == [group[:1] for group in tokens(first)[:2]]
+    other = engine.generate(PROMPTS, FREE, n=3, seed=6)
+    assert all(a != b for a, b in zip(tokens(first), tokens(other), strict=True))
+
+
+def test_responses_end_at_eos_and_stop_tokens(engine: VllmEngine) -> None:
+    stops = list(range(2, 20))
+    sampling = SamplingConfig(max_tokens=64, stop_token_ids=stops)
+    responses = [r for group in engine.generate(PROMPTS, sampling, n=4, seed=1) for r in group]
+    stopped = [r for r in responses if r.finish_reason == "stop"]
+    assert len(stopped) > len(responses) // 2
+    assert {r.token_ids[-1] for r in stopped} <= {EOS, *stops}
+    assert all(not {EOS, *stops} & set(r.token_ids[:-1]) for r in responses)
+    assert all(len(r.token_ids) == 64 for r in responses if r.finish_reason == "length")
+
+    prompt = PROMPTS[0]
+    free = engine.generate([prompt], SamplingConfig(max_tokens=200, ignore_eos=True), n=12, seed=1)[0]
+    at_eos = engine.generate([prompt], SamplingConfig(max_tokens=200), n=12, seed=1)[0]
+    assert any(EOS in r.token_ids for r in free)
+    for long, short in zip(free, at_eos, strict=True):
+        end = long.token_ids.index(EOS) + 1 if EOS in long.token_ids else 200
+        assert short.token_ids == long.token_ids[:end] and short.finish_reason == ("stop" if end < 200 else "length")
+
+
+def test_golden_prompt_is_scored_as_the_trainer_scores_it(engine: VllmEngine) -> None:
+    ours = model_log_probs(make_model(0), PROMPTS[-1]).tolist()
+    assert engine.prompt_log_probs(PROMPTS[-1]) == pytest.approx(ours, abs=1e-4)
+    assert engine.verify_sync(PROMPTS[-1], ours) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model.norm.weight": None}, "missing tensor 'model.norm.weight'"),
+        ({"model.norm.weigth": torch.zeros(256)}, "unknown tensor 'model.norm.weigth'"),
+        ({"lm_head.weight": torch.zeros(256, VOCAB)}, r"'lm_head.weight' has shape \[256, 128\], expected \[128, 256\]"),
+    ],
+)
+def test_tensors_that_do_not_fit_leave_the_old_weights_serving(
+    engine: VllmEngine, change: dict[str, Tensor | None], message: str
+) -> None:
+    before = engine.generate(PROMPTS, FREE, n=1, seed=8)
+    changed = {name: tensor for name, tensor in (dict(weights(make_model(1))) | change).items() if tensor is not None}
+    with pytest.raises(ValueError, match=f"weight sync 'bad'.*{message}"):
+        engine.sync_weights(iter(changed.items()), "bad")
+    after = engine.generate(PROMPTS, FREE, n=1, seed=8)
+    assert tokens(after) == tokens(before) and after[0][0].weight_version == "initial"
+    assert engine.version == "initial"
+
+
+def test_new_weights_serve_after_a_sync(engine: VllmEngine) -> None:
+    long_prompt = [[2 + i % 100 for i in range(200)]]  # long enough for the prefix cache to hold blocks of it
+    engine.generate(long_prompt, FREE, n=1, seed=2)
+    old, new = make_model(0), make_model(1)
+    engine.sync_weights(weights(new), "step_1")
+    answers = engine.generate(PROMPTS + long_prompt, FREE, n=1, seed=2)
+    assert {group[0].weight_version for group in answers} == {"step_1"} and engine.version == "step_1"
+    assert worst_difference(new, PROMPTS + long_prompt, answers) < 1e-4
+    assert worst_difference(old, PROMPTS, answers) > 0.5
+    assert engine.verify_sync(PROMPTS[-1], model_log_probs(new, PROMPTS[-1]).tolist()) < 1e-4
+    files = engine._started_pool().files.paths
+    engine.sync_weights(weights(new), "step_2")
+    assert not files[0].exists() and engine._started_pool().files.paths[0].exists()
+
+
+def test_a_killed_trainer_leaves_no_server(doomed_trainer: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 90
+    while not engine_cores(family := children(doomed_trainer.pid)):
+        assert time.monotonic() < deadline and doomed_trainer.poll() is None
+        time.sleep(0.1)
+    doomed_trainer.kill()
+    doomed_trainer.wait()
+    assert len(family) >= 3 and wait_until_gone(family, 5.0) == []
+
+
+def test_a_killed_server_is_restarted_with_the_synced_weights(
+    engine: VllmEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    sampling = SamplingConfig(max_tokens=200, ignore_eos=True)
+    expected = tokens(engine.generate(PROMPTS, sampling, n=8, seed=4))
+    server = engine.servers[0]
+    family = children(server.process_group)
+    threading.Timer(0.5, os.kill, (server.process_group, signal.SIGKILL)).start()
+    answers = engine.generate(PROMPTS, sampling, n=8, seed=4)
+    assert "generate: rollout server 0" in caplog.text and "exit code 137 (SIGKILL)" in caplog.text
+    assert "restart 1 of 1" in caplog.text
+    pairs = [(a, b) for got, want in zip(tokens(answers), expected, strict=True) for a, b in zip(got, want, strict=True)]
+    same = sum(a == b for a, b in pairs)
+    assert same >= 0.9 * 8 * len(PROMPTS)  # a log-prob that differs in its last bits may turn a token
+    assert {r.weight_version for group in answers for r in group} == {"step_2"}
+    assert worst_difference(make_model(1), PROMPTS, answers) < 1e-4
+    assert family and alive(family) == []
+
+
+def test_a_server_that_dies_too_often_ends_the_run(engine: VllmEngine) -> None:
+    group = engine.servers[0].process_group
+    family = [group, *children(group)]
+    private = engine.servers[0].private_dir
+    threading.Timer(0.5, os.kill, (engine_cores(family)[0], signal.SIGKILL)).start()
+    start = time.monotonic()
+    with pytest.raises(RuntimeError) as caught:
+        engine.generate(PROMPTS, SamplingConfig(max_tokens=200, ignore_eos=True), n=8, seed=4)
+    assert time.monotonic() - start < 60
+    text = str(caught.value)
+    assert re.match(r"generate: rollout server 0 \(unix:.*\) died", text)
+    assert re.search(r"exit code \d+.*log: .*server_0\.log; its last lines:\n", text)
+    assert "EngineDeadError" in text or "Engine core" in text
+    assert "rollout.max_restarts allows 1" in text
+    assert alive(family) == [] and not private.exists()
+    with pytest.raises(RuntimeError, match="not running"):
+        engine.generate(PROMPTS, FREE, n=1, seed=0)

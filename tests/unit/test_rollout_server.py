@@ -1,0 +1,79 @@
+"""A server's command line and environment, seeds, and checks that come before any request."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hetero_ppo.config.schema import Dtype, RolloutConfig
+from hetero_ppo.rollout.engine import check_prompts, response_seed
+from hetero_ppo.rollout.server import ServerSpec, VllmServer, command_line, environment, server_threads
+
+
+def make_spec(cuda: bool = False, load_weights: bool = True, **config: int) -> ServerSpec:
+    return ServerSpec("/models/tiny", Dtype.bf16, 96, load_weights, cuda, RolloutConfig(**config), threads=3)
+
+
+def option(command: list[str], name: str) -> str:
+    return command[command.index(name) + 1]
+
+
+def test_cpu_command_line() -> None:
+    command = command_line(make_spec(kv_cache_mib=8), Path("/run/0.sock"))
+    assert option(command, "--uds") == "/run/0.sock" and "--port" not in command
+    assert option(command, "--dtype") == "bfloat16"
+    assert option(command, "--kv-cache-memory-bytes") == str(8 * 1024 * 1024)
+    assert option(command, "--generation-config") == "vllm"
+    assert option(command, "--logprobs-mode") == "processed_logprobs"
+    assert "--enforce-eager" in command and "--gpu-memory-utilization" not in command and "--load-format" not in command
+
+
+def test_cuda_command_line_compiles_and_takes_a_share_of_the_device() -> None:
+    command = command_line(make_spec(cuda=True, load_weights=False, tensor_parallel=2), Path("/run/0.sock"))
+    assert option(command, "--gpu-memory-utilization") == "0.4" and option(command, "--tensor-parallel-size") == "2"
+    assert "--enforce-eager" not in command and "--kv-cache-memory-bytes" not in command
+    assert option(command, "--load-format") == "dummy"
+
+
+def test_torchrun_variables_do_not_reach_the_server() -> None:
+    inherited = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_PORT": "1", "TORCHELASTIC_RUN_ID": "x"}
+    inherited |= {"OMP_NUM_THREADS": "7", "HOME": "/home/me", "PYTHONPATH": "/mine"}
+    env = environment(make_spec(), 1, Path("/private"), "key", inherited)
+    assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "TORCHELASTIC_RUN_ID"} & env.keys()
+    assert env["HOME"] == "/home/me" and env["OMP_NUM_THREADS"] == "3" and env["TMPDIR"] == "/private/tmp_1"
+    assert env["VLLM_API_KEY"] == "key" and env["PYTHONPATH"].endswith(":/mine")
+
+
+def test_each_server_gets_its_own_devices() -> None:
+    inherited = {"CUDA_VISIBLE_DEVICES": "4,5,6,7"}
+    env = environment(make_spec(cuda=True, tensor_parallel=2), 1, Path("/private"), "key", inherited)
+    assert env["CUDA_VISIBLE_DEVICES"] == "6,7" and "OMP_NUM_THREADS" not in env
+    env = environment(make_spec(cuda=True, tensor_parallel=2), 1, Path("/private"), "key", {})
+    assert env["CUDA_VISIBLE_DEVICES"] == "2,3"
+
+
+@pytest.mark.parametrize(("cores", "servers", "asked", "threads"), [(2, 1, None, 1), (16, 2, None, 7), (1, 2, None, 1), (2, 1, 2, 2)])
+def test_server_threads(cores: int, servers: int, asked: int | None, threads: int) -> None:
+    assert server_threads(RolloutConfig(num_servers=servers, server_threads=asked), cores) == threads
+
+
+def test_a_path_too_long_for_a_socket_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="too long for unix sockets.*TMPDIR"):
+        VllmServer(0, make_spec(), tmp_path / ("x" * 80), tmp_path / "log")
+
+
+def test_seeds_differ_by_call_prompt_and_sample() -> None:
+    seeds = {response_seed(s, p, j) for s in range(5) for p in range(20) for j in range(4)}
+    assert len(seeds) == 400 and all(0 <= seed < 2**63 for seed in seeds)
+    assert response_seed(1, 2, 3) == response_seed(1, 2, 3)
+
+
+def test_prompts_are_checked_before_they_are_sent() -> None:
+    check_prompts([[1] * 8], 8, 16)
+    with pytest.raises(ValueError, match="prompt 1 has 9 tokens; with sampling.max_tokens=8 that is more than .* 16 tokens"):
+        check_prompts([[1], [1] * 9], 8, 16)
+    with pytest.raises(ValueError, match="prompt 1 has no tokens"):
+        check_prompts([[1], []], 8, 16)
+    with pytest.raises(ValueError, match="no prompts"):
+        check_prompts([], 8, 16)
