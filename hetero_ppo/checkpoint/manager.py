@@ -15,6 +15,7 @@ from typing import Any, Mapping
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 
+from hetero_ppo.engines.model_engine import ModelEngine
 from hetero_ppo.engines.train_engine import TrainEngine
 
 LATEST = "latest_checkpointed_iteration.txt"
@@ -61,7 +62,7 @@ class CheckpointManager:
         Raises:
             ValueError: there is no complete checkpoint, or it lacks a role.
         """
-        folder = newest_checkpoint(load_dir)
+        folder = checkpoint_folder(load_dir, None)
         for role, engine in engines.items():
             if not (folder / role).is_dir():
                 raise ValueError(f"checkpoint {folder} has no role {role!r}: it was written by another kind of run")
@@ -76,16 +77,33 @@ class CheckpointManager:
             shutil.rmtree(old)
 
 
-def newest_checkpoint(run_dir: Path) -> Path:
-    """Folder of the newest complete checkpoint below a run folder.
+def checkpoint_folder(run_dir: Path, step: int | None) -> Path:
+    """Folder of a complete checkpoint below a run folder.
+
+    Args:
+        run_dir: of the run that wrote it.
+        step: None for the newest.
 
     Raises:
         ValueError: there is none.
     """
-    complete = sorted(marker.parent for marker in (run_dir / "checkpoints").glob(f"iter_*/{COMPLETE}"))
+    root = run_dir / "checkpoints"
+    complete = sorted(marker.parent for marker in root.glob(f"iter_*/{COMPLETE}"))
     if not complete:
-        raise ValueError(f"checkpoint.load is {run_dir}: no complete checkpoint below {run_dir / 'checkpoints'}")
-    return complete[-1]
+        raise ValueError(f"{run_dir}: no complete checkpoint below {root}")
+    if step is None:
+        return complete[-1]
+    folder = root / f"iter_{step:07d}"
+    if folder not in complete:
+        steps = ", ".join(str(int(path.name.removeprefix("iter_"))) for path in complete)
+        raise ValueError(f"{run_dir}: no complete checkpoint of step {step}; there are: {steps}")
+    return folder
+
+
+def load_weights(folder: Path, engine: ModelEngine) -> None:
+    """Weights alone of a role's folder, into any layout. Collective over the world."""
+    loaded = dist_checkpointing.load(engine.sharded_weights(), str(folder))
+    engine.load_weights(loaded)
 
 
 def _write(path: Path, text: str) -> None:

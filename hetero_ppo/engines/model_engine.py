@@ -188,6 +188,28 @@ class ModelEngine:
         """(Hugging Face name, whole tensor) one at a time, on every rank. Collective."""
         return stream_hf(self.models, self.bridge, self.groups, head=self.head)
 
+    @property
+    def sharding_metadata(self) -> dict[str, Any]:
+        """What Megatron-Core's sharded_state_dict functions take: this role's groups, and how optimizers are sharded."""
+        return {
+            "distrib_optim_sharding_type": "fully_reshardable",
+            "distrib_optim_fully_reshardable_mem_efficient": False,
+            "chained_optim_avoid_prefix": True,
+            "dp_cp_group": self.groups.dp_cp,
+        }
+
+    def sharded_weights(self) -> dict[str, dict[str, Any]]:
+        """Weights of every chunk in sharded form; layers carry their global number, so any layout can load them."""
+        return {
+            f"chunk{index}": chunk.sharded_state_dict(metadata=self.sharding_metadata)
+            for index, chunk in enumerate(self.models)
+        }
+
+    def load_weights(self, state: dict[str, Any]) -> None:
+        """Take what dist_checkpointing loaded into ``sharded_weights``."""
+        for index, chunk in enumerate(self.models):
+            chunk.load_state_dict(state[f"chunk{index}"], strict=True)
+
     def export(self, out_dir: str, *, tokenizer_dir: Optional[str] = None) -> None:
         """Write a Hugging Face checkpoint. Collective."""
         save_hf(

@@ -9,8 +9,9 @@ import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig as MegatronOptimizerConfig, get_megatron_optimizer
 from torch import Tensor
 
 from hetero_ppo.algorithms.losses import Loss, add_metric_sums
@@ -166,26 +167,14 @@ class TrainEngine(ModelEngine):
 
     def sharded_state_dict(self, *, is_loading: bool) -> dict[str, Any]:
         """Weights and optimizer in Megatron-Core's sharded form, for dist_checkpointing. Collective."""
-        metadata = {
-            "distrib_optim_sharding_type": "fully_reshardable",
-            "distrib_optim_fully_reshardable_mem_efficient": False,
-            "chained_optim_avoid_prefix": True,
-            "dp_cp_group": self.groups.dp_cp,
-        }
-        weights = {
-            f"model{index}": chunk.sharded_state_dict(prefix=f"model{index}.", metadata=metadata)
-            for index, chunk in enumerate(self.chunks)
-        }
+        weights = self.sharded_weights()
         merged = {name: tensor for part in weights.values() for name, tensor in part.items()}
-        optimizer = self.optimizer.sharded_state_dict(merged, is_loading=is_loading, metadata=metadata)
+        optimizer = self.optimizer.sharded_state_dict(merged, is_loading=is_loading, metadata=self.sharding_metadata)
         return {**weights, "optimizer": optimizer, "steps_done": self.steps_done}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take what dist_checkpointing loaded into ``sharded_state_dict(is_loading=True)``."""
-        for index, chunk in enumerate(self.chunks):
-            prefix = f"model{index}."
-            weights = {name.removeprefix(prefix): tensor for name, tensor in state[f"model{index}"].items()}
-            chunk.load_state_dict(weights, strict=True)
+        self.load_weights(state)
         self.optimizer.load_state_dict(state["optimizer"])
         self.steps_done = int(state["steps_done"])
 

@@ -15,7 +15,6 @@ from hetero_ppo.config.schema import PpoConfig
 from hetero_ppo.engines.losses import actor_loss_fn, critic_loss_fn
 from hetero_ppo.engines.train_engine import LossFn, TrainEngine, TrainStepResult
 from hetero_ppo.experience.rollouts import collect_rollout
-from hetero_ppo.experience.stages import policy_log_probs
 from hetero_ppo.observability.metrics import MetricsLogger
 from hetero_ppo.observability.progress import progress
 from hetero_ppo.observability.timers import PhaseTimer
@@ -23,9 +22,6 @@ from hetero_ppo.trainers import ppo_setup
 from hetero_ppo.trainers.ppo_evaluation import Evaluator
 from hetero_ppo.trainers.run import Run
 from hetero_ppo.types import Experience, PolicyInputs, Rollout, StepMetrics, ValueInputs
-
-#: Tokens of the sequence that the engine and the trainer are compared on after every weight sync.
-GOLDEN_TOKENS = 64
 
 
 class PpoTrainer:
@@ -42,19 +38,18 @@ class PpoTrainer:
         self.run = run
         self.data = ppo_setup.load_data(config, run)
         self.batching = ppo_setup.describe_batching(config, run, self.data)
-        self.total_steps = self.batching.ppo_steps
-        self.engine = ppo_setup.start_engine(config, run, self.data)
+        self.total_steps = self.batching.total_steps
+        self.timer = PhaseTimer(platform.synchronize)
+        starting = ppo_setup.begin_engine(config, run, self.data)
+        self.engine = None if starting is None else starting.engine
         try:
             self.roles = ppo_setup.build_roles(config, run, self.batching)
             self.maker = ppo_setup.build_maker(config, self.roles, self.data)
-            self.evaluator = Evaluator(config, run, self.data, self.maker, self.engine)
-            if self.engine is not None:
-                self.engine.wait_ready()
-        except BaseException:
-            self.close()
-            raise
-        self.timer = PhaseTimer(platform.synchronize)
-        self.golden: list[int] = []
+        finally:
+            # Also after an error: an engine that is being started can't be closed.
+            if starting is not None:
+                starting.wait()
+        self.evaluator = Evaluator(config, run, self.data, self.maker, self.engine)
 
     def __enter__(self) -> Self:
         return self
@@ -65,7 +60,7 @@ class PpoTrainer:
         self.close()
 
     def close(self) -> None:
-        """Stop the rollout engine."""
+        """End the rollout engine and its processes."""
         if self.engine is not None:
             self.engine.close()
 
@@ -153,7 +148,8 @@ class PpoTrainer:
         for rows in self._minibatches(rollout.batch_size, step):
             parts = engine.microbatches(rollout.token_ids, rollout.sequence_lengths, inputs, rows)
             results.append(engine.train_step(parts, loss_fn))
-        metrics = mean_metrics(add_metric_sums(result.metric_sums for result in results))
+        count = sum(result.count for result in results)
+        metrics = mean_metrics(add_metric_sums(result.metric_sums for result in results), count)
         metrics[f"{name}/grad_norm"] = sum(result.grad_norm for result in results) / len(results)
         metrics[f"{name}/lr"] = results[-1].learning_rate
         return metrics
@@ -182,48 +178,24 @@ class PpoTrainer:
         else:
             for _ in tensors:  # the stream is collective
                 pass
-        if not self.config.rollout.verify_sync:
+        if not self.config.rollout.verify_sync or self.config.train.replay_rollouts is not None:
             return {}
-        return {"rollout/golden_log_prob_diff": self._check_golden(version)}
-
-    def _check_golden(self, version: str) -> float:
-        ids = self.data.golden_prompt[:GOLDEN_TOKENS]
-        tokens = torch.tensor([ids])
-        rollout = ppo_setup.prompt_as_rollout(tokens)
-        ours = policy_log_probs(self.actor, rollout, 1.0)[0]
+        ids = self.data.golden_ids
+        log_probs = ppo_setup.golden_log_probs(self.actor, ids)
         if self.engine is None:
-            return 0.0
-        theirs = torch.tensor(self.engine.prompt_log_probs(ids))
-        difference = float((ours - theirs).abs().max())
-        tolerance = ppo_setup.sync_tolerance(self.config)
-        if not difference <= tolerance:
-            raise RuntimeError(
-                f"weight sync: after {version} the engine's log-probs of the golden prompt differ from the trainer's by "
-                f"{difference:.3g} (rollout.verify_sync_tolerance {tolerance:g}): it does not answer with these weights"
-            )
-        return difference
+            return {}
+        return {"rollout/golden_log_prob_diff": self.engine.verify_sync(ids, log_probs)}
 
     def _save(self, manager: CheckpointManager, step: int) -> None:
-        with self.timer.phase("checkpoint"):
-            manager.save(
-                step,
-                {"actor": self.roles.actor, "critic": self.roles.critic},
-                {
-                    "prompts": self.data.state_dict(),
-                    "kl_controller": self.maker.kl_controller.state_dict(),
-                    "score_moments": self.maker.score_moments.state_dict(),
-                },
-            )
+        roles = {"actor": self.roles.actor, "critic": self.roles.critic}
+        manager.save(step, roles, ppo_setup.trainer_state(self.data, self.maker))
 
     def _resume(self, manager: CheckpointManager) -> int:
         if self.config.checkpoint.load is None:
             return 0
-        state = manager.load(
-            Path(self.config.checkpoint.load), {"actor": self.roles.actor, "critic": self.roles.critic}
-        )
-        self.data.load_state_dict(state["prompts"])
-        self.maker.kl_controller.load_state_dict(state["kl_controller"])
-        self.maker.score_moments.load_state_dict(state["score_moments"])
+        roles = {"actor": self.roles.actor, "critic": self.roles.critic}
+        state = manager.load(Path(self.config.checkpoint.load), roles)
+        ppo_setup.load_trainer_state(state, self.data, self.maker)
         step = int(state["step"])
         if step >= self.total_steps:
             raise ValueError(f"checkpoint.load is at PPO step {step} of {self.total_steps}: zero steps are left to do")

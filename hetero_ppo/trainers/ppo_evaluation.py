@@ -7,15 +7,12 @@ import json
 from dataclasses import dataclass
 from typing import Any, Optional
 
-import torch
-
 from hetero_ppo.config.schema import PpoConfig
 from hetero_ppo.experience.rollouts import collect_rollout, prompt_texts, response_texts
 from hetero_ppo.experience.stages import ExperienceMaker, policy_log_probs, sequence_kl
 from hetero_ppo.reward.function import FunctionReward
-from hetero_ppo.rollout.engine import VllmEngine
-from hetero_ppo.rollout.replay import ReplayEngine, write_rollouts
-from hetero_ppo.trainers.ppo_setup import PpoData
+from hetero_ppo.rollout.replay import write_rollouts
+from hetero_ppo.trainers.ppo_setup import PpoData, RolloutEngine
 from hetero_ppo.trainers.run import Run
 from hetero_ppo.types import Experience
 
@@ -46,7 +43,7 @@ class Evaluator:
         run: Run,
         data: PpoData,
         maker: ExperienceMaker,
-        engine: Optional[VllmEngine | ReplayEngine],
+        engine: Optional[RolloutEngine],
     ) -> None:
         self.config = config
         self.run_info = run
@@ -54,12 +51,12 @@ class Evaluator:
         self.maker = maker
         self.engine = engine
         function = config.train.eval_function
-        self.check = None if function is None else FunctionReward(function, data.decode, "train.eval_function")
+        self.check = None if function is None else FunctionReward(function, data.encoder.decode, "train.eval_function")
 
     def run(self, version: str) -> Optional[Evaluation]:
-        """Sample and judge; None without held-out prompts. Collective."""
+        """Sample and judge; None without held-out prompts, or when recorded rollouts are replayed. Collective."""
         prompts = self.data.eval_prompts
-        if prompts is None:
+        if prompts is None or self.config.train.replay_rollouts is not None:
             return None
         sampling = self.config.rollout.eval_sampling
         rollout = collect_rollout(self.engine, prompts, sampling, n=1, seed=EVAL_SEED, version=version)
@@ -72,7 +69,7 @@ class Evaluator:
             greedy = dataclasses.replace(sampling, temperature=0.0, top_p=1.0, top_k=-1)
             greedy_rollout = collect_rollout(self.engine, prompts, greedy, n=1, seed=EVAL_SEED, version=version)
             greedy_accuracy = float(self.check.score(greedy_rollout).mean())
-        questions, answers = prompt_texts(rollout, self.data.decode), response_texts(rollout, self.data.decode)
+        questions, answers = prompt_texts(rollout, self.data.encoder.decode), response_texts(rollout, self.data.encoder.decode)
         return Evaluation(
             accuracy=accuracy,
             greedy_accuracy=greedy_accuracy,
@@ -121,24 +118,9 @@ class Evaluator:
         if not (self.config.train.dump_rollouts and self.run_info.is_writer):
             return
         rollout = experience.rollout
-        rows = []
-        for row in range(rollout.batch_size):
-            start, end = int(rollout.prompt_lengths[row]), int(rollout.sequence_lengths[row])
-            ids = rollout.token_ids[row].tolist()
-            log_probs: torch.Tensor = rollout.rollout_log_probs[row, start - 1 : end - 1]
-            rows.append(
-                {
-                    "step": step,
-                    "prompt_index": rollout.prompt_index[row],
-                    "prompt_ids": ids[:start],
-                    "response_ids": ids[start:end],
-                    "rollout_log_probs": log_probs.tolist(),
-                    "finish_reason": "length" if bool(rollout.truncated[row]) else "stop",
-                    "weight_version": rollout.weight_version[row],
-                    "score": float(experience.scores[row]),
-                    "label": rollout.labels[row],
-                    "prompt": self.data.decode(ids[:start]),
-                    "response": self.data.decode(ids[start:end]),
-                }
-            )
-        write_rollouts(self.run_info.dir / "rollouts", step, rows)
+        extra = {
+            "score": experience.scores.tolist(),
+            "prompt": prompt_texts(rollout, self.data.encoder.decode),
+            "response": response_texts(rollout, self.data.encoder.decode),
+        }
+        write_rollouts(self.run_info.dir / "rollouts", step, rollout, extra)

@@ -1,0 +1,69 @@
+"""A run's checkpoint as a Hugging Face folder, in a process of its own."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+from pathlib import Path
+
+from hetero_ppo.checkpoint.manager import checkpoint_folder
+from hetero_ppo.config.load import load_config
+from hetero_ppo.config.schema import ParallelConfig, PpoConfig, RmConfig, SftConfig
+
+
+def run(args: argparse.Namespace) -> None:
+    """Load one role of a checkpoint into one process, whatever layout wrote it, and export it.
+
+    Args:
+        args: ``run_dir``, ``role`` (None: actor, or reward for a reward-model run), ``step`` (None: newest), ``out``.
+
+    Raises:
+        ValueError: no such run, role or checkpoint, or ``out`` is there already.
+    """
+    saved = Path(args.run_dir) / "config.yaml"
+    if not saved.is_file():
+        raise ValueError(f"--run {args.run_dir}: no config.yaml there; give the run.dir of a training run")
+    if Path(args.out).exists():
+        raise ValueError(f"--out {args.out} is there already; choose another folder, or remove it")
+    config = load_config(str(saved), []).config
+    roles = _roles(config)
+    role = args.role or next(iter(roles))
+    if role not in roles:
+        raise ValueError(f"--role {role}: this run trains {', '.join(roles)}")
+    folder = checkpoint_folder(Path(args.run_dir), args.step)
+    _single_process()
+    # Megatron-Core takes seconds to import: after the checks.
+    from hetero_ppo.checkpoint.manager import load_weights
+    from hetero_ppo.distributed.groups import initialise
+    from hetero_ppo.engines.model_engine import ModelEngine
+    from hetero_ppo.trainers.run import end_run
+
+    initialise(config.run.timeout_minutes)
+    try:
+        role_config, head = roles[role]
+        role_config.parallel = ParallelConfig()
+        engine = ModelEngine(role, role_config, head)
+        load_weights(folder / role, engine)
+        engine.export(args.out)
+    finally:
+        end_run()
+    print(f"exported {role} of {folder} to {args.out}")
+
+
+def _roles(config: SftConfig | RmConfig | PpoConfig) -> dict[str, tuple]:
+    if isinstance(config, SftConfig):
+        return {"actor": (config.actor, "lm")}
+    if isinstance(config, RmConfig):
+        return {"reward": (config.reward, "score")}
+    return {"actor": (config.actor, "lm"), "critic": (config.critic, "value")}
+
+
+def _single_process() -> None:
+    """A world of this process alone, on a port that the kernel chooses."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ.update(
+        RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )

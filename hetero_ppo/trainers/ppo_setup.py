@@ -1,0 +1,215 @@
+"""What a PPO run needs before its first step: data, the rollout engine, the four roles."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional, Self
+
+import torch
+
+from hetero_ppo.algorithms.kl import build_kl_controller
+from hetero_ppo.algorithms.rewards import RunningMoments
+from hetero_ppo.config.derived import PpoBatching, derive_ppo
+from hetero_ppo.config.schema import PpoConfig, RewardSource
+from hetero_ppo.data.chat_template import TextEncoder, check_tokenizers, load_text_encoder
+from hetero_ppo.data.collate import collate_prompts
+from hetero_ppo.data.dataset import Dataset
+from hetero_ppo.data.prompts import PromptExample, load_prompts
+from hetero_ppo.data.sampler import ResumableSampler
+from hetero_ppo.engines.model_engine import ModelEngine
+from hetero_ppo.engines.outputs import log_probs_output
+from hetero_ppo.engines.train_engine import TrainEngine
+from hetero_ppo.experience.stages import ExperienceMaker
+from hetero_ppo.reward.function import FunctionReward
+from hetero_ppo.rollout.engine import VllmEngine
+from hetero_ppo.rollout.replay import ReplayEngine
+from hetero_ppo.trainers.run import Run
+from hetero_ppo.trainers.supervised import describe_loaded
+from hetero_ppo.types import PromptBatch
+
+RolloutEngine = VllmEngine | ReplayEngine
+
+#: Tokens of the sequence that the engine and the trainer are compared on after every weight sync.
+GOLDEN_TOKENS = 64
+
+
+@dataclass
+class PpoData:
+    """Prompts of the run, the same on every rank."""
+
+    encoder: TextEncoder
+    train: Dataset[PromptExample]
+    eval_prompts: Optional[PromptBatch]
+    sampler: ResumableSampler
+
+    def next_prompts(self) -> PromptBatch:
+        """Prompts of the next PPO step, over all ranks."""
+        return collate_prompts([self.train.examples[row] for row in self.sampler.next_global_batch()])
+
+    @property
+    def golden_ids(self) -> list[int]:
+        """At least two tokens from the first prompts, for the check after a weight sync."""
+        ids: list[int] = []
+        for example in self.train.examples:
+            ids += example.prompt_ids
+            if len(ids) >= 2:
+                break
+        return ids[:GOLDEN_TOKENS]
+
+
+@dataclass(frozen=True)
+class Roles:
+    """The four models."""
+
+    actor: TrainEngine
+    critic: TrainEngine
+    reference: ModelEngine
+    reward_model: Optional[ModelEngine]  # None with a reward function
+
+
+@dataclass
+class StartingEngine:
+    """Starts the rollout engine beside the loading of the models: both take tens of seconds."""
+
+    engine: RolloutEngine
+    _errors: list[BaseException] = field(default_factory=list)
+
+    def begin(self) -> Self:
+        """Start in the background. The engine's processes belong to its own thread, which lives on."""
+
+        def start() -> None:
+            try:
+                self.engine.start()
+            except BaseException as error:  # handed to the caller of wait()
+                self._errors.append(error)
+
+        self._thread = threading.Thread(target=start, name="rollout-start", daemon=True)
+        self._thread.start()
+        return self
+
+    def wait(self) -> RolloutEngine:
+        """The engine, ready; raises what its start raised."""
+        self._thread.join()
+        if self._errors:
+            raise self._errors[0]
+        return self.engine
+
+
+def load_data(config: PpoConfig, run: Run) -> PpoData:
+    """Read, template and tokenise the prompts.
+
+    Raises:
+        ValueError: bad data, or tokenizers that do not go together.
+    """
+    check_tokenizers(config)
+    encoder = load_text_encoder(config.actor.model, config.data, "actor")
+    train = load_prompts(config.data.train, config.data, encoder)
+    run.say(train.report.describe())
+    eval_prompts = None
+    if config.data.eval is not None:
+        held_out = load_prompts(config.data.eval, config.data, encoder)
+        run.say(held_out.report.describe())
+        eval_prompts = collate_prompts(held_out.examples)
+    sampler = ResumableSampler(
+        len(train),
+        config.algorithm.rollout_batch_size,
+        dp_rank=0,
+        dp_size=1,
+        seed=config.run.seed,
+        shuffle=config.data.shuffle,
+        fingerprint=train.fingerprint,
+    )
+    return PpoData(encoder, train, eval_prompts, sampler)
+
+
+def describe_batching(config: PpoConfig, run: Run, data: PpoData) -> PpoBatching:
+    """Derive the batch arithmetic and print it."""
+    batching = derive_ppo(config, run.world_size, len(data.train))
+    run.say(batching.describe())
+    return batching
+
+
+def begin_engine(config: PpoConfig, run: Run, data: PpoData) -> Optional[StartingEngine]:
+    """The rollout engine on rank 0, being started; None on the other ranks."""
+    if not run.is_writer:
+        return None
+    if config.train.replay_rollouts is not None:
+        return StartingEngine(ReplayEngine(Path(config.train.replay_rollouts))).begin()
+    sampling = config.rollout.sampling
+    longest = config.data.max_prompt_tokens + max(sampling.max_tokens, config.rollout.eval_sampling.max_tokens)
+    engine = VllmEngine(
+        config.rollout,
+        model_path=config.actor.model.path,
+        dtype=config.actor.model.dtype,
+        run_dir=run.dir,
+        max_model_len=max(longest, GOLDEN_TOKENS + 1),
+        eos_token_ids=[data.encoder.eos_token_id],
+        initial_version="step0",
+    )
+    return StartingEngine(engine).begin()
+
+
+def build_roles(config: PpoConfig, run: Run, batching: PpoBatching) -> Roles:
+    """Build and load the models, one after the other. Collective."""
+    actor = TrainEngine("actor", config.actor, "lm", batching.actor.total_optimizer_steps)
+    describe_loaded(run, actor)
+    critic = TrainEngine("critic", config.critic, "value", batching.critic.total_optimizer_steps)
+    describe_loaded(run, critic)
+    reference = ModelEngine("reference", config.reference, "lm")
+    describe_loaded(run, reference)
+    reward_model = None
+    if config.reward.source is RewardSource.model:
+        assert config.reward_model is not None  # check_reward_source
+        reward_model = ModelEngine("reward_model", config.reward_model, "score")
+        describe_loaded(run, reward_model)
+        if reward_model.load_report.initialised:
+            raise ValueError(
+                f"reward_model.model.path is {config.reward_model.model.path}: the checkpoint has no score head "
+                f"({', '.join(reward_model.load_report.initialised)}); give the export of a reward-model run"
+            )
+    return Roles(actor, critic, reference, reward_model)
+
+
+def build_maker(config: PpoConfig, roles: Roles, data: PpoData) -> ExperienceMaker:
+    """The stages over these roles."""
+    reward: ModelEngine | FunctionReward
+    if roles.reward_model is not None:
+        reward = roles.reward_model
+    else:
+        assert config.reward.function is not None  # check_reward_source
+        reward = FunctionReward(config.reward.function, data.encoder.decode)
+    return ExperienceMaker(
+        actor=roles.actor,
+        critic=roles.critic,
+        reference=roles.reference,
+        reward=reward,
+        algorithm=config.algorithm,
+        reward_config=config.reward,
+        temperature=config.rollout.sampling.temperature,
+        kl_controller=build_kl_controller(config.algorithm.kl),
+        score_moments=RunningMoments(),
+    )
+
+
+def trainer_state(data: PpoData, maker: ExperienceMaker) -> dict[str, Any]:
+    """What a PPO checkpoint holds beside the trained roles."""
+    return {
+        "prompts": data.sampler.state_dict(),
+        "kl_controller": maker.kl_controller.state_dict(),
+        "score_moments": maker.score_moments.state_dict(),
+    }
+
+
+def load_trainer_state(state: dict[str, Any], data: PpoData, maker: ExperienceMaker) -> None:
+    """The reverse of ``trainer_state``."""
+    data.sampler.load_state_dict(state["prompts"])
+    maker.kl_controller.load_state_dict(state["kl_controller"])
+    maker.score_moments.load_state_dict(state["score_moments"])
+
+
+def golden_log_probs(actor: ModelEngine, token_ids: list[int]) -> list[float]:
+    """log p(token t + 1 | tokens 0..t) at temperature 1, by the trainer. Collective."""
+    output = log_probs_output(temperature=1.0, vocab_size=actor.vocab_size, tp_group=actor.groups.tp)
+    return actor.forward(torch.tensor([token_ids]), torch.tensor([len(token_ids)]), output)[0].tolist()

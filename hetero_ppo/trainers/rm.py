@@ -1,0 +1,62 @@
+"""Reward-model training: Bradley-Terry on preference pairs."""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+
+from hetero_ppo.algorithms.losses import bradley_terry_loss, mean_metrics
+from hetero_ppo.config.derived import derive_supervised
+from hetero_ppo.config.schema import RmConfig
+from hetero_ppo.data.chat_template import load_text_encoder
+from hetero_ppo.data.collate import collate_preferences
+from hetero_ppo.data.dataset import Dataset
+from hetero_ppo.data.preference import PreferenceExample, load_preferences
+from hetero_ppo.data.sampler import sequential_batches
+from hetero_ppo.engines.losses import reward_loss_fn
+from hetero_ppo.engines.outputs import scores_output
+from hetero_ppo.engines.train_engine import TrainEngine, TrainStepResult
+from hetero_ppo.trainers.run import Run
+from hetero_ppo.trainers.supervised import SupervisedTrainer, describe_loaded, make_sampler
+
+
+class RewardModelTrainer(SupervisedTrainer):
+    """Trains the reward model to score the chosen answer above the rejected one."""
+
+    def __init__(self, config: RmConfig, run: Run) -> None:
+        encoder = load_text_encoder(config.reward.model, config.data, "reward")
+        self.data = load_preferences(config.data.train, config.data, encoder)
+        run.say(self.data.report.describe())
+        self.held_out: Optional[Dataset[PreferenceExample]] = None
+        if config.data.eval is not None:
+            self.held_out = load_preferences(config.data.eval, config.data, encoder)
+            run.say(self.held_out.report.describe())
+        batching = derive_supervised(config, run.world_size, len(self.data))
+        run.say(batching.describe())
+        engine = TrainEngine("reward", config.reward, "score", batching.total_steps)
+        describe_loaded(run, engine)
+        sampler = make_sampler(self.data, config.train.global_batch_size, config.run, config.data)
+        super().__init__(run, config.run, config.train, config.checkpoint, batching, sampler, engine)
+        self.loss = config.loss
+        self.loss_fn = reward_loss_fn(config.loss)
+
+    def step(self, rows: list[int]) -> TrainStepResult:
+        """One optimizer step on these pairs."""
+        batch = collate_preferences([self.data.examples[row] for row in rows])
+        return self.engine.train_step(self.engine.pair_microbatches(batch), self.loss_fn)
+
+    def evaluate(self) -> dict[str, float]:
+        """Loss and accuracy on the held-out pairs; a tie counts as wrong."""
+        if self.held_out is None:
+            return {}
+        chosen, rejected = [], []
+        batches = sequential_batches(len(self.held_out), self.train.global_batch_size, 0, 1)
+        for number, rows in enumerate(batches):
+            if number == self.train.eval_batches:
+                break
+            batch = collate_preferences([self.held_out.examples[row] for row in rows])
+            chosen.append(self.engine.forward(batch.chosen_ids, batch.chosen_lengths, scores_output))
+            rejected.append(self.engine.forward(batch.rejected_ids, batch.rejected_lengths, scores_output))
+        loss = bradley_terry_loss(torch.cat(chosen), torch.cat(rejected), self.loss.margin, self.loss.score_l2, 1.0)
+        return {f"eval/{name.removeprefix('rm/')}": value for name, value in mean_metrics(loss.metric_sums, loss.count).items()}

@@ -1,0 +1,65 @@
+"""Supervised fine-tuning: negative log-likelihood of the answers."""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+
+from hetero_ppo.config.derived import derive_supervised
+from hetero_ppo.config.schema import SftConfig
+from hetero_ppo.data.chat_template import load_text_encoder
+from hetero_ppo.data.collate import collate_sft
+from hetero_ppo.data.dataset import Dataset
+from hetero_ppo.data.sampler import sequential_batches
+from hetero_ppo.data.sft import SftExample, load_sft
+from hetero_ppo.engines.losses import sft_loss_fn
+from hetero_ppo.engines.outputs import log_probs_output
+from hetero_ppo.engines.train_engine import TrainEngine, TrainStepResult
+from hetero_ppo.trainers.run import Run
+from hetero_ppo.trainers.supervised import SupervisedTrainer, describe_loaded, make_sampler
+from hetero_ppo.types import AnswerInputs
+
+
+class SftTrainer(SupervisedTrainer):
+    """Trains the actor on prompts and their answers."""
+
+    def __init__(self, config: SftConfig, run: Run) -> None:
+        encoder = load_text_encoder(config.actor.model, config.data, "actor")
+        self.data = load_sft(config.data.train, config.data, encoder)
+        run.say(self.data.report.describe())
+        self.held_out: Optional[Dataset[SftExample]] = None
+        if config.data.eval is not None:
+            self.held_out = load_sft(config.data.eval, config.data, encoder)
+            run.say(self.held_out.report.describe())
+        batching = derive_supervised(config, run.world_size, len(self.data))
+        run.say(batching.describe())
+        engine = TrainEngine("actor", config.actor, "lm", batching.total_steps)
+        describe_loaded(run, engine)
+        sampler = make_sampler(self.data, config.train.global_batch_size, config.run, config.data)
+        super().__init__(run, config.run, config.train, config.checkpoint, batching, sampler, engine)
+        self.loss_fn = sft_loss_fn(engine.vocab_size, engine.groups.tp)
+
+    def step(self, rows: list[int]) -> TrainStepResult:
+        """One optimizer step on these examples."""
+        batch = collate_sft([self.data.examples[row] for row in rows])
+        parts = self.engine.microbatches(
+            batch.token_ids, batch.sequence_lengths, AnswerInputs(batch.loss_mask), range(len(rows))
+        )
+        return self.engine.train_step(parts, self.loss_fn)
+
+    def evaluate(self) -> dict[str, float]:
+        """Mean negative log-likelihood of the held-out answers' tokens."""
+        if self.held_out is None:
+            return {}
+        output = log_probs_output(temperature=1.0, vocab_size=self.engine.vocab_size, tp_group=self.engine.groups.tp)
+        total, count = torch.zeros((), dtype=torch.float64), 0
+        batches = sequential_batches(len(self.held_out), self.train.global_batch_size, 0, 1)
+        for number, rows in enumerate(batches):
+            if number == self.train.eval_batches:
+                break
+            batch = collate_sft([self.held_out.examples[row] for row in rows])
+            log_probs = self.engine.forward(batch.token_ids, batch.sequence_lengths, output)
+            total -= log_probs[batch.loss_mask].double().sum()
+            count += int(batch.loss_mask.sum())
+        return {"eval/loss": float(total) / count}
