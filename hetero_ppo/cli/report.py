@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from hetero_ppo.observability.summary import REPORT_FILE, format_summary
-
 
 def register(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
@@ -22,7 +20,7 @@ def register(subparsers: argparse._SubParsersAction) -> None:
         help="a run's folder (or its metrics.jsonl); repeat it for more runs in one report, in the order of training",
     )
     parser.add_argument(
-        "--out", type=Path, default=None, help=f"HTML file (default: {REPORT_FILE} in the last run's folder)"
+        "--out", type=Path, default=None, help="HTML file (default: report.html in the last run's folder)"
     )
     parser.add_argument("--title", default=None, help="heading of the report")
     parser.add_argument(
@@ -33,8 +31,9 @@ def register(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Raises ValueError for a folder without metrics, malformed files, or a summary of a run without evaluations."""
-    # matplotlib takes a second to import; `hetero-ppo --help` should not.
+    # torch and matplotlib take seconds to import; `hetero-ppo --help` should not.
     from hetero_ppo.observability.report import build_report
+    from hetero_ppo.observability.summary import REPORT_FILE, format_summary
 
     last: Path = args.run_dirs[-1]
     folder = last.parent if last.suffix == ".jsonl" else last
