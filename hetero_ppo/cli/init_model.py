@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-#: ``--family`` -> the configuration class of transformers.
-FAMILIES = {"llama": "LlamaConfig", "qwen2": "Qwen2Config", "qwen3": "Qwen3Config"}
+#: ``model_type`` of transformers.
+FAMILIES = ("llama", "qwen2", "qwen3")
 
 #: The embedding has a multiple of it many rows: whole tiles for the matmul, and divisible by the usual TP sizes.
 VOCAB_MULTIPLE = 64
@@ -18,7 +18,7 @@ VOCAB_MULTIPLE = 64
 
 def register(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser("init-model", help="write a randomly initialised checkpoint to train from scratch")
-    parser.add_argument("--family", choices=sorted(FAMILIES), required=True)
+    parser.add_argument("--family", choices=FAMILIES, required=True)
     parser.add_argument("--hidden-size", type=int, required=True)
     parser.add_argument("--layers", type=int, required=True)
     parser.add_argument("--heads", type=int, required=True, help="query heads")
@@ -67,6 +67,11 @@ def check_sizes(args: argparse.Namespace) -> None:
             f"--heads: {args.heads} does not divide --hidden-size {args.hidden_size}; give a divisor, or --head-dim"
         )
     head_dim = args.head_dim or args.hidden_size // args.heads
+    if args.family == "qwen2" and head_dim * args.heads != args.hidden_size:
+        raise ValueError(
+            f"--head-dim: {head_dim} times --heads {args.heads} is not --hidden-size {args.hidden_size}; Qwen2 has no "
+            "other head size, leave --head-dim out"
+        )
     if head_dim % 2:
         raise ValueError(f"--head-dim: {head_dim} is odd; rotary embeddings turn pairs of channels, give an even number")
 
@@ -75,9 +80,10 @@ def model_config(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -
     """The configuration, with the tokenizer's special tokens and its size rounded up to ``VOCAB_MULTIPLE``."""
     import transformers
 
-    config_class = getattr(transformers, FAMILIES[args.family])
-    sizes = {} if args.family == "qwen2" else {"head_dim": args.head_dim or args.hidden_size // args.heads}
-    return config_class(
+    # Qwen2's configuration has no head size of its own: check_sizes has made sure that the quotient is meant.
+    head_dim = {} if args.family == "qwen2" else {"head_dim": args.head_dim or args.hidden_size // args.heads}
+    return transformers.AutoConfig.for_model(
+        args.family,
         vocab_size=-(-len(tokenizer) // VOCAB_MULTIPLE) * VOCAB_MULTIPLE,
         hidden_size=args.hidden_size,
         intermediate_size=args.ffn,
@@ -91,5 +97,5 @@ def model_config(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        **sizes,
+        **head_dim,
     )

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from data_fixtures import chatml_encoder, data_config, write_jsonl
 
 from hetero_ppo.config.schema import OverlongPrompts
 from hetero_ppo.data.collate import collate_preferences, collate_prompts, collate_sft
@@ -13,8 +14,6 @@ from hetero_ppo.data.preference import load_preferences
 from hetero_ppo.data.prompts import load_prompts
 from hetero_ppo.data.sequence_end import at_sequence_end, last_token_index
 from hetero_ppo.data.sft import SftExample, load_sft
-
-from data_fixtures import chatml_encoder, data_config, write_jsonl
 
 TURNS = [
     {"role": "system", "content": "sort"},
@@ -28,9 +27,7 @@ PRE_HISTORY_REWRITING_TEMPLATE = (
     "{% if m.role == 'assistant' and loop.last %}THINK {% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-PLAIN_TEXT_TEMPLATE = (
-    "{% for m in messages %}{{ m.role }} {{ m.content }}{% endfor %}{% if add_generation_prompt %}assistant he{% endif %}"
-)
+PLAIN_TEXT_TEMPLATE = "{% for m in messages %}{{ m.role }} {{ m.content }}{% endfor %}{% if add_generation_prompt %}assistant he{% endif %}"
 
 
 def marked_text(example: SftExample) -> list[str]:
@@ -72,7 +69,10 @@ def test_an_answer_that_the_template_does_not_end_gets_the_end_of_sequence_token
 def test_prompt_and_completion_in_their_forms_agree(tmp_path: Path) -> None:
     rows = [
         {"prompt": "pear apple", "completion": "apple pear"},
-        {"prompt": [{"role": "user", "content": "pear apple"}], "completion": [{"role": "assistant", "content": "apple pear"}]},
+        {
+            "prompt": [{"role": "user", "content": "pear apple"}],
+            "completion": [{"role": "assistant", "content": "apple pear"}],
+        },
         {"messages": [{"role": "user", "content": "pear apple"}, {"role": "assistant", "content": "apple pear"}]},
     ]
     examples = load_sft(write_jsonl(tmp_path / "a.jsonl", rows), data_config(), chatml_encoder()).examples
@@ -112,7 +112,10 @@ def test_training_and_generation_start_from_the_same_prompt_ids(tmp_path: Path) 
 
 @pytest.mark.parametrize(
     ("template", "cause"),
-    [(PRE_HISTORY_REWRITING_TEMPLATE, "writes earlier turns differently"), (PLAIN_TEXT_TEMPLATE, "where an answer begins")],
+    [
+        (PRE_HISTORY_REWRITING_TEMPLATE, "writes earlier turns differently"),
+        (PLAIN_TEXT_TEMPLATE, "where an answer begins"),
+    ],
 )
 def test_a_template_without_exact_masks_is_an_error(tmp_path: Path, template: str, cause: str) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"messages": TURNS}])
@@ -172,7 +175,10 @@ def test_preference_forms_agree(tmp_path: Path) -> None:
     [
         ({"prompt": "a", "chosen": "b"}, "field 'rejected': is missing"),
         ({"chosen": "b", "rejected": "c"}, "field 'prompt': is missing"),
-        ({"prompt": "other", "chosen": TURNS[1:3], "rejected": TURNS[1:3]}, "does not begin with the messages of 'prompt'"),
+        (
+            {"prompt": "other", "chosen": TURNS[1:3], "rejected": TURNS[1:3]},
+            "does not begin with the messages of 'prompt'",
+        ),
         ({"chosen": TURNS[1:3], "rejected": TURNS[3:5]}, "shares no prompt"),
         ({"prompt": "hello", "chosen": TURNS[3:4], "rejected": "b"}, "has to begin with an assistant message"),
     ],
@@ -193,7 +199,9 @@ def test_same_answers_are_left_out_and_counted(tmp_path: Path) -> None:
 def test_overlong_prompts_are_an_error_or_dropped_never_cut(tmp_path: Path) -> None:
     rows = [{"prompt": "hello"}, {"prompt": "hello there " * 20, "label": 3}, {"prompt": "pear", "metadata": {"k": 1}}]
     path = write_jsonl(tmp_path / "a.jsonl", rows)
-    with pytest.raises(ValueError, match=r"1 of 3 rows are longer than data.max_prompt_tokens=30 tokens, .*line 2.*has \d+"):
+    with pytest.raises(
+        ValueError, match=r"1 of 3 rows are longer than data.max_prompt_tokens=30 tokens, .*line 2.*has \d+"
+    ):
         load_prompts(path, data_config(max_prompt_tokens=30), chatml_encoder())
     dropping = data_config(max_prompt_tokens=30, overlong_prompts=OverlongPrompts.drop)
     prompts = load_prompts(path, dropping, chatml_encoder())

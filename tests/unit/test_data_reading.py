@@ -78,7 +78,10 @@ def test_a_field_that_is_not_text(value: object, message: str) -> None:
         (["hello"], r"field 'm\[0\]': expected an object"),
         ([{"role": "user"}], r"field 'm\[0\]': 'content' has to be text"),
         ([{"role": "user", "content": [{"type": "text"}]}], "'content' has to be text"),
-        ([{"role": "user", "content": "a"}, {"role": "bot", "content": "b"}], r"field 'm\[1\]': unknown role 'bot'; known"),
+        (
+            [{"role": "user", "content": "a"}, {"role": "bot", "content": "b"}],
+            r"field 'm\[1\]': unknown role 'bot'; known",
+        ),
         ([{"role": "assistant", "content": ""}], "the assistant message is empty"),
     ],
 )

@@ -55,7 +55,11 @@ def test_resuming_continues_the_same_stream_on_another_number_of_ranks() -> None
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"fingerprint": "xyz"}, "made on other data"), ({"seed": 2}, "run.seed=1"), ({"shuffle": False}, "data.shuffle=True")],
+    [
+        ({"fingerprint": "xyz"}, "made on other data"),
+        ({"seed": 2}, "run.seed=1"),
+        ({"shuffle": False}, "data.shuffle=True"),
+    ],
 )
 def test_a_checkpoint_of_another_order_is_refused(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -1,0 +1,45 @@
+"""The console script ``hetero-ppo``: subcommands, and errors that a user can act on in one line.
+
+What the user got wrong is a ``ValueError`` or ``FileNotFoundError`` and prints as ``error: ...`` with exit status 2.
+Anything else is a fault of ours and shows its traceback; ``--traceback`` shows it for both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from hetero_ppo.cli import config, export, init_model, report, tokenizer, train, validate
+
+SUBCOMMANDS = (config, validate, train, export, report, tokenizer, init_model)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser with every subcommand."""
+    parser = argparse.ArgumentParser(prog="hetero-ppo", description="SFT, reward model and PPO on Megatron-Core")
+    parser.add_argument("--traceback", action="store_true", help="show where in the code an input error was raised")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for subcommand in SUBCOMMANDS:
+        subcommand.register(subparsers)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one subcommand; returns the exit status.
+
+    Args:
+        arguments: without the program's name; None: those of the process.
+    """
+    args = build_parser().parse_args(arguments)
+    try:
+        args.run(args)
+    except (ValueError, FileNotFoundError) as error:
+        if args.traceback:
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

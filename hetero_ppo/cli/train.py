@@ -1,0 +1,20 @@
+"""``hetero-ppo train``: what scripts/train_*.sh start with torchrun, for one process or under torchrun."""
+
+from __future__ import annotations
+
+import argparse
+
+from hetero_ppo.cli.arguments import add_config_arguments
+
+
+def register(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser("train", help="run SFT, reward-model or PPO training, as the file's kind says")
+    add_config_arguments(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    # torch.distributed, Megatron-Core and the engine take seconds to import; `hetero-ppo --help` should not.
+    from hetero_ppo.trainers import launch
+
+    launch.main(args.config, args.overrides)

@@ -1,0 +1,22 @@
+"""``hetero-ppo validate``: what a run would do, checked on a CPU; nothing is trained and no process is started."""
+
+from __future__ import annotations
+
+import argparse
+
+from hetero_ppo.cli.arguments import add_config_arguments
+
+
+def register(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser("validate", help="check config, data, tokenizer and template; say what a run would do")
+    parser.add_argument("--world-size", type=int, default=1, metavar="N", help="processes of the run (%(default)s)")
+    add_config_arguments(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Prints the report; ValueError or FileNotFoundError for the first thing that would stop the run."""
+    # transformers takes seconds to import; `hetero-ppo --help` should not.
+    from hetero_ppo.cli.validation import print_validation
+
+    print_validation(args.config, args.overrides, args.world_size)

@@ -1,0 +1,178 @@
+"""The work of ``hetero-ppo validate``: check config, data, tokenizer and template, and print what a run would do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from hetero_ppo.config.checks import check_config, check_paths
+from hetero_ppo.config.derived import config_roles, data_parallel_size, derive_ppo, derive_supervised
+from hetero_ppo.config.load import AnyConfig, LoadedConfig, load_config
+from hetero_ppo.config.schema import PpoConfig, RewardSource, RmConfig, SftConfig
+from hetero_ppo.data.chat_template import TextEncoder, check_tokenizers, load_text_encoder
+from hetero_ppo.data.dataset import Dataset
+from hetero_ppo.data.preference import PreferenceExample, load_preferences
+from hetero_ppo.data.prompts import PromptExample, load_prompts
+from hetero_ppo.data.sft import SftExample, load_sft
+from hetero_ppo.reward.function import load_function
+
+#: Around what the loss is on, in the printed sample.
+MASK_OPEN, MASK_CLOSE = "[[", "]]"
+PERCENTILES = (50, 95, 100)
+
+
+def print_validation(config_path: str, overrides: list[str], world_size: int) -> None:
+    """Check everything that can be checked without a model, and print what a run would do.
+
+    Args:
+        config_path: YAML file with ``kind: sft``, ``rm`` or ``ppo``.
+        overrides: ``a.b=c``.
+        world_size: processes of the run.
+
+    Raises:
+        ValueError, FileNotFoundError: the first thing that would stop the run.
+    """
+    if world_size < 1:
+        raise ValueError(f"--world-size {world_size}: a run has at least 1 process")
+    loaded = load_config(config_path, overrides)
+    config = loaded.config
+    check_config(config, world_size)
+    check_paths(config)
+    check_tokenizers(config)
+    _check_functions(config)
+    policy, role = next(iter(config_roles(config).items()))
+    encoder = load_text_encoder(role.model, config.data, policy)
+    load = _loader(config)
+    train = load(config.data.train, config.data, encoder)
+    evaluation = None if config.data.eval is None else load(config.data.eval, config.data, encoder)
+    batching = _batching(config, world_size, len(train))
+
+    print(f"config      {loaded.source}, kind {loaded.kind}: all checks passed")
+    print(_describe_encoder(encoder))
+    print(_describe_roles(config, world_size))
+    print(f"\ndata\n{_table([dataset for dataset in (train, evaluation) if dataset is not None])}")
+    print(f"\nfirst example{_sample_legend(config)}\n{_indent(sample_text(encoder, train.examples[0]))}")
+    print(f"\nbatching\n{_indent(batching)}")
+    print(f"\n{_what_it_does(loaded)}")
+
+
+def _check_functions(config: AnyConfig) -> None:
+    if isinstance(config, PpoConfig):
+        functions = {"reward.function": config.reward.function, "train.eval_function": config.train.eval_function}
+        for field, name in functions.items():
+            if name is not None:
+                load_function(name, field)
+
+
+def _loader(config: AnyConfig) -> Callable[..., Dataset]:
+    return {SftConfig: load_sft, RmConfig: load_preferences, PpoConfig: load_prompts}[type(config)]
+
+
+def _batching(config: AnyConfig, world_size: int, num_rows: int) -> str:
+    if isinstance(config, PpoConfig):
+        return derive_ppo(config, world_size, num_rows).describe()
+    return derive_supervised(config, world_size, num_rows).describe()
+
+
+def _describe_encoder(encoder: TextEncoder) -> str:
+    tokenizer = encoder.tokenizer
+    template = "none, texts are tokenised as they stand"
+    if encoder.template is not None:
+        template = f"sha256 {encoder.template_hash[:12]}, {len(encoder.template)} characters"
+    return (
+        f"tokenizer   {encoder.source}: {len(tokenizer)} tokens, end of sequence {tokenizer.eos_token!r} = "
+        f"{encoder.eos_token_id}\ntemplate    {template}"
+    )
+
+
+def _describe_roles(config: AnyConfig, world_size: int) -> str:
+    lines = []
+    for name, role in config_roles(config).items():
+        layout = role.parallel
+        ranks = data_parallel_size(name, layout, world_size)
+        lines.append(
+            f"{name:<11} {role.model.path}: {role.model.dtype.name}, tensor {layout.tensor} x pipeline {layout.pipeline} x "
+            f"data {ranks} on {world_size} {'process' if world_size == 1 else 'processes'}"
+        )
+    return "\n".join(lines)
+
+
+def percentile(values: Sequence[int], percent: int) -> int:
+    """The smallest of ``values`` that at least ``percent`` per cent of them do not exceed."""
+    rank = -(-len(values) * percent // 100)
+    return sorted(values)[max(rank, 1) - 1]
+
+
+def _table(datasets: list[Dataset]) -> str:
+    """One line per file: counts of rows, percentiles of tokens."""
+    head = [
+        "file",
+        "rows",
+        "used",
+        "over-long",
+        "same answers",
+        *(f"p{p}" for p in PERCENTILES[:-1]),
+        "longest",
+        "limit",
+    ]
+    lines = [head]
+    for dataset in datasets:
+        report = dataset.report
+        counts = [report.num_rows, report.num_kept, report.num_overlong, report.num_identical]
+        tokens = [percentile(report.token_lengths, percent) for percent in PERCENTILES]
+        lines.append([report.path, *map(str, [*counts, *tokens, report.max_tokens])])
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    text = [
+        "  ".join(
+            [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))]
+        )
+        for line in lines
+    ]
+    unit = f"p50, p95, longest and limit ({datasets[0].report.limit_field}) in tokens"
+    return _indent("\n".join([*text, unit]))
+
+
+def sample_text(encoder: TextEncoder, example: SftExample | PreferenceExample | PromptExample) -> str:
+    """The text that the model reads, special tokens included, with what the loss is on in brackets."""
+    if isinstance(example, SftExample):
+        return _marked(encoder, example.token_ids, example.answer_spans)
+    if isinstance(example, PreferenceExample):
+        sides = {"chosen": example.chosen_ids, "rejected": example.rejected_ids}
+        return "\n".join(
+            f"{name}: {_marked(encoder, ids, [(example.prompt_length, len(ids))])}" for name, ids in sides.items()
+        )
+    return _marked(encoder, example.prompt_ids, []) + MASK_OPEN + MASK_CLOSE
+
+
+def _marked(encoder: TextEncoder, token_ids: list[int], spans: list[tuple[int, int]]) -> str:
+    decode = encoder.tokenizer.decode
+    parts, position = [], 0
+    for start, end in spans:
+        parts += [decode(token_ids[position:start]), MASK_OPEN, decode(token_ids[start:end]), MASK_CLOSE]
+        position = end
+    parts.append(decode(token_ids[position:]))
+    return "".join(parts)
+
+
+def _sample_legend(config: AnyConfig) -> str:
+    meaning = {SftConfig: "what the loss is on", RmConfig: "the two answers", PpoConfig: "where the response goes"}
+    return f" ({MASK_OPEN}...{MASK_CLOSE}: {meaning[type(config)]})"
+
+
+def _what_it_does(loaded: LoadedConfig) -> str:
+    config = loaded.config
+    if isinstance(config, SftConfig):
+        work = f"train {config.actor.model.path} on the answers"
+    elif isinstance(config, RmConfig):
+        work = f"train a reward model from {config.reward.model.path} on the pairs"
+    else:
+        judge = config.reward.function
+        if config.reward.source is RewardSource.model and config.reward_model is not None:
+            judge = config.reward_model.model.path
+        work = f"answer the prompts with {config.actor.model.path}, score them with {judge}, and train actor and critic"
+    resume = f" It resumes from {config.checkpoint.load}." if config.checkpoint.load is not None else ""
+    export = f" The trained model goes to {config.run.dir}/hf." if config.checkpoint.export_hf else ""
+    return f"The run would {work}, and write to {config.run.dir}.{export}{resume} Nothing was trained now."
+
+
+def _indent(text: str) -> str:
+    return "\n".join(f"  {line}" for line in text.splitlines())

@@ -1,0 +1,173 @@
+"""The console script: what it prints, its exit status, and one line for what a user got wrong."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from data_fixtures import chatml_tokenizer, write_jsonl
+
+from hetero_ppo.cli import config as config_command
+from hetero_ppo.cli.main import build_parser, main
+
+#: The keys of a config.json that the checks read.
+MODEL_CONFIG = {"model_type": "llama", "vocab_size": 320, "max_position_embeddings": 1024}
+
+
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a checkpoint that has all files but no weights worth loading, and one config per kind."""
+    model = tmp_path / "model"
+    chatml_tokenizer().save_pretrained(model)
+    (model / "config.json").write_text(json.dumps(MODEL_CONFIG))
+    (model / "model.safetensors").write_bytes(b"")
+    pairs = [
+        {"prompt": f"pear apple {n}", "chosen": "apple pear", "rejected": "pear", "completion": "apple"}
+        for n in range(64)
+    ]
+    write_jsonl(tmp_path / "data.jsonl", pairs)
+    common = "run: {dir: run}\ndata: {train: data.jsonl, eval: data.jsonl, max_prompt_tokens: 256}\n"
+    role = "{model: {path: model}}"
+    (tmp_path / "sft.yaml").write_text(f"kind: sft\n{common}actor: {role}\n")
+    (tmp_path / "rm.yaml").write_text(f"kind: rm\n{common}reward: {role}\n")
+    roles = "".join(f"{name}: {role}\n" for name in ("actor", "critic", "reference", "reward_model"))
+    (tmp_path / "ppo.yaml").write_text(f"kind: ppo\n{common}{roles}")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def failure(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line that a user error prints."""
+    assert main(list(arguments)) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+def test_config_prints_yaml_that_reads_back_the_same(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "--print", "--config", "ppo.yaml", "actor.optimizer.lr=3e-6", "rollout.dtype=bf16"]) == 0
+    printed = capsys.readouterr().out
+    assert "lr: 3.0e-06" in printed
+    assert "# sequences per forward on one data-parallel rank" in printed
+    (work / "again.yaml").write_text(printed)
+    assert main(["config", "--print", "--config", "again.yaml"]) == 0
+    assert capsys.readouterr().out == printed
+
+
+def test_config_shows_what_is_missing(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (work / "short.yaml").write_text("kind: sft\nrun: {dir: '${oc.env:NOWHERE_TO_GO}'}\n")
+    assert main(["config", "--print", "--config", "short.yaml"]) == 0
+    captured = capsys.readouterr()
+    assert "dir: ${oc.env:NOWHERE_TO_GO}" in captured.out
+    assert "actor.model.path, data.train" in captured.err
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("sft", ["assistant\n  [[apple<|im_end|>]]", "optimizer steps, 1.00 passes over the data", "train model on"]),
+        ("rm", ["chosen: <|im_start|>user", "[[pear<|im_end|>]]", "pairs per optimizer step", "train a reward model"]),
+        (
+            "ppo",
+            ["<|im_start|>assistant\n  [[]]", "prompts per PPO step", "critic micro-batches", "score them with model"],
+        ),
+    ],
+)
+def test_validate_says_what_a_run_would_do(
+    work: Path, capsys: pytest.CaptureFixture[str], kind: str, expected: list[str]
+) -> None:
+    before = sorted(work.rglob("*"))
+    assert main(["validate", "--config", f"{kind}.yaml"]) == 0
+    printed = capsys.readouterr().out
+    for text in expected:
+        assert text in printed
+    assert sorted(work.rglob("*")) == before
+
+
+def test_validate_uses_the_world_size(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["validate", "--config", "sft.yaml", "--world-size", "4", "actor.parallel.tensor=2"]) == 0
+    assert "tensor 2 x pipeline 1 x data 2 on 4 processes" in capsys.readouterr().out
+    message = failure(capsys, "validate", "--config", "sft.yaml", "--world-size", "3", "actor.parallel.tensor=2")
+    assert "do not divide the world size 3" in message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["actor.optimzer.lr=3"], "did you mean 'actor.optimizer'?"),
+        (["data.train=nothing.jsonl"], "data.train=nothing.jsonl: no such file"),
+        (["actor.model.path=nowhere"], "actor.model.path=nowhere: no such folder"),
+        (["data.max_prompt_tokens=8"], "64 of 64 rows are longer than data.max_prompt_tokens=8"),
+        (["data.max_prompt_tokens=1000"], "max_position_embeddings 1024"),
+        (["algorithm.minibatch_size=48"], "the nearest multiple is 48 or 96"),
+        (["algorithm.critic_warmup_steps=1"], "the run has 1 PPO steps, so the actor would never be trained"),
+        (["reward_model=null", "reward.source=function", "reward.function=no_such_module:score"], "no module"),
+        (["data.chat_template=template.jinja"], "data.chat_template=template.jinja: no such file"),
+    ],
+)
+def test_each_mistake_is_one_clear_line(
+    work: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], message: str
+) -> None:
+    assert message in failure(capsys, "validate", "--config", "ppo.yaml", *overrides)
+
+
+def test_a_malformed_line_is_named(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with (work / "data.jsonl").open("a") as file:
+        file.write('{"prompt": "half\n')
+    assert "data.jsonl, line 65: not valid JSON" in failure(capsys, "validate", "--config", "sft.yaml")
+
+
+def test_roles_with_other_tokens_are_refused(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = work / "other"
+    tokenizer_files = {path.name: path.read_bytes() for path in (work / "model").iterdir()}
+    other.mkdir()
+    for name, content in tokenizer_files.items():
+        (other / name).write_bytes(content)
+    description = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = description["model"]["vocab"]
+    first, last = sorted(vocabulary, key=vocabulary.get)[-2:]
+    vocabulary[first], vocabulary[last] = vocabulary[last], vocabulary[first]
+    (other / "tokenizer.json").write_text(json.dumps(description))
+    message = failure(capsys, "validate", "--config", "ppo.yaml", "reward_model.model.path=other")
+    assert "reward_model: the tokenizer in other has another vocabulary" in message
+    assert "2 tokens differ" in message
+
+    (work / "model" / "config.json").write_text(json.dumps(MODEL_CONFIG | {"vocab_size": 100}))
+    assert "the model has 100 embedding rows" in failure(capsys, "validate", "--config", "sft.yaml")
+
+
+def test_a_tokenizer_without_a_template_needs_a_choice(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (work / "model" / "chat_template.jinja").unlink()
+    message = failure(capsys, "validate", "--config", "sft.yaml")
+    assert "has no chat template; set data.chat_template" in message
+    assert main(["validate", "--config", "sft.yaml", "data.apply_chat_template=false"]) == 0
+    assert "pear apple 0[[apple<|im_end|>]]" in capsys.readouterr().out
+
+
+def test_our_own_faults_keep_their_traceback(
+    work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(args: object) -> None:
+        raise KeyError("ours")
+
+    monkeypatch.setattr(config_command, "run", broken)
+    with pytest.raises(KeyError):
+        main(["config", "--config", "sft.yaml"])
+    with pytest.raises(ValueError, match="unknown key"):
+        monkeypatch.undo()
+        main(["--traceback", "config", "--config", str(work / "sft.yaml"), "nope=1"])
+
+
+def test_every_command_is_there_and_help_imports_nothing_heavy() -> None:
+    assert {"config", "validate", "train", "export", "tokenizer", "init-model", "report"} <= set(
+        build_parser().format_help().split()
+    )
+    code = "import sys, hetero_ppo.cli.main; print({'torch', 'transformers', 'megatron', 'vllm'} & set(sys.modules))"
+    printed = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    ).stdout
+    assert printed.strip() == "set()"

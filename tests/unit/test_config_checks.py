@@ -1,0 +1,192 @@
+"""Rules between fields: each refuses what it should, names the field, and lets the rest pass."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from hetero_ppo.config.checks import check_config, check_paths
+from hetero_ppo.config.derived import derive_ppo, derive_supervised
+from hetero_ppo.config.load import AnyConfig, load_config
+
+TEXT = {
+    "sft": "kind: sft\nrun: {dir: run}\ndata: {train: a.jsonl}\nactor: {model: {path: m}}\n",
+    "rm": "kind: rm\nrun: {dir: run}\ndata: {train: a.jsonl}\nreward: {model: {path: m}}\n",
+    "ppo": "kind: ppo\nrun: {dir: run}\ndata: {train: a.jsonl}\nactor: {model: {path: m}}\ncritic: {model: {path: m}}\n"
+    "reference: {model: {path: m}}\nreward_model: {model: {path: m}}\n",
+}
+
+
+def config_of(folder: Path, kind: str, *overrides: str) -> AnyConfig:
+    path = folder / f"{kind}.yaml"
+    path.write_text(TEXT[kind], encoding="utf-8")
+    return load_config(str(path), list(overrides)).config
+
+
+@pytest.mark.parametrize("kind", ["sft", "rm", "ppo"])
+@pytest.mark.parametrize("world_size", [1, 2, 8])
+def test_the_defaults_pass(tmp_path: Path, kind: str, world_size: int) -> None:
+    check_config(config_of(tmp_path, kind), world_size)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["actor.parallel.tensor=3"], "actor.parallel: tensor 3 .* do not divide the world size 4"),
+        (["critic.parallel.pipeline=8"], "critic.parallel: .*pipeline 8"),
+        (["actor.parallel.tensor=0"], "actor.parallel.tensor=0"),
+        (["actor.parallel.context=2"], "context parallelism is not supported yet"),
+        (["actor.parallel.expert=2"], "expert parallelism is not supported yet"),
+        (["actor.parallel.sequence=true"], "actor.parallel.tensor is 1"),
+        (["actor.parallel.virtual_pipeline=2"], "needs actor.parallel.pipeline > 1"),
+        (["actor.parallel.pipeline=2", "actor.parallel.virtual_pipeline=1"], "at least 2"),
+        (["reference.micro_batch_size=0"], "reference.micro_batch_size=0"),
+        (["critic.optimizer.lr=-1"], "critic.optimizer.lr=-1"),
+        (["critic.optimizer.min_lr=1"], "critic.optimizer.min_lr=1"),
+        (["actor.optimizer.beta2=1"], "actor.optimizer.beta2=1"),
+        (["actor.ddp.overlap_param_gather=true"], "set actor.optimizer.distributed=true"),
+        (["actor.recompute=some"], "allowed: null, selective, full"),
+        (["data.train=a.csv"], "data.train=a.csv: a data file ends in .jsonl or .parquet"),
+        (["train.steps=0"], "train.steps=0: a run does at least 1 step"),
+        (["train.epochs=0"], "train.epochs=0"),
+        (["train.eval_every=5"], "set data.eval"),
+        (["run.timeout_minutes=0"], "run.timeout_minutes=0"),
+        (["checkpoint.keep=0"], "checkpoint.keep=0"),
+        (["algorithm.minibatch_size=24"], "= 64 is not a multiple of algorithm.minibatch_size = 24; .* 48 or 72"),
+        (
+            ["algorithm.minibatch_size=2"],
+            "algorithm.minibatch_size = 2 is not a multiple of the data-parallel size of actor = 4",
+        ),
+        (["algorithm.minibatch_size=2", "actor.parallel.tensor=2"], "the data-parallel size of critic = 4"),
+        (["algorithm.rollout_batch_size=0"], "algorithm.rollout_batch_size=0"),
+        (["algorithm.dual_clip=1"], "dual-clip PPO needs c > 1"),
+        (["algorithm.value_clip=0"], "algorithm.value_clip=0"),
+        (["algorithm.gamma=1.1"], "algorithm.gamma=1.1"),
+        (["train.steps=3", "algorithm.critic_warmup_steps=3"], "the actor would never be trained"),
+        (["algorithm.kl.controller=adaptive", "algorithm.kl.coef=0"], "algorithm.kl.coef=0"),
+        (["algorithm.kl.controller=adaptive", "algorithm.kl.horizon=0"], "algorithm.kl.horizon=0"),
+        (["reward.source=function", "reward_model=null"], "set reward.function"),
+        (["reward.source=function", "reward.function=a:b"], "set reward_model=null"),
+        (["reward.function=a:b"], "set reward.source=function"),
+        (["reward_model=null"], "set reward_model.model.path"),
+        (["reward.source=function", "reward_model=null", "reward.function=score"], "package.module:function"),
+        (["train.eval_function=a:b"], "set data.eval"),
+        (["rollout.sampling.temperature=0"], "rollout.sampling.temperature=0"),
+        (["rollout.eval_sampling.temperature=-1"], "rollout.eval_sampling.temperature=-1"),
+        (["rollout.sampling.top_p=0"], "rollout.sampling.top_p=0"),
+        (["rollout.sampling.top_k=0"], "rollout.sampling.top_k=0"),
+        (["rollout.num_servers=0"], "rollout.num_servers=0"),
+        (["rollout.gpu_memory_utilization=2"], "in \\(0, 1\\]"),
+    ],
+)
+def test_each_rule_names_the_field(tmp_path: Path, overrides: list[str], expected: str) -> None:
+    with pytest.raises(ValueError, match=expected):
+        check_config(config_of(tmp_path, "ppo", *overrides), world_size=4)
+
+
+def test_what_is_allowed_stays_allowed(tmp_path: Path) -> None:
+    overrides = [
+        "actor.parallel.tensor=2",
+        "actor.parallel.sequence=true",
+        "critic.parallel.pipeline=2",
+        "critic.parallel.virtual_pipeline=2",
+        "actor.optimizer.distributed=true",
+        "actor.ddp.overlap_param_gather=true",
+        "actor.recompute=full",
+        "actor.optimizer.lr=0",
+        "algorithm.dual_clip=3",
+        "rollout.eval_sampling.temperature=0",
+        "data.eval=e.parquet",
+        "train.eval_every=5",
+        "train.eval_function=examples/check.py:is_right",
+    ]
+    check_config(config_of(tmp_path, "ppo", *overrides), world_size=4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "overrides", "expected"),
+    [
+        (
+            "sft",
+            ["train.global_batch_size=6"],
+            "train.global_batch_size = 6 is not a multiple of the data-parallel size of actor",
+        ),
+        ("rm", ["train.global_batch_size=6"], "the data-parallel size of reward = 4"),
+        ("rm", ["loss.score_l2=-1"], "loss.score_l2=-1"),
+        ("sft", ["train.eval_batches=0"], "train.eval_batches=0"),
+    ],
+)
+def test_supervised_rules(tmp_path: Path, kind: str, overrides: list[str], expected: str) -> None:
+    with pytest.raises(ValueError, match=expected):
+        check_config(config_of(tmp_path, kind, *overrides), world_size=4)
+
+
+def test_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = config_of(tmp_path, "sft")
+    model = tmp_path / "m"
+
+    def expect(text: str) -> None:
+        with pytest.raises(ValueError, match=text):
+            check_paths(config)
+
+    expect("data.train=a.jsonl: no such file")
+    (tmp_path / "a.jsonl").write_text("{}")
+    expect("actor.model.path=m: no such folder")
+    model.mkdir()
+    expect("actor.model.path=m: the folder has no config.json")
+    (model / "config.json").write_text("{")
+    expect("config.json is not valid JSON")
+    (model / "config.json").write_text(json.dumps({"max_position_embeddings": 512}))
+    expect("no \\*.safetensors")
+    (model / "model.safetensors").write_bytes(b"")
+    expect("data.max_sequence_tokens=1024: actor.model.path has max_position_embeddings 512")
+    (model / "config.json").write_text(
+        json.dumps({"max_position_embeddings": 512, "rope_scaling": {"rope_type": "yarn", "factor": 4}})
+    )
+    check_paths(config)
+
+
+def test_ppo_batching_by_hand(tmp_path: Path) -> None:
+    """48 prompts x 2 = 96 responses; 4 minibatches of 24, 2 epochs: 8 optimizer steps; 100 prompts twice: 5 PPO steps."""
+    config = config_of(
+        tmp_path,
+        "ppo",
+        "algorithm.rollout_batch_size=48",
+        "algorithm.samples_per_prompt=2",
+        "algorithm.minibatch_size=24",
+        "algorithm.ppo_epochs=2",
+        "algorithm.critic_warmup_steps=1",
+        "train.epochs=2",
+        "actor.parallel.tensor=2",
+        "actor.micro_batch_size=5",
+        "critic.micro_batch_size=8",
+    )
+    batching = derive_ppo(config, world_size=4, num_prompts=100)
+    assert (batching.responses_per_step, batching.minibatches_per_epoch, batching.total_steps) == (96, 4, 5)
+    assert (batching.actor.data_parallel_size, batching.critic.data_parallel_size) == (2, 4)
+    assert (batching.actor.batch_per_rank, batching.actor.micro_batches) == (12, 3)
+    assert (batching.critic.batch_per_rank, batching.critic.micro_batches) == (6, 1)
+    assert (batching.actor.total_optimizer_steps, batching.critic.total_optimizer_steps) == (32, 40)
+    assert batching.responses_per_rank == 48
+    lines = batching.describe().splitlines()
+    assert "responses per step       96  responses per PPO step, over all ranks" in lines
+    assert len({line.index("  ") > 0 for line in lines}) == 1
+
+
+def test_supervised_batching_by_hand(tmp_path: Path) -> None:
+    config = config_of(tmp_path, "sft", "train.global_batch_size=16", "train.epochs=3", "actor.micro_batch_size=3")
+    batching = derive_supervised(config, world_size=2, num_rows=50)
+    assert batching.total_steps == 10  # ceil(50 x 3 / 16)
+    assert (batching.role.batch_per_rank, batching.role.micro_batches) == (8, 3)
+    assert "3.20 passes over the data" in batching.describe()
+    assert derive_supervised(config_of(tmp_path, "sft", "train.steps=7"), 1, 50).total_steps == 7
+
+
+def test_a_run_of_zero_steps_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="the run would do zero steps: 0 usable rows in a.jsonl"):
+        derive_supervised(config_of(tmp_path, "sft"), 1, 0)
+    with pytest.raises(ValueError, match="the run has 1 PPO steps"):
+        derive_ppo(config_of(tmp_path, "ppo", "algorithm.critic_warmup_steps=1"), 1, 64)

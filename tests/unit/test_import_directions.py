@@ -1,0 +1,157 @@
+"""The house rules that a reader of the source can check: imports go one way, files and functions stay small."""
+
+from __future__ import annotations
+
+import ast
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("hetero_ppo", "megatron_bridge")
+#: A package imports from its own tier or below. Packages of one tier may use each other as long as there is no cycle.
+TIERS = {
+    "config": 0,
+    "types": 1,
+    "algorithms": 2,
+    "distributed": 2,
+    "observability": 2,
+    "engines": 3,
+    "rollout": 3,
+    "reward": 3,
+    "checkpoint": 3,
+    "data": 3,
+    "experience": 4,
+    "trainers": 5,
+    "cli": 6,
+}
+MEGATRON_CORE_PACKAGES = {"megatron_bridge", "engines", "distributed", "reward"}
+VLLM_PACKAGES = {"rollout"}
+MAX_FILE_LINES, MAX_FUNCTION_LINES = 600, 90
+
+MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+TYPED = MODULES + sorted(
+    path for folder in ("benchmarks", "examples", "scripts", "tests") for path in (ROOT / folder).rglob("*.py")
+)
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+@functools.cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def package_of(path: Path) -> str:
+    """``engines`` for hetero_ppo/engines/x.py, ``types`` for hetero_ppo/types.py, ``megatron_bridge`` for that package."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return "megatron_bridge" if parts[0] == "megatron_bridge" else parts[1]
+
+
+def imports_of(path: Path) -> Iterator[str]:
+    """Dotted names of everything imported anywhere in the module; ``from a import b`` gives ``a.b``."""
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name_of(path)}:{node.lineno}: relative import"
+            assert all(alias.name != "*" for alias in node.names), f"{name_of(path)}:{node.lineno}: import *"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def inner_imports(path: Path) -> set[str]:
+    """Packages of hetero_ppo that the module imports."""
+    return {name.split(".")[1] for name in imports_of(path) if name.startswith("hetero_ppo.")} - {package_of(path)}
+
+
+def is_below(name: str, package: str) -> bool:
+    return name == package or name.startswith(package + ".")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_imports_go_one_way(path: Path) -> None:
+    package = package_of(path)
+    if package == "megatron_bridge":
+        assert not [name for name in imports_of(path) if is_below(name, "hetero_ppo")]
+    elif package != "__init__":
+        assert package in TIERS, f"give {package} a place in TIERS"
+        above = {other for other in inner_imports(path) if TIERS[other] > TIERS[package]}
+        assert not above, f"{name_of(path)} imports from above: {sorted(above)}"
+
+
+def test_packages_of_one_tier_have_no_cycle() -> None:
+    graph: dict[str, set[str]] = {}
+    for path in MODULES:
+        if package_of(path) in TIERS:
+            graph.setdefault(package_of(path), set()).update(inner_imports(path))
+    done: set[str] = set()
+    while graph.keys() - done:
+        free = {package for package in graph.keys() - done if graph[package] <= done}
+        assert free, f"import cycle among {sorted(graph.keys() - done)}"
+        done |= free
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_megatron_core_and_vllm_stay_in_their_packages(path: Path) -> None:
+    names = list(imports_of(path))
+    if package_of(path) not in MEGATRON_CORE_PACKAGES:
+        assert not [name for name in names if is_below(name, "megatron")]
+    if package_of(path) not in VLLM_PACKAGES:
+        assert not [name for name in names if is_below(name, "vllm")]
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if package_of(path) == "algorithms"], ids=name_of)
+def test_algorithms_are_torch_and_types_alone(path: Path) -> None:
+    foreign = ("numpy", "transformers", "megatron", "megatron_bridge", "torch.distributed")
+    assert not [name for name in imports_of(path) if any(is_below(name, package) for package in foreign)]
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if package_of(path) != "distributed"], ids=name_of)
+def test_no_global_process_group_accessors(path: Path) -> None:
+    """Every role has its own layout, so Megatron-Core's one global layout is the wrong one for most of them."""
+    calls = [
+        node for node in ast.walk(tree_of(path)) if isinstance(node, ast.Attribute) and node.attr.startswith("get_")
+    ]
+    for call in calls:
+        assert not (isinstance(call.value, ast.Name) and call.value.id in ("parallel_state", "mpu")), (
+            f"{name_of(path)}:{call.lineno}: parallel_state.{call.attr}"
+        )
+
+
+@pytest.mark.parametrize("path", TYPED, ids=name_of)
+def test_sizes(path: Path) -> None:
+    lines = len(path.read_text(encoding="utf-8").splitlines())
+    assert lines <= MAX_FILE_LINES, f"{name_of(path)} has {lines} lines"
+    for function in functions_of(path):
+        length = function.end_lineno - function.lineno + 1
+        assert length <= MAX_FUNCTION_LINES, f"{name_of(path)}:{function.lineno}: {function.name} has {length} lines"
+
+
+@pytest.mark.parametrize("path", TYPED, ids=name_of)
+def test_every_argument_is_typed(path: Path) -> None:
+    untyped = [
+        f"{name_of(path)}:{function.lineno}: {function.name}({argument.arg})"
+        for function in functions_of(path)
+        for argument in arguments_of(function)
+        if argument.annotation is None and argument.arg not in ("self", "cls")
+    ]
+    assert not untyped
+
+
+def functions_of(path: Path) -> list[Function]:
+    return [node for node in ast.walk(tree_of(path)) if isinstance(node, Function)]
+
+
+def arguments_of(function: Function) -> list[ast.arg]:
+    arguments = function.args
+    variadic = [argument for argument in (arguments.vararg, arguments.kwarg) if argument is not None]
+    return [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, *variadic]
+
+
+def test_nothing_is_called_utils() -> None:
+    assert not [path for path in MODULES if any("utils" in part for part in path.relative_to(ROOT).parts)]
