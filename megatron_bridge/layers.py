@@ -12,9 +12,6 @@ from typing import Optional
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
-import megatron_bridge.platform as platform
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
@@ -26,6 +23,9 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+import megatron_bridge.platform as platform
 
 HAS_TRANSFORMER_ENGINE: bool = platform.HAS_CUDA and importlib.util.find_spec("transformer_engine") is not None
 
@@ -49,6 +49,8 @@ class SdpaCoreAttention(MegatronModule):
         pg_collection: Optional[ProcessGroupCollection] = None,
     ) -> None:
         super().__init__(config=config)
+        assert pg_collection is not None, "process groups are arguments"
+        self.tp_group = pg_collection.tp
         self.softmax_scale = softmax_scale
 
     def forward(
