@@ -54,6 +54,7 @@ class Panel:
     ylabel: str
     metrics: tuple[tuple[str, str], ...]  # metric name, label in the legend
     percent: bool = False  # values 0 to 1, shown as 0 to 100 %
+    kind: str | None = None  # of run; None: any. "eval/accuracy" is of answers in PPO and of pairs in a reward model
 
 
 @dataclass(frozen=True)
@@ -87,13 +88,15 @@ GROUPS: tuple[Group, ...] = (
         (
             Panel(
                 "% correct",
-                (
-                    ("eval/accuracy", "held-out, sampled"),
-                    ("eval/greedy_accuracy", "held-out, greedy"),
-                    ("rm/accuracy", "pairs of the training batch"),
-                    ("eval/rm/accuracy", "held-out pairs"),
-                ),
+                (("eval/accuracy", "held-out, sampled"), ("eval/greedy_accuracy", "held-out, greedy")),
                 percent=True,
+                kind="ppo",
+            ),
+            Panel(
+                "% of pairs",
+                (("rm/accuracy", "training batch"), ("eval/accuracy", "held-out pairs")),
+                percent=True,
+                kind="rm",
             ),
         ),
     ),
@@ -114,14 +117,8 @@ GROUPS: tuple[Group, ...] = (
     Group(
         "Losses",
         (
-            Panel(
-                "nats per token",
-                (("sft/loss", "answers of the training batch"), ("eval/sft/loss", "held-out answers")),
-            ),
-            Panel(
-                "nats per pair",
-                (("rm/loss", "pairs of the training batch"), ("eval/rm/loss", "held-out pairs")),
-            ),
+            Panel("nats per token", (("sft/loss", "training batch"), ("eval/loss", "held-out answers")), kind="sft"),
+            Panel("nats per pair", (("rm/loss", "training batch"), ("eval/loss", "held-out pairs")), kind="rm"),
             Panel("policy", (("actor/pg_loss", "actor/pg_loss"),)),
             Panel("value", (("critic/vf_loss", "critic/vf_loss"),)),
         ),
@@ -149,7 +146,11 @@ GROUPS: tuple[Group, ...] = (
         (
             Panel(
                 "|difference| in log-prob",
-                (("rollout/log_prob_diff_mean", "mean"), ("rollout/log_prob_diff_max", "largest")),
+                (
+                    ("rollout/log_prob_diff_mean", "rollouts, mean"),
+                    ("rollout/log_prob_diff_max", "largest"),
+                    ("rollout/golden_log_prob_diff", "after weight sync"),
+                ),
             ),
         ),
     ),
@@ -157,7 +158,9 @@ GROUPS: tuple[Group, ...] = (
         "Score margin",
         (
             Panel(
-                "chosen - rejected", (("rm/score_margin", "training batch"), ("eval/rm/score_margin", "held-out pairs"))
+                "chosen - rejected",
+                (("rm/score_margin", "training batch"), ("eval/score_margin", "held-out pairs")),
+                kind="rm",
             ),
         ),
     ),
@@ -168,18 +171,17 @@ GROUPS: tuple[Group, ...] = (
 )
 
 
-def grouped_metrics() -> set[str]:
-    """Metrics that some group draws."""
-    return {name for group in GROUPS for panel in group.panels for name, _ in panel.metrics}
-
-
 def group_figures(run: RunRecord) -> list[tuple[str, str]]:
     """(title, SVG) of every group that the run has metrics of, then the seconds by phase."""
     series = {**run.series, **_evaluation_series(run)}
     figures: list[tuple[str, str]] = []
     with matplotlib.rc_context(STYLE):
         for group in GROUPS:
-            panels = [panel for panel in group.panels if any(_drawable(series, name) for name, _ in panel.metrics)]
+            panels = [
+                panel
+                for panel in group.panels
+                if panel.kind in (None, run.kind) and any(_drawable(series, name) for name, _ in panel.metrics)
+            ]
             if panels:
                 figures.append((group.title, _draw_group(f"{run.dir}/{group.title}", panels, series)))
         if top_level({name: 0.0 for name in run.seconds if name != TOTAL}):

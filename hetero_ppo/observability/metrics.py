@@ -42,6 +42,7 @@ HEADLINES: tuple[tuple[str, str, str], ...] = (
     ("critic/vf_explained_var", "ev", "6.3f"),
     ("eval/loss", "eval loss", "7.4f"),
     ("eval/accuracy", "eval acc", "6.3f"),
+    ("eval/score_margin", "eval margin", "7.3f"),
     ("eval/greedy_accuracy", "eval greedy", "6.3f"),
     ("eval/reward", "eval reward", "7.3f"),
     ("eval/kl", "eval kl", "7.3f"),

@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from hetero_ppo.observability.metrics import METRICS_FILE
 from hetero_ppo.observability.timers import TOTAL
 
@@ -58,7 +56,7 @@ class RunRecord:
     """All that a report needs of one run."""
 
     dir: Path
-    kind: str  # "sft", "rm", "ppo", or "run" where there is no config.yaml
+    kind: str  # "sft", "rm" or "ppo"; "run" for metrics of none of them
     config_text: str | None
     num_steps: int  # highest step of the file
     seconds_total: float
@@ -85,7 +83,6 @@ def read_run(path: Path) -> RunRecord:
     run_dir = metrics_path.parent
     config_path = run_dir / CONFIG_FILE
     config_text = config_path.read_text(encoding="utf-8") if config_path.exists() else None
-    kind = str(OmegaConf.create(config_text).get("kind", "run")) if config_text else "run"
     steps = sorted(records)
     seconds = _to_series({step: records[step]["seconds"] for step in steps})
     if TOTAL in seconds:
@@ -93,13 +90,14 @@ def read_run(path: Path) -> RunRecord:
     else:
         times = [records[step]["time"] for step in steps]
         seconds_total = max(times) - min(times)
+    series = _to_series({step: records[step]["metrics"] for step in steps})
     return RunRecord(
         dir=run_dir,
-        kind=kind,
+        kind=_kind(series),
         config_text=config_text,
         num_steps=steps[-1],
         seconds_total=seconds_total,
-        series=_to_series({step: records[step]["metrics"] for step in steps}),
+        series=series,
         seconds=seconds,
         notes=[(step, note) for step in steps for note in records[step]["notes"]],
         before=read_evaluation(run_dir / EVAL_BEFORE_FILE),
@@ -129,6 +127,12 @@ def read_evaluation(path: Path) -> Evaluation | None:
         raise ValueError(f"{path}: the field {error} is missing") from error
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: not an evaluation ({error})") from error
+
+
+def _kind(series: dict[str, Series]) -> str:
+    """By the metrics that only one kind of run has: a bare metrics.jsonl, without its config, is told apart too."""
+    owners = (("actor/", "ppo"), ("critic/", "ppo"), ("rm/", "rm"), ("sft/", "sft"))
+    return next((kind for prefix, kind in owners if any(name.startswith(prefix) for name in series)), "run")
 
 
 def _read_metrics(path: Path) -> dict[int, dict[str, Any]]:

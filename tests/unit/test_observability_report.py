@@ -208,3 +208,15 @@ def test_command_writes_the_report_and_prints_the_summary(ppo_run: Path, capsys:
     assert (ppo_run / "report.html").exists()
     out = capsys.readouterr().out
     assert "+50.0 points" in out and str(ppo_run / "report.html") in out
+
+
+def test_a_metric_is_labelled_by_the_kind_of_run(ppo_run: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "rm"
+    with MetricsLogger(run_dir, RunConfig(dir=str(run_dir), tensorboard=False), is_writer=True) as logger:
+        for step in (1, 2):
+            logger.log(StepMetrics(step, {"rm/accuracy": 0.5, "rm/loss": 0.6, "eval/accuracy": 0.7, "eval/loss": 0.5}))
+    rm = dict(group_figures(read_run(run_dir)))
+    assert "held-out pairs" in rm["Accuracy"] and "sampled" not in rm["Accuracy"]
+    assert "held-out pairs" in rm["Losses"]
+    ppo = dict(group_figures(read_run(ppo_run)))
+    assert "held-out, sampled" in ppo["Accuracy"] and "pairs" not in ppo["Accuracy"]
