@@ -192,7 +192,7 @@ class RolloutConfig:
     max_num_seqs: int = 64  # running batch of one server
     kv_cache_mib: int = 256  # KV cache of one server (CPU)
     gpu_memory_utilization: float = 0.4  # share of the device (GPU)
-    server_threads: int | None = None  # OMP threads of one server (CPU); None: (cores - 1) / servers, at least 1
+    server_threads: int | None = None  # OMP threads of one server (CPU); None: cores / servers, at least 1
     tensor_parallel: int = 1  # GPUs per server
     start_timeout_s: float = 240.0
     request_timeout_s: float = 600.0

@@ -61,14 +61,10 @@ class ServerSpec:
 
 
 def server_threads(config: RolloutConfig, cores: int) -> int:
-    """OMP threads of one CPU server.
-
-    By default one core is left to the HTTP front ends: OMP threads spin at their barriers, and a decode step whose threads
-    share a core with the front end takes twice as long as one on a single thread.
-    """
+    """OMP threads of one CPU server."""
     if config.server_threads is not None:
         return config.server_threads
-    return max(1, (cores - 1) // config.num_servers)
+    return max(1, cores // config.num_servers)
 
 
 def command_line(spec: ServerSpec, socket_path: Path) -> list[str]:
@@ -111,6 +107,9 @@ def environment(spec: ServerSpec, index: int, private_dir: Path, api_key: str, i
         # One process fewer, and no compilation (20 s at the first request that asks for log-probs, and a C++ compiler).
         env |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TORCH_COMPILE_DISABLE": "1"}
         env["OMP_NUM_THREADS"] = str(spec.threads)
+        # Threads that spin at a barrier while one of them has lost its core (to the HTTP front end, say) make a decode step on
+        # two threads twice as long as on one; threads that sleep do not.
+        env["OMP_WAIT_POLICY"] = "passive"
     return env
 
 

@@ -42,6 +42,7 @@ def test_torchrun_variables_do_not_reach_the_server() -> None:
     env = environment(make_spec(), 1, Path("/private"), "key", inherited)
     assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "TORCHELASTIC_RUN_ID"} & env.keys()
     assert env["HOME"] == "/home/me" and env["OMP_NUM_THREADS"] == "3" and env["TMPDIR"] == "/private/tmp_1"
+    assert env["OMP_WAIT_POLICY"] == "passive"
     assert env["VLLM_API_KEY"] == "key" and env["PYTHONPATH"].endswith(":/mine")
 
 
@@ -53,7 +54,7 @@ def test_each_server_gets_its_own_devices() -> None:
     assert env["CUDA_VISIBLE_DEVICES"] == "2,3"
 
 
-@pytest.mark.parametrize(("cores", "servers", "asked", "threads"), [(2, 1, None, 1), (16, 2, None, 7), (1, 2, None, 1), (2, 1, 2, 2)])
+@pytest.mark.parametrize(("cores", "servers", "asked", "threads"), [(2, 1, None, 2), (16, 3, None, 5), (1, 2, None, 1), (2, 1, 1, 1)])
 def test_server_threads(cores: int, servers: int, asked: int | None, threads: int) -> None:
     assert server_threads(RolloutConfig(num_servers=servers, server_threads=asked), cores) == threads
 
