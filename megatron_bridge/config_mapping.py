@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import megatron_bridge.platform as platform
+from megatron_bridge import platform
+
+# isort: split
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_bridge.families import Family, family_of
@@ -83,11 +85,11 @@ def bridge_config(
     dtype: torch.dtype,
     tensor: int = 1,
     pipeline: int = 1,
-    virtual_pipeline: Optional[int] = None,
+    virtual_pipeline: int | None = None,
     context: int = 1,
     expert: int = 1,
     sequence: bool = False,
-    recompute: Optional[str] = None,
+    recompute: str | None = None,
     vocab_multiple: int = 1,
 ) -> BridgeConfig:
     """Map a Hugging Face config to a layout.
@@ -148,44 +150,44 @@ def bridge_config(
 
 
 #: What all supported families have in common.
-_ARCHITECTURE: dict[str, Any] = dict(
-    normalization="RMSNorm",
-    activation_func=F.silu,
-    gated_linear_unit=True,
-    add_bias_linear=False,
-    hidden_dropout=0.0,
-    attention_dropout=0.0,
-    attention_softmax_in_fp32=True,
-)
+_ARCHITECTURE: dict[str, Any] = {
+    "normalization": "RMSNorm",
+    "activation_func": F.silu,
+    "gated_linear_unit": True,
+    "add_bias_linear": False,
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "attention_softmax_in_fp32": True,
+}
 
 
 def _dtype_settings(dtype: torch.dtype) -> dict[str, Any]:
     if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"dtype {dtype} is not supported; use torch.float32 or torch.bfloat16")
-    return dict(bf16=dtype is torch.bfloat16, params_dtype=dtype, pipeline_dtype=dtype, autocast_dtype=dtype)
+    return {"bf16": dtype is torch.bfloat16, "params_dtype": dtype, "pipeline_dtype": dtype, "autocast_dtype": dtype}
 
 
 def _machine_settings() -> dict[str, Any]:
     """Fused kernels are CUDA's; with gloo, batched sends of interleaved stages mix up their messages."""
-    return dict(
-        use_cpu_initialization=not platform.HAS_CUDA,
-        batch_p2p_comm=platform.HAS_CUDA,
-        bias_activation_fusion=platform.HAS_CUDA,
-        bias_dropout_fusion=platform.HAS_CUDA,
-        masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
-        persist_layer_norm=False,
-    )
+    return {
+        "use_cpu_initialization": not platform.HAS_CUDA,
+        "batch_p2p_comm": platform.HAS_CUDA,
+        "bias_activation_fusion": platform.HAS_CUDA,
+        "bias_dropout_fusion": platform.HAS_CUDA,
+        "masked_softmax_fusion": False,
+        "gradient_accumulation_fusion": False,
+        "persist_layer_norm": False,
+    }
 
 
-def _recompute_settings(recompute: Optional[str]) -> dict[str, Any]:
+def _recompute_settings(recompute: str | None) -> dict[str, Any]:
     """Attention kernels never store their scores, so what "selective" can save is the MLP's activations."""
     if recompute is None:
         return {}
     if recompute == "selective":
-        return dict(recompute_granularity="selective", recompute_modules=["mlp"])
+        return {"recompute_granularity": "selective", "recompute_modules": ["mlp"]}
     if recompute == "full":
-        return dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     raise ValueError(f"recompute {recompute!r} is not supported; use null, 'selective' or 'full'")
 
 
@@ -201,15 +203,16 @@ def _check_settings(hf: dict[str, Any], family: Family) -> None:
     for name, value in family.required_values.items():
         if hf[name] != value:
             raise ValueError(
-                f"config.json: {name} {hf[name]!r} is not supported for model_type {family.model_type!r}; only {value!r} is"
+                f"config.json: {name} {hf[name]!r} is not supported for model_type {family.model_type!r}; "
+                f"only {value!r} is"
             )
     if hf.get("quantization_config") is not None:
         raise ValueError("config.json: quantization_config is not supported; give the unquantised checkpoint")
     sliding = [i for i, kind in enumerate(hf.get("layer_types") or ()) if kind != "full_attention"]
     if sliding:
         raise ValueError(
-            f"config.json: layer_types has {hf['layer_types'][sliding[0]]!r} at layer {sliding[0]}; only full_attention is "
-            "supported"
+            f"config.json: layer_types has {hf['layer_types'][sliding[0]]!r} at layer {sliding[0]}; "
+            "only full_attention is supported"
         )
     first_window = hf.get("max_window_layers", hf["num_hidden_layers"])
     in_use = hf.get("use_sliding_window", False) and hf.get("sliding_window") is not None
@@ -227,7 +230,9 @@ def _attention_sizes(hf: dict[str, Any]) -> tuple[int, int, int]:
     if heads % groups:
         raise ValueError(f"config.json: num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}")
     if hf["head_dim"] is None and hidden % heads:
-        raise ValueError(f"config.json: hidden_size {hidden} is not a multiple of num_attention_heads {heads}, and no head_dim")
+        raise ValueError(
+            f"config.json: hidden_size {hidden} is not a multiple of num_attention_heads {heads}; set head_dim"
+        )
     head_dim = hf["head_dim"] or hidden // heads
     if head_dim % 2:
         raise ValueError(f"config.json: head_dim {head_dim} is odd; rotary embeddings need pairs of channels")
@@ -240,7 +245,7 @@ def _check_layout(
     groups: int,
     tensor: int,
     pipeline: int,
-    virtual_pipeline: Optional[int],
+    virtual_pipeline: int | None,
     expert: int,
     sequence: bool,
 ) -> None:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Iterable, Iterator, Optional
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
-import megatron_bridge.platform  # noqa: F401  before megatron.core
+import megatron_bridge.platform  # noqa: F401
+
+# isort: split
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
@@ -43,12 +46,12 @@ def save_hf(
     out_dir: str | Path,
     *,
     source_dir: str | Path,
-    tokenizer_dir: Optional[str | Path] = None,
+    tokenizer_dir: str | Path | None = None,
     head: str = "lm",
-    dtype: Optional[torch.dtype] = None,
+    dtype: torch.dtype | None = None,
     max_shard_bytes: float = 5e9,
 ) -> None:
-    """Write a whole checkpoint: config, generation config, tokenizer files, weights in one file or several with an index.
+    """Write a whole checkpoint: config, generation config, tokenizer files, and weights in one file or several.
 
     Collective over the role's ranks: one rank writes, and all return when the folder is in place. It is written beside
     ``out_dir`` and then renamed, so ``out_dir`` is never half a checkpoint; what was there before is replaced.
@@ -62,13 +65,21 @@ def save_hf(
         max_shard_bytes: most bytes of tensors in one file.
 
     Raises:
-        ValueError: unknown head, or chunks and groups that are not of the bridge's layout.
+        ValueError: unknown head, no checkpoint in source_dir, or chunks and groups that are not of the bridge's layout.
     """
+    # Every rank looks at the source before the first collective: an error there must not leave the others waiting.
+    dtype = dtype or bridge.transformer.params_dtype
+    config = exported_config(read_hf_config(source_dir), bridge.family.architecture(head), head, dtype)
+    tied_twice = head == "lm" and bridge.tie_word_embeddings and _LM_HEAD in tensor_names(source_dir)
     if groups.dp_cp.rank() == 0:
         tensors = stream_hf(model_chunks, bridge, groups, head=head)
         if groups.tp.rank() == 0 and groups.pp.rank() == 0:
-            saved_dtype = dtype or bridge.transformer.params_dtype
-            _write_folder(tensors, bridge, Path(out_dir), Path(source_dir), tokenizer_dir, head, saved_dtype, max_shard_bytes)
+            tensors = _with_tied_head(tensors) if tied_twice else tensors
+            with _replacing(Path(out_dir)) as folder:
+                _write_weights(tensors, folder, dtype, max_shard_bytes)
+                (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+                _copy_files(("generation_config.json",), Path(source_dir), folder)
+                _copy_files(TOKENIZER_FILES, Path(tokenizer_dir or source_dir), folder)
         else:
             for _ in tensors:
                 pass
@@ -76,31 +87,25 @@ def save_hf(
         dist.barrier(group=group)
 
 
-def _write_folder(
-    tensors: Iterable[tuple[str, Tensor]],
-    bridge: BridgeConfig,
-    out_dir: Path,
-    source_dir: Path,
-    tokenizer_dir: Optional[str | Path],
-    head: str,
-    dtype: torch.dtype,
-    max_shard_bytes: float,
-) -> None:
+@contextmanager
+def _replacing(out_dir: Path) -> Iterator[Path]:
+    """A new folder beside ``out_dir`` that takes its name in the end, or is removed when writing fails."""
     out_dir.parent.mkdir(parents=True, exist_ok=True)
-    scratch = out_dir.with_name(f".{out_dir.name}.{os.getpid()}.partial")
-    scratch.mkdir()
+    new, old = (out_dir.with_name(f".{out_dir.name}.{state}") for state in ("partial", "old"))
+    for left_by_a_killed_run in (new, old):
+        if left_by_a_killed_run.exists():
+            shutil.rmtree(left_by_a_killed_run)
+    new.mkdir()
     try:
-        if head == "lm" and bridge.tie_word_embeddings and _LM_HEAD in tensor_names(source_dir):
-            tensors = _with_tied_head(tensors)
-        _write_weights(tensors, scratch, dtype, max_shard_bytes)
-        config = exported_config(read_hf_config(source_dir), bridge.family.architecture(head), head, dtype)
-        (scratch / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        _copy_files(("generation_config.json",), source_dir, scratch)
-        _copy_files(TOKENIZER_FILES, Path(tokenizer_dir or source_dir), scratch)
-        _put_in_place(scratch, out_dir)
+        yield new
     except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
+        shutil.rmtree(new)
         raise
+    if out_dir.exists():
+        out_dir.rename(old)
+    new.rename(out_dir)
+    if old.exists():
+        shutil.rmtree(old)
 
 
 def exported_config(source: dict[str, Any], architecture: str, head: str, dtype: torch.dtype) -> dict[str, Any]:
@@ -115,7 +120,7 @@ def exported_config(source: dict[str, Any], architecture: str, head: str, dtype:
 
 def _with_tied_head(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     """Add the second copy of tied embeddings that the source checkpoint has."""
-    embedding: Optional[Tensor] = None
+    embedding: Tensor | None = None
     for name, tensor in tensors:
         if name == _EMBEDDING:
             embedding = tensor.clone()
@@ -124,7 +129,9 @@ def _with_tied_head(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str
     yield _LM_HEAD, embedding
 
 
-def _write_weights(tensors: Iterable[tuple[str, Tensor]], folder: Path, dtype: torch.dtype, max_shard_bytes: float) -> None:
+def _write_weights(
+    tensors: Iterable[tuple[str, Tensor]], folder: Path, dtype: torch.dtype, max_shard_bytes: float
+) -> None:
     """Fill one file after the other, holding at most one; names with the number of files are known at the end."""
     shard: dict[str, Tensor] = {}
     files: list[list[str]] = []  # names of the tensors in each file
@@ -160,12 +167,3 @@ def _copy_files(names: Iterable[str], source: Path, target: Path) -> None:
     for name in names:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
-
-
-def _put_in_place(scratch: Path, out_dir: Path) -> None:
-    old = out_dir.with_name(f".{out_dir.name}.{os.getpid()}.old")
-    if out_dir.exists():
-        out_dir.rename(old)
-    scratch.rename(out_dir)
-    if old.exists():
-        shutil.rmtree(old)

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Optional
+from typing import Any, Self
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -67,10 +67,10 @@ class HfCheckpoint:
             self._read_header(self.path / SINGLE_FILE, listed_in=None)
         else:
             raise ValueError(
-                f"{self.path}: neither {SINGLE_FILE} nor {INDEX_FILE}; save the model with save_pretrained as safetensors"
+                f"{self.path}: neither {SINGLE_FILE} nor {INDEX_FILE}; save it with transformers' save_pretrained"
             )
 
-    def _read_header(self, file: Path, listed_in: Optional[Path]) -> None:
+    def _read_header(self, file: Path, listed_in: Path | None) -> None:
         if not file.is_file():
             raise ValueError(f"{listed_in}: lists {file.name}, but there is no such file; complete the download")
         try:
@@ -78,7 +78,8 @@ class HfCheckpoint:
         except SafetensorError as error:
             raise ValueError(f"{file}: not a readable safetensors file ({error}); download or save it again") from error
         self._open[file] = handle
-        for name in handle.keys():
+        names: list[str] = handle.keys()  # a handle is no mapping
+        for name in names:
             part = handle.get_slice(name)
             self.tensors[name] = TensorInfo(file, tuple(part.get_shape()), part.get_dtype())
 
@@ -92,11 +93,11 @@ class HfCheckpoint:
         """A tensor to read by indexing."""
         return LazyTensor(self._open[self.tensors[name].file].get_slice(name))
 
-    def __enter__(self) -> HfCheckpoint:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
-        self, kind: Optional[type[BaseException]], error: Optional[BaseException], trace: Optional[TracebackType]
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stack.close()
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Sequence
 
 import torch
 
-import megatron_bridge.platform  # noqa: F401  before megatron.core
+import megatron_bridge.platform  # noqa: F401
+
+# isort: split
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
@@ -49,8 +51,8 @@ def load_hf(
     Args:
         model_chunks: unwrapped chunks from ``build_model``, in virtual-stage order.
         groups: the role's groups; tp and pp are used, without communication.
-        head: "lm", or "value" / "score" for a model with one output. From a language model's checkpoint such a head stays
-            as it was initialised and ``lm_head.weight`` is left unread.
+        head: "lm", or "value" / "score" for a model with one output. From a language model's checkpoint such a head
+            stays as it was initialised and ``lm_head.weight`` is left unread.
 
     Raises:
         ValueError: a tensor is missing, unknown, of the wrong shape or not floating point, or the layouts disagree.
@@ -60,9 +62,7 @@ def load_hf(
     with HfCheckpoint(path) as checkpoint:
         initialised = _check(checkpoint, bridge, plan, head)
         mine = [
-            entry
-            for entry in plan
-            if entry.pp_rank == groups.pp.rank() and not set(entry.hf_names) & set(initialised)
+            entry for entry in plan if entry.pp_rank == groups.pp.rank() and not set(entry.hf_names) & set(initialised)
         ]
         for entry in mine:
             tensors = [checkpoint.lazy(name) for name in entry.hf_names]
@@ -87,13 +87,15 @@ def _check(checkpoint: HfCheckpoint, bridge: BridgeConfig, plan: Sequence[Entry]
     unknown = sorted(found - expected.keys() - unused)
     if unknown:
         raise ValueError(
-            f"{checkpoint.tensors[unknown[0]].file}: {_some(unknown)} unknown; a {bridge.family.architecture(head)} with this "
-            "config has no such tensor"
+            f"{checkpoint.tensors[unknown[0]].file}: {_some(unknown)} unknown; a {bridge.family.architecture(head)} "
+            "with this config has no such tensor"
         )
     for name in expected.keys() & found:
         info = checkpoint.tensors[name]
         if info.shape != expected[name]:
-            raise ValueError(f"{info.file}: {name} has shape {list(info.shape)}, the config asks for {list(expected[name])}")
+            raise ValueError(
+                f"{info.file}: {name} has shape {list(info.shape)}, the config asks for {list(expected[name])}"
+            )
         if info.dtype not in FLOAT_DTYPES:
             raise ValueError(f"{info.file}: {name} has dtype {info.dtype}; quantised checkpoints are not supported")
     if head == "lm" and bridge.tie_word_embeddings and _LM_HEAD in found:
@@ -118,14 +120,16 @@ def _check_tied(checkpoint: HfCheckpoint) -> None:
     )
     if not same:
         raise ValueError(
-            f"{info.file}: {_LM_HEAD} differs from {_EMBEDDING}, but config.json says tie_word_embeddings true; set it to "
-            "false, or remove the tensor"
+            f"{info.file}: {_LM_HEAD} differs from {_EMBEDDING}, but config.json says tie_word_embeddings true; set it "
+            "to false, or remove the tensor"
         )
 
 
 def _some(names: Sequence[str], limit: int = 4) -> str:
     shown = ", ".join(names[:limit])
-    return f"{shown} and {len(names) - limit} more are" if len(names) > limit else f"{shown} {'is' if len(names) == 1 else 'are'}"
+    if len(names) > limit:
+        return f"{shown} and {len(names) - limit} more are"
+    return f"{shown} {'is' if len(names) == 1 else 'are'}"
 
 
 def _check_complete(chunks: Sequence[dict[str, torch.nn.Parameter]], plan: Sequence[Entry], pp_rank: int) -> None:

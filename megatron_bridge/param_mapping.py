@@ -1,7 +1,7 @@
 """How Hugging Face tensors become Megatron-Core parameters and back: pure rules, no files, no collectives.
 
-A rule joins one Megatron parameter with the Hugging Face tensors that it holds. Every tensor-parallel rank's part of each
-of those tensors is one contiguous block of rows or columns, so a loader reads no more than it keeps.
+A rule joins one Megatron parameter with the Hugging Face tensors that it holds. Every tensor-parallel rank's part of
+each of those tensors is one contiguous block of rows or columns, so a loader reads no more than it keeps.
 
 Megatron layouts (Shoeybi et al. 2019, "Megatron-LM"):
 
@@ -12,9 +12,10 @@ Megatron layouts (Shoeybi et al. 2019, "Megatron-LM"):
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Iterator, Protocol, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -59,9 +60,9 @@ class HfTensor:
 
 @dataclass(frozen=True)
 class Rule:
-    """One Megatron parameter and what it holds. ``megatron``: its name in each layer spec (local, Transformer Engine)."""
+    """One Megatron parameter and what it holds."""
 
-    megatron: tuple[str, ...]
+    megatron: tuple[str, ...]  # its name in the local layer spec and, where it differs, in Transformer Engine's
     kind: Kind
     hf: tuple[HfTensor, ...]
 
@@ -81,8 +82,8 @@ def check_tensor_parallel(tp_size: int, *, heads: int, num_query_groups: int, ff
     """Raise ValueError where the sizes of a model cannot be divided over ``tp_size`` ranks."""
     if tp_size > num_query_groups:
         raise ValueError(
-            f"tensor parallelism {tp_size} exceeds num_key_value_heads {num_query_groups}: a key-value head would have to "
-            f"be copied to several ranks; use at most {num_query_groups} tensor-parallel ranks"
+            f"tensor parallelism {tp_size} exceeds num_key_value_heads {num_query_groups}: a key-value head would have "
+            f"to be copied to several ranks; use at most {num_query_groups} tensor-parallel ranks"
         )
     sizes = {"num_attention_heads": heads, "num_key_value_heads": num_query_groups, "intermediate_size": ffn}
     for name, size in sizes.items():

@@ -1,8 +1,8 @@
 """Rotary frequencies of a Hugging Face config, and their installation in a GPTModel.
 
-Megatron-Core's own RoPE scaling has fixed constants (llama3: low 1, high 4, original context 8192) and reads YaRN's from
-attributes that its config class lacks. So the frequencies are computed here, exactly as the checkpoint's config asks, and
-replace those of the built model.
+Megatron-Core's own RoPE scaling has fixed constants (llama3: low 1, high 4, original context 8192) and reads YaRN's
+from attributes that its config class lacks. So the frequencies are computed here, exactly as the checkpoint's config
+asks, and replace those of the built model.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-import megatron_bridge.platform  # noqa: F401  before megatron.core
+import megatron_bridge.platform  # noqa: F401
+
+# isort: split
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -25,10 +27,10 @@ ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
 def rope_parameters(hf_config: dict[str, Any]) -> dict[str, Any]:
-    """RoPE settings in one form, from ``rope_parameters`` (transformers 5) or ``rope_theta`` and ``rope_scaling`` (before).
+    """RoPE settings in one form: from ``rope_parameters`` (transformers 5), or ``rope_theta`` and ``rope_scaling``.
 
     Raises:
-        ValueError: a rope type or a partial rotary factor that the bridge has no rule for, or one setting per layer type.
+        ValueError: a rope type or a partial rotary factor that the bridge has no rule for, or settings per layer type.
     """
     source = "rope_scaling" if hf_config.get("rope_scaling") else "rope_parameters"
     parameters = dict(hf_config.get(source) or {})
@@ -120,8 +122,8 @@ def _yarn_attention_scaling(parameters: dict[str, Any]) -> float:
 def set_attention_scaling(config: TransformerConfig, scaling: float) -> None:
     """Make Megatron-Core's attention multiply cosine and sine by ``scaling``.
 
-    It computes the factor as ``0.1 * yarn_mscale * ln(yarn_rotary_scaling_factor) + 1`` from attributes that only exist on a
-    config when somebody sets them; ln(e) = 1 leaves the weight alone to carry the value.
+    It computes the factor as ``0.1 * yarn_mscale * ln(yarn_rotary_scaling_factor) + 1`` from attributes that only exist
+    on a config when somebody sets them; ln(e) = 1 leaves ``yarn_mscale`` alone to carry the value.
     """
     if scaling == 1.0:
         return

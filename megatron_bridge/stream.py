@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Iterator
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-import megatron_bridge.platform as platform
+from megatron_bridge import platform
+
+# isort: split
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
@@ -23,8 +25,8 @@ def stream_hf(
     """Yield (name, full tensor) for every Hugging Face tensor, in state-dict order, on every rank.
 
     Collective over groups.tp and groups.pp: all their ranks must run the generator to its end, in step. At most one
-    Megatron parameter is held whole. The tensors are on the model's device, in the parameters' dtype, and may be views of
-    live parameters: read or copy each before the next step, and don't write to it.
+    Megatron parameter is held whole. The tensors are on the model's device, in the parameters' dtype, and may be views
+    of live parameters: read or copy each before the next step, and don't write to it.
 
     Raises:
         ValueError: unknown head, or chunks and groups that are not of the bridge's layout.

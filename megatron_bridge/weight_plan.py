@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from torch.nn import Parameter
 
-import megatron_bridge.platform  # noqa: F401  before megatron.core
+import megatron_bridge.platform  # noqa: F401
+
+# isort: split
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
@@ -62,7 +64,9 @@ def chunk_parameters(
     }
     for name, (wanted, given) in sizes.items():
         if wanted != given:
-            raise ValueError(f"{name} parallelism is {wanted} in the bridge config but {given} in the model or its groups")
+            raise ValueError(
+                f"{name} parallelism is {wanted} in the bridge config but {given} in the model or its groups"
+            )
     return [dict(chunk.named_parameters()) for chunk in model_chunks]
 
 

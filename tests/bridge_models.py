@@ -11,35 +11,35 @@ from safetensors import safe_open
 from torch import Tensor
 
 VOCAB = 131  # odd: two tensor-parallel ranks need a padding row
-SIZES: dict[str, Any] = dict(
-    vocab_size=VOCAB,
-    hidden_size=48,
-    intermediate_size=72,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=128,
-    pad_token_id=0,
-)
-LLAMA3 = dict(
-    rope_type="llama3",
-    rope_theta=50000.0,
-    factor=6.0,
-    low_freq_factor=1.5,
-    high_freq_factor=5.0,
-    original_max_position_embeddings=64,
-)
-YARN = dict(rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=32)
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 48,
+    "intermediate_size": 72,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 50000.0,
+    "factor": 6.0,
+    "low_freq_factor": 1.5,
+    "high_freq_factor": 5.0,
+    "original_max_position_embeddings": 64,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
 
 #: name -> (model_type, config fields)
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama_untied": ("llama", dict(rope_parameters=dict(rope_type="default", rope_theta=7000.0))),
-    "llama_tied_llama3": ("llama", dict(tie_word_embeddings=True, rope_parameters=LLAMA3)),
-    "llama_linear": ("llama", dict(rope_parameters=dict(rope_type="linear", rope_theta=10000.0, factor=3.0))),
-    "qwen2_untied_yarn": ("qwen2", dict(rope_parameters=YARN)),
-    "qwen2_tied": ("qwen2", dict(tie_word_embeddings=True)),
-    "qwen3_tied": ("qwen3", dict(tie_word_embeddings=True, head_dim=20)),
-    "qwen3_untied_yarn": ("qwen3", dict(head_dim=16, rope_parameters=dict(YARN, attention_factor=1.3, beta_fast=16))),
+    "llama_untied": ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 7000.0}}),
+    "llama_tied_llama3": ("llama", {"tie_word_embeddings": True, "rope_parameters": LLAMA3}),
+    "llama_linear": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 3.0}}),
+    "qwen2_untied_yarn": ("qwen2", {"rope_parameters": YARN}),
+    "qwen2_tied": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen3_tied": ("qwen3", {"tie_word_embeddings": True, "head_dim": 20}),
+    "qwen3_untied_yarn": ("qwen3", {"head_dim": 16, "rope_parameters": dict(YARN, attention_factor=1.3, beta_fast=16)}),
 }
 
 
@@ -77,7 +77,8 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as handle:
-            tensors |= {name: handle.get_tensor(name) for name in handle.keys()}
+            names: list[str] = handle.keys()
+            tensors |= {name: handle.get_tensor(name) for name in names}
     return tensors
 
 
@@ -89,7 +90,7 @@ def same_tensors(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
 
 
 def pipeline_forward(chunks: list[Any], tokens: Tensor, groups: Any, hidden_size: int) -> Tensor:
-    """Run all stages in turn. Returns the last chunk's output [b, s, columns of this rank], on every rank of groups.pp."""
+    """Run all stages in turn. Returns the last chunk's output [b, s, columns of this rank] on each."""
     b, s = tokens.shape
     positions = torch.arange(s).expand(b, s)
     pp_rank, pp_size = groups.pp.rank(), groups.pp.size()

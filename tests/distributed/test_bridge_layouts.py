@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-
 from bridge_models import CASES, hf_model, read_tensors, same_tensors, save_case, token_ids
 
 WORKER = Path(__file__).parent / "workers" / "bridge_worker.py"
@@ -30,17 +29,17 @@ def _jobs(folder: Path) -> list[dict[str, Any]]:
     for case, head, dtype, layout in plan:
         tensor, pipeline, virtual_pipeline = LAYOUTS[layout]
         jobs.append(
-            dict(
-                name=f"{case}-{head}-{dtype}-{layout}",
-                case=case,
-                checkpoint=str(folder / f"{case}-{head}"),
-                out=str(folder / f"out-{case}-{head}-{dtype}-{layout}"),
-                head=head,
-                dtype=dtype,
-                tensor=tensor,
-                pipeline=pipeline,
-                virtual_pipeline=virtual_pipeline,
-            )
+            {
+                "name": f"{case}-{head}-{dtype}-{layout}",
+                "case": case,
+                "checkpoint": str(folder / f"{case}-{head}"),
+                "out": str(folder / f"out-{case}-{head}-{dtype}-{layout}"),
+                "head": head,
+                "dtype": dtype,
+                "tensor": tensor,
+                "pipeline": pipeline,
+                "virtual_pipeline": virtual_pipeline,
+            }
         )
     return jobs
 

@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from bridge_models import CASES, VOCAB, hf_model, pipeline_forward, read_tensors, same_tensors, save_case, token_ids
 from safetensors.torch import save_file
 
-import megatron_bridge.platform  # noqa: F401  before megatron.core
-from bridge_models import CASES, VOCAB, hf_model, pipeline_forward, read_tensors, same_tensors, save_case, token_ids
 from hetero_ppo.config.schema import ParallelConfig
 from hetero_ppo.distributed.groups import role_groups
 from megatron_bridge.config_mapping import BridgeConfig, bridge_config, read_hf_config
@@ -67,7 +66,7 @@ def test_logits_and_round_trip(case: str, groups: Any, tmp_path: Path) -> None:
 def test_rope_settings_change_the_logits(groups: Any, tmp_path: Path) -> None:
     """The comparison above would not see a rope type that is ignored if the type made no difference."""
     for case in ("llama_tied_llama3", "llama_linear", "qwen2_untied_yarn", "qwen3_untied_yarn"):
-        plain = dict(rope_type="default", rope_theta=CASES[case][1]["rope_parameters"]["rope_theta"])
+        plain = {"rope_type": "default", "rope_theta": CASES[case][1]["rope_parameters"]["rope_theta"]}
         difference = _outputs(hf_model(case)) - _outputs(hf_model(case, rope_parameters=plain))
         assert difference.abs().max() > 1e-2, case
 
@@ -104,6 +103,7 @@ def test_export_files_dtype_and_replacement(groups: Any, tmp_path: Path) -> None
     (tmp_path / "tokenizer" / "tokenizer.json").write_text("other")
     chunks, bridge, _ = _load(source, groups)
     out = tmp_path / "out"
+    (tmp_path / ".out.partial").mkdir()  # left by a run that was killed
     save_hf(chunks, bridge, groups, out, source_dir=source)
     assert (out / "chat_template.jinja").read_text() == "chat_template.jinja"
     assert {file.name for file in source.iterdir()} == {file.name for file in out.iterdir()}

@@ -1,4 +1,4 @@
-"""config.json -> TransformerConfig: what is mapped, what is refused, and rotary frequencies as transformers has them."""
+"""config.json -> TransformerConfig: what is mapped, what is refused, and rotary frequencies like transformers'."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from megatron_bridge.config_mapping import BridgeConfig, bridge_config, read_hf_
 from megatron_bridge.export_hf import exported_config
 from megatron_bridge.rope import rope_frequencies, rope_parameters
 
-CONFIG: dict[str, Any] = dict(
-    model_type="llama",
-    vocab_size=1000,
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=4,
-    num_attention_heads=8,
-    num_key_value_heads=4,
-    max_position_embeddings=512,
-)
+CONFIG: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 1000,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 512,
+}
 
 
 def _bridge(layout: dict[str, Any] | None = None, **fields: Any) -> BridgeConfig:
@@ -31,7 +31,14 @@ def _bridge(layout: dict[str, Any] | None = None, **fields: Any) -> BridgeConfig
 
 def test_sizes() -> None:
     bridge = _bridge(
-        dict(tensor=2, pipeline=2, virtual_pipeline=2, vocab_multiple=128, sequence=True, dtype=torch.bfloat16),
+        {
+            "tensor": 2,
+            "pipeline": 2,
+            "virtual_pipeline": 2,
+            "vocab_multiple": 128,
+            "sequence": True,
+            "dtype": torch.bfloat16,
+        },
         rms_norm_eps=1e-5,
         rope_theta=5e5,
     )
@@ -56,28 +63,28 @@ def test_families_differ_where_they_should() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (dict(model_type="gpt2"), "model_type 'gpt2' is not supported; supported: llama, qwen2, qwen3"),
-        (dict(hidden_size=None), "hidden_size missing"),
-        (dict(mlp_bias=True), "mlp_bias True is not supported"),
-        (dict(attention_bias=True), "attention_bias True is not supported"),
-        (dict(attention_dropout=0.1), "attention_dropout 0.1 is not supported"),
-        (dict(hidden_act="gelu"), "hidden_act 'gelu' is not supported"),
-        (dict(quantization_config={"bits": 4}), "quantization_config is not supported"),
+        ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported; supported: llama, qwen2, qwen3"),
+        ({"hidden_size": None}, "hidden_size missing"),
+        ({"mlp_bias": True}, "mlp_bias True is not supported"),
+        ({"attention_bias": True}, "attention_bias True is not supported"),
+        ({"attention_dropout": 0.1}, "attention_dropout 0.1 is not supported"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config is not supported"),
         (
-            dict(model_type="qwen2", use_sliding_window=True, sliding_window=64, max_window_layers=2),
+            {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 64, "max_window_layers": 2},
             "use_sliding_window true with max_window_layers 2",
         ),
         (
-            dict(model_type="qwen3", layer_types=["full_attention"] * 3 + ["sliding_attention"]),
+            {"model_type": "qwen3", "layer_types": ["full_attention"] * 3 + ["sliding_attention"]},
             "layer_types has 'sliding_attention' at layer 3",
         ),
-        (dict(rope_scaling={"type": "dynamic", "factor": 2.0}), "rope_scaling.rope_type 'dynamic' is not supported"),
-        (dict(rope_parameters={"rope_type": "yarn"}), "rope_type 'yarn' needs factor"),
-        (dict(rope_parameters={"full_attention": {"rope_theta": 1e4}}), r"per layer type \(full_attention\)"),
-        (dict(partial_rotary_factor=0.5), "partial_rotary_factor 0.5 is not supported"),
-        (dict(num_key_value_heads=3), "num_attention_heads 8 is not a multiple of num_key_value_heads 3"),
-        (dict(num_attention_heads=12, num_key_value_heads=4), "hidden_size 64 is not a multiple"),
-        (dict(head_dim=9), "head_dim 9 is odd"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling.rope_type 'dynamic' is not supported"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type 'yarn' needs factor"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, r"per layer type \(full_attention\)"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported"),
+        ({"num_key_value_heads": 3}, "num_attention_heads 8 is not a multiple of num_key_value_heads 3"),
+        ({"num_attention_heads": 12, "num_key_value_heads": 4}, "hidden_size 64 is not a multiple"),
+        ({"head_dim": 9}, "head_dim 9 is odd"),
     ],
 )
 def test_unsupported_checkpoints(fields: dict[str, Any], message: str) -> None:
@@ -88,14 +95,14 @@ def test_unsupported_checkpoints(fields: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("layout", "message"),
     [
-        (dict(tensor=8), "tensor parallelism 8 exceeds num_key_value_heads 4"),
-        (dict(pipeline=3), "num_hidden_layers 4 is not a multiple of pipeline 3 x virtual_pipeline 1 = 3"),
-        (dict(pipeline=2, virtual_pipeline=4), "= 8 stages"),
-        (dict(virtual_pipeline=2), "virtual_pipeline 2 needs pipeline parallelism"),
-        (dict(sequence=True), "sequence parallelism needs tensor parallelism"),
-        (dict(expert=2), "expert parallelism 2"),
-        (dict(recompute="some"), "recompute 'some' is not supported"),
-        (dict(dtype=torch.float16), "dtype torch.float16 is not supported"),
+        ({"tensor": 8}, "tensor parallelism 8 exceeds num_key_value_heads 4"),
+        ({"pipeline": 3}, "num_hidden_layers 4 is not a multiple of pipeline 3 x virtual_pipeline 1 = 3"),
+        ({"pipeline": 2, "virtual_pipeline": 4}, "= 8 stages"),
+        ({"virtual_pipeline": 2}, "virtual_pipeline 2 needs pipeline parallelism"),
+        ({"sequence": True}, "sequence parallelism needs tensor parallelism"),
+        ({"expert": 2}, "expert parallelism 2"),
+        ({"recompute": "some"}, "recompute 'some' is not supported"),
+        ({"dtype": torch.float16}, "dtype torch.float16 is not supported"),
     ],
 )
 def test_unsupported_layouts(layout: dict[str, Any], message: str) -> None:
@@ -109,28 +116,28 @@ def test_window_that_no_layer_uses_is_accepted() -> None:
 
 
 ROPES: list[dict[str, Any]] = [
-    dict(rope_type="default", rope_theta=1e6),
-    dict(rope_type="linear", rope_theta=1e4, factor=4.0),
-    dict(
-        rope_type="llama3",
-        rope_theta=5e5,
-        factor=8.0,
-        low_freq_factor=1.0,
-        high_freq_factor=4.0,
-        original_max_position_embeddings=8192,
-    ),
-    dict(
-        rope_type="llama3",
-        rope_theta=1e4,
-        factor=32.0,
-        low_freq_factor=2.0,
-        high_freq_factor=7.0,
-        original_max_position_embeddings=100,
-    ),
-    dict(rope_type="yarn", rope_theta=1e6, factor=4.0, original_max_position_embeddings=32768),
-    dict(rope_type="yarn", rope_theta=1e4, factor=16.0, original_max_position_embeddings=64, truncate=False),
-    dict(rope_type="yarn", rope_theta=1e4, factor=8.0, beta_fast=20, beta_slow=2, attention_factor=0.9),
-    dict(rope_type="yarn", rope_theta=1e4, factor=8.0, mscale=1.4, mscale_all_dim=0.7),
+    {"rope_type": "default", "rope_theta": 1e6},
+    {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
+    {
+        "rope_type": "llama3",
+        "rope_theta": 5e5,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+    {
+        "rope_type": "llama3",
+        "rope_theta": 1e4,
+        "factor": 32.0,
+        "low_freq_factor": 2.0,
+        "high_freq_factor": 7.0,
+        "original_max_position_embeddings": 100,
+    },
+    {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 32768},
+    {"rope_type": "yarn", "rope_theta": 1e4, "factor": 16.0, "original_max_position_embeddings": 64, "truncate": False},
+    {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "beta_fast": 20, "beta_slow": 2, "attention_factor": 0.9},
+    {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "mscale": 1.4, "mscale_all_dim": 0.7},
 ]
 
 
@@ -142,7 +149,7 @@ def test_rope_frequencies_equal_transformers(model_type: str, parameters: dict[s
     from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
     from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
-    modules = dict(llama=LlamaRotaryEmbedding, qwen2=Qwen2RotaryEmbedding, qwen3=Qwen3RotaryEmbedding)
+    modules = {"llama": LlamaRotaryEmbedding, "qwen2": Qwen2RotaryEmbedding, "qwen3": Qwen3RotaryEmbedding}
     fields = {**CONFIG, "model_type": model_type, "rope_parameters": parameters, "head_dim": 64}
     theirs = modules[model_type](AutoConfig.for_model(**json.loads(json.dumps(fields))))
     inv_freq, scaling = rope_frequencies(rope_parameters(fields), 64, CONFIG["max_position_embeddings"])
@@ -151,14 +158,14 @@ def test_rope_frequencies_equal_transformers(model_type: str, parameters: dict[s
 
 
 def test_both_spellings_of_rope_settings() -> None:
-    new = dict(rope_parameters=dict(rope_type="linear", rope_theta=5e4, factor=2.0))
+    new = {"rope_parameters": {"rope_type": "linear", "rope_theta": 5e4, "factor": 2.0}}
     for old in (
-        dict(rope_theta=5e4, rope_scaling=dict(type="linear", factor=2.0)),
-        dict(rope_theta=5e4, rope_scaling=dict(rope_type="linear", factor=2.0), rope_parameters=None),
+        {"rope_theta": 5e4, "rope_scaling": {"type": "linear", "factor": 2.0}},
+        {"rope_theta": 5e4, "rope_scaling": {"rope_type": "linear", "factor": 2.0}, "rope_parameters": None},
     ):
         a, b = _bridge(**new), _bridge(**old)
         assert torch.equal(a.inv_freq, b.inv_freq) and a.rope == b.rope
-    assert rope_parameters(dict(rope_scaling=None)) == dict(rope_type="default", rope_theta=10_000.0)
+    assert rope_parameters({"rope_scaling": None}) == {"rope_type": "default", "rope_theta": 10_000.0}
 
 
 @pytest.mark.parametrize("factor", [0.8, 1.0, 1.2079, 3.0])
@@ -167,7 +174,9 @@ def test_attention_scaling_reaches_megatron(factor: float) -> None:
         _yarn_get_concentration_factor_from_config,
     )
 
-    bridge = _bridge(rope_parameters=dict(rope_type="yarn", rope_theta=1e4, factor=4.0, attention_factor=factor))
+    bridge = _bridge(
+        rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "attention_factor": factor}
+    )
     assert _yarn_get_concentration_factor_from_config(bridge.transformer) == pytest.approx(factor, rel=1e-14)
 
 

@@ -60,9 +60,7 @@ def test_merge_undoes_shard(model_type: str, tp_size: int) -> None:
     layout = PipelineLayout(num_layers=1, pp_size=1)
     rules = FAMILIES[model_type].layer_rules
     generator = torch.Generator().manual_seed(0)
-    plan = entries(
-        rules, layout, embedding=decoder.EMBEDDING, final_norm=decoder.FINAL_NORM, output=decoder.SCORE_HEAD
-    )
+    plan = entries(rules, layout, embedding=decoder.EMBEDDING, final_norm=decoder.FINAL_NORM, output=decoder.SCORE_HEAD)
     for entry in plan:
         tensors = [torch.randn(hf.shape(DIMS), generator=generator) for hf in entry.rule.hf]
         shards = [shard(entry.rule, DIMS, tensors, rank, tp_size) for rank in range(tp_size)]
@@ -112,9 +110,12 @@ def test_padded_vocab_size() -> None:
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        (dict(heads=8, num_query_groups=2, ffn=64), "tensor parallelism 4 exceeds num_key_value_heads 2"),
-        (dict(heads=12, num_query_groups=6, ffn=64), "num_key_value_heads 6 is not a multiple of tensor parallelism 4"),
-        (dict(heads=8, num_query_groups=4, ffn=66), "intermediate_size 66 is not a multiple"),
+        ({"heads": 8, "num_query_groups": 2, "ffn": 64}, "tensor parallelism 4 exceeds num_key_value_heads 2"),
+        (
+            {"heads": 12, "num_query_groups": 6, "ffn": 64},
+            "num_key_value_heads 6 is not a multiple of tensor parallelism 4",
+        ),
+        ({"heads": 8, "num_query_groups": 4, "ffn": 66}, "intermediate_size 66 is not a multiple"),
     ],
 )
 def test_tensor_parallelism_that_does_not_divide(sizes: dict[str, int], message: str) -> None:

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-import megatron_bridge.platform  # noqa: F401  before megatron.core
 from hetero_ppo.config.schema import ParallelConfig
 from hetero_ppo.distributed.groups import initialise, role_groups
 from megatron_bridge.config_mapping import bridge_config, read_hf_config
@@ -23,7 +22,7 @@ from megatron_bridge.model_provider import build_model
 from megatron_bridge.stream import stream_hf
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))
-from bridge_models import pipeline_forward, read_tensors, same_tensors, token_ids  # noqa: E402
+from bridge_models import pipeline_forward, read_tensors, same_tensors, token_ids
 
 
 def run_job(job: dict[str, Any]) -> dict[str, Any]:
