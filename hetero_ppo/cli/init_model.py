@@ -43,9 +43,11 @@ def run(args: argparse.Namespace) -> None:
     check_sizes(args)
     # transformers takes seconds to import; `hetero-ppo --help` should not.
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+    from hetero_ppo.data.chat_template import load_tokenizer
+
+    tokenizer = load_tokenizer(str(args.tokenizer), "--tokenizer")
     config = model_config(args, tokenizer)
     torch.manual_seed(args.seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

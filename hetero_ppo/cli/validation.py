@@ -46,7 +46,7 @@ def print_validation(config_path: str, overrides: list[str], world_size: int) ->
     evaluation = None if config.data.eval is None else load(config.data.eval, config.data, encoder)
     batching = _batching(config, world_size, len(train))
 
-    print(f"config      {loaded.source}, kind {loaded.kind}: all checks passed")
+    print(f"config       {loaded.source}, kind {loaded.kind}: all checks passed")
     print(_describe_encoder(encoder))
     print(_describe_roles(config, world_size))
     print(f"\ndata\n{_table([dataset for dataset in (train, evaluation) if dataset is not None])}")
@@ -79,8 +79,8 @@ def _describe_encoder(encoder: TextEncoder) -> str:
     if encoder.template is not None:
         template = f"sha256 {encoder.template_hash[:12]}, {len(encoder.template)} characters"
     return (
-        f"tokenizer   {encoder.source}: {len(tokenizer)} tokens, end of sequence {tokenizer.eos_token!r} = "
-        f"{encoder.eos_token_id}\ntemplate    {template}"
+        f"tokenizer    {encoder.source}: {len(tokenizer)} tokens, end of sequence {tokenizer.eos_token!r} = "
+        f"{encoder.eos_token_id}\ntemplate     {template}"
     )
 
 
@@ -90,7 +90,7 @@ def _describe_roles(config: AnyConfig, world_size: int) -> str:
         layout = role.parallel
         ranks = data_parallel_size(name, layout, world_size)
         lines.append(
-            f"{name:<11} {role.model.path}: {role.model.dtype.name}, tensor {layout.tensor} x pipeline {layout.pipeline} x "
+            f"{name:<12} {role.model.path}: {role.model.dtype.name}, tensor {layout.tensor} x pipeline {layout.pipeline} x "
             f"data {ranks} on {world_size} {'process' if world_size == 1 else 'processes'}"
         )
     return "\n".join(lines)
