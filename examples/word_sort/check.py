@@ -8,7 +8,7 @@ from typing import Any
 def exact(prompt: str, response: str, label: Any, metadata: dict[str, Any]) -> float:
     """1.0 if the answer is the prompt's words in alphabetical order and nothing else, 0.0 otherwise.
 
-    ``label`` is the right answer, words separated by ", ". Space around the answer does not count; case, order, missing,
+    ``label`` is the right answer, words separated by one space. Space around the answer does not count; case, order, missing,
     repeated and additional words do.
     """
     if not isinstance(label, str) or not label:

@@ -20,18 +20,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-#: Eight words for each of eight initials: most prompts have words that the first letter alone does not order.
+#: Three words for each of eight initials: most prompts have words that the first letter alone does not order.
 WORDS = (
-    "bean bell bird boat bone book bowl bush cake card cave clay coat corn crab cup "
-    "farm fern film fish flag fork fox frog hand hare harp hat hill hook horn house "
-    "lake lamp leaf lemon lily lion lock loom map mask milk mill mint moon moss mouse "
-    "pail park pear pen pine plum pond purse tail tent tile toad tool tree trout tub"
-).split()
+    *("bean", "bell", "bird"),
+    *("cake", "card", "cave"),
+    *("farm", "fern", "film"),
+    *("hand", "hare", "harp"),
+    *("lake", "lamp", "leaf"),
+    *("map", "mask", "milk"),
+    *("pail", "park", "pear"),
+    *("tail", "tent", "tile"),
+)
 
 QUESTIONS = (
-    "Put these words in alphabetical order: {words}.",
-    "Sort these words from A to Z: {words}.",
-    "List these words alphabetically: {words}.",
+    "Put these words in alphabetical order: {words}",
+    "Sort these words from A to Z: {words}",
+    "List these words alphabetically: {words}",
 )
 
 SLIPS = ("swap", "drop", "repeat", "foreign")
@@ -41,13 +45,13 @@ SLIPS = ("swap", "drop", "repeat", "foreign")
 class Recipe:
     """How many rows each file gets, and how often its writers are wrong."""
 
-    min_words: int = 4
+    min_words: int = 5
     max_words: int = 6
-    sft_rows: int = 16_000
+    sft_rows: int = 13_000
     sft_eval_rows: int = 256
-    preference_rows: int = 16_000
+    preference_rows: int = 13_000
     preference_eval_rows: int = 512
-    prompt_rows: int = 16_000
+    prompt_rows: int = 13_000
     heldout_rows: int = 200
     hasty_rate: float = 0.7  # share of demonstrations ordered by the first letter alone
     slip_rate: float = 0.15  # share of demonstrations with a slip (on top)
@@ -63,7 +67,7 @@ class Task:
 
     @property
     def prompt(self) -> str:
-        return self.question.format(words=", ".join(self.words))
+        return self.question.format(words=join(self.words))
 
     @property
     def label(self) -> str:
@@ -71,8 +75,8 @@ class Task:
 
 
 def join(words: Sequence[str]) -> str:
-    """The text of an answer."""
-    return ", ".join(words)
+    """Words as prompts and answers show them."""
+    return " ".join(words)
 
 
 def draw_tasks(rng: random.Random, rows: int, recipe: Recipe, taken: set[frozenset[str]]) -> list[Task]:
@@ -118,16 +122,18 @@ def demonstrate(rng: random.Random, task: Task, recipe: Recipe) -> str:
 
 
 def mistaken(rng: random.Random, task: Task) -> str:
-    """A wrong answer: hasty where haste goes wrong, or the right one with one or two slips; sometimes both."""
-    answer = sorted(task.words)
+    """A wrong answer, of the kinds that demonstrators give: hasty where haste goes wrong, or with one or two slips."""
+    right = sorted(task.words)
     hasty = hasty_order(task.words)
-    if hasty != answer and rng.random() < 0.5:
-        answer = hasty if rng.random() < 0.8 else slip(rng, hasty, rng.choice(SLIPS))
-    else:
+    if hasty != right and rng.random() < 0.8:
+        return join(hasty)
+    answer = right
+    # A second slip can undo the first.
+    while answer == right:
+        answer = right
         for _ in range(rng.choice((1, 1, 2))):
             answer = slip(rng, answer, rng.choice(SLIPS))
-    # A second slip can undo the first.
-    return join(answer) if join(answer) != task.label else mistaken(rng, task)
+    return join(answer)
 
 
 def sft_row(rng: random.Random, task: Task, recipe: Recipe) -> dict[str, object]:
