@@ -18,10 +18,10 @@ OTHER = "other"
 PHASES: dict[str, tuple[str, ...]] = {
     "rollout": ("rollout",),
     "weight sync": ("weight_sync",),
-    "old log-probs": ("old_log_probs",),
-    "reference log-probs": ("ref_log_probs",),
-    "scores": ("scores",),
-    "values": ("values",),
+    "old log-probs": ("experience/old_log_probs",),
+    "reference log-probs": ("experience/ref_log_probs",),
+    "scores": ("experience/scores",),
+    "values": ("experience/values",),
     "training actor": ("train_actor",),
     "training critic": ("train_critic",),
 }

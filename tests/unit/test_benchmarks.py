@@ -27,9 +27,9 @@ WORK = inputs_module.Work()
 #: A run's metrics.jsonl: an evaluation without phases, two steps, and the second step again after a resume.
 RECORDED = """\
 {"step": 0, "time": 1.0, "metrics": {"eval/reward": 0.1}, "seconds": {}}
-{"step": 1, "time": 2.0, "metrics": {"reward/mean": 0.2}, "seconds": {"rollout": 0.7, "rollout/wait": 0.6, "weight_sync": 0.05, "old_log_probs": 0.1, "ref_log_probs": 0.11, "scores": 0.12, "values": 0.13, "train_actor": 0.4, "train_critic": 0.3, "advantages": 0.02, "total": 2.0}}
+{"step": 1, "time": 2.0, "metrics": {"reward/mean": 0.2}, "seconds": {"rollout": 0.7, "rollout/wait": 0.6, "weight_sync": 0.05, "experience/old_log_probs": 0.1, "experience/ref_log_probs": 0.11, "experience/scores": 0.12, "experience/values": 0.13, "train_actor": 0.4, "train_critic": 0.3, "experience": 0.48, "experience/advantages": 0.02, "total": 2.0}}
 {"step": 2, "time": 3.0, "metrics": {}, "seconds": {"rollout": 9.0, "weight_sync": 0.0, "total": 10.0}}
-{"step": 2, "time": 4.0, "metrics": {}, "seconds": {"rollout": 0.5, "weight_sync": 0.05, "old_log_probs": 0.1, "ref_log_probs": 0.1, "scores": 0.1, "values": 0.1, "train_actor": 0.3, "train_critic": 0.3, "total": 1.6}}
+{"step": 2, "time": 4.0, "metrics": {}, "seconds": {"rollout": 0.5, "weight_sync": 0.05, "experience/old_log_probs": 0.1, "experience/ref_log_probs": 0.1, "experience/scores": 0.1, "experience/values": 0.1, "train_actor": 0.3, "train_critic": 0.3, "total": 1.6}}
 """
 
 
