@@ -8,7 +8,7 @@ from hetero_ppo.cli.arguments import add_config_arguments
 
 
 def register(subparsers: argparse._SubParsersAction) -> None:
-    parser = subparsers.add_parser("validate", help="check config, data, tokenizer and template; say what a run would do")
+    parser = subparsers.add_parser("validate", help="check config, data and tokenizer; say what a run would do")
     parser.add_argument("--world-size", type=int, default=1, metavar="N", help="processes of the run (%(default)s)")
     add_config_arguments(parser)
     parser.set_defaults(run=run)

@@ -90,8 +90,8 @@ def _describe_roles(config: AnyConfig, world_size: int) -> str:
         layout = role.parallel
         ranks = data_parallel_size(name, layout, world_size)
         lines.append(
-            f"{name:<12} {role.model.path}: {role.model.dtype.name}, tensor {layout.tensor} x pipeline {layout.pipeline} x "
-            f"data {ranks} on {world_size} {'process' if world_size == 1 else 'processes'}"
+            f"{name:<12} {role.model.path}: {role.model.dtype.name}, tensor {layout.tensor} x "
+            f"pipeline {layout.pipeline} x data {ranks} on {world_size} {'process' if world_size == 1 else 'processes'}"
         )
     return "\n".join(lines)
 

@@ -111,7 +111,8 @@ def make_dataset(
         row, tokens = max(too_long, key=lambda pair: pair[1])
         raise ValueError(
             f"{path}: {len(too_long)} of {len(lengths)} rows are longer than {limit_field}={max_tokens} tokens, the "
-            f"longest ({row.place}) has {tokens}; raise {limit_field}, or set data.overlong_prompts=drop to leave them out"
+            f"longest ({row.place}) has {tokens}; raise {limit_field}, or set "
+            "data.overlong_prompts=drop to leave them out"
         )
     if not examples:
         raise ValueError(f"no usable row: {report.describe()}")

@@ -33,7 +33,9 @@ class PreferenceExample:
 
 
 def load_preferences(path: str, data: DataConfig, encoder: TextEncoder) -> Dataset[PreferenceExample]:
-    """Read and tokenise ``path``; over-long pairs as ``data.overlong_prompts`` says, pairs of same answers are left out.
+    """Read and tokenise ``path``; over-long pairs as ``data.overlong_prompts`` says.
+
+    A pair whose two answers are the same teaches nothing: it is left out and counted.
 
     ``data.chosen_key`` and ``data.rejected_key`` hold text, messages that answer ``data.prompt_key``, or whole
     conversations; then the prompt may be left out and is what the two conversations have in common. Without a chat

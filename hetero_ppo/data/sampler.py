@@ -111,8 +111,8 @@ class ResumableSampler:
         for name, field in (("seed", "run.seed"), ("shuffle", "data.shuffle")):
             if state[name] != vars(self)[name]:
                 raise ValueError(
-                    f"the checkpoint was made with {field}={state[name]}, this run has {vars(self)[name]}: the order of "
-                    f"the rows would change; set {field}={state[name]}"
+                    f"the checkpoint was made with {field}={state[name]}, this run has {vars(self)[name]}: the "
+                    f"order of the rows would change; set {field}={state[name]}"
                 )
         self.rows_consumed = state["rows_consumed"]
 

@@ -7,13 +7,13 @@ text has token ids and ``decode(encode(text)) == text``.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+
+from hetero_ppo.data.reading import read_rows
 
 END_OF_TEXT = "<|endoftext|>"
 TURN_START = "<|im_start|>"
@@ -87,59 +87,29 @@ def train_tokenizer(
 def read_texts(path: Path, keys: Sequence[str]) -> Iterator[str]:
     """The texts of a file: each line of a ``.txt``; the named fields of each row of a ``.jsonl`` or ``.parquet``.
 
-    A field holds a string or a list of chat messages, of which each ``content`` is a text and each ``role`` too (a
+    A field holds text or a list of chat messages, of which each ``content`` is a text and each ``role`` too (a
     template writes it). A row may lack some of ``keys``, not all of them.
 
-    Raises ValueError that names file, line (row) and field.
+    Raises ValueError that names file, line (row) and field, FileNotFoundError for a missing file.
     """
     if path.suffix == ".txt":
         with path.open(encoding="utf-8") as lines:
             yield from lines
         return
-    for number, row in _rows(path):
-        present = [key for key in keys if row.get(key) is not None]
+    for row in read_rows(str(path)):
+        present = [key for key in keys if row.has(key)]
         if not present:
             raise ValueError(
-                f"{path}, line {number}: none of the fields {', '.join(keys)} is there (fields: {', '.join(row)}); "
+                f"{row.place}: none of the fields {', '.join(keys)} is there (the row has: {', '.join(row.values)}); "
                 "name the fields that hold text with --keys"
             )
         for key in present:
-            yield from _field_texts(row[key], f"{path}, line {number}, field {key!r}")
-
-
-def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    if path.suffix == ".parquet":
-        import pyarrow.parquet
-
-        for number, row in enumerate(pyarrow.parquet.read_table(path).to_pylist(), start=1):
-            yield number, row
-        return
-    if path.suffix != ".jsonl":
-        raise ValueError(f"{path}: the ending {path.suffix!r} is not known; give a .jsonl, .parquet or .txt file")
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: not valid JSON ({error}); every line is one object") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number}: expected an object, got {type(row).__name__}")
-            yield number, row
-
-
-def _field_texts(value: Any, where: str) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-        return
-    if not isinstance(value, list):
-        raise ValueError(f"{where}: expected a string or a list of messages, got {type(value).__name__}")
-    for message in value:
-        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
-            raise ValueError(f"{where}: a message needs the strings 'role' and 'content', got {message!r}")
-        yield message["role"]
-        yield message["content"]
+            if isinstance(row.values[key], list):
+                for message in row.messages(key):
+                    yield message["role"]
+                    yield message["content"]
+            else:
+                yield row.text(key)
 
 
 def _non_empty(texts: Iterable[str]) -> Iterator[str]:

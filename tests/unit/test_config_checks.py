@@ -78,6 +78,7 @@ def test_the_defaults_pass(tmp_path: Path, kind: str, world_size: int) -> None:
         (["rollout.sampling.top_p=0"], "rollout.sampling.top_p=0"),
         (["rollout.sampling.top_k=0"], "rollout.sampling.top_k=0"),
         (["rollout.num_servers=0"], "rollout.num_servers=0"),
+        (["rollout.engine=sglang"], "rollout.engine=sglang: the engine is vllm"),
         (["rollout.gpu_memory_utilization=2"], "in \\(0, 1\\]"),
     ],
 )
@@ -150,7 +151,7 @@ def test_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_ppo_batching_by_hand(tmp_path: Path) -> None:
-    """48 prompts x 2 = 96 responses; 4 minibatches of 24, 2 epochs: 8 optimizer steps; 100 prompts twice: 5 PPO steps."""
+    """48 prompts x 2 = 96 responses, 4 minibatches of 24, 2 epochs: 8 optimizer steps. 100 prompts twice: 5 steps."""
     config = config_of(
         tmp_path,
         "ppo",
@@ -173,7 +174,6 @@ def test_ppo_batching_by_hand(tmp_path: Path) -> None:
     assert batching.responses_per_rank == 48
     lines = batching.describe().splitlines()
     assert "responses per step       96  responses per PPO step, over all ranks" in lines
-    assert len({line.index("  ") > 0 for line in lines}) == 1
 
 
 def test_supervised_batching_by_hand(tmp_path: Path) -> None:

@@ -27,7 +27,10 @@ PRE_HISTORY_REWRITING_TEMPLATE = (
     "{% if m.role == 'assistant' and loop.last %}THINK {% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-PLAIN_TEXT_TEMPLATE = "{% for m in messages %}{{ m.role }} {{ m.content }}{% endfor %}{% if add_generation_prompt %}assistant he{% endif %}"
+PLAIN_TEXT_TEMPLATE = (
+    "{% for m in messages %}{{ m.role }} {{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant he{% endif %}"
+)
 
 
 def marked_text(example: SftExample) -> list[str]:
@@ -60,7 +63,10 @@ def test_what_a_template_writes_after_the_end_of_an_answer_is_not_learned(tmp_pa
 
 
 def test_an_answer_that_the_template_does_not_end_gets_the_end_of_sequence_token(tmp_path: Path) -> None:
-    template = "{% for m in messages %}\n{{ m.role }}: {{ m.content }}{% endfor %}{% if add_generation_prompt %}\nassistant:{% endif %}"
+    template = (
+        "{% for m in messages %}\n{{ m.role }}: {{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}\nassistant:{% endif %}"
+    )
     path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "hello", "completion": "hello there"}])
     (example,) = load_sft(path, data_config(), chatml_encoder(template)).examples
     assert marked_text(example) == [" hello there<|im_end|>"]

@@ -48,7 +48,7 @@ def tree_of(path: Path) -> ast.Module:
 
 
 def package_of(path: Path) -> str:
-    """``engines`` for hetero_ppo/engines/x.py, ``types`` for hetero_ppo/types.py, ``megatron_bridge`` for that package."""
+    """``engines`` for hetero_ppo/engines/x.py, ``types`` for hetero_ppo/types.py, or ``megatron_bridge``."""
     parts = path.relative_to(ROOT).with_suffix("").parts
     return "megatron_bridge" if parts[0] == "megatron_bridge" else parts[1]
 
