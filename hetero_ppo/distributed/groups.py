@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 import megatron_bridge.platform as platform
+from megatron.core import parallel_state
 from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.process_groups_config import ProcessGroupCollection
 
@@ -32,6 +33,8 @@ def initialise(timeout_minutes: float) -> None:
     if platform.HAS_CUDA:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group(platform.distributed_backend(), timeout=timedelta(minutes=timeout_minutes))
+    # Scratch memory of sequence-parallel all-gathers; the one thing in parallel_state that is not a group.
+    parallel_state._set_global_memory_buffer()
 
 
 def role_groups(role: str, parallel: ParallelConfig) -> ProcessGroupCollection:

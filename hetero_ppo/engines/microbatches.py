@@ -7,6 +7,7 @@ from typing import Any, Sequence, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from hetero_ppo.types import Microbatch, PreferenceBatch
 
@@ -62,7 +63,7 @@ def split(
         longest += -longest % length_multiple
         ids = token_ids[index, :longest]
         if ids.shape[1] < longest:
-            ids = torch.nn.functional.pad(ids, (0, longest - ids.shape[1]))
+            ids = pad(ids, (0, longest - ids.shape[1]))
         part = None if inputs is None else select(inputs, taken, longest - 1)
         result.append((taken, Microbatch(token_ids=ids, sequence_lengths=sequence_lengths[index], inputs=part)))
     return result
@@ -93,8 +94,27 @@ def split_pairs(
     return result
 
 
+def same_shape(microbatches: Sequence[Microbatch]) -> list[Microbatch]:
+    """All padded to the largest [b, s] of them; added rows are one token long and masked out of every loss.
+
+    Megatron-Core's interleaved schedule exchanges activations of one shape. Not for pairs, whose loss has no mask.
+    """
+    b = max(m.token_ids.shape[0] for m in microbatches)
+    s = max(m.token_ids.shape[1] for m in microbatches)
+    padded = []
+    for m in microbatches:
+        rows = b - m.token_ids.shape[0]
+        columns = s - m.token_ids.shape[1]
+        inputs = m.inputs
+        if inputs is not None:
+            inputs = type(inputs)(**{name: pad(value, (0, columns, 0, rows)) for name, value in vars(inputs).items()})
+        lengths = pad(m.sequence_lengths, (0, rows), value=1)
+        padded.append(Microbatch(pad(m.token_ids, (0, columns, 0, rows)), lengths, inputs))
+    return padded
+
+
 def to_columns(value: Tensor, num_columns: int) -> Tensor:
     """[b, t] -> [b, num_columns]: cut, or padded with zeros (the padding of length_multiple comes and goes here)."""
     if value.shape[1] >= num_columns:
         return value[:, :num_columns]
-    return torch.nn.functional.pad(value, (0, num_columns - value.shape[1]))
+    return pad(value, (0, num_columns - value.shape[1]))

@@ -24,7 +24,7 @@ from torch import Tensor
 import megatron_bridge.platform as platform
 from hetero_ppo.config.schema import Dtype, RoleConfig
 from hetero_ppo.distributed.groups import is_last_stage, last_stage_rank, role_groups
-from hetero_ppo.engines.microbatches import rank_rows, split, to_columns
+from hetero_ppo.engines.microbatches import rank_rows, same_shape, split, to_columns
 from hetero_ppo.engines.outputs import OutputFn
 from hetero_ppo.types import Microbatch
 from megatron_bridge.config_mapping import BridgeConfig, bridge_config, read_hf_config
@@ -60,8 +60,9 @@ def build_role(role: str, config: RoleConfig, head: Head, recompute: Optional[st
         sequence=layout.sequence,
         recompute=recompute,
     )
-    # Micro-batches differ in length, and the last one in rows.
-    bridge.transformer.variable_seq_lengths = layout.pipeline > 1
+    # Micro-batches differ in length, and the last one in rows. The interleaved schedule deadlocks on gloo when stages
+    # exchange shapes first: there micro-batches are padded to one shape instead.
+    bridge.transformer.variable_seq_lengths = layout.pipeline > 1 and layout.virtual_pipeline is None
     bridge.transformer.calculate_per_token_loss = True
     groups = role_groups(role, layout)
     chunks = build_model(bridge, groups, head=head, init_seed=config.model.init_seed)
@@ -120,7 +121,7 @@ class ModelEngine:
             per_token = bool(outputs) and outputs[0].dim() == 2
             local = torch.zeros((num_rows, num_columns) if per_token else (num_rows,), dtype=torch.float32)
             for (taken, _), value in zip(parts, outputs):
-                host = value.detach().to("cpu", torch.float32)
+                host = value[: len(taken)].detach().to("cpu", torch.float32)
                 local[taken] = to_columns(host, num_columns) if per_token else host
         return self._gather(local)
 
@@ -159,11 +160,13 @@ class ModelEngine:
             return output, collect
 
         parallel = self.config.parallel
+        if parallel.virtual_pipeline is not None:
+            microbatches = same_shape(microbatches)
         arguments: dict[str, Any] = dict(
             forward_step_func=forward_step,
             num_microbatches=len(microbatches),
             seq_length=max(m.token_ids.shape[1] for m in microbatches),
-            micro_batch_size=self.config.micro_batch_size,
+            micro_batch_size=max(m.token_ids.shape[0] for m in microbatches),
             forward_only=forward_only,
             collect_non_loss_data=forward_only,
             pg_collection=self.groups,
