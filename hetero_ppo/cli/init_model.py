@@ -75,7 +75,9 @@ def check_sizes(args: argparse.Namespace) -> None:
             "other head size, leave --head-dim out"
         )
     if head_dim % 2:
-        raise ValueError(f"--head-dim: {head_dim} is odd; rotary embeddings turn pairs of channels, give an even number")
+        raise ValueError(
+            f"--head-dim: {head_dim} is odd; rotary embeddings turn pairs of channels, give an even number"
+        )
 
 
 def model_config(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:

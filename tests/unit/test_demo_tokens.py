@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 from test_demo_data import SMALL, make_data, user_text
 from transformers import PreTrainedTokenizerFast

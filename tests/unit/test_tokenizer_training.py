@@ -139,10 +139,13 @@ def test_read_texts_of_strings_and_messages(tmp_path: Path) -> None:
     ("line", "message"),
     [
         ('{"prompt": "p"', r"a.jsonl, line 2: not valid JSON"),
-        ("[1]", r"a.jsonl, line 2: expected an object, got list"),
-        ('{"question": "p"}', r"a.jsonl, line 2: none of the fields messages, prompt is there \(fields: question\)"),
-        ('{"prompt": 3}', r"a.jsonl, line 2, field 'prompt': expected a string or a list of messages, got int"),
-        ('{"messages": [{"role": "user"}]}', r"a.jsonl, line 2, field 'messages': a message needs the strings"),
+        ("[1]", r"a.jsonl, line 2: expected a JSON object, got list"),
+        (
+            '{"question": "p"}',
+            r"a.jsonl, line 2: none of the fields messages, prompt is there \(the row has: question\)",
+        ),
+        ('{"prompt": 3}', r"a.jsonl, line 2, field 'prompt': expected text, got int"),
+        ('{"messages": [{"role": "user"}]}', r"a.jsonl, line 2, field 'messages\[0\]': 'content' has to be text"),
     ],
 )
 def test_bad_lines_are_named(tmp_path: Path, line: str, message: str) -> None:
@@ -153,8 +156,10 @@ def test_bad_lines_are_named(tmp_path: Path, line: str, message: str) -> None:
 
 
 def test_unknown_ending_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="'.csv' is not known"):
-        list(read_texts(tmp_path / "a.csv", ["prompt"]))
+    with pytest.raises(ValueError, match="a data file ends in .jsonl"):
+        path = tmp_path / "a.csv"
+        path.write_text("prompt\n")
+        list(read_texts(path, ["prompt"]))
 
 
 def test_tokenizer_command(tmp_path: Path) -> None:
