@@ -100,7 +100,8 @@ def pipeline_forward(chunks: list[Any], tokens: Tensor, groups: Any, hidden_size
         columns = torch.empty(1, dtype=torch.int64)
         if owner == pp_rank:
             chunk = chunks[stage // pp_size].eval()
-            chunk.set_input_tensor(hidden)
+            if stage > 0:
+                chunk.set_input_tensor(hidden)
             with torch.no_grad():
                 hidden = chunk(tokens, positions, None).contiguous()
             columns[0] = hidden.shape[-1]

@@ -14,7 +14,13 @@ import torch
 from bridge_models import CASES, hf_model, read_tensors, same_tensors, save_case, token_ids
 
 WORKER = Path(__file__).parent / "workers" / "bridge_worker.py"
-LAYOUTS = {"tp2": (2, 1, None), "pp2": (1, 2, None), "pp2vpp2": (1, 2, 2), "tp2pp2": (2, 2, None)}
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "tp2": {"tensor": 2},
+    "tp2sp": {"tensor": 2, "sequence": True},
+    "pp2": {"pipeline": 2},
+    "pp2vpp2": {"pipeline": 2, "virtual_pipeline": 2},
+    "tp2pp2": {"tensor": 2, "pipeline": 2},
+}
 #: Every family in every layout; the rope types, which no layout touches, are compared in tests/numerics.
 LM_CASES = ("llama_untied", "llama_tied_llama3", "qwen2_tied", "qwen2_untied_yarn", "qwen3_tied")
 
@@ -27,7 +33,6 @@ def _jobs(folder: Path) -> list[dict[str, Any]]:
     plan += [("llama_untied", "lm", "bfloat16", "tp2pp2")]
     jobs = []
     for case, head, dtype, layout in plan:
-        tensor, pipeline, virtual_pipeline = LAYOUTS[layout]
         jobs.append(
             {
                 "name": f"{case}-{head}-{dtype}-{layout}",
@@ -36,9 +41,7 @@ def _jobs(folder: Path) -> list[dict[str, Any]]:
                 "out": str(folder / f"out-{case}-{head}-{dtype}-{layout}"),
                 "head": head,
                 "dtype": dtype,
-                "tensor": tensor,
-                "pipeline": pipeline,
-                "virtual_pipeline": virtual_pipeline,
+                "layout": LAYOUTS[layout],
             }
         )
     return jobs

@@ -27,16 +27,10 @@ from bridge_models import pipeline_forward, read_tensors, same_tensors, token_id
 
 def run_job(job: dict[str, Any]) -> dict[str, Any]:
     """Returns what this rank saw."""
-    parallel = ParallelConfig(tensor=job["tensor"], pipeline=job["pipeline"], virtual_pipeline=job["virtual_pipeline"])
+    parallel = ParallelConfig(**job["layout"])
     groups = role_groups("actor", parallel)
     dtype = getattr(torch, job["dtype"])
-    bridge = bridge_config(
-        read_hf_config(job["checkpoint"]),
-        dtype=dtype,
-        tensor=parallel.tensor,
-        pipeline=parallel.pipeline,
-        virtual_pipeline=parallel.virtual_pipeline,
-    )
+    bridge = bridge_config(read_hf_config(job["checkpoint"]), dtype=dtype, **job["layout"])
     chunks = build_model(bridge, groups, head=job["head"])
     try:
         report = load_hf(chunks, bridge, job["checkpoint"], groups, head=job["head"])
