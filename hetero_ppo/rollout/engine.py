@@ -64,8 +64,6 @@ class VllmEngine:
         initial_version: label of the weights in ``model_path``. None: the folder has config.json alone; the servers start with
             random weights and refuse to generate before the first sync.
 
-    Raises:
-        ValueError: the temporary directory's path is too long for unix sockets.
     """
 
     def __init__(
@@ -122,15 +120,20 @@ class VllmEngine:
         """Starts all servers and returns when they answer (20 to 60 s).
 
         Raises:
+            ValueError: the temporary directory's path is too long for unix sockets.
             RuntimeError: a server ended, or did not answer within ``start_timeout_s``; nothing is left running.
         """
         if self._pool is not None:
             raise RuntimeError("the rollout engine is started already")
         self._private_dir = shared_memory_dir()
-        servers = [
-            VllmServer(index, self._spec, self._private_dir, self._log_dir / f"server_{index}.log")
-            for index in range(self.config.num_servers)
-        ]
+        try:
+            servers = [
+                VllmServer(index, self._spec, self._private_dir, self._log_dir / f"server_{index}.log")
+                for index in range(self.config.num_servers)
+            ]
+        except ValueError:
+            shutil.rmtree(self._private_dir)
+            raise
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="rollout", daemon=True)
         self._thread.start()
@@ -230,7 +233,8 @@ class VllmEngine:
             The largest absolute difference.
 
         Raises:
-            RuntimeError: it is larger than ``verify_sync_tolerance``: the servers do not hold the trainer's weights.
+            RuntimeError: it is larger than ``verify_sync_tolerance``: the servers do not hold the trainer's weights. Nothing is
+                left running.
         """
         tolerance = self.config.verify_sync_tolerance
         if tolerance is None:
@@ -241,8 +245,10 @@ class VllmEngine:
             pairs = zip(engine_log_probs, log_probs, strict=True)
             difference, position = max((abs(a - b), t) for t, (a, b) in enumerate(pairs))
             if not difference <= tolerance:
+                version = self.version
+                self.close()
                 raise RuntimeError(
-                    f"weight sync {self.version!r}: {server.name} gives token {position + 1} of the golden prompt a log-prob of "
+                    f"weight sync {version!r}: {server.name} gives token {position + 1} of the golden prompt a log-prob of "
                     f"{engine_log_probs[position]:.5f}, the trainer {log_probs[position]:.5f}; the difference exceeds "
                     f"rollout.verify_sync_tolerance ({tolerance}): the server does not hold the trainer's weights"
                 )

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import http.client
 import os
 import re
 import signal
+import socket
+import stat
 import subprocess
 import sys
 import threading
@@ -194,6 +197,18 @@ def test_responses_end_at_eos_and_stop_tokens(engine: VllmEngine) -> None:
         assert short.token_ids == long.token_ids[:end] and short.finish_reason == ("stop" if end < 200 else "length")
 
 
+def test_the_server_answers_its_owner_alone(engine: VllmEngine) -> None:
+    server = engine.servers[0]
+    assert stat.S_IMODE(server.private_dir.stat().st_mode) == 0o700
+    assert server.api_key.encode() not in Path(f"/proc/{server.process_group}/cmdline").read_bytes()
+    connection = http.client.HTTPConnection("server", timeout=10)
+    connection.sock = socket.socket(socket.AF_UNIX)
+    connection.sock.connect(str(server.socket_path))
+    connection.request("POST", "/inference/v1/generate", "{}", {"Content-Type": "application/json"})
+    assert connection.getresponse().status == 401
+    connection.close()
+
+
 def test_golden_prompt_is_scored_as_the_trainer_scores_it(engine: VllmEngine) -> None:
     ours = model_log_probs(make_model(0), PROMPTS[-1]).tolist()
     assert engine.prompt_log_probs(PROMPTS[-1]) == pytest.approx(ours, abs=1e-4)
@@ -281,3 +296,18 @@ def test_a_server_that_dies_too_often_ends_the_run(engine: VllmEngine) -> None:
     assert alive(family) == [] and not private.exists()
     with pytest.raises(RuntimeError, match="not running"):
         engine.generate(PROMPTS, FREE, n=1, seed=0)
+
+
+def test_a_model_that_does_not_load_is_one_clear_error(tmp_path: Path) -> None:
+    start = time.monotonic()
+    engine = VllmEngine(
+        RolloutConfig(),
+        model_path=str(tmp_path),
+        dtype=Dtype.fp32,
+        run_dir=tmp_path,
+        max_model_len=64,
+        eos_token_ids=[EOS],
+    )
+    with pytest.raises(RuntimeError, match=r"start: rollout server 0 .* ended while starting .*exit code 1;(.|\n)*config"):
+        engine.start()
+    assert time.monotonic() - start < 60
