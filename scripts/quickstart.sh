@@ -35,11 +35,11 @@ stage() {
     stage_seconds+=("$((SECONDS - start))")
 }
 
-# launch <sft|rm|ppo> <override ...>: one training, with this run's folders.
+# launch <sft|rm|ppo> <override ...>: one training. The configs of the demo take their folders from the variable.
 launch() {
     local kind=$1
     shift
-    CONFIG='' VENV=$VENV bash "scripts/train_$kind.sh" "run.dir=$RUN_DIR/$kind" "run.seed=$SEED" "$@"
+    CONFIG='' VENV=$VENV HETERO_PPO_DEMO_DIR=$RUN_DIR bash "scripts/train_$kind.sh" "run.seed=$SEED" "$@"
 }
 
 # A second quick start begins anew, in folders that a quick start made and nowhere else.
@@ -62,14 +62,9 @@ stage "data" "$VENV/bin/python" examples/word_sort/make_data.py --out "$data" --
 stage "tokenizer" "$VENV/bin/hetero-ppo" tokenizer --input "$data/sft.jsonl" "${TOKENIZER[@]}" --out "$RUN_DIR/tokenizer"
 stage "initial model" "$VENV/bin/hetero-ppo" init-model "${MODEL[@]}" --tokenizer "$RUN_DIR/tokenizer" --seed "$SEED" \
     --out "$RUN_DIR/init"
-stage "SFT" launch sft \
-    "data.train=$data/sft.jsonl" "data.eval=$data/sft_eval.jsonl" "actor.model.path=$RUN_DIR/init" "$@"
-stage "reward model" launch rm \
-    "data.train=$data/preference.jsonl" "data.eval=$data/preference_eval.jsonl" "reward.model.path=$RUN_DIR/sft/hf" "$@"
-stage "PPO and export" launch ppo \
-    "data.train=$data/prompts.jsonl" "data.eval=$data/heldout.jsonl" \
-    "actor.model.path=$RUN_DIR/sft/hf" "reference.model.path=$RUN_DIR/sft/hf" \
-    "critic.model.path=$RUN_DIR/rm/hf" "reward_model.model.path=$RUN_DIR/rm/hf" "$@"
+stage "SFT" launch sft "$@"
+stage "reward model" launch rm "$@"
+stage "PPO and export" launch ppo "$@"
 
 echo
 stage "report" "$VENV/bin/hetero-ppo" report --run "$RUN_DIR/sft" --run "$RUN_DIR/rm" --run "$RUN_DIR/ppo" \
