@@ -10,9 +10,8 @@ the prediction of token t + 1 from tokens 0..t.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Optional
+from typing import Any
 
-import torch
 from torch import Tensor
 
 
@@ -141,4 +140,4 @@ class StepMetrics:
     step: int
     values: dict[str, float]
     seconds: dict[str, float] = field(default_factory=dict)
-    note: Optional[str] = None
+    note: str | None = None

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Optional
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import megatron_bridge.platform as platform
+from megatron_bridge import platform
 from megatron.core import tensor_parallel
 from megatron.core.models.gpt import GPTModel
-from megatron.core.pipeline_parallel.utils import is_pp_first_stage, is_pp_last_stage, is_vp_first_stage, is_vp_last_stage
+from megatron.core.pipeline_parallel.utils import (
+    is_pp_first_stage,
+    is_pp_last_stage,
+    is_vp_first_stage,
+    is_vp_last_stage,
+)
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
@@ -41,7 +46,7 @@ class ScalarHead(MegatronModule):
         self.weight = torch.nn.Parameter(weight.to(dtype=config.params_dtype, device=platform.device()))
 
     def forward(
-        self, input_: Tensor, weight: Optional[Tensor] = None, runtime_gather_output: Optional[bool] = None
+        self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
     ) -> tuple[Tensor, None]:
         """[s, b, hidden] (a slice of s under sequence parallelism) -> ([s, b, 1] float32, no bias)."""
         if self.config.sequence_parallel:
@@ -51,7 +56,7 @@ class ScalarHead(MegatronModule):
         return F.linear(input_.float(), self.weight.float()), None
 
     def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: Optional[dict[str, Any]] = None
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
         """Sharded form for dist_checkpointing: one replicated tensor."""
         return make_sharded_tensors_for_checkpoint(
@@ -80,13 +85,15 @@ def build_model(
     """
     config = bridge.transformer
     stages = config.virtual_pipeline_model_parallel_size
-    seeds = dict(tp_rank=groups.tp.rank(), ep_rank=groups.ep.rank(), etp_rank=groups.expt_tp.rank())
+    seeds = {"tp_rank": groups.tp.rank(), "ep_rank": groups.ep.rank(), "etp_rank": groups.expt_tp.rank()}
     tensor_parallel.model_parallel_cuda_manual_seed(init_seed, force_reset_rng=True, **seeds)
-    return [_build_chunk(bridge, groups, head, init_seed, stage) for stage in ([None] if stages is None else range(stages))]
+    return [
+        _build_chunk(bridge, groups, head, init_seed, stage) for stage in ([None] if stages is None else range(stages))
+    ]
 
 
 def _build_chunk(
-    bridge: BridgeConfig, groups: ProcessGroupCollection, head: Head, init_seed: int, vp_stage: Optional[int]
+    bridge: BridgeConfig, groups: ProcessGroupCollection, head: Head, init_seed: int, vp_stage: int | None
 ) -> GPTModel:
     config = bridge.transformer
     vp_size = config.virtual_pipeline_model_parallel_size

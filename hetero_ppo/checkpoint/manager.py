@@ -9,13 +9,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Mapping
+from typing import Any
 
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 
-from hetero_ppo.engines.model_engine import ModelEngine
 from hetero_ppo.engines.train_engine import TrainEngine
 
 LATEST = "latest_checkpointed_iteration.txt"
@@ -44,7 +43,7 @@ class CheckpointManager:
                 (folder / role).mkdir(parents=True)
         dist.barrier()
         for role, engine in engines.items():
-            dist_checkpointing.save(engine.sharded_state_dict(is_loading=False), str(folder / role))
+            engine.save(folder / role)
         if dist.get_rank() == 0:
             _write(folder / "trainer.json", json.dumps({"step": step, **state}, indent=1))
             _write(folder / COMPLETE, "")
@@ -66,8 +65,7 @@ class CheckpointManager:
         for role, engine in engines.items():
             if not (folder / role).is_dir():
                 raise ValueError(f"checkpoint {folder} has no role {role!r}: it was written by another kind of run")
-            loaded = dist_checkpointing.load(engine.sharded_state_dict(is_loading=True), str(folder / role))
-            engine.load_state_dict(loaded)
+            engine.load(folder / role)
         return json.loads((folder / "trainer.json").read_text())
 
     def _retire(self) -> None:
@@ -98,12 +96,6 @@ def checkpoint_folder(run_dir: Path, step: int | None) -> Path:
         steps = ", ".join(str(int(path.name.removeprefix("iter_"))) for path in complete)
         raise ValueError(f"{run_dir}: no complete checkpoint of step {step}; there are: {steps}")
     return folder
-
-
-def load_weights(folder: Path, engine: ModelEngine) -> None:
-    """Weights alone of a role's folder, into any layout. Collective over the world."""
-    loaded = dist_checkpointing.load(engine.sharded_weights(), str(folder))
-    engine.load_weights(loaded)
 
 
 def _write(path: Path, text: str) -> None:

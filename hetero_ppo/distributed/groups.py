@@ -11,14 +11,13 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-
-import megatron_bridge.platform as platform
 from megatron.core import parallel_state
 from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from hetero_ppo.config.derived import data_parallel_size
 from hetero_ppo.config.schema import ParallelConfig
+from megatron_bridge import platform
 
 
 def initialise(timeout_minutes: float) -> None:
@@ -72,9 +71,7 @@ def role_groups(role: str, parallel: ParallelConfig) -> ProcessGroupCollection:
     return groups
 
 
-def _embedding_groups(
-    parallel: ParallelConfig, dp: int
-) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
+def _embedding_groups(parallel: ParallelConfig, dp: int) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
     """(first and last pipeline stage, first stage) of this rank's pipeline; None on ranks outside them.
 
     Tied embeddings live on both stages and their gradients are summed over the first group.

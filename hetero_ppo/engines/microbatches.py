@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields
-from typing import Any, Sequence, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor

@@ -6,11 +6,14 @@ result back. So the data of one role's layout needs no translation into another'
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Callable, Iterator, Optional, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import dist_checkpointing
 from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.pipeline_parallel.schedules import (
@@ -21,12 +24,12 @@ from megatron.core.pipeline_parallel.schedules import (
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-import megatron_bridge.platform as platform
 from hetero_ppo.config.schema import Dtype, RoleConfig
 from hetero_ppo.distributed.groups import is_last_stage, last_stage_rank, role_groups
 from hetero_ppo.engines.microbatches import rank_rows, same_shape, split, to_columns
 from hetero_ppo.engines.outputs import OutputFn
 from hetero_ppo.types import Microbatch
+from megatron_bridge import platform
 from megatron_bridge.config_mapping import BridgeConfig, bridge_config, read_hf_config
 from megatron_bridge.export_hf import save_hf
 from megatron_bridge.import_hf import LoadReport, load_hf
@@ -46,7 +49,7 @@ class RoleModel:
     report: LoadReport
 
 
-def build_role(role: str, config: RoleConfig, head: Head, recompute: Optional[str] = None) -> RoleModel:
+def build_role(role: str, config: RoleConfig, head: Head, recompute: str | None = None) -> RoleModel:
     """Create the groups, the model and its weights. Collective over the world."""
     layout = config.parallel
     bridge = bridge_config(
@@ -73,7 +76,7 @@ def build_role(role: str, config: RoleConfig, head: Head, recompute: Optional[st
 class ModelEngine:
     """Forward passes of one role."""
 
-    def __init__(self, role: str, config: RoleConfig, head: Head, recompute: Optional[str] = None) -> None:
+    def __init__(self, role: str, config: RoleConfig, head: Head, recompute: str | None = None) -> None:
         self.role = role
         self.config = config
         self.head: Head = head
@@ -116,7 +119,7 @@ class ModelEngine:
         )
         with torch.no_grad():
             outputs = self.run_schedule([m for _, m in parts], lambda tensor, m: output(tensor, m), forward_only=True)
-        local: Optional[Tensor] = None
+        local: Tensor | None = None
         if is_last_stage(self.groups):
             per_token = bool(outputs) and outputs[0].dim() == 2
             local = torch.zeros((num_rows, num_columns) if per_token else (num_rows,), dtype=torch.float32)
@@ -125,7 +128,7 @@ class ModelEngine:
                 local[taken] = to_columns(host, num_columns) if per_token else host
         return self._gather(local)
 
-    def _gather(self, local: Optional[Tensor]) -> Tensor:
+    def _gather(self, local: Tensor | None) -> Tensor:
         """Sum of the data-parallel ranks' disjoint rows, handed from the last stage to the whole pipeline."""
         if local is not None and self.groups.dp.size() > 1:
             dist.all_reduce(local, group=self.groups.dp)
@@ -162,19 +165,17 @@ class ModelEngine:
         parallel = self.config.parallel
         if parallel.virtual_pipeline is not None:
             microbatches = same_shape(microbatches)
-        arguments: dict[str, Any] = dict(
-            forward_step_func=forward_step,
-            num_microbatches=len(microbatches),
-            seq_length=max(m.token_ids.shape[1] for m in microbatches),
-            micro_batch_size=max(m.token_ids.shape[0] for m in microbatches),
-            forward_only=forward_only,
-            collect_non_loss_data=forward_only,
-            pg_collection=self.groups,
-        )
+        arguments: dict[str, Any] = {
+            "forward_step_func": forward_step,
+            "num_microbatches": len(microbatches),
+            "seq_length": max(m.token_ids.shape[1] for m in microbatches),
+            "micro_batch_size": max(m.token_ids.shape[0] for m in microbatches),
+            "forward_only": forward_only,
+            "collect_non_loss_data": forward_only,
+            "pg_collection": self.groups,
+        }
         if parallel.pipeline == 1:
-            return forward_backward_no_pipelining(
-                data_iterator=iter(microbatches), model=self.chunks[0], **arguments
-            )
+            return forward_backward_no_pipelining(data_iterator=iter(microbatches), model=self.chunks[0], **arguments)
         communicator = P2PCommunicator(self.groups.pp, self.bridge.transformer)
         if parallel.virtual_pipeline is None:
             return forward_backward_pipelining_without_interleaving(
@@ -192,7 +193,7 @@ class ModelEngine:
         return stream_hf(self.models, self.bridge, self.groups, head=self.head)
 
     @property
-    def sharding_metadata(self) -> dict[str, Any]:
+    def _sharding_metadata(self) -> dict[str, Any]:
         """What Megatron-Core's sharded_state_dict functions take: this role's groups, and how optimizers are sharded."""
         return {
             "distrib_optim_sharding_type": "fully_reshardable",
@@ -201,19 +202,22 @@ class ModelEngine:
             "dp_cp_group": self.groups.dp_cp,
         }
 
-    def sharded_weights(self) -> dict[str, dict[str, Any]]:
+    def _sharded_weights(self) -> dict[str, dict[str, Any]]:
         """Weights of every chunk in sharded form; layers carry their global number, so any layout can load them."""
         return {
-            f"chunk{index}": chunk.sharded_state_dict(metadata=self.sharding_metadata)
+            f"chunk{index}": chunk.sharded_state_dict(metadata=self._sharding_metadata)
             for index, chunk in enumerate(self.models)
         }
 
-    def load_weights(self, state: dict[str, Any]) -> None:
-        """Take what dist_checkpointing loaded into ``sharded_weights``."""
+    def _take_weights(self, state: dict[str, Any]) -> None:
         for index, chunk in enumerate(self.models):
             chunk.load_state_dict(state[f"chunk{index}"], strict=True)
 
-    def export(self, out_dir: str, *, tokenizer_dir: Optional[str] = None) -> None:
+    def load_weights(self, folder: Path) -> None:
+        """The weights alone of what ``TrainEngine.save`` wrote, in this or another layout. Collective over the world."""
+        self._take_weights(dist_checkpointing.load(self._sharded_weights(), str(folder)))
+
+    def export(self, out_dir: str, *, tokenizer_dir: str | None = None) -> None:
         """Write a Hugging Face checkpoint. Collective."""
         save_hf(
             self.models,
@@ -236,7 +240,7 @@ def to_device(microbatch: Microbatch, device: torch.device) -> Microbatch:
     return Microbatch(microbatch.token_ids.to(device), microbatch.sequence_lengths.to(device), inputs)
 
 
-def broadcast_tensor(tensor: Optional[Tensor], source: int, group: dist.ProcessGroup) -> Tensor:
+def broadcast_tensor(tensor: Tensor | None, source: int, group: dist.ProcessGroup) -> Tensor:
     """Broadcast a float32 host tensor of at most two dimensions whose shape the other ranks do not know."""
     shape = torch.tensor([-1, -1] if tensor is None else [*tensor.shape, *[-1] * (2 - tensor.dim())])
     dist.broadcast(shape, source, group=group)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Callable
+from collections.abc import Callable
 
 import torch.distributed as dist
 from torch import Tensor
@@ -46,9 +46,7 @@ def log_probs_output(*, temperature: float, vocab_size: int, tp_group: dist.Proc
     """[b, s, V / tp] -> [b, s - 1] log-probs."""
 
     def output(logits: Tensor, microbatch: Microbatch) -> Tensor:
-        return token_log_probs(
-            logits, microbatch, temperature=temperature, vocab_size=vocab_size, tp_group=tp_group
-        )[0]
+        return token_log_probs(logits, microbatch, temperature=temperature, vocab_size=vocab_size, tp_group=tp_group)[0]
 
     return output
 

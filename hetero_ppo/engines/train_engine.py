@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import dist_checkpointing
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
@@ -165,18 +168,26 @@ class TrainEngine(ModelEngine):
         self.steps_done += 1
         return TrainStepResult(loss_sum / max(count, 1), grad_norm, learning_rate, count, metric_sums)
 
-    def sharded_state_dict(self, *, is_loading: bool) -> dict[str, Any]:
-        """Weights and optimizer in Megatron-Core's sharded form, for dist_checkpointing. Collective."""
-        weights = self.sharded_weights()
-        merged = {name: tensor for part in weights.values() for name, tensor in part.items()}
-        optimizer = self.optimizer.sharded_state_dict(merged, is_loading=is_loading, metadata=self.sharding_metadata)
-        return {**weights, "optimizer": optimizer, "steps_done": self.steps_done}
+    def save(self, folder: Path) -> None:
+        """Write weights and optimizer with dist_checkpointing. Collective over the world.
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take what dist_checkpointing loaded into ``sharded_state_dict(is_loading=True)``."""
-        self.load_weights(state)
+        Args:
+            folder: there, and empty.
+        """
+        dist_checkpointing.save(self._sharded_state_dict(is_loading=False), str(folder))
+
+    def load(self, folder: Path) -> None:
+        """Read what ``save`` wrote, in this or another layout. Collective over the world."""
+        state = dist_checkpointing.load(self._sharded_state_dict(is_loading=True), str(folder))
+        self._take_weights(state)
         self.optimizer.load_state_dict(state["optimizer"])
         self.steps_done = int(state["steps_done"])
+
+    def _sharded_state_dict(self, *, is_loading: bool) -> dict[str, Any]:
+        weights = self._sharded_weights()
+        merged = {name: tensor for part in weights.values() for name, tensor in part.items()}
+        optimizer = self.optimizer.sharded_state_dict(merged, is_loading=is_loading, metadata=self._sharding_metadata)
+        return {**weights, "optimizer": optimizer, "steps_done": self.steps_done}
 
     def _optimizer_step(self) -> float:
         """MegatronOptimizer.step, with a look at the gradient norm before anything is written. Returns the norm."""

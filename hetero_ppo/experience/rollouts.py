@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Optional, Protocol
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -22,7 +22,7 @@ class Generator(Protocol):
 
 
 def collect_rollout(
-    engine: Optional[Generator], prompts: PromptBatch, sampling: SamplingConfig, *, n: int, seed: int, version: str
+    engine: Generator | None, prompts: PromptBatch, sampling: SamplingConfig, *, n: int, seed: int, version: str
 ) -> Rollout:
     """Answer the prompts and hand the answers to every rank. Collective over the world.
 
@@ -111,7 +111,7 @@ def build_rollout(
     )
 
 
-def response_texts(rollout: Rollout, decode: "Decode") -> list[str]:
+def response_texts(rollout: Rollout, decode: Decode) -> list[str]:
     """The responses as text, special tokens left out."""
     return [
         decode(rollout.token_ids[row, int(rollout.prompt_lengths[row]) : int(rollout.sequence_lengths[row])].tolist())
@@ -119,7 +119,7 @@ def response_texts(rollout: Rollout, decode: "Decode") -> list[str]:
     ]
 
 
-def prompt_texts(rollout: Rollout, decode: "Decode") -> list[str]:
+def prompt_texts(rollout: Rollout, decode: Decode) -> list[str]:
     """The prompts as text, special tokens left out."""
     return [
         decode(rollout.token_ids[row, : int(rollout.prompt_lengths[row])].tolist()) for row in range(rollout.batch_size)

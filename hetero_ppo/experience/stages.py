@@ -85,9 +85,11 @@ class ExperienceMaker:
         Raises:
             FloatingPointError: a forward gave a NaN or an infinity.
         """
-        for name, tensor in dict(old=old_log_probs, ref=ref_log_probs, scores=scores, values=values).items():
+        for name, tensor in {"old": old_log_probs, "ref": ref_log_probs, "scores": scores, "values": values}.items():
             if not bool(torch.isfinite(tensor).all()):
-                raise FloatingPointError(f"make experience: {name} has values that are not finite; see the rollout dump")
+                raise FloatingPointError(
+                    f"make experience: {name} has values that are not finite; see the rollout dump"
+                )
         algorithm = self.algorithm
         shaped, mask = self._shape_scores(rollout, scores)
         kl = kl_estimate(old_log_probs, ref_log_probs, algorithm.kl.estimator).masked_fill(~rollout.response_mask, 0)

@@ -34,7 +34,6 @@ def run(args: argparse.Namespace) -> None:
     folder = checkpoint_folder(Path(args.run_dir), args.step)
     _single_process()
     # Megatron-Core takes seconds to import: after the checks.
-    from hetero_ppo.checkpoint.manager import load_weights
     from hetero_ppo.distributed.groups import initialise
     from hetero_ppo.engines.model_engine import ModelEngine
     from hetero_ppo.trainers.run import end_run
@@ -44,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
         role_config, head = roles[role]
         role_config.parallel = ParallelConfig()
         engine = ModelEngine(role, role_config, head)
-        load_weights(folder / role, engine)
+        engine.load_weights(folder / role)
         engine.export(args.out)
     finally:
         end_run()

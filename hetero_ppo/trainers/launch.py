@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 
-from hetero_ppo.config.checks import check_config
+from hetero_ppo.config.checks import check_config, check_paths
 from hetero_ppo.config.load import load_config
+from hetero_ppo.data.chat_template import check_tokenizers
 
 
 def main(config_path: str, overrides: list[str]) -> None:
@@ -20,6 +21,8 @@ def main(config_path: str, overrides: list[str]) -> None:
     """
     loaded = load_config(config_path, overrides)
     check_config(loaded.config, int(os.environ.get("WORLD_SIZE", "1")))
+    check_paths(loaded.config)
+    check_tokenizers(loaded.config)
     # Imported now: a bad config is said before Megatron-Core is loaded.
     from hetero_ppo.trainers.run import end_run, start_run
 

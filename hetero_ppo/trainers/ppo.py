@@ -8,7 +8,6 @@ from typing import Self
 
 import torch
 
-import megatron_bridge.platform as platform
 from hetero_ppo.algorithms.losses import add_metric_sums, mean_metrics
 from hetero_ppo.checkpoint.manager import CheckpointManager
 from hetero_ppo.config.schema import PpoConfig
@@ -22,6 +21,7 @@ from hetero_ppo.trainers import ppo_setup
 from hetero_ppo.trainers.ppo_evaluation import Evaluator
 from hetero_ppo.trainers.run import Run
 from hetero_ppo.types import Experience, PolicyInputs, Rollout, StepMetrics, ValueInputs
+from megatron_bridge import platform
 
 
 class PpoTrainer:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any
 
 from hetero_ppo.config.schema import PpoConfig
 from hetero_ppo.experience.rollouts import collect_rollout, prompt_texts, response_texts
@@ -25,8 +25,8 @@ EVAL_SEED = 20_011
 class Evaluation:
     """One policy on the held-out prompts. KL and length are of the sampled answers."""
 
-    accuracy: Optional[float]  # mean of train.eval_function over sampled answers; None without one
-    greedy_accuracy: Optional[float]  # the same at temperature 0
+    accuracy: float | None  # mean of train.eval_function over sampled answers; None without one
+    greedy_accuracy: float | None  # the same at temperature 0
     reward: float  # mean raw score of the sampled answers
     kl: float  # nats per response, to the reference
     response_length: float  # tokens
@@ -43,7 +43,7 @@ class Evaluator:
         run: Run,
         data: PpoData,
         maker: ExperienceMaker,
-        engine: Optional[RolloutEngine],
+        engine: RolloutEngine | None,
     ) -> None:
         self.config = config
         self.run_info = run
@@ -53,7 +53,7 @@ class Evaluator:
         function = config.train.eval_function
         self.check = None if function is None else FunctionReward(function, data.encoder.decode, "train.eval_function")
 
-    def run(self, version: str) -> Optional[Evaluation]:
+    def run(self, version: str) -> Evaluation | None:
         """Sample and judge; None without held-out prompts, or when recorded rollouts are replayed. Collective."""
         prompts = self.data.eval_prompts
         if prompts is None or self.config.train.replay_rollouts is not None:
@@ -69,7 +69,10 @@ class Evaluator:
             greedy = dataclasses.replace(sampling, temperature=0.0, top_p=1.0, top_k=-1)
             greedy_rollout = collect_rollout(self.engine, prompts, greedy, n=1, seed=EVAL_SEED, version=version)
             greedy_accuracy = float(self.check.score(greedy_rollout).mean())
-        questions, answers = prompt_texts(rollout, self.data.encoder.decode), response_texts(rollout, self.data.encoder.decode)
+        questions, answers = (
+            prompt_texts(rollout, self.data.encoder.decode),
+            response_texts(rollout, self.data.encoder.decode),
+        )
         return Evaluation(
             accuracy=accuracy,
             greedy_accuracy=greedy_accuracy,
@@ -100,7 +103,7 @@ class Evaluator:
             path.write_text(json.dumps(dataclasses.asdict(evaluation), indent=1))
 
     @staticmethod
-    def metrics(evaluation: Optional[Evaluation]) -> dict[str, float]:
+    def metrics(evaluation: Evaluation | None) -> dict[str, float]:
         """The numbers, under eval/."""
         if evaluation is None:
             return {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Optional, Self
+from typing import Any, Self
 
 import torch
 
@@ -13,7 +13,7 @@ from hetero_ppo.algorithms.kl import build_kl_controller
 from hetero_ppo.algorithms.rewards import RunningMoments
 from hetero_ppo.config.derived import PpoBatching, derive_ppo
 from hetero_ppo.config.schema import PpoConfig, RewardSource
-from hetero_ppo.data.chat_template import TextEncoder, check_tokenizers, load_text_encoder
+from hetero_ppo.data.chat_template import TextEncoder, load_text_encoder
 from hetero_ppo.data.collate import collate_prompts
 from hetero_ppo.data.dataset import Dataset
 from hetero_ppo.data.prompts import PromptExample, load_prompts
@@ -41,7 +41,7 @@ class PpoData:
 
     encoder: TextEncoder
     train: Dataset[PromptExample]
-    eval_prompts: Optional[PromptBatch]
+    eval_prompts: PromptBatch | None
     sampler: ResumableSampler
 
     def next_prompts(self) -> PromptBatch:
@@ -66,7 +66,7 @@ class Roles:
     actor: TrainEngine
     critic: TrainEngine
     reference: ModelEngine
-    reward_model: Optional[ModelEngine]  # None with a reward function
+    reward_model: ModelEngine | None  # None with a reward function
 
 
 @dataclass
@@ -82,7 +82,7 @@ class StartingEngine:
         def start() -> None:
             try:
                 self.engine.start()
-            except BaseException as error:  # handed to the caller of wait()
+            except BaseException as error:  # noqa: BLE001  handed to the caller of wait()
                 self._errors.append(error)
 
         self._thread = threading.Thread(target=start, name="rollout-start", daemon=True)
@@ -101,9 +101,8 @@ def load_data(config: PpoConfig, run: Run) -> PpoData:
     """Read, template and tokenise the prompts.
 
     Raises:
-        ValueError: bad data, or tokenizers that do not go together.
+        ValueError: bad data.
     """
-    check_tokenizers(config)
     encoder = load_text_encoder(config.actor.model, config.data, "actor")
     train = load_prompts(config.data.train, config.data, encoder)
     run.say(train.report.describe())
@@ -131,7 +130,7 @@ def describe_batching(config: PpoConfig, run: Run, data: PpoData) -> PpoBatching
     return batching
 
 
-def begin_engine(config: PpoConfig, run: Run, data: PpoData) -> Optional[StartingEngine]:
+def begin_engine(config: PpoConfig, run: Run, data: PpoData) -> StartingEngine | None:
     """The rollout engine on rank 0, being started; None on the other ranks."""
     if not run.is_writer:
         return None

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Optional
-
 import torch
 
 from hetero_ppo.algorithms.losses import bradley_terry_loss, mean_metrics
@@ -28,7 +26,7 @@ class RewardModelTrainer(SupervisedTrainer):
         encoder = load_text_encoder(config.reward.model, config.data, "reward")
         self.data = load_preferences(config.data.train, config.data, encoder)
         run.say(self.data.report.describe())
-        self.held_out: Optional[Dataset[PreferenceExample]] = None
+        self.held_out: Dataset[PreferenceExample] | None = None
         if config.data.eval is not None:
             self.held_out = load_preferences(config.data.eval, config.data, encoder)
             run.say(self.held_out.report.describe())
@@ -59,4 +57,7 @@ class RewardModelTrainer(SupervisedTrainer):
             chosen.append(self.engine.forward(batch.chosen_ids, batch.chosen_lengths, scores_output))
             rejected.append(self.engine.forward(batch.rejected_ids, batch.rejected_lengths, scores_output))
         loss = bradley_terry_loss(torch.cat(chosen), torch.cat(rejected), self.loss.margin, self.loss.score_l2, 1.0)
-        return {f"eval/{name.removeprefix('rm/')}": value for name, value in mean_metrics(loss.metric_sums, loss.count).items()}
+        return {
+            f"eval/{name.removeprefix('rm/')}": value
+            for name, value in mean_metrics(loss.metric_sums, loss.count).items()
+        }

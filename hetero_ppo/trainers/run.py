@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy
 import torch
 import torch.distributed as dist
-from omegaconf import OmegaConf
 
-import megatron_bridge.platform as platform
 from hetero_ppo.config.load import LoadedConfig
+from hetero_ppo.config.render import save_config
 from hetero_ppo.config.schema import RunConfig
 from hetero_ppo.distributed.groups import initialise
+from megatron_bridge import platform
 from megatron_bridge.layers import HAS_TRANSFORMER_ENGINE
 
 
@@ -49,7 +49,7 @@ def start_run(loaded: LoadedConfig) -> Run:
     if run.is_writer:
         try:
             run.dir.mkdir(parents=True, exist_ok=True)
-            (run.dir / "config.yaml").write_text(OmegaConf.to_yaml(loaded.node))
+            save_config(loaded, run.dir / "config.yaml")
         except OSError as error:
             raise ValueError(f"run.dir is {config.dir!r}: cannot write there ({error.strerror})") from error
     spec = "Transformer Engine" if HAS_TRANSFORMER_ENGINE else "local"

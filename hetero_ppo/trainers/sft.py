@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Optional
-
 import torch
 
 from hetero_ppo.config.derived import derive_supervised
@@ -28,7 +26,7 @@ class SftTrainer(SupervisedTrainer):
         encoder = load_text_encoder(config.actor.model, config.data, "actor")
         self.data = load_sft(config.data.train, config.data, encoder)
         run.say(self.data.report.describe())
-        self.held_out: Optional[Dataset[SftExample]] = None
+        self.held_out: Dataset[SftExample] | None = None
         if config.data.eval is not None:
             self.held_out = load_sft(config.data.eval, config.data, encoder)
             run.say(self.held_out.report.describe())

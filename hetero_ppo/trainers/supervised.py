@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, TypeVar
 
-import megatron_bridge.platform as platform
 from hetero_ppo.algorithms.losses import mean_metrics
 from hetero_ppo.checkpoint.manager import CheckpointManager
 from hetero_ppo.config.derived import SupervisedBatching
@@ -20,6 +19,7 @@ from hetero_ppo.observability.progress import progress
 from hetero_ppo.observability.timers import PhaseTimer
 from hetero_ppo.trainers.run import Run
 from hetero_ppo.types import StepMetrics
+from megatron_bridge import platform
 
 E = TypeVar("E", bound=Example)
 
@@ -72,21 +72,23 @@ class SupervisedTrainer(ABC):
         if start >= self.total_steps:
             raise ValueError(f"checkpoint.load is at step {start} of {self.total_steps}: zero steps are left to do")
         timer = PhaseTimer(platform.synchronize)
-        with MetricsLogger(
-            self.run.dir, self.run_config, is_writer=self.run.is_writer, total_steps=self.total_steps
-        ) as logger:
-            with progress(range(start, self.total_steps), description=f"{self.engine.role} training") as steps:
-                for step in steps:
-                    with timer.phase("train"):
-                        result = self.step(self.sampler.next_global_batch())
-                    values = self._train_metrics(result)
-                    last = step + 1 == self.total_steps
-                    if last or (self.train.eval_every and (step + 1) % self.train.eval_every == 0):
-                        with timer.phase("eval"):
-                            values.update(self.evaluate())
-                    logger.log(StepMetrics(step + 1, values, timer.collect()))
-                    if last or (self.checkpoint.every and (step + 1) % self.checkpoint.every == 0):
-                        manager.save(step + 1, {self.engine.role: self.engine}, {"sampler": self.sampler.state_dict()})
+        with (
+            MetricsLogger(
+                self.run.dir, self.run_config, is_writer=self.run.is_writer, total_steps=self.total_steps
+            ) as logger,
+            progress(range(start, self.total_steps), description=f"{self.engine.role} training") as steps,
+        ):
+            for step in steps:
+                with timer.phase("train"):
+                    result = self.step(self.sampler.next_global_batch())
+                values = self._train_metrics(result)
+                last = step + 1 == self.total_steps
+                if last or (self.train.eval_every and (step + 1) % self.train.eval_every == 0):
+                    with timer.phase("eval"):
+                        values.update(self.evaluate())
+                logger.log(StepMetrics(step + 1, values, timer.collect()))
+                if last or (self.checkpoint.every and (step + 1) % self.checkpoint.every == 0):
+                    manager.save(step + 1, {self.engine.role: self.engine}, {"sampler": self.sampler.state_dict()})
         if self.checkpoint.export_hf:
             self.engine.export(str(self.run.dir / "hf"))
             self.run.say(f"exported to {self.run.dir / 'hf'}")

@@ -8,7 +8,8 @@ and ``exp_avg_sq`` alone in the state. The arithmetic is torch's own functional 
 from __future__ import annotations
 
 import importlib.util
-from typing import Any, Callable, Iterable, Optional
+from typing import Any
+from collections.abc import Callable, Iterable
 
 import torch
 from torch.optim._functional import adam as functional_adam
@@ -27,11 +28,11 @@ class Adam(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         adam_w_mode: bool = True,
     ) -> None:
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.adam_w_mode = adam_w_mode
 
     @torch.no_grad()
-    def step(self, closure: Optional[Callable[[], float]] = None) -> Optional[float]:
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One update of every parameter that has a gradient."""
         loss = closure() if closure is not None else None
         for group in self.param_groups:
@@ -82,8 +83,8 @@ def install_if_needed() -> None:
     """Make Megatron-Core build this Adam where it has no fused one."""
     if has_fused_adam():
         return
-    import megatron.core.optimizer as optimizer
-    import megatron.core.optimizer.distrib_optimizer as distrib_optimizer
+    from megatron.core import optimizer
+    from megatron.core.optimizer import distrib_optimizer
 
     optimizer.Adam = Adam
     optimizer.USING_PYTORCH_OPTIMIZER = False

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-from typing import Any, Iterator, Optional
+from typing import Any
+from collections.abc import Iterator
 
 import torch
 
@@ -24,13 +25,13 @@ class Stream:
     def synchronize(self) -> None:
         return None
 
-    def wait_stream(self, stream: "Stream") -> None:
+    def wait_stream(self, stream: Stream) -> None:
         return None
 
-    def wait_event(self, event: "Event") -> None:
+    def wait_event(self, event: Event) -> None:
         return None
 
-    def record_event(self, event: Optional["Event"] = None) -> "Event":
+    def record_event(self, event: Event | None = None) -> Event:
         event = event or Event()
         event.record(self)
         return event
@@ -48,10 +49,10 @@ class Event:
     def __init__(self, enable_timing: bool = False, blocking: bool = False, interprocess: bool = False) -> None:
         self._time = 0.0
 
-    def record(self, stream: Optional[Stream] = None) -> None:
+    def record(self, stream: Stream | None = None) -> None:
         self._time = time.perf_counter()
 
-    def wait(self, stream: Optional[Stream] = None) -> None:
+    def wait(self, stream: Stream | None = None) -> None:
         return None
 
     def synchronize(self) -> None:
@@ -60,7 +61,7 @@ class Event:
     def query(self) -> bool:
         return True
 
-    def elapsed_time(self, end_event: "Event") -> float:
+    def elapsed_time(self, end_event: Event) -> float:
         """Milliseconds between two recordings."""
         return 1000.0 * (end_event._time - self._time)
 
@@ -81,7 +82,7 @@ def set_stream(stream: Stream) -> None:
 
 
 @contextlib.contextmanager
-def stream(stream: Optional[Stream]) -> Iterator[None]:
+def stream(stream: Stream | None) -> Iterator[None]:
     yield
 
 

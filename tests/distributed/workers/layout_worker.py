@@ -1,12 +1,13 @@
-"""Runs under torchrun: trains a language-model head and a scalar head for three steps in one layout.
+"""Runs under torchrun: trains a language-model head and a scalar head for three steps in each of some layouts.
 
-usage: layout_worker.py MODEL_DIR LAYOUT_JSON OUT_JSON
+usage: layout_worker.py MODEL_DIR LAYOUTS_JSON OUT_JSON
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,10 +29,17 @@ from hetero_ppo.engines.train_engine import TrainEngine
 from hetero_ppo.types import AnswerInputs, PreferenceBatch
 
 
-def main(model_dir: str, layout: str, out: str) -> None:
+def main(model_dir: str, layouts: str, out: str) -> None:
     torch.set_num_threads(1)
     initialise(2.0)
-    options = json.loads(layout)
+    results = {name: measure(model_dir, layout) for name, layout in json.loads(layouts).items()}
+    if dist.get_rank() == 0:
+        with open(out, "w") as file:
+            json.dump(results, file)
+    dist.destroy_process_group()
+
+
+def measure(model_dir: str, options: dict[str, Any]) -> dict[str, list[float]]:
     config = TrainedRoleConfig(
         model=ModelConfig(path=model_dir, dtype=Dtype(options.pop("dtype", "fp32"))),
         optimizer=OptimizerConfig(lr=1e-3, distributed=options.pop("distributed", False)),
@@ -41,7 +49,7 @@ def main(model_dir: str, layout: str, out: str) -> None:
         parallel=ParallelConfig(**options),
     )
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, 120, (8, 14), generator=generator)
+    ids = torch.randint(0, 121, (8, 14), generator=generator)
     lengths = torch.randint(6, 15, (8,), generator=generator)
     mask = (torch.arange(13)[None] < (lengths - 1)[:, None]) & (torch.arange(13)[None] >= 3)
 
@@ -49,7 +57,9 @@ def main(model_dir: str, layout: str, out: str) -> None:
     lm = TrainEngine("actor", config, "lm", 10)
     output = log_probs_output(temperature=0.7, vocab_size=lm.vocab_size, tp_group=lm.groups.tp)
     result["log_probs"] = lm.forward(ids, lengths, output).masked_fill(~mask, 0).flatten().tolist()
-    steps = [lm.train_step(lm.microbatches(ids, lengths, AnswerInputs(mask), range(8)), sft_loss_fn(lm.vocab_size, lm.groups.tp)) for _ in range(3)]
+    loss_fn = sft_loss_fn(lm.vocab_size, lm.groups.tp)
+    parts = lm.microbatches(ids, lengths, AnswerInputs(mask), range(8))
+    steps = [lm.train_step(parts, loss_fn) for _ in range(3)]
     result["lm_loss"] = [step.loss for step in steps]
     result["lm_grad_norm"] = [step.grad_norm for step in steps]
 
@@ -60,10 +70,7 @@ def main(model_dir: str, layout: str, out: str) -> None:
     result["rm_grad_norm"] = [step.grad_norm for step in steps]
     result["scores"] = rm.forward(ids, lengths, scores_output).tolist()
     result["values"] = rm.forward(ids, lengths, values_output).masked_fill(~mask, 0).flatten().tolist()
-    if dist.get_rank() == 0:
-        with open(out, "w") as file:
-            json.dump(result, file)
-    dist.destroy_process_group()
+    return result
 
 
 if __name__ == "__main__":
