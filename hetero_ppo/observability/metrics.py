@@ -95,8 +95,9 @@ class MetricsLogger:
     """Writes records on one rank; on the others every method does nothing.
 
     ``<run_dir>/metrics.jsonl`` is appended to, so a resumed run goes on in the same file; a step that is repeated after a
-    resume appears twice and the later record holds. The console prints every ``config.log_every`` steps, and always a
-    record with an evaluation, a note, or a value that is not finite; the files get every record.
+    resume appears twice and the later record holds. The console prints every ``config.log_every`` steps, and always
+    the first and the last step and a record with an evaluation, a note, or a value that is not finite; the files get every
+    record.
 
     Raises ValueError on the writer when ``config.wandb_project`` is set and wandb is not installed.
     """
@@ -164,6 +165,7 @@ class MetricsLogger:
     def _is_due(self, record: StepMetrics) -> bool:
         return (
             record.step % self._log_every == 0
+            or record.step in (1, self._total_steps)
             or record.note is not None
             or any(name.startswith("eval/") for name in record.values)
             or bool(non_finite(record.values))

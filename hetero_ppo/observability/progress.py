@@ -44,7 +44,7 @@ class PlainProgress(Generic[T]):
         self._interval_s = interval_s
         self._start = self._last_line = time.perf_counter()
         self._postfix = ""
-        self._printed = False
+        self._printed_n: int | None = None
         self._closed = False
 
     def __iter__(self) -> Iterator[T]:
@@ -75,14 +75,14 @@ class PlainProgress(Generic[T]):
         self._postfix = text
 
     def close(self) -> None:
-        """Print the last line, if there were lines before it."""
-        if not self._closed and self._printed:
+        """Print the last line, if there were lines before it and it says more than they did."""
+        if not self._closed and self._printed_n not in (None, self.n):
             self._print()
         self._closed = True
 
     def _print(self) -> None:
         self._last_line = time.perf_counter()
-        self._printed = True
+        self._printed_n = self.n
         if self._file is None:
             return
         elapsed = self._last_line - self._start

@@ -61,9 +61,9 @@ def test_log_every_thins_the_console_but_not_the_file(tmp_path: Path, capsys: py
     config = RunConfig(dir=str(tmp_path), tensorboard=False, log_every=3)
     with MetricsLogger(tmp_path, config, is_writer=True, total_steps=7) as logger:
         for step in range(1, 8):
-            logger.log(StepMetrics(step, {"train/loss": 1.0} | ({"eval/accuracy": 0.5} if step == 7 else {})))
+            logger.log(StepMetrics(step, {"train/loss": 1.0} | ({"eval/accuracy": 0.5} if step == 4 else {})))
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split("|")[0].split() for line in lines] == [["step", "3/7"], ["step", "6/7"], ["step", "7/7"]]
+    assert [line.split("|")[0].split() for line in lines] == [["step", f"{n}/7"] for n in (1, 3, 4, 6, 7)]
     assert len(read_lines(tmp_path / "metrics.jsonl")) == 7
 
 
@@ -154,6 +154,15 @@ def test_plain_progress_prints_lines_without_control_characters(monkeypatch: pyt
         "score: 6/8 (75 %), 24 s, 8 s left, 0.25/s",
         "score: 8/8 (100 %), 32 s, 0.25/s",
     ]
+
+
+def test_plain_progress_does_not_say_its_end_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = FakeClock()
+    monkeypatch.setattr(time, "perf_counter", clock)
+    out = io.StringIO()
+    for _ in PlainProgress(range(2), 2, "PPO", out, interval_s=10.0):
+        clock.now += 6.0
+    assert out.getvalue().splitlines() == ["PPO: 2/2 (100 %), 12 s, 0.17/s"]
 
 
 def test_progress_is_silent_on_other_ranks_and_in_short_loops(
