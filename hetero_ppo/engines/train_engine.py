@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from hetero_ppo.config.schema import Dtype, OptimizerConfig, TrainedRoleConfig
 from hetero_ppo.distributed.groups import is_last_stage, last_stage_rank
 from hetero_ppo.engines.microbatches import rank_rows, split, split_pairs
 from hetero_ppo.engines.model_engine import ModelEngine
+from hetero_ppo.engines.outputs import OutputFn
 from hetero_ppo.types import Microbatch, PreferenceBatch
 from megatron_bridge.model_provider import Head
 
@@ -60,6 +61,7 @@ class TrainEngine(ModelEngine):
         self.total_steps = total_steps
         self.steps_done = 0
         self.chunks = [self._wrap(chunk, index) for index, chunk in enumerate(self.models)]
+        self._gather_in_forward = True  # overlap_param_gather: Megatron-Core's forward hooks are on
         self.optimizer = self._build_optimizer()
         transformer = self.bridge.transformer
         transformer.finalize_model_grads_func = finalize_model_grads
@@ -104,11 +106,35 @@ class TrainEngine(ModelEngine):
             pg_collection=self.groups,
         )
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, token_ids: Tensor, sequence_lengths: Tensor, output: OutputFn) -> Tensor:
         """ModelEngine.forward, in evaluation mode."""
+        self._settle_parameters()
         for chunk in self.chunks:
             chunk.eval()
-        return super().forward(*args, **kwargs)
+        return super().forward(token_ids, sequence_lengths, output)
+
+    def stream_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """ModelEngine.stream_weights, of the newest weights."""
+        self._settle_parameters()
+        return super().stream_weights()
+
+    def export(self, out_dir: str, *, tokenizer_dir: str | None = None) -> None:
+        """ModelEngine.export, of the newest weights."""
+        self._settle_parameters()
+        super().export(out_dir, tokenizer_dir=tokenizer_dir)
+
+    def _settle_parameters(self) -> None:
+        """With overlap_param_gather, finish the gather that the next training forward would have hidden."""
+        if self.train_config.ddp.overlap_param_gather and self._gather_in_forward:
+            for chunk in self.chunks:
+                chunk.disable_forward_pre_hook(param_sync=True)
+            self._gather_in_forward = False
+
+    def _gather_in_training_forward(self) -> None:
+        if self.train_config.ddp.overlap_param_gather and not self._gather_in_forward:
+            for chunk in self.chunks:
+                chunk.enable_forward_pre_hook()
+            self._gather_in_forward = True
 
     def microbatches(
         self, token_ids: Tensor, sequence_lengths: Tensor, inputs: Any, rows: Sequence[int]
@@ -152,6 +178,7 @@ class TrainEngine(ModelEngine):
         Raises:
             FloatingPointError: a gradient is NaN or infinite. The weights are as before the step.
         """
+        self._gather_in_training_forward()
         for chunk in self.chunks:
             chunk.train()
             chunk.zero_grad_buffer()
@@ -184,6 +211,7 @@ class TrainEngine(ModelEngine):
         self.steps_done = int(state["steps_done"])
 
     def _sharded_state_dict(self, *, is_loading: bool) -> dict[str, Any]:
+        self._settle_parameters()
         weights = self._sharded_weights()
         merged = {name: tensor for part in weights.values() for name, tensor in part.items()}
         optimizer = self.optimizer.sharded_state_dict(merged, is_loading=is_loading, metadata=self._sharding_metadata)

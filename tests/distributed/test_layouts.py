@@ -14,6 +14,11 @@ WORKER = str(Path(__file__).parent / "workers" / "layout_worker.py")
 LAYOUTS: dict[str, dict[str, object]] = {
     "dp2": {},
     "dp2 distributed optimizer, overlapped": {"distributed": True, "overlap": True},
+    "dp2 distributed optimizer, parameter gather overlapped": {
+        "distributed": True,
+        "overlap": True,
+        "overlap_gather": True,
+    },
     "tp2": {"tensor": 2},
     "tp2 sequence parallel": {"tensor": 2, "sequence": True},
     "pp2": {"pipeline": 2},

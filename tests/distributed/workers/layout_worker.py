@@ -43,7 +43,9 @@ def measure(model_dir: str, options: dict[str, Any]) -> dict[str, list[float]]:
     config = TrainedRoleConfig(
         model=ModelConfig(path=model_dir, dtype=Dtype(options.pop("dtype", "fp32"))),
         optimizer=OptimizerConfig(lr=1e-3, distributed=options.pop("distributed", False)),
-        ddp=DdpConfig(overlap_grad_reduce=options.pop("overlap", False)),
+        ddp=DdpConfig(
+            overlap_grad_reduce=options.pop("overlap", False), overlap_param_gather=options.pop("overlap_gather", False)
+        ),
         recompute=options.pop("recompute", None),
         micro_batch_size=2,
         parallel=ParallelConfig(**options),
