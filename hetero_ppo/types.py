@@ -20,6 +20,7 @@ class PromptBatch:
     """Prompts of one PPO step on this data-parallel rank."""
 
     prompt_ids: list[list[int]]  # token ids, template applied, not padded
+    prompt_texts: list[str]  # what the user asked, as the data has it
     prompt_index: list[int]  # row of the dataset, stable over epochs
     labels: list[Any]  # whatever the label key holds, or None
     metadata: list[dict[str, Any]]
@@ -49,6 +50,7 @@ class Rollout:
     rollout_log_probs: Tensor  # [B, T] float32, 0 outside response_mask
     truncated: Tensor  # [B] bool, no end-of-sequence within max_tokens
     weight_version: list[str]  # one per row
+    prompt_texts: list[str]  # what the user asked, as the data has it
     prompt_index: list[int]
     labels: list[Any]
     metadata: list[dict[str, Any]] = field(default_factory=list)

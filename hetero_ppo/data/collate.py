@@ -48,6 +48,7 @@ def collate_prompts(examples: Sequence[PromptExample]) -> PromptBatch:
     """Prompts stay lists: the engine pads nothing."""
     return PromptBatch(
         prompt_ids=[example.prompt_ids for example in examples],
+        prompt_texts=[example.text for example in examples],
         prompt_index=[example.index for example in examples],
         labels=[example.label for example in examples],
         metadata=[example.metadata for example in examples],

@@ -17,6 +17,7 @@ class PromptExample:
     """One prompt, ready for the engine."""
 
     prompt_ids: list[int]  # template applied, up to where the answer begins
+    text: str  # what the user asked: the row's text, or its last message
     label: Any  # whatever the label key holds, or None
     metadata: dict[str, Any]
     index: int  # row of the file, from 0; it stays the same when other rows are left out
@@ -46,7 +47,11 @@ def load_prompts(path: str, data: DataConfig, encoder: TextEncoder) -> Dataset[P
         prefix = encoder.prefix_ids if encoder.template is None else []
         return [
             PromptExample(
-                prefix + prompt_ids, row.values.get(data.label_key), _metadata(row, data), index_of[row.number]
+                prefix + prompt_ids,
+                _question(row, data),
+                row.values.get(data.label_key),
+                _metadata(row, data),
+                index_of[row.number],
             )
             for row, prompt_ids in zip(block, ids, strict=True)
         ]
@@ -72,6 +77,11 @@ def _prompt_text(row: Row, data: DataConfig, encoder: TextEncoder) -> str:
         return encoder.render(messages, add_generation_prompt=True)
     except ValueError as error:
         raise row.error(field, str(error)) from error
+
+
+def _question(row: Row, data: DataConfig) -> str:
+    field = prompt_field(row, data)
+    return row.messages(field)[-1]["content"] if isinstance(row.value(field), list) else row.text(field)
 
 
 def prompt_field(row: Row, data: DataConfig) -> str:

@@ -105,6 +105,7 @@ def build_rollout(
         rollout_log_probs=rollout_log_probs,
         truncated=truncated,
         weight_version=[version] * len(lengths),
+        prompt_texts=[text for text in prompts.prompt_texts for _ in range(n)],
         prompt_index=[index for index in prompts.prompt_index for _ in range(n)],
         labels=[label for label in prompts.labels for _ in range(n)],
         metadata=[metadata for metadata in prompts.metadata for _ in range(n)],
@@ -116,13 +117,6 @@ def response_texts(rollout: Rollout, decode: Decode) -> list[str]:
     return [
         decode(rollout.token_ids[row, int(rollout.prompt_lengths[row]) : int(rollout.sequence_lengths[row])].tolist())
         for row in range(rollout.batch_size)
-    ]
-
-
-def prompt_texts(rollout: Rollout, decode: Decode) -> list[str]:
-    """The prompts as text, special tokens left out."""
-    return [
-        decode(rollout.token_ids[row, : int(rollout.prompt_lengths[row])].tolist()) for row in range(rollout.batch_size)
     ]
 
 

@@ -75,8 +75,8 @@ class FunctionReward:
     def _score_row(self, rollout: Rollout, row: int) -> float:
         start, end = int(rollout.prompt_lengths[row]), int(rollout.sequence_lengths[row])
         ids = rollout.token_ids[row].tolist()
-        prompt, response = self._decode(ids[:start]), self._decode(ids[start:end])
-        score = self._function(prompt, response, rollout.labels[row], rollout.metadata[row])
+        response = self._decode(ids[start:end])
+        score = self._function(rollout.prompt_texts[row], response, rollout.labels[row], rollout.metadata[row])
         if not isinstance(score, (int, float)) or not math.isfinite(score):
             raise ValueError(
                 f"{self.field} {self.spec} gave {score!r} for dataset row {rollout.prompt_index[row]} "

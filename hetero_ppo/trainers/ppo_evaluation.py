@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hetero_ppo.config.schema import PpoConfig
-from hetero_ppo.experience.rollouts import collect_rollout, prompt_texts, response_texts
+from hetero_ppo.experience.rollouts import collect_rollout, response_texts
 from hetero_ppo.experience.stages import ExperienceMaker, policy_log_probs, sequence_kl
 from hetero_ppo.reward.function import FunctionReward
 from hetero_ppo.rollout.replay import write_rollouts
@@ -69,10 +69,7 @@ class Evaluator:
             greedy = dataclasses.replace(sampling, temperature=0.0, top_p=1.0, top_k=-1)
             greedy_rollout = collect_rollout(self.engine, prompts, greedy, n=1, seed=EVAL_SEED, version=version)
             greedy_accuracy = float(self.check.score(greedy_rollout).mean())
-        questions, answers = (
-            prompt_texts(rollout, self.data.encoder.decode),
-            response_texts(rollout, self.data.encoder.decode),
-        )
+        answers = response_texts(rollout, self.data.encoder.decode)
         return Evaluation(
             accuracy=accuracy,
             greedy_accuracy=greedy_accuracy,
@@ -82,7 +79,7 @@ class Evaluator:
             num_prompts=len(prompts),
             samples=[
                 {
-                    "prompt": questions[row],
+                    "prompt": rollout.prompt_texts[row],
                     "response": answers[row],
                     "label": rollout.labels[row],
                     "score": float(scores[row]),
@@ -123,7 +120,7 @@ class Evaluator:
         rollout = experience.rollout
         extra = {
             "score": experience.scores.tolist(),
-            "prompt": prompt_texts(rollout, self.data.encoder.decode),
+            "prompt": rollout.prompt_texts,
             "response": response_texts(rollout, self.data.encoder.decode),
         }
         write_rollouts(self.run_info.dir / "rollouts", step, rollout, extra)

@@ -35,6 +35,7 @@ def make_rollout() -> Rollout:
         rollout_log_probs=log_probs,
         truncated=torch.tensor([False, True]),
         weight_version=["step_3", "step_3"],
+        prompt_texts=["five six", "seven"],
         prompt_index=[11, 4],
         labels=["x", None],
     )
