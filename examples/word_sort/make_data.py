@@ -38,7 +38,8 @@ QUESTIONS = (
     "List these words alphabetically: {words}",
 )
 
-SLIPS = ("swap", "drop", "repeat", "foreign")
+#: Kind of slip -> how often it is the one, relative to the others.
+SLIPS = {"swap": 2, "drop": 1, "repeat": 3, "foreign": 4}
 
 
 @dataclass(frozen=True)
@@ -95,19 +96,32 @@ def hasty_order(words: Sequence[str]) -> list[str]:
     return sorted(words, key=lambda word: word[0])
 
 
+def draw_slip(rng: random.Random) -> str:
+    """A kind of slip, by frequency."""
+    return rng.choices(list(SLIPS), weights=list(SLIPS.values()))[0]
+
+
 def slip(rng: random.Random, answer: Sequence[str], kind: str) -> list[str]:
-    """``answer`` with one slip of the given kind; the result always differs from it."""
+    """``answer`` with one slip of the given kind; the result always differs from it.
+
+    A repeated word is an additional one, or stands where its neighbour belongs. A foreign word is mostly one with the
+    same initial, so that neither the answer's length nor its order gives it away.
+    """
     words = list(answer)
     place = rng.randrange(len(words))
+    neighbour = rng.randrange(1, len(words))
     if kind == "swap":
-        place = rng.randrange(len(words) - 1)
-        words[place], words[place + 1] = words[place + 1], words[place]
+        words[neighbour - 1], words[neighbour] = words[neighbour], words[neighbour - 1]
     elif kind == "drop":
         del words[place]
-    elif kind == "repeat":
+    elif kind == "repeat" and rng.random() < 0.5:
         words.insert(place, words[place])
+    elif kind == "repeat":
+        words[neighbour - 1 : neighbour + 1] = [rng.choice(words[neighbour - 1 : neighbour + 1])] * 2
     elif kind == "foreign":
-        words[place] = rng.choice([word for word in WORDS if word not in words])
+        others = [word for word in WORDS if word not in words]
+        alike = [word for word in others if word[0] == words[place][0]]
+        words[place] = rng.choice(alike if alike and rng.random() < 0.7 else others)
     else:
         raise ValueError(f"unknown kind of slip {kind!r}; known: {', '.join(SLIPS)}")
     return words
@@ -117,7 +131,7 @@ def demonstrate(rng: random.Random, task: Task, recipe: Recipe) -> str:
     """What a demonstrator answers: right, hasty, or with a slip."""
     answer = hasty_order(task.words) if rng.random() < recipe.hasty_rate else sorted(task.words)
     if rng.random() < recipe.slip_rate:
-        answer = slip(rng, answer, rng.choice(SLIPS))
+        answer = slip(rng, answer, draw_slip(rng))
     return join(answer)
 
 
@@ -125,14 +139,14 @@ def mistaken(rng: random.Random, task: Task) -> str:
     """A wrong answer, of the kinds that demonstrators give: hasty where haste goes wrong, or with one or two slips."""
     right = sorted(task.words)
     hasty = hasty_order(task.words)
-    if hasty != right and rng.random() < 0.8:
+    if hasty != right and rng.random() < 0.6:
         return join(hasty)
     answer = right
     # A second slip can undo the first.
     while answer == right:
         answer = right
         for _ in range(rng.choice((1, 1, 2))):
-            answer = slip(rng, answer, rng.choice(SLIPS))
+            answer = slip(rng, answer, draw_slip(rng))
     return join(answer)
 
 
