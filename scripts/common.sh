@@ -56,7 +56,8 @@ launch_training() {
     else
         rendezvous=(--standalone)
     fi
-    local -a command=("$VENV/bin/torchrun" --nproc-per-node "$nproc" "${rendezvous[@]}"
+    # The launcher is torchrun, options and all, but for how it reports a rank that failed.
+    local -a command=("$VENV/bin/python" -m hetero_ppo.cli.launcher --nproc-per-node "$nproc" "${rendezvous[@]}"
         -m hetero_ppo.cli.main train --config "$config" "$@")
     if [[ ${DRY_RUN:-0} = 1 ]]; then
         printf '%q ' "${command[@]}"

@@ -1,7 +1,8 @@
 """The console script ``hetero-ppo``: subcommands, and errors that a user can act on in one line.
 
-What the user got wrong is a ``ValueError`` or ``FileNotFoundError`` and prints as ``error: ...`` with exit status 2.
-Anything else is a fault of ours and shows its traceback; ``--traceback`` shows it for both.
+What the user got wrong is a ``ValueError`` or ``FileNotFoundError`` and prints as ``error: ...`` with exit status 2; what
+failed under the run, a server or the numbers, prints the same way with exit status 1. Anything else is a fault of ours and
+shows its traceback; ``--traceback`` shows it for all.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import argparse
 import sys
 
 from hetero_ppo.cli import config, export, init_model, report, tokenizer, train, validate
+from hetero_ppo.cli.ranks import say_error
+from hetero_ppo.errors import RunError
 
 SUBCOMMANDS = (config, validate, train, export, report, tokenizer, init_model)
 
@@ -36,8 +39,13 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, FileNotFoundError) as error:
         if args.traceback:
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        say_error(" ".join(str(error).split()))
         return 2
+    except (RunError, FloatingPointError) as error:
+        if args.traceback:
+            raise
+        say_error(str(error))
+        return 1
     return 0
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hetero_ppo.algorithms.masking import response_mask
 from hetero_ppo.config.schema import SamplingConfig
+from hetero_ppo.errors import RunError
 from hetero_ppo.types import PromptBatch, Response, Rollout
 
 
@@ -43,7 +44,7 @@ def collect_rollout(
         responses = [response for answer in answers for response in answer]
         stale = sorted({r.weight_version for r in responses} - {version})
         if stale:
-            raise RuntimeError(f"rollout: answers made by weights {stale}, the actor is at {version!r}: sync was lost")
+            raise RunError(f"rollout: answers made by weights {stale}, the actor is at {version!r}: sync was lost")
     lengths, tokens, log_probs, truncated = _share(responses, len(prompts) * n, sampling)
     return build_rollout(prompts, n, lengths, tokens, log_probs, truncated, version)
 

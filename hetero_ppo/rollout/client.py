@@ -13,6 +13,7 @@ from typing import Any
 import aiohttp
 
 from hetero_ppo.config.schema import SamplingConfig
+from hetero_ppo.errors import RunError
 from hetero_ppo.rollout.server import SERVED_MODEL_NAME, VllmServer
 from hetero_ppo.types import Response
 
@@ -62,7 +63,7 @@ class ServerClient:
             if await self.healthy():
                 return
             await asyncio.sleep(POLL_S)
-        raise RuntimeError(f"start: {self.server.name} did not answer within {timeout_s:.0f} s; {self.server.report()}")
+        raise RunError(f"start: {self.server.name} did not answer within {timeout_s:.0f} s; {self.server.report()}")
 
     async def healthy(self) -> bool:
         timeout = aiohttp.ClientTimeout(total=HEALTH_TIMEOUT_S)
@@ -100,14 +101,14 @@ class ServerClient:
         log_probs = [entry["logprob"] for entry in choice["logprobs"]["content"]]
         versions = sorted({span["version"] for span in choice["weight_versions"]})
         if choice["finish_reason"] not in ("stop", "length"):
-            raise RuntimeError(f"generate: {self.server.name} ended a response with {choice['finish_reason']!r}")
+            raise RunError(f"generate: {self.server.name} ended a response with {choice['finish_reason']!r}")
         if len(versions) != 1 or len(log_probs) != len(choice["token_ids"]):
-            raise RuntimeError(
+            raise RunError(
                 f"generate: {self.server.name} answered {len(choice['token_ids'])} tokens with {len(log_probs)} log-probs, "
                 f"made by the weight versions {versions}; expected one log-prob per token and one version"
             )
         if log_probs and min(log_probs) <= NOT_FINITE:
-            raise RuntimeError(f"generate: {self.server.name} sampled from logits that are not finite (weights {versions[0]})")
+            raise RunError(f"generate: {self.server.name} sampled from logits that are not finite (weights {versions[0]})")
         return Response(choice["token_ids"], log_probs, choice["finish_reason"], versions[0])
 
     async def prompt_log_probs(self, token_ids: list[int], timeout_s: float) -> list[float]:
@@ -131,7 +132,7 @@ class ServerClient:
             async with self._session.post(f"http://server{route}", json=body, timeout=timeout) as reply:
                 status, text = reply.status, await reply.read()
         except TimeoutError:
-            raise RuntimeError(
+            raise RunError(
                 f"{phase}: {self.server.name} did not answer {route} within {timeout_s:.0f} s; {self.server.report()}"
             ) from None
         except (aiohttp.ClientError, OSError) as error:
@@ -140,7 +141,7 @@ class ServerClient:
             return json.loads(text)
         if status >= 500 and not await self.healthy():
             raise ServerDied(f"{route}: HTTP {status}")
-        raise RuntimeError(
+        raise RunError(
             f"{phase}: {self.server.name} answered {route} with HTTP {status}: {text.decode(errors='replace')[:2000]}\n"
             f"{self.server.report()}"
         )

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hetero_ppo.config.schema import Dtype, RolloutConfig, SamplingConfig
+from hetero_ppo.errors import RunError
 from hetero_ppo.observability.progress import progress
 from hetero_ppo.rollout.pool import ServerPool, gather_all
 from hetero_ppo.rollout.server import ServerSpec, VllmServer, server_threads
@@ -247,7 +248,7 @@ class VllmEngine:
             if not difference <= tolerance:
                 version = self.version
                 self.close()
-                raise RuntimeError(
+                raise RunError(
                     f"weight sync {version!r}: {server.name} gives token {position + 1} of the golden prompt a log-prob of "
                     f"{engine_log_probs[position]:.5f}, the trainer {log_probs[position]:.5f}; the difference exceeds "
                     f"rollout.verify_sync_tolerance ({tolerance}): the server does not hold the trainer's weights"

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from hetero_ppo.errors import RunError
 from hetero_ppo.rollout.client import ServerClient, ServerDied
 from hetero_ppo.rollout.server import VllmServer
 from hetero_ppo.rollout.weight_sync import WeightFiles, stage, swap
@@ -116,7 +117,7 @@ class ServerPool:
                 await member.client.post(phase, "/update_weight_version", self.sync_timeout_s, body)
         except ServerDied as error:
             await asyncio.to_thread(member.server.wait_exit, EXIT_WAIT_S)
-            raise RuntimeError(
+            raise RunError(
                 f"{phase}: {member.server.name} ended while starting ({error}); {member.server.report()}"
             ) from None
         member.starts += 1
@@ -137,7 +138,7 @@ class ServerPool:
             member.restarts += 1
             message = f"{phase}: {member.server.name} died ({cause}); {report}"
             if member.restarts > self.max_restarts:
-                raise RuntimeError(f"{message}\nrollout.max_restarts allows {self.max_restarts} restarts of a server")
+                raise RunError(f"{message}\nrollout.max_restarts allows {self.max_restarts} restarts of a server")
             log.warning("%s\nrestart %d of %d", message, member.restarts, self.max_restarts)
             await self._boot(member, phase)
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from hetero_ppo.config.schema import Dtype
+from hetero_ppo.errors import RunError
 from hetero_ppo.rollout.client import ServerClient
 from hetero_ppo.rollout.worker_extension import tensor_checksum
 
@@ -147,7 +148,7 @@ async def stage(client: ServerClient, files: WeightFiles, timeout_s: float) -> N
             )
         wrong = sorted(name for name, digest in files.checksums.items() if result["checksums"][name] != digest)
         if wrong:
-            raise RuntimeError(
+            raise RunError(
                 f"weight sync {files.version!r}: {client.server.name} read other bytes than were written for {wrong[:8]}"
             )
 
@@ -158,6 +159,6 @@ async def swap(client: ServerClient, files: WeightFiles, timeout_s: float) -> No
     await client.call_worker("weight sync", "hetero_ppo_load_staged", timeout_s)
     reset = await client.post("weight sync", "/reset_prefix_cache", timeout_s)
     if not reset["success"]:
-        raise RuntimeError(f"weight sync {files.version!r}: {client.server.name} could not reset its prefix cache")
+        raise RunError(f"weight sync {files.version!r}: {client.server.name} could not reset its prefix cache")
     await client.post("weight sync", "/update_weight_version", timeout_s, {"new_version": files.version})
     await client.post("weight sync", "/resume", timeout_s)

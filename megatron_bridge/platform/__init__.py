@@ -8,13 +8,28 @@ Without CUDA it installs an import hook that rewrites ``torch.cuda`` and ``"cuda
 from __future__ import annotations
 
 import sys
+import warnings
 
 import torch
 
 HAS_CUDA: bool = torch.cuda.is_available()
 
 
+#: What Megatron-Core warns of at every start, rank by rank: that optional kernels are missing (a run prints once which layer
+#: spec it uses), and that a default of its own is deprecated.
+_KNOWN_WARNINGS = (
+    r"(Transformer Engine and )?Apex (is|are) not installed",
+    r"full scope is deprecated. Use empty cuda_graph_scope",
+)
+
+
+def _silence_known_warnings() -> None:
+    for message in _KNOWN_WARNINGS:
+        warnings.filterwarnings("ignore", message=message, category=UserWarning, module=r"megatron\.core\.")
+
+
 def _install() -> None:
+    _silence_known_warnings()
     loaded = sorted(name for name in sys.modules if name == "megatron.core" or name.startswith("megatron.core."))
     if loaded and not HAS_CUDA:
         raise ImportError(

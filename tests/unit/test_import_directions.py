@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = ("hetero_ppo", "megatron_bridge")
 #: A package imports from its own tier or below. Packages of one tier may use each other as long as there is no cycle.
 TIERS = {
+    "errors": 0,
     "config": 0,
     "types": 1,
     "algorithms": 2,

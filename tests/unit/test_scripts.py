@@ -60,7 +60,9 @@ def test_shellcheck() -> None:
 def test_train_scripts_start_torchrun_with_overrides(kind: str) -> None:
     command = dry_run(f"train_{kind}.sh", "run.seed=3", "run.dir=my runs/a", VENV="/env")
     assert command == [
-        "/env/bin/torchrun",
+        "/env/bin/python",
+        "-m",
+        "hetero_ppo.cli.launcher",
         "--nproc-per-node",
         "1",
         "--standalone",
@@ -85,8 +87,8 @@ def test_several_nodes() -> None:
         "train_ppo.sh", NPROC_PER_NODE="8", NNODES="2", NODE_RANK="1", MASTER_ADDR="head", CONFIG="c.yaml"
     )
     expected = ["--nproc-per-node", "8", "--nnodes", "2", "--node-rank", "1"]
-    assert command[1:7] == expected
-    assert command[7:11] == ["--master-addr", "head", "--master-port", "29500"]
+    assert command[3:9] == expected
+    assert command[9:13] == ["--master-addr", "head", "--master-port", "29500"]
     assert command[command.index("--config") + 1] == "c.yaml"
     done = run_script("train_ppo.sh", NNODES="2", DRY_RUN="1")
     assert done.returncode == 1
@@ -128,12 +130,12 @@ def test_quickstart_goes_through_all_stages() -> None:
     done = run_script("quickstart.sh", "run.threads=2", DRY_RUN="1", SEED="3", RUN_DIR="out/", VENV="/env")
     assert done.returncode == 0, done.stderr
     commands = [shlex.split(line) for line in done.stdout.splitlines() if "/env/bin/" in line]
-    starts = [" ".join(command[:2]).removeprefix("/env/bin/") for command in commands]
+    starts = [" ".join(command[: 3 if command[1] == "-m" else 2]).removeprefix("/env/bin/") for command in commands]
     assert starts == [
         "python examples/word_sort/make_data.py",
         "hetero-ppo tokenizer",
         "hetero-ppo init-model",
-        *["torchrun --nproc-per-node"] * 3,
+        *["python -m hetero_ppo.cli.launcher"] * 3,
         "hetero-ppo report",
     ]
     for kind, command in zip(("sft", "rm", "ppo"), commands[3:6], strict=True):

@@ -1,0 +1,45 @@
+"""One error said once, though every rank of a run may have it, and never lost, though one rank alone may have it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+#: What the other ranks leave the first one to speak, when all find the same mistake at about the same time.
+FIRST_RANK_HEAD_START_S = 1.0
+
+
+def say_error(text: str) -> None:
+    """Print ``error: <text>`` on stderr. Under torchrun the ranks of a node print the same text once between them.
+
+    The first rank that marks the text in the folder that torchrun made for this launch prints it; the others have nothing
+    to add. A text that no other rank has is always printed, with its rank.
+    """
+    rank, local_rank = os.environ.get("RANK"), os.environ.get("LOCAL_RANK", "0")
+    where = "" if local_rank == "0" else f" (rank {rank})"
+    if local_rank != "0":
+        # Torchrun ends all ranks when one has ended: this one waits and speaks first.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        time.sleep(FIRST_RANK_HEAD_START_S)
+    if _is_first_to_say(text):
+        print(f"error{where}: {text}", file=sys.stderr, flush=True)
+
+
+def _is_first_to_say(text: str) -> bool:
+    # torchrun: <folder of this launch>/attempt_<n>/<local rank>/error.json
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE", "")
+    if not error_file:
+        return True
+    folder = Path(error_file).parent.parent
+    if not folder.is_dir():
+        return True
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    try:
+        (folder / f"said_{digest[:16]}").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True

@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import logging
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+from hetero_ppo.cli import launcher, ranks
+from hetero_ppo.cli.launcher import describe_failure, main
+
+TORCHRUN = ["--standalone", "--nproc-per-node", "1"]
+
+
+def failure(exit_code: int) -> ProcessFailure:
+    return ProcessFailure(local_rank=0, pid=1, exitcode=exit_code, error_file="")
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "text", "status"),
+    [
+        (2, "rank 3 ended with exit status 2; see the error above", 2),
+        (-9, "rank 3 was ended by SIGKILL (signal 9)", 137),
+        (-signal.SIGTERM, "rank 3 was ended by SIGTERM (signal 15)", 143),
+    ],
+)
+def test_a_failed_rank_is_one_line(exit_code: int, text: str, status: int) -> None:
+    assert describe_failure(3, failure(exit_code)) == (text, status)
+
+
+@pytest.mark.parametrize(
+    ("error", "line", "status"),
+    [
+        (ChildFailedError("x", {1: failure(2)}), "error: rank 1 ended with exit status 2; see the error above\n", 2),
+        (SignalException("x", signal.SIGTERM), "error: the run was stopped by SIGTERM\n", 143),
+    ],
+)
+def test_the_end_of_a_failed_run_is_one_line(
+    error: Exception, line: str, status: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def run(args: object) -> None:
+        raise error
+
+    monkeypatch.setattr(launcher, "run", run)
+    assert main([*TORCHRUN, "program.py"]) == status
+    assert capfd.readouterr().err == line
+
+
+def test_a_run_that_ends_well_says_nothing(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(launcher, "run", lambda args: None)
+    assert main([*TORCHRUN, "program.py"]) == 0
+    assert capfd.readouterr().err == ""
+
+
+def test_real_ranks_speak_once_and_nothing_is_lost(tmp_path: Path) -> None:
+    """Both ranks find the same mistake, rank 1 another one; rank 0 ends first, and torchrun then ends rank 1."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os, sys\n"
+        "from hetero_ppo.cli.ranks import say_error\n"
+        "if os.environ['LOCAL_RANK'] == '1': say_error('of rank 1')\n"
+        "say_error('of both')\n"
+        "sys.exit(2)\n"
+    )
+    command = [sys.executable, "-m", "hetero_ppo.cli.launcher", "--standalone", "--nproc-per-node", "2", str(program)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2, done.stderr
+    lines = done.stderr.splitlines()
+    assert lines.count("error: of both") + lines.count("error (rank 1): of both") == 1
+    assert lines.count("error (rank 1): of rank 1") == 1
+    last = [line for line in lines if "exit status 2; see the error above" in line]
+    assert len(last) == 1 and len(lines) == 3
+
+
+def test_torchruns_other_records_stay(caplog: pytest.LogCaptureFixture) -> None:
+    name, beginnings = next(iter(launcher.REPLACED_RECORDS.items()))
+    drop = launcher._Drop(beginnings)
+    records = [logging.LogRecord(name, logging.ERROR, "", 0, text, None, None) for text in (beginnings[0], "disk full")]
+    assert [drop.filter(record) for record in records] == [False, True]
+
+
+def test_without_torchrun_every_error_is_printed(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("RANK", "LOCAL_RANK", "TORCHELASTIC_ERROR_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    ranks.say_error("a")
+    ranks.say_error("a")
+    assert capfd.readouterr().err == "error: a\nerror: a\n"
