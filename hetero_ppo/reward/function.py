@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,9 +37,11 @@ def load_function(spec: str, field: str) -> RewardFunction:
         path = Path(target)
         if not path.is_file():
             raise ValueError(f"{field} is {spec!r}: no file {path}")
-        module_spec = importlib.util.spec_from_file_location(path.stem, path)
+        # Named by its path: its stem may be another module's name.
+        module_spec = importlib.util.spec_from_file_location(str(path.resolve()), path)
         assert module_spec is not None and module_spec.loader is not None
         module = importlib.util.module_from_spec(module_spec)
+        sys.modules[module_spec.name] = module  # dataclasses look up the module that defines them
         module_spec.loader.exec_module(module)
     else:
         try:

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from hetero_ppo.config.load import load_draft
 from hetero_ppo.config.schema import DataConfig, ModelConfig
 from hetero_ppo.data.chat_template import load_text_encoder
 from hetero_ppo.data.preference import load_preferences
 from hetero_ppo.data.prompts import load_prompts
 from hetero_ppo.data.sft import load_sft
 from hetero_ppo.data.tokenizer_training import train_tokenizer
+from hetero_ppo.reward.function import load_function
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "rt_polarity"
 sys.path.insert(0, str(EXAMPLE))
@@ -139,6 +141,14 @@ def test_the_judge_tells_the_classes_apart(data: Path) -> None:
     good = judge.positive("the filma and the", " plotb are lovely and great .", None, metadata)
     bad = judge.positive("the filma and the", " plotb are dull and awful .", None, metadata)
     assert 0 <= bad < 0.5 < good <= 1
+
+
+def test_the_config_finds_the_judge(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(EXAMPLE.parents[1])
+    spec = load_draft("configs/ppo/rt_polarity.yaml", []).node.train.eval_function
+    function = load_function(spec, "train.eval_function")
+    metadata = rows(data / "heldout.jsonl")[0]["metadata"]
+    assert function("the plotb", " is lovely .", None, metadata) > 0.5
 
 
 def test_the_judge_says_what_it_learns_from() -> None:
