@@ -67,7 +67,8 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 def run_ours(args: argparse.Namespace, inputs: Inputs, work: Work, steps: int, folder: Path) -> list[dict[str, float]]:
     """One run of this project. Returns seconds by phase of the steps that count."""
     folder.mkdir(parents=True)
-    config = our_config(inputs, work, args.dtype, args.warmup + steps, folder / "run", args.micro_batch)
+    micro_batch = args.micro_batch or work.minibatch // args.nproc
+    config = our_config(inputs, work, args.dtype, args.warmup + steps, folder / "run", micro_batch)
     write_config(config, folder / "ppo.yaml")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.nproc}"]
     command = [*torchrun, "-m", "hetero_ppo.cli.main", "train", "--config", str(folder / "ppo.yaml"), *args.overrides]
@@ -84,17 +85,22 @@ def run_trl(
     """One run of TRL. Returns seconds by phase of the steps that count."""
     folder.mkdir(parents=True)
     result = folder / "result.json"
-    command = [str(python), str(ROOT / "benchmarks" / "peers" / "trl_ppo.py"), "--json", str(result)]
+    launcher = [str(python)]
+    if args.peer_nproc > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.peer_nproc}"]
+    command = [*launcher, str(ROOT / "benchmarks" / "peers" / "trl_ppo.py"), "--json", str(result)]
     for role in ROLES:
         command += [f"--{role}", str(inputs.models[role])]
     numbers = {
         "steps": steps,
         "warmup": args.warmup,
-        "threads": num_cores(),
+        "threads": max(1, num_cores() // args.peer_nproc),
         "prompts-per-step": work.prompts_per_step,
         "prompt-tokens": work.prompt_tokens,
         "response-tokens": work.response_tokens,
         "minibatch": work.minibatch,
+        "micro-batch": work.minibatch // args.peer_nproc,
+        "forward-batch": work.prompts_per_step // args.peer_nproc,
     }
     for name, value in numbers.items():
         command += [f"--{name}", str(value)]
@@ -131,11 +137,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=[*SHAPES, "all"], default="all")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of our models (main parameters are fp32)")
-    parser.add_argument("--nproc", type=int, default=1, help="torchrun processes of ours")
+    parser.add_argument("--nproc", type=int, default=2, help="torchrun processes of ours, a share of the cores each")
+    parser.add_argument("--peer-nproc", type=int, default=1, help="the same of the peer")
     parser.add_argument("--steps", type=int, help=f"PPO steps that count, per run (default {DEFAULT_STEPS})")
     parser.add_argument("--warmup", type=int, default=1, help="PPO steps before them, per run")
     parser.add_argument("--rounds", type=int, help="runs of each system (default: 1, with a peer 3)")
-    parser.add_argument("--micro-batch", type=int, default=16, help="sequences per forward of ours")
+    parser.add_argument("--micro-batch", type=int, help="sequences per forward of ours (default: minibatch / nproc)")
     parser.add_argument("--peer", choices=["trl"], help="system to run in turn with ours")
     parser.add_argument("--peer-venv", type=Path, default=default_folder(), help="where the peer is installed")
     parser.add_argument("--timeout", type=float, default=3600, help="seconds that one run may take")
@@ -144,6 +151,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", help="config overrides of ours, such as actor.micro_batch_size=8")
     args = parser.parse_intermixed_args(arguments)
     args.rounds = args.rounds or (3 if args.peer else 1)
+    for name in ("nproc", "peer_nproc"):
+        if Work().minibatch % getattr(args, name):
+            parser.error(
+                f"--{name.replace('_', '-')} {getattr(args, name)} does not divide the minibatch of {Work().minibatch}"
+            )
     return args
 
 
@@ -155,7 +167,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="ppo-step-") as temporary:
         folder = Path(temporary) if args.folder is None else Path(tempfile.mkdtemp(prefix="ppo-step-", dir=args.folder))
         results = [measure(args, shape, work, peer_python, folder / shape.name) for shape in shapes]
-    settings = {"dtype": args.dtype, "nproc": args.nproc, "num_cores": num_cores(), "rounds": args.rounds}
+    settings = {
+        "dtype": args.dtype,
+        "nproc": args.nproc,
+        "peer_nproc": args.peer_nproc,
+        "num_cores": num_cores(),
+        "rounds": args.rounds,
+    }
     whole = report(results, work, settings)
     for result in results:
         print("\n" + table(result))

@@ -125,6 +125,7 @@ def build_trainer(args: argparse.Namespace, output_dir: str, clock: PhaseClock) 
     tokenizer = AutoTokenizer.from_pretrained(args.actor)
     # An id past the models' vocabulary: no sampled token is mistaken for padding, so every response counts in full.
     tokenizer.add_special_tokens({"pad_token": "<|peer_padding|>"})
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
     config = PPOConfig(
         output_dir=output_dir,
         use_cpu=not torch.cuda.is_available(),
@@ -134,7 +135,7 @@ def build_trainer(args: argparse.Namespace, output_dir: str, clock: PhaseClock) 
         num_ppo_epochs=1,
         num_mini_batches=args.prompts_per_step // args.minibatch,
         per_device_train_batch_size=args.micro_batch,
-        gradient_accumulation_steps=args.prompts_per_step // args.micro_batch,
+        gradient_accumulation_steps=args.prompts_per_step // (args.micro_batch * processes),
         local_rollout_forward_batch_size=args.forward_batch,
         response_length=args.response_tokens,
         stop_token=None,
@@ -160,7 +161,7 @@ def build_trainer(args: argparse.Namespace, output_dir: str, clock: PhaseClock) 
         callbacks=[clock],
     )
     if args.step_every_minibatch:
-        trainer.accelerator.gradient_accumulation_steps = args.minibatch // args.micro_batch
+        trainer.accelerator.gradient_accumulation_steps = args.minibatch // (args.micro_batch * processes)
     return trainer
 
 
@@ -179,8 +180,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--prompt-tokens", type=int, default=16)
     parser.add_argument("--response-tokens", type=int, default=64)
     parser.add_argument("--minibatch", type=int, default=16)
-    parser.add_argument("--micro-batch", type=int, default=16, help="per_device_train_batch_size")
-    parser.add_argument("--forward-batch", type=int, default=64, help="local_rollout_forward_batch_size")
+    parser.add_argument("--micro-batch", type=int, default=16, help="per_device_train_batch_size, of one process")
+    parser.add_argument("--forward-batch", type=int, default=64, help="local_rollout_forward_batch_size, same")
     parser.add_argument("--step-every-minibatch", action="store_true", help="optimizer step after every minibatch")
     return parser.parse_args()
 
@@ -195,6 +196,8 @@ def main() -> None:
         trainer = build_trainer(args, output_dir, clock)
         num_parameters = sum(parameter.numel() for parameter in trainer.policy_model.parameters())
         trainer.train()
+    if not trainer.is_world_process_zero():
+        return
     result = {
         "system": "trl",
         "version": trl.__version__,
