@@ -77,4 +77,9 @@ class WeightReceiver:
         if tensors is None:
             raise RuntimeError("no weights are staged: call hetero_ppo_stage_weights first")
         self.reload_weights(weights_iterator=iter(tensors.items()))
+        if self.model_config.hf_config.tie_word_embeddings:
+            # On the CPU a layer computes from a packed copy of its weight. vLLM packs those that it loaded, and of a tied
+            # matrix it loads the input side alone: without this, logits are those of the first weights for ever.
+            head = self.get_model().lm_head
+            head.quant_method.process_weights_after_loading(head)
         return {"loaded": len(tensors)}
