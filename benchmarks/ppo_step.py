@@ -70,8 +70,8 @@ def run_ours(args: argparse.Namespace, inputs: Inputs, work: Work, steps: int, f
     micro_batch = args.micro_batch or work.minibatch // args.nproc
     config = our_config(inputs, work, args.dtype, args.warmup + steps, folder / "run", micro_batch)
     write_config(config, folder / "ppo.yaml")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.nproc}"]
-    command = [*torchrun, "-m", "hetero_ppo.cli.main", "train", "--config", str(folder / "ppo.yaml"), *args.overrides]
+    launcher = [sys.executable, "-m", "hetero_ppo.cli.launcher", "--standalone", f"--nproc-per-node={args.nproc}"]
+    command = [*launcher, "-m", "hetero_ppo.cli.main", "train", "--config", str(folder / "ppo.yaml"), *args.overrides]
     run_process(command, folder / "log.txt", args.timeout)
     measured = read_steps(folder / "run" / "metrics.jsonl")
     if len(measured) != args.warmup + steps:
@@ -151,11 +151,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", help="config overrides of ours, such as actor.micro_batch_size=8")
     args = parser.parse_intermixed_args(arguments)
     args.rounds = args.rounds or (3 if args.peer else 1)
-    for name in ("nproc", "peer_nproc"):
-        if Work().minibatch % getattr(args, name):
-            parser.error(
-                f"--{name.replace('_', '-')} {getattr(args, name)} does not divide the minibatch of {Work().minibatch}"
-            )
+    for option, nproc in (("--nproc", args.nproc), ("--peer-nproc", args.peer_nproc)):
+        if Work().minibatch % nproc:
+            parser.error(f"{option} {nproc} does not divide the minibatch of {Work().minibatch}")
     return args
 
 

@@ -13,6 +13,7 @@ import torch
 import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+from transformers.utils.logging import disable_progress_bar
 
 ROLES = ("actor", "critic", "reference", "reward")
 END_OF_SEQUENCE = "<|eos|>"
@@ -117,6 +118,7 @@ def write_prompts(shape: ModelShape, work: Work, steps: int, seed: int, path: Pa
 
 def write_inputs(shape: ModelShape, work: Work, steps: int, folder: Path) -> Inputs:
     """All files of one model size. Actor and reference start from the same weights, as after SFT."""
+    disable_progress_bar()
     seeds = {"actor": 1, "reference": 1, "critic": 2, "reward": 3}
     paths = {role: folder / role for role in ROLES}
     for role, path in paths.items():
