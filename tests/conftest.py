@@ -1,1 +1,55 @@
-"""Shared by all tests: this file puts ``tests/`` on the import path."""
+"""Shared by all tests: this file puts ``tests/`` on the import path, and runs the tiny chain once for all who look at it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import chain as tiny_chain
+import pytest
+
+
+@pytest.fixture(scope="session")
+def chain(tmp_path_factory: pytest.TempPathFactory) -> tiny_chain.Chain:
+    """SFT, reward model and PPO with a real vLLM server; see tests/chain.py."""
+    return tiny_chain.run_chain(tmp_path_factory.mktemp("chain"))
+
+
+@pytest.fixture(scope="session")
+def one_process(chain: tiny_chain.Chain, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs of one process that repeat parts of the chain: ``ppo_resumed``, ``sft_resumed``, ``log``."""
+    root = tmp_path_factory.mktemp("one_process")
+    ppo, sft = chain.run_dir("ppo"), chain.run_dir("sft")
+    resume_ppo = {"checkpoint__load": root / "ppo_at_2", "train__replay_rollouts": ppo / "rollouts"}
+    only_step(ppo, tiny_chain.CHECKPOINT_STEP, root / "ppo_at_2")
+    only_step(sft, tiny_chain.SFT_CHECKPOINT_STEP, root / "sft_at_5")
+    commands = [
+        chain.train_command("ppo", root / "ppo_resumed", **resume_ppo),
+        chain.train_command("sft", root / "sft_resumed", checkpoint__load=root / "sft_at_5"),
+        ["!", *chain.train_command("ppo", root / "ppo_no_steps", checkpoint__load=ppo)],
+        ["!", *chain.train_command("sft", root / "sft_no_steps", checkpoint__load=sft)],
+    ]
+    (root / "log").write_text(tiny_chain.launch_all(1, commands))
+    return root
+
+
+@pytest.fixture(scope="session")
+def two_processes(chain: tiny_chain.Chain, one_process: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The recorded rollouts again on two processes: ``dp2``, ``mixed`` (actor TP 2, critic DP 2), ``resumed`` (DP 2)."""
+    root = tmp_path_factory.mktemp("two_processes")
+    replay = {"train__replay_rollouts": chain.run_dir("ppo") / "rollouts"}
+    commands = [
+        chain.train_command("ppo", root / "dp2", **replay),
+        chain.train_command(
+            "ppo", root / "mixed", actor__parallel__tensor=2, reward_model__parallel__tensor=2, **replay
+        ),
+        chain.train_command("ppo", root / "resumed", checkpoint__load=one_process / "ppo_at_2", **replay),
+    ]
+    (root / "log").write_text(tiny_chain.launch_all(2, commands))
+    return root
+
+
+def only_step(run_dir: Path, step: int, copy: Path) -> None:
+    """A run folder whose newest checkpoint is that of ``step``."""
+    name = f"iter_{step:07d}"
+    (copy / "checkpoints").mkdir(parents=True)
+    (copy / "checkpoints" / name).symlink_to(run_dir / "checkpoints" / name)

@@ -98,6 +98,15 @@ def checkpoint_folder(run_dir: Path, step: int | None) -> Path:
     return folder
 
 
+def checkpoint_step(run_dir: Path) -> int:
+    """Steps that the newest complete checkpoint of a run folder has behind it.
+
+    Raises:
+        ValueError: there is none.
+    """
+    return int(json.loads((checkpoint_folder(run_dir, None) / "trainer.json").read_text())["step"])
+
+
 def _write(path: Path, text: str) -> None:
     beside = path.with_name(path.name + ".tmp")
     with beside.open("w") as file:

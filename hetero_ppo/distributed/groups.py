@@ -36,6 +36,12 @@ def initialise(timeout_minutes: float) -> None:
     parallel_state._set_global_memory_buffer()
 
 
+def finish() -> None:
+    """Leave the world; another one can be joined afterwards."""
+    dist.destroy_process_group()
+    parallel_state.destroy_global_memory_buffer()
+
+
 def role_groups(role: str, parallel: ParallelConfig) -> ProcessGroupCollection:
     """Create all groups of one role's layout. Collective over the world: every rank calls it, roles in the same order.
 

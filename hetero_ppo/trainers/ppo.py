@@ -19,7 +19,7 @@ from hetero_ppo.observability.progress import progress
 from hetero_ppo.observability.timers import PhaseTimer
 from hetero_ppo.trainers import ppo_setup
 from hetero_ppo.trainers.ppo_evaluation import Evaluator
-from hetero_ppo.trainers.run import Run
+from hetero_ppo.trainers.run import Run, first_step
 from hetero_ppo.types import Experience, PolicyInputs, Rollout, StepMetrics, ValueInputs
 from megatron_bridge import platform
 
@@ -40,15 +40,14 @@ class PpoTrainer:
         self.batching = ppo_setup.describe_batching(config, run, self.data)
         self.total_steps = self.batching.total_steps
         self.timer = PhaseTimer(platform.synchronize)
-        starting = ppo_setup.begin_engine(config, run, self.data)
+        self.start = first_step(config.checkpoint, self.total_steps)
+        starting = ppo_setup.begin_engine(config, run, self.data, self.start)
         self.engine = None if starting is None else starting.engine
-        try:
-            self.roles = ppo_setup.build_roles(config, run, self.batching)
-            self.maker = ppo_setup.build_maker(config, self.roles, self.data)
-        finally:
-            # Also after an error: an engine that is being started can't be closed.
-            if starting is not None:
-                starting.wait()
+        # An error here is raised at once, not when the engine is up: its guardian ends it with this process.
+        self.roles = ppo_setup.build_roles(config, run, self.batching)
+        self.maker = ppo_setup.build_maker(config, self.roles, self.data)
+        if starting is not None:
+            starting.wait()
         self.evaluator = Evaluator(config, run, self.data, self.maker, self.engine)
 
     def __enter__(self) -> Self:
@@ -68,13 +67,14 @@ class PpoTrainer:
         """The algorithm (Schulman et al. 2017, algorithm 1; Ouyang et al. 2022, section 3.5)."""
         config = self.config
         manager = CheckpointManager(self.run.dir, config.checkpoint.keep)
-        start = self._resume(manager)
-        self.evaluator.run_and_save("before", f"step{start}")
+        self._resume(manager)
+        if not self._continues_its_folder():
+            self.evaluator.run_and_save("before", f"step{self.start}")
         with MetricsLogger(
             self.run.dir, config.run, is_writer=self.run.is_writer, total_steps=self.total_steps
         ) as logger:
             self.timer.collect()
-            for step in progress(range(start, self.total_steps), description="PPO"):
+            for step in progress(range(self.start, self.total_steps), description="PPO"):
                 with self.timer.phase("rollout"):
                     rollout = self.collect(step)
                 with self.timer.phase("experience"):
@@ -93,10 +93,10 @@ class PpoTrainer:
                         metrics |= self.evaluator.metrics(self.evaluator.run(f"step{step + 1}"))
                 logger.log(StepMetrics(step + 1, metrics, self.timer.collect()))
                 self.evaluator.dump_rollout(step + 1, experience)
-                if config.checkpoint.every and (step + 1) % config.checkpoint.every == 0:
+                due = config.checkpoint.every and (step + 1) % config.checkpoint.every == 0
+                if due or step + 1 == self.total_steps:
                     self._save(manager, step + 1)
         self.evaluator.run_and_save("after", f"step{self.total_steps}")
-        self._save(manager, self.total_steps)
         if config.checkpoint.export_hf:
             self.actor.export(str(self.run.dir / "hf"))
             self.run.say(f"exported the actor to {self.run.dir / 'hf'}")
@@ -190,15 +190,16 @@ class PpoTrainer:
         roles = {"actor": self.roles.actor, "critic": self.roles.critic}
         manager.save(step, roles, ppo_setup.trainer_state(self.data, self.maker))
 
-    def _resume(self, manager: CheckpointManager) -> int:
+    def _resume(self, manager: CheckpointManager) -> None:
         if self.config.checkpoint.load is None:
-            return 0
+            return
         roles = {"actor": self.roles.actor, "critic": self.roles.critic}
         state = manager.load(Path(self.config.checkpoint.load), roles)
         ppo_setup.load_trainer_state(state, self.data, self.maker)
-        step = int(state["step"])
-        if step >= self.total_steps:
-            raise ValueError(f"checkpoint.load is at PPO step {step} of {self.total_steps}: zero steps are left to do")
-        self.sync_weights(step)
-        self.run.say(f"resumed PPO from {self.config.checkpoint.load} at step {step}")
-        return step
+        self.sync_weights(self.start)
+        self.run.say(f"resumed PPO from {self.config.checkpoint.load} at step {self.start}")
+
+    def _continues_its_folder(self) -> bool:
+        """True when the folder has an evaluation of the policy before any PPO, which is to stay."""
+        load = self.config.checkpoint.load
+        return load is not None and Path(load).resolve() == self.run.dir.resolve()

@@ -130,12 +130,16 @@ def describe_batching(config: PpoConfig, run: Run, data: PpoData) -> PpoBatching
     return batching
 
 
-def begin_engine(config: PpoConfig, run: Run, data: PpoData) -> StartingEngine | None:
-    """The rollout engine on rank 0, being started; None on the other ranks."""
+def begin_engine(config: PpoConfig, run: Run, data: PpoData, start: int) -> StartingEngine | None:
+    """The rollout engine on rank 0, being started; None on the other ranks.
+
+    Args:
+        start: PPO steps that are done already; recorded steps are counted from 1.
+    """
     if not run.is_writer:
         return None
     if config.train.replay_rollouts is not None:
-        return StartingEngine(ReplayEngine(Path(config.train.replay_rollouts))).begin()
+        return StartingEngine(ReplayEngine(Path(config.train.replay_rollouts), start + 1)).begin()
     sampling = config.rollout.sampling
     longest = config.data.max_prompt_tokens + max(sampling.max_tokens, config.rollout.eval_sampling.max_tokens)
     engine = VllmEngine(

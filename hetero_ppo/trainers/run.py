@@ -11,10 +11,11 @@ import numpy
 import torch
 import torch.distributed as dist
 
+from hetero_ppo.checkpoint.manager import checkpoint_step
 from hetero_ppo.config.load import LoadedConfig
 from hetero_ppo.config.render import save_config
-from hetero_ppo.config.schema import RunConfig
-from hetero_ppo.distributed.groups import initialise
+from hetero_ppo.config.schema import CheckpointConfig, RunConfig
+from hetero_ppo.distributed.groups import finish, initialise
 from megatron_bridge import platform
 from megatron_bridge.layers import HAS_TRANSFORMER_ENGINE
 
@@ -68,6 +69,23 @@ def _set_threads(config: RunConfig) -> int:
     return threads
 
 
+def first_step(checkpoint: CheckpointConfig, total_steps: int) -> int:
+    """The step that a run begins with: 0, or that of the checkpoint it resumes from.
+
+    Raises:
+        ValueError: there is no checkpoint, or it leaves nothing to do.
+    """
+    if checkpoint.load is None:
+        return 0
+    step = checkpoint_step(Path(checkpoint.load))
+    if step >= total_steps:
+        raise ValueError(
+            f"checkpoint.load={checkpoint.load}: it is at step {step} of {total_steps}, zero steps are left to do; "
+            "raise train.steps (or train.epochs), or start anew without checkpoint.load"
+        )
+    return step
+
+
 def end_run() -> None:
     """Leave the world."""
-    dist.destroy_process_group()
+    finish()

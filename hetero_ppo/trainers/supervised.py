@@ -17,7 +17,7 @@ from hetero_ppo.engines.train_engine import TrainEngine, TrainStepResult
 from hetero_ppo.observability.metrics import MetricsLogger
 from hetero_ppo.observability.progress import progress
 from hetero_ppo.observability.timers import PhaseTimer
-from hetero_ppo.trainers.run import Run
+from hetero_ppo.trainers.run import Run, first_step
 from hetero_ppo.types import StepMetrics
 from megatron_bridge import platform
 
@@ -68,9 +68,8 @@ class SupervisedTrainer(ABC):
     def fit(self) -> None:
         """Train, evaluate, save, export."""
         manager = CheckpointManager(self.run.dir, self.checkpoint.keep)
-        start = self._resume(manager)
-        if start >= self.total_steps:
-            raise ValueError(f"checkpoint.load is at step {start} of {self.total_steps}: zero steps are left to do")
+        start = first_step(self.checkpoint, self.total_steps)
+        self._resume(manager)
         timer = PhaseTimer(platform.synchronize)
         with (
             MetricsLogger(
@@ -93,13 +92,12 @@ class SupervisedTrainer(ABC):
             self.engine.export(str(self.run.dir / "hf"))
             self.run.say(f"exported to {self.run.dir / 'hf'}")
 
-    def _resume(self, manager: CheckpointManager) -> int:
+    def _resume(self, manager: CheckpointManager) -> None:
         if self.checkpoint.load is None:
-            return 0
+            return
         state: dict[str, Any] = manager.load(Path(self.checkpoint.load), {self.engine.role: self.engine})
         self.sampler.load_state_dict(state["sampler"])
         self.run.say(f"resumed {self.engine.role} from {self.checkpoint.load} at step {state['step']}")
-        return int(state["step"])
 
     def _train_metrics(self, result: TrainStepResult) -> dict[str, float]:
         return {

@@ -15,17 +15,20 @@ import torch
 HAS_CUDA: bool = torch.cuda.is_available()
 
 
-#: What Megatron-Core warns of at every start, rank by rank: that optional kernels are missing (a run prints once which layer
-#: spec it uses), and that a default of its own is deprecated.
+#: What Megatron-Core causes in every run, rank by rank, and nobody can act on, as (message, category, module): optional kernels
+#: that are missing (a run prints once which layer spec it uses), a deprecated default of its own, its distributed optimizer's
+#: look at gradients of shards, and its use of collectives that torch has renamed.
 _KNOWN_WARNINGS = (
-    r"(Transformer Engine and )?Apex (is|are) not installed",
-    r"full scope is deprecated. Use empty cuda_graph_scope",
+    (r"(Transformer Engine and )?Apex (is|are) not installed", UserWarning, r"megatron\.core\."),
+    (r"full scope is deprecated. Use empty cuda_graph_scope", UserWarning, r"megatron\.core\."),
+    (r"The \.grad attribute of a Tensor that is not a leaf Tensor is being accessed", UserWarning, r"megatron\.core\."),
+    (r"`torch\.distributed\.\w+_tensor` is deprecated", FutureWarning, r"torch\.distributed\."),
 )
 
 
 def _silence_known_warnings() -> None:
-    for message in _KNOWN_WARNINGS:
-        warnings.filterwarnings("ignore", message=message, category=UserWarning, module=r"megatron\.core\.")
+    for message, category, module in _KNOWN_WARNINGS:
+        warnings.filterwarnings("ignore", message=message, category=category, module=module)
 
 
 def _install() -> None:

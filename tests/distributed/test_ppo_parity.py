@@ -1,0 +1,36 @@
+"""PPO on the same rollouts is the same PPO, on one process and on two, data-parallel or with a layout for each role."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from chain import NUM_STEPS, Chain, read_metrics
+
+pytestmark = pytest.mark.slow
+
+#: fp32 sums in another order, through Adam: its first steps divide the gradient by its own size, which carries a relative
+#: error of 1e-6 in a small gradient over to the weights.
+TOLERANCE = {"rel": 1e-4, "abs": 1e-5}
+COMPARED = (
+    *("actor/pg_loss", "actor/grad_norm", "actor/entropy", "actor/ppo_kl", "actor/kl_loss", "actor/pg_clipfrac"),
+    *("critic/vf_loss", "critic/grad_norm", "critic/vpred_mean", "critic/returns/mean"),
+    *("kl/reference", "kl/coef", "reward/mean", "reward/std", "reward/with_kl_mean", "response_length/mean"),
+)
+
+
+@pytest.mark.parametrize("layout", ["dp2", "mixed"])
+def test_two_processes_take_the_steps_of_one(chain: Chain, two_processes: Path, layout: str) -> None:
+    one, two = (read_metrics(folder) for folder in (chain.run_dir("ppo"), two_processes / layout))
+    assert list(two) == list(range(1, NUM_STEPS + 1))
+    for step in two:
+        for name in COMPARED:
+            assert two[step][name] == pytest.approx(one[step][name], **TOLERANCE), (step, name)
+
+
+def test_the_layouts_were_those_asked_for(two_processes: Path) -> None:
+    text = (two_processes / "log").read_text()
+    assert text.count("2 rank(s)") == 3
+    sizes = [line.split()[3] for line in text.splitlines() if line.startswith("actor data parallel")]
+    assert sizes == ["2", "1", "2"]
+    assert [line.split()[3] for line in text.splitlines() if line.startswith("critic data parallel")] == ["2"] * 3

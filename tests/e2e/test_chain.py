@@ -1,0 +1,193 @@
+"""What one real run of the chain leaves behind: metrics, evaluations, rollouts, checkpoints, models others can load."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from chain import BATCH, CHECKPOINT_STEP, NUM_STEPS, SFT_STEPS, Chain, read_metrics, run_in_session
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from hetero_ppo.config.load import load_config
+from hetero_ppo.rollout.replay import RolloutRecord, read_rollouts, recorded_steps
+
+pytestmark = pytest.mark.slow
+
+PPO_METRICS = {
+    *("actor/pg_loss", "actor/ppo_kl", "actor/pg_clipfrac", "actor/pg_clipfrac_lower", "actor/entropy"),
+    *("actor/grad_norm", "actor/lr", "actor/kl_loss"),
+    *("critic/vf_loss", "critic/vf_clipfrac", "critic/vpred_mean", "critic/vf_explained_var", "critic/returns/mean"),
+    *("critic/grad_norm", "critic/lr"),
+    *("reward/mean", "reward/std", "reward/with_kl_mean", "kl/reference", "kl/coef"),
+    *("response_length/mean", "response_length/max", "response_length/clip_ratio"),
+    *("rollout/log_prob_diff_mean", "rollout/log_prob_diff_max", "rollout/golden_log_prob_diff"),
+}
+PHASES = {"rollout", "experience", "train_critic", "train_actor", "weight_sync", "total"}
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
+    return found
+
+
+def records(chain: Chain, step: int) -> list[RolloutRecord]:
+    return read_rollouts(chain.run_dir("ppo") / "rollouts" / f"step_{step:06d}.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("stage", "steps", "names"),
+    [
+        ("sft", SFT_STEPS, {"train/loss", "train/grad_norm", "train/lr"}),
+        ("rm", 4, {"train/loss", "train/grad_norm", "train/lr", "rm/accuracy"}),
+        ("ppo", NUM_STEPS, PPO_METRICS),
+    ],
+)
+def test_every_step_reports_its_metrics(chain: Chain, stage: str, steps: int, names: set[str]) -> None:
+    metrics = read_metrics(chain.run_dir(stage))
+    assert list(metrics) == list(range(1, steps + 1))
+    for step, values in metrics.items():
+        assert names <= values.keys(), step
+        assert all(value is not None and math.isfinite(value) for value in values.values()), (step, values)
+
+
+def test_training_learns(chain: Chain) -> None:
+    """SFT's loss falls from that of a uniform guess; the reward model and the critic come nearer to their targets."""
+    sft, rm, ppo = (read_metrics(chain.run_dir(stage)) for stage in ("sft", "rm", "ppo"))
+    assert abs(sft[1]["train/loss"] - math.log(320)) < 0.7 and sft[SFT_STEPS]["train/loss"] < 0.7 * sft[1]["train/loss"]
+    assert sft[SFT_STEPS]["eval/loss"] < 0.75 * sft[1]["train/loss"]
+    assert 0 <= rm[4]["eval/accuracy"] <= 1
+    assert ppo[NUM_STEPS]["critic/vf_loss"] < ppo[1]["critic/vf_loss"]
+
+
+def test_seconds_of_all_phases(chain: Chain) -> None:
+    lines = (chain.run_dir("ppo") / "metrics.jsonl").read_text().splitlines()
+    for seconds in (json.loads(line)["seconds"] for line in lines):
+        assert PHASES <= seconds.keys()
+        assert sum(seconds[phase] for phase in PHASES - {"total"}) <= seconds["total"] * 1.01
+
+
+def test_actor_begins_as_the_reference_and_the_engine_agrees(chain: Chain) -> None:
+    """fp32: the engine's log-probs of what it sampled are the trainer's, at the sampling temperature of 0.8."""
+    metrics = read_metrics(chain.run_dir("ppo"))
+    assert abs(metrics[1]["kl/reference"]) < 1e-5 < abs(metrics[NUM_STEPS]["kl/reference"])
+    for values in metrics.values():
+        assert values["rollout/log_prob_diff_max"] < 1e-3
+        assert values["rollout/golden_log_prob_diff"] < 1e-3
+    coefs = [values["kl/coef"] for values in metrics.values()]
+    assert coefs[0] == 0.05 and len(set(coefs)) == NUM_STEPS  # the adaptive controller moves it
+
+
+@pytest.mark.parametrize("name", ["before", "after"])
+def test_evaluations(chain: Chain, name: str) -> None:
+    found = json.loads((chain.run_dir("ppo") / f"eval_{name}.json").read_text())
+    assert found["num_prompts"] == 12 and len(found["samples"]) == 8
+    assert 0 <= found["accuracy"] <= 1 and 0 <= found["greedy_accuracy"] <= 1
+    assert (abs(found["kl"]) < 1e-4) == (name == "before")
+    assert all({"prompt", "response", "label", "score"} <= sample.keys() for sample in found["samples"])
+
+
+def test_rollouts_are_dumped_with_the_weights_that_made_them(chain: Chain) -> None:
+    folder = chain.run_dir("ppo") / "rollouts"
+    assert recorded_steps(folder) == [1, 2, 3]
+    for step in range(1, NUM_STEPS + 1):
+        rows = records(chain, step)
+        assert len(rows) == BATCH and {row.weight_version for row in rows} == {f"step{step - 1}"}
+        assert all({"score", "prompt", "response"} <= row.extra.keys() for row in rows)
+        # Two samples of each prompt lie next to each other, and differ.
+        assert all(a.prompt_ids == b.prompt_ids for a, b in zip(rows[::2], rows[1::2], strict=True))
+        assert any(a.response_ids != b.response_ids for a, b in zip(rows[::2], rows[1::2], strict=True))
+        mean = sum(row.extra["score"] for row in rows) / BATCH
+        assert mean == pytest.approx(read_metrics(chain.run_dir("ppo"))[step]["reward/mean"], abs=1e-5)
+
+
+def test_layout_of_a_run_folder(chain: Chain) -> None:
+    run_dir = chain.run_dir("ppo")
+    checkpoints = run_dir / "checkpoints"
+    assert (checkpoints / "latest_checkpointed_iteration.txt").read_text() == str(NUM_STEPS)
+    for step in (CHECKPOINT_STEP, NUM_STEPS):
+        folder = checkpoints / f"iter_{step:07d}"
+        assert {path.name for path in folder.iterdir()} == {"actor", "critic", "trainer.json", "COMPLETE"}
+        state = json.loads((folder / "trainer.json").read_text())
+        assert state["step"] == step and {"prompts", "kl_controller", "score_moments"} <= state.keys()
+    assert [path.name for path in run_dir.glob("tensorboard/events.*")]
+    assert load_config(str(run_dir / "config.yaml"), []).config == load_config(str(chain.configs["ppo"]), []).config
+
+
+def test_output_is_for_people(chain: Chain) -> None:
+    """Batch arithmetic with units, tensors that were initialised, one line per step, and no warnings of libraries."""
+    ppo, rm = ((chain.root / f"{stage}.log").read_text() for stage in ("ppo", "rm"))
+    assert "minibatches" in ppo and "PPO epoch" in ppo
+    assert "score.weight was INITIALISED" in rm and "INITIALISED" not in ppo
+    assert all(f"step   {step}/{NUM_STEPS} " in ppo for step in range(1, NUM_STEPS + 1))
+    for text in (ppo, rm):
+        assert "Warning" not in text and "Traceback" not in text
+
+
+def test_ppo_changed_the_actor(chain: Chain) -> None:
+    before, after = tensors(chain.export("sft")), tensors(chain.export("ppo"))
+    assert before.keys() == after.keys()
+    assert all(before[name].shape == after[name].shape for name in before)
+    assert sum(not torch.equal(before[name], after[name]) for name in before) > len(before) // 2
+
+
+@pytest.mark.parametrize(("stage", "step"), [("sft", 1), ("ppo", None)])
+def test_exported_actors_load_in_transformers(chain: Chain, stage: str, step: int | None) -> None:
+    """transformers gives vLLM's log-probs of sampled tokens: of PPO's first rollout, made by the SFT model's export."""
+    torch.set_num_threads(1)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        chain.export(stage), dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    tokenizer = AutoTokenizer.from_pretrained(chain.export(stage))
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Sort"}], tokenize=False, add_generation_prompt=True
+    )
+    assert "Sort" in text and tokenizer.eos_token_id == model.config.eos_token_id
+    if step is not None:
+        assert_log_probs_are_recorded(model, records(chain, step))
+
+
+def test_exported_reward_model_loads_in_transformers(chain: Chain) -> None:
+    """Its scores are those that PPO recorded."""
+    torch.set_num_threads(1)
+    model, info = AutoModelForSequenceClassification.from_pretrained(
+        chain.export("rm"), dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    for row in records(chain, 1)[:6]:
+        with torch.no_grad():
+            score = model(torch.tensor([row.prompt_ids + row.response_ids])).logits
+        assert score.shape == (1, 1) and float(score) == pytest.approx(row.extra["score"], abs=1e-4)
+
+
+@torch.no_grad()
+def assert_log_probs_are_recorded(model: Callable[..., object], rows: list[RolloutRecord]) -> None:
+    """The recorded log-probs are transformers' at the sampling temperature, within 1e-3."""
+    for row in rows:
+        start = len(row.prompt_ids)
+        logits = model(torch.tensor([row.prompt_ids + row.response_ids])).logits[0, start - 1 : -1] / 0.8
+        ours = logits.log_softmax(-1).gather(1, torch.tensor(row.response_ids)[:, None])[:, 0]
+        assert float((ours - torch.tensor(row.rollout_log_probs)).abs().max()) < 1e-3
+
+
+def test_export_of_the_checkpoint_is_the_runs_own_bit_for_bit(chain: Chain, tmp_path: Path) -> None:
+    out = tmp_path / "exported"
+    command = [sys.executable, "-m", "hetero_ppo.cli.main", "export", "--run", str(chain.run_dir("ppo"))]
+    done = run_in_session([*command, "--out", str(out)], uuid.uuid4().hex, 120.0)
+    assert done.returncode == 0, done.stdout
+    assert f"exported actor of {chain.run_dir('ppo') / 'checkpoints' / 'iter_0000003'} to {out}" in done.stdout
+    expected, found = tensors(chain.export("ppo")), tensors(out)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    names = {path.name for path in chain.export("ppo").iterdir()}
+    assert names == {path.name for path in out.iterdir()}
