@@ -159,6 +159,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
+    # As an exception it passes through the clean-up of the running process and of the temporary folder.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     work = Work()
     shapes = list(SHAPES.values()) if args.model == "all" else [SHAPES[args.model]]
     peer_python = ensure_trl(args.peer_venv) if args.peer else None

@@ -180,6 +180,22 @@ def test_a_run_past_its_time_is_stopped(tmp_path: Path) -> None:
         ppo_step.run_process([sys.executable, "-c", "import time; time.sleep(60)"], tmp_path / "log.txt", timeout_s=1)
 
 
+def test_nothing_is_left_when_a_wait_is_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[subprocess.Popen] = []
+
+    class Interrupted(subprocess.Popen):
+        def wait(self, timeout: float | None = None) -> int:
+            if not started:
+                started.append(self)
+                sys.exit(143)  # what the handler of SIGTERM raises
+            return super().wait(timeout)
+
+    monkeypatch.setattr(ppo_step.subprocess, "Popen", Interrupted)
+    with pytest.raises(SystemExit):
+        ppo_step.run_process([sys.executable, "-c", "import time; time.sleep(60)"], tmp_path / "log.txt", timeout_s=30)
+    assert started[0].poll() is not None
+
+
 def test_arguments() -> None:
     args = ppo_step.parse_arguments(["--model", "2.4m", "--peer", "trl", "actor.micro_batch_size=4", "--dtype", "fp32"])
     assert (args.rounds, args.overrides, args.dtype) == (3, ["actor.micro_batch_size=4"], "fp32")
