@@ -38,8 +38,11 @@ QUESTIONS = (
     "List these words alphabetically: {words}",
 )
 
+#: After the colon every word of an answer follows a space, as in the prompt: it is the same token in both.
+ANSWER = "Sorted: {words}"
+
 #: Kind of slip -> how often it is the one, relative to the others.
-SLIPS = {"swap": 2, "drop": 1, "repeat": 3, "foreign": 4}
+SLIPS = {"swap": 2, "drop": 1, "repeat": 2, "foreign": 8}
 
 
 @dataclass(frozen=True)
@@ -50,12 +53,12 @@ class Recipe:
     max_words: int = 6
     sft_rows: int = 13_000
     sft_eval_rows: int = 256
-    preference_rows: int = 13_000
+    preference_rows: int = 20_000
     preference_eval_rows: int = 512
     prompt_rows: int = 13_000
     heldout_rows: int = 200
-    hasty_rate: float = 0.7  # share of demonstrations ordered by the first letter alone
-    slip_rate: float = 0.15  # share of demonstrations with a slip (on top)
+    hasty_rate: float = 0.85  # share of demonstrations ordered by the first letter alone
+    slip_rate: float = 0.05  # share of demonstrations with a slip (on top)
     label_noise: float = 0.03  # share of training pairs whose labels are exchanged
 
 
@@ -68,16 +71,16 @@ class Task:
 
     @property
     def prompt(self) -> str:
-        return self.question.format(words=join(self.words))
+        return self.question.format(words=" ".join(self.words))
 
     @property
     def label(self) -> str:
-        return join(sorted(self.words))
+        return answer_text(sorted(self.words))
 
 
-def join(words: Sequence[str]) -> str:
-    """Words as prompts and answers show them."""
-    return " ".join(words)
+def answer_text(words: Sequence[str]) -> str:
+    """An answer that gives the words in this order."""
+    return ANSWER.format(words=" ".join(words))
 
 
 def draw_tasks(rng: random.Random, rows: int, recipe: Recipe, taken: set[frozenset[str]]) -> list[Task]:
@@ -104,8 +107,9 @@ def draw_slip(rng: random.Random) -> str:
 def slip(rng: random.Random, answer: Sequence[str], kind: str) -> list[str]:
     """``answer`` with one slip of the given kind; the result always differs from it.
 
-    A repeated word is an additional one, or stands where its neighbour belongs. A foreign word is mostly one with the
-    same initial, so that neither the answer's length nor its order gives it away.
+    A repeated word is an additional one, or stands where its neighbour belongs. A foreign word has the initial of the one
+    that it replaces half of the time, and mostly stands where it would belong: neither the answer's length nor its order
+    gives it away.
     """
     words = list(answer)
     place = rng.randrange(len(words))
@@ -121,7 +125,8 @@ def slip(rng: random.Random, answer: Sequence[str], kind: str) -> list[str]:
     elif kind == "foreign":
         others = [word for word in WORDS if word not in words]
         alike = [word for word in others if word[0] == words[place][0]]
-        words[place] = rng.choice(alike if alike and rng.random() < 0.7 else others)
+        words[place] = rng.choice(alike if alike and rng.random() < 0.5 else others)
+        words = sorted(words) if rng.random() < 0.8 else words
     else:
         raise ValueError(f"unknown kind of slip {kind!r}; known: {', '.join(SLIPS)}")
     return words
@@ -132,22 +137,22 @@ def demonstrate(rng: random.Random, task: Task, recipe: Recipe) -> str:
     answer = hasty_order(task.words) if rng.random() < recipe.hasty_rate else sorted(task.words)
     if rng.random() < recipe.slip_rate:
         answer = slip(rng, answer, draw_slip(rng))
-    return join(answer)
+    return answer_text(answer)
 
 
 def mistaken(rng: random.Random, task: Task) -> str:
     """A wrong answer, of the kinds that demonstrators give: hasty where haste goes wrong, or with one or two slips."""
     right = sorted(task.words)
     hasty = hasty_order(task.words)
-    if hasty != right and rng.random() < 0.6:
-        return join(hasty)
+    if hasty != right and rng.random() < 0.4:
+        return answer_text(hasty)
     answer = right
     # A second slip can undo the first.
     while answer == right:
         answer = right
         for _ in range(rng.choice((1, 1, 2))):
             answer = slip(rng, answer, draw_slip(rng))
-    return join(answer)
+    return answer_text(answer)
 
 
 def sft_row(rng: random.Random, task: Task, recipe: Recipe) -> dict[str, object]:

@@ -45,6 +45,10 @@ def prompt_words(row: dict) -> list[str]:
     return user_text(row).split(": ")[1].split(" ")
 
 
+def right_answer(row: dict) -> str:
+    return "Sorted: " + " ".join(sorted(prompt_words(row)))
+
+
 def test_same_seed_same_rows(files: dict[str, list[dict]]) -> None:
     assert make_data.make_rows(7, SMALL) == files
     assert make_data.make_rows(8, SMALL) != files
@@ -67,13 +71,13 @@ def test_prompts_name_distinct_known_words(files: dict[str, list[dict]]) -> None
 
 def test_labels_are_the_sorted_prompt(files: dict[str, list[dict]]) -> None:
     for row in files["prompts.jsonl"] + files["heldout.jsonl"]:
-        assert row["label"] == " ".join(sorted(prompt_words(row)))
+        assert row["label"] == right_answer(row)
         assert exact(row["prompt"], row["label"], row["label"], row["metadata"]) == 1.0
 
 
 def test_evaluation_pairs_are_right_and_wrong(files: dict[str, list[dict]]) -> None:
     for row in files["preference_eval.jsonl"]:
-        right = " ".join(sorted(prompt_words(row)))
+        right = right_answer(row)
         assert row["chosen"] == right
         assert row["rejected"] != right
 
@@ -81,7 +85,7 @@ def test_evaluation_pairs_are_right_and_wrong(files: dict[str, list[dict]]) -> N
 def test_training_pairs_have_label_noise(files: dict[str, list[dict]]) -> None:
     exchanged = 0
     for row in files["preference.jsonl"]:
-        right = " ".join(sorted(prompt_words(row)))
+        right = right_answer(row)
         assert (row["chosen"] == right) != (row["rejected"] == right)
         exchanged += row["rejected"] == right
     assert 0 < exchanged < 0.08 * len(files["preference.jsonl"])
@@ -89,7 +93,7 @@ def test_training_pairs_have_label_noise(files: dict[str, list[dict]]) -> None:
 
 def test_demonstrations_are_visibly_imperfect(files: dict[str, list[dict]]) -> None:
     rows = files["sft.jsonl"]
-    right = sum(row["messages"][1]["content"] == " ".join(sorted(prompt_words(row))) for row in rows)
+    right = sum(row["messages"][1]["content"] == right_answer(row) for row in rows)
     assert 0.4 < right / len(rows) < 0.75
 
 
