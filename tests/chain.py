@@ -98,7 +98,7 @@ def run_in_session(command: Sequence[str], mark: str, timeout_s: float) -> subpr
 
 
 def launch(
-    num_processes: int, program: Sequence[str], *, timeout_s: float = 240.0, check: bool = True, mark: str | None = None
+    num_processes: int, program: Sequence[str], *, timeout_s: float = 400.0, check: bool = True, mark: str | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Run under the launcher; stdout and stderr together. Fails the test when the run fails and ``check`` is set."""
     done = run_in_session(launch_command(num_processes, program), mark or uuid.uuid4().hex, timeout_s)

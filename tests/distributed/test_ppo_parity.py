@@ -9,9 +9,9 @@ from chain import NUM_STEPS, Chain, read_metrics
 
 pytestmark = pytest.mark.slow
 
-#: fp32 sums in another order, through Adam: its first steps divide the gradient by its own size, which carries a relative
-#: error of 1e-6 in a small gradient over to the weights.
-TOLERANCE = {"rel": 1e-4, "abs": 1e-5}
+#: fp32 sums in another order (5e-6 relative in the policy loss, a mean of terms that nearly cancel; 1e-7 in most others), which
+#: Adam carries over to the weights: each of its steps divides by the gradient's own size.
+TOLERANCE = {"rel": 1e-5, "abs": 2e-6}
 COMPARED = (
     *("actor/pg_loss", "actor/grad_norm", "actor/entropy", "actor/ppo_kl", "actor/kl_loss", "actor/pg_clipfrac"),
     *("critic/vf_loss", "critic/grad_norm", "critic/vpred_mean", "critic/returns/mean"),

@@ -1,0 +1,116 @@
+"""Finds what a run has started, and what it has left, by the mark in the environment of all of it."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from chain import MARK, ROOT, environment, launch_command
+
+PRIVATE_DIR = re.compile(r"'uds': '(/[^']*/hetero_ppo_\w+)/\d+\.sock'")
+
+
+def marked(mark: str) -> dict[int, str]:
+    """Process id -> command line of every living process with this mark."""
+    found = {}
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                if f"{MARK}={mark}".encode() in (folder / "environ").read_bytes():
+                    found[int(folder.name)] = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            except (FileNotFoundError, ProcessLookupError, PermissionError):
+                continue  # gone meanwhile, or not ours
+    return {pid: command for pid, command in found.items() if command}  # a zombie has no command line
+
+
+def wait_for(condition: Callable[[], bool], what: str, timeout_s: float) -> float:
+    """Seconds until the condition held; fails the test at the timeout."""
+    start = time.monotonic()
+    while not condition():
+        assert time.monotonic() - start < timeout_s, f"{what}: not within {timeout_s} s"
+        time.sleep(0.05)
+    return time.monotonic() - start
+
+
+@dataclass
+class RunningJob:
+    """A run in the background."""
+
+    process: subprocess.Popen[str]
+    mark: str
+    run_dir: Path
+    log: Path
+
+    @property
+    def text(self) -> str:
+        return self.log.read_text()
+
+    @property
+    def processes(self) -> dict[int, str]:
+        return marked(self.mark)
+
+    def find(self, part: str) -> list[int]:
+        """Processes of the run with this in their command line."""
+        return [pid for pid, command in self.processes.items() if part in command]
+
+    def steps_done(self) -> int:
+        path = self.run_dir / "metrics.jsonl"
+        return len(path.read_text().splitlines()) if path.exists() else 0
+
+    def wait_steps(self, count: int, timeout_s: float) -> None:
+        def reached() -> bool:
+            assert self.process.poll() is None, self.text[-3000:]
+            return self.steps_done() >= count
+
+        wait_for(reached, f"step {count}", timeout_s)
+
+    def wait_end(self, timeout_s: float) -> int:
+        """The exit status."""
+        return self.process.wait(timeout=timeout_s)
+
+    def private_dir(self) -> Path:
+        """Directory in shared memory that held the servers' sockets and weights, from the first server's log."""
+        match = PRIVATE_DIR.search((self.run_dir / "rollout" / "server_0.log").read_text())
+        assert match is not None
+        return Path(match[1])
+
+    def assert_nothing_is_left(self, within_s: float = 10.0) -> None:
+        """No process, no directory in shared memory."""
+        wait_for(lambda: not self.processes, f"these to end: {self.processes}", within_s)
+        if (self.run_dir / "rollout" / "server_0.log").exists():
+            assert not self.private_dir().exists()
+
+
+@contextmanager
+def running(num_processes: int, command: list[str], run_dir: Path) -> Iterator[RunningJob]:
+    """Start a ``hetero-ppo`` command under the launcher; whatever the test does, nothing of it survives the block."""
+    mark = uuid.uuid4().hex
+    log = run_dir.with_suffix(".log")
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            launch_command(num_processes, ["-m", "hetero_ppo.cli.main", *command]),
+            cwd=ROOT,
+            env=environment(mark),
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+    job = RunningJob(process, mark, run_dir, log)
+    try:
+        yield job
+    finally:
+        for pid in job.processes:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+        process.wait()

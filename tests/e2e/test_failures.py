@@ -1,0 +1,137 @@
+"""What goes wrong is said in one clear error, soon, and leaves nothing running."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from chain import Chain, launch_cli, read_metrics
+from e2e.processes import RunningJob, running, wait_for
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from hetero_ppo.rollout.replay import read_rollouts
+
+pytestmark = pytest.mark.slow
+
+#: A start on a busy machine; a quiet one needs a quarter of it.
+START_S = 180.0
+#: From the failure to the end of the run.
+SOON_S = 60.0
+
+
+def errors(text: str) -> list[str]:
+    return [line for line in text.splitlines() if re.match(r"error( \(rank \d+\))?: ", line)]
+
+
+def assert_one_error(text: str, status: int, message: str) -> None:
+    """The error, then the launcher's line, and nothing that looks like a crash."""
+    first, last = errors(text)
+    assert re.match(message, first), text
+    assert last == f"error: rank 0 ended with exit status {status}; see the error above", text
+    assert "Traceback" not in text and "ChildFailedError" not in text, text
+
+
+def kill(job: RunningJob, part: str) -> None:
+    """SIGKILL to the one process with this in its command line; the guardian's holds its server's."""
+    (pid,) = set(job.find(part)) - set(job.find("guardian.py"))
+    os.kill(pid, signal.SIGKILL)
+
+
+def test_a_bad_key_is_named_once_for_all_ranks(chain: Chain, tmp_path: Path) -> None:
+    done = launch_cli(2, chain.train_command("ppo", tmp_path / "run", train__stps=3), check=False, timeout_s=SOON_S)
+    assert done.returncode == 2
+    (error, last) = errors(done.stdout)
+    assert re.fullmatch(r"error( \(rank 1\))?: .*unknown key 'train.stps'; did you mean 'train.steps'\?", error)
+    assert re.fullmatch(r"error: rank [01] ended with exit status 2; see the error above", last)
+    assert len(done.stdout.splitlines()) == 2 and not (tmp_path / "run").exists()
+
+
+def test_a_malformed_line_is_named_by_file_and_number(chain: Chain, tmp_path: Path) -> None:
+    lines = (chain.data / "prompts.jsonl").read_text().splitlines()
+    lines[6] = lines[6].replace('"prompt"', '"prmpt"')
+    data = tmp_path / "prompts.jsonl"
+    data.write_text("\n".join(lines) + "\n")
+    command = chain.train_command("ppo", tmp_path / "run", data__train=data)
+    with running(1, command, tmp_path / "run") as job:
+        assert job.wait_end(SOON_S) == 2
+        assert_one_error(job.text, 2, rf"error: {re.escape(str(data))}, line 7, field 'prompt': is missing")
+        job.assert_nothing_is_left()
+    assert not (tmp_path / "run" / "rollout").exists()  # before any server was started
+
+
+def test_a_missing_tensor_is_named(chain: Chain, tmp_path: Path) -> None:
+    """Said at once, though the rollout server is being started at that moment."""
+    model = tmp_path / "model"
+    shutil.copytree(chain.export("sft"), model)
+    tensors = load_file(model / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    command = chain.train_command("ppo", tmp_path / "run", actor__model__path=model)
+    with running(1, command, tmp_path / "run") as job:
+        assert job.wait_end(SOON_S) == 2
+        assert_one_error(job.text, 2, r"error: .*model\.layers\.1\.mlp\.up_proj\.weight")
+        assert str(model) in errors(job.text)[0]
+        wait_for(lambda: not job.processes, "the server to end", 10.0)
+
+
+def test_a_killed_server_ends_a_run_that_allows_no_restart(chain: Chain, tmp_path: Path) -> None:
+    """The engine core is killed in the middle of PPO."""
+    command = chain.train_command("ppo", tmp_path / "run", train__steps=400, rollout__max_restarts=0, data__eval="null")
+    command.append("train.eval_function=null")
+    with running(1, command, tmp_path / "run") as job:
+        job.wait_steps(1, START_S)
+        kill(job, "EngineCore")
+        killed = time.monotonic()
+        assert job.wait_end(SOON_S) == 1
+        assert time.monotonic() - killed < SOON_S
+        assert_one_error(job.text, 1, r"error: (generate|weight sync|prompt_log_probs): rollout server 0 .* died")
+        assert "rollout.max_restarts allows 0" in job.text and "server_0.log" in job.text
+        job.assert_nothing_is_left()
+
+
+def test_a_killed_server_is_restarted_and_the_run_finishes(chain: Chain, tmp_path: Path) -> None:
+    """The API server is killed after the first step. The run starts from PPO's export: vLLM loads it unedited."""
+    run_dir, actor = tmp_path / "run", chain.export("ppo")
+    command = chain.train_command("ppo", run_dir, train__steps=12, actor__model__path=actor)
+    command += ["algorithm.minibatch_size=16", "algorithm.ppo_epochs=1", "rollout.sampling.temperature=1.0"]
+    with running(1, command, run_dir) as job:
+        job.wait_steps(1, START_S)
+        kill(job, "vllm.entrypoints.openai.api_server")
+        assert job.wait_end(START_S) == 0, job.text[-3000:]
+        assert "restart 1 of 2" in job.text and not errors(job.text)
+        job.assert_nothing_is_left()
+    metrics = read_metrics(run_dir)
+    assert list(metrics) == list(range(1, 13))
+    for values in metrics.values():
+        assert values["rollout/log_prob_diff_max"] < 1e-3 and values["rollout/golden_log_prob_diff"] < 1e-3
+        # One minibatch and one epoch: the loss sees the policy that made the old log-probs.
+        assert abs(values["actor/ppo_kl"]) < 1e-5 and values["actor/pg_clipfrac"] == 0
+    assert_server_and_transformers_agree(run_dir, actor)
+
+
+@torch.no_grad()
+def assert_server_and_transformers_agree(run_dir: Path, actor: Path) -> None:
+    """vLLM's log-probs of the first rollout, made with the exported weights as they lie there."""
+    torch.set_num_threads(1)
+    model = AutoModelForCausalLM.from_pretrained(actor, dtype=torch.float32)
+    for row in read_rollouts(run_dir / "rollouts" / "step_000001.jsonl"):
+        logits = model(torch.tensor([row.prompt_ids + row.response_ids])).logits[0, len(row.prompt_ids) - 1 : -1]
+        ours = logits.log_softmax(-1).gather(1, torch.tensor(row.response_ids)[:, None])[:, 0]
+        assert float((ours - torch.tensor(row.rollout_log_probs)).abs().max()) < 1e-3
+
+
+def test_sigterm_leaves_nothing(chain: Chain, tmp_path: Path) -> None:
+    """While the rollout server is starting: the trainer is ended by the signal and cannot clean up itself."""
+    with running(1, chain.train_command("ppo", tmp_path / "run"), tmp_path / "run") as job:
+        wait_for(lambda: bool(job.find("EngineCore")), "the engine core", START_S)
+        job.process.send_signal(signal.SIGTERM)
+        assert job.wait_end(SOON_S) == 128 + signal.SIGTERM
+        assert errors(job.text) == ["error: the run was stopped by SIGTERM"] and "Traceback" not in job.text
+        job.assert_nothing_is_left()
