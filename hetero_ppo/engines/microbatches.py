@@ -16,14 +16,14 @@ Record = TypeVar("Record")
 
 
 def select(record: Record, rows: Sequence[int], num_columns: int) -> Record:
-    """The rows of every tensor of a record; tensors with two dimensions keep ``num_columns`` columns."""
+    """The rows of every tensor of a record; tensors with two dimensions get ``num_columns`` columns, added ones 0."""
     index = torch.as_tensor(rows)
     picked: dict[str, Any] = {}
     for entry in fields(record):
         value = getattr(record, entry.name)
         if isinstance(value, Tensor):
             value = value[index]
-            value = value[:, :num_columns] if value.dim() == 2 else value
+            value = to_columns(value, num_columns) if value.dim() == 2 else value
         picked[entry.name] = value
     return type(record)(**picked)
 
