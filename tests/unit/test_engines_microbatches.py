@@ -1,0 +1,59 @@
+"""Micro-batches hold every row once, padded no further than asked, and loss inputs follow the tokens."""
+
+from __future__ import annotations
+
+import torch
+from hetero_ppo.engines.microbatches import rank_rows, same_shape, select, split, split_pairs, to_columns
+from hetero_ppo.types import AnswerInputs, PreferenceBatch
+
+TOKENS = torch.tensor([[1, 2, 3, 0, 0], [4, 5, 6, 7, 8], [9, 10, 0, 0, 0]])
+LENGTHS = torch.tensor([3, 5, 2])
+MASK = torch.arange(4)[None] < (LENGTHS - 1)[:, None]
+
+
+def test_rows_come_once_sorted_by_length_and_padded_to_the_longest_of_each() -> None:
+    parts = split(TOKENS, LENGTHS, AnswerInputs(MASK), [0, 1, 2], micro_batch_size=2)
+    assert [rows for rows, _ in parts] == [[2, 0], [1]]
+    first, second = (microbatch for _, microbatch in parts)
+    assert first.token_ids.tolist() == [[9, 10, 0], [1, 2, 3]]
+    assert first.inputs.mask.tolist() == [[True, False], [True, True]]
+    assert second.token_ids.tolist() == [[4, 5, 6, 7, 8]] and second.sequence_lengths.tolist() == [5]
+
+
+def test_length_multiple_beyond_the_batch_pads_tokens_and_inputs() -> None:
+    ((_, microbatch),) = split(TOKENS, LENGTHS, AnswerInputs(MASK), [1], micro_batch_size=2, length_multiple=8)
+    assert microbatch.token_ids.tolist() == [[4, 5, 6, 7, 8, 0, 0, 0]]
+    assert microbatch.inputs.mask.tolist() == [[True] * 4 + [False] * 3]
+
+
+def test_pairs_stay_together_chosen_first() -> None:
+    batch = PreferenceBatch(TOKENS, LENGTHS, TOKENS[:, :4] + 100, torch.tensor([4, 2, 1]))
+    parts = split_pairs(batch, [0, 1, 2], micro_batch_size=4)
+    assert [m.token_ids.shape[0] for m in parts] == [4, 2]
+    assert parts[0].token_ids[:, 0].tolist() == [9, 1, 109, 101]
+    assert parts[0].sequence_lengths.tolist() == [2, 3, 1, 4]
+    assert parts[0].token_ids.shape[1] == 4 and parts[1].token_ids.shape[1] == 5
+
+
+def test_a_pair_is_taken_even_when_the_micro_batch_is_smaller() -> None:
+    batch = PreferenceBatch(TOKENS, LENGTHS, TOKENS, LENGTHS)
+    assert len(split_pairs(batch, [0, 1, 2], micro_batch_size=1)) == 3
+
+
+def test_same_shape_adds_rows_that_no_loss_counts() -> None:
+    parts = [m for _, m in split(TOKENS, LENGTHS, AnswerInputs(MASK), [0, 1, 2], micro_batch_size=2)]
+    padded = same_shape(parts)
+    assert {m.token_ids.shape for m in padded} == {(2, 5)}
+    assert padded[1].inputs.mask.tolist() == [[True] * 4, [False] * 4]
+    assert padded[1].sequence_lengths.tolist() == [5, 1]
+    assert sum(int(m.inputs.mask.sum()) for m in padded) == int(MASK.sum())
+
+
+def test_rank_rows_cover_every_row_in_order() -> None:
+    assert [rank_rows(7, rank, 3) for rank in range(3)] == [[0, 1], [2, 3], [4, 5, 6]]
+
+
+def test_select_and_to_columns() -> None:
+    picked = select(AnswerInputs(MASK), [2, 1], 2)
+    assert picked.mask.tolist() == [[True, False], [True, True]]
+    assert to_columns(torch.ones(1, 2), 3).tolist() == [[1, 1, 0]]
