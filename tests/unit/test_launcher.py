@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import subprocess
 import sys
@@ -67,7 +68,9 @@ def test_real_ranks_speak_once_and_nothing_is_lost(tmp_path: Path) -> None:
         "sys.exit(2)\n"
     )
     command = [sys.executable, "-m", "hetero_ppo.cli.launcher", "--standalone", "--nproc-per-node", "2", str(program)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    # Without OMP_NUM_THREADS torchrun has a warning of its own.
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2, done.stderr
     lines = done.stderr.splitlines()
     assert lines.count("error: of both") + lines.count("error (rank 1): of both") == 1
