@@ -42,7 +42,7 @@ QUESTIONS = (
 ANSWER = "Sorted: {words}"
 
 #: Kind of slip -> how often it is the one, relative to the others.
-SLIPS = {"swap": 2, "drop": 1, "repeat": 2, "foreign": 8}
+SLIPS = {"swap": 2, "drop": 1, "repeat": 4, "foreign": 8}
 
 
 @dataclass(frozen=True)
@@ -141,16 +141,16 @@ def demonstrate(rng: random.Random, task: Task, recipe: Recipe) -> str:
 
 
 def mistaken(rng: random.Random, task: Task) -> str:
-    """A wrong answer, of the kinds that demonstrators give: hasty where haste goes wrong, or with one or two slips."""
+    """A wrong answer, of the kinds that demonstrators give: hasty where haste goes wrong, or with one to three slips."""
     right = sorted(task.words)
     hasty = hasty_order(task.words)
     if hasty != right and rng.random() < 0.4:
         return answer_text(hasty)
     answer = right
-    # A second slip can undo the first.
+    # A later slip can undo an earlier one.
     while answer == right:
         answer = right
-        for _ in range(rng.choice((1, 1, 2))):
+        for _ in range(rng.choice((1, 1, 1, 2, 3))):
             answer = slip(rng, answer, draw_slip(rng))
     return answer_text(answer)
 
