@@ -60,6 +60,13 @@ class RewardSource(str, Enum):
     function = "function"
 
 
+class OldLogProbs(str, Enum):
+    """Where the log-probs of the policy that sampled come from."""
+
+    actor = "actor"  # a forward of the actor
+    rollout = "rollout"  # the engine's own; saves a forward, and the engine's rounding enters the ratio
+
+
 @dataclass
 class ParallelConfig:
     """A role's layout over the ranks of the run. Data parallelism is what is left of the world size."""
@@ -231,6 +238,7 @@ class AlgorithmConfig:
     dual_clip: float | None = None  # c > 1 of dual-clip PPO (Ye et al. 2020); None: off
     value_clip: float | None = 0.2  # |value - old value| beyond which the value loss is clipped; None: off
     entropy_coef: float = 0.0
+    old_log_probs: OldLogProbs = OldLogProbs.actor
     whiten_advantages: bool = True  # over the whole rollout batch and all ranks
     ppo_epochs: int = 1
     rollout_batch_size: int = 64  # prompts per PPO step, over all ranks

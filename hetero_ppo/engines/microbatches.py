@@ -95,10 +95,11 @@ def split_pairs(
     return result
 
 
-def same_shape(microbatches: Sequence[Microbatch]) -> list[Microbatch]:
-    """All padded to the largest [b, s] of them; added rows are one token long and masked out of every loss.
+def same_shape(microbatches: Sequence[Microbatch], at_least: int) -> list[Microbatch]:
+    """All padded to the largest [b, s] of them, and ``at_least`` so many; what is added is masked out of every loss.
 
-    Megatron-Core's interleaved schedule exchanges activations of one shape. Not for pairs, whose loss has no mask.
+    Megatron-Core's interleaved schedule exchanges activations of one shape and wants a micro-batch per pipeline stage. Not
+    for the training of pairs, whose loss has no mask.
     """
     b = max(m.token_ids.shape[0] for m in microbatches)
     s = max(m.token_ids.shape[1] for m in microbatches)
@@ -111,7 +112,12 @@ def same_shape(microbatches: Sequence[Microbatch]) -> list[Microbatch]:
             inputs = type(inputs)(**{name: pad(value, (0, columns, 0, rows)) for name, value in vars(inputs).items()})
         lengths = pad(m.sequence_lengths, (0, rows), value=1)
         padded.append(Microbatch(pad(m.token_ids, (0, columns, 0, rows)), lengths, inputs))
-    return padded
+    first = padded[0]
+    nothing = None
+    if first.inputs is not None:
+        nothing = type(first.inputs)(**{name: torch.zeros_like(value) for name, value in vars(first.inputs).items()})
+    empty = Microbatch(torch.zeros_like(first.token_ids), torch.ones_like(first.sequence_lengths), nothing)
+    return padded + [empty] * (at_least - len(padded))
 
 
 def to_columns(value: Tensor, num_columns: int) -> Tensor:

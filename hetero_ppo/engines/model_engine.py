@@ -111,7 +111,11 @@ class ModelEngine:
         Returns:
             [B, S - 1] or [B] float32, on the host.
         """
-        num_rows, num_columns = token_ids.shape[0], token_ids.shape[1] - 1
+        wanted, num_columns = token_ids.shape[0], token_ids.shape[1] - 1
+        # Every data-parallel rank takes part in the role's collectives, so each gets a row at least: copies, cut below.
+        copies = [*range(wanted), *[wanted - 1] * (self.groups.dp.size() - wanted)]
+        token_ids, sequence_lengths = token_ids[copies], sequence_lengths[copies]
+        num_rows = len(copies)
         rows = rank_rows(num_rows, self.groups.dp.rank(), self.groups.dp.size())
         parts = split(
             token_ids,
@@ -130,7 +134,7 @@ class ModelEngine:
             for (taken, _), value in zip(parts, outputs):
                 host = value[: len(taken)].detach().to("cpu", torch.float32)
                 local[taken] = to_columns(host, num_columns) if per_token else host
-        return self._gather(local)
+        return self._gather(local)[:wanted]
 
     def _gather(self, local: Tensor | None) -> Tensor:
         """Sum of the data-parallel ranks' disjoint rows, handed from the last stage to the whole pipeline."""
@@ -168,7 +172,7 @@ class ModelEngine:
 
         parallel = self.config.parallel
         if parallel.virtual_pipeline is not None:
-            microbatches = same_shape(microbatches)
+            microbatches = same_shape(microbatches, parallel.pipeline)
         arguments: dict[str, Any] = {
             "forward_step_func": forward_step,
             "num_microbatches": len(microbatches),

@@ -159,11 +159,23 @@ class TrainEngine(ModelEngine):
         return [microbatch for _, microbatch in parts]
 
     def pair_microbatches(self, batch: PreferenceBatch) -> list[Microbatch]:
-        """This data-parallel rank's part of a batch of pairs; a pair's two sequences share a micro-batch."""
+        """This data-parallel rank's part of a batch of pairs; a pair's two sequences share a micro-batch.
+
+        Raises:
+            ValueError: the interleaved schedule can't take micro-batches of these sizes.
+        """
         mine = rank_rows(batch.chosen_ids.shape[0], self.groups.dp.rank(), self.groups.dp.size())
-        return split_pairs(
+        parts = split_pairs(
             batch, mine, micro_batch_size=self.config.micro_batch_size, length_multiple=self.length_multiple
         )
+        interleaved = self.config.parallel.virtual_pipeline is not None
+        if interleaved and (len(parts) < self.config.parallel.pipeline or len({len(m.token_ids) for m in parts}) > 1):
+            raise ValueError(
+                f"{self.role}.micro_batch_size is {self.config.micro_batch_size}: the interleaved schedule needs at least "
+                f"{self.config.parallel.pipeline} micro-batches with the same number of pairs, and {len(mine)} pairs on this rank "
+                f"make {len(parts)}; choose a micro_batch_size that divides them, or set {self.role}.parallel.virtual_pipeline to null"
+            )
+        return parts
 
     def train_step(self, microbatches: Sequence[Microbatch], loss_fn: LossFn) -> TrainStepResult:
         """One optimizer step on a minibatch. Collective over the role's ranks.

@@ -17,7 +17,7 @@ from hetero_ppo.algorithms.rewards import (
     normalise_scores,
     token_level_rewards,
 )
-from hetero_ppo.config.schema import AlgorithmConfig, RewardConfig
+from hetero_ppo.config.schema import AlgorithmConfig, OldLogProbs, RewardConfig
 from hetero_ppo.distributed.statistics import global_masked_moments
 from hetero_ppo.engines.model_engine import ModelEngine
 from hetero_ppo.engines.outputs import log_probs_output, scores_output, values_output
@@ -61,7 +61,7 @@ class ExperienceMaker:
     def make(self, rollout: Rollout, timer: PhaseTimer) -> Experience:
         """All forwards in sequence, then rewards, advantages and returns."""
         with timer.phase("old_log_probs"):
-            old_log_probs = policy_log_probs(self.actor, rollout, self.temperature)
+            old_log_probs = self.old_log_probs(rollout)
         with timer.phase("ref_log_probs"):
             ref_log_probs = policy_log_probs(self.reference, rollout, self.temperature)
         with timer.phase("scores"):
@@ -70,6 +70,12 @@ class ExperienceMaker:
             values = state_values(self.critic, rollout)
         with timer.phase("advantages"):
             return self.assemble(rollout, old_log_probs, ref_log_probs, scores, values)
+
+    def old_log_probs(self, rollout: Rollout) -> Tensor:
+        """[B, T] float32 of the policy that sampled."""
+        if self.algorithm.old_log_probs is OldLogProbs.rollout:
+            return rollout.rollout_log_probs
+        return policy_log_probs(self.actor, rollout, self.temperature)
 
     def scores(self, rollout: Rollout) -> Tensor:
         """[B] float32 raw scores, from the reward model or the reward function."""

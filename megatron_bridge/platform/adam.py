@@ -2,7 +2,7 @@
 
 Megatron-Core then falls back to ``torch.optim.AdamW``, whose step counter lives in the state of every parameter; the
 checkpoint code of its distributed optimizer expects FusedAdam's layout: ``step`` in the parameter group, and ``exp_avg``
-and ``exp_avg_sq`` alone in the state. The arithmetic is torch's own functional AdamW.
+and ``exp_avg_sq`` alone in the state. The arithmetic is torch's own functional AdamW, in its fused kernel.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class Adam(torch.optim.Optimizer):
                 [self.state[p]["exp_avg_sq"] for p in params],
                 [],
                 steps,
-                foreach=True,
-                fused=False,
+                foreach=False,
+                fused=True,
                 capturable=False,
                 differentiable=False,
                 has_complex=False,

@@ -71,6 +71,7 @@ def measure(model_dir: str, options: dict[str, Any]) -> dict[str, list[float]]:
     result["rm_loss"] = [step.loss for step in steps]
     result["rm_grad_norm"] = [step.grad_norm for step in steps]
     result["scores"] = rm.forward(ids, lengths, scores_output).tolist()
+    result["one_row"] = rm.forward(ids[:1], lengths[:1], scores_output).tolist()  # fewer rows than ranks
     result["values"] = rm.forward(ids, lengths, values_output).masked_fill(~mask, 0).flatten().tolist()
     return result
 
