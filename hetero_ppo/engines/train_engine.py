@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
@@ -29,6 +31,11 @@ from megatron_bridge.model_provider import Head
 
 #: Rows of the buffer that metric sums are reduced in.
 MAX_METRICS = 64
+
+# Megatron-Core hands what its file writers report through a manager process, which asynchronous saves need. Saves are
+# synchronous here: a queue of this process does, without the seconds and the memory of one more process for every rank, which
+# would moreover outlive a rank that is killed.
+filesystem_async._results_queue = queue.Queue()
 
 
 @dataclass(frozen=True)

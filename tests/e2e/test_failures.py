@@ -128,9 +128,13 @@ def assert_server_and_transformers_agree(run_dir: Path, actor: Path) -> None:
 
 
 def test_sigterm_leaves_nothing(chain: Chain, tmp_path: Path) -> None:
-    """While the rollout server is starting: the trainer is ended by the signal and cannot clean up itself."""
-    with running(1, chain.train_command("ppo", tmp_path / "run"), tmp_path / "run") as job:
-        wait_for(lambda: bool(job.find("EngineCore")), "the engine core", START_S)
+    """In the middle of PPO, after a checkpoint: the trainer is ended by the signal and cannot clean up itself."""
+    run_dir = tmp_path / "run"
+    command = chain.train_command("ppo", run_dir, train__steps=400, checkpoint__every=1, data__eval="null")
+    command.append("train.eval_function=null")
+    with running(1, command, run_dir) as job:
+        job.wait_steps(2, START_S)
+        assert job.find("EngineCore") and (run_dir / "checkpoints" / "iter_0000001" / "COMPLETE").exists()
         job.process.send_signal(signal.SIGTERM)
         assert job.wait_end(SOON_S) == 128 + signal.SIGTERM
         assert errors(job.text) == ["error: the run was stopped by SIGTERM"] and "Traceback" not in job.text
