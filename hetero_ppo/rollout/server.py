@@ -83,6 +83,9 @@ def command_line(spec: ServerSpec, socket_path: Path) -> list[str]:
         command += ["--gpu-memory-utilization", str(config.gpu_memory_utilization)]
     else:
         command += ["--enforce-eager", "--kv-cache-memory-bytes", str(config.kv_cache_mib * 2**20)]
+        # After part of a prompt vLLM winds the request's generator back, and a generator of the CPU cannot do that: the server
+        # would die as soon as the waiting prompts have more tokens than one forward takes.
+        command += ["--no-enable-chunked-prefill"]
     return command
 
 
