@@ -13,9 +13,9 @@ RUN_DIR=${RUN_DIR:-runs/word_sort}
 RUN_DIR=${RUN_DIR%/}
 [[ $SEED =~ ^[0-9]+$ ]] || die "SEED=$SEED: must be a whole number"
 
-# A Llama of 2.4 million parameters over a byte-level BPE vocabulary: every word of the task is one token.
+# A tied Qwen3 of 0.85 million parameters over a byte-level BPE vocabulary: every word of the task is one token.
 TOKENIZER=(--vocab-size 512)
-MODEL=(--family llama --hidden-size 256 --layers 3 --heads 4 --ffn 704 --max-positions 256)
+MODEL=(--family qwen3 --hidden-size 128 --layers 4 --heads 4 --kv-heads 2 --ffn 384 --tie --max-positions 256)
 
 stage_names=()
 stage_seconds=()
