@@ -19,6 +19,10 @@ from hetero_ppo.types import Response
 
 HEALTH_TIMEOUT_S = 5.0
 POLL_S = 0.2
+#: Between two looks at whether the server is still there.
+WATCH_S = 2.0
+#: A server whose engine died may still be answering: its answers say more than closed connections do.
+ANSWER_GRACE_S = 2.0
 #: The server's clamp of log-probs that are -inf or NaN.
 NOT_FINITE = -9999.0
 
@@ -37,20 +41,27 @@ class ServerClient:
     def __init__(self, server: VllmServer):
         self.server = server
         self._session: aiohttp.ClientSession | None = None
+        self._watcher: asyncio.Task[None] | None = None
+        self._dead = False
 
     async def open(self) -> None:
         # No limit on connections: a request that waits for one would not be in the server's batch.
         connector = aiohttp.UnixConnector(path=str(self.server.socket_path), limit=0, keepalive_timeout=15.0)
         headers = {"Authorization": f"Bearer {self.server.api_key}"}
         self._session = aiohttp.ClientSession(connector=connector, headers=headers)
+        self._dead = False
 
     async def close(self) -> None:
+        if self._watcher is not None:
+            self._watcher.cancel()
+            await asyncio.wait({self._watcher})
+            self._watcher = None
         if self._session is not None:
             await self._session.close()
             self._session = None
 
     async def wait_ready(self, timeout_s: float) -> None:
-        """Returns when the server answers.
+        """Returns when the server answers; from then on it is watched.
 
         Raises:
             ServerDied: it ended while starting.
@@ -61,6 +72,7 @@ class ServerClient:
             if not self.server.running:
                 raise ServerDied(self.server.name)
             if await self.healthy():
+                self._watcher = asyncio.create_task(self._watch())
                 return
             await asyncio.sleep(POLL_S)
         raise RunError(f"start: {self.server.name} did not answer within {timeout_s:.0f} s; {self.server.report()}")
@@ -71,6 +83,36 @@ class ServerClient:
             async with self._session.get("http://server/health", timeout=timeout) as reply:
                 return reply.status == 200
         except (aiohttp.ClientError, OSError):  # TimeoutError is an OSError
+            return False
+
+    async def _watch(self) -> None:
+        """Ends the requests in flight when the server is no more.
+
+        An API server whose engine dies may never answer some of them, a weight sync's for instance, and waits for their
+        connections to close before it exits: they would wait for each other until the deadline.
+        """
+        # A connection for each look: a server that shuts down takes no new ones.
+        connector = aiohttp.UnixConnector(path=str(self.server.socket_path), force_close=True)
+        async with aiohttp.ClientSession(connector=connector) as session:
+            while True:
+                await asyncio.sleep(WATCH_S)
+                if not await self._serves(session):
+                    await asyncio.sleep(ANSWER_GRACE_S)
+                    if not await self._serves(session):
+                        break
+        self._dead = True
+        await self._session.close()
+
+    @staticmethod
+    async def _serves(session: aiohttp.ClientSession) -> bool:
+        """False when the server says that its engine is dead, or takes no connections. One that is only slow does serve."""
+        timeout = aiohttp.ClientTimeout(total=HEALTH_TIMEOUT_S)
+        try:
+            async with session.get("http://server/health", timeout=timeout) as reply:
+                return reply.status < 500
+        except TimeoutError:
+            return True
+        except (aiohttp.ClientError, OSError):
             return False
 
     async def generate(self, prompt: list[int], sampling: SamplingConfig, stop: list[int], seed: int, timeout_s: float) -> Response:
@@ -127,6 +169,8 @@ class ServerClient:
 
     async def post(self, phase: str, route: str, timeout_s: float, body: dict[str, Any] | None = None) -> Any:
         """POSTs JSON and returns the answer's JSON."""
+        if self._dead:
+            raise ServerDied(f"{route}: the server takes no connections")
         timeout = aiohttp.ClientTimeout(total=timeout_s)
         try:
             async with self._session.post(f"http://server{route}", json=body, timeout=timeout) as reply:
