@@ -58,12 +58,16 @@ def test_a_run_that_ends_well_says_nothing(monkeypatch: pytest.MonkeyPatch, capf
 
 
 def test_real_ranks_speak_once_and_nothing_is_lost(tmp_path: Path) -> None:
-    """Both ranks find the same mistake, rank 1 another one; rank 0 ends first, and torchrun then ends rank 1."""
+    """Both ranks find the same mistake, and rank 1 another one before: torchrun ends the rank that is left, at any moment."""
     program = tmp_path / "program.py"
     program.write_text(
-        "import os, sys\n"
+        "import os, pathlib, sys, time\n"
         "from hetero_ppo.cli.ranks import say_error\n"
-        "if os.environ['LOCAL_RANK'] == '1': say_error('of rank 1')\n"
+        f"said = pathlib.Path({str(tmp_path / 'said')!r})\n"
+        "if os.environ['LOCAL_RANK'] == '1':\n"
+        "    say_error('of rank 1')\n"
+        "    said.touch()\n"
+        "while not said.exists(): time.sleep(0.01)\n"
         "say_error('of both')\n"
         "sys.exit(2)\n"
     )
