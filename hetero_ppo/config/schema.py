@@ -261,6 +261,18 @@ class PpoTrainConfig:
 
 
 @dataclass
+class ResidencyConfig:
+    """Turns of the roles on the device, and the sizes that the memory plan is made for."""
+
+    offload: bool = True  # roles leave the device for host memory when their turn ends; False: all stay
+    overlap: bool = True  # one role's way out runs beside the next one's way in, which begins before its turn
+    bucket_mib: int = 64  # largest piece of one copy, MiB
+    device_gib: float | None = None  # memory of one device, GiB; None: what CUDA reports, and on a CPU no limit
+    host_gib: float | None = None  # host memory of one node, GiB; None: the cgroup's limit, or the machine's
+    pcie_gb_s: float = 25.0  # copy rate of one device in one direction, GB/s, for the plan's transfer times
+
+
+@dataclass
 class SftConfig:
     kind: str = "sft"
     run: RunConfig = field(default_factory=RunConfig)
@@ -294,6 +306,7 @@ class PpoConfig:
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     train: PpoTrainConfig = field(default_factory=PpoTrainConfig)
+    residency: ResidencyConfig = field(default_factory=ResidencyConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
 

@@ -18,6 +18,7 @@ TIERS = {
     "types": 1,
     "algorithms": 2,
     "distributed": 2,
+    "memory": 2,
     "observability": 2,
     "engines": 3,
     "rollout": 3,

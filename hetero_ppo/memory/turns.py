@@ -1,0 +1,44 @@
+"""Which role is on the device in which phase of a PPO step: the order that the trainer follows and the plan adds up.
+
+The order saves switches. The reward model waits on the device while the engine generates, in the critic's place. The
+critic's values come last of the forwards, so its training finds the parameters there; the actor's training comes last
+of all, so the weight sync does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from hetero_ppo.memory.kinds import FORWARD, TRAINING, Kind
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One phase of a step and what it holds on the device while it computes, all roles together."""
+
+    phase: str  # as the step's timers name it
+    resident: Mapping[str, frozenset[Kind]]  # role -> kinds; absent roles are in host memory
+    engine_awake: bool = False  # the rollout engine holds its weights and KV cache
+    engine_weights: bool = False  # the rollout engine holds its weights alone: during a weight sync
+
+
+def ppo_turns(*, has_reward_model: bool, actor_scores_old: bool) -> list[Turn]:
+    """The phases of one PPO step with residency on, in order.
+
+    Args:
+        has_reward_model: scores come from a model; otherwise from a function.
+        actor_scores_old: old log-probs come from a forward of the actor; otherwise from the rollout engine.
+    """
+    reward = {"reward_model": FORWARD} if has_reward_model else {}
+    turns = [Turn("rollout", reward, engine_awake=True)]
+    if has_reward_model:
+        turns.append(Turn("scores", reward))
+    turns.append(Turn("ref_log_probs", {"reference": FORWARD}))
+    if actor_scores_old:
+        turns.append(Turn("old_log_probs", {"actor": FORWARD}))
+    turns.append(Turn("values", {"critic": FORWARD}))
+    turns.append(Turn("train_critic", {"critic": TRAINING}))
+    turns.append(Turn("train_actor", {"actor": TRAINING}))
+    turns.append(Turn("weight_sync", {"actor": FORWARD}, engine_weights=True))
+    return turns
