@@ -26,6 +26,8 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_bridge.context_parallel import ContextParallelAttention
+
 HAS_TRANSFORMER_ENGINE: bool = platform.HAS_CUDA and importlib.util.find_spec("transformer_engine") is not None
 
 
@@ -120,7 +122,9 @@ def decoder_spec(config: TransformerConfig, num_local_layers: int) -> Transforme
     submodules.input_layernorm = RMSNorm
     submodules.pre_mlp_layernorm = RMSNorm
     attention: ModuleSpec = submodules.self_attention
-    attention.submodules.core_attention = SdpaCoreAttention
+    attention.submodules.core_attention = (
+        SdpaCoreAttention if config.context_parallel_size == 1 else ContextParallelAttention
+    )
     if config.qk_layernorm:
         attention.submodules.q_layernorm = RMSNorm
         attention.submodules.k_layernorm = RMSNorm

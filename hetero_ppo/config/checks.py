@@ -67,12 +67,12 @@ def _require(condition: bool, field: str, value: object, rule: str) -> None:
 
 
 def check_layout_is_supported(config: AnyConfig, world_size: int) -> None:
-    """Context and expert parallelism are in the schema, and not built yet."""
+    """Expert parallelism is in the schema, and not built yet."""
     for name, role in config_roles(config).items():
         for axis in ("tensor", "pipeline", "context", "expert"):
             size = vars(role.parallel)[axis]
             _require(size >= 1, f"{name}.parallel.{axis}", size, "a layout has at least 1 rank on every axis")
-        for axis in ("context", "expert"):
+        for axis in ("expert",):
             size = vars(role.parallel)[axis]
             _require(
                 size == 1, f"{name}.parallel.{axis}", size, f"{axis} parallelism is not supported yet; set it to 1"

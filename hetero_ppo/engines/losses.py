@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from hetero_ppo.algorithms.losses import (
@@ -23,11 +23,11 @@ from hetero_ppo.types import Microbatch
 SUM = 1.0
 
 
-def sft_loss_fn(vocab_size: int, tp_group: dist.ProcessGroup) -> LossFn:
+def sft_loss_fn(vocab_size: int, groups: ProcessGroupCollection) -> LossFn:
     """Negative log-likelihood of the answers' tokens."""
 
     def loss_fn(logits: Tensor, microbatch: Microbatch) -> Loss:
-        log_probs, _ = token_log_probs(logits, microbatch, temperature=1.0, vocab_size=vocab_size, tp_group=tp_group)
+        log_probs, _ = token_log_probs(logits, microbatch, temperature=1.0, vocab_size=vocab_size, groups=groups)
         return sft_loss(log_probs, microbatch.inputs.mask, SUM)
 
     return loss_fn
@@ -43,13 +43,13 @@ def reward_loss_fn(config: RewardModelLossConfig) -> LossFn:
     return loss_fn
 
 
-def actor_loss_fn(config: AlgorithmConfig, temperature: float, vocab_size: int, tp_group: dist.ProcessGroup) -> LossFn:
+def actor_loss_fn(config: AlgorithmConfig, temperature: float, vocab_size: int, groups: ProcessGroupCollection) -> LossFn:
     """Clipped policy objective, entropy bonus, and KL to the reference where it is in the loss."""
 
     def loss_fn(logits: Tensor, microbatch: Microbatch) -> Loss:
         inputs = microbatch.inputs
         log_probs, entropy = token_log_probs(
-            logits, microbatch, temperature=temperature, vocab_size=vocab_size, tp_group=tp_group, with_entropy=True
+            logits, microbatch, temperature=temperature, vocab_size=vocab_size, groups=groups, with_entropy=True
         )
         assert entropy is not None
         loss = policy_loss(

@@ -31,6 +31,7 @@ from hetero_ppo.engines.microbatches import rank_rows, same_shape, split, to_col
 from hetero_ppo.engines.outputs import OutputFn
 from hetero_ppo.types import Microbatch
 from megatron_bridge import platform
+from megatron_bridge.context_parallel import own_columns, whole_columns
 from megatron_bridge.config_mapping import BridgeConfig, bridge_config, read_hf_config
 from megatron_bridge.export_hf import save_hf
 from megatron_bridge.import_hf import LoadReport, load_hf
@@ -157,15 +158,17 @@ class ModelEngine:
         Returns:
             What the last stage gave for every micro-batch; an empty list on other stages.
         """
-        device = platform.device()
+        device, cp_group = platform.device(), self.groups.cp
 
         def forward_step(iterator: Iterator[Microbatch], model: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
             microbatch = to_device(next(iterator), device)
-            b, s = microbatch.token_ids.shape
-            positions = torch.arange(s, device=device).expand(b, s)
-            output = model(microbatch.token_ids, positions, None)
+            token_ids = own_columns(microbatch.token_ids, 1, cp_group)
+            # Rotary embeddings count positions themselves; the model takes an argument for learned ones.
+            output = model(token_ids, torch.zeros_like(token_ids), None)
 
             def collect(tensor: Tensor, non_loss_data: bool = False) -> Any:
+                if self.head != "lm":
+                    tensor = whole_columns(tensor, 1, cp_group, sum_gradients=False)
                 return last_stage(tensor, microbatch)
 
             return output, collect
@@ -241,10 +244,13 @@ class ModelEngine:
 def _length_multiple(config: RoleConfig) -> int:
     """What padded lengths are a multiple of.
 
-    Sequence parallelism cuts the length into equal parts. On a CPU, oneDNN compiles bf16 products for every shape that comes
+    Context parallelism cuts the length into two chunks a rank, and sequence parallelism a rank's chunks into equal parts. On a CPU, oneDNN compiles bf16 products for every shape that comes
     and keeps them: with lengths from 40 to 300 the process grew by 0.8 GiB, which a coarser grid of lengths avoids.
     """
-    parts = config.parallel.tensor if config.parallel.sequence else 1
+    layout = config.parallel
+    parts = layout.tensor if layout.sequence else 1
+    if layout.context > 1:
+        parts = layout.context * math.lcm(2, parts)
     grid = BF16_CPU_LENGTHS if config.model.dtype is Dtype.bf16 and not platform.HAS_CUDA else 1
     return math.lcm(parts, grid)
 

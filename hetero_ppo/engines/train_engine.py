@@ -206,7 +206,9 @@ class TrainEngine(ModelEngine):
 
         def last_stage(output: Tensor, microbatch: Microbatch) -> tuple[Tensor, Tensor, Loss]:
             result = loss_fn(output, microbatch)
-            return result.loss, result.count.to(torch.int), result
+            # Every context-parallel rank has the whole loss, of which it differentiates its own columns; one of them counts.
+            count = result.count if self.groups.cp.rank() == 0 else torch.zeros_like(result.count)
+            return result.loss, count.to(torch.int), result
 
         outputs = self.run_schedule(microbatches, last_stage, forward_only=False)
         loss_sum, count, metric_sums = self._reduce(outputs)
@@ -267,7 +269,7 @@ class TrainEngine(ModelEngine):
             for output in outputs:
                 totals[:2] += torch.stack([output.loss.detach().double(), output.count.double()]).cpu()
             totals[2 : 2 + len(names)] = torch.stack([metric_sums[name] for name in names]).cpu()
-            dist.all_reduce(totals, group=self.groups.dp_cp)
+            dist.all_reduce(totals, group=self.groups.dp)
         if self.groups.pp.size() > 1:
             source = last_stage_rank(self.groups)
             dist.broadcast(totals, source, group=self.groups.pp)

@@ -28,7 +28,7 @@ from hetero_ppo.types import Experience, Rollout
 
 def policy_log_probs(engine: ModelEngine, rollout: Rollout, temperature: float) -> Tensor:
     """[B, T] float32 log-probs of the rollout's tokens under the actor or the reference, at the sampling temperature."""
-    output = log_probs_output(temperature=temperature, vocab_size=engine.vocab_size, tp_group=engine.groups.tp)
+    output = log_probs_output(temperature=temperature, vocab_size=engine.vocab_size, groups=engine.groups)
     log_probs = engine.forward(rollout.token_ids, rollout.sequence_lengths, output)
     return log_probs.masked_fill(~rollout.response_mask, 0)
 

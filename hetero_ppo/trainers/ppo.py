@@ -129,7 +129,7 @@ class PpoTrainer:
             experience.old_log_probs, experience.ref_log_probs, experience.advantages, experience.response_mask
         )
         loss_fn = actor_loss_fn(
-            self.config.algorithm, self.maker.temperature, self.actor.vocab_size, self.actor.groups.tp
+            self.config.algorithm, self.maker.temperature, self.actor.vocab_size, self.actor.groups
         )
         return self._update(self.actor, "actor", experience, inputs, loss_fn, step)
 

@@ -23,6 +23,12 @@ LAYOUTS: dict[str, dict[str, object]] = {
     "tp2 sequence parallel": {"tensor": 2, "sequence": True},
     "pp2": {"pipeline": 2},
     "pp2 interleaved": {"pipeline": 2, "virtual_pipeline": 2},
+    "cp2": {"context": 2},
+    "cp2 distributed optimizer, overlapped": {"context": 2, "distributed": True, "overlap": True},
+    "tp2 full recompute": {"tensor": 2, "recompute": "full"},
+    "tp2 sequence parallel, selective recompute": {"tensor": 2, "sequence": True, "recompute": "selective"},
+    "cp2 full recompute": {"context": 2, "recompute": "full"},
+    "pp2 selective recompute": {"pipeline": 2, "recompute": "selective"},
 }
 #: fp32 sums in another order; gradients pass through four layers of them.
 TOLERANCE = {"rtol": 1e-5, "atol": 2e-5}

@@ -37,7 +37,6 @@ def test_the_defaults_pass(tmp_path: Path, kind: str, world_size: int) -> None:
         (["actor.parallel.tensor=3"], "actor.parallel: tensor 3 .* do not divide the world size 4"),
         (["critic.parallel.pipeline=8"], "critic.parallel: .*pipeline 8"),
         (["actor.parallel.tensor=0"], "actor.parallel.tensor=0"),
-        (["actor.parallel.context=2"], "context parallelism is not supported yet"),
         (["actor.parallel.expert=2"], "expert parallelism is not supported yet"),
         (["actor.parallel.sequence=true"], "actor.parallel.tensor is 1"),
         (["actor.parallel.virtual_pipeline=2"], "needs actor.parallel.pipeline > 1"),

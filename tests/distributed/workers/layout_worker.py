@@ -57,9 +57,9 @@ def measure(model_dir: str, options: dict[str, Any]) -> dict[str, list[float]]:
 
     result: dict[str, list[float]] = {}
     lm = TrainEngine("actor", config, "lm", 10)
-    output = log_probs_output(temperature=0.7, vocab_size=lm.vocab_size, tp_group=lm.groups.tp)
+    output = log_probs_output(temperature=0.7, vocab_size=lm.vocab_size, groups=lm.groups)
     result["log_probs"] = lm.forward(ids, lengths, output).masked_fill(~mask, 0).flatten().tolist()
-    loss_fn = sft_loss_fn(lm.vocab_size, lm.groups.tp)
+    loss_fn = sft_loss_fn(lm.vocab_size, lm.groups)
     parts = lm.microbatches(ids, lengths, AnswerInputs(mask), range(8))
     steps = [lm.train_step(parts, loss_fn) for _ in range(3)]
     result["lm_loss"] = [step.loss for step in steps]

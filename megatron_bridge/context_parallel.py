@@ -1,0 +1,111 @@
+"""Context parallelism: every rank holds two chunks of each sequence and attends to the keys and values of all before them.
+
+A sequence of s tokens is cut into 2 * cp chunks, and rank r holds chunks r and 2 * cp - 1 - r: under a causal mask an early chunk
+has little to attend to and a late one much, so all ranks have the same work (Llama Team 2024, "The Llama 3 Herd of Models",
+section 3.3.2, with the all-gather of keys and values from there too). Megatron-Core's rotary embedding is cut in the same way.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+
+import megatron_bridge.platform  # noqa: F401
+
+# isort: split
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+def own_columns(tensor: Tensor, dim: int, cp_group: dist.ProcessGroup) -> Tensor:
+    """[..., s, ...] -> [..., s / cp, ...]: this rank's two chunks, the earlier one first.
+
+    Args:
+        dim: of the columns; their number is a multiple of 2 * cp.
+    """
+    if cp_group.size() == 1:
+        return tensor
+    chunks = tensor.chunk(2 * cp_group.size(), dim)
+    return torch.cat([chunks[cp_group.rank()], chunks[-1 - cp_group.rank()]], dim)
+
+
+def whole_columns(tensor: Tensor, dim: int, cp_group: dist.ProcessGroup, *, sum_gradients: bool) -> Tensor:
+    """[..., s / cp, ...] -> [..., s, ...]: the reverse of ``own_columns``. Collective over ``cp_group``, and so is its backward.
+
+    Args:
+        dim: of the columns.
+        sum_gradients: the gradient of a rank's columns is summed over the ranks, since each used the result for something of its
+            own. False: all ranks compute the same from it, and each takes its own columns' gradient.
+    """
+    if cp_group.size() == 1:
+        return tensor
+    gathered = gather_from_sequence_parallel_region(
+        tensor.movedim(dim, 0).contiguous(), tensor_parallel_output_grad=sum_gradients, group=cp_group
+    )
+    parts = gathered.chunk(2 * cp_group.size())  # in rank order, two of each rank
+    in_order = [*parts[0::2], *reversed(parts[1::2])]
+    return torch.cat(in_order).movedim(0, dim)
+
+
+class ContextParallelAttention(MegatronModule):
+    """Causal attention of this rank's queries over right-padded sequences; real tokens never see padding, which lies to their
+    right. On a CPU bf16 inputs are attended to in fp32, as without context parallelism.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__(config=config)
+        assert pg_collection is not None, "process groups are arguments"
+        self.tp_group = pg_collection.tp
+        self.cp_group = pg_collection.cp
+        self.softmax_scale = softmax_scale
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """query [s / cp, b, heads, d], key and value [s / cp, b, groups, d] -> [s / cp, b, heads * d]. Collective."""
+        assert packed_seq_params is None and attention_bias is None, "packed sequences come with their own layer spec"
+        both = whole_columns(torch.cat([key, value], dim=-1), 0, self.cp_group, sum_gradients=True)
+        key, value = both.split([key.shape[-1], value.shape[-1]], dim=-1)
+        early, late = query.chunk(2)
+        cp_rank, num_chunks = self.cp_group.rank(), 2 * self.cp_group.size()
+        outputs = []
+        for chunk, number in ((early, cp_rank), (late, num_chunks - 1 - cp_rank)):
+            visible = (number + 1) * early.shape[0]
+            outputs.append(_attend(chunk, key[:visible], value[:visible], self.softmax_scale))
+        return torch.cat(outputs)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+    """query [q, b, heads, d], the last of the k positions of key and value [k, b, groups, d] -> [q, b, heads * d]."""
+    length, b, heads, d = query.shape
+    dtype = query.dtype
+    q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
+    if query.device.type == "cpu" and dtype != torch.float32:
+        q, k, v = q.float(), k.float(), v.float()
+    mask = causal_lower_right(length, key.shape[0])
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=key.shape[2] != heads)
+    return out.permute(2, 0, 1, 3).reshape(length, b, heads * d).to(dtype)
