@@ -1,0 +1,189 @@
+"""Bytes of a role on one rank, by kind: what Megatron-Core's DDP buffers and optimizers hold for a layout, to the byte.
+
+The gradient buffer of a model chunk is one fp32 tensor. With the distributed optimizer (ZeRO-1, Rajbhandari et al. 2020) the
+parameters lie in a buffer of the same layout: every parameter starts at a multiple of 64 elements, every bucket ends at a
+multiple of lcm(ranks, 128), and each of the ranks keeps fp32 main parameters and moments of its part of every bucket, without
+the padding (megatron.core.distributed.param_and_grad_buffer, megatron.core.optimizer.distrib_optimizer).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from hetero_ppo.config.derived import data_parallel_size
+from hetero_ppo.config.schema import Dtype, RoleConfig, TrainedRoleConfig
+from hetero_ppo.memory.kinds import Kind
+from megatron_bridge.config_mapping import BridgeConfig, bridge_config, read_hf_config
+from megatron_bridge.parameter_count import LocalParameter, local_parameters
+
+FP32_BYTES = 4
+DTYPES = {Dtype.fp32: torch.float32, Dtype.bf16: torch.bfloat16}
+#: Head of every role, as the trainers build it. An SFT run's actor is an "actor", a reward-model run's model a "reward".
+HEADS = {"actor": "lm", "reference": "lm", "critic": "value", "reward": "score", "reward_model": "score"}
+
+# Megatron-Core's alignment, in elements.
+_PARAMETER_START = 64
+_BUCKET_END = 128
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank stands in a role's layout."""
+
+    pp_rank: int
+    shard_rank: int  # among the data- and context-parallel ranks, over which the distributed optimizer shards
+
+
+@dataclass(frozen=True)
+class BufferLayout:
+    """One of DDP's buffers: positions in elements."""
+
+    numel: int  # with padding
+    spans: tuple[tuple[int, int], ...]  # (start, end) of every parameter, ascending
+    buckets: tuple[tuple[int, int], ...]  # (start, end) of every bucket, padding included
+
+    def shard_numel(self, rank: int, size: int) -> int:
+        """Elements of parameters, padding left out, in the parts of all buckets that a rank of ``size`` keeps."""
+        total, first = 0, 0
+        for start, end in self.buckets:
+            part = (end - start) // size
+            low, high = start + rank * part, start + (rank + 1) * part
+            while first < len(self.spans) and self.spans[first][1] <= low:
+                first += 1
+            position = first
+            while position < len(self.spans) and self.spans[position][0] < high:
+                total += min(self.spans[position][1], high) - max(self.spans[position][0], low)
+                position += 1
+        return total
+
+
+def buffer_layout(
+    parameters: Sequence[LocalParameter], *, distributed: bool, num_shards: int, bucket_size: int | None
+) -> BufferLayout:
+    """Lay the parameters of a chunk out, last one first, as they come out of the backward pass.
+
+    Args:
+        parameters: in the order of ``named_parameters``.
+        distributed: with the distributed optimizer's padding.
+        num_shards: data- times context-parallel ranks.
+        bucket_size: elements after which a bucket is closed; None: one bucket.
+    """
+    spans: list[tuple[int, int]] = []
+    buckets: list[tuple[int, int]] = []
+    bucket_start = end = 0
+
+    def close_bucket() -> None:
+        nonlocal bucket_start, end
+        end = _padded(end, math.lcm(num_shards, _BUCKET_END)) if distributed else end
+        buckets.append((bucket_start, end))
+        bucket_start = end
+
+    for parameter in reversed(parameters):
+        # Tied embeddings get a bucket of their own, so that both stages shard them alike.
+        alone = parameter.shared_embedding and distributed
+        start = _padded(end, _PARAMETER_START) if distributed else end
+        if alone and start > bucket_start:
+            end = start
+            close_bucket()
+            start = end
+        end = start + parameter.numel
+        spans.append((start, end))
+        if alone or (bucket_size is not None and end - bucket_start >= bucket_size):
+            close_bucket()
+    if end > bucket_start:
+        close_bucket()
+    return BufferLayout(end, tuple(spans), tuple(buckets))
+
+
+def _padded(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+class RoleStorage:
+    """A role in its layout over the ranks of a run; nothing is built."""
+
+    def __init__(self, name: str, config: RoleConfig, world_size: int) -> None:
+        """Args:
+        name: a key of ``HEADS``.
+        config: of its ``model.path`` config.json alone is read.
+        world_size: ranks.
+
+        Raises:
+            ValueError: no such file, a model or layout that is not supported, a layout that does not divide the world.
+        """
+        self.name = name
+        self.config = config
+        self.head = HEADS[name]
+        self.trained = isinstance(config, TrainedRoleConfig)
+        recompute = config.recompute if isinstance(config, TrainedRoleConfig) else None
+        self.bridge: BridgeConfig = bridge_config(
+            read_hf_config(config.model.path),
+            dtype=DTYPES[config.model.dtype],
+            recompute=recompute,
+            **vars(config.parallel),
+        )
+        self.dp_size = data_parallel_size(name, config.parallel, world_size)
+        self.num_shards = self.dp_size * config.parallel.context
+        self._bytes: dict[Place, dict[Kind, int]] = {}
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of a parameter."""
+        return self.bridge.transformer.params_dtype.itemsize
+
+    @cached_property
+    def parameters(self) -> list[list[list[LocalParameter]]]:
+        """[pipeline stage][model chunk][parameter] of a rank."""
+        return [local_parameters(self.bridge, self.head, stage) for stage in range(self.config.parallel.pipeline)]
+
+    def place(self, rank: int) -> Place:
+        """Rank order is tp fastest, then cp, dp, pp, as ``distributed.groups.role_groups`` builds it."""
+        parallel = self.config.parallel
+        in_stage = parallel.tensor * self.num_shards
+        return Place(pp_rank=rank // in_stage, shard_rank=rank % in_stage // parallel.tensor)
+
+    def bytes_by_kind(self, rank: int) -> dict[Kind, int]:
+        """What the rank holds when nothing is offloaded and an optimizer step has been done; kinds of 0 bytes are left out."""
+        place = self.place(rank)
+        if place not in self._bytes:
+            self._bytes[place] = {kind: size for kind, size in self._count(place).items() if size}
+        return self._bytes[place]
+
+    def _count(self, place: Place) -> dict[Kind, int]:
+        chunks = self.parameters[place.pp_rank]
+        numel = sum(parameter.numel for chunk in chunks for parameter in chunk)
+        if not isinstance(self.config, TrainedRoleConfig):
+            return {Kind.params: numel * self.element_bytes}
+        layouts = [
+            buffer_layout(
+                chunk,
+                distributed=self.config.optimizer.distributed,
+                num_shards=self.num_shards,
+                bucket_size=self._bucket_size(place.pp_rank, index),
+            )
+            for index, chunk in enumerate(chunks)
+        ]
+        buffer_numel = sum(layout.numel for layout in layouts)
+        held, updated = numel, numel
+        if self.config.optimizer.distributed:
+            held = buffer_numel
+            updated = sum(layout.shard_numel(place.shard_rank, self.num_shards) for layout in layouts)
+        return {
+            Kind.params: held * self.element_bytes,
+            Kind.grads: buffer_numel * FP32_BYTES,
+            Kind.main_params: updated * FP32_BYTES if self.element_bytes < FP32_BYTES else 0,
+            Kind.moments: 2 * updated * FP32_BYTES,
+        }
+
+    def _bucket_size(self, pp_rank: int, chunk: int) -> int | None:
+        """DistributedDataParallel cuts the first chunk of the first stage alone, and only to overlap its reduction."""
+        assert isinstance(self.config, TrainedRoleConfig)
+        ddp = self.config.ddp
+        if not ddp.overlap_grad_reduce or pp_rank > 0 or chunk > 0:
+            return None
+        return ddp.bucket_size or max(40_000_000, 1_000_000 * self.dp_size)

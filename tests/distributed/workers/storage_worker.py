@@ -1,0 +1,96 @@
+"""Runs under torchrun: builds a trained role in each of some layouts, does one optimizer step, and weighs what it holds.
+
+usage: storage_worker.py JOBS_JSON OUT_JSON. A job: role, path, dtype, distributed, overlap, bucket_size and the layout.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import megatron_bridge.platform  # noqa: F401  before megatron.core
+from hetero_ppo.algorithms.losses import Loss
+from hetero_ppo.config.schema import DdpConfig, Dtype, ModelConfig, OptimizerConfig, ParallelConfig, TrainedRoleConfig
+from hetero_ppo.distributed.groups import initialise
+from hetero_ppo.engines.train_engine import TrainEngine
+from hetero_ppo.memory.plan_storage import HEADS, RoleStorage
+from hetero_ppo.types import Microbatch
+
+
+def main(jobs: str, out: str) -> None:
+    torch.set_num_threads(1)
+    initialise(2.0)
+    results: dict[str, Any] = {}
+    for name, job in json.loads(jobs).items():
+        seen: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(seen, measure(job))
+        results[name] = seen
+    if dist.get_rank() == 0:
+        with open(out, "w", encoding="utf-8") as file:
+            json.dump(results, file)
+    dist.destroy_process_group()
+
+
+def measure(job: dict[str, Any]) -> dict[str, Any]:
+    """This rank's parameters as built, and its bytes by kind, beside what the plan says of it."""
+    config = TrainedRoleConfig(
+        model=ModelConfig(path=job["path"], dtype=Dtype(job["dtype"])),
+        parallel=ParallelConfig(**job["layout"]),
+        micro_batch_size=2,
+        optimizer=OptimizerConfig(distributed=job.get("distributed", False)),
+        ddp=DdpConfig(overlap_grad_reduce=job.get("overlap", False), bucket_size=job.get("bucket_size")),
+    )
+    plan = RoleStorage(job["role"], config, dist.get_world_size())
+    engine = TrainEngine(job["role"], config, HEADS[job["role"]], 1)
+    lengths = torch.full((4,), 8)
+    rows = engine.microbatches(torch.ones(4, 8, dtype=torch.int64), lengths, None, range(4))
+    engine.train_step(rows, squared_output)
+    buffers = [buffer for chunk in engine.chunks for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]]
+    parameters = [dict(chunk.named_parameters()) for chunk in engine.models]
+    states = [state for state in optimizer_states(engine) if state]
+    main_params = [
+        parameter
+        for group in engine.optimizer.param_groups
+        for parameter in group["params"]
+        if parameter.dtype is torch.float32 and job["dtype"] == "bf16"
+    ]
+    place = plan.place(dist.get_rank())
+    return {
+        "planned_parameters": [[(p.name, p.numel) for p in chunk] for chunk in plan.parameters[place.pp_rank]],
+        "parameters": [[(name, value.numel()) for name, value in chunk.items()] for chunk in parameters],
+        "planned": {kind.value: size for kind, size in plan.bytes_by_kind(dist.get_rank()).items()},
+        "held": {
+            "params": storage_bytes(value for chunk in parameters for value in chunk.values()),
+            "grads": storage_bytes(buffer.grad_data for buffer in buffers),
+            "main_params": storage_bytes(main_params),
+            "moments": storage_bytes(state[name] for state in states for name in ("exp_avg", "exp_avg_sq")),
+        },
+    }
+
+
+def squared_output(output: Tensor, microbatch: Microbatch) -> Loss:
+    """Any loss that every parameter takes part in."""
+    loss = output.float().square().sum()
+    return Loss(loss, torch.tensor(output.shape[0]), {"sum": loss.detach().double()})
+
+
+def optimizer_states(engine: TrainEngine) -> Iterable[dict[str, Tensor]]:
+    """State of every parameter of the role's optimizers."""
+    for optimizer in getattr(engine.optimizer, "chained_optimizers", [engine.optimizer]):
+        yield from optimizer.optimizer.state.values()
+
+
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the storages below the tensors, each once."""
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
