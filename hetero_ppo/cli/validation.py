@@ -13,6 +13,9 @@ from hetero_ppo.data.dataset import Dataset
 from hetero_ppo.data.preference import PreferenceExample, load_preferences
 from hetero_ppo.data.prompts import PromptExample, load_prompts
 from hetero_ppo.data.sft import SftExample, load_sft
+from hetero_ppo.memory.plan_check import check_fits
+from hetero_ppo.memory.plan_limits import find_limits
+from hetero_ppo.memory.plan_text import summarise
 from hetero_ppo.reward.function import load_function
 
 #: Around what the loss is on, in the printed sample.
@@ -21,7 +24,7 @@ PERCENTILES = (50, 95, 100)
 
 
 def print_validation(config_path: str, overrides: list[str], world_size: int) -> None:
-    """Check everything that can be checked without a model, and print what a run would do.
+    """Check everything that can be checked without a model's weights, and print what a run would do.
 
     Args:
         config_path: YAML file with ``kind: sft``, ``rm`` or ``ppo``.
@@ -39,6 +42,7 @@ def print_validation(config_path: str, overrides: list[str], world_size: int) ->
     check_paths(config)
     check_tokenizers(config)
     _check_functions(config)
+    memory = summarise(check_fits(config, world_size), find_limits(config))
     policy, role = next(iter(config_roles(config).items()))
     encoder = load_text_encoder(role.model, config.data, policy)
     load = _loader(config)
@@ -52,6 +56,7 @@ def print_validation(config_path: str, overrides: list[str], world_size: int) ->
     print(f"\ndata\n{_table([dataset for dataset in (train, evaluation) if dataset is not None])}")
     print(f"\nfirst example{_sample_legend(config)}\n{_indent(sample_text(encoder, train.examples[0]))}")
     print(f"\nbatching\n{_indent(batching)}")
+    print(f"\nmemory (hetero-ppo plan says more)\n{_indent(memory)}")
     print(f"\n{_what_it_does(loaded)}")
 
 

@@ -13,8 +13,17 @@ from data_fixtures import chatml_tokenizer, write_jsonl
 from hetero_ppo.cli import config as config_command
 from hetero_ppo.cli.main import build_parser, main
 
-#: The keys of a config.json that the checks read.
-MODEL_CONFIG = {"model_type": "llama", "vocab_size": 320, "max_position_embeddings": 1024}
+#: The keys of a config.json that the checks and the memory plan read.
+MODEL_CONFIG = {
+    "model_type": "llama",
+    "vocab_size": 320,
+    "max_position_embeddings": 1024,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 
 
 @pytest.fixture
@@ -83,7 +92,7 @@ def test_validate_says_what_a_run_would_do(
     before = sorted(work.rglob("*"))
     assert main(["validate", "--config", f"{kind}.yaml"]) == 0
     printed = capsys.readouterr().out
-    for text in expected:
+    for text in [*expected, "memory (hetero-ppo plan says more)\n  device  0."]:
         assert text in printed
     assert sorted(work.rglob("*")) == before
 
@@ -163,7 +172,7 @@ def test_our_own_faults_keep_their_traceback(
 
 
 def test_every_command_is_there_and_help_imports_nothing_heavy() -> None:
-    assert {"config", "validate", "train", "export", "tokenizer", "init-model", "report"} <= set(
+    assert {"config", "validate", "plan", "train", "export", "tokenizer", "init-model", "report"} <= set(
         build_parser().format_help().split()
     )
     code = "import sys, hetero_ppo.cli.main; print({'torch', 'transformers', 'megatron', 'vllm'} & set(sys.modules))"

@@ -1,0 +1,384 @@
+"""The memory of a run before the run: device bytes by phase, role and kind, host bytes, and what the turns copy.
+
+Nothing is built and no device is used; of every role's model folder config.json alone is read. What the project allocates
+itself is counted to the byte, activations are estimated and stated apart.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hetero_ppo.config.derived import config_roles
+from hetero_ppo.config.load import AnyConfig
+from hetero_ppo.config.schema import (
+    OldLogProbs,
+    PpoConfig,
+    ResidencyConfig,
+    RmConfig,
+    RoleConfig,
+    TrainedRoleConfig,
+)
+from hetero_ppo.memory.kinds import OPTIMIZER, TRAINING, Kind
+from hetero_ppo.memory.plan_activations import Work, forward_bytes, training_bytes
+from hetero_ppo.memory.plan_engine import EnginePlan, plan_engine
+from hetero_ppo.memory.plan_storage import RoleStorage
+from hetero_ppo.memory.turns import Turn, ppo_turns
+from megatron_bridge.parameter_count import hf_tensor_sizes
+
+GIB = 2**30
+#: Of a CUDA device, left to the context, cuBLAS and NCCL of the trainer and of a sleeping engine.
+DEVICE_RESERVE = 2 * GIB
+DEFAULT_RANKS_PER_NODE = 8
+#: Kinds with a buffer in host memory: gradients are freed, not copied.
+HOST_KINDS = frozenset({Kind.params}) | OPTIMIZER
+
+Bytes = Mapping[str, Mapping[Kind, int]]  # role -> kind -> bytes
+
+
+@dataclass(frozen=True)
+class RolePlan:
+    """A role in its layout."""
+
+    name: str
+    model: str  # name of the model's folder
+    dtype: str
+    layout: str  # "TP 2 x PP 1 x DP 4, ZeRO-1"
+    parameters: int  # of the Hugging Face model
+    parameters_per_rank: int  # of the fullest rank, padding of the vocabulary included
+    trained: bool
+
+
+@dataclass(frozen=True)
+class PhasePlan:
+    """One phase of a step, on the rank that is fullest in it."""
+
+    phase: str
+    computing: str | None  # whose forward or backward it is; None: the engine computes, in its own share
+    rank: int
+    roles: Bytes  # on the device
+    activations: int  # estimate, bytes
+    ahead: int  # bytes of the next turn that may have come in already, as far as the largest turn leaves room
+    engine: int  # the rollout engine's share of the device, bytes
+    reserve: int  # bytes
+    copied_out: int  # bytes to host memory as the phase begins, of the rank that copies most then
+    copied_in: int  # bytes from host memory
+
+    @property
+    def counted(self) -> int:
+        """What the project allocates itself, bytes."""
+        return sum(size for kinds in self.roles.values() for size in kinds.values())
+
+    @property
+    def total(self) -> int:
+        return self.counted + self.activations + self.ahead + self.engine + self.reserve
+
+    def of_kind(self, kind: Kind) -> int:
+        """Bytes of a kind, all roles together."""
+        return sum(kinds.get(kind, 0) for kinds in self.roles.values())
+
+    def seconds(self, pcie_gb_s: float, *, overlap: bool) -> float:
+        """Of the copies: both ways side by side, or one after the other. Rate of one direction in 1e9 bytes per second."""
+        bytes_waited_for = max(self.copied_in, self.copied_out) if overlap else self.copied_in + self.copied_out
+        return bytes_waited_for / (pcie_gb_s * 1e9)
+
+
+@dataclass(frozen=True)
+class HostPlan:
+    """Host memory of the fullest node, bytes."""
+
+    pinned: Mapping[str, int]  # role -> buffers of what leaves the device
+    weight_files: int  # the engine's weights on their way, in shared memory: the old version and the new one
+    engine: int  # the servers' weights and KV cache, on a CPU
+    device_is_host: int  # what the ranks hold "on the device", when the device is the CPU
+
+    @property
+    def total(self) -> int:
+        return sum(self.pinned.values()) + self.weight_files + self.engine + self.device_is_host
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What a run will hold, where, and when."""
+
+    kind: str  # "sft", "rm" or "ppo"
+    world_size: int
+    ranks_per_node: int
+    roles: Sequence[RolePlan]
+    phases: Sequence[PhasePlan]
+    host: HostPlan
+    engine: EnginePlan | None
+    device_bytes: int | None  # of one device; None: a CPU, without a limit of its own
+    residency: ResidencyConfig | None  # PPO alone has turns
+
+    @property
+    def peak(self) -> PhasePlan:
+        """The phase that needs most of a device."""
+        return max(self.phases, key=lambda phase: phase.total)
+
+
+def plan_memory(
+    config: AnyConfig,
+    world_size: int,
+    *,
+    ranks_per_node: int | None = None,
+    device_bytes: int | None = None,
+    rank: int | None = None,
+) -> MemoryPlan:
+    """Plan a run.
+
+    Args:
+        config: checked.
+        world_size: ranks of the run.
+        ranks_per_node: None: ``DEFAULT_RANKS_PER_NODE``, or fewer where the world is smaller.
+        device_bytes: memory of one device; None: a CPU.
+        rank: plan this rank alone; None: in every phase, the rank that is fullest in it.
+
+    Raises:
+        ValueError: a config.json that is missing or not supported, a layout that does not fit model or world.
+    """
+    roles = {name: RoleStorage(name, role, world_size) for name, role in config_roles(config).items()}
+    residency = config.residency if isinstance(config, PpoConfig) else None
+    ranks = range(world_size) if rank is None else [rank]
+    turns = _turns(config, roles)
+    engine = plan_engine(config, roles["actor"], device_bytes) if isinstance(config, PpoConfig) else None
+    copies = {number: _copies(turns, roles, number) for number in ranks}
+    planner = _PhasePlanner(config, turns, roles, engine, reserve=DEVICE_RESERVE if device_bytes is not None else 0)
+    phases = []
+    for index in range(len(turns)):
+        fullest = max((planner.plan(index, number) for number in ranks), key=lambda phase: phase.total)
+        out, back = max((copies[number][index] for number in ranks), key=sum)
+        phases.append(PhasePlan(**{**vars(fullest), "copied_out": out, "copied_in": back}))
+    ranks_per_node = ranks_per_node or min(world_size, DEFAULT_RANKS_PER_NODE)
+    host = _plan_host(roles, residency, engine, phases, world_size, ranks_per_node, on_cpu=device_bytes is None)
+    return MemoryPlan(
+        kind=config.kind,
+        world_size=world_size,
+        ranks_per_node=ranks_per_node,
+        roles=[_describe(role) for role in roles.values()],
+        phases=phases,
+        host=host,
+        engine=engine,
+        device_bytes=device_bytes,
+        residency=residency,
+    )
+
+
+def _turns(config: AnyConfig, roles: Mapping[str, RoleStorage]) -> list[Turn]:
+    """What is resident in every phase; without offloading, everything always."""
+    if not isinstance(config, PpoConfig):
+        return [Turn("train", dict.fromkeys(roles, TRAINING))]
+    turns = ppo_turns(
+        has_reward_model=config.reward_model is not None,
+        actor_scores_old=config.algorithm.old_log_probs is OldLogProbs.actor,
+    )
+    if config.residency.offload:
+        return turns
+    everything = dict.fromkeys(roles, TRAINING)
+    return [
+        Turn(turn.phase, everything, engine_awake=turn.engine_awake, engine_weights=turn.engine_weights)
+        for turn in turns
+    ]
+
+
+def _copies(turns: Sequence[Turn], roles: Mapping[str, RoleStorage], rank: int) -> list[tuple[int, int]]:
+    """(bytes out, bytes in) of a rank as every turn begins, in the steady state of many steps.
+
+    What was not written since it came in is dropped, not copied: parameters after a forward. Gradients are never copied.
+    """
+    held = {name: role.bytes_by_kind(rank) for name, role in roles.items()}
+    written: set[tuple[str, Kind]] = set()
+    copies: list[tuple[int, int]] = []
+    for turn, before in zip([*turns, *turns], [turns[-1], *turns, *turns[:-1]], strict=True):
+        now = {(name, kind) for name, kinds in turn.resident.items() for kind in kinds & HOST_KINDS}
+        then = {(name, kind) for name, kinds in before.resident.items() for kind in kinds & HOST_KINDS}
+        out = sum(held[name].get(kind, 0) for name, kind in (then - now) & written)
+        back = sum(held[name].get(kind, 0) for name, kind in now - then)
+        copies.append((out, back))
+        written -= then - now
+        written |= {(name, kind) for name, kind in now if turn.resident[name] == TRAINING}
+    return copies[len(turns) :]
+
+
+class _PhasePlanner:
+    """Device bytes of a turn on a rank."""
+
+    def __init__(
+        self,
+        config: AnyConfig,
+        turns: Sequence[Turn],
+        roles: Mapping[str, RoleStorage],
+        engine: EnginePlan | None,
+        reserve: int,
+    ) -> None:
+        self.config = config
+        self.turns = turns
+        self.roles = roles
+        self.engine = engine
+        self.reserve = reserve
+        self.comes_ahead = isinstance(config, PpoConfig) and config.residency.offload and config.residency.overlap
+        self._activations: dict[tuple[str, int], int] = {}
+
+    def plan(self, index: int, rank: int) -> PhasePlan:
+        turn = self.turns[index]
+        engine = 0
+        if self.engine is not None and turn.engine_awake:
+            engine = self.engine.awake
+        elif self.engine is not None and turn.engine_weights and self.engine.awake:
+            engine = self.engine.weights
+        computing = computing_role(turn.phase, self.roles)
+        return PhasePlan(
+            phase=turn.phase,
+            computing=computing,
+            rank=rank,
+            roles=self._resident(turn, rank),
+            activations=0 if computing is None else self._activations_of(turn.phase, self.roles[computing], rank),
+            ahead=self._ahead(index, rank) if self.comes_ahead else 0,
+            engine=engine,
+            reserve=self.reserve,
+            copied_out=0,
+            copied_in=0,
+        )
+
+    def _resident(self, turn: Turn, rank: int) -> dict[str, dict[Kind, int]]:
+        held = {name: self.roles[name].bytes_by_kind(rank) for name in turn.resident}
+        return {
+            name: {kind: held[name][kind] for kind in Kind if kind in kinds and kind in held[name]}
+            for name, kinds in turn.resident.items()
+        }
+
+    def _ahead(self, index: int, rank: int) -> int:
+        """What ``engines.shared_device`` lets come in before its turn: roles never hold more than their largest turn does."""
+        turn, following = self.turns[index], self.turns[(index + 1) % len(self.turns)]
+        missing = sum(
+            self.roles[name].bytes_by_kind(rank).get(kind, 0)
+            for name, kinds in following.resident.items()
+            for kind in kinds - turn.resident.get(name, frozenset())
+        )
+        return min(missing, max(self._held(other, rank) for other in self.turns) - self._held(turn, rank))
+
+    def _held(self, turn: Turn, rank: int) -> int:
+        return sum(size for kinds in self._resident(turn, rank).values() for size in kinds.values())
+
+    def _activations_of(self, phase: str, role: RoleStorage, rank: int) -> int:
+        pp_rank = role.place(rank).pp_rank
+        if (phase, pp_rank) not in self._activations:
+            self._activations[phase, pp_rank] = self._estimate(phase, role, pp_rank)
+        return self._activations[phase, pp_rank]
+
+    def _estimate(self, phase: str, role: RoleStorage, pp_rank: int) -> int:
+        if phase == "weight_sync":
+            return _gathered_bytes(role)
+        work = role_work(self.config, role, training=phase.startswith("train"))
+        if phase.startswith("train"):
+            assert isinstance(role.config, TrainedRoleConfig)
+            return training_bytes(role.bridge, role.head, role.config.recompute, pp_rank, work)
+        return forward_bytes(role.bridge, role.head, pp_rank, work)
+
+
+def computing_role(phase: str, roles: Mapping[str, RoleStorage]) -> str | None:
+    """Whose forward or backward a phase is; None: the engine's."""
+    if phase == "train":
+        return next(iter(roles))
+    return {
+        "rollout": None,
+        "scores": "reward_model",
+        "ref_log_probs": "reference",
+        "old_log_probs": "actor",
+        "values": "critic",
+        "train_critic": "critic",
+        "train_actor": "actor",
+        "weight_sync": "actor",
+    }[phase]
+
+
+def role_work(config: AnyConfig, role: RoleStorage, *, training: bool) -> Work:
+    """The largest micro-batch of a role, and how many there are on one rank."""
+    size = role.config.micro_batch_size
+    if isinstance(config, PpoConfig):
+        algorithm, sampling = config.algorithm, config.rollout
+        per_rank = algorithm.rollout_batch_size * algorithm.samples_per_prompt / role.dp_size
+        answer = max(sampling.sampling.max_tokens, sampling.eval_sampling.max_tokens)
+        if training:
+            per_rank, answer = algorithm.minibatch_size / role.dp_size, sampling.sampling.max_tokens
+        length = config.data.max_prompt_tokens + answer
+    else:
+        per_rank, length = config.train.global_batch_size / role.dp_size, config.data.max_sequence_tokens
+    rows = max(1, min(size, math.ceil(per_rank)))
+    if isinstance(config, RmConfig):  # whole pairs, two sequences each
+        size = max(1, size // 2)
+        rows = 2 * max(1, min(size, math.ceil(per_rank)))
+    return Work(rows, length, max(1, math.ceil(per_rank / size)))
+
+
+def _gathered_bytes(role: RoleStorage) -> int:
+    """What ``stream_hf`` holds of the largest tensor: the shards, and what they are joined to."""
+    largest = max(hf_tensor_sizes(role.bridge, role.head).values()) * role.element_bytes
+    parallel = role.config.parallel
+    if parallel.tensor > 1:
+        return 2 * largest
+    return largest if parallel.pipeline > 1 else 0
+
+
+def _plan_host(
+    roles: Mapping[str, RoleStorage],
+    residency: ResidencyConfig | None,
+    engine: EnginePlan | None,
+    phases: Sequence[PhasePlan],
+    world_size: int,
+    ranks_per_node: int,
+    *,
+    on_cpu: bool,
+) -> HostPlan:
+    nodes = [range(start, min(start + ranks_per_node, world_size)) for start in range(0, world_size, ranks_per_node)]
+    pinned: dict[str, int] = {}
+    if residency is not None and residency.offload:
+        by_node = [{name: _host_bytes(role, node) for name, role in roles.items()} for node in nodes]
+        pinned = max(by_node, key=lambda sizes: sum(sizes.values()))
+    fullest = max(phase.total for phase in phases)
+    return HostPlan(
+        pinned=pinned,
+        weight_files=0 if engine is None else engine.weight_files,
+        engine=engine.host_bytes if engine is not None and on_cpu else 0,
+        device_is_host=fullest * len(nodes[0]) if on_cpu else 0,
+    )
+
+
+def _host_bytes(role: RoleStorage, ranks: Sequence[int]) -> int:
+    return sum(size for rank in ranks for kind, size in role.bytes_by_kind(rank).items() if kind in HOST_KINDS)
+
+
+def _describe(role: RoleStorage) -> RolePlan:
+    per_rank = max(sum(p.numel for chunk in stage for p in chunk) for stage in role.parameters)
+    return RolePlan(
+        name=role.name,
+        model=Path(role.config.model.path).resolve().name,
+        dtype=role.config.model.dtype.value,
+        layout=describe_layout(role.config, role.dp_size),
+        parameters=sum(hf_tensor_sizes(role.bridge, role.head).values()),
+        parameters_per_rank=per_rank,
+        trained=role.trained,
+    )
+
+
+def describe_layout(config: RoleConfig, dp_size: int) -> str:
+    """Axes with more than one rank, and what is sharded or recomputed."""
+    parallel = config.parallel
+    axes = {
+        "TP": parallel.tensor,
+        "CP": parallel.context,
+        "EP": parallel.expert,
+        "PP": parallel.pipeline,
+        "DP": dp_size,
+    }
+    words = [" x ".join(f"{name} {size}" for name, size in axes.items() if size > 1) or "one rank"]
+    if parallel.virtual_pipeline is not None:
+        words.append(f"{parallel.virtual_pipeline} chunks a stage")
+    if parallel.sequence:
+        words.append("SP")
+    if isinstance(config, TrainedRoleConfig):
+        words += ["ZeRO-1"] if config.optimizer.distributed else []
+        words += [f"{config.recompute} recompute"] if config.recompute is not None else []
+    return ", ".join(words)

@@ -1,0 +1,185 @@
+"""Estimated bytes of activations on one rank.
+
+Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer Models", count what a layer keeps for its
+backward pass, how tensor and sequence parallelism divide it (equations 1 to 4), and how many micro-batches a pipeline stage
+has in flight (section 4.2.3). The terms here are those of this project's layers: attention that keeps no scores, grouped
+query heads, SwiGLU, RMSNorm computed in fp32, no dropout. Transformer Engine's layers keep less.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_bridge.config_mapping import BridgeConfig
+
+FP32_BYTES = 4
+#: ``distributed.vocab_parallel`` works in fp32 on slices of so many logits on a GPU, and holds so many of them at a time.
+SLICE_ELEMENTS = 1 << 26
+SLICES_HELD = 3
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one rank computes at a time."""
+
+    rows: int  # sequences in a micro-batch
+    length: int  # tokens of the longest sequence, padded
+    num_microbatches: int  # of a forward-backward pass on this rank
+
+
+@dataclass(frozen=True)
+class LayerWidths:
+    """Channels of a decoder layer on one rank: divided by tensor parallelism, except for ``hidden``."""
+
+    hidden: int
+    query: int  # heads x head_dim
+    key: int  # query groups x head_dim
+    ffn: int
+    heads: int
+    groups: int
+    head_dim: int
+    hidden_parts: int  # tensor-parallel ranks under sequence parallelism, else 1: what ``hidden`` is divided by
+    context: int  # context-parallel ranks
+    element: int  # bytes
+    qk_norm: bool
+
+    @classmethod
+    def of(cls, bridge: BridgeConfig) -> LayerWidths:
+        """Those of a model in its layout."""
+        config, dims = bridge.transformer, bridge.dims
+        tensor = config.tensor_model_parallel_size
+        return cls(
+            hidden=dims.hidden,
+            query=dims.query // tensor,
+            key=dims.key // tensor,
+            ffn=dims.ffn // tensor,
+            heads=config.num_attention_heads // tensor,
+            groups=config.num_query_groups // tensor,
+            head_dim=dims.head_dim,
+            hidden_parts=tensor if config.sequence_parallel else 1,
+            context=config.context_parallel_size,
+            element=config.params_dtype.itemsize,
+            qk_norm=config.qk_layernorm,
+        )
+
+    def norm(self) -> float:
+        """Bytes per token of one RMSNorm: its input in fp32, the normalised input, one fp32 scale; and what it gives."""
+        return ((FP32_BYTES + 2 * self.element) * self.hidden + FP32_BYTES) / self.hidden_parts
+
+    def attention(self) -> float:
+        """Bytes per token: the qkv product (values are a view of it), rotated queries and keys, output, softmax scale."""
+        kept = self.query + 2 * self.key + self.query + self.key + self.query
+        if self.context > 1:  # keys and values of all ranks; the output is put together from two chunks
+            kept = 3 * self.query + 2 * self.key * self.context
+            kept += (self.query + 2 * self.key) if self.qk_norm else 0
+        scale = FP32_BYTES * self.heads
+        return self.element * kept + scale + (self._qk_norm() if self.qk_norm else 0)
+
+    def _qk_norm(self) -> int:
+        # In fp32 the keys' input is the qkv product itself.
+        own_input = 0 if self.element == FP32_BYTES else FP32_BYTES * self.key
+        return (
+            self.element * (self.query + self.key)
+            + FP32_BYTES * self.query
+            + own_input
+            + FP32_BYTES * (self.heads + self.groups)
+        )
+
+    def mlp(self) -> float:
+        """Bytes per token: gate and up, and their product. What "selective" recomputes."""
+        return 3 * self.ffn * self.element
+
+    def rope(self, length: int) -> int:
+        """Bytes per micro-batch: cosine and sine, for queries and for keys."""
+        return 4 * self.head_dim * length * self.element
+
+    def layer(self, rows: int, length: int, recompute: str | None) -> float:
+        """Bytes that a layer keeps from its forward to its backward, of [rows, length] tokens on this rank."""
+        tokens = rows * length
+        if recompute == "full":
+            return tokens * self.element * self.hidden / self.hidden_parts
+        per_token = 2 * self.norm() + self.attention() + (0 if recompute == "selective" else self.mlp())
+        return tokens * per_token + self.rope(length)
+
+
+def training_bytes(bridge: BridgeConfig, head: str, recompute: str | None, pp_rank: int, work: Work) -> int:
+    """The most that a forward-backward pass keeps on a rank of a pipeline stage.
+
+    Args:
+        bridge: model and layout.
+        head: "lm", "value" or "score".
+        recompute: None, "selective" or "full".
+        pp_rank: pipeline stage.
+        work: whole sequences; context parallelism divides them here.
+    """
+    widths, pipeline = LayerWidths.of(bridge), bridge.pipeline_layout
+    rows, length = work.rows, _own_length(widths, work)
+    layers = microbatches_in_flight(bridge, pp_rank, work.num_microbatches) * pipeline.layers_per_chunk
+    stored = layers * widths.layer(rows, length, recompute)
+    hidden = rows * length * widths.element * widths.hidden / widths.hidden_parts
+    if pipeline.pp_size > 1:  # what the stage handed on stays until its backward
+        stored += layers / pipeline.layers_per_chunk * hidden
+    # One layer's backward: what it recomputes, gradients of its widest activations, one weight's gradient.
+    recomputed = widths.layer(rows, length, None) - widths.layer(rows, length, recompute)
+    gradients = rows * length * widths.element * (3 * widths.ffn) + 2 * hidden
+    layer_work = recomputed + gradients + widths.element * 2 * widths.ffn * widths.hidden
+    vocabulary = _vocabulary_weight(bridge)
+    at_work = [layer_work]
+    if pp_rank == 0:
+        at_work.append(vocabulary)
+    if pp_rank == pipeline.last[0]:
+        stored += rows * length * widths.norm()
+        if head == "lm":
+            logits = _logits(bridge, rows * length)
+            stored += logits
+            at_work += [logits + _slices(bridge, rows * length), vocabulary]
+        else:
+            stored += rows * length * FP32_BYTES * widths.hidden
+    return round(stored + max(at_work))
+
+
+def forward_bytes(bridge: BridgeConfig, head: str, pp_rank: int, work: Work) -> int:
+    """The most that a forward without gradients holds on a rank of a pipeline stage: one layer, or what follows the last."""
+    widths = LayerWidths.of(bridge)
+    rows, length = work.rows, _own_length(widths, work)
+    most = widths.layer(rows, length, None)
+    if pp_rank == bridge.pipeline_layout.last[0]:
+        tokens = rows * length
+        output = _logits(bridge, tokens) + _slices(bridge, tokens) if head == "lm" else 2 * tokens * 4 * widths.hidden
+        most = max(most, tokens * widths.norm() + output)
+    return round(most)
+
+
+def microbatches_in_flight(bridge: BridgeConfig, pp_rank: int, num_microbatches: int) -> int:
+    """Model chunks' worth of micro-batches whose backward is still to come, at most.
+
+    One forward, one backward: a stage runs as many forwards ahead as there are stages behind it, and one more. Interleaved,
+    the warm-up is longer (Narayanan et al. 2021, figure 4).
+    """
+    pipeline = bridge.pipeline_layout
+    behind = pipeline.pp_size - pp_rank - 1
+    if pipeline.vp_size == 1:
+        return min(behind + 1, num_microbatches)
+    return min(2 * behind + (pipeline.vp_size - 1) * pipeline.pp_size + 1, num_microbatches * pipeline.vp_size)
+
+
+def _own_length(widths: LayerWidths, work: Work) -> int:
+    """Tokens of a sequence on one context-parallel rank, with the padding that the layout needs."""
+    parts = widths.hidden_parts * (2 * widths.context if widths.context > 1 else 1)
+    return -(-work.length // parts) * parts // widths.context
+
+
+def _logits(bridge: BridgeConfig, tokens: int) -> int:
+    columns = bridge.padded_vocab_size // bridge.transformer.tensor_model_parallel_size
+    return tokens * columns * bridge.transformer.params_dtype.itemsize
+
+
+def _slices(bridge: BridgeConfig, tokens: int) -> int:
+    columns = bridge.padded_vocab_size // bridge.transformer.tensor_model_parallel_size
+    return SLICES_HELD * FP32_BYTES * min(SLICE_ELEMENTS, tokens * columns)
+
+
+def _vocabulary_weight(bridge: BridgeConfig) -> int:
+    """Gradient of an embedding matrix, before it is added to the fp32 buffer."""
+    columns = bridge.padded_vocab_size // bridge.transformer.tensor_model_parallel_size
+    return columns * bridge.transformer.hidden_size * bridge.transformer.params_dtype.itemsize

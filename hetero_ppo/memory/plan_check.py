@@ -1,0 +1,205 @@
+"""Refuse a run that cannot fit, and name the cheapest change that makes it fit."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from hetero_ppo.config.checks import check_config
+from hetero_ppo.config.derived import config_roles, data_parallel_size
+from hetero_ppo.config.load import AnyConfig
+from hetero_ppo.config.schema import PpoConfig, RoleConfig, TrainedRoleConfig
+from hetero_ppo.memory.plan import GIB, MemoryPlan, PhasePlan, plan_memory
+from hetero_ppo.memory.plan_limits import Excess, Limits, find_excess, find_limits
+
+MAX_TENSOR = 8  # ranks that NVLink joins
+UTILIZATION_STEP = 0.05
+
+
+@dataclass(frozen=True)
+class Change:
+    """Fields of a config with other values, as overrides."""
+
+    fields: tuple[tuple[str, Any], ...]  # (dotted name, value)
+
+    def describe(self) -> str:
+        """As a command line takes it."""
+        return " ".join(
+            f"{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in self.fields
+        )
+
+    def apply(self, config: AnyConfig) -> AnyConfig:
+        """A changed copy."""
+        changed = copy.deepcopy(config)
+        for name, value in self.fields:
+            *path, last = name.split(".")
+            section: Any = changed
+            for part in path:
+                section = vars(section)[part]
+            assert last in vars(section), f"no field {name}"
+            setattr(section, last, value)
+        return changed
+
+
+def check_fits(
+    config: AnyConfig,
+    world_size: int,
+    *,
+    ranks_per_node: int | None = None,
+    device_gib: float | None = None,
+    host_gib: float | None = None,
+) -> MemoryPlan:
+    """The plan of a run that fits the machine.
+
+    Args:
+        config: checked.
+        world_size: ranks of the run.
+        ranks_per_node: None: torchrun's LOCAL_WORLD_SIZE, else ``plan.DEFAULT_RANKS_PER_NODE`` at most.
+        device_gib, host_gib: None: the config's ``residency``, else the machine's.
+
+    Raises:
+        ValueError: it does not fit; names the phase, the roles, how much it is over, and the cheapest change.
+    """
+    limits = find_limits(config, device_gib, host_gib)
+    local_ranks = ranks_per_node or int(os.environ.get("LOCAL_WORLD_SIZE", "0")) or None
+    plan = plan_memory(config, world_size, ranks_per_node=local_ranks, device_bytes=limits.device)
+    require_fit(config, plan, limits)
+    return plan
+
+
+def require_fit(config: AnyConfig, plan: MemoryPlan, limits: Limits) -> None:
+    """Raise the ValueError of ``check_fits`` for a plan that breaks a limit."""
+    excess = find_excess(plan, limits)
+    if excess is not None:
+        raise ValueError(f"the run does not fit: {excess.describe()}; {_advice(config, plan, limits, excess)}")
+
+
+def _advice(config: AnyConfig, plan: MemoryPlan, limits: Limits, excess: Excess) -> str:
+    """The first change that is enough; else the first few that are together, the cheapest ones tried first."""
+    kept: list[Change] = []
+    best = plan
+    for change in candidate_changes(config, plan, limits, excess):
+        after = _replan([change], config, plan, limits)
+        if after is None:
+            continue
+        if find_excess(after, limits) is None:
+            return f"the cheapest change: {_bring([change], plan, after, excess)}"
+        both = _replan([*kept, change], config, plan, limits)
+        if both is None or _overflow(both, limits) >= _overflow(best, limits):
+            continue
+        kept, best = [*kept, change], both
+        if find_excess(best, limits) is None:
+            kept, best = _without_needless(kept, best, config, plan, limits)
+            return f"no single change is enough, these together are: {_bring(kept, plan, best, excess)}"
+    if excess.place == "host":
+        return "no change that this command knows is enough: use more nodes, or smaller models"
+    return "no change that this command knows is enough: use more ranks, larger devices, or smaller models"
+
+
+def _without_needless(
+    changes: list[Change], after: MemoryPlan, config: AnyConfig, plan: MemoryPlan, limits: Limits
+) -> tuple[list[Change], MemoryPlan]:
+    """The changes without those that the others can do without, the dearest left out first."""
+    for change in reversed(changes):
+        fewer = [other for other in changes if other is not change]
+        replanned = _replan(fewer, config, plan, limits)
+        if replanned is not None and find_excess(replanned, limits) is None:
+            changes, after = fewer, replanned
+    return changes, after
+
+
+def _overflow(plan: MemoryPlan, limits: Limits) -> int:
+    """Bytes over the limits, all phases and places together: what every change is to make smaller."""
+    over = max(0, plan.host.total - limits.host)
+    if limits.device is not None:
+        over += sum(max(0, phase.total - limits.device) for phase in plan.phases)
+    return over
+
+
+def _bring(changes: list[Change], before: MemoryPlan, after: MemoryPlan, excess: Excess) -> str:
+    where, sizes = "the fullest device", (after.peak.total, before.peak.total)
+    if excess.place == "host":
+        where, sizes = "host memory of a node", (after.host.total, before.host.total)
+    elif excess.place == "engine" and after.engine is not None and before.engine is not None:
+        where, sizes = "the engine's share", (after.engine.awake, before.engine.awake)
+    return f"{joined(changes).describe()} ({where} then holds {sizes[0] / GIB:.2f} GiB instead of {sizes[1] / GIB:.2f})"
+
+
+def joined(changes: list[Change]) -> Change:
+    """All of them; a field has the last one's value."""
+    return Change(tuple({name: value for change in changes for name, value in change.fields}.items()))
+
+
+def _replan(changes: list[Change], config: AnyConfig, plan: MemoryPlan, limits: Limits) -> MemoryPlan | None:
+    """The plan with these changes; None where the config's checks or the model refuse them."""
+    changed = joined(changes).apply(config)
+    try:
+        check_config(changed, plan.world_size)
+        return plan_memory(changed, plan.world_size, ranks_per_node=plan.ranks_per_node, device_bytes=limits.device)
+    except ValueError:
+        return None
+
+
+def candidate_changes(config: AnyConfig, plan: MemoryPlan, limits: Limits, excess: Excess) -> Iterator[Change]:
+    """Changes that may help, the one that costs least first.
+
+    Sharding the optimizer costs next to nothing; offloading costs the copies; a smaller share of the engine makes rollouts
+    slower, smaller micro-batches and recomputation training; more tensor- and then pipeline-parallel ranks cost
+    communication in every layer, or bubbles, and more so in a role that is trained.
+    """
+    roles = config_roles(config)
+    over = [] if limits.device is None else [phase for phase in plan.phases if phase.total > limits.device]
+    concerned = [name for name in roles if name in excess.roles or any(name in phase.roles for phase in over)]
+    for name in concerned:
+        role = roles[name]
+        shards = data_parallel_size(name, role.parallel, plan.world_size) * role.parallel.context
+        if isinstance(role, TrainedRoleConfig) and not role.optimizer.distributed and shards > 1:
+            yield Change(((f"{name}.optimizer.distributed", True),))
+    if isinstance(config, PpoConfig):
+        if config.residency.offload is (excess.place == "host"):
+            yield Change((("residency.offload", excess.place != "host"),))
+        yield from _engine_changes(config, over, limits, excess)
+    for name in dict.fromkeys(phase.computing for phase in over if phase.computing is not None):
+        yield from _activation_changes(name, roles[name])
+    for name in sorted(concerned, key=lambda name: isinstance(roles[name], TrainedRoleConfig)):
+        yield from _layout_changes(name, roles[name], plan.world_size)
+
+
+def _engine_changes(config: PpoConfig, over: list[PhasePlan], limits: Limits, excess: Excess) -> Iterator[Change]:
+    share, field = config.rollout.gpu_memory_utilization, "rollout.gpu_memory_utilization"
+    if excess.place == "engine":
+        while share + UTILIZATION_STEP <= 0.95:
+            share = round(share + UTILIZATION_STEP, 2)
+            yield Change(((field, share),))
+    rollout = [phase for phase in over if phase.phase == "rollout"]
+    if rollout and limits.device is not None:
+        fitting = share - (rollout[0].total - limits.device) / limits.device
+        lower = round(math.floor(fitting / UTILIZATION_STEP) * UTILIZATION_STEP, 2)
+        if lower > 0:
+            yield Change(((field, lower),))
+    if excess.place == "engine" or any(phase.phase == "weight_sync" for phase in over):
+        yield Change((("rollout.tensor_parallel", 2 * config.rollout.tensor_parallel),))
+
+
+def _activation_changes(name: str, role: RoleConfig) -> Iterator[Change]:
+    size = role.micro_batch_size
+    while size > 1:
+        size //= 2
+        yield Change(((f"{name}.micro_batch_size", size),))
+    if isinstance(role, TrainedRoleConfig):
+        for recompute in {None: ("selective", "full"), "selective": ("full",), "full": ()}[role.recompute]:
+            yield Change(((f"{name}.recompute", recompute),))
+
+
+def _layout_changes(name: str, role: RoleConfig, world_size: int) -> Iterator[Change]:
+    tensor, pipeline = role.parallel.tensor, role.parallel.pipeline
+    while 2 * tensor <= min(MAX_TENSOR, world_size):
+        tensor *= 2
+        yield Change(((f"{name}.parallel.tensor", tensor), (f"{name}.parallel.sequence", True)))
+    while 2 * pipeline <= world_size:
+        pipeline *= 2
+        yield Change(((f"{name}.parallel.pipeline", pipeline),))

@@ -1,0 +1,109 @@
+"""The plan beside what a ledger of a run recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from hetero_ppo.memory.kinds import Kind
+from hetero_ppo.memory.plan import GIB, MemoryPlan
+
+
+@dataclass(frozen=True)
+class ComparedBytes:
+    """One kind of a role in a phase, bytes on the device."""
+
+    phase: str
+    role: str
+    kind: Kind
+    planned: int
+    recorded: int
+
+    @property
+    def error_pct(self) -> float:
+        """(planned - recorded) / recorded in per cent; infinite for what was planned and never came."""
+        return _error_pct(self.planned, self.recorded)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Plan and ledger side by side; activations and the engine take no part."""
+
+    rows: tuple[ComparedBytes, ...]
+    only_planned: tuple[str, ...]  # phases that never came
+    only_recorded: tuple[str, ...]  # phases beside the steps: export, loading a checkpoint
+
+    @property
+    def plan_error_pct(self) -> float:
+        """Largest difference of a phase's bytes, all roles and kinds together, in per cent of what was recorded."""
+        phases = dict.fromkeys(row.phase for row in self.rows)
+        return max((abs(_error_pct(*self._sums(phase))) for phase in phases), default=0.0)
+
+    def _sums(self, phase: str) -> tuple[int, int]:
+        rows = [row for row in self.rows if row.phase == phase]
+        return sum(row.planned for row in rows), sum(row.recorded for row in rows)
+
+    def render(self) -> str:
+        """A table of the rows and a sum for every phase, GiB."""
+        head = ("phase", "role", "kind", "plan GiB", "ledger GiB", "difference")
+        lines = [head]
+        for phase in dict.fromkeys(row.phase for row in self.rows):
+            for row in self.rows:
+                if row.phase == phase:
+                    lines.append((phase, row.role, row.kind.value, *_cells(row.planned, row.recorded)))
+            lines.append((phase, "all", "", *_cells(*self._sums(phase))))
+        widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+        texts = [
+            "  ".join(
+                cell.ljust(width) if column < 3 else cell.rjust(width)
+                for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
+            for line in lines
+        ]
+        for name, phases in (("plan", self.only_planned), ("ledger", self.only_recorded)):
+            texts += [f"in the {name} alone: {', '.join(phases)}"] if phases else []
+        return "\n".join([*texts, f"largest difference of a phase: {self.plan_error_pct:.2f} %"])
+
+
+def _error_pct(planned: int, recorded: int) -> float:
+    if planned == recorded:
+        return 0.0
+    return float("inf") if recorded == 0 else 100.0 * (planned - recorded) / recorded
+
+
+def _cells(planned: int, recorded: int) -> tuple[str, str, str]:
+    return f"{planned / GIB:.4f}", f"{recorded / GIB:.4f}", f"{_error_pct(planned, recorded):+.2f} %"
+
+
+def compare(plan: MemoryPlan, ledger_bytes: Mapping[str, Mapping[str, Mapping[Kind, int]]]) -> Comparison:
+    """Put a ledger's device bytes beside the plan's.
+
+    Args:
+        plan: of the rank that kept the ledger (``plan_memory(..., rank=...)``), or of the fullest one for a ledger of that.
+        ledger_bytes: phase -> role -> kind -> bytes on the device while the phase computed, after the first optimizer step.
+
+    Raises:
+        ValueError: they have no phase in common.
+    """
+    planned = {phase.phase: phase.roles for phase in plan.phases}
+    common = [phase for phase in planned if phase in ledger_bytes]
+    if not common:
+        raise ValueError(
+            f"the ledger has the phases {', '.join(ledger_bytes)}, and the plan {', '.join(planned)}; compare a plan with a "
+            "ledger of the same config"
+        )
+    rows = []
+    for phase in common:
+        roles, recorded = planned[phase], ledger_bytes[phase]
+        for role in dict.fromkeys([*roles, *recorded]):
+            left, right = roles.get(role, {}), recorded.get(role, {})
+            rows += [
+                ComparedBytes(phase, role, kind, left.get(kind, 0), right.get(kind, 0))
+                for kind in Kind
+                if left.get(kind, 0) or right.get(kind, 0)
+            ]
+    return Comparison(
+        tuple(rows),
+        only_planned=tuple(phase for phase in planned if phase not in ledger_bytes),
+        only_recorded=tuple(phase for phase in ledger_bytes if phase not in planned),
+    )

@@ -1,0 +1,53 @@
+"""The rollout engine's share of the plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hetero_ppo.config.schema import PpoConfig
+from hetero_ppo.memory.plan_storage import DTYPES, RoleStorage
+from megatron_bridge.parameter_count import hf_tensor_sizes
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class EnginePlan:
+    """vLLM: ``gpu_memory_utilization`` of a device while it generates, its weights alone during a weight sync, else asleep.
+
+    On a CPU its servers lie in host memory and sleep never; then ``awake`` is 0.
+    """
+
+    awake: int  # bytes of one device
+    weights: int  # bytes of one device (GPU), or of one server (CPU)
+    bytes_per_token: int  # of KV cache on one device
+    weight_files: int  # bytes in shared memory at a weight sync: old and new version
+    host_bytes: int  # of all servers on a CPU
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens whose keys and values fit beside the weights at most; vLLM's own activations and graphs take some of it."""
+        return max(0, (self.awake - self.weights) // self.bytes_per_token)
+
+
+def plan_engine(config: PpoConfig, actor: RoleStorage, device_bytes: int | None) -> EnginePlan | None:
+    """The engine's bytes; None when recorded rollouts take its place.
+
+    Args:
+        config: checked.
+        actor: whose weights the engine runs.
+        device_bytes: memory of one device; None: a CPU.
+    """
+    if config.train.replay_rollouts is not None:
+        return None
+    rollout = config.rollout
+    element = DTYPES[rollout.dtype or config.actor.model.dtype].itemsize
+    whole = sum(hf_tensor_sizes(actor.bridge, actor.head).values()) * element
+    dims, layers = actor.bridge.dims, actor.bridge.transformer.num_layers
+    return EnginePlan(
+        awake=0 if device_bytes is None else int(rollout.gpu_memory_utilization * device_bytes),
+        weights=whole // rollout.tensor_parallel,
+        bytes_per_token=2 * layers * dims.key * element // rollout.tensor_parallel,
+        weight_files=2 * whole,
+        host_bytes=rollout.num_servers * (whole + rollout.kv_cache_mib * MIB),
+    )

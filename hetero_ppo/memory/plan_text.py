@@ -1,0 +1,206 @@
+"""The plan as a page of text, as a paragraph, and as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from hetero_ppo.memory.kinds import Kind
+from hetero_ppo.memory.plan import GIB, MemoryPlan, PhasePlan
+from hetero_ppo.memory.plan_limits import Limits
+
+BAR_CELLS = 24
+_EIGHTHS = " ▏▎▍▌▋▊▉"
+NOTHING = "-"
+
+
+def render_plan(plan: MemoryPlan, limits: Limits) -> str:
+    """Roles, device bytes by phase with a bar each, copies, host memory. GiB = 2^30 bytes."""
+    parts = [_roles_table(plan), _device_table(plan)]
+    if plan.engine is not None and plan.engine.awake:
+        parts.append(_engine_line(plan))
+    if plan.residency is not None and plan.residency.offload:
+        parts.append(_copies_table(plan))
+    parts.append(_host_lines(plan, limits))
+    return "\n\n".join(parts)
+
+
+def summarise(plan: MemoryPlan, limits: Limits) -> str:
+    """Two lines: the fullest phase, and host memory."""
+    peak = plan.peak
+    device = "(the CPU)" if plan.device_bytes is None else f"of {_gib(plan.device_bytes)}"
+    lines = [
+        ["device", f"{_gib(peak.total)} GiB {device} in {peak.phase}, {_gib(peak.activations)} of them activations"],
+        ["host", f"{_gib(plan.host.total)} GiB of {_gib(limits.host)} ({limits.host_source}) on the fullest node"],
+    ]
+    return table(lines, 2)
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.2f}"
+
+
+def _cell(size: int) -> str:
+    return _gib(size) if size else NOTHING
+
+
+def table(lines: Sequence[Sequence[str]], num_left: int) -> str:
+    """Columns of equal width, the first ``num_left`` of them flush left."""
+    columns = range(len(lines[0]))
+    widths = [max(len(line[column]) for line in lines) for column in columns]
+    return "\n".join(
+        "  ".join(
+            line[column].ljust(widths[column]) if column < num_left else line[column].rjust(widths[column])
+            for column in columns
+        ).rstrip()
+        for line in lines
+    )
+
+
+def _roles_table(plan: MemoryPlan) -> str:
+    nodes = -(-plan.world_size // plan.ranks_per_node)
+    ranks = f"{plan.world_size} rank{'s' if plan.world_size > 1 else ''}"
+    lines = [
+        [
+            "role",
+            "model",
+            "dtype",
+            f"layout of {ranks}, {nodes} node{'s' if nodes > 1 else ''}",
+            "parameters",
+            "on a rank",
+        ]
+    ]
+    for role in plan.roles:
+        lines.append(
+            [role.name, role.model, role.dtype, role.layout, f"{role.parameters:,}", f"{role.parameters_per_rank:,}"]
+        )
+    return table(lines, 4)
+
+
+def _device_table(plan: MemoryPlan) -> str:
+    scale = plan.device_bytes or plan.peak.total
+    limit = f"of {_gib(plan.device_bytes)}" if plan.device_bytes is not None else "the CPU"
+    kinds = [kind.value for kind in Kind]
+    lines = [["phase", "resident", *kinds, "activations", "ahead", "engine", "reserve", "total", ""]]
+    for phase in plan.phases:
+        sizes = [*(phase.of_kind(kind) for kind in Kind), phase.activations, phase.ahead, phase.engine, phase.reserve]
+        mark = "  <- peak" if phase is plan.peak else ""
+        mark += "  DOES NOT FIT" if plan.device_bytes is not None and phase.total > plan.device_bytes else ""
+        lines.append(
+            [
+                phase.phase,
+                resident_text(plan, phase),
+                *map(_cell, sizes),
+                _gib(phase.total),
+                f"{bar(phase.total / scale)}{mark}",
+            ]
+        )
+    text = [line.rstrip() for line in _with_bars(lines).splitlines()]
+    return "\n".join(
+        [f"device memory, GiB on the fullest rank of each phase ({limit}); activations are estimated", *text]
+    )
+
+
+def _with_bars(lines: list[list[str]]) -> str:
+    numbers = table([line[:-1] for line in lines], 2).splitlines()
+    width = max(map(len, numbers))
+    return "\n".join(f"{text.ljust(width)}  {line[-1]}" for text, line in zip(numbers, lines, strict=True))
+
+
+def resident_text(plan: MemoryPlan, phase: PhasePlan) -> str:
+    """Names of the roles on the device; "all roles" where none leaves."""
+    if len(phase.roles) == len(plan.roles) > 1:
+        return "all roles"
+    return ", ".join(phase.roles) or NOTHING
+
+
+def bar(share: float) -> str:
+    """A bar of ``BAR_CELLS`` cells between strokes; what is over 1 goes beyond the right one."""
+    eighths = round(share * BAR_CELLS * 8)
+    full, rest = divmod(eighths, 8)
+    if full >= BAR_CELLS:
+        return "|" + "█" * BAR_CELLS + "|" + "█" * min(full - BAR_CELLS, BAR_CELLS)
+    return "|" + ("█" * full + (_EIGHTHS[rest] if rest else "")).ljust(BAR_CELLS) + "|"
+
+
+def _engine_line(plan: MemoryPlan) -> str:
+    engine = plan.engine
+    assert engine is not None
+    return (
+        f"rollout engine: {_gib(engine.awake)} GiB of a device while it generates, of which {_gib(engine.weights)} weights "
+        f"and at most {engine.kv_tokens:,} tokens of KV cache;\nits weights alone during the weight sync; asleep otherwise"
+    )
+
+
+def _copies_table(plan: MemoryPlan) -> str:
+    residency = plan.residency
+    assert residency is not None
+    rate = residency.pcie_gb_s
+    lines = [["as a phase begins", "GiB out", "GiB in", "s out, then in", "s side by side"]]
+    for phase in plan.phases:
+        if phase.copied_in or phase.copied_out:
+            serial, side_by_side = (phase.seconds(rate, overlap=overlap) for overlap in (False, True))
+            lines.append(
+                [phase.phase, _cell(phase.copied_out), _cell(phase.copied_in), f"{serial:.2f}", f"{side_by_side:.2f}"]
+            )
+    sums = [sum(phase.seconds(rate, overlap=overlap) for phase in plan.phases) for overlap in (False, True)]
+    out, back = sum(phase.copied_out for phase in plan.phases), sum(phase.copied_in for phase in plan.phases)
+    lines.append(["a step", _cell(out), _cell(back), f"{sums[0]:.2f}", f"{sums[1]:.2f}"])
+    chosen = "side by side" if residency.overlap else "one after the other"
+    return f"copies of a rank at {rate:g} GB/s each way; this config does them {chosen}\n{table(lines, 1)}"
+
+
+def _host_lines(plan: MemoryPlan, limits: Limits) -> str:
+    host = plan.host
+    sizes = {f"{name}, pinned": size for name, size in host.pinned.items()}
+    sizes["rollout engine's weights on their way (shared memory)"] = host.weight_files
+    sizes["rollout engine"] = host.engine
+    sizes["the ranks' share above: the device is the CPU"] = host.device_is_host
+    lines = [[name, _gib(size)] for name, size in sizes.items() if size]
+    lines.append(["all", f"{_gib(host.total)}"])
+    fits = "" if host.total <= limits.host else "  DOES NOT FIT"
+    head = f"host memory, GiB on the fullest node (of {_gib(limits.host)}: {limits.host_source})"
+    return f"{head}\n{table(lines, 1)}{fits}"
+
+
+def plan_values(plan: MemoryPlan, limits: Limits) -> dict[str, Any]:
+    """The whole plan as JSON takes it: sizes in bytes, copies also in seconds."""
+    rate = plan.residency.pcie_gb_s if plan.residency is not None else None
+    phases = []
+    for phase in plan.phases:
+        values = asdict(phase)
+        values["roles"] = {
+            role: {kind.value: size for kind, size in kinds.items()} for role, kinds in phase.roles.items()
+        }
+        values |= {"counted": phase.counted, "total": phase.total}
+        if rate is not None:
+            values["seconds_serial"] = phase.seconds(rate, overlap=False)
+            values["seconds_overlapped"] = phase.seconds(rate, overlap=True)
+        phases.append(values)
+    engine = plan.engine
+    return {
+        "kind": plan.kind,
+        "world_size": plan.world_size,
+        "ranks_per_node": plan.ranks_per_node,
+        "roles": [asdict(role) for role in plan.roles],
+        "phases": phases,
+        "peak": plan.peak.phase,
+        "engine": None if engine is None else {**asdict(engine), "kv_tokens": engine.kv_tokens},
+        "host": {**asdict(plan.host), "total": plan.host.total},
+        "limits": asdict(limits),
+    }
+
+
+def write_json(plan: MemoryPlan, limits: Limits, path: str) -> None:
+    """``plan_values`` as a file.
+
+    Raises:
+        ValueError: it cannot be written.
+    """
+    try:
+        Path(path).write_text(json.dumps(plan_values(plan, limits), indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"--json {path}: cannot be written ({error.strerror})") from error
