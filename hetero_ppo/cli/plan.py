@@ -24,6 +24,7 @@ def register(subparsers: argparse._SubParsersAction) -> None:
         help="default: residency.host_gib, or the machine's limit",
     )
     parser.add_argument("--json", default=None, metavar="FILE", help="write the plan, in bytes, as JSON")
+    parser.add_argument("--figure", default=None, metavar="FILE", help="draw the phases: .svg, .png or .pdf")
     add_config_arguments(parser)
     parser.set_defaults(run=run)
 
@@ -49,4 +50,9 @@ def run(args: argparse.Namespace) -> None:
     print(f"memory plan of {loaded.source}\n\n{render_plan(plan, limits)}", flush=True)
     if args.json is not None:
         write_json(plan, limits, args.json)
+    if args.figure is not None:
+        # matplotlib takes a second to import.
+        from hetero_ppo.memory.plan_figure import draw_plan
+
+        draw_plan(plan, args.figure)
     require_fit(loaded.config, plan, limits)

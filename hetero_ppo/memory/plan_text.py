@@ -84,9 +84,9 @@ def _device_table(plan: MemoryPlan) -> str:
     scale = plan.device_bytes or plan.peak.total
     limit = f"of {_gib(plan.device_bytes)}" if plan.device_bytes is not None else "the CPU"
     kinds = [kind.value for kind in Kind]
-    lines = [["phase", "resident", *kinds, "activations", "ahead", "engine", "reserve", "total", ""]]
+    lines = [["phase", "resident", *kinds, "activations", "ahead", "engine", "total", ""]]
     for phase in plan.phases:
-        sizes = [*(phase.of_kind(kind) for kind in Kind), phase.activations, phase.ahead, phase.engine, phase.reserve]
+        sizes = [*(phase.of_kind(kind) for kind in Kind), phase.activations, phase.ahead, phase.engine]
         mark = "  <- peak" if phase is plan.peak else ""
         mark += "  DOES NOT FIT" if plan.device_bytes is not None and phase.total > plan.device_bytes else ""
         lines.append(
@@ -98,10 +98,9 @@ def _device_table(plan: MemoryPlan) -> str:
                 f"{bar(phase.total / scale)}{mark}",
             ]
         )
+    reserve = f"; {_gib(plan.peak.reserve)} of each total are left to CUDA and NCCL" if plan.peak.reserve else ""
     text = [line.rstrip() for line in _with_bars(lines).splitlines()]
-    return "\n".join(
-        [f"device memory, GiB on the fullest rank of each phase ({limit}); activations are estimated", *text]
-    )
+    return "\n".join([f"device memory, GiB on the fullest rank of each phase ({limit}){reserve}", *text])
 
 
 def _with_bars(lines: list[list[str]]) -> str:

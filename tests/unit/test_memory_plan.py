@@ -233,14 +233,17 @@ def test_bars() -> None:
 def test_the_document_shows_what_the_command_prints(
     path: str, world_size: int, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    out = tmp_path / "plan.json"
-    assert main(["plan", "--config", path, "--world-size", str(world_size), "--json", str(out)]) == 0
+    out, picture = tmp_path / "plan.json", tmp_path / "plan.svg"
+    arguments = ["--config", path, "--world-size", str(world_size), "--json", str(out), "--figure", str(picture)]
+    assert main(["plan", *arguments]) == 0
     printed = capsys.readouterr().out
     assert printed in (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
     values = json.loads(out.read_text(encoding="utf-8"))
     plan = plan_memory(config_of(path), world_size, device_bytes=DEVICE)
     assert [phase["total"] for phase in values["phases"]] == [phase.total for phase in plan.phases]
     assert values["peak"] == "rollout"
+    drawn = picture.read_text(encoding="utf-8")
+    assert all(text in drawn for text in ("train_critic", "main_params", "rollout engine", "one device"))
 
 
 def test_the_command_says_what_is_wrong(capsys: pytest.CaptureFixture[str]) -> None:
@@ -250,5 +253,7 @@ def test_the_command_says_what_is_wrong(capsys: pytest.CaptureFixture[str]) -> N
     assert captured.err.count("\n") == 1
     assert main(["plan", "--config", QWEN, "--world-size", "8", "--device-gib", "-1"]) == 2
     assert "--device-gib is -1.0: a memory size in GiB is above 0" in capsys.readouterr().err
+    assert main(["plan", "--config", QWEN, "--world-size", "8", "--figure", "plan.gif"]) == 2
+    assert "--figure plan.gif: a picture ends in .svg, .png, .pdf" in capsys.readouterr().err
     assert main(["plan", "--config", QWEN, "--world-size", "8", "critic.model.path=nowhere"]) == 2
     assert "nowhere/config.json: no such file" in capsys.readouterr().err
