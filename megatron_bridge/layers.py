@@ -1,25 +1,30 @@
 """Layers of the local spec that Megatron-Core has no portable version of, and the choice of spec.
 
-With Transformer Engine installed its spec is used. Otherwise the local spec, with two replacements: attention through torch's
-``scaled_dot_product_attention`` instead of an explicit (batch, heads, s, s) score tensor, and an RMSNorm whose weight is
-marked for sequence parallelism (Megatron-Core's torch wrapper refuses it).
+With Transformer Engine installed its spec is used. Otherwise the local spec, with replacements: attention through torch's
+``scaled_dot_product_attention`` instead of an explicit (batch, heads, s, s) score tensor, an RMSNorm whose weight is
+marked for sequence parallelism (Megatron-Core's torch wrapper refuses it), and the functions of ``kernels`` for RMSNorm, SwiGLU and,
+on a CPU, the attention to short sequences.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_bridge import platform
+from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import _yarn_get_concentration_factor_from_config
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -27,6 +32,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_bridge.context_parallel import ContextParallelAttention
+from megatron_bridge.kernels import rms_norm, rotary_causal_attention, swiglu
 
 HAS_TRANSFORMER_ENGINE: bool = platform.HAS_CUDA and importlib.util.find_spec("transformer_engine") is not None
 
@@ -77,8 +83,49 @@ class SdpaCoreAttention(MegatronModule):
         return out.permute(2, 0, 1, 3).reshape(s, b, heads * d).to(dtype)
 
 
+class ShortSequenceSelfAttention(SelfAttention):
+    """Self-attention that in bf16 on a CPU keeps the scores of short sequences: faster there than kernels that never do.
+
+    In float32 the core attention rounds as transformers does, to which float32 models are compared.
+    """
+
+    #: Longer sequences go through the core attention. Scores take s * s * 4 bytes for each sequence, head and layer.
+    MAX_SEQUENCE = 256
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        *args: Any,
+        rotary_pos_emb: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """[s, b, hidden] (a slice of s under sequence parallelism) -> ([s, b, hidden], no bias)."""
+        short = rotary_pos_emb is not None and rotary_pos_emb.shape[0] <= self.MAX_SEQUENCE
+        bf16_on_cpu = hidden_states.device.type == "cpu" and hidden_states.dtype == torch.bfloat16
+        packed = kwargs.get("packed_seq_params") is not None
+        if packed or not (short and bf16_on_cpu):
+            return super().forward(hidden_states, attention_mask, *args, rotary_pos_emb=rotary_pos_emb, **kwargs)
+        groups, d = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
+        if self.config.qk_layernorm:
+            query, key, value = self.get_query_key_value_tensors(hidden_states, None)
+            query = query.unflatten(2, (groups, -1))
+            mixed = torch.cat((query, key.unsqueeze(3), value.unsqueeze(3)), dim=3)
+        else:
+            mixed = self.get_query_key_value_tensors(hidden_states, None, split_qkv=False)[0].unflatten(3, (-1, d))
+        cos, sin = rotation(rotary_pos_emb, _yarn_get_concentration_factor_from_config(self.config))
+        return self.linear_proj(rotary_causal_attention(mixed, cos, sin, self.config.softmax_scale or d**-0.5))
+
+
+@functools.lru_cache(maxsize=8)
+def rotation(angles: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """Cosine and sine [s, d] of angles [s, 1, 1, d], the same tensor for all layers (Megatron-Core keeps it per length)."""
+    angles = angles[:, 0, 0].float()
+    return angles.cos() * scaling, angles.sin() * scaling
+
+
 class RMSNorm(torch.nn.Module):
-    """Root-mean-square norm (Zhang and Sennrich 2019), in fp32 inside, as transformers computes it."""
+    """Root-mean-square norm, in fp32 inside."""
 
     def __init__(
         self,
@@ -101,9 +148,20 @@ class RMSNorm(torch.nn.Module):
         """[..., hidden] -> [..., hidden]."""
         if hidden_states.dtype == torch.float32:
             return F.rms_norm(hidden_states, self.normalized_shape, self.weight, self.eps)
-        x = hidden_states.float()
-        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * x.to(hidden_states.dtype)
+        return rms_norm(hidden_states, self.weight, self.eps)
+
+
+class SwiGlu(MegatronModule):
+    """The activation of the MLP, [..., 2 f] -> [..., f]."""
+
+    def forward(self, gate_and_up: Tensor) -> Tensor:
+        return swiglu(gate_and_up)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Nothing to store; Megatron-Core's own asks the global process groups."""
+        return {}
 
 
 def decoder_spec(config: TransformerConfig, num_local_layers: int) -> TransformerBlockSubmodules:
@@ -121,10 +179,15 @@ def decoder_spec(config: TransformerConfig, num_local_layers: int) -> Transforme
     submodules = layer.submodules
     submodules.input_layernorm = RMSNorm
     submodules.pre_mlp_layernorm = RMSNorm
+    if config.num_moe_experts is None:
+        submodules.mlp.submodules.activation_func = SwiGlu
+        config.use_te_activation_func = True  # so Megatron-Core calls an activation that comes with the spec
     attention: ModuleSpec = submodules.self_attention
-    attention.submodules.core_attention = (
-        SdpaCoreAttention if config.context_parallel_size == 1 else ContextParallelAttention
-    )
+    if config.context_parallel_size == 1:
+        attention.module = ShortSequenceSelfAttention
+        attention.submodules.core_attention = SdpaCoreAttention
+    else:
+        attention.submodules.core_attention = ContextParallelAttention
     if config.qk_layernorm:
         attention.submodules.q_layernorm = RMSNorm
         attention.submodules.k_layernorm = RMSNorm
