@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from megatron_bridge.config_mapping import BridgeConfig
 
 FP32_BYTES = 4
+INDEX_BYTES = 8
 #: ``distributed.vocab_parallel`` works in fp32 on slices of so many logits on a GPU, and holds so many of them at a time.
 SLICE_ELEMENTS = 1 << 26
 SLICES_HELD = 3
@@ -29,7 +30,7 @@ class Work:
 
 @dataclass(frozen=True)
 class LayerWidths:
-    """Channels of a decoder layer on one rank: divided by tensor parallelism, except for ``hidden``."""
+    """Channels of a decoder layer on one rank: divided by tensor parallelism, except for ``hidden`` and those of an expert."""
 
     hidden: int
     query: int  # heads x head_dim
@@ -42,17 +43,20 @@ class LayerWidths:
     context: int  # context-parallel ranks
     element: int  # bytes
     qk_norm: bool
+    num_experts: int = 0  # 0: a dense MLP
+    experts_per_token: int = 0
 
     @classmethod
     def of(cls, bridge: BridgeConfig) -> LayerWidths:
         """Those of a model in its layout."""
         config, dims = bridge.transformer, bridge.dims
         tensor = config.tensor_model_parallel_size
+        moe = config.num_moe_experts is not None
         return cls(
             hidden=dims.hidden,
             query=dims.query // tensor,
             key=dims.key // tensor,
-            ffn=dims.ffn // tensor,
+            ffn=dims.ffn if moe else dims.ffn // tensor,
             heads=config.num_attention_heads // tensor,
             groups=config.num_query_groups // tensor,
             head_dim=dims.head_dim,
@@ -60,11 +64,16 @@ class LayerWidths:
             context=config.context_parallel_size,
             element=config.params_dtype.itemsize,
             qk_norm=config.qk_layernorm,
+            num_experts=config.num_moe_experts or 0,
+            experts_per_token=config.moe_router_topk if moe else 0,
         )
 
     def norm(self) -> float:
-        """Bytes per token of one RMSNorm: its input in fp32, the normalised input, one fp32 scale; and what it gives."""
-        return ((FP32_BYTES + 2 * self.element) * self.hidden + FP32_BYTES) / self.hidden_parts
+        """Bytes per token of one RMSNorm: its input, what it gives, one fp32 scale; in fp32 the normalised input too."""
+        return (self.element * (2 * self.hidden) + self._normalised(self.hidden) + FP32_BYTES) / self.hidden_parts
+
+    def _normalised(self, width: int) -> int:
+        return FP32_BYTES * width if self.element == FP32_BYTES else 0
 
     def attention(self) -> float:
         """Bytes per token: the qkv product (values are a view of it), rotated queries and keys, output, softmax scale."""
@@ -76,18 +85,30 @@ class LayerWidths:
         return self.element * kept + scale + (self._qk_norm() if self.qk_norm else 0)
 
     def _qk_norm(self) -> int:
-        # In fp32 the keys' input is the qkv product itself.
-        own_input = 0 if self.element == FP32_BYTES else FP32_BYTES * self.key
+        # The keys' input is a view of the qkv product, the queries' is a copy; what comes out is rotated and goes.
         return (
-            self.element * (self.query + self.key)
-            + FP32_BYTES * self.query
-            + own_input
+            self.element * self.query
+            + self._normalised(self.query + self.key)
             + FP32_BYTES * (self.heads + self.groups)
         )
 
     def mlp(self) -> float:
-        """Bytes per token: gate and up, and their product. What "selective" recomputes."""
-        return 3 * self.ffn * self.element
+        """Bytes per token: gate and up, silu(gate), and the product. What "selective" recomputes.
+
+        With experts, for every expert of a token: gate and up, the product, the token's copy, its weight and two indices; and
+        the router's map. Tokens are taken to spread evenly over the ranks' experts.
+        """
+        if not self.num_experts:
+            return 4 * self.ffn * self.element
+        routed = self.experts_per_token * (
+            3 * self.ffn * self.element + self.element * (self.hidden + 1) + FP32_BYTES + 2 * INDEX_BYTES
+        )
+        return (routed + self.num_experts * (self.element + 1)) / self.hidden_parts
+
+    def mlp_gradients(self) -> float:
+        """Bytes per token of the gradients of gate, up and product."""
+        copies = self.experts_per_token / self.hidden_parts if self.num_experts else 1
+        return 3 * self.ffn * self.element * copies
 
     def rope(self, length: int) -> int:
         """Bytes per micro-batch: cosine and sine, for queries and for keys."""
@@ -121,7 +142,7 @@ def training_bytes(bridge: BridgeConfig, head: str, recompute: str | None, pp_ra
         stored += layers / pipeline.layers_per_chunk * hidden
     # One layer's backward: what it recomputes, gradients of its widest activations, one weight's gradient.
     recomputed = widths.layer(rows, length, None) - widths.layer(rows, length, recompute)
-    gradients = rows * length * widths.element * (3 * widths.ffn) + 2 * hidden
+    gradients = rows * length * widths.mlp_gradients() + 2 * hidden
     layer_work = recomputed + gradients + widths.element * 2 * widths.ffn * widths.hidden
     vocabulary = _vocabulary_weight(bridge)
     at_work = [layer_work]

@@ -14,6 +14,7 @@ from hetero_ppo.config.schema import ParallelConfig
 from hetero_ppo.distributed.groups import role_groups
 from hetero_ppo.memory.plan_activations import LayerWidths, Work, microbatches_in_flight, training_bytes
 from megatron_bridge.config_mapping import BridgeConfig, bridge_config
+from megatron_bridge.layers import ShortSequenceSelfAttention
 from megatron_bridge.model_provider import build_model
 
 ROWS, LENGTH = 3, 64
@@ -32,7 +33,7 @@ def groups(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 def bridge_of(case: str, dtype: torch.dtype, recompute: str | None, num_layers: int, **layout: int) -> BridgeConfig:
     config = hf_model(case, num_hidden_layers=num_layers).config.to_dict()
     bridge = bridge_config(config, dtype=dtype, recompute=recompute, **layout)
-    # As on a GPU: SwiGLU keeps its input alone.
+    # As on a GPU.
     bridge.transformer.bias_activation_fusion = bridge.transformer.bias_dropout_fusion = True
     return bridge
 
@@ -65,12 +66,14 @@ def test_a_layer_keeps_what_the_formula_says(case: str, recompute: str | None, g
 
 
 @pytest.mark.parametrize("case", ["llama_untied", "qwen3_tied"])
-def test_a_bf16_layer(case: str, groups: Any) -> None:
+def test_a_bf16_layer(case: str, groups: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU attention keeps fp32 copies of its inputs and its output, and not the bf16 ones that a GPU keeps."""
+    monkeypatch.setattr(ShortSequenceSelfAttention, "MAX_SEQUENCE", 0)  # a CPU's own
     two, four = (bridge_of(case, torch.bfloat16, None, num_layers) for num_layers in (2, 4))
     widths = LayerWidths.of(four)
     query, key = widths.query, widths.key
     on_a_cpu = 4 * (query + 2 * key) + 4 * query + 2 * query
+    on_a_cpu += 2 * (query + 2 * key) if widths.qk_norm else 0  # the qkv product, of which the keys are a view
     on_a_gpu = 2 * (query + 2 * key) + 2 * (query + key) + 2 * query
     grown = kept_bytes(four, groups) - kept_bytes(two, groups)
     assert grown == 2 * (widths.layer(ROWS, LENGTH, None) + ROWS * LENGTH * (on_a_cpu - on_a_gpu))

@@ -59,9 +59,9 @@ def test_qwen3_8b_on_paper() -> None:
 
     phases = {phase.phase: phase for phase in plan.phases}
     # Micro-batches of 2 * 4096 = 8192 tokens, full recomputation. Kept: 36 layer inputs 8192 * 4096 / 2 * 2 bytes
-    # = 33,554,432 each; the last norm 8192 * ((4 + 2 + 2) * 4096 + 4) / 2 = 134,234,112; logits 8192 * 75,968 * 2
+    # = 33,554,432 each; the last norm 8192 * (2 * 2 * 4096 + 4) / 2 = 67,125,248; logits 8192 * 75,968 * 2
     # = 1,244,659,712. At work: their gradient, as large, and three fp32 slices of 2^26 logits, 805,306,368.
-    assert phases["train_actor"].activations == 36 * 33_554_432 + 134_234_112 + 2 * 1_244_659_712 + 805_306_368
+    assert phases["train_actor"].activations == 36 * 33_554_432 + 67_125_248 + 2 * 1_244_659_712 + 805_306_368
     # The way out: critic parameters, main parameters, moments; in: the actor's. 25e9 bytes a second each way.
     assert (phases["train_actor"].copied_out, phases["train_actor"].copied_in) == (5 * critic, 5 * actor)
     assert phases["train_actor"].seconds(25.0, overlap=False) == pytest.approx(5 * (critic + actor) / 25e9)
@@ -149,7 +149,7 @@ def test_a_rank_of_its_own() -> None:
         (["rollout.gpu_memory_utilization=0.1"], ["share of the device is 7.35 GiB too small", "utilization=0.2 (the"]),
         (
             ["actor.recompute=null", "actor.micro_batch_size=8"],
-            ["phase train_actor: 78.30 GiB over", "=2 (the fullest"],
+            ["phase train_actor: ", "actor.micro_batch_size=2 (the fullest"],
         ),
         (
             ["residency.host_gib=400"],
