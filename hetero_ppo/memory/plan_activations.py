@@ -124,7 +124,7 @@ class LayerWidths:
 
 
 def training_bytes(bridge: BridgeConfig, head: str, recompute: str | None, pp_rank: int, work: Work) -> int:
-    """The most that a forward-backward pass keeps on a rank of a pipeline stage.
+    """The most that a forward-backward pass holds on a rank of a pipeline stage: what is kept, and what is at work beside it.
 
     Args:
         bridge: model and layout.
@@ -133,30 +133,37 @@ def training_bytes(bridge: BridgeConfig, head: str, recompute: str | None, pp_ra
         pp_rank: pipeline stage.
         work: whole sequences; context parallelism divides them here.
     """
-    widths, pipeline = LayerWidths.of(bridge), bridge.pipeline_layout
+    widths = LayerWidths.of(bridge)
     rows, length = work.rows, _own_length(widths, work)
-    layers = microbatches_in_flight(bridge, pp_rank, work.num_microbatches) * pipeline.layers_per_chunk
-    stored = layers * widths.layer(rows, length, recompute)
-    hidden = rows * length * widths.element * widths.hidden / widths.hidden_parts
-    if pipeline.pp_size > 1:  # what the stage handed on stays until its backward
-        stored += layers / pipeline.layers_per_chunk * hidden
     # One layer's backward: what it recomputes, gradients of its widest activations, one weight's gradient.
     recomputed = widths.layer(rows, length, None) - widths.layer(rows, length, recompute)
-    gradients = rows * length * widths.mlp_gradients() + 2 * hidden
-    layer_work = recomputed + gradients + widths.element * 2 * widths.ffn * widths.hidden
-    vocabulary = _vocabulary_weight(bridge)
-    at_work = [layer_work]
+    gradients = rows * length * widths.mlp_gradients() + 2 * _hidden(widths, rows * length)
+    at_work = [recomputed + gradients + widths.element * 2 * widths.ffn * widths.hidden]
     if pp_rank == 0:
-        at_work.append(vocabulary)
+        at_work.append(_vocabulary_weight(bridge))
+    if pp_rank == bridge.pipeline_layout.last[0] and head == "lm":
+        tokens = rows * length
+        at_work += [_logits(bridge, tokens) + _slices(bridge, tokens), _vocabulary_weight(bridge)]
+    return round(kept_bytes(bridge, head, recompute, pp_rank, work) + max(at_work))
+
+
+def kept_bytes(bridge: BridgeConfig, head: str, recompute: str | None, pp_rank: int, work: Work) -> float:
+    """What a rank of a pipeline stage keeps for the backward passes to come, at most. Arguments as in ``training_bytes``."""
+    widths, pipeline = LayerWidths.of(bridge), bridge.pipeline_layout
+    rows, length = work.rows, _own_length(widths, work)
+    chunks = microbatches_in_flight(bridge, pp_rank, work.num_microbatches)
+    kept = chunks * pipeline.layers_per_chunk * widths.layer(rows, length, recompute)
+    if pipeline.pp_size > 1:  # what the stage handed on stays until its backward
+        kept += chunks * _hidden(widths, rows * length)
     if pp_rank == pipeline.last[0]:
-        stored += rows * length * widths.norm()
-        if head == "lm":
-            logits = _logits(bridge, rows * length)
-            stored += logits
-            at_work += [logits + _slices(bridge, rows * length), vocabulary]
-        else:
-            stored += rows * length * FP32_BYTES * widths.hidden
-    return round(stored + max(at_work))
+        kept += rows * length * widths.norm()
+        kept += _logits(bridge, rows * length) if head == "lm" else rows * length * FP32_BYTES * widths.hidden
+    return kept
+
+
+def _hidden(widths: LayerWidths, tokens: int) -> float:
+    """Bytes of the hidden states between two layers."""
+    return tokens * widths.element * widths.hidden / widths.hidden_parts
 
 
 def forward_bytes(bridge: BridgeConfig, head: str, pp_rank: int, work: Work) -> int:

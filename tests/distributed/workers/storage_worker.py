@@ -19,8 +19,12 @@ from hetero_ppo.algorithms.losses import Loss
 from hetero_ppo.config.schema import DdpConfig, Dtype, ModelConfig, OptimizerConfig, ParallelConfig, TrainedRoleConfig
 from hetero_ppo.distributed.groups import initialise
 from hetero_ppo.engines.train_engine import TrainEngine
+from hetero_ppo.memory.plan_activations import Work, kept_bytes
 from hetero_ppo.memory.plan_storage import HEADS, RoleStorage
 from hetero_ppo.types import Microbatch
+
+#: Of a micro-batch.
+ROWS, LENGTH = 4, 64
 
 
 def main(jobs: str, out: str) -> None:
@@ -42,14 +46,13 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     config = TrainedRoleConfig(
         model=ModelConfig(path=job["path"], dtype=Dtype(job["dtype"])),
         parallel=ParallelConfig(**job["layout"]),
-        micro_batch_size=2,
+        micro_batch_size=ROWS,
         optimizer=OptimizerConfig(distributed=job.get("distributed", False), grad_clip=0.0),
         ddp=DdpConfig(overlap_grad_reduce=job.get("overlap", False), bucket_size=job.get("bucket_size")),
     )
     plan = RoleStorage(job["role"], config, dist.get_world_size())
     engine = TrainEngine(job["role"], config, HEADS[job["role"]], 1)
-    lengths = torch.full((4,), 8)
-    rows = engine.microbatches(torch.ones(4, 8, dtype=torch.int64), lengths, None, range(4))
+    rows = engine.microbatches(torch.ones(8, LENGTH, dtype=torch.int64), torch.full((8,), LENGTH), None, range(8))
     engine.train_step(rows, squared_output)
     buffers = [buffer for chunk in engine.chunks for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]]
     parameters = [dict(chunk.named_parameters()) for chunk in engine.models]
@@ -61,7 +64,10 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         if parameter.dtype is torch.float32 and job["dtype"] == "bf16"
     ]
     place = plan.place(dist.get_rank())
+    work = Work(ROWS, LENGTH, 1)
     return {
+        "activations": kept_for_backward(engine),
+        "planned_activations": kept_bytes(plan.bridge, plan.head, None, place.pp_rank, work),
         "planned_parameters": [[(p.name, p.numel) for p in chunk] for chunk in plan.parameters[place.pp_rank]],
         "parameters": [[(name, value.numel()) for name, value in chunk.items()] for chunk in parameters],
         "planned": {kind.value: size for kind, size in plan.bytes_by_kind(dist.get_rank()).items()},
@@ -72,6 +78,25 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
             "moments": storage_bytes(state[name] for state in states for name in ("exp_avg", "exp_avg_sq")),
         },
     }
+
+
+def kept_for_backward(engine: TrainEngine) -> int:
+    """Bytes of all storages, parameters aside, that autograd keeps of one micro-batch's forward on this rank."""
+    parameters = {parameter.untyped_storage().data_ptr() for chunk in engine.models for parameter in chunk.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    microbatch = Microbatch(torch.ones(ROWS, LENGTH, dtype=torch.int64), torch.full((ROWS,), LENGTH))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        engine.run_schedule(
+            [microbatch], lambda output, m: (squared_output(output, m).loss, torch.tensor(1), None), forward_only=False
+        )
+    return sum(storage.nbytes() for storage in kept.values())
 
 
 def squared_output(output: Tensor, microbatch: Microbatch) -> Loss:
