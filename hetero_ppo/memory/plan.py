@@ -22,7 +22,13 @@ from hetero_ppo.config.schema import (
     TrainedRoleConfig,
 )
 from hetero_ppo.memory.kinds import OPTIMIZER, TRAINING, Kind
-from hetero_ppo.memory.plan_activations import Work, forward_bytes, training_bytes
+from hetero_ppo.memory.plan_activations import (
+    SLICE_ELEMENTS_CPU,
+    SLICE_ELEMENTS_GPU,
+    Work,
+    forward_bytes,
+    training_bytes,
+)
 from hetero_ppo.memory.plan_engine import EnginePlan, plan_engine
 from hetero_ppo.memory.plan_storage import RoleStorage
 from hetero_ppo.memory.turns import Turn, ppo_turns
@@ -145,7 +151,7 @@ def plan_memory(
     turns = _turns(config, roles)
     engine = plan_engine(config, roles["actor"], device_bytes) if isinstance(config, PpoConfig) else None
     copies = {number: _copies(turns, roles, number) for number in ranks}
-    planner = _PhasePlanner(config, turns, roles, engine, reserve=DEVICE_RESERVE if device_bytes is not None else 0)
+    planner = _PhasePlanner(config, turns, roles, engine, on_cpu=device_bytes is None)
     phases = []
     for index in range(len(turns)):
         fullest = max((planner.plan(index, number) for number in ranks), key=lambda phase: phase.total)
@@ -211,13 +217,14 @@ class _PhasePlanner:
         turns: Sequence[Turn],
         roles: Mapping[str, RoleStorage],
         engine: EnginePlan | None,
-        reserve: int,
+        *,
+        on_cpu: bool,
     ) -> None:
         self.config = config
         self.turns = turns
         self.roles = roles
         self.engine = engine
-        self.reserve = reserve
+        self.on_cpu = on_cpu
         self.comes_ahead = isinstance(config, PpoConfig) and config.residency.offload and config.residency.overlap
         self._activations: dict[tuple[str, int], int] = {}
 
@@ -237,7 +244,7 @@ class _PhasePlanner:
             activations=0 if computing is None else self._activations_of(turn.phase, self.roles[computing], rank),
             ahead=self._ahead(index, rank) if self.comes_ahead else 0,
             engine=engine,
-            reserve=self.reserve,
+            reserve=0 if self.on_cpu else DEVICE_RESERVE,
             copied_out=0,
             copied_in=0,
         )
@@ -271,7 +278,7 @@ class _PhasePlanner:
     def _estimate(self, phase: str, role: RoleStorage, pp_rank: int) -> int:
         if phase == "weight_sync":
             return _gathered_bytes(role)
-        work = role_work(self.config, role, training=phase.startswith("train"))
+        work = role_work(self.config, role, training=phase.startswith("train"), on_cpu=self.on_cpu)
         if phase.startswith("train"):
             assert isinstance(role.config, TrainedRoleConfig)
             return training_bytes(role.bridge, role.head, role.config.recompute, pp_rank, work)
@@ -294,7 +301,7 @@ def computing_role(phase: str, roles: Mapping[str, RoleStorage]) -> str | None:
     }[phase]
 
 
-def role_work(config: AnyConfig, role: RoleStorage, *, training: bool) -> Work:
+def role_work(config: AnyConfig, role: RoleStorage, *, training: bool, on_cpu: bool) -> Work:
     """The largest micro-batch of a role, and how many there are on one rank."""
     size = role.config.micro_batch_size
     if isinstance(config, PpoConfig):
@@ -310,7 +317,8 @@ def role_work(config: AnyConfig, role: RoleStorage, *, training: bool) -> Work:
     if isinstance(config, RmConfig):  # whole pairs, two sequences each
         size = max(1, size // 2)
         rows = 2 * max(1, min(size, math.ceil(per_rank)))
-    return Work(rows, length, max(1, math.ceil(per_rank / size)))
+    slice_elements = SLICE_ELEMENTS_CPU if on_cpu else SLICE_ELEMENTS_GPU
+    return Work(rows, length, max(1, math.ceil(per_rank / size)), slice_elements)
 
 
 def _gathered_bytes(role: RoleStorage) -> int:

@@ -14,8 +14,9 @@ from megatron_bridge.config_mapping import BridgeConfig
 
 FP32_BYTES = 4
 INDEX_BYTES = 8
-#: ``distributed.vocab_parallel`` works in fp32 on slices of so many logits on a GPU, and holds so many of them at a time.
-SLICE_ELEMENTS = 1 << 26
+#: ``distributed.vocab_parallel`` works in fp32 on slices of so many logits, and holds so many of these at a time.
+SLICE_ELEMENTS_GPU = 1 << 26
+SLICE_ELEMENTS_CPU = 1 << 18
 SLICES_HELD = 3
 
 
@@ -26,6 +27,7 @@ class Work:
     rows: int  # sequences in a micro-batch
     length: int  # tokens of the longest sequence, padded
     num_microbatches: int  # of a forward-backward pass on this rank
+    slice_elements: int = SLICE_ELEMENTS_GPU
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,7 @@ def training_bytes(bridge: BridgeConfig, head: str, recompute: str | None, pp_ra
         at_work.append(_vocabulary_weight(bridge))
     if pp_rank == bridge.pipeline_layout.last[0] and head == "lm":
         tokens = rows * length
-        at_work += [_logits(bridge, tokens) + _slices(bridge, tokens), _vocabulary_weight(bridge)]
+        at_work += [_logits(bridge, tokens) + _slices(bridge, tokens, work.slice_elements), _vocabulary_weight(bridge)]
     return round(kept_bytes(bridge, head, recompute, pp_rank, work) + max(at_work))
 
 
@@ -173,7 +175,11 @@ def forward_bytes(bridge: BridgeConfig, head: str, pp_rank: int, work: Work) -> 
     most = widths.layer(rows, length, None)
     if pp_rank == bridge.pipeline_layout.last[0]:
         tokens = rows * length
-        output = _logits(bridge, tokens) + _slices(bridge, tokens) if head == "lm" else 2 * tokens * 4 * widths.hidden
+        output = (
+            _logits(bridge, tokens) + _slices(bridge, tokens, work.slice_elements)
+            if head == "lm"
+            else 2 * tokens * 4 * widths.hidden
+        )
         most = max(most, tokens * widths.norm() + output)
     return round(most)
 
@@ -202,9 +208,9 @@ def _logits(bridge: BridgeConfig, tokens: int) -> int:
     return tokens * columns * bridge.transformer.params_dtype.itemsize
 
 
-def _slices(bridge: BridgeConfig, tokens: int) -> int:
+def _slices(bridge: BridgeConfig, tokens: int, slice_elements: int) -> int:
     columns = bridge.padded_vocab_size // bridge.transformer.tensor_model_parallel_size
-    return SLICES_HELD * FP32_BYTES * min(SLICE_ELEMENTS, tokens * columns)
+    return SLICES_HELD * FP32_BYTES * min(slice_elements, tokens * columns)
 
 
 def _vocabulary_weight(bridge: BridgeConfig) -> int:

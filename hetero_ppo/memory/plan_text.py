@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from hetero_ppo.config.schema import ResidencyConfig
 from hetero_ppo.memory.kinds import Kind
 from hetero_ppo.memory.plan import GIB, MemoryPlan, PhasePlan
+from hetero_ppo.memory.plan_engine import EnginePlan
 from hetero_ppo.memory.plan_limits import Limits
 
 BAR_CELLS = 24
@@ -17,34 +19,58 @@ _EIGHTHS = " ▏▎▍▌▋▊▉"
 NOTHING = "-"
 
 
+@dataclass(frozen=True)
+class Unit:
+    """What a page counts in."""
+
+    name: str
+    num_bytes: int
+    digits_of_seconds: int
+
+    def text(self, size: float) -> str:
+        """A number of bytes with two digits."""
+        return f"{size / self.num_bytes:.2f}"
+
+    def cell(self, size: int) -> str:
+        """The same, and nothing for nothing."""
+        return self.text(size) if size else NOTHING
+
+    def seconds(self, seconds: float) -> str:
+        return f"{seconds:.{self.digits_of_seconds}f}"
+
+
+def unit_of(plan: MemoryPlan) -> Unit:
+    """GiB (2^30 bytes), or MiB for a run that holds less than one."""
+    return Unit("GiB", GIB, 2) if plan.peak.total >= GIB else Unit("MiB", GIB // 1024, 4)
+
+
 def render_plan(plan: MemoryPlan, limits: Limits) -> str:
-    """Roles, device bytes by phase with a bar each, copies, host memory. GiB = 2^30 bytes."""
-    parts = [_roles_table(plan), _device_table(plan)]
+    """Roles, device bytes by phase with a bar each, copies, host memory."""
+    unit = unit_of(plan)
+    parts = [_roles_table(plan), _device_table(plan, unit)]
     if plan.engine is not None and plan.engine.awake:
-        parts.append(_engine_line(plan))
+        parts.append(_engine_line(plan.engine, unit))
     if plan.residency is not None and plan.residency.offload:
-        parts.append(_copies_table(plan))
-    parts.append(_host_lines(plan, limits))
+        parts.append(_copies_table(plan, plan.residency, unit))
+    parts.append(_host_lines(plan, limits, unit))
     return "\n\n".join(parts)
 
 
 def summarise(plan: MemoryPlan, limits: Limits) -> str:
     """Two lines: the fullest phase, and host memory."""
-    peak = plan.peak
-    device = "(the CPU)" if plan.device_bytes is None else f"of {_gib(plan.device_bytes)}"
+    peak, unit = plan.peak, unit_of(plan)
+    device = "(the CPU)" if plan.device_bytes is None else f"of {unit.text(plan.device_bytes)}"
     lines = [
-        ["device", f"{_gib(peak.total)} GiB {device} in {peak.phase}, {_gib(peak.activations)} of them activations"],
-        ["host", f"{_gib(plan.host.total)} GiB of {_gib(limits.host)} ({limits.host_source}) on the fullest node"],
+        [
+            "device",
+            f"{unit.text(peak.total)} {unit.name} {device} in {peak.phase}, {unit.text(peak.activations)} of them activations",
+        ],
+        [
+            "host",
+            f"{unit.text(plan.host.total)} {unit.name} of {unit.text(limits.host)} ({limits.host_source}) on the fullest node",
+        ],
     ]
     return table(lines, 2)
-
-
-def _gib(size: float) -> str:
-    return f"{size / GIB:.2f}"
-
-
-def _cell(size: int) -> str:
-    return _gib(size) if size else NOTHING
 
 
 def table(lines: Sequence[Sequence[str]], num_left: int) -> str:
@@ -80,9 +106,9 @@ def _roles_table(plan: MemoryPlan) -> str:
     return table(lines, 4)
 
 
-def _device_table(plan: MemoryPlan) -> str:
+def _device_table(plan: MemoryPlan, unit: Unit) -> str:
     scale = plan.device_bytes or plan.peak.total
-    limit = f"of {_gib(plan.device_bytes)}" if plan.device_bytes is not None else "the CPU"
+    limit = f"of {unit.text(plan.device_bytes)}" if plan.device_bytes is not None else "the CPU"
     kinds = [kind.value for kind in Kind]
     lines = [["phase", "resident", *kinds, "activations", "ahead", "engine", "total", ""]]
     for phase in plan.phases:
@@ -93,14 +119,14 @@ def _device_table(plan: MemoryPlan) -> str:
             [
                 phase.phase,
                 resident_text(plan, phase),
-                *map(_cell, sizes),
-                _gib(phase.total),
+                *map(unit.cell, sizes),
+                unit.text(phase.total),
                 f"{bar(phase.total / scale)}{mark}",
             ]
         )
-    reserve = f"; {_gib(plan.peak.reserve)} of each total are left to CUDA and NCCL" if plan.peak.reserve else ""
+    reserve = f"; {unit.text(plan.peak.reserve)} of each total are left to CUDA and NCCL" if plan.peak.reserve else ""
     text = [line.rstrip() for line in _with_bars(lines).splitlines()]
-    return "\n".join([f"device memory, GiB on the fullest rank of each phase ({limit}){reserve}", *text])
+    return "\n".join([f"device memory, {unit.name} on the fullest rank of each phase ({limit}){reserve}", *text])
 
 
 def _with_bars(lines: list[list[str]]) -> str:
@@ -125,43 +151,45 @@ def bar(share: float) -> str:
     return "|" + ("█" * full + (_EIGHTHS[rest] if rest else "")).ljust(BAR_CELLS) + "|"
 
 
-def _engine_line(plan: MemoryPlan) -> str:
-    engine = plan.engine
-    assert engine is not None
+def _engine_line(engine: EnginePlan, unit: Unit) -> str:
     return (
-        f"rollout engine: {_gib(engine.awake)} GiB of a device while it generates, of which {_gib(engine.weights)} weights "
+        f"rollout engine: {unit.text(engine.awake)} {unit.name} of a device while it generates, of which {unit.text(engine.weights)} weights "
         f"and at most {engine.kv_tokens:,} tokens of KV cache;\nits weights alone during the weight sync; asleep otherwise"
     )
 
 
-def _copies_table(plan: MemoryPlan) -> str:
-    residency = plan.residency
-    assert residency is not None
+def _copies_table(plan: MemoryPlan, residency: ResidencyConfig, unit: Unit) -> str:
     rate = residency.pcie_gb_s
-    lines = [["as a phase begins", "GiB out", "GiB in", "s out, then in", "s side by side"]]
+    lines = [["as a phase begins", f"{unit.name} out", f"{unit.name} in", "s out, then in", "s side by side"]]
     for phase in plan.phases:
         if phase.copied_in or phase.copied_out:
             serial, side_by_side = (phase.seconds(rate, overlap=overlap) for overlap in (False, True))
             lines.append(
-                [phase.phase, _cell(phase.copied_out), _cell(phase.copied_in), f"{serial:.2f}", f"{side_by_side:.2f}"]
+                [
+                    phase.phase,
+                    unit.cell(phase.copied_out),
+                    unit.cell(phase.copied_in),
+                    unit.seconds(serial),
+                    unit.seconds(side_by_side),
+                ]
             )
     sums = [sum(phase.seconds(rate, overlap=overlap) for phase in plan.phases) for overlap in (False, True)]
     out, back = sum(phase.copied_out for phase in plan.phases), sum(phase.copied_in for phase in plan.phases)
-    lines.append(["a step", _cell(out), _cell(back), f"{sums[0]:.2f}", f"{sums[1]:.2f}"])
+    lines.append(["a step", unit.cell(out), unit.cell(back), unit.seconds(sums[0]), unit.seconds(sums[1])])
     chosen = "side by side" if residency.overlap else "one after the other"
     return f"copies of a rank at {rate:g} GB/s each way; this config does them {chosen}\n{table(lines, 1)}"
 
 
-def _host_lines(plan: MemoryPlan, limits: Limits) -> str:
+def _host_lines(plan: MemoryPlan, limits: Limits, unit: Unit) -> str:
     host = plan.host
     sizes = {f"{name}, pinned": size for name, size in host.pinned.items()}
     sizes["rollout engine's weights on their way (shared memory)"] = host.weight_files
     sizes["rollout engine"] = host.engine
     sizes["the ranks' share above: the device is the CPU"] = host.device_is_host
-    lines = [[name, _gib(size)] for name, size in sizes.items() if size]
-    lines.append(["all", f"{_gib(host.total)}"])
+    lines = [[name, unit.text(size)] for name, size in sizes.items() if size]
+    lines.append(["all", f"{unit.text(host.total)}"])
     fits = "" if host.total <= limits.host else "  DOES NOT FIT"
-    head = f"host memory, GiB on the fullest node (of {_gib(limits.host)}: {limits.host_source})"
+    head = f"host memory, {unit.name} on the fullest node (of {unit.text(limits.host)}: {limits.host_source})"
     return f"{head}\n{table(lines, 1)}{fits}"
 
 

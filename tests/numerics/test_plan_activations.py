@@ -11,8 +11,16 @@ import torch.distributed as dist
 from bridge_models import VOCAB, hf_model
 
 from hetero_ppo.config.schema import ParallelConfig
+from hetero_ppo.distributed import vocab_parallel
 from hetero_ppo.distributed.groups import role_groups
-from hetero_ppo.memory.plan_activations import LayerWidths, Work, microbatches_in_flight, training_bytes
+from hetero_ppo.memory.plan_activations import (
+    SLICE_ELEMENTS_CPU,
+    SLICE_ELEMENTS_GPU,
+    LayerWidths,
+    Work,
+    microbatches_in_flight,
+    training_bytes,
+)
 from megatron_bridge.config_mapping import BridgeConfig, bridge_config
 from megatron_bridge.layers import ShortSequenceSelfAttention
 from megatron_bridge.model_provider import build_model
@@ -91,3 +99,8 @@ def test_pipeline_stages_hold_fewer_microbatches_towards_the_end() -> None:
     interleaved = bridge_of("llama_untied", torch.float32, None, 8, pipeline=4, virtual_pipeline=2)
     assert [microbatches_in_flight(interleaved, stage, 16) for stage in range(4)] == [11, 9, 7, 5]
     assert microbatches_in_flight(interleaved, 0, 4) == 8
+
+
+def test_slices_are_those_of_the_log_probs() -> None:
+    assert SLICE_ELEMENTS_GPU == vocab_parallel._CHUNK_ELEMENTS_GPU
+    assert SLICE_ELEMENTS_CPU == vocab_parallel._CHUNK_ELEMENTS_CPU

@@ -92,7 +92,7 @@ def test_validate_says_what_a_run_would_do(
     before = sorted(work.rglob("*"))
     assert main(["validate", "--config", f"{kind}.yaml"]) == 0
     printed = capsys.readouterr().out
-    for text in [*expected, "memory (hetero-ppo plan says more)\n  device  0."]:
+    for text in [*expected, "memory (hetero-ppo plan says more)\n  device  ", "on the fullest node"]:
         assert text in printed
     assert sorted(work.rglob("*")) == before
 

@@ -246,6 +246,24 @@ def test_the_document_shows_what_the_command_prints(
     assert all(text in drawn for text in ("train_critic", "main_params", "rollout engine", "one device"))
 
 
+def test_a_small_run_on_a_cpu_is_told_in_mib(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Llama of 2 layers, 64 wide: a layer 64 * (128 + 64 + 3 * 128) + 2 * 64 = 36,992, two embeddings of 320 * 64, a norm:
+    115,008 parameters. fp32: 460,032 bytes, 0.44 MiB, and as much of gradients and twice that of moments.
+    """
+    sizes = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    config = {"model_type": "llama", "num_attention_heads": 4, "num_key_value_heads": 2, **sizes}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    role = f"{{model: {{path: {tmp_path}}}, micro_batch_size: 2}}"
+    (tmp_path / "sft.yaml").write_text(f"kind: sft\nrun: {{dir: r}}\ndata: {{train: a.jsonl}}\nactor: {role}\n")
+    assert main(["plan", "--config", str(tmp_path / "sft.yaml"), "--host-gib", "8"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "115,008" in next(line for line in lines if line.startswith("actor"))
+    assert next(line for line in lines if line.startswith("train ")).split()[:6] == [
+        *("train", "actor", "0.44", "0.44", "-", "0.88"),
+    ]
+    assert "host memory, MiB on the fullest node (of 8192.00: --host-gib)" in lines
+
+
 def test_the_command_says_what_is_wrong(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--config", QWEN, "--world-size", "8", "--device-gib", "40"]) == 2
     captured = capsys.readouterr()
