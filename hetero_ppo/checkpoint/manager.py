@@ -65,7 +65,8 @@ class CheckpointManager:
         for role, engine in engines.items():
             if not (folder / role).is_dir():
                 raise ValueError(f"checkpoint {folder} has no role {role!r}: it was written by another kind of run")
-            engine.load(folder / role)
+            with engine.on_device(grads=True, optimizer=True, phase="load"):
+                engine.load(folder / role)
         return json.loads((folder / "trainer.json").read_text())
 
     def _retire(self) -> None:

@@ -43,7 +43,9 @@ def reward_loss_fn(config: RewardModelLossConfig) -> LossFn:
     return loss_fn
 
 
-def actor_loss_fn(config: AlgorithmConfig, temperature: float, vocab_size: int, groups: ProcessGroupCollection) -> LossFn:
+def actor_loss_fn(
+    config: AlgorithmConfig, temperature: float, vocab_size: int, groups: ProcessGroupCollection
+) -> LossFn:
     """Clipped policy objective, entropy bonus, and KL to the reference where it is in the loss."""
 
     def loss_fn(logits: Tensor, microbatch: Microbatch) -> Loss:

@@ -6,6 +6,7 @@ result back. So the data of one role's layout needs no translation into another'
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,10 +26,13 @@ from megatron.core.pipeline_parallel.schedules import (
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from hetero_ppo.config.schema import Dtype, RoleConfig
+from hetero_ppo.config.schema import Dtype, ResidencyConfig, RoleConfig
 from hetero_ppo.distributed.groups import is_last_stage, last_stage_rank, role_groups
 from hetero_ppo.engines.microbatches import rank_rows, same_shape, split, to_columns
 from hetero_ppo.engines.outputs import OutputFn
+from hetero_ppo.engines.residency import RoleResidency
+from hetero_ppo.engines.shared_device import SharedDevice
+from hetero_ppo.memory.kinds import FORWARD, OPTIMIZER, Kind
 from hetero_ppo.types import Microbatch
 from megatron_bridge import platform
 from megatron_bridge.context_parallel import own_columns, whole_columns
@@ -81,7 +85,21 @@ def build_role(role: str, config: RoleConfig, head: Head, recompute: str | None 
 class ModelEngine:
     """Forward passes of one role."""
 
-    def __init__(self, role: str, config: RoleConfig, head: Head, recompute: str | None = None) -> None:
+    def __init__(
+        self,
+        role: str,
+        config: RoleConfig,
+        head: Head,
+        recompute: str | None = None,
+        device: SharedDevice | None = None,
+    ) -> None:
+        """Args:
+        role: its name in messages.
+        config: model and layout.
+        head: what the last stage computes.
+        recompute: of activations, see TrainedRoleConfig.
+        device: which the role shares with others; None: it has one of its own and stays there.
+        """
         self.role = role
         self.config = config
         self.head: Head = head
@@ -95,6 +113,43 @@ class ModelEngine:
         self.length_multiple = _length_multiple(config)
         for chunk in self.models:
             chunk.eval()
+        self.device = device or SharedDevice(ResidencyConfig(offload=False))
+        self._prepare()
+        parameters = [p for chunk in self.models for p in chunk.parameters()]
+        self.residency = RoleResidency(role, self._tensors(), parameters, self._leave_device)
+        self.device.add(self.residency)
+
+    def _prepare(self) -> None:
+        """What else a role holds; called before its bytes are counted."""
+
+    def _tensors(self) -> dict[Kind, list[Tensor]]:
+        """Every tensor of each kind, aliases and views too."""
+        return {Kind.params: [p for chunk in self.models for p in chunk.parameters()]}
+
+    def _leave_device(self) -> None:
+        """Called at the end of a turn, before anything moves."""
+
+    def on_device(
+        self, *, grads: bool = False, optimizer: bool = False, phase: str
+    ) -> contextlib.AbstractContextManager[None]:
+        """A turn of this role: its parameters are on the device, others' may not be.
+
+        Args:
+            grads: its gradient buffers too, as zeros.
+            optimizer: fp32 main parameters and moments too; they may come in while the first micro-batch computes.
+            phase: name of the phase, for messages and the ledger.
+
+        Raises:
+            ResidencyError: another turn is open, or the role is not trained.
+        """
+        kinds = (
+            FORWARD | (frozenset({Kind.grads}) if grads else frozenset()) | (OPTIMIZER if optimizer else frozenset())
+        )
+        if (grads or optimizer) and Kind.grads not in self.residency.kinds:
+            raise self.residency.error(
+                f"phase {phase!r} asks for gradients or optimizer, which a role without training has not"
+            )
+        return self.device.turn(self.role, kinds, phase)
 
     @property
     def vocab_size(self) -> int:
@@ -112,6 +167,7 @@ class ModelEngine:
         Returns:
             [B, S - 1] or [B] float32, on the host.
         """
+        self.device.require(self.role, FORWARD, "a forward")
         wanted, num_columns = token_ids.shape[0], token_ids.shape[1] - 1
         # Every data-parallel rank takes part in the role's collectives, so each gets a row at least: copies, cut below.
         copies = [*range(wanted), *[wanted - 1] * (self.groups.dp.size() - wanted)]
@@ -201,6 +257,7 @@ class ModelEngine:
 
     def stream_weights(self) -> Iterator[tuple[str, Tensor]]:
         """(Hugging Face name, whole tensor) one at a time, on every rank. Collective."""
+        self.device.require(self.role, FORWARD, "reading its weights")
         return stream_hf(self.models, self.bridge, self.groups, head=self.head)
 
     @property
@@ -226,10 +283,13 @@ class ModelEngine:
 
     def load_weights(self, folder: Path) -> None:
         """The weights alone of what ``TrainEngine.save`` wrote, in this or another layout. Collective over the world."""
+        self.device.require(self.role, FORWARD, "loading its weights")
+        self.residency.mark_changed(FORWARD)
         self._take_weights(dist_checkpointing.load(self._sharded_weights(), str(folder)))
 
     def export(self, out_dir: str, *, tokenizer_dir: str | None = None) -> None:
         """Write a Hugging Face checkpoint. Collective."""
+        self.device.require(self.role, FORWARD, "an export")
         save_hf(
             self.models,
             self.bridge,

@@ -17,6 +17,8 @@ from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import ChainedOptimizer
 from torch import Tensor
 
 from hetero_ppo.algorithms.losses import Loss, add_metric_sums
@@ -26,6 +28,8 @@ from hetero_ppo.distributed.groups import is_last_stage, last_stage_rank
 from hetero_ppo.engines.microbatches import rank_rows, split, split_pairs
 from hetero_ppo.engines.model_engine import ModelEngine
 from hetero_ppo.engines.outputs import OutputFn
+from hetero_ppo.engines.shared_device import SharedDevice
+from hetero_ppo.memory.kinds import TRAINING, Kind
 from hetero_ppo.types import Microbatch, PreferenceBatch
 from megatron_bridge.model_provider import Head
 
@@ -56,17 +60,28 @@ LossFn = Callable[[Tensor, Microbatch], Loss]
 class TrainEngine(ModelEngine):
     """Forward, backward and optimizer steps of one role."""
 
-    def __init__(self, role: str, config: TrainedRoleConfig, head: Head, total_steps: int) -> None:
+    def __init__(
+        self,
+        role: str,
+        config: TrainedRoleConfig,
+        head: Head,
+        total_steps: int,
+        device: SharedDevice | None = None,
+    ) -> None:
         """Args:
         role: its name in messages.
         config: model, layout and optimizer.
         head: what the last stage computes.
         total_steps: optimizer steps of the run, for the learning-rate schedule.
+        device: which the role shares with others; None: it has one of its own and stays there.
         """
-        super().__init__(role, config, head, config.recompute)
         self.train_config = config
         self.total_steps = total_steps
         self.steps_done = 0
+        super().__init__(role, config, head, config.recompute, device)
+
+    def _prepare(self) -> None:
+        config = self.train_config
         self.chunks = [self._wrap(chunk, index) for index, chunk in enumerate(self.models)]
         self._gather_in_forward = True  # overlap_param_gather: Megatron-Core's forward hooks are on
         self.optimizer = self._build_optimizer()
@@ -76,6 +91,35 @@ class TrainEngine(ModelEngine):
         if config.ddp.overlap_grad_reduce:
             no_syncs = [chunk.no_sync for chunk in self.chunks]
             transformer.no_sync_func = no_syncs if len(no_syncs) > 1 else no_syncs[0]
+
+    @property
+    def _optimizers(self) -> list[MegatronOptimizer]:
+        """The optimizers of one parameter class each (dense, expert) that the role's optimizer chains."""
+        chained = isinstance(self.optimizer, ChainedOptimizer)
+        return self.optimizer.chained_optimizers if chained else [self.optimizer]
+
+    def _tensors(self) -> dict[Kind, list[Tensor]]:
+        tensors = {kind: list[Tensor]() for kind in Kind} | super()._tensors()
+        for chunk in self.chunks:
+            for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
+                parts = [buffer, *buffer.buckets]
+                tensors[Kind.grads] += [part.grad_data for part in parts]
+                tensors[Kind.params] += [part.param_data for part in parts if part.param_data is not None]
+        for optimizer in self._optimizers:
+            if optimizer.optimizer is None:  # a stage without parameters of this class
+                continue
+            # Main parameters of an fp32 role are the parameters, or views of their shards: one storage, counted there.
+            tensors[Kind.main_params] += [p for group in optimizer.optimizer.param_groups for p in group["params"]]
+            if isinstance(optimizer, DistributedOptimizer):
+                groups = (*optimizer.shard_float16_groups, *optimizer.shard_fp32_groups)
+                tensors[Kind.params] += [p for group in groups for p in group if p is not None]
+            tensors[Kind.moments] += [value for state in optimizer.optimizer.state.values() for value in state.values()]
+        return tensors
+
+    def _leave_device(self) -> None:
+        """Parameters are whole, and nothing refers to the gradient buffers, when the bytes leave."""
+        self._settle_parameters()
+        self.optimizer.zero_grad()
 
     def _wrap(self, chunk: torch.nn.Module, index: int) -> DistributedDataParallel:
         config = self.train_config
@@ -93,7 +137,7 @@ class TrainEngine(ModelEngine):
 
     def _build_optimizer(self) -> MegatronOptimizer:
         config: OptimizerConfig = self.train_config.optimizer
-        return get_megatron_optimizer(
+        optimizer = get_megatron_optimizer(
             MegatronOptimizerConfig(
                 optimizer="adam",
                 lr=config.lr,
@@ -112,6 +156,11 @@ class TrainEngine(ModelEngine):
             use_gloo_process_groups=False,
             pg_collection=self.groups,
         )
+        # Adam makes its moments in the first step; made here, the role's bytes are the same from the start to the end.
+        for one in optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]:
+            if one.optimizer is not None:
+                one.init_state_fn(one.optimizer)
+        return optimizer
 
     def forward(self, token_ids: Tensor, sequence_lengths: Tensor, output: OutputFn) -> Tensor:
         """ModelEngine.forward, in evaluation mode."""
@@ -197,6 +246,7 @@ class TrainEngine(ModelEngine):
         Raises:
             FloatingPointError: a gradient is NaN or infinite. The weights are as before the step.
         """
+        self.device.require(self.role, frozenset({Kind.params, Kind.grads}), "training")
         self._gather_in_training_forward()
         for chunk in self.chunks:
             chunk.train()
@@ -212,6 +262,8 @@ class TrainEngine(ModelEngine):
 
         outputs = self.run_schedule(microbatches, last_stage, forward_only=False)
         loss_sum, count, metric_sums = self._reduce(outputs)
+        self.device.require(self.role, TRAINING & self.residency.kinds, "an optimizer step")
+        self.residency.mark_changed(TRAINING)
         grad_norm = self._optimizer_step() if count > 0 else 0.0
         self.steps_done += 1
         return TrainStepResult(loss_sum / max(count, 1), grad_norm, learning_rate, count, metric_sums)
@@ -222,13 +274,21 @@ class TrainEngine(ModelEngine):
         Args:
             folder: there, and empty.
         """
-        dist_checkpointing.save(self._sharded_state_dict(is_loading=False), str(folder))
+        with self.device.for_saving(self.role):
+            dist_checkpointing.save(self._sharded_state_dict(is_loading=False), str(folder))
 
     def load(self, folder: Path) -> None:
-        """Read what ``save`` wrote, in this or another layout. Collective over the world."""
+        """Read what ``save`` wrote, in this or another layout. Collective over the world; in a turn with the optimizer."""
+        self.device.require(self.role, TRAINING & self.residency.kinds, "loading a checkpoint")
+        self.residency.mark_changed(TRAINING)
         state = dist_checkpointing.load(self._sharded_state_dict(is_loading=True), str(folder))
         self._take_weights(state)
+        moments = [
+            (o, {p: dict(values) for p, values in o.optimizer.state.items()}) for o in self._optimizers if o.optimizer
+        ]
         self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, before in moments:
+            _keep_storages(optimizer.optimizer, before)
         self.steps_done = int(state["steps_done"])
 
     def _sharded_state_dict(self, *, is_loading: bool) -> dict[str, Any]:
@@ -275,6 +335,16 @@ class TrainEngine(ModelEngine):
             dist.broadcast(totals, source, group=self.groups.pp)
             names = _broadcast_names(names, source, self.groups.pp)
         return float(totals[0]), int(totals[1]), {name: totals[2 + i] for i, name in enumerate(names)}
+
+
+def _keep_storages(optimizer: torch.optim.Optimizer, before: dict[Tensor, dict[str, Tensor]]) -> None:
+    """torch's load_state_dict makes new tensors of the moments; residency knows the old ones, so they take the values."""
+    for parameter, values in before.items():
+        for name, tensor in values.items():
+            loaded = optimizer.state[parameter][name]
+            if loaded is not tensor:
+                tensor.copy_(loaded)
+                optimizer.state[parameter][name] = tensor
 
 
 def _broadcast_names(names: list[str], source: int, group: dist.ProcessGroup) -> list[str]:

@@ -59,14 +59,14 @@ class ExperienceMaker:
     score_moments: RunningMoments
 
     def make(self, rollout: Rollout, timer: PhaseTimer) -> Experience:
-        """All forwards in sequence, then rewards, advantages and returns."""
+        """All forwards in sequence, then rewards, advantages and returns. The order is that of ``ppo_turns``."""
+        with timer.phase("scores"):
+            scores = self.scores(rollout, "scores")
+        with timer.phase("ref_log_probs"), self.reference.on_device(phase="ref_log_probs"):
+            ref_log_probs = policy_log_probs(self.reference, rollout, self.temperature)
         with timer.phase("old_log_probs"):
             old_log_probs = self.old_log_probs(rollout)
-        with timer.phase("ref_log_probs"):
-            ref_log_probs = policy_log_probs(self.reference, rollout, self.temperature)
-        with timer.phase("scores"):
-            scores = self.scores(rollout)
-        with timer.phase("values"):
+        with timer.phase("values"), self.critic.on_device(phase="values"):
             values = state_values(self.critic, rollout)
         with timer.phase("advantages"):
             return self.assemble(rollout, old_log_probs, ref_log_probs, scores, values)
@@ -75,13 +75,15 @@ class ExperienceMaker:
         """[B, T] float32 of the policy that sampled."""
         if self.algorithm.old_log_probs is OldLogProbs.rollout:
             return rollout.rollout_log_probs
-        return policy_log_probs(self.actor, rollout, self.temperature)
+        with self.actor.on_device(phase="old_log_probs"):
+            return policy_log_probs(self.actor, rollout, self.temperature)
 
-    def scores(self, rollout: Rollout) -> Tensor:
-        """[B] float32 raw scores, from the reward model or the reward function."""
+    def scores(self, rollout: Rollout, phase: str) -> Tensor:
+        """[B] float32 raw scores, from the reward model in a turn of its own, or from the reward function."""
         if isinstance(self.reward, FunctionReward):
             return self.reward.score(rollout)
-        return model_scores(self.reward, rollout)
+        with self.reward.on_device(phase=phase):
+            return model_scores(self.reward, rollout)
 
     def assemble(
         self, rollout: Rollout, old_log_probs: Tensor, ref_log_probs: Tensor, scores: Tensor, values: Tensor

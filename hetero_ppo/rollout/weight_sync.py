@@ -23,7 +23,7 @@ from torch import Tensor
 from hetero_ppo.config.schema import Dtype
 from hetero_ppo.errors import RunError
 from hetero_ppo.rollout.client import ServerClient
-from hetero_ppo.rollout.worker_extension import tensor_checksum
+from hetero_ppo.rollout.worker_extension import tensor_bytes, tensor_checksum
 
 SHARD_BYTES = 512 * 2**20
 TORCH_DTYPE = {Dtype.fp32: torch.float32, Dtype.bf16: torch.bfloat16}
@@ -66,7 +66,7 @@ def _write_shard(path: Path, tensors: dict[str, Tensor]) -> dict[str, str]:
         checksums = pool.map(tensor_checksum, tensors.values())  # beside the writing; both release the GIL
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
-            file.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+            file.write(tensor_bytes(tensor))
         return dict(zip(tensors, checksums, strict=True))
 
 

@@ -8,6 +8,7 @@ untouched; ``hetero_ppo_load_staged`` puts them in place.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -17,9 +18,20 @@ from safetensors import safe_open
 from torch import Tensor
 
 
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, which must outlive the view.
+
+    Not by way of numpy: ``Tensor.numpy`` marks the storage as never to be resized, and these are views of live parameters,
+    whose storage is released when their role leaves the device.
+    """
+    assert tensor.is_contiguous() and tensor.device.type == "cpu"
+    num_bytes = tensor.numel() * tensor.element_size()
+    return memoryview((ctypes.c_ubyte * num_bytes).from_address(tensor.data_ptr())).cast("B")
+
+
 def tensor_checksum(tensor: Tensor) -> str:
     """SHA-256 of a contiguous CPU tensor's bytes."""
-    return hashlib.sha256(memoryview(tensor.reshape(-1).view(torch.uint8).numpy())).hexdigest()
+    return hashlib.sha256(tensor_bytes(tensor)).hexdigest()
 
 
 def expected_shapes(hf_config: Any) -> tuple[dict[str, list[int]], set[str]]:

@@ -44,7 +44,8 @@ class PpoTrainer:
         starting = ppo_setup.begin_engine(config, run, self.data, self.start)
         self.engine = None if starting is None else starting.engine
         # An error here is raised at once, not when the engine is up: its guardian ends it with this process.
-        self.roles = ppo_setup.build_roles(config, run, self.batching)
+        self.device = ppo_setup.shared_device(config)
+        self.roles = ppo_setup.build_roles(config, run, self.batching, self.device)
         self.maker = ppo_setup.build_maker(config, self.roles, self.data)
         if starting is not None:
             starting.wait()
@@ -59,9 +60,10 @@ class PpoTrainer:
         self.close()
 
     def close(self) -> None:
-        """End the rollout engine and its processes."""
+        """End the rollout engine and its processes, and give the host buffers back."""
         if self.engine is not None:
             self.engine.close()
+        self.device.close()
 
     def fit(self) -> None:
         """The algorithm (Schulman et al. 2017, algorithm 1; Ouyang et al. 2022, section 3.5)."""
@@ -98,7 +100,8 @@ class PpoTrainer:
                     self._save(manager, step + 1)
         self.evaluator.run_and_save("after", f"step{self.total_steps}")
         if config.checkpoint.export_hf:
-            self.actor.export(str(self.run.dir / "hf"))
+            with self.actor.on_device(phase="export"):
+                self.actor.export(str(self.run.dir / "hf"))
             self.run.say(f"exported the actor to {self.run.dir / 'hf'}")
 
     @property
@@ -108,6 +111,7 @@ class PpoTrainer:
     def collect(self, step: int) -> Rollout:
         """Roll the current policy out on the step's prompts."""
         algorithm = self.config.algorithm
+        self.device.engine_turn("rollout")
         return collect_rollout(
             self.engine,
             self.data.next_prompts(),
@@ -145,9 +149,10 @@ class PpoTrainer:
         """All epochs of minibatches of one role; its metrics, over all of them."""
         rollout = experience.rollout
         results: list[TrainStepResult] = []
-        for rows in self._minibatches(rollout.batch_size, step):
-            parts = engine.microbatches(rollout.token_ids, rollout.sequence_lengths, inputs, rows)
-            results.append(engine.train_step(parts, loss_fn))
+        with engine.on_device(grads=True, optimizer=True, phase=f"train_{name}"):
+            for rows in self._minibatches(rollout.batch_size, step):
+                parts = engine.microbatches(rollout.token_ids, rollout.sequence_lengths, inputs, rows)
+                results.append(engine.train_step(parts, loss_fn))
         count = sum(result.count for result in results)
         metrics = mean_metrics(add_metric_sums(result.metric_sums for result in results), count)
         metrics[f"{name}/grad_norm"] = sum(result.grad_norm for result in results) / len(results)
@@ -171,7 +176,10 @@ class PpoTrainer:
         Raises:
             RuntimeError: the engine's log-probs of a golden sequence are not the trainer's.
         """
-        version = f"step{step}"
+        with self.actor.on_device(phase="weight_sync"):
+            return self._sync_weights(f"step{step}")
+
+    def _sync_weights(self, version: str) -> dict[str, float]:
         tensors = self.actor.stream_weights()
         if self.engine is not None:
             self.engine.sync_weights(tensors, version)

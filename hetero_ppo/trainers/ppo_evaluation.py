@@ -59,14 +59,18 @@ class Evaluator:
         if prompts is None or self.config.train.replay_rollouts is not None:
             return None
         sampling = self.config.rollout.eval_sampling
+        self.maker.actor.device.engine_turn("rollout")
         rollout = collect_rollout(self.engine, prompts, sampling, n=1, seed=EVAL_SEED, version=version)
-        scores = self.maker.scores(rollout)
-        log_probs = policy_log_probs(self.maker.actor, rollout, sampling.temperature)
-        ref_log_probs = policy_log_probs(self.maker.reference, rollout, sampling.temperature)
+        scores = self.maker.scores(rollout, "eval")
+        with self.maker.actor.on_device(phase="eval"):
+            log_probs = policy_log_probs(self.maker.actor, rollout, sampling.temperature)
+        with self.maker.reference.on_device(phase="eval"):
+            ref_log_probs = policy_log_probs(self.maker.reference, rollout, sampling.temperature)
         accuracy = greedy_accuracy = None
         if self.check is not None:
             accuracy = float(self.check.score(rollout).mean())
             greedy = dataclasses.replace(sampling, temperature=0.0, top_p=1.0, top_k=-1)
+            self.maker.actor.device.engine_turn("rollout")
             greedy_rollout = collect_rollout(self.engine, prompts, greedy, n=1, seed=EVAL_SEED, version=version)
             greedy_accuracy = float(self.check.score(greedy_rollout).mean())
         answers = response_texts(rollout, self.data.encoder.decode)

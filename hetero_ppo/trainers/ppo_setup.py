@@ -12,7 +12,7 @@ import torch
 from hetero_ppo.algorithms.kl import build_kl_controller
 from hetero_ppo.algorithms.rewards import RunningMoments
 from hetero_ppo.config.derived import PpoBatching, derive_ppo
-from hetero_ppo.config.schema import PpoConfig, RewardSource
+from hetero_ppo.config.schema import OldLogProbs, PpoConfig, RewardSource
 from hetero_ppo.data.chat_template import TextEncoder, load_text_encoder
 from hetero_ppo.data.collate import collate_prompts
 from hetero_ppo.data.dataset import Dataset
@@ -20,8 +20,10 @@ from hetero_ppo.data.prompts import PromptExample, load_prompts
 from hetero_ppo.data.sampler import ResumableSampler
 from hetero_ppo.engines.model_engine import ModelEngine
 from hetero_ppo.engines.outputs import log_probs_output
+from hetero_ppo.engines.shared_device import SharedDevice
 from hetero_ppo.engines.train_engine import TrainEngine
 from hetero_ppo.experience.stages import ExperienceMaker
+from hetero_ppo.memory.turns import ppo_turns
 from hetero_ppo.reward.function import FunctionReward
 from hetero_ppo.rollout.engine import VllmEngine
 from hetero_ppo.rollout.replay import ReplayEngine
@@ -154,18 +156,27 @@ def begin_engine(config: PpoConfig, run: Run, data: PpoData, start: int) -> Star
     return StartingEngine(engine).begin()
 
 
-def build_roles(config: PpoConfig, run: Run, batching: PpoBatching) -> Roles:
-    """Build and load the models, one after the other. Collective."""
-    actor = TrainEngine("actor", config.actor, "lm", batching.actor.total_optimizer_steps)
+def shared_device(config: PpoConfig) -> SharedDevice:
+    """The device that the roles take turns on, in the order of a PPO step."""
+    turns = ppo_turns(
+        has_reward_model=config.reward.source is RewardSource.model,
+        actor_scores_old=config.algorithm.old_log_probs is OldLogProbs.actor,
+    )
+    return SharedDevice(config.residency, turns)
+
+
+def build_roles(config: PpoConfig, run: Run, batching: PpoBatching, device: SharedDevice) -> Roles:
+    """Build and load the models, one after the other; each leaves the device before the next. Collective."""
+    actor = TrainEngine("actor", config.actor, "lm", batching.actor.total_optimizer_steps, device)
     describe_loaded(run, actor)
-    critic = TrainEngine("critic", config.critic, "value", batching.critic.total_optimizer_steps)
+    critic = TrainEngine("critic", config.critic, "value", batching.critic.total_optimizer_steps, device)
     describe_loaded(run, critic)
-    reference = ModelEngine("reference", config.reference, "lm")
+    reference = ModelEngine("reference", config.reference, "lm", device=device)
     describe_loaded(run, reference)
     reward_model = None
     if config.reward.source is RewardSource.model:
         assert config.reward_model is not None  # check_reward_source
-        reward_model = ModelEngine("reward_model", config.reward_model, "score")
+        reward_model = ModelEngine("reward_model", config.reward_model, "score", device=device)
         describe_loaded(run, reward_model)
         if reward_model.load_report.initialised:
             raise ValueError(

@@ -1,0 +1,63 @@
+"""What each role really holds, where: read off its storages before and after every switch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from hetero_ppo.memory.kinds import Kind
+
+#: role -> kind -> bytes
+RoleBytes = Mapping[str, Mapping[Kind, int]]
+
+
+@dataclass(frozen=True)
+class LedgerEntry:
+    """One look at the memory of this rank."""
+
+    phase: str
+    moment: str  # "before" or "after" the switch into the phase
+    device: RoleBytes
+    host: RoleBytes  # pinned buffers
+    reported: int | None  # bytes that the device's allocator reports; None without CUDA
+
+    @property
+    def device_bytes(self) -> int:
+        return total(self.device)
+
+    @property
+    def unaccounted(self) -> int | None:
+        """Bytes that the device reports and no role owns: activations, workspaces, a leak."""
+        return None if self.reported is None else self.reported - self.device_bytes
+
+
+@dataclass
+class Ledger:
+    """Looks of the newest step, and what every phase held at most."""
+
+    look: Callable[[], tuple[RoleBytes, RoleBytes]]  # (device, host), now
+    reported: Callable[[], int | None]
+    entries: list[LedgerEntry] = field(default_factory=list)
+    phases: dict[str, dict[str, dict[Kind, int]]] = field(default_factory=dict)  # phase -> role -> kind -> bytes
+    max_entries: int = 256
+
+    def record(self, phase: str, moment: str) -> LedgerEntry:
+        """Look and keep it; the oldest entries go."""
+        device, host = self.look()
+        entry = LedgerEntry(phase, moment, device, host, self.reported())
+        self.entries.append(entry)
+        del self.entries[: -self.max_entries]
+        return entry
+
+    def computed(self, phase: str, held: RoleBytes) -> None:
+        """Note what the roles of a phase's turn held while it computed: the most of all times."""
+        known = self.phases.setdefault(phase, {})
+        for role, kinds in held.items():
+            most = known.setdefault(role, {})
+            for kind, num_bytes in kinds.items():
+                most[kind] = max(most.get(kind, 0), num_bytes)
+
+
+def total(held: RoleBytes) -> int:
+    """Bytes of all roles and kinds."""
+    return sum(num_bytes for kinds in held.values() for num_bytes in kinds.values())

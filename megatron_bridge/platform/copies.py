@@ -1,0 +1,94 @@
+"""Copies between device and host memory beside the computation: pinned host memory, and a lane for each direction.
+
+A lane is a thread that works its tasks off in order. On CUDA it owns a stream, so copies run on the device's copy engines
+beside kernels. On a machine without CUDA both sides of a copy are host memory and a lane's thread does the work; the order of
+events is the same, which is what the tests of everything above are run on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from megatron_bridge import platform
+
+#: Arena slices start at multiples of it, so that views of any dtype fit and copies are aligned.
+ALIGNMENT = 512
+
+
+def pinned_host_memory(num_bytes: int) -> Tensor:
+    """[num_bytes] uint8 host memory, page-locked on CUDA.
+
+    Page-locking goes through cudaHostRegister: torch's own pinned allocator rounds every block up to a power of two.
+
+    Raises:
+        RuntimeError: the host memory cannot be page-locked.
+    """
+    memory = torch.empty(num_bytes, dtype=torch.uint8)
+    if platform.HAS_CUDA and num_bytes:
+        status = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), num_bytes, 0)
+        if int(status) != 0:
+            raise RuntimeError(
+                f"{num_bytes / 2**30:.2f} GiB of host memory cannot be page-locked (cudaHostRegister: {status}); raise the "
+                "limit of locked memory (ulimit -l), or set residency.offload=false"
+            )
+    return memory
+
+
+def release_pinned(memory: Tensor) -> None:
+    """End the page lock of ``pinned_host_memory``, before the tensor goes."""
+    if platform.HAS_CUDA and memory.numel():
+        torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
+
+
+def allocated_bytes() -> int | None:
+    """Bytes of tensors on this rank's device, as torch's allocator reports them; None without CUDA."""
+    return torch.cuda.memory_allocated() if platform.HAS_CUDA else None
+
+
+def computation_done() -> Callable[[], None]:
+    """Mark the end of what the calling thread has queued on the device; the result waits for it, from any thread."""
+    if not platform.HAS_CUDA:
+        return _nothing
+    event = torch.cuda.Event()
+    event.record()
+    return event.synchronize
+
+
+def _nothing() -> None:
+    return None
+
+
+class CopyLane:
+    """Copies in one direction, in order, behind the back of the calling thread."""
+
+    def __init__(self, name: str) -> None:
+        self._stream = torch.cuda.Stream() if platform.HAS_CUDA else None
+        self._device = platform.device()
+        self._threads = ThreadPoolExecutor(1, thread_name_prefix=name, initializer=self._begin)
+
+    def _begin(self) -> None:
+        torch.set_num_threads(1)  # copies beside the computation, not instead of it
+        if platform.HAS_CUDA:
+            torch.cuda.set_device(self._device)
+
+    def submit(self, task: Callable[[], None]) -> Future[None]:
+        """Queue a task; what it raises is raised by the future's ``result``."""
+        return self._threads.submit(task)
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        """Inside a task: copy and wait until it is done. Memory that the default stream just gave is written after its last use."""
+        if self._stream is None:
+            target.copy_(source)
+            return
+        self._stream.wait_stream(torch.cuda.default_stream())
+        with torch.cuda.stream(self._stream):
+            target.copy_(source, non_blocking=True)
+        self._stream.synchronize()
+
+    def close(self) -> None:
+        """Finish what is queued and end the thread."""
+        self._threads.shutdown(wait=True)

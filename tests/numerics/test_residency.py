@@ -1,0 +1,326 @@
+"""Turns on a shared device, in one process: bytes really leave and come back, bits stay, misuse has a name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from hetero_ppo.config.schema import (
+    Dtype,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    ResidencyConfig,
+    RoleConfig,
+    TrainedRoleConfig,
+)
+from hetero_ppo.distributed.groups import finish, initialise, role_groups
+from hetero_ppo.engines import model_engine
+from hetero_ppo.engines.losses import sft_loss_fn
+from hetero_ppo.engines.model_engine import ModelEngine
+from hetero_ppo.engines.outputs import log_probs_output, scores_output, values_output
+from hetero_ppo.engines.residency import ResidencyError
+from hetero_ppo.engines.shared_device import SharedDevice
+from hetero_ppo.engines.train_engine import TrainEngine
+from hetero_ppo.memory.kinds import FORWARD, Kind
+from hetero_ppo.memory.ledger import total
+from hetero_ppo.memory.turns import ppo_turns
+from hetero_ppo.types import AnswerInputs
+
+VOCAB, ROWS, LENGTH = 96, 4, 12
+SCHEDULE = ppo_turns(has_reward_model=True, actor_scores_old=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
+            patch.setenv(name, value)
+        initialise(2.0)
+        # Every group of gloo has threads of its own, and these tests build roles by the hundred.
+        groups = role_groups("actor", ParallelConfig())
+        patch.setattr(model_engine, "role_groups", lambda role, parallel: groups)
+        yield
+        finish()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("model")
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
+    config = Qwen3Config(vocab_size=VOCAB, num_attention_heads=4, num_key_value_heads=2, **sizes)
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+class Roles:
+    """The four roles on one device, and a step that uses all of them."""
+
+    def __init__(self, model: Path, dtype: Dtype, distributed: bool, **residency: Any) -> None:
+        self.device = SharedDevice(ResidencyConfig(**residency), SCHEDULE)
+        trained = TrainedRoleConfig(
+            model=ModelConfig(path=str(model), dtype=dtype),
+            optimizer=OptimizerConfig(lr=1e-2, distributed=distributed),
+            micro_batch_size=2,
+        )
+        plain = RoleConfig(model=ModelConfig(path=str(model), dtype=dtype), micro_batch_size=2)
+        self.actor = TrainEngine("actor", trained, "lm", 10, self.device)
+        self.critic = TrainEngine("critic", trained, "value", 10, self.device)
+        self.reference = ModelEngine("reference", plain, "lm", device=self.device)
+        self.reward = ModelEngine("reward_model", plain, "score", device=self.device)
+        generator = torch.Generator().manual_seed(1)
+        self.ids = torch.randint(0, VOCAB, (ROWS, LENGTH), generator=generator)
+        self.lengths = torch.full((ROWS,), LENGTH)
+        self.mask = torch.ones(ROWS, LENGTH - 1, dtype=torch.bool)
+
+    def log_probs(self, engine: ModelEngine) -> Tensor:
+        output = log_probs_output(temperature=1.0, vocab_size=VOCAB, groups=engine.groups)
+        return engine.forward(self.ids, self.lengths, output)
+
+    def step(self) -> list[Tensor]:
+        """All phases of a PPO step, in their order; what they gave."""
+        self.device.engine_turn("rollout")
+        with self.reward.on_device(phase="scores"):
+            results = [self.reward.forward(self.ids, self.lengths, scores_output)]
+        with self.reference.on_device(phase="ref_log_probs"):
+            results.append(self.log_probs(self.reference))
+        with self.actor.on_device(phase="old_log_probs"):
+            results.append(self.log_probs(self.actor))
+        with self.critic.on_device(phase="values"):
+            results.append(self.critic.forward(self.ids, self.lengths, values_output))
+        for engine in (self.critic, self.actor):
+            with engine.on_device(grads=True, optimizer=True, phase=f"train_{engine.role}"):
+                results.append(self.train(engine))
+        with self.actor.on_device(phase="weight_sync"):
+            results += [tensor.clone() for _, tensor in self.actor.stream_weights()]
+        return results
+
+    def train(self, engine: TrainEngine) -> Tensor:
+        parts = engine.microbatches(self.ids, self.lengths, AnswerInputs(self.mask), range(ROWS))
+        if engine.head == "lm":
+            result = engine.train_step(parts, sft_loss_fn(VOCAB, engine.groups))
+        else:
+            result = engine.train_step(parts, _square_loss)
+        return torch.tensor([result.loss, result.grad_norm])
+
+    def close(self) -> None:
+        self.device.close()
+
+
+def _square_loss(output: Tensor, microbatch: Any) -> Any:
+    from hetero_ppo.algorithms.losses import Loss
+
+    loss = values_output(output, microbatch).square().sum()
+    return Loss(loss, torch.tensor(float(microbatch.inputs.mask.sum())), {"loss": loss.detach().double()})
+
+
+OPTIMIZERS = {
+    "fp32": (Dtype.fp32, False),
+    "bf16": (Dtype.bf16, False),
+    "fp32 dist": (Dtype.fp32, True),
+    "bf16 dist": (Dtype.bf16, True),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_bits_are_those_of_roles_that_stay(name: str, model: Path) -> None:
+    steps = {}
+    for mode in ({"offload": False}, {"overlap": True}, {"overlap": False}):
+        roles = Roles(model, *OPTIMIZERS[name], **mode)
+        steps[str(mode)] = [result for _ in range(3) for result in roles.step()]
+        roles.close()
+    stay, overlapped, serial = steps.values()
+    assert len(stay) > 20
+    for one, two, three in zip(stay, overlapped, serial, strict=True):
+        assert torch.equal(one, two) and torch.equal(one, three)
+
+
+@pytest.fixture(params=["bf16", "fp32 dist"])
+def roles(request: pytest.FixtureRequest, model: Path) -> Iterator[Roles]:
+    roles = Roles(model, *OPTIMIZERS[request.param])
+    yield roles
+    roles.close()
+
+
+def test_the_device_holds_one_turn(roles: Roles) -> None:
+    roles.device.peak_bytes = 0
+    for _ in range(2):
+        roles.step()
+    sizes = {name: residency.num_bytes(frozenset(Kind)) for name, residency in roles.device.roles.items()}
+    assert roles.device.limit == max(sizes["actor"], sizes["critic"])
+    assert roles.device.peak_bytes <= roles.device.limit
+    assert max(sizes.values()) < 0.55 * sum(sizes[name] for name in ("actor", "critic")) < sum(sizes.values())
+
+
+def test_the_ledger_reads_the_storages(roles: Roles) -> None:
+    """Hand-worked: the model has n parameters, the bf16 actor 2n + 4n + 4n + 8n bytes; outside of a turn none on the device."""
+    roles.step()
+    roles.device.engine_turn("rollout")
+    roles.device.settle()
+    entry = roles.device.ledger.record("rollout", "after")
+    held = {role: sum(kinds.values()) for role, kinds in entry.device.items()}
+    assert held["actor"] == held["critic"] == 0
+    assert held["reward_model"] > 0 and entry.device_bytes < total(entry.host)
+    actor = roles.device.ledger.phases["train_actor"]["actor"]
+    if roles.actor.config.model.dtype is Dtype.bf16:
+        n = sum(p.numel() for chunk in roles.actor.models for p in chunk.parameters())
+        assert actor == {Kind.params: 2 * n, Kind.grads: 4 * n, Kind.main_params: 4 * n, Kind.moments: 8 * n}
+    assert set(roles.device.ledger.phases) == {turn.phase for turn in SCHEDULE}
+
+
+def test_memory_is_flat_over_twenty_cycles(roles: Roles) -> None:
+    looks = []
+    for _ in range(20):
+        roles.step()
+        roles.device.engine_turn("rollout")
+        roles.device.settle()
+        device, host = roles.device.ledger.look()
+        looks.append((total(device), total(host), len(roles.device.roles["actor"].blocks)))
+    assert len(set(looks[1:])) == 1, looks
+
+
+def test_only_what_changed_is_copied_out(roles: Roles) -> None:
+    roles.step()
+    roles.device.settle()
+    roles.device.collect_cost()
+    for engine, phase in ((roles.reward, "scores"), (roles.reference, "ref_log_probs"), (roles.critic, "values")):
+        with engine.on_device(phase=phase):
+            pass
+    roles.device.engine_turn("rollout")
+    roles.device.settle()
+    cost = roles.device.collect_cost()
+    # The actor's parameters, which were on the device for the weight sync: the others are as they came.
+    assert cost.bytes_out == roles.device.roles["actor"].num_bytes(FORWARD)
+    roles.step()
+    roles.device.engine_turn("rollout")
+    roles.device.settle()
+    trained = [roles.device.roles[role] for role in ("actor", "critic")]
+    assert roles.device.collect_cost().bytes_out == sum(one.num_bytes(one.kinds - {Kind.grads}) for one in trained)
+
+
+MISUSES: dict[str, tuple[str, Callable[[Roles], Any]]] = {
+    "forward outside of a turn": ("actor: a forward needs its params", lambda r: r.log_probs(r.actor)),
+    "parameter outside of a turn": (
+        "actor: .* touches a parameter",
+        lambda r: next(r.actor.models[0].parameters()) + 1,
+    ),
+    "parameter by way of a module": (
+        "critic: .* touches a parameter",
+        lambda r: r.critic.models[0].embedding.word_embeddings.weight.sum(),
+    ),
+    "state dict": (
+        "actor: .* touches a parameter",
+        lambda r: {
+            k: v.clone() for k, v in r.actor.models[0].state_dict(keep_vars=True).items() if isinstance(v, Tensor)
+        },
+    ),
+    "export": ("actor: an export needs", lambda r: r.actor.export("/nowhere")),
+    "reading weights": ("actor: reading its weights needs", lambda r: list(r.actor.stream_weights())),
+    "optimizer of an untrained role": (
+        "reference: .*without training",
+        lambda r: r.reference.on_device(optimizer=True, phase="x"),
+    ),
+    "loading": ("actor: loading a checkpoint needs", lambda r: r.actor.load(Path("/nowhere"))),
+}
+
+
+@pytest.mark.parametrize("what", MISUSES)
+def test_misuse_names_role_and_phase(what: str, roles: Roles) -> None:
+    roles.step()
+    message, misuse = MISUSES[what]
+    with pytest.raises(ResidencyError, match=message) as error:
+        misuse(roles)
+    assert "phase" in str(error.value)
+    roles.step()  # and nothing is broken
+
+
+def test_turns_do_not_nest(roles: Roles) -> None:
+    with roles.actor.on_device(phase="old_log_probs"):
+        for inner in (roles.actor, roles.critic):
+            message = f"{inner.role}: phase 'values' begins inside the turn of actor in phase 'old_log_probs'"
+            with pytest.raises(ResidencyError, match=message), inner.on_device(phase="values"):
+                pass
+        with pytest.raises(ResidencyError, match="'rollout' begins inside"):
+            roles.device.engine_turn("rollout")
+        with pytest.raises(ResidencyError, match="actor: training needs its grads, params on the device"):
+            roles.train(roles.actor)
+        roles.log_probs(roles.actor)
+    wrong = pytest.raises(ResidencyError, match="critic: an optimizer step needs")
+    with roles.critic.on_device(grads=True, phase="train_critic"), wrong:
+        roles.train(roles.critic)
+
+
+def test_an_error_in_a_turn_ends_it(roles: Roles) -> None:
+    expected = Roles(Path(roles.actor.config.model.path), roles.actor.config.model.dtype, False, offload=False).step()
+    turn = roles.critic.on_device(grads=True, optimizer=True, phase="train_critic")
+    with pytest.raises(FloatingPointError), turn:
+        raise FloatingPointError
+    for one, two in zip(roles.step()[:4], expected):
+        assert torch.equal(one, two)
+
+
+def test_out_of_schedule_turns_take_the_place_of_what_came_ahead(roles: Roles) -> None:
+    for _ in range(3):
+        for engine in (roles.critic, roles.actor, roles.critic):
+            with engine.on_device(grads=True, optimizer=True, phase=f"train_{engine.role}"):
+                pass
+            with roles.reference.on_device(phase="eval"):
+                roles.log_probs(roles.reference)
+    assert roles.device.peak_bytes <= roles.device.limit
+
+
+def test_a_role_leaves_even_if_its_turn_is_the_next_but_one(model: Path) -> None:
+    """Two roles in turns, each the one ahead of the other: what is here for later may not stand in the way."""
+    roles = Roles(model, Dtype.bf16, False)
+    roles.device.schedule = [turn for turn in SCHEDULE if turn.phase.startswith("train")]
+    for _ in range(3):
+        for engine in (roles.critic, roles.actor):
+            with engine.on_device(grads=True, optimizer=True, phase=f"train_{engine.role}"):
+                roles.train(engine)
+    roles.close()
+    assert roles.device.peak_bytes <= roles.device.limit
+
+
+def test_a_checkpoint_comes_straight_from_host_buffers(roles: Roles, tmp_path: Path) -> None:
+    """The same files' content from the device and from the host; the device stays as it was; it loads and goes on alike."""
+    roles.step()
+    with roles.actor.on_device(grads=True, optimizer=True, phase="train_actor"):
+        (tmp_path / "device").mkdir()
+        roles.actor.save(tmp_path / "device")
+    roles.device.engine_turn("rollout")
+    roles.device.settle()
+    before = roles.device.ledger.look()[0]["actor"]
+    assert sum(before.values()) == 0
+    (tmp_path / "host").mkdir()
+    roles.actor.save(tmp_path / "host")
+    assert roles.device.ledger.look()[0]["actor"] == before
+    following = roles.step()
+    for name in ("device", "host"):
+        other = Roles(
+            Path(roles.actor.config.model.path),
+            roles.actor.config.model.dtype,
+            roles.actor.train_config.optimizer.distributed,
+        )
+        with other.actor.on_device(grads=True, optimizer=True, phase="load"):
+            other.actor.load(tmp_path / name)
+        with other.actor.on_device(grads=True, optimizer=True, phase="train_actor"):
+            loss = other.train(other.actor)
+        with other.actor.on_device(phase="weight_sync"):
+            weights = [tensor.clone() for _, tensor in other.actor.stream_weights()]
+        assert torch.equal(loss, following[5])
+        assert all(torch.equal(one, two) for one, two in zip(weights, following[6:], strict=True))
+        other.close()
+
+
+def test_saving_inside_another_turn_is_an_error(roles: Roles, tmp_path: Path) -> None:
+    wrong = pytest.raises(ResidencyError, match="actor: saving inside the turn of critic")
+    with roles.critic.on_device(phase="values"), wrong:
+        roles.actor.save(tmp_path)
