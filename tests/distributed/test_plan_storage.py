@@ -67,6 +67,7 @@ def test_parameters_are_those_of_the_built_model(weighed: dict[str, list[dict[st
 def test_bytes_are_what_the_role_holds(weighed: dict[str, list[dict[str, Any]]], name: str) -> None:
     for rank in weighed[name]:
         assert rank["planned"] == {kind: size for kind, size in rank["held"].items() if size}
+        assert rank["planned"] == rank["ledger"]
 
 
 @pytest.mark.parametrize("name", [name for name, job in JOBS.items() if job["dtype"] == "fp32"])

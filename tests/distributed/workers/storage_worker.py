@@ -65,7 +65,9 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     ]
     place = plan.place(dist.get_rank())
     work = Work(ROWS, LENGTH, 1)
+    on_device, _ = engine.residency.bytes_by_kind()
     return {
+        "ledger": {kind.value: size for kind, size in on_device.items()},
         "activations": kept_for_backward(engine),
         "planned_activations": kept_bytes(plan.bridge, plan.head, None, place.pp_rank, work),
         "planned_parameters": [[(p.name, p.numel) for p in chunk] for chunk in plan.parameters[place.pp_rank]],
