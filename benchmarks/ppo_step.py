@@ -67,7 +67,7 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 def run_ours(args: argparse.Namespace, inputs: Inputs, work: Work, steps: int, folder: Path) -> list[dict[str, float]]:
     """One run of this project. Returns seconds by phase of the steps that count."""
     folder.mkdir(parents=True)
-    micro_batch = args.micro_batch or work.minibatch // args.nproc
+    micro_batch = args.micro_batch or work.minibatch
     config = our_config(inputs, work, args.dtype, args.warmup + steps, folder / "run", micro_batch)
     write_config(config, folder / "ppo.yaml")
     launcher = [sys.executable, "-m", "hetero_ppo.cli.launcher", "--standalone", f"--nproc-per-node={args.nproc}"]
@@ -104,6 +104,8 @@ def run_trl(
     }
     for name, value in numbers.items():
         command += [f"--{name}", str(value)]
+    if args.peer_step_every_minibatch:
+        command.append("--step-every-minibatch")
     run_process([*command, "--prompts", str(inputs.prompts), "--dtype", dtype], folder / "log.txt", args.timeout)
     return json.loads(result.read_text(encoding="utf-8"))["steps"]
 
@@ -114,7 +116,7 @@ def measure(
     """All rounds of one model size. Returns its JSON object."""
     steps = args.steps or DEFAULT_STEPS[shape.name]
     inputs = write_inputs(shape, work, args.warmup + steps, folder)
-    peer_dtypes = [] if peer_python is None else sorted(DTYPES, key=lambda dtype: dtype != args.dtype)
+    peer_dtypes = [] if peer_python is None else sorted(args.peer_dtypes, key=lambda dtype: dtype != args.dtype)
     ours: list[list[dict[str, float]]] = []
     peer: dict[str, list[list[dict[str, float]]]] = {dtype: [] for dtype in peer_dtypes}
 
@@ -142,8 +144,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help=f"PPO steps that count, per run (default {DEFAULT_STEPS})")
     parser.add_argument("--warmup", type=int, default=1, help="PPO steps before them, per run")
     parser.add_argument("--rounds", type=int, help="runs of each system (default: 1, with a peer 3)")
-    parser.add_argument("--micro-batch", type=int, help="sequences per forward of ours (default: minibatch / nproc)")
+    parser.add_argument("--micro-batch", type=int, help="sequences per forward of ours (default: the minibatch)")
     parser.add_argument("--peer", choices=["trl"], help="system to run in turn with ours")
+    parser.add_argument("--peer-dtypes", nargs="+", choices=DTYPES, default=DTYPES, help="of the peer; ours is always in")
+    parser.add_argument("--peer-step-every-minibatch", action="store_true", help="TRL: optimizer step per minibatch")
     parser.add_argument("--peer-venv", type=Path, default=default_folder(), help="where the peer is installed")
     parser.add_argument("--timeout", type=float, default=3600, help="seconds that one run may take")
     parser.add_argument("--folder", type=Path, help="keep models, configs and logs here (default: a temporary folder)")
@@ -151,6 +155,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", help="config overrides of ours, such as actor.micro_batch_size=8")
     args = parser.parse_intermixed_args(arguments)
     args.rounds = args.rounds or (3 if args.peer else 1)
+    args.peer_dtypes = sorted({args.dtype, *args.peer_dtypes})
     for option, nproc in (("--nproc", args.nproc), ("--peer-nproc", args.peer_nproc)):
         if Work().minibatch % nproc:
             parser.error(f"{option} {nproc} does not divide the minibatch of {Work().minibatch}")
@@ -171,6 +176,7 @@ def main() -> None:
         "dtype": args.dtype,
         "nproc": args.nproc,
         "peer_nproc": args.peer_nproc,
+        "peer_step_every_minibatch": args.peer_step_every_minibatch,
         "num_cores": num_cores(),
         "rounds": args.rounds,
     }

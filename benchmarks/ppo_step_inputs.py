@@ -129,7 +129,10 @@ def write_inputs(shape: ModelShape, work: Work, steps: int, folder: Path) -> Inp
 
 
 def our_config(inputs: Inputs, work: Work, dtype: str, steps: int, run_dir: Path, micro_batch: int) -> dict[str, Any]:
-    """The PPO configuration of ``hetero_ppo`` for the work: nothing that the peer does not do is left on."""
+    """The PPO configuration of ``hetero_ppo`` for the work: nothing that the peer does not do is left on.
+
+    So old log-probs are those of the rollout, and roles stay where they are. One server answers for each core.
+    """
     sampling = {"temperature": 1.0, "max_tokens": work.response_tokens, "ignore_eos": True}
 
     def role(name: str) -> dict[str, Any]:
@@ -151,8 +154,15 @@ def our_config(inputs: Inputs, work: Work, dtype: str, steps: int, run_dir: Path
             "rollout_batch_size": work.prompts_per_step,
             "minibatch_size": work.minibatch,
             "kl": {"coef": 0.05},
+            "old_log_probs": "rollout",
         },
-        "rollout": {"max_num_seqs": work.prompts_per_step, "sampling": sampling, "eval_sampling": sampling},
+        "rollout": {
+            "max_num_seqs": work.prompts_per_step,
+            "num_servers": min(num_cores(), work.prompts_per_step) if not torch.cuda.is_available() else 1,
+            "sampling": sampling,
+            "eval_sampling": sampling,
+        },
+        "residency": {"offload": False},
         "train": {"steps": steps, "dump_rollouts": False},
         "checkpoint": {"export_hf": False},
     }

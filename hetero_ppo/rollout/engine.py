@@ -18,7 +18,7 @@ from torch import Tensor
 from hetero_ppo.config.schema import Dtype, RolloutConfig, SamplingConfig
 from hetero_ppo.errors import RunError
 from hetero_ppo.observability.progress import progress
-from hetero_ppo.rollout.pool import ServerPool, gather_all
+from hetero_ppo.rollout.pool import Member, ServerPool, gather_all
 from hetero_ppo.rollout.server import ServerSpec, VllmServer, server_threads
 from hetero_ppo.rollout.weight_sync import remove_weights, shared_memory_dir, write_weights
 from hetero_ppo.types import Response
@@ -216,12 +216,17 @@ class VllmEngine:
 
     def prompt_log_probs(self, token_ids: list[int], server: int = 0) -> list[float]:
         """log p(token t + 1 | tokens 0..t) at temperature 1, for t = 0 .. len - 2, by one of the servers."""
+        return self._prompt_log_probs(token_ids, [self._started_pool().members[server]])[0]
+
+    def _prompt_log_probs(self, token_ids: list[int], members: list[Member]) -> list[list[float]]:
+        """By several servers at the same time."""
         pool = self._started_pool()
-        member = pool.members[server]
         timeout_s = self.config.sync_timeout_s
-        return self._run(
+        calls = [
             pool.call(member, "prompt_log_probs", lambda client: client.prompt_log_probs(token_ids, timeout_s))
-        )
+            for member in members
+        ]
+        return self._run(gather_all(calls))
 
     def verify_sync(self, token_ids: list[int], log_probs: list[float]) -> float:
         """Compares every server's log-probs of a golden prompt with the trainer's own.
@@ -241,8 +246,8 @@ class VllmEngine:
         if tolerance is None:
             tolerance = SYNC_TOLERANCE[self.dtype]
         largest = 0.0
-        for index, server in enumerate(self.servers):
-            engine_log_probs = self.prompt_log_probs(token_ids, index)
+        found = self._prompt_log_probs(token_ids, self._started_pool().members)
+        for server, engine_log_probs in zip(self.servers, found, strict=True):
             pairs = zip(engine_log_probs, log_probs, strict=True)
             difference, position = max((abs(a - b), t) for t, (a, b) in enumerate(pairs))
             if not difference <= tolerance:

@@ -59,6 +59,8 @@ class WeightReceiver:
     """Mixed into vLLM's Worker; ``self`` is the worker. The names must not clash with the Worker's."""
 
     hetero_ppo_staged: dict[str, Tensor] | None = None
+    #: What the first sync found: building the model's skeleton takes longer than checking the tensors.
+    hetero_ppo_expected: tuple[dict[str, list[int]], set[str]] | None = None
 
     def hetero_ppo_stage_weights(self, paths: list[str]) -> dict[str, Any]:
         """Reads and checks the tensors of safetensors files.
@@ -72,8 +74,9 @@ class WeightReceiver:
             with safe_open(path, framework="pt", device="cpu") as file:
                 for name in file.offset_keys():
                     tensors[name] = file.get_tensor(name)
-        shapes, optional = expected_shapes(self.model_config.hf_config)
-        problems = find_problems(tensors, shapes, optional)
+        if self.hetero_ppo_expected is None:
+            self.hetero_ppo_expected = expected_shapes(self.model_config.hf_config)
+        problems = find_problems(tensors, *self.hetero_ppo_expected)
         with ThreadPoolExecutor(max_workers=4) as pool:  # hashing releases the GIL
             checksums = dict(zip(tensors, pool.map(tensor_checksum, tensors.values())))
         self.hetero_ppo_staged = None if problems else tensors

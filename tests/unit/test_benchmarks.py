@@ -199,6 +199,9 @@ def test_nothing_is_left_when_a_wait_is_interrupted(tmp_path: Path, monkeypatch:
 def test_arguments() -> None:
     args = ppo_step.parse_arguments(["--model", "2.4m", "--peer", "trl", "actor.micro_batch_size=4", "--dtype", "fp32"])
     assert (args.rounds, args.overrides, args.dtype) == (3, ["actor.micro_batch_size=4"], "fp32")
+    assert args.peer_dtypes == ["bf16", "fp32"]
+    only_ours = ppo_step.parse_arguments(["--peer", "trl", "--dtype", "bf16", "--peer-dtypes", "bf16"])
+    assert only_ours.peer_dtypes == ["bf16"]
     assert ppo_step.parse_arguments([]).rounds == 1
 
 
