@@ -40,6 +40,7 @@ from hetero_ppo.engines.shared_device import SharedDevice
 from hetero_ppo.engines.train_engine import TrainEngine
 from hetero_ppo.memory.kinds import TRAINING, Kind
 from hetero_ppo.memory.ledger import total
+from hetero_ppo.memory.plan_storage import RoleStorage
 from hetero_ppo.memory.turns import Turn
 from hetero_ppo.types import AnswerInputs, ValueInputs
 from megatron_bridge import platform
@@ -175,6 +176,11 @@ def measure_turns(roles: Roles, cycles: int, steps: int) -> dict[str, float]:
     return {"cycle_s": statistics.median(seconds), "waited_s": statistics.median(waited)}
 
 
+def planned_bytes(engine: TrainEngine) -> int:
+    """What ``hetero-ppo plan`` says of a role, from its config alone."""
+    return sum(RoleStorage(engine.role, engine.train_config, 1).bytes_by_kind(0).values())
+
+
 def resident_set_bytes() -> int:
     """Memory of this process that is in RAM."""
     with open("/proc/self/statm") as file:
@@ -210,8 +216,9 @@ def measure(args: argparse.Namespace, model: Path) -> dict[str, Any]:
     result["machine_gb_s"] = machine_copy_rates(min(result["copies"]["bytes_each_way"], 1 << 30), args.repeats)
     print(f"machine: {result['machine_gb_s']}", flush=True)
     result["leaked"] = measure_leaks(roles, 20)
-    ledger = {phase: held for phase, held in roles.device.ledger.phases.items() if phase != "idle"}
-    result["ledger_bytes"] = {phase: total(held) for phase, held in ledger.items()}
+    planned = {engine.role: planned_bytes(engine) for engine in (roles.actor, roles.critic)}
+    held = {role: roles.device.ledger.phases[f"train_{role}"] for role in planned}
+    result["plan_bytes"], result["ledger_bytes"] = planned, {role: total(kinds) for role, kinds in held.items()}
     roles.device.close()
     del roles
     gc.collect()
@@ -238,6 +245,9 @@ def ratios(result: dict[str, Any]) -> dict[str, float]:
         "bare_switch_ratio": copies["overlapped_s"] / copies["serial_s"],
         "unhidden_switch_ratio": result["turns"]["waited_s"] / result["serial"]["waited_s"],
         "cycle_over_resident": result["turns"]["cycle_s"] / result["resident"]["cycle_s"],
+        "plan_error_pct": max(
+            100 * abs(result["plan_bytes"][role] / held - 1) for role, held in result["ledger_bytes"].items()
+        ),
         "leaked_bytes_20_cycles": result["leaked"]["accounted"],
     }
 
@@ -255,6 +265,7 @@ def write_model(name: str, folder: Path) -> Path:
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
+        tie_word_embeddings=True,  # actor and critic then are of one size
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     torch.set_default_dtype(torch.float32)
@@ -288,8 +299,10 @@ def table(result: dict[str, Any]) -> str:
         ("way out", f"{copies['out_s']:.3f} s, {copies['out_gb_s']:.2f} GB/s (plain copy {machine['to_host']:.2f})"),
         (
             "way in",
-            f"{copies['in_s']:.3f} s, {copies['in_gb_s']:.2f} GB/s (plain copy {machine['to_device']:.2f}, "
-            f"into new memory {machine['to_new_device_memory']:.2f})",
+            (
+                f"{copies['in_s']:.3f} s, {copies['in_gb_s']:.2f} GB/s (plain copy {machine['to_device']:.2f}, "
+                f"into new memory {machine['to_new_device_memory']:.2f})"
+            ),
         ),
         ("bare switch", f"{copies['overlapped_s']:.3f} s overlapped, {copies['serial_s']:.3f} s one after the other"),
         (
@@ -298,9 +311,12 @@ def table(result: dict[str, Any]) -> str:
         ),
         (
             "a cycle of both turns",
-            f"{result['turns']['cycle_s']:.3f} s; {result['serial']['cycle_s']:.3f} s without overlap; "
-            f"{result['resident']['cycle_s']:.3f} s with both resident",
+            (
+                f"{result['turns']['cycle_s']:.3f} s; {result['serial']['cycle_s']:.3f} s without overlap; "
+                f"{result['resident']['cycle_s']:.3f} s with both resident"
+            ),
         ),
+        ("plan", f"{result['plan_error_pct']:.3f} % off what the storages hold"),
         ("leaked in 20 cycles", ", ".join(f"{name} {num_bytes} bytes" for name, num_bytes in result["leaked"].items())),
     ]
     return "\n".join(f"{name:22} {value}" for name, value in rows)

@@ -34,11 +34,13 @@ def one_process(chain: tiny_chain.Chain, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(scope="session")
 def two_processes(chain: tiny_chain.Chain, one_process: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The recorded rollouts again on two processes: ``dp2``, ``mixed`` (actor TP 2, critic DP 2), ``resumed`` (DP 2)."""
+    """The recorded rollouts again on two processes: ``dp2``, ``resident`` (the same without turns),
+    ``mixed`` (actor TP 2, critic DP 2), ``resumed`` (DP 2)."""
     root = tmp_path_factory.mktemp("two_processes")
     replay = {"train__replay_rollouts": chain.run_dir("ppo") / "rollouts"}
     commands = [
         chain.train_command("ppo", root / "dp2", **replay),
+        chain.train_command("ppo", root / "resident", residency__offload=False, **replay),
         chain.train_command(
             "ppo", root / "mixed", actor__parallel__tensor=2, reward_model__parallel__tensor=2, **replay
         ),

@@ -265,8 +265,7 @@ class ResidencyConfig:
     """Turns of the roles on the device, and the sizes that the memory plan is made for."""
 
     offload: bool = True  # roles leave the device for host memory when their turn ends; False: all stay
-    overlap: bool = True  # one role's way out runs beside the next one's way in, which begins before its turn
-    bucket_mib: int = 64  # largest piece of one copy, MiB
+    overlap: bool = True  # one role leaves while the next comes in, which begins before its turn; False: one after the other
     device_gib: float | None = None  # memory of one device, GiB; None: what CUDA reports, and on a CPU no limit
     host_gib: float | None = None  # host memory of one node, GiB; None: the cgroup's limit, or the machine's
     pcie_gb_s: float = 25.0  # copy rate of one device in one direction, GB/s, for the plan's transfer times

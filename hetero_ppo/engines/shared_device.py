@@ -54,6 +54,9 @@ class SharedDevice:
         self.limit = 0  # bytes of the largest turn
         self._in_use = 0
         self._turn: tuple[str, str] | None = None  # (role, phase) that computes
+        self._engine_phase: tuple[str, Mapping[str, frozenset[Kind]]] | None = (
+            None  # the engine computes, and what stays
+        )
         self._changed = threading.Condition()
         self._cost = SwitchCost()
         self._lanes = (CopyLane("residency-in"), CopyLane("residency-out")) if config.offload else None
@@ -135,7 +138,7 @@ class SharedDevice:
         self._switch(resident, phase)
         for residency in self.roles.values():
             self._wait([block for block in residency.blocks if not block.wanted])
-        self._note_computed(phase, resident)
+        self._engine_phase = (phase, resident)
 
     def require(self, role: str, kinds: frozenset[Kind], what: str) -> None:
         """Wait until these bytes of the role are there.
@@ -170,6 +173,9 @@ class SharedDevice:
 
     def _switch(self, resident: Mapping[str, frozenset[Kind]], phase: str) -> None:
         """Queue everything that makes ``resident`` true, and after it what the next turn will want."""
+        if self._engine_phase is not None:  # its bytes came in while the engine was at work
+            self._note_computed(*self._engine_phase)
+            self._engine_phase = None
         if not self.offload:
             return
         self._raise_limit(resident)
@@ -299,6 +305,8 @@ class SharedDevice:
         return {name: device for name, (device, _) in held.items()}, {name: host for name, (_, host) in held.items()}
 
     def _note_computed(self, phase: str, resident: Mapping[str, frozenset[Kind]]) -> None:
+        if not self.offload:
+            resident = {role: residency.kinds for role, residency in self.roles.items()}
         held: dict[str, dict[Kind, int]] = {}
         for role, kinds in resident.items():
             if role in self.roles:

@@ -44,14 +44,17 @@ class Comparison:
         return sum(row.planned for row in rows), sum(row.recorded for row in rows)
 
     def render(self) -> str:
-        """A table of the rows and a sum for every phase, GiB."""
-        head = ("phase", "role", "kind", "plan GiB", "ledger GiB", "difference")
+        """A table of the rows and a sum for every phase, in GiB, or in MiB where a phase holds less than one GiB."""
+        phases = dict.fromkeys(row.phase for row in self.rows)
+        unit = "GiB" if max(self._sums(phase)[0] for phase in phases) >= GIB else "MiB"
+        divisor = GIB if unit == "GiB" else GIB // 1024
+        head = ("phase", "role", "kind", f"plan {unit}", f"ledger {unit}", "difference")
         lines = [head]
-        for phase in dict.fromkeys(row.phase for row in self.rows):
+        for phase in phases:
             for row in self.rows:
                 if row.phase == phase:
-                    lines.append((phase, row.role, row.kind.value, *_cells(row.planned, row.recorded)))
-            lines.append((phase, "all", "", *_cells(*self._sums(phase))))
+                    lines.append((phase, row.role, row.kind.value, *_cells(row.planned, row.recorded, divisor)))
+            lines.append((phase, "all", "", *_cells(*self._sums(phase), divisor)))
         widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
         texts = [
             "  ".join(
@@ -60,8 +63,8 @@ class Comparison:
             ).rstrip()
             for line in lines
         ]
-        for name, phases in (("plan", self.only_planned), ("ledger", self.only_recorded)):
-            texts += [f"in the {name} alone: {', '.join(phases)}"] if phases else []
+        for name, alone in (("plan", self.only_planned), ("ledger", self.only_recorded)):
+            texts += [f"in the {name} alone: {', '.join(alone)}"] if alone else []
         return "\n".join([*texts, f"largest difference of a phase: {self.plan_error_pct:.2f} %"])
 
 
@@ -71,8 +74,8 @@ def _error_pct(planned: int, recorded: int) -> float:
     return float("inf") if recorded == 0 else 100.0 * (planned - recorded) / recorded
 
 
-def _cells(planned: int, recorded: int) -> tuple[str, str, str]:
-    return f"{planned / GIB:.4f}", f"{recorded / GIB:.4f}", f"{_error_pct(planned, recorded):+.2f} %"
+def _cells(planned: int, recorded: int, divisor: int) -> tuple[str, str, str]:
+    return f"{planned / divisor:.3f}", f"{recorded / divisor:.3f}", f"{_error_pct(planned, recorded):+.2f} %"
 
 
 def compare(plan: MemoryPlan, ledger_bytes: Mapping[str, Mapping[str, Mapping[Kind, int]]]) -> Comparison:

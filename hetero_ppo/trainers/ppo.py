@@ -17,7 +17,7 @@ from hetero_ppo.experience.rollouts import collect_rollout
 from hetero_ppo.observability.metrics import MetricsLogger
 from hetero_ppo.observability.progress import progress
 from hetero_ppo.observability.timers import PhaseTimer
-from hetero_ppo.trainers import ppo_setup
+from hetero_ppo.trainers import ppo_memory, ppo_setup
 from hetero_ppo.trainers.ppo_evaluation import Evaluator
 from hetero_ppo.trainers.run import Run, first_step
 from hetero_ppo.types import Experience, PolicyInputs, Rollout, StepMetrics, ValueInputs
@@ -36,6 +36,7 @@ class PpoTrainer:
         """
         self.config = config
         self.run = run
+        ppo_memory.say_plan(config, run)
         self.data = ppo_setup.load_data(config, run)
         self.batching = ppo_setup.describe_batching(config, run, self.data)
         self.total_steps = self.batching.total_steps
@@ -89,11 +90,13 @@ class PpoTrainer:
                 with self.timer.phase("weight_sync"):
                     metrics |= self.sync_weights(step + 1)
                 self.maker.kl_controller.update(experience.metrics["kl/reference"], rollout.batch_size)
-                metrics = {**experience.metrics, **metrics}
+                metrics = {**experience.metrics, **metrics, **ppo_memory.memory_metrics(self.device)}
                 if config.train.eval_every and (step + 1) % config.train.eval_every == 0:
                     with self.timer.phase("eval"):
                         metrics |= self.evaluator.metrics(self.evaluator.run(f"step{step + 1}"))
                 logger.log(StepMetrics(step + 1, metrics, self.timer.collect()))
+                if step == self.start:
+                    ppo_memory.say_ledger(config, self.run, self.device)
                 self.evaluator.dump_rollout(step + 1, experience)
                 due = config.checkpoint.every and (step + 1) % config.checkpoint.every == 0
                 if due or step + 1 == self.total_steps:
@@ -132,9 +135,7 @@ class PpoTrainer:
         inputs = PolicyInputs(
             experience.old_log_probs, experience.ref_log_probs, experience.advantages, experience.response_mask
         )
-        loss_fn = actor_loss_fn(
-            self.config.algorithm, self.maker.temperature, self.actor.vocab_size, self.actor.groups
-        )
+        loss_fn = actor_loss_fn(self.config.algorithm, self.maker.temperature, self.actor.vocab_size, self.actor.groups)
         return self._update(self.actor, "actor", experience, inputs, loss_fn, step)
 
     def _update(

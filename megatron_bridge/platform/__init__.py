@@ -40,9 +40,10 @@ def _install() -> None:
             "import megatron_bridge first"
         )
     if not HAS_CUDA:
-        from megatron_bridge.platform import cpu_rewrite
+        from megatron_bridge.platform import cpu_device, cpu_rewrite
 
         cpu_rewrite.install()
+        cpu_device.cache_freed_memory()
     from megatron_bridge.platform import adam
 
     adam.install_if_needed()

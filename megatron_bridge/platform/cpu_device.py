@@ -7,6 +7,8 @@ it. Streams are inert, since CPU work is synchronous; events keep the wall time;
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import platform as host
 import time
 from typing import Any
 from collections.abc import Iterator
@@ -14,6 +16,25 @@ from collections.abc import Iterator
 import torch
 
 _CPU = torch.device("cpu")
+
+
+#: mallopt parameters of glibc's malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
+
+
+def cache_freed_memory() -> None:
+    """Let this process keep the memory that tensors give back, as torch's CUDA allocator does.
+
+    glibc returns large blocks to the system at once and gets them back page by page: a role that comes in where another one
+    left then copies at a third of the rate. Other C libraries stay as they are.
+    """
+    if host.libc_ver()[0] != "glibc":
+        return
+    libc = ctypes.CDLL(None)
+    # One heap for all threads, since blocks are released by one and taken by another; all sizes on it; never trimmed.
+    for parameter, value in ((_M_ARENA_MAX, 1), (_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1)):
+        if libc.mallopt(parameter, value) != 1:
+            raise RuntimeError(f"mallopt({parameter}, {value}) failed")
 
 
 class Stream:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -18,12 +19,18 @@ def assert_same_weights(found: Path, expected: Path) -> None:
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+def results(run_dir: Path) -> dict[int, dict[str, float]]:
+    """Step -> metric -> value, without what a run says of its memory."""
+    steps = read_metrics(run_dir)
+    return {step: {n: v for n, v in found.items() if not n.startswith("memory/")} for step, found in steps.items()}
+
+
 def test_resumed_ppo_takes_the_same_step_bit_for_bit(chain: Chain, one_process: Path) -> None:
     """Weights, both optimizers, the KL controller, the score's moments and the order of the prompts all come back.
 
-    The third step's rollouts are replayed, so the engine's check of the sync is the one metric that is not there.
+    The third step's rollouts are replayed, so the engine's check of the sync is not there. What the turns cost is no result.
     """
-    straight, resumed = (read_metrics(folder) for folder in (chain.run_dir("ppo"), one_process / "ppo_resumed"))
+    straight, resumed = (results(folder) for folder in (chain.run_dir("ppo"), one_process / "ppo_resumed"))
     assert list(resumed) == list(range(CHECKPOINT_STEP + 1, NUM_STEPS + 1))
     expected = straight[NUM_STEPS]
     del expected["rollout/golden_log_prob_diff"]
@@ -36,6 +43,35 @@ def test_resumed_sft_is_the_straight_run_bit_for_bit(chain: Chain, one_process: 
     assert list(resumed) == list(range(SFT_CHECKPOINT_STEP + 1, SFT_STEPS + 1))
     assert all(resumed[step] == straight[step] for step in resumed)
     assert_same_weights(one_process / "sft_resumed" / "hf", chain.export("sft"))
+
+
+def test_turns_change_no_bit(two_processes: Path) -> None:
+    """Roles that take turns on the device, and roles that all stay: the same run, to the last bit."""
+    turns, resident = (results(two_processes / name) for name in ("dp2", "resident"))
+    assert len(turns) == NUM_STEPS
+    assert turns == resident
+    assert_same_weights(two_processes / "dp2" / "hf", two_processes / "resident" / "hf")
+    cost = read_metrics(two_processes / "dp2")[NUM_STEPS]
+    assert cost["memory/to_host_gib"] > 0 and cost["memory/to_device_gib"] > 0
+    assert read_metrics(two_processes / "resident")[NUM_STEPS]["memory/to_device_gib"] == 0
+
+
+@pytest.mark.parametrize("name", ["dp2", "mixed"])
+def test_the_ledger_of_a_run_is_its_plan(two_processes: Path, name: str) -> None:
+    record = json.loads((two_processes / name / "memory_ledger.json").read_text())
+    assert set(record["phases"]) >= {
+        "rollout",
+        "scores",
+        "ref_log_probs",
+        "old_log_probs",
+        "values",
+        "train_critic",
+        "weight_sync",
+    }
+    assert record["plan_error_pct"] < 1
+    assert record["device_peak_bytes"] <= record["device_limit_bytes"]
+    in_use = [switch["device_bytes"] for switch in record["switches"]]
+    assert max(in_use) <= record["device_limit_bytes"]
 
 
 @pytest.mark.parametrize(("stage", "steps"), [("ppo", NUM_STEPS), ("sft", SFT_STEPS)])

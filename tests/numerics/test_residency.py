@@ -162,7 +162,8 @@ def test_the_device_holds_one_turn(roles: Roles) -> None:
 
 def test_the_ledger_reads_the_storages(roles: Roles) -> None:
     """Hand-worked: the model has n parameters, the bf16 actor 2n + 4n + 4n + 8n bytes; outside of a turn none on the device."""
-    roles.step()
+    for _ in range(2):
+        roles.step()
     roles.device.engine_turn("rollout")
     roles.device.settle()
     entry = roles.device.ledger.record("rollout", "after")

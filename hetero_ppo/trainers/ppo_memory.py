@@ -1,0 +1,82 @@
+"""What a PPO run says about its memory: the plan before it loads anything, the ledger beside it after a step."""
+
+from __future__ import annotations
+
+import json
+
+import torch.distributed as dist
+
+from hetero_ppo.config.schema import PpoConfig
+from hetero_ppo.engines.shared_device import SharedDevice
+from hetero_ppo.memory.ledger import total
+from hetero_ppo.memory.plan import GIB, plan_memory
+from hetero_ppo.memory.plan_check import check_fits
+from hetero_ppo.memory.plan_compare import compare
+from hetero_ppo.trainers.run import Run
+
+LEDGER_FILE = "memory_ledger.json"
+
+
+def say_plan(config: PpoConfig, run: Run) -> None:
+    """Print the peak of the plan.
+
+    Raises:
+        ValueError: the run cannot fit.
+    """
+    plan = check_fits(config, run.world_size)
+    turns = "roles take turns" if config.residency.offload else "all roles stay"
+    run.say(
+        f"memory plan ({turns}): at most {plan.peak.total / GIB:.2f} GiB on a device, in phase {plan.peak.phase}, "
+        f"{plan.host.total / GIB:.2f} GiB of host memory on a node; hetero-ppo plan shows all of it"
+    )
+
+
+def say_ledger(config: PpoConfig, run: Run, device: SharedDevice) -> None:
+    """Print the plan of this rank beside what its storages held in each phase, and write it to the run folder.
+
+    The writer's rank stands for all: ranks of one role hold the same but for the ends of a pipeline.
+    """
+    if not run.is_writer:
+        return
+    limit = config.residency.device_gib
+    plan = plan_memory(
+        config, run.world_size, rank=dist.get_rank(), device_bytes=None if limit is None else int(limit * GIB)
+    )
+    compared = compare(plan, device.ledger.phases)
+    run.say("memory on the device, plan and ledger of rank 0:\n" + compared.render())
+    phases = {
+        phase: {role: {kind.value: size for kind, size in kinds.items()} for role, kinds in roles.items()}
+        for phase, roles in device.ledger.phases.items()
+    }
+    record = {
+        "phases": phases,
+        "plan_error_pct": compared.plan_error_pct,
+        "device_peak_bytes": device.peak_bytes,
+        "device_limit_bytes": device.limit,
+        "switches": [
+            {
+                "phase": entry.phase,
+                "moment": entry.moment,
+                "device_bytes": entry.device_bytes,
+                "host_bytes": total(entry.host),
+                "reported_bytes": entry.reported,
+            }
+            for entry in device.ledger.entries
+        ],
+    }
+    (run.dir / LEDGER_FILE).write_text(json.dumps(record, indent=1))
+
+
+def memory_metrics(device: SharedDevice) -> dict[str, float]:
+    """Of the step: what switching cost, and the most that the roles held on the device at once since the run began."""
+    cost = device.collect_cost()
+    values = {
+        "memory/device_peak_gib": device.peak_bytes / GIB,
+        "memory/switch_wait_s": cost.waited_s,
+        "memory/to_device_gib": cost.bytes_in / GIB,
+        "memory/to_host_gib": cost.bytes_out / GIB,
+    }
+    unaccounted = [entry.unaccounted for entry in device.ledger.entries if entry.unaccounted is not None]
+    if unaccounted:
+        values["memory/unaccounted_gib"] = max(unaccounted) / GIB
+    return values
