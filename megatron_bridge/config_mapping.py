@@ -17,10 +17,12 @@ from megatron_bridge import platform
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_bridge.families import Family, family_of
-from megatron_bridge.param_mapping import Dims, PipelineLayout, check_tensor_parallel, padded_vocab_size
+from megatron_bridge.param_mapping import Dims, ExpertLayout, PipelineLayout, check_tensor_parallel, padded_vocab_size
 from megatron_bridge.rope import rope_frequencies, rope_parameters, set_attention_scaling
 
 _REQUIRED_FIELDS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+#: Of a mixture of experts, beside them. transformers 5 writes num_local_experts where checkpoints had num_experts.
+_MOE_FIELDS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +53,7 @@ class BridgeConfig:
             num_query_groups=config.num_query_groups,
             vocab=self.vocab_size,
             padded_vocab=self.padded_vocab_size,
+            num_experts=config.num_moe_experts or 0,
         )
 
     @property
@@ -62,6 +65,11 @@ class BridgeConfig:
             pp_size=config.pipeline_model_parallel_size,
             vp_size=config.virtual_pipeline_model_parallel_size or 1,
         )
+
+    @property
+    def expert_layout(self) -> ExpertLayout:
+        """Experts on expert-parallel ranks."""
+        return ExpertLayout(self.transformer.num_moe_experts or 0, self.transformer.expert_model_parallel_size)
 
 
 def read_hf_config(path: str | Path) -> dict[str, Any]:
@@ -100,7 +108,7 @@ def bridge_config(
         tensor, pipeline, context, expert: ranks of each kind of parallelism.
         virtual_pipeline: model chunks per pipeline rank; None: one.
         sequence: sequence parallelism over the tensor-parallel ranks.
-        recompute: activation recomputation: None, "selective" (the MLP) or "full" (every layer).
+        recompute: activation recomputation: None, "selective" (the MLP, or the experts) or "full" (every layer).
         vocab_multiple: the vocabulary is padded to a multiple of vocab_multiple x tensor rows.
 
     Raises:
@@ -110,13 +118,16 @@ def bridge_config(
     hf = _with_defaults(hf_config, family)
     _check_settings(hf, family)
     heads, groups, head_dim = _attention_sizes(hf)
-    _check_layout(hf, heads, groups, tensor, pipeline, virtual_pipeline, expert, sequence)
+    moe = bool(family.expert_rules)
+    check_tensor_parallel(tensor, heads=heads, num_query_groups=groups, ffn=None if moe else hf["intermediate_size"])
+    _check_layout(hf, tensor, pipeline, virtual_pipeline, sequence)
+    _check_experts(hf, moe, tensor, expert, sequence)
     parameters = rope_parameters(hf_config)
     inv_freq, attention_scaling = rope_frequencies(parameters, head_dim, hf["max_position_embeddings"])
     transformer = TransformerConfig(
         num_layers=hf["num_hidden_layers"],
         hidden_size=hf["hidden_size"],
-        ffn_hidden_size=hf["intermediate_size"],
+        ffn_hidden_size=hf["moe_intermediate_size" if moe else "intermediate_size"],
         num_attention_heads=heads,
         num_query_groups=groups,
         kv_channels=head_dim,
@@ -132,7 +143,8 @@ def bridge_config(
         **_ARCHITECTURE,
         **_dtype_settings(dtype),
         **_machine_settings(),
-        **_recompute_settings(recompute),
+        **_recompute_settings(recompute, moe),
+        **(_moe_settings(hf, expert) if moe else {}),
     )
     set_attention_scaling(transformer, attention_scaling)
     return BridgeConfig(
@@ -180,22 +192,43 @@ def _machine_settings() -> dict[str, Any]:
     }
 
 
-def _recompute_settings(recompute: str | None) -> dict[str, Any]:
+def _recompute_settings(recompute: str | None, moe: bool) -> dict[str, Any]:
     """Attention kernels never store their scores, so what "selective" can save is the MLP's activations."""
     if recompute is None:
         return {}
     if recompute == "selective":
-        return {"recompute_granularity": "selective", "recompute_modules": ["mlp"]}
+        return {"recompute_granularity": "selective", "recompute_modules": ["moe" if moe else "mlp"]}
     if recompute == "full":
         return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     raise ValueError(f"recompute {recompute!r} is not supported; use null, 'selective' or 'full'")
 
 
+def _moe_settings(hf: dict[str, Any], expert: int) -> dict[str, Any]:
+    """Every token goes to its experts, none is dropped, and the router computes in the parameters' dtype, as engines do."""
+    return {
+        "num_moe_experts": hf["num_experts"],
+        "moe_ffn_hidden_size": hf["moe_intermediate_size"],
+        "moe_router_topk": hf["num_experts_per_tok"],
+        # A softmax over the chosen experts alone is the softmax over all, normalised to their sum.
+        "moe_router_pre_softmax": not hf["norm_topk_prob"],
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+        "moe_token_dispatcher_type": "alltoall",
+        "expert_model_parallel_size": expert,
+        "expert_tensor_parallel_size": 1,
+    }
+
+
 def _with_defaults(hf_config: dict[str, Any], family: Family) -> dict[str, Any]:
-    missing = [name for name in _REQUIRED_FIELDS if hf_config.get(name) is None]
+    given = {name: value for name, value in hf_config.items() if value is not None}
+    required = _REQUIRED_FIELDS
+    if family.expert_rules:
+        required += _MOE_FIELDS
+        if "num_local_experts" in given:
+            given.setdefault("num_experts", given["num_local_experts"])
+    missing = [name for name in required if name not in given]
     if missing:
         raise ValueError(f"config.json: {', '.join(missing)} missing, needed for model_type {family.model_type!r}")
-    given = {name: value for name, value in hf_config.items() if value is not None}
     return {**family.defaults, **given}
 
 
@@ -239,19 +272,7 @@ def _attention_sizes(hf: dict[str, Any]) -> tuple[int, int, int]:
     return heads, groups, head_dim
 
 
-def _check_layout(
-    hf: dict[str, Any],
-    heads: int,
-    groups: int,
-    tensor: int,
-    pipeline: int,
-    virtual_pipeline: int | None,
-    expert: int,
-    sequence: bool,
-) -> None:
-    check_tensor_parallel(tensor, heads=heads, num_query_groups=groups, ffn=hf["intermediate_size"])
-    if expert != 1:
-        raise ValueError(f"expert parallelism {expert}: model_type {hf['model_type']!r} is dense, use 1")
+def _check_layout(hf: dict[str, Any], tensor: int, pipeline: int, virtual_pipeline: int | None, sequence: bool) -> None:
     if sequence and tensor == 1:
         raise ValueError("sequence parallelism needs tensor parallelism above 1; set sequence to false")
     if virtual_pipeline is not None and pipeline == 1:
@@ -261,4 +282,24 @@ def _check_layout(
         raise ValueError(
             f"num_hidden_layers {hf['num_hidden_layers']} is not a multiple of pipeline {pipeline} x virtual_pipeline "
             f"{virtual_pipeline or 1} = {stages} stages; choose a divisor"
+        )
+
+
+def _check_experts(hf: dict[str, Any], moe: bool, tensor: int, expert: int, sequence: bool) -> None:
+    if not moe:
+        if expert != 1:
+            raise ValueError(f"expert parallelism {expert}: model_type {hf['model_type']!r} is dense, use 1")
+        return
+    if hf["num_experts"] % expert:
+        raise ValueError(
+            f"num_experts {hf['num_experts']} is not a multiple of expert parallelism {expert}; choose a divisor"
+        )
+    if hf["num_experts_per_tok"] > hf["num_experts"]:
+        raise ValueError(
+            f"config.json: num_experts_per_tok {hf['num_experts_per_tok']} exceeds num_experts {hf['num_experts']}"
+        )
+    if tensor > 1 and not sequence:
+        raise ValueError(
+            f"tensor parallelism {tensor} of a mixture of experts needs sequence parallelism, which gives every rank tokens of "
+            "its own to route; set sequence to true"
         )

@@ -57,7 +57,7 @@ def save_hf(
     ``out_dir`` and then renamed, so ``out_dir`` is never half a checkpoint; what was there before is replaced.
 
     Args:
-        groups: tp and pp gather the weights; dp_cp tells the one replica that writes.
+        groups: tp, ep and pp gather the weights; dp_cp tells the one replica that writes.
         source_dir: checkpoint whose config.json, generation_config.json and tokenizer are taken over.
         tokenizer_dir: takes the tokenizer from here instead.
         head: "lm", or "value" / "score": the folder is then a sequence classifier with one label.
@@ -71,9 +71,11 @@ def save_hf(
     dtype = dtype or bridge.transformer.params_dtype
     config = exported_config(read_hf_config(source_dir), bridge.family.architecture(head), head, dtype)
     tied_twice = head == "lm" and bridge.tie_word_embeddings and _LM_HEAD in tensor_names(source_dir)
-    if groups.dp_cp.rank() == 0:
+    writes = groups.dp_cp.rank() == groups.tp.rank() == groups.pp.rank() == 0
+    # Replicas have nothing to give, unless experts are spread over them.
+    if groups.dp_cp.rank() == 0 or groups.ep.size() > 1:
         tensors = stream_hf(model_chunks, bridge, groups, head=head)
-        if groups.tp.rank() == 0 and groups.pp.rank() == 0:
+        if writes:
             tensors = _with_tied_head(tensors) if tied_twice else tensors
             with _replacing(Path(out_dir)) as folder:
                 _write_weights(tensors, folder, dtype, max_shard_bytes)

@@ -50,7 +50,7 @@ def load_hf(
 
     Args:
         model_chunks: unwrapped chunks from ``build_model``, in virtual-stage order.
-        groups: the role's groups; tp and pp are used, without communication.
+        groups: the role's groups; tp, ep and pp are used, without communication.
         head: "lm", or "value" / "score" for a model with one output. From a language model's checkpoint such a head
             stays as it was initialised and ``lm_head.weight`` is left unread.
 
@@ -61,17 +61,17 @@ def load_hf(
     plan = loaded_entries(bridge, head)
     with HfCheckpoint(path) as checkpoint:
         initialised = _check(checkpoint, bridge, plan, head)
-        mine = [
-            entry for entry in plan if entry.pp_rank == groups.pp.rank() and not set(entry.hf_names) & set(initialised)
-        ]
+        here = [entry for entry in plan if entry.is_on(groups.pp.rank(), groups.ep.rank())]
+        mine = [entry for entry in here if not set(entry.hf_names) & set(initialised)]
         for entry in mine:
             tensors = [checkpoint.lazy(name) for name in entry.hf_names]
-            value = shard(entry.rule, bridge.dims, tensors, groups.tp.rank(), groups.tp.size())
+            tp_rank, tp_size = (groups.tp.rank(), groups.tp.size()) if entry.ep_rank is None else (0, 1)
+            value = shard(entry.rule, bridge.dims, tensors, tp_rank, tp_size)
             parameter = parameter_of(entry, chunks)
             assert parameter.shape == value.shape, (entry.megatron_names, parameter.shape, value.shape)
             with torch.no_grad():
                 parameter.copy_(value)
-    _check_complete(chunks, plan, groups.pp.rank())
+    _check_complete(chunks, here)
     return LoadReport(loaded=len({name for entry in mine for name in entry.hf_names}), initialised=initialised)
 
 
@@ -132,9 +132,9 @@ def _some(names: Sequence[str], limit: int = 4) -> str:
     return f"{shown} {'is' if len(names) == 1 else 'are'}"
 
 
-def _check_complete(chunks: Sequence[dict[str, torch.nn.Parameter]], plan: Sequence[Entry], pp_rank: int) -> None:
+def _check_complete(chunks: Sequence[dict[str, torch.nn.Parameter]], here: Sequence[Entry]) -> None:
     """Our own tables must name every parameter of the model."""
     for number, chunk in enumerate(chunks):
-        named = {name for e in plan if (e.pp_rank, e.chunk) == (pp_rank, number) for name in e.megatron_names}
+        named = {name for entry in here if entry.chunk == number for name in entry.megatron_names}
         left = chunk.keys() - named
-        assert not left, f"no rule for {sorted(left)} of chunk {number} on pipeline rank {pp_rank}"
+        assert not left, f"no rule for {sorted(left)} of chunk {number}"

@@ -36,7 +36,7 @@ class Dims:
     """Sizes of a model that the rules need, all of the whole model."""
 
     hidden: int
-    ffn: int
+    ffn: int  # of a dense MLP, or of one expert
     query: int  # attention heads x head_dim
     key: int  # query groups x head_dim
     head_dim: int
@@ -44,6 +44,7 @@ class Dims:
     vocab: int  # rows of the checkpoint's embedding
     padded_vocab: int  # rows of the Megatron embedding over all tensor-parallel ranks
     labels: int = 1  # outputs of a value or score head
+    num_experts: int = 0  # 0: a dense model
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,8 @@ def _block(length: int, tp_rank: int, tp_size: int) -> slice:
     return slice(tp_rank * size, (tp_rank + 1) * size)
 
 
-def check_tensor_parallel(tp_size: int, *, heads: int, num_query_groups: int, ffn: int) -> None:
-    """Raise ValueError where the sizes of a model cannot be divided over ``tp_size`` ranks."""
+def check_tensor_parallel(tp_size: int, *, heads: int, num_query_groups: int, ffn: int | None) -> None:
+    """Raise ValueError where the sizes of a model cannot be divided over ``tp_size`` ranks; ``ffn`` is None for experts."""
     if tp_size > num_query_groups:
         raise ValueError(
             f"tensor parallelism {tp_size} exceeds num_key_value_heads {num_query_groups}: a key-value head would have "
@@ -87,7 +88,7 @@ def check_tensor_parallel(tp_size: int, *, heads: int, num_query_groups: int, ff
         )
     sizes = {"num_attention_heads": heads, "num_key_value_heads": num_query_groups, "intermediate_size": ffn}
     for name, size in sizes.items():
-        if size % tp_size:
+        if size is not None and size % tp_size:
             raise ValueError(f"{name} {size} is not a multiple of tensor parallelism {tp_size}; choose a divisor of it")
 
 
@@ -183,6 +184,18 @@ class PipelineLayout:
 
 
 @dataclass(frozen=True)
+class ExpertLayout:
+    """Which experts lie on which expert-parallel rank: contiguous blocks, the same in every layer."""
+
+    num_experts: int  # 0: a dense model
+    ep_size: int = 1
+
+    def locate(self, expert: int) -> tuple[int, int]:
+        """(expert-parallel rank, its local number there) of an expert."""
+        return divmod(expert, self.num_experts // self.ep_size)
+
+
+@dataclass(frozen=True)
 class Entry:
     """A rule at its place: in which chunk of which pipeline rank, and under which full names."""
 
@@ -191,6 +204,13 @@ class Entry:
     chunk: int
     megatron_prefix: str = ""
     hf_prefix: str = ""
+    ep_rank: int | None = (
+        None  # the one expert-parallel rank that holds it, whole; None: all do, divided as the rule says
+    )
+
+    def is_on(self, pp_rank: int, ep_rank: int) -> bool:
+        """True where a rank holds it, or its part of it."""
+        return self.pp_rank == pp_rank and self.ep_rank in (None, ep_rank)
 
     @property
     def megatron_names(self) -> list[str]:
@@ -203,7 +223,14 @@ class Entry:
 
 
 def entries(
-    layer_rules: Sequence[Rule], layout: PipelineLayout, *, embedding: Rule, final_norm: Rule, output: Rule | None
+    layer_rules: Sequence[Rule],
+    expert_rules: Sequence[Rule],
+    layout: PipelineLayout,
+    experts: ExpertLayout,
+    *,
+    embedding: Rule,
+    final_norm: Rule,
+    output: Rule | None,
 ) -> Iterator[Entry]:
     """Every rule of a model, in the order of a Hugging Face state dict. ``output`` is None where it is tied."""
     last_rank, last_chunk = layout.last
@@ -212,6 +239,12 @@ def entries(
         pp_rank, chunk, local = layout.locate(layer)
         for rule in layer_rules:
             yield Entry(rule, pp_rank, chunk, f"decoder.layers.{local}.", f"model.layers.{layer}.")
+        for expert in range(experts.num_experts):
+            ep_rank, local_expert = experts.locate(expert)
+            megatron_prefix = f"decoder.layers.{local}.mlp.experts.local_experts.{local_expert}."
+            hf_prefix = f"model.layers.{layer}.mlp.experts.{expert}."
+            for rule in expert_rules:
+                yield Entry(rule, pp_rank, chunk, megatron_prefix, hf_prefix, ep_rank)
     yield Entry(final_norm, last_rank, last_chunk)
     if output is not None:
         yield Entry(output, last_rank, last_chunk)

@@ -24,7 +24,7 @@ def stream_hf(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield (name, full tensor) for every Hugging Face tensor, in state-dict order, on every rank.
 
-    Collective over groups.tp and groups.pp: all their ranks must run the generator to its end, in step. At most one
+    Collective over groups.tp, groups.ep and groups.pp: all their ranks must run the generator to its end, in step. At most one
     Megatron parameter is held whole. The tensors are on the model's device, in the parameters' dtype, and may be views
     of live parameters: read or copy each before the next step, and don't write to it.
 
@@ -34,18 +34,26 @@ def stream_hf(
     chunks = chunk_parameters(model_chunks, bridge, groups)
     dims = bridge.dims
     for entry in exported_entries(bridge, head):
-        if entry.pp_rank == groups.pp.rank():
-            shards = _gather(parameter_of(entry, chunks).detach(), groups.tp)
+        if entry.is_on(groups.pp.rank(), groups.ep.rank()):
+            shard = parameter_of(entry, chunks).detach()
+            shards = _gather(shard, groups.tp) if entry.ep_rank is None else [shard]
             tensors = [tensor.contiguous() for tensor in merge(entry.rule, dims, shards)]
         else:
             tensors = [
                 torch.empty(hf.shape(dims), dtype=bridge.transformer.params_dtype, device=platform.device())
                 for hf in entry.rule.hf
             ]
-        if groups.pp.size() > 1:
-            for tensor in tensors:
-                dist.broadcast(tensor, src=dist.get_global_rank(groups.pp, entry.pp_rank), group=groups.pp)
+        if entry.ep_rank is not None and entry.pp_rank == groups.pp.rank():
+            _broadcast(tensors, entry.ep_rank, groups.ep)
+        _broadcast(tensors, entry.pp_rank, groups.pp)
         yield from zip(entry.hf_names, tensors)
+
+
+def _broadcast(tensors: list[Tensor], source: int, group: dist.ProcessGroup) -> None:
+    """From the ``source``-th rank of a group to all of it, in place."""
+    if group.size() > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor, src=dist.get_global_rank(group, source), group=group)
 
 
 def _gather(shard: Tensor, group: dist.ProcessGroup) -> list[Tensor]:

@@ -32,7 +32,9 @@ def exported_entries(bridge: BridgeConfig, head: str) -> Iterator[Entry]:
         output = None if bridge.tie_word_embeddings else decoder.LM_HEAD
     return entries(
         bridge.family.layer_rules,
+        bridge.family.expert_rules,
         bridge.pipeline_layout,
+        bridge.expert_layout,
         embedding=decoder.EMBEDDING,
         final_norm=decoder.FINAL_NORM,
         output=output,
@@ -60,6 +62,7 @@ def chunk_parameters(
     sizes = {
         "tensor": (config.tensor_model_parallel_size, groups.tp.size()),
         "pipeline": (config.pipeline_model_parallel_size, groups.pp.size()),
+        "expert": (config.expert_model_parallel_size, groups.ep.size()),
         "virtual_pipeline": (bridge.pipeline_layout.vp_size, len(model_chunks)),
     }
     for name, (wanted, given) in sizes.items():

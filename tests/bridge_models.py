@@ -31,6 +31,8 @@ LLAMA3 = {
 }
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
 
+EXPERTS = {"head_dim": 16, "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 20}
+
 #: name -> (model_type, config fields)
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama_untied": ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 7000.0}}),
@@ -39,6 +41,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2_untied_yarn": ("qwen2", {"rope_parameters": YARN}),
     "qwen2_tied": ("qwen2", {"tie_word_embeddings": True}),
     "qwen3_tied": ("qwen3", {"tie_word_embeddings": True, "head_dim": 20}),
+    "qwen3_moe_untied": ("qwen3_moe", {**EXPERTS, "norm_topk_prob": True}),
+    "qwen3_moe_tied": ("qwen3_moe", {**EXPERTS, "tie_word_embeddings": True}),
     "qwen3_untied_yarn": ("qwen3", {"head_dim": 16, "rope_parameters": dict(YARN, attention_factor=1.3, beta_fast=16)}),
 }
 
@@ -94,7 +98,8 @@ def pipeline_forward(chunks: list[Any], tokens: Tensor, groups: Any, hidden_size
     b, s = tokens.shape
     positions = torch.arange(s).expand(b, s)
     pp_rank, pp_size = groups.pp.rank(), groups.pp.size()
-    hidden = torch.empty(s, b, hidden_size)
+    local_s = s // groups.tp.size() if chunks[0].config.sequence_parallel else s  # between stages
+    hidden = torch.empty(local_s, b, hidden_size)
     for stage in range(pp_size * len(chunks)):
         owner, last = stage % pp_size, stage == pp_size * len(chunks) - 1
         columns = torch.empty(1, dtype=torch.int64)
@@ -109,6 +114,6 @@ def pipeline_forward(chunks: list[Any], tokens: Tensor, groups: Any, hidden_size
             source = dist.get_global_rank(groups.pp, owner)
             dist.broadcast(columns, src=source, group=groups.pp)
             if owner != pp_rank:
-                hidden = torch.empty((b, s, int(columns)) if last else (s, b, int(columns)))
+                hidden = torch.empty((b, s, int(columns)) if last else (local_s, b, int(columns)))
             dist.broadcast(hidden, src=source, group=groups.pp)
     return hidden

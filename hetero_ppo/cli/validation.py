@@ -16,6 +16,7 @@ from hetero_ppo.data.sft import SftExample, load_sft
 from hetero_ppo.memory.plan_check import check_fits
 from hetero_ppo.memory.plan_limits import find_limits
 from hetero_ppo.memory.plan_text import summarise
+from hetero_ppo.engines.layouts import check_models_fit_layouts
 from hetero_ppo.reward.function import load_function
 
 #: Around what the loss is on, in the printed sample.
@@ -41,6 +42,7 @@ def print_validation(config_path: str, overrides: list[str], world_size: int) ->
     check_config(config, world_size)
     check_paths(config)
     check_tokenizers(config)
+    check_models_fit_layouts(config)
     _check_functions(config)
     memory = summarise(check_fits(config, world_size), find_limits(config))
     policy, role = next(iter(config_roles(config).items()))
@@ -94,9 +96,12 @@ def _describe_roles(config: AnyConfig, world_size: int) -> str:
     for name, role in config_roles(config).items():
         layout = role.parallel
         ranks = data_parallel_size(name, layout, world_size)
+        context = f"context {layout.context} x " if layout.context > 1 else ""
+        experts = f" (experts over {layout.expert})" if layout.expert > 1 else ""
+        processes = f"{world_size} {'process' if world_size == 1 else 'processes'}"
         lines.append(
             f"{name:<12} {role.model.path}: {role.model.dtype.name}, tensor {layout.tensor} x "
-            f"pipeline {layout.pipeline} x data {ranks} on {world_size} {'process' if world_size == 1 else 'processes'}"
+            f"pipeline {layout.pipeline} x {context}data {ranks}{experts} on {processes}"
         )
     return "\n".join(lines)
 

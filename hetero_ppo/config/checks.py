@@ -66,22 +66,30 @@ def _require(condition: bool, field: str, value: object, rule: str) -> None:
 # --- every kind of run ----------------------------------------------------------------------------------------------
 
 
-def check_layout_is_supported(config: AnyConfig, world_size: int) -> None:
-    """Expert parallelism is in the schema, and not built yet."""
+def check_layout_sizes(config: AnyConfig, world_size: int) -> None:
     for name, role in config_roles(config).items():
         for axis in ("tensor", "pipeline", "context", "expert"):
             size = vars(role.parallel)[axis]
             _require(size >= 1, f"{name}.parallel.{axis}", size, "a layout has at least 1 rank on every axis")
-        for axis in ("expert",):
-            size = vars(role.parallel)[axis]
-            _require(
-                size == 1, f"{name}.parallel.{axis}", size, f"{axis} parallelism is not supported yet; set it to 1"
-            )
 
 
 def check_layout_divides_world(config: AnyConfig, world_size: int) -> None:
     for name, role in config_roles(config).items():
         data_parallel_size(name, role.parallel, world_size)
+
+
+def check_expert_parallel(config: AnyConfig, world_size: int) -> None:
+    """Experts are spread over the ranks of a pipeline stage, whatever else these ranks divide among them."""
+    for name, role in config_roles(config).items():
+        layout = role.parallel
+        ranks = world_size // layout.pipeline
+        _require(
+            ranks % layout.expert == 0,
+            f"{name}.parallel.expert",
+            layout.expert,
+            f"a pipeline stage has {ranks} ranks (world size {world_size} / pipeline {layout.pipeline}), which is not a "
+            "multiple of it; choose a divisor",
+        )
 
 
 def check_sequence_parallel(config: AnyConfig, world_size: int) -> None:
@@ -461,8 +469,9 @@ def check_run_folders(config: AnyConfig) -> None:
 
 
 COMMON_CHECKS: tuple[Callable[[AnyConfig, int], None], ...] = (
-    check_layout_is_supported,
+    check_layout_sizes,
     check_layout_divides_world,
+    check_expert_parallel,
     check_sequence_parallel,
     check_virtual_pipeline,
     check_micro_batches,

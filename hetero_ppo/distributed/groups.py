@@ -63,18 +63,29 @@ def role_groups(role: str, parallel: ParallelConfig) -> ProcessGroupCollection:
     groups.dp_cp = grid.create_pg(["cp", "dp"])
     groups.tp_dp_cp = grid.create_pg(["tp", "cp", "dp"])
     groups.intra_dp_cp = groups.dp_cp
-    # A dense model has no expert layout: one expert rank, expert tensor parallelism equal to tensor parallelism.
-    solo = [dist.new_group([rank]) for rank in range(world_size)]
-    groups.ep = solo[dist.get_rank()]
-    groups.expt_tp = groups.tp
-    groups.tp_ep = groups.tp
-    groups.tp_ep_pp = groups.mp
-    groups.expt_dp = groups.dp_cp
-    groups.intra_expt_dp = groups.dp_cp
+    _add_expert_groups(groups, parallel, world_size)
     groups.inter_dist_opt = None
     groups.intra_dist_opt = dist.group.WORLD
     groups.embd, groups.pos_embd = _embedding_groups(parallel, dp)
     return groups
+
+
+def _add_expert_groups(groups: ProcessGroupCollection, parallel: ParallelConfig, world_size: int) -> None:
+    """Expert layers have a grid of their own over the ranks of a pipeline stage: experts are spread over ``expert`` neighbours,
+    and every block of neighbours is a replica. No expert is divided over ranks.
+    """
+    solo = [dist.new_group([rank]) for rank in range(world_size)][dist.get_rank()]
+    groups.expt_tp = solo
+    if parallel.expert == 1:
+        groups.ep, groups.tp_ep, groups.tp_ep_pp, groups.expt_dp = solo, solo, groups.pp, groups.tp_dp_cp
+    else:
+        replicas = world_size // (parallel.pipeline * parallel.expert)
+        grid = HyperCommGrid([parallel.expert, replicas, parallel.pipeline], ["ep", "dp", "pp"])
+        groups.ep = grid.create_pg("ep")
+        groups.tp_ep = groups.ep
+        groups.tp_ep_pp = grid.create_pg(["ep", "pp"])
+        groups.expt_dp = grid.create_pg("dp")
+    groups.intra_expt_dp = groups.expt_dp
 
 
 def _embedding_groups(parallel: ParallelConfig, dp: int) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:

@@ -95,6 +95,16 @@ def split_pairs(
     return result
 
 
+def with_fillers(microbatches: Sequence[Microbatch], at_least: int, length: int) -> list[Microbatch]:
+    """``at_least`` so many, for forwards alone: expert layers are collective over ranks that may have fewer rows than others.
+
+    Args:
+        length: tokens of an added micro-batch.
+    """
+    filler = Microbatch(torch.zeros(1, length, dtype=torch.int64), torch.ones(1, dtype=torch.int64))
+    return [*microbatches, *[filler] * (at_least - len(microbatches))]
+
+
 def same_shape(microbatches: Sequence[Microbatch], at_least: int) -> list[Microbatch]:
     """All padded to the largest [b, s] of them, and ``at_least`` so many; what is added is masked out of every loss.
 

@@ -28,7 +28,8 @@ from torch import Tensor
 
 from hetero_ppo.config.schema import Dtype, ResidencyConfig, RoleConfig
 from hetero_ppo.distributed.groups import is_last_stage, last_stage_rank, role_groups
-from hetero_ppo.engines.microbatches import rank_rows, same_shape, split, to_columns
+from hetero_ppo.engines.layouts import role_bridge
+from hetero_ppo.engines.microbatches import rank_rows, same_shape, split, to_columns, with_fillers
 from hetero_ppo.engines.outputs import OutputFn
 from hetero_ppo.engines.residency import RoleResidency
 from hetero_ppo.engines.shared_device import SharedDevice
@@ -36,7 +37,7 @@ from hetero_ppo.memory.kinds import FORWARD, OPTIMIZER, Kind
 from hetero_ppo.types import Microbatch
 from megatron_bridge import platform
 from megatron_bridge.context_parallel import own_columns, whole_columns
-from megatron_bridge.config_mapping import BridgeConfig, bridge_config, read_hf_config
+from megatron_bridge.config_mapping import BridgeConfig
 from megatron_bridge.export_hf import save_hf
 from megatron_bridge.import_hf import LoadReport, load_hf
 from megatron_bridge.model_provider import Head, build_model
@@ -44,8 +45,6 @@ from megatron_bridge.stream import stream_hf
 
 #: Padded lengths of bf16 micro-batches on a CPU are a multiple of it.
 BF16_CPU_LENGTHS = 16
-
-DTYPES = {Dtype.fp32: torch.float32, Dtype.bf16: torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -60,23 +59,8 @@ class RoleModel:
 
 def build_role(role: str, config: RoleConfig, head: Head, recompute: str | None = None) -> RoleModel:
     """Create the groups, the model and its weights. Collective over the world."""
-    layout = config.parallel
-    bridge = bridge_config(
-        read_hf_config(config.model.path),
-        dtype=DTYPES[config.model.dtype],
-        tensor=layout.tensor,
-        pipeline=layout.pipeline,
-        virtual_pipeline=layout.virtual_pipeline,
-        context=layout.context,
-        expert=layout.expert,
-        sequence=layout.sequence,
-        recompute=recompute,
-    )
-    # Micro-batches differ in length, and the last one in rows. The interleaved schedule deadlocks on gloo when stages
-    # exchange shapes first: there micro-batches are padded to one shape instead.
-    bridge.transformer.variable_seq_lengths = layout.pipeline > 1 and layout.virtual_pipeline is None
-    bridge.transformer.calculate_per_token_loss = True
-    groups = role_groups(role, layout)
+    bridge = role_bridge(config, recompute)
+    groups = role_groups(role, config.parallel)
     chunks = build_model(bridge, groups, head=head, init_seed=config.model.init_seed)
     report = load_hf(chunks, bridge, config.model.path, groups, head=head)
     return RoleModel(chunks, bridge, groups, report)
@@ -183,7 +167,11 @@ class ModelEngine:
             length_multiple=self.length_multiple,
         )
         with torch.no_grad():
-            outputs = self.run_schedule([m for _, m in parts], lambda tensor, m: output(tensor, m), forward_only=True)
+            outputs = self.run_schedule(
+                self._as_many_as_peers([m for _, m in parts], num_rows),
+                lambda tensor, m: output(tensor, m),
+                forward_only=True,
+            )
         local: Tensor | None = None
         if is_last_stage(self.groups):
             per_token = bool(outputs) and outputs[0].dim() == 2
@@ -192,6 +180,14 @@ class ModelEngine:
                 host = value[: len(taken)].detach().to("cpu", torch.float32)
                 local[taken] = to_columns(host, num_columns) if per_token else host
         return self._gather(local)[:wanted]
+
+    def _as_many_as_peers(self, microbatches: list[Microbatch], num_rows: int) -> list[Microbatch]:
+        """Micro-batches of a forward of ``num_rows`` rows; with experts spread over ranks, as many as any other rank has."""
+        if self.groups.ep.size() == 1:
+            return microbatches
+        most_rows = math.ceil(num_rows / self.groups.dp.size())
+        length = self.length_multiple * math.ceil(2 / self.length_multiple)
+        return with_fillers(microbatches, math.ceil(most_rows / self.config.micro_batch_size), length)
 
     def _gather(self, local: Tensor | None) -> Tensor:
         """Sum of the data-parallel ranks' disjoint rows, handed from the last stage to the whole pipeline."""

@@ -24,8 +24,10 @@ def main(config_path: str, overrides: list[str]) -> None:
     check_paths(loaded.config)
     check_tokenizers(loaded.config)
     # Imported now: a bad config is said before Megatron-Core is loaded.
+    from hetero_ppo.engines.layouts import check_models_fit_layouts
     from hetero_ppo.trainers.run import end_run, start_run
 
+    check_models_fit_layouts(loaded.config)
     run = start_run(loaded)
     try:
         if loaded.kind == "sft":

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_bridge.families import llama, qwen2, qwen3
+from megatron_bridge.families import llama, qwen2, qwen3, qwen3_moe
 from megatron_bridge.families.decoder import Family
 
-FAMILIES: dict[str, Family] = {module.FAMILY.model_type: module.FAMILY for module in (llama, qwen2, qwen3)}
+FAMILIES: dict[str, Family] = {module.FAMILY.model_type: module.FAMILY for module in (llama, qwen2, qwen3, qwen3_moe)}
 
 
 def family_of(hf_config: dict[str, Any]) -> Family:

@@ -1,4 +1,4 @@
-"""The table that the dense decoder families share, and the record of a family."""
+"""The tables that the decoder families share, and the record of a family."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ class Family:
     causal_lm: str  # Hugging Face architecture of a language model
     sequence_classifier: str  # Hugging Face architecture of a model with a value or score head
     layer_rules: tuple[Rule, ...]  # of one decoder layer, in the order of the Hugging Face state dict
+    expert_rules: tuple[Rule, ...] = ()  # of one expert; empty for a dense model
     qkv_bias: bool = False
     qk_layernorm: bool = False
     defaults: dict[str, Any] = field(default_factory=dict)  # values of fields that a config.json may leave out
@@ -84,13 +85,7 @@ K_NORM = Rule(
 ATTENTION_OUTPUT = Rule(
     ("self_attention.linear_proj.weight",), Kind.ROW, (HfTensor("self_attn.o_proj.weight", ("hidden", "query")),)
 )
-MLP_AND_NORMS = (
-    Rule(
-        ("mlp.linear_fc1.weight",),
-        Kind.GATE_UP,
-        (HfTensor("mlp.gate_proj.weight", ("ffn", "hidden")), HfTensor("mlp.up_proj.weight", ("ffn", "hidden"))),
-    ),
-    Rule(("mlp.linear_fc2.weight",), Kind.ROW, (HfTensor("mlp.down_proj.weight", ("hidden", "ffn")),)),
+NORMS = (
     Rule(
         ("input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight"),
         Kind.REPLICATED,
@@ -101,4 +96,23 @@ MLP_AND_NORMS = (
         Kind.REPLICATED,
         (HfTensor("post_attention_layernorm.weight", ("hidden",)),),
     ),
+)
+MLP_AND_NORMS = (
+    Rule(
+        ("mlp.linear_fc1.weight",),
+        Kind.GATE_UP,
+        (HfTensor("mlp.gate_proj.weight", ("ffn", "hidden")), HfTensor("mlp.up_proj.weight", ("ffn", "hidden"))),
+    ),
+    Rule(("mlp.linear_fc2.weight",), Kind.ROW, (HfTensor("mlp.down_proj.weight", ("hidden", "ffn")),)),
+    *NORMS,
+)
+ROUTER = Rule(("mlp.router.weight",), Kind.REPLICATED, (HfTensor("mlp.gate.weight", ("num_experts", "hidden")),))
+#: Names within an expert. No expert is divided: expert parallelism takes the place of tensor parallelism in expert layers.
+EXPERT = (
+    Rule(
+        ("linear_fc1.weight",),
+        Kind.GATE_UP,
+        (HfTensor("gate_proj.weight", ("ffn", "hidden")), HfTensor("up_proj.weight", ("ffn", "hidden"))),
+    ),
+    Rule(("linear_fc2.weight",), Kind.ROW, (HfTensor("down_proj.weight", ("hidden", "ffn")),)),
 )

@@ -1,6 +1,7 @@
 """The one place that adapts Megatron-Core to the machine.
 
-Import this package before any ``megatron.core`` module. On a machine with CUDA it changes nothing but the Adam fallback.
+Import this package before any ``megatron.core`` module. On a machine with CUDA it changes nothing but what
+Transformer Engine's absence breaks (the Adam fallback, the router's product).
 Without CUDA it installs an import hook that rewrites ``torch.cuda`` and ``"cuda"`` inside ``megatron.core`` modules alone
 (``cpu_rewrite``) to a small CPU stand-in (``cpu_device``): torch itself and every other library stay as they are.
 """
@@ -44,9 +45,10 @@ def _install() -> None:
 
         cpu_rewrite.install()
         cpu_device.cache_freed_memory()
-    from megatron_bridge.platform import adam
+    from megatron_bridge.platform import adam, moe
 
     adam.install_if_needed()
+    moe.install_if_needed(HAS_CUDA)
 
 
 _install()

@@ -21,8 +21,20 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "pp2vpp2": {"pipeline": 2, "virtual_pipeline": 2},
     "tp2pp2": {"tensor": 2, "pipeline": 2},
 }
+MOE_LAYOUTS: dict[str, dict[str, Any]] = {
+    "ep2": {"expert": 2},
+    "ep4": {"expert": 4},
+    "ep2pp2": {"expert": 2, "pipeline": 2},
+    "tp2sp": {"tensor": 2, "sequence": True},
+    "tp2sp_ep4": {"tensor": 2, "sequence": True, "expert": 4},
+    "tp2sp_ep2_pp2": {"tensor": 2, "sequence": True, "expert": 2, "pipeline": 2},
+}
+MOE_CASES = ("qwen3_moe_untied", "qwen3_moe_tied")
 #: Every family in every layout; the rope types, which no layout touches, are compared in tests/numerics.
 LM_CASES = ("llama_untied", "llama_tied_llama3", "qwen2_tied", "qwen2_untied_yarn", "qwen3_tied")
+
+LM_RUNS = [(case, layout) for case in LM_CASES for layout in LAYOUTS]
+LM_RUNS += [(case, layout) for case in MOE_CASES for layout in MOE_LAYOUTS]
 
 pytestmark = pytest.mark.slow
 
@@ -30,6 +42,7 @@ pytestmark = pytest.mark.slow
 def _jobs(folder: Path) -> list[dict[str, Any]]:
     plan = [(case, "lm", "float32", layout) for case in LM_CASES for layout in LAYOUTS]
     plan += [("qwen3_tied", "score", "float32", layout) for layout in LAYOUTS]
+    plan += [(case, "lm", "float32", layout) for case in MOE_CASES for layout in MOE_LAYOUTS]
     plan += [("llama_untied", "lm", "bfloat16", "tp2pp2")]
     jobs = []
     for case, head, dtype, layout in plan:
@@ -41,7 +54,7 @@ def _jobs(folder: Path) -> list[dict[str, Any]]:
                 "out": str(folder / f"out-{case}-{head}-{dtype}-{layout}"),
                 "head": head,
                 "dtype": dtype,
-                "layout": LAYOUTS[layout],
+                "layout": {**LAYOUTS, **MOE_LAYOUTS}[layout],
             }
         )
     return jobs
@@ -51,7 +64,7 @@ def _jobs(folder: Path) -> list[dict[str, Any]]:
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """One launch of four processes does all jobs. Returns the working folder and, for each job, what each rank saw."""
     folder = tmp_path_factory.mktemp("bridge")
-    for case in LM_CASES:
+    for case in LM_CASES + MOE_CASES:
         save_case(case, folder / f"{case}-lm", max_shard_size="60KB")
     save_case("qwen3_tied", folder / "qwen3_tied-score", head="score")
     broken = save_case("qwen2_tied", folder / "broken-lm", max_shard_size="60KB")
@@ -71,8 +84,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]
     return folder, json.loads((folder / "results.json").read_text())
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("case", LM_CASES)
+@pytest.mark.parametrize(("case", "layout"), LM_RUNS)
 def test_logits_equal_transformers(run: tuple[Path, dict[str, Any]], case: str, layout: str) -> None:
     logits = torch.load(run[0] / f"out-{case}-lm-float32-{layout}.pt")
     with torch.no_grad():
@@ -81,8 +93,7 @@ def test_logits_equal_transformers(run: tuple[Path, dict[str, Any]], case: str, 
     assert (logits - expected).abs().max() <= 2e-5
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("case", LM_CASES)
+@pytest.mark.parametrize(("case", "layout"), LM_RUNS)
 def test_export_is_the_source(run: tuple[Path, dict[str, Any]], case: str, layout: str) -> None:
     folder, results = run
     name = f"{case}-lm-float32-{layout}"

@@ -8,7 +8,10 @@ import torch
 from megatron_bridge.families import FAMILIES, decoder
 from megatron_bridge.param_mapping import (
     Dims,
+    Entry,
+    ExpertLayout,
     PipelineLayout,
+    Rule,
     check_tensor_parallel,
     entries,
     merge,
@@ -17,12 +20,15 @@ from megatron_bridge.param_mapping import (
 )
 
 #: 4 query heads of 2 channels in 2 groups, hidden 3, feed-forward 4, vocabulary of 5 in 8 rows.
-DIMS = Dims(hidden=3, ffn=4, query=8, key=4, head_dim=2, num_query_groups=2, vocab=5, padded_vocab=8)
+DIMS = Dims(hidden=3, ffn=4, query=8, key=4, head_dim=2, num_query_groups=2, vocab=5, padded_vocab=8, num_experts=4)
 GATE_UP, DOWN = decoder.MLP_AND_NORMS[0], decoder.MLP_AND_NORMS[1]
 
 
-def _rows(*numbers: int) -> torch.Tensor:
-    return torch.tensor(numbers)
+def _entries(model_type: str, layout: PipelineLayout, output: Rule | None, ep_size: int = 1) -> list[Entry]:
+    family = FAMILIES[model_type]
+    experts = ExpertLayout(4 if family.expert_rules else 0, ep_size)
+    ends = {"embedding": decoder.EMBEDDING, "final_norm": decoder.FINAL_NORM, "output": output}
+    return list(entries(family.layer_rules, family.expert_rules, layout, experts, **ends))
 
 
 def test_qkv_is_interleaved_by_query_group() -> None:
@@ -58,10 +64,8 @@ def test_vocabulary_is_padded_with_zeros() -> None:
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_merge_undoes_shard(model_type: str, tp_size: int) -> None:
     layout = PipelineLayout(num_layers=1, pp_size=1)
-    rules = FAMILIES[model_type].layer_rules
     generator = torch.Generator().manual_seed(0)
-    plan = entries(rules, layout, embedding=decoder.EMBEDDING, final_norm=decoder.FINAL_NORM, output=decoder.SCORE_HEAD)
-    for entry in plan:
+    for entry in _entries(model_type, layout, decoder.SCORE_HEAD):
         tensors = [torch.randn(hf.shape(DIMS), generator=generator) for hf in entry.rule.hf]
         shards = [shard(entry.rule, DIMS, tensors, rank, tp_size) for rank in range(tp_size)]
         assert len({part.shape for part in shards}) == 1
@@ -86,21 +90,25 @@ def test_layer_numbers_go_round_the_pipeline_ranks() -> None:
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_entries_are_in_state_dict_order(model_type: str) -> None:
     layout = PipelineLayout(num_layers=2, pp_size=2)
-    plan = list(
-        entries(
-            FAMILIES[model_type].layer_rules,
-            layout,
-            embedding=decoder.EMBEDDING,
-            final_norm=decoder.FINAL_NORM,
-            output=None,
-        )
-    )
+    plan = _entries(model_type, layout, None)
     names = [name for entry in plan for name in entry.hf_names]
     assert names[0] == "model.embed_tokens.weight" and names[-1] == "model.norm.weight"
     assert [name.split(".")[2] for name in names[1:-1]] == sorted(name.split(".")[2] for name in names[1:-1])
     assert len(set(names)) == len(names)
     second = [entry for entry in plan if entry.hf_prefix == "model.layers.1."]
     assert {(entry.pp_rank, entry.megatron_prefix) for entry in second} == {(1, "decoder.layers.0.")}
+
+
+def test_experts_lie_in_blocks() -> None:
+    """4 experts on 2 ranks: 0 and 1 on the first, 2 and 3 on the second, whole, and everything else on both."""
+    plan = _entries("qwen3_moe", PipelineLayout(num_layers=1, pp_size=1), None, ep_size=2)
+    third = [entry for entry in plan if entry.hf_prefix == "model.layers.0.mlp.experts.2."]
+    assert [name for entry in third for name in entry.hf_names] == [
+        f"model.layers.0.mlp.experts.2.{kind}_proj.weight" for kind in ("gate", "up", "down")
+    ]
+    assert third[0].megatron_names == ["decoder.layers.0.mlp.experts.local_experts.0.linear_fc1.weight"]
+    assert [[entry.is_on(0, rank) for rank in (0, 1)] for entry in third] == [[False, True]] * 2
+    assert sum(entry.is_on(0, 0) for entry in plan) == len(plan) - 4  # 2 experts are elsewhere, 2 parameters each
 
 
 def test_padded_vocab_size() -> None:

@@ -1,0 +1,50 @@
+"""A role's model in its layout, as the model bridge takes the two: what cannot be built is said before anything loads."""
+
+from __future__ import annotations
+
+import torch
+
+from hetero_ppo.config.derived import config_roles
+from hetero_ppo.config.load import AnyConfig
+from hetero_ppo.config.schema import Dtype, RoleConfig, TrainedRoleConfig
+from megatron_bridge.config_mapping import BridgeConfig, bridge_config, read_hf_config
+
+DTYPES = {Dtype.fp32: torch.float32, Dtype.bf16: torch.bfloat16}
+
+
+def role_bridge(config: RoleConfig, recompute: str | None = None) -> BridgeConfig:
+    """The checkpoint's config mapped to the role's layout. Reads config.json alone.
+
+    Raises:
+        ValueError: the model or the layout is not supported, or they don't go together.
+    """
+    layout = config.parallel
+    bridge = bridge_config(
+        read_hf_config(config.model.path),
+        dtype=DTYPES[config.model.dtype],
+        tensor=layout.tensor,
+        pipeline=layout.pipeline,
+        virtual_pipeline=layout.virtual_pipeline,
+        context=layout.context,
+        expert=layout.expert,
+        sequence=layout.sequence,
+        recompute=recompute,
+    )
+    # Micro-batches differ in length, and the last one in rows. The interleaved schedule deadlocks on gloo when stages
+    # exchange shapes first: there micro-batches are padded to one shape instead.
+    bridge.transformer.variable_seq_lengths = layout.pipeline > 1 and layout.virtual_pipeline is None
+    bridge.transformer.calculate_per_token_loss = True
+    return bridge
+
+
+def check_models_fit_layouts(config: AnyConfig) -> None:
+    """Every role's model can be built in its layout.
+
+    Raises:
+        ValueError: the first that cannot: role, model folder, and what does not go together.
+    """
+    for name, role in config_roles(config).items():
+        try:
+            role_bridge(role, role.recompute if isinstance(role, TrainedRoleConfig) else None)
+        except ValueError as error:
+            raise ValueError(f"{name} ({name}.model.path={role.model.path} in {name}.parallel): {error}") from error
