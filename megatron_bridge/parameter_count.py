@@ -25,6 +25,8 @@ _LAYER_ORDER = (
     "self_attention.q_layernorm",
     "self_attention.k_layernorm",
     "pre_mlp_layernorm",
+    "mlp.router",
+    "mlp.experts",
     "mlp.linear_fc1",
     "mlp.linear_fc2",
 )
@@ -38,6 +40,7 @@ class LocalParameter:
     numel: int
     tensor_sharded: bool  # every tensor-parallel rank has its own part; otherwise all have the same
     shared_embedding: bool  # tied, and held by the first and the last pipeline stage
+    expert: bool = False  # of an expert, whole on one expert-parallel rank, with gradient buffers of its own
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ def local_parameters(bridge: BridgeConfig, head: str, pp_rank: int) -> list[list
     Args:
         bridge: the mapped config and layout.
         head: "lm", "value" or "score".
-        pp_rank: pipeline stage, from 0. All tensor- and data-parallel ranks of a stage hold parameters of the same sizes.
+        pp_rank: pipeline stage, from 0. All ranks of a stage hold parameters of the same sizes, those of the first experts here.
 
     Raises:
         ValueError: unknown head.
@@ -67,7 +70,7 @@ def local_parameters(bridge: BridgeConfig, head: str, pp_rank: int) -> list[list
     tied = head == "lm" and bridge.tie_word_embeddings and layout.pp_size > 1
     chunks: list[list[LocalParameter]] = [[] for _ in range(layout.vp_size)]
     for entry in loaded_entries(bridge, head):
-        if entry.pp_rank == pp_rank:
+        if entry.is_on(pp_rank, ep_rank=0):
             chunks[entry.chunk].append(_local_parameter(entry, bridge, tied))
     return [sorted(chunk, key=lambda parameter: _place(parameter.name)) for chunk in chunks]
 
@@ -100,11 +103,14 @@ def hf_tensor_sizes(bridge: BridgeConfig, head: str) -> dict[str, int]:
 
 
 def _local_parameter(entry: Entry, bridge: BridgeConfig, tied: bool) -> LocalParameter:
+    expert = entry.ep_rank is not None
+    tp_size = 1 if expert else bridge.transformer.tensor_model_parallel_size
     return LocalParameter(
         name=entry.megatron_names[0],
-        numel=_local_numel(entry.rule, bridge.dims, bridge.transformer.tensor_model_parallel_size),
-        tensor_sharded=entry.rule.kind is not Kind.REPLICATED,
+        numel=_local_numel(entry.rule, bridge.dims, tp_size),
+        tensor_sharded=entry.rule.kind is not Kind.REPLICATED and not expert,
         shared_embedding=tied and entry.rule.kind is Kind.VOCAB,
+        expert=expert,
     )
 
 
@@ -114,13 +120,18 @@ def _local_numel(rule: Rule, dims: Dims, tp_size: int) -> int:
     return shard(rule, dims, tensors, 0, tp_size).numel()
 
 
-def _place(name: str) -> tuple[int, int, int, bool]:
-    """Sort key: place of the module in the chunk, layer, place of the module in the layer, bias after weight."""
+def _place(name: str) -> tuple[int, int, int, int, bool]:
+    """Sort key: place of the module in the chunk, layer, place of the module in the layer, expert, bias after weight.
+
+    Parameters with the same key stay in the order of the rules.
+    """
     in_chunk = _first_match(_CHUNK_ORDER, name)
     if _CHUNK_ORDER[in_chunk] != "decoder.layers":
-        return in_chunk, 0, 0, False
+        return in_chunk, 0, 0, 0, False
     layer, _, module = name.removeprefix("decoder.layers.").partition(".")
-    return in_chunk, int(layer), _first_match(_LAYER_ORDER, module), name.endswith(".bias")
+    place = _first_match(_LAYER_ORDER, module)
+    expert = int(module.removeprefix("mlp.experts.local_experts.").partition(".")[0]) if "experts" in module else 0
+    return in_chunk, int(layer), place, expert, name.endswith(".bias")
 
 
 def _first_match(order: Sequence[str], name: str) -> int:

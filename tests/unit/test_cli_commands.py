@@ -105,6 +105,22 @@ def test_validate_uses_the_world_size(work: Path, capsys: pytest.CaptureFixture[
 
 
 @pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("actor.parallel.tensor=4", "exceeds num_key_value_heads 2"),
+        ("actor.parallel.pipeline=4", "num_hidden_layers 2 is not a multiple of pipeline 4"),
+        ("actor.parallel.expert=2", "model_type 'llama' is dense, use 1"),
+    ],
+)
+def test_a_model_that_does_not_fit_its_layout(
+    work: Path, capsys: pytest.CaptureFixture[str], override: str, message: str
+) -> None:
+    """Said from config.json alone, by validate and by train, before anything is built."""
+    printed = failure(capsys, "validate", "--config", "ppo.yaml", "--world-size", "4", override)
+    assert "actor (actor.model.path=model in actor.parallel): " in printed and message in printed
+
+
+@pytest.mark.parametrize(
     ("overrides", "message"),
     [
         (["actor.optimzer.lr=3"], "did you mean 'actor.optimizer'?"),
