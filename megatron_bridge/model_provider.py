@@ -22,6 +22,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 
 from megatron_bridge.config_mapping import BridgeConfig
 from megatron_bridge.layers import decoder_spec
@@ -29,6 +30,29 @@ from megatron_bridge.rope import install_rope
 
 #: "lm" predicts tokens; "value" (critic) and "score" (reward model) give one number a token.
 Head = Literal["lm", "value", "score"]
+
+
+class RoleModel(GPTModel):
+    """A GPTModel whose sharded form asks no global accessor for groups."""
+
+    def tie_embeddings_and_output_weights_state_dict(
+        self,
+        sharded_state_dict: dict[str, Any],
+        output_layer_weight_key: str,
+        first_stage_word_emb_key: str,
+        metadata: dict[str, Any],
+    ) -> None:
+        """The last pipeline stage's copy of tied embeddings is a replica of the first stage's."""
+        if not self.post_process or self.pre_process:
+            return
+        sharded_state_dict[output_layer_weight_key] = make_tp_sharded_tensor_for_checkpoint(
+            tensor=self.shared_embedding_or_output_weight(),
+            key=first_stage_word_emb_key,
+            replica_id=(1, 0, metadata["dp_cp_group"].rank()),
+            allow_shape_mismatch=True,
+            tp_group=self.tp_group,
+            dp_cp_group=metadata["dp_cp_group"],
+        )
 
 
 class ScalarHead(MegatronModule):
@@ -100,7 +124,7 @@ def _build_chunk(
     pre_process = is_vp_first_stage(vp_stage, vp_size) and is_pp_first_stage(groups.pp)
     post_process = is_vp_last_stage(vp_stage, vp_size) and is_pp_last_stage(groups.pp)
     num_layers = get_num_layers_to_build(config, vp_stage, groups.pp.rank())
-    chunk = GPTModel(
+    chunk = RoleModel(
         config=config,
         transformer_layer_spec=decoder_spec(config, num_layers),
         vocab_size=bridge.padded_vocab_size,
@@ -116,4 +140,9 @@ def _build_chunk(
     install_rope(chunk, bridge)
     if post_process and head != "lm":
         chunk.output_layer = ScalarHead(config, groups, init_seed)
+    for name, parameter in chunk.named_parameters():
+        if ".experts." in name:
+            # Gradients are summed over groups.expt_dp. Megatron-Core says so of experts that are spread over ranks alone; those that
+            # are not see the tokens of every tensor-parallel rank all the same, and their optimizer state is to load in any layout.
+            parameter.allreduce = False
     return chunk.to(platform.device())

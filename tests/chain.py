@@ -6,12 +6,10 @@ import importlib.util
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import uuid
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -114,12 +112,7 @@ def launch_cli(num_processes: int, command: Sequence[str], **kwargs: Any) -> sub
 
 def launch_all(num_processes: int, commands: Sequence[list[str]]) -> str:
     """Several ``hetero-ppo`` commands in one launch; their output."""
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in commands]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        ports = [one.getsockname()[1] for one in sockets]
-    return launch(num_processes, [str(WORKER), json.dumps(list(zip(ports, commands, strict=True)))]).stdout
+    return launch(num_processes, [str(WORKER), json.dumps(commands)]).stdout
 
 
 def read_metrics(run_dir: Path) -> dict[int, dict[str, float]]:

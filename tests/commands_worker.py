@@ -1,22 +1,41 @@
 """Several ``hetero-ppo`` command lines one after the other, in the processes of one torchrun: importing is most of a tiny run.
 
-    torchrun ... tests/commands_worker.py '[[29511, ["train", "--config", ...]], [29512, ["!", "train", ...]], ...]'
+    torchrun ... tests/commands_worker.py '[["train", "--config", ...], ["!", "train", ...], ...]'
 
-Each command has a free port. Ends with the largest exit status; a command whose first word is ``!`` has to end with status 2.
+Ends with the largest exit status; a command whose first word is ``!`` has to end with status 2.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import socket
 import sys
+from datetime import timedelta
+
+from torch.distributed import TCPStore
 
 from hetero_ppo.cli.main import main
 
+#: torchrun's own store, which all ranks of the launch can reach.
+STORE = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=timedelta(minutes=2))
 
-def run(port: int, command: list[str]) -> int:
+
+def free_port(number: int) -> int:
+    """A port that is free now, on all ranks the same. Chosen for each command when its turn comes: the connections of the commands
+    before it take ports, too.
+    """
+    if os.environ["RANK"] == "0":
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            STORE.set(f"port {number}", str(listener.getsockname()[1]))
+    return int(STORE.get(f"port {number}"))
+
+
+def run(number: int, command: list[str]) -> int:
     # A second world can't be made in torchrun's own store, which keeps the keys of the first one.
-    os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port(number))}
+    os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "False", **address}
     expected_to_fail = command[0] == "!"
     status = main(command[1:] if expected_to_fail else command)
     if expected_to_fail:
@@ -25,6 +44,6 @@ def run(port: int, command: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    statuses = [run(port, command) for port, command in json.loads(sys.argv[1])]
+    statuses = [run(number, command) for number, command in enumerate(json.loads(sys.argv[1]))]
     print(f"exit statuses: {statuses}", flush=True)
     sys.exit(max(statuses))

@@ -233,6 +233,23 @@ def check_reward_model_loss(config: SftConfig | RmConfig, world_size: int) -> No
         _require(config.loss.score_l2 >= 0, "loss.score_l2", config.loss.score_l2, "0 or more")
 
 
+def check_interleaved_pairs(config: SftConfig | RmConfig, world_size: int) -> None:
+    """The loss of pairs has no mask that could hide a filler, so the interleaved schedule's micro-batches have to come out even."""
+    if not isinstance(config, RmConfig) or config.reward.parallel.virtual_pipeline is None:
+        return
+    layout, size = config.reward.parallel, config.reward.micro_batch_size
+    pairs = config.train.global_batch_size // data_parallel_size("reward", layout, world_size)
+    per_micro_batch = max(1, size // 2)
+    _require(
+        pairs % (per_micro_batch * layout.pipeline) == 0,
+        "reward.micro_batch_size",
+        size,
+        f"the interleaved schedule needs a multiple of {layout.pipeline} micro-batches of one size, and the {pairs} pairs of a "
+        f"rank (train.global_batch_size) do not come out even at {per_micro_batch} pairs each; change one of the two, or set "
+        "reward.parallel.virtual_pipeline to null",
+    )
+
+
 # --- PPO ------------------------------------------------------------------------------------------------------------
 
 
@@ -486,6 +503,7 @@ COMMON_CHECKS: tuple[Callable[[AnyConfig, int], None], ...] = (
 )
 SUPERVISED_CHECKS: tuple[Callable[[SftConfig | RmConfig, int], None], ...] = (
     check_global_batch,
+    check_interleaved_pairs,
     check_eval_batches,
     check_reward_model_loss,
 )

@@ -105,10 +105,11 @@ def with_fillers(microbatches: Sequence[Microbatch], at_least: int, length: int)
     return [*microbatches, *[filler] * (at_least - len(microbatches))]
 
 
-def same_shape(microbatches: Sequence[Microbatch], at_least: int) -> list[Microbatch]:
-    """All padded to the largest [b, s] of them, and ``at_least`` so many; what is added is masked out of every loss.
+def same_shape(microbatches: Sequence[Microbatch], stages: int) -> list[Microbatch]:
+    """All padded to the largest [b, s] of them, and their number to a multiple of ``stages``; what is added is masked out of
+    every loss.
 
-    Megatron-Core's interleaved schedule exchanges activations of one shape and wants a micro-batch per pipeline stage. Not
+    Megatron-Core's interleaved schedule exchanges activations of one shape and goes round the pipeline stages in whole turns. Not
     for the training of pairs, whose loss has no mask.
     """
     b = max(m.token_ids.shape[0] for m in microbatches)
@@ -127,7 +128,7 @@ def same_shape(microbatches: Sequence[Microbatch], at_least: int) -> list[Microb
     if first.inputs is not None:
         nothing = type(first.inputs)(**{name: torch.zeros_like(value) for name, value in vars(first.inputs).items()})
     empty = Microbatch(torch.zeros_like(first.token_ids), torch.ones_like(first.sequence_lengths), nothing)
-    return padded + [empty] * (at_least - len(padded))
+    return padded + [empty] * (-len(padded) % stages)
 
 
 def to_columns(value: Tensor, num_columns: int) -> Tensor:

@@ -224,11 +224,11 @@ class TrainEngine(ModelEngine):
         parts = split_pairs(
             batch, mine, micro_batch_size=self.config.micro_batch_size, length_multiple=self.length_multiple
         )
-        interleaved = self.config.parallel.virtual_pipeline is not None
-        if interleaved and (len(parts) < self.config.parallel.pipeline or len({len(m.token_ids) for m in parts}) > 1):
+        interleaved, stages = self.config.parallel.virtual_pipeline is not None, self.config.parallel.pipeline
+        if interleaved and (len(parts) % stages or len({len(m.token_ids) for m in parts}) > 1):
             raise ValueError(
-                f"{self.role}.micro_batch_size is {self.config.micro_batch_size}: the interleaved schedule needs at least "
-                f"{self.config.parallel.pipeline} micro-batches with the same number of pairs, and {len(mine)} pairs on this rank "
+                f"{self.role}.micro_batch_size is {self.config.micro_batch_size}: the interleaved schedule needs a multiple of "
+                f"{stages} micro-batches with the same number of pairs, and {len(mine)} pairs on this rank "
                 f"make {len(parts)}; choose a micro_batch_size that divides them, or set {self.role}.parallel.virtual_pipeline to null"
             )
         return parts
@@ -278,7 +278,12 @@ class TrainEngine(ModelEngine):
             dist_checkpointing.save(self._sharded_state_dict(is_loading=False), str(folder))
 
     def load(self, folder: Path) -> None:
-        """Read what ``save`` wrote, in this or another layout. Collective over the world; in a turn with the optimizer."""
+        """Read what ``save`` wrote, in this or another layout. Collective over the world; in a turn with the optimizer.
+
+        Raises:
+            ValueError: it was written with the other kind of optimizer.
+        """
+        self._check_kind_of_optimizer(folder)
         self.device.require(self.role, TRAINING & self.residency.kinds, "loading a checkpoint")
         self.residency.mark_changed(TRAINING)
         state = dist_checkpointing.load(self._sharded_state_dict(is_loading=True), str(folder))
@@ -291,11 +296,21 @@ class TrainEngine(ModelEngine):
             _keep_storages(optimizer.optimizer, before)
         self.steps_done = int(state["steps_done"])
 
+    def _check_kind_of_optimizer(self, folder: Path) -> None:
+        """The distributed optimizer's state is stored in a form of its own, which Megatron-Core does not translate."""
+        names = dist_checkpointing.load_tensors_metadata(str(folder))
+        saved = any(name.startswith("optimizer.state.param.") for name in names)
+        if saved != self.train_config.optimizer.distributed:
+            field = f"{self.role}.optimizer.distributed"
+            raise ValueError(
+                f"checkpoint {folder} was written with {field}={str(saved).lower()}, and its optimizer state can be read with "
+                f"that alone; set {field}={str(saved).lower()}"
+            )
+
     def _sharded_state_dict(self, *, is_loading: bool) -> dict[str, Any]:
         self._settle_parameters()
         weights = self._sharded_weights()
-        merged = {name: tensor for part in weights.values() for name, tensor in part.items()}
-        optimizer = self.optimizer.sharded_state_dict(merged, is_loading=is_loading, metadata=self._sharding_metadata)
+        optimizer = self.optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=self._sharding_metadata)
         return {**weights, "optimizer": optimizer, "steps_done": self.steps_done}
 
     def _optimizer_step(self) -> float:
@@ -309,7 +324,8 @@ class TrainEngine(ModelEngine):
             )
         clip = self.train_config.optimizer.grad_clip
         if clip > 0:
-            clip_grad_by_total_norm_fp32(self.optimizer.get_parameters(), clip, grad_norm)
+            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+            clip_grad_by_total_norm_fp32(parameters, clip, grad_norm)
         self.optimizer.step_with_ready_grads()
         return grad_norm
 

@@ -37,27 +37,31 @@ class PpoRuns:
 
     root: Path
 
-    def command(self, name: str, model: str, roles: Mapping[str, Layout], **fields: object) -> list[str]:
+    def command(
+        self, name: str, model: str, roles: Mapping[str, Layout], steps: int, load: str | None = None
+    ) -> list[str]:
         """Arguments of ``hetero-ppo`` for a run in ``<root>/<name>``.
 
         Args:
             model: of ``MODELS``.
             roles: role -> fields of its layout, and other fields of the role ("optimizer.distributed").
-            fields: ``a__b=c`` for ``a.b=c``.
+            steps: PPO steps done in the end.
+            load: the run to go on from.
         """
-        overrides = {"run.dir": self.root / name}
+        overrides: dict[str, object] = {"run.dir": self.root / name, "train.steps": steps}
+        if load is not None:
+            overrides["checkpoint.load"] = self.root / load
         for role, layout in roles.items():
             for field, value in layout.items():
                 overrides[f"{role}.parallel.{field}" if field in AXES else f"{role}.{field}"] = value
-        overrides |= {field.replace("__", "."): value for field, value in fields.items()}
         config = str(self.root / f"{model}.yaml")
         return ["train", "--config", config, *(f"{field}={_plain(value)}" for field, value in overrides.items())]
 
-    def launch(self, num_processes: int, commands: list[list[str]]) -> dict[str, dict[int, dict[str, float]]]:
-        """Run all, in one launch. Returns run name -> step -> metric -> value."""
-        launch_all(num_processes, commands)
-        folders = [Path(next(word for word in command if word.startswith("run.dir="))[8:]) for command in commands]
-        return {folder.name: read_metrics(folder) for folder in folders}
+    def launch(self, num_processes: int, commands: Mapping[str, list[str]]) -> dict[str, dict[int, dict[str, float]]]:
+        """Run all, in one launch. Returns name -> step -> metric -> value."""
+        launch_all(num_processes, list(commands.values()))
+        run_dirs = {name: command[3].removeprefix("run.dir=") for name, command in commands.items()}
+        return {name: read_metrics(Path(folder)) for name, folder in run_dirs.items()}
 
 
 def _plain(value: object) -> object:
@@ -114,7 +118,7 @@ def _config(root: Path, model: str) -> dict[str, Any]:
             "kl": {"loss_coef": 0.02},
         },
         "rollout": {"sampling": {"max_tokens": MAX_TOKENS, "temperature": 0.8}},
-        "train": {"steps": NUM_STEPS, "replay_rollouts": str(root / "rollouts"), "dump_rollouts": False},
+        "train": {"replay_rollouts": str(root / "rollouts"), "dump_rollouts": False},
         "checkpoint": {"export_hf": False},
     }
 
@@ -134,6 +138,8 @@ def _write_rollouts(root: Path) -> None:
             tokens = [draw.randrange(5, 290) for _ in range(draw.randint(2, MAX_TOKENS))]
             log_probs = [-draw.random() for _ in tokens]
             finish = draw.choice(["stop", "length"])
-            record = RolloutRecord(step + 1, example.index, example.prompt_ids, tokens, log_probs, finish, f"step{step}")
+            record = RolloutRecord(
+                step + 1, example.index, example.prompt_ids, tokens, log_probs, finish, f"step{step}"
+            )
             records.append(record)
         write_records(root / "rollouts", step + 1, records)

@@ -29,6 +29,7 @@ LAYOUTS: dict[str, dict[str, object]] = {
     "tp2 sequence parallel, selective recompute": {"tensor": 2, "sequence": True, "recompute": "selective"},
     "cp2 full recompute": {"context": 2, "recompute": "full"},
     "pp2 selective recompute": {"pipeline": 2, "recompute": "selective"},
+    "tied embeddings, pp2": {"tied": True, "pipeline": 2},
 }
 #: fp32 sums in another order; gradients pass through four layers of them.
 TOLERANCE = {"rtol": 1e-5, "atol": 2e-5}
@@ -57,21 +58,27 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
     return folders
 
 
-def measure(model: Path, layouts: dict[str, dict[str, object]], processes: int, folder: Path) -> dict[str, Measured]:
-    out = folder / f"{processes}.json"
-    run_torchrun(processes, [WORKER, str(model), json.dumps(layouts), str(out)])
-    return json.loads(out.read_text())
-
-
 @pytest.fixture(scope="module")
 def one_process(models: dict[bool, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Measured]:
-    folder = tmp_path_factory.mktemp("one")
-    return measure(models[False], {"fp32": {}, "bf16": {"dtype": "bf16"}}, 1, folder)
+    layouts = {"fp32": {}, "bf16": {"dtype": "bf16"}, "tied": {"tied": True}}
+    return measure(models, layouts, 1, tmp_path_factory.mktemp("one"))
 
 
 @pytest.fixture(scope="module")
 def two_processes(models: dict[bool, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Measured]:
-    return measure(models[False], LAYOUTS, 2, tmp_path_factory.mktemp("two"))
+    return measure(models, LAYOUTS, 2, tmp_path_factory.mktemp("two"))
+
+
+def measure(
+    models: dict[bool, Path], layouts: dict[str, dict[str, object]], processes: int, folder: Path
+) -> dict[str, Measured]:
+    """One launch for all layouts; "tied" picks the model, the other fields are the worker's."""
+    jobs = {
+        name: {"model": str(models[bool(layout.get("tied"))])} | {k: v for k, v in layout.items() if k != "tied"}
+        for name, layout in layouts.items()
+    }
+    run_torchrun(processes, [WORKER, json.dumps(jobs), str(folder / "out.json")])
+    return json.loads((folder / "out.json").read_text())
 
 
 def assert_same(found: Measured, expected: Measured) -> None:
@@ -85,15 +92,8 @@ def assert_same(found: Measured, expected: Measured) -> None:
 def test_two_processes_equal_one(
     name: str, one_process: dict[str, Measured], two_processes: dict[str, Measured]
 ) -> None:
-    assert_same(two_processes[name], one_process["fp32"])
-
-
-@pytest.mark.slow
-def test_tied_embeddings_over_two_stages(models: dict[bool, Path], tmp_path: Path) -> None:
-    """The first and last stage hold a copy each; their gradients are summed."""
-    one = measure(models[True], {"": {}}, 1, tmp_path)
-    two = measure(models[True], {"": {"pipeline": 2}}, 2, tmp_path)
-    assert_same(two[""], one[""])
+    """Tied embeddings over two stages: the first and last hold a copy each, and their gradients are summed."""
+    assert_same(two_processes[name], one_process["tied" if LAYOUTS[name].get("tied") else "fp32"])
 
 
 @pytest.mark.slow

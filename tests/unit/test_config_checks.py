@@ -116,6 +116,16 @@ def test_what_is_allowed_stays_allowed(tmp_path: Path) -> None:
         ),
         ("rm", ["train.global_batch_size=6"], "the data-parallel size of reward = 4"),
         ("rm", ["loss.score_l2=-1"], "loss.score_l2=-1"),
+        (
+            "rm",
+            [
+                "reward.parallel.pipeline=2",
+                "reward.parallel.virtual_pipeline=2",
+                "reward.micro_batch_size=8",
+                "train.global_batch_size=24",
+            ],
+            "reward.micro_batch_size=8: .* multiple of 2 micro-batches of one size, and the 12 pairs",
+        ),
         ("sft", ["train.eval_batches=0"], "train.eval_batches=0"),
     ],
 )

@@ -42,6 +42,7 @@ def test_a_pair_is_taken_even_when_the_micro_batch_is_smaller() -> None:
 
 def test_same_shape_adds_rows_that_no_loss_counts() -> None:
     parts = [m for _, m in split(TOKENS, LENGTHS, AnswerInputs(MASK), [0, 1, 2], micro_batch_size=2)]
+    assert len(same_shape(parts, 2)) == 2
     padded = same_shape(parts, 3)
     assert {m.token_ids.shape for m in padded} == {(2, 5)}
     assert padded[1].inputs.mask.tolist() == [[True] * 4, [False] * 4]

@@ -1,6 +1,6 @@
 """Runs under torchrun: trains a language-model head and a scalar head for three steps in each of some layouts.
 
-usage: layout_worker.py MODEL_DIR LAYOUTS_JSON OUT_JSON
+usage: layout_worker.py LAYOUTS_JSON OUT_JSON
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from hetero_ppo.engines.train_engine import TrainEngine
 from hetero_ppo.types import AnswerInputs, PreferenceBatch
 
 
-def main(model_dir: str, layouts: str, out: str) -> None:
+def main(layouts: str, out: str) -> None:
     torch.set_num_threads(1)
     initialise(2.0)
-    results = {name: measure(model_dir, layout) for name, layout in json.loads(layouts).items()}
+    results = {name: measure(layout) for name, layout in json.loads(layouts).items()}
     if dist.get_rank() == 0:
         with open(out, "w") as file:
             json.dump(results, file)
     dist.destroy_process_group()
 
 
-def measure(model_dir: str, options: dict[str, Any]) -> dict[str, list[float]]:
+def measure(options: dict[str, Any]) -> dict[str, list[float]]:
     config = TrainedRoleConfig(
-        model=ModelConfig(path=model_dir, dtype=Dtype(options.pop("dtype", "fp32"))),
+        model=ModelConfig(path=options.pop("model"), dtype=Dtype(options.pop("dtype", "fp32"))),
         optimizer=OptimizerConfig(lr=1e-3, distributed=options.pop("distributed", False)),
         ddp=DdpConfig(
             overlap_grad_reduce=options.pop("overlap", False), overlap_param_gather=options.pop("overlap_gather", False)
