@@ -71,6 +71,8 @@ def measure(options: dict[str, Any]) -> dict[str, list[float]]:
     result["rm_loss"] = [step.loss for step in steps]
     result["rm_grad_norm"] = [step.grad_norm for step in steps]
     result["scores"] = rm.forward(ids, lengths, scores_output).tolist()
+    # Rows that do not come out even: two micro-batches on one of two ranks, one on the other.
+    result["five_rows"] = rm.forward(ids[:5], lengths[:5], scores_output).tolist()
     result["one_row"] = rm.forward(ids[:1], lengths[:1], scores_output).tolist()  # fewer rows than ranks
     result["values"] = rm.forward(ids, lengths, values_output).masked_fill(~mask, 0).flatten().tolist()
     return result
