@@ -269,6 +269,8 @@ def test_the_command_says_what_is_wrong(capsys: pytest.CaptureFixture[str]) -> N
     captured = capsys.readouterr()
     assert "DOES NOT FIT" in captured.out and captured.err.startswith("error: the run does not fit: phase ")
     assert captured.err.count("\n") == 1
+    assert main(["plan", "--config", QWEN, "--world-size", "8", "residency.offload=false"]) == 2
+    assert capsys.readouterr().err in (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
     assert main(["plan", "--config", QWEN, "--world-size", "8", "--device-gib", "-1"]) == 2
     assert "--device-gib is -1.0: a memory size in GiB is above 0" in capsys.readouterr().err
     assert main(["plan", "--config", QWEN, "--world-size", "8", "--figure", "plan.gif"]) == 2
