@@ -34,6 +34,7 @@ def run(args: argparse.Namespace) -> None:
     # Megatron-Core takes seconds to import; `hetero-ppo --help` should not.
     from hetero_ppo.config.checks import check_config
     from hetero_ppo.config.load import load_config
+    from hetero_ppo.engines.layouts import check_models_fit_layouts
     from hetero_ppo.memory.plan import plan_memory
     from hetero_ppo.memory.plan_check import require_fit
     from hetero_ppo.memory.plan_limits import find_limits
@@ -45,6 +46,7 @@ def run(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {value}: at least 1")
     loaded = load_config(args.config, args.overrides)
     check_config(loaded.config, args.world_size)
+    check_models_fit_layouts(loaded.config)
     limits = find_limits(loaded.config, args.device_gib, args.host_gib)
     plan = plan_memory(loaded.config, args.world_size, ranks_per_node=args.ranks_per_node, device_bytes=limits.device)
     print(f"memory plan of {loaded.source}\n\n{render_plan(plan, limits)}", flush=True)

@@ -9,7 +9,7 @@ the padding (megatron.core.distributed.param_and_grad_buffer, megatron.core.opti
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -37,6 +37,7 @@ class Place:
 
     pp_rank: int
     shard_rank: int  # among the data- and context-parallel ranks, over which the distributed optimizer shards
+    expert_shard_rank: int  # the same among the replicas of this rank's experts, where experts are spread over ranks
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,7 @@ class RoleStorage:
         )
         self.dp_size = data_parallel_size(name, config.parallel, world_size)
         self.num_shards = self.dp_size * config.parallel.context
+        self.num_expert_shards = config.parallel.tensor * self.num_shards // config.parallel.expert
         self._bytes: dict[Place, dict[Kind, int]] = {}
 
     @property
@@ -142,10 +144,10 @@ class RoleStorage:
         return [local_parameters(self.bridge, self.head, stage) for stage in range(self.config.parallel.pipeline)]
 
     def place(self, rank: int) -> Place:
-        """Rank order is tp fastest, then cp, dp, pp, as ``distributed.groups.role_groups`` builds it."""
+        """Rank order is tp fastest, then cp, dp, pp, as ``distributed.groups.role_groups`` builds it; for experts ep, then dp."""
         parallel = self.config.parallel
-        in_stage = parallel.tensor * self.num_shards
-        return Place(pp_rank=rank // in_stage, shard_rank=rank % in_stage // parallel.tensor)
+        pp_rank, in_stage = divmod(rank, parallel.tensor * self.num_shards)
+        return Place(pp_rank, in_stage // parallel.tensor, in_stage // parallel.expert)
 
     def bytes_by_kind(self, rank: int) -> dict[Kind, int]:
         """What the rank holds when nothing is offloaded and an optimizer step has been done; kinds of 0 bytes are left out."""
@@ -159,26 +161,38 @@ class RoleStorage:
         numel = sum(parameter.numel for chunk in chunks for parameter in chunk)
         if not isinstance(self.config, TrainedRoleConfig):
             return {Kind.params: numel * self.element_bytes}
-        layouts = [
-            buffer_layout(
-                chunk,
-                distributed=self.config.optimizer.distributed,
-                num_shards=self.num_shards,
-                bucket_size=self._bucket_size(place.pp_rank, index),
-            )
-            for index, chunk in enumerate(chunks)
-        ]
-        buffer_numel = sum(layout.numel for layout in layouts)
+        buffers = [buffer for index, chunk in enumerate(chunks) for buffer in self._buffers(place, index, chunk)]
+        buffer_numel = sum(layout.numel for layout, _, _ in buffers)
         held, updated = numel, numel
         if self.config.optimizer.distributed:
             held = buffer_numel
-            updated = sum(layout.shard_numel(place.shard_rank, self.num_shards) for layout in layouts)
+            updated = sum(layout.shard_numel(rank, size) for layout, rank, size in buffers)
         return {
             Kind.params: held * self.element_bytes,
             Kind.grads: buffer_numel * FP32_BYTES,
             Kind.main_params: updated * FP32_BYTES if self.element_bytes < FP32_BYTES else 0,
             Kind.moments: 2 * updated * FP32_BYTES,
         }
+
+    def _buffers(
+        self, place: Place, index: int, chunk: Sequence[LocalParameter]
+    ) -> Iterator[tuple[BufferLayout, int, int]]:
+        """(layout, this rank's shard, number of shards) of DDP's buffers of a chunk; spread experts have one of their own."""
+        assert isinstance(self.config, TrainedRoleConfig)
+        spread = self.config.parallel.expert > 1
+        dense = [parameter for parameter in chunk if not (spread and parameter.expert)]
+        experts = [parameter for parameter in chunk if spread and parameter.expert]
+        for parameters, rank, size in (
+            (dense, place.shard_rank, self.num_shards),
+            (experts, place.expert_shard_rank, self.num_expert_shards),
+        ):
+            layout = buffer_layout(
+                parameters,
+                distributed=self.config.optimizer.distributed,
+                num_shards=size,
+                bucket_size=self._bucket_size(place.pp_rank, index),
+            )
+            yield layout, rank, size
 
     def _bucket_size(self, pp_rank: int, chunk: int) -> int | None:
         """DistributedDataParallel cuts the first chunk of the first stage alone, and only to overlap its reduction."""

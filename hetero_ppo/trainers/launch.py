@@ -20,14 +20,17 @@ def main(config_path: str, overrides: list[str]) -> None:
         ValueError: bad config or data; nothing was started.
     """
     loaded = load_config(config_path, overrides)
-    check_config(loaded.config, int(os.environ.get("WORLD_SIZE", "1")))
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    check_config(loaded.config, world_size)
     check_paths(loaded.config)
     check_tokenizers(loaded.config)
     # Imported now: a bad config is said before Megatron-Core is loaded.
     from hetero_ppo.engines.layouts import check_models_fit_layouts
+    from hetero_ppo.memory.plan_check import check_fits
     from hetero_ppo.trainers.run import end_run, start_run
 
     check_models_fit_layouts(loaded.config)
+    check_fits(loaded.config, world_size)
     run = start_run(loaded)
     try:
         if loaded.kind == "sft":

@@ -38,6 +38,15 @@ JOBS: dict[str, dict[str, Any]] = {
         "layout": {"pipeline": 2, "virtual_pipeline": 2},
         "distributed": True,
     },
+    "ep2 distributed": {"case": "qwen3_moe_tied", "dtype": "bf16", "layout": {"expert": 2}, "distributed": True},
+    "dp2 experts": {"case": "qwen3_moe_untied", "dtype": "bf16", "layout": {}, "distributed": True},
+    "tp2 ep2 sequence parallel": {
+        "case": "qwen3_moe_untied",
+        "dtype": "bf16",
+        "layout": {"tensor": 2, "expert": 2, "sequence": True},
+        "distributed": True,
+    },
+    "cp2 distributed": {"case": "llama_untied", "dtype": "bf16", "layout": {"context": 2}, "distributed": True},
 }
 
 

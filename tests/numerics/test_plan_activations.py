@@ -65,7 +65,7 @@ def kept_bytes(bridge: BridgeConfig, groups: Any) -> int:
 
 
 @pytest.mark.parametrize("recompute", [None, "selective", "full"])
-@pytest.mark.parametrize("case", ["llama_untied", "qwen3_tied"])
+@pytest.mark.parametrize("case", ["llama_untied", "qwen3_tied", "qwen3_moe_untied"])
 def test_a_layer_keeps_what_the_formula_says(case: str, recompute: str | None, groups: Any) -> None:
     """To the byte: two more layers keep twice a layer's bytes more. 131 tokens and sizes of 20 and 48 leave no room for luck."""
     two, four = (bridge_of(case, torch.float32, recompute, num_layers) for num_layers in (2, 4))
@@ -73,7 +73,7 @@ def test_a_layer_keeps_what_the_formula_says(case: str, recompute: str | None, g
     assert grown == 2 * LayerWidths.of(four).layer(ROWS, LENGTH, recompute)
 
 
-@pytest.mark.parametrize("case", ["llama_untied", "qwen3_tied"])
+@pytest.mark.parametrize("case", ["llama_untied", "qwen3_tied", "qwen3_moe_untied"])
 def test_a_bf16_layer(case: str, groups: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU attention keeps fp32 copies of its inputs and its output, and not the bf16 ones that a GPU keeps."""
     monkeypatch.setattr(ShortSequenceSelfAttention, "MAX_SEQUENCE", 0)  # a CPU's own

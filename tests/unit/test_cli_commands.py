@@ -140,6 +140,14 @@ def test_each_mistake_is_one_clear_line(
     assert message in failure(capsys, "validate", "--config", "ppo.yaml", *overrides)
 
 
+@pytest.mark.parametrize("command", ["validate", "train"])
+def test_a_run_that_does_not_fit_is_not_begun(work: Path, capsys: pytest.CaptureFixture[str], command: str) -> None:
+    before = sorted(work.rglob("*"))
+    message = failure(capsys, command, "--config", "ppo.yaml", "residency.host_gib=0.001")
+    assert "the run does not fit: host memory of a node" in message
+    assert sorted(work.rglob("*")) == before
+
+
 def test_a_malformed_line_is_named(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with (work / "data.jsonl").open("a") as file:
         file.write('{"prompt": "half\n')

@@ -190,6 +190,28 @@ def test_supervised_runs_have_one_phase(tmp_path: Path) -> None:
         assert plan.host.total == 0
 
 
+def test_experts_spread_over_ranks_are_sharded_over_their_replicas(tmp_path: Path) -> None:
+    """TP 2 x DP 2, EP 4, one layer, 128 wide, 8 experts of 64: each rank has 2 of them, 3 * 128 * 64 = 24,576 parameters each.
+
+    Dense, on a rank of TP 2: qkv (4 + 2 * 2) * 32 * 128 / 2 = 16,384, output 8,192, norms of heads 2 * 32, two norms of 128,
+    router 8 * 128, embedding and output 2 * 256 * 128 / 2 = 32,768, last norm 128: 58,816, of which ZeRO-1 keeps a half.
+    All replicas of an expert are one rank: nothing of it is sharded.
+    """
+    sizes = {"vocab_size": 256, "hidden_size": 128, "intermediate_size": 999, "num_hidden_layers": 1, "head_dim": 32}
+    experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3_moe", **sizes, **experts, **heads}))
+    layout = "{tensor: 2, expert: 4, sequence: true}"
+    role = f"{{model: {{path: {tmp_path}, dtype: bf16}}, parallel: {layout}, optimizer: {{distributed: true}}}}"
+    (tmp_path / "sft.yaml").write_text(f"kind: sft\nrun: {{dir: r}}\ndata: {{train: a.jsonl}}\nactor: {role}\n")
+    plan = plan_memory(config_of(str(tmp_path / "sft.yaml")), 4)
+    assert plan.roles[0].parameters_per_rank == 58_816 + 49_152
+    dense = 58_880  # padded: parameters start at multiples of 64, the bucket ends at one of 128
+    assert held(plan, "train")["actor"][Kind.grads] == 4 * (dense + 49_152)
+    assert held(plan, "train")["actor"][Kind.moments] <= 8 * (dense // 2 + 49_152)
+    assert held(plan, "train")["actor"][Kind.moments] > 8 * (dense // 2 - 64 + 49_152)
+
+
 def test_host_limit_is_the_lowest_of_the_cgroups(tmp_path: Path) -> None:
     machine, source = machine_host_bytes(tmp_path, tmp_path / "none")
     assert source == "the machine's memory"
@@ -276,4 +298,7 @@ def test_the_command_says_what_is_wrong(capsys: pytest.CaptureFixture[str]) -> N
     assert main(["plan", "--config", QWEN, "--world-size", "8", "--figure", "plan.gif"]) == 2
     assert "--figure plan.gif: a picture ends in .svg, .png, .pdf" in capsys.readouterr().err
     assert main(["plan", "--config", QWEN, "--world-size", "8", "critic.model.path=nowhere"]) == 2
-    assert "nowhere/config.json: no such file" in capsys.readouterr().err
+    assert (
+        "critic (critic.model.path=nowhere in critic.parallel): nowhere/config.json: no such file"
+        in capsys.readouterr().err
+    )
