@@ -73,6 +73,7 @@ def summary(rounds: Sequence[Sequence[dict[str, float]]], work: Work) -> dict[st
         "step_s": round(median(step[TOTAL] for step in steps), 4),
         "samples_per_s": round(median(round_rates), 3),
         "tokens_per_s": round(median(round_rates) * work.tokens_per_step / work.prompts_per_step, 1),
+        "fastest_step_s": round(min(step[TOTAL] for step in steps), 4),
         "samples_per_s_of_rounds": [round(rate, 3) for rate in round_rates],
         "num_steps": len(steps),
     }
@@ -81,8 +82,8 @@ def summary(rounds: Sequence[Sequence[dict[str, float]]], work: Work) -> dict[st
 def ratios(ours: dict[str, Any], peer: dict[str, dict[str, Any]], dtype: str) -> dict[str, Any]:
     """Ours over the peer's samples/s: at the same dtype, and against the peer's best dtype.
 
-    Medians of the ratios within each round, so that a machine which slows down between rounds does not count.
-    ``peer`` is dtype -> summary.
+    Medians of the ratios within each round, so that a machine which slows down between rounds does not count. The ratio of
+    the fastest steps is nearest to a quiet machine where other jobs run beside. ``peer`` is dtype -> summary.
     """
 
     def against(other: dict[str, Any]) -> float:
@@ -93,6 +94,7 @@ def ratios(ours: dict[str, Any], peer: dict[str, dict[str, Any]], dtype: str) ->
     return {
         "samples_per_s_ratio": against(peer[dtype]),
         "samples_per_s_ratio_vs_best": against(peer[best]),
+        "samples_per_s_ratio_fastest_steps": round(peer[dtype]["fastest_step_s"] / ours["fastest_step_s"], 3),
         "peer_best_dtype": best,
     }
 
@@ -134,6 +136,7 @@ def table(result: dict[str, Any]) -> str:
         lines.append(f"{group:<24}" + "".join(f"{group_seconds(s, group):>14.3f}" for _, s in columns))
     for label, key, digits in (
         ("step", "step_s", 3),
+        ("fastest step", "fastest_step_s", 3),
         ("samples/s", "samples_per_s", 2),
         ("tokens/s", "tokens_per_s", 0),
     ):
@@ -141,7 +144,8 @@ def table(result: dict[str, Any]) -> str:
     if "samples_per_s_ratio" in result:
         lines.append(
             f"samples_per_s_ratio {result['samples_per_s_ratio']} (both {result['dtype']}), "
-            f"samples_per_s_ratio_vs_best {result['samples_per_s_ratio_vs_best']} ({name} {result['peer_best_dtype']})"
+            f"samples_per_s_ratio_vs_best {result['samples_per_s_ratio_vs_best']} ({name} {result['peer_best_dtype']}), "
+            f"of the fastest steps {result['samples_per_s_ratio_fastest_steps']}"
         )
     return "\n".join(lines)
 

@@ -70,6 +70,7 @@ def test_summary_takes_medians() -> None:
     assert result["tokens_per_s"] == 16.0 * 80
     assert result["step_s"] == 4.0
     assert result["seconds"]["rollout"] == 2.0
+    assert result["fastest_step_s"] == 1.0
     assert result["num_steps"] == 5
 
 
@@ -83,6 +84,7 @@ def test_ratios_are_paired_by_round() -> None:
     assert report_module.ratios(ours, peer, "fp32") == {
         "samples_per_s_ratio": 3.0,
         "samples_per_s_ratio_vs_best": 1.5,
+        "samples_per_s_ratio_fastest_steps": 3.0,
         "peer_best_dtype": "bf16",
     }
     assert report_module.ratios(ours, peer, "bf16")["samples_per_s_ratio"] == 1.5
