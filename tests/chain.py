@@ -213,6 +213,7 @@ def configs(chain: Chain) -> dict[str, dict[str, Any]]:
                 "max_num_seqs": 16,
                 "kv_cache_mib": 32,
                 "server_threads": 1,
+                "sleep": True,  # on a CPU it frees nothing, but every call of it is made
                 "sampling": {"max_tokens": 12, "temperature": 0.8},
                 "eval_sampling": {"max_tokens": 12},
             },

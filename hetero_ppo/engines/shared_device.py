@@ -136,9 +136,13 @@ class SharedDevice:
             if turn.phase == phase:
                 resident = turn.resident
         self._switch(resident, phase)
+        self.wait_for_room()
+        self._engine_phase = (phase, resident)
+
+    def wait_for_room(self) -> None:
+        """Stand still until everything that is on its way out has left."""
         for residency in self.roles.values():
             self._wait([block for block in residency.blocks if not block.wanted])
-        self._engine_phase = (phase, resident)
 
     def require(self, role: str, kinds: frozenset[Kind], what: str) -> None:
         """Wait until these bytes of the role are there.

@@ -231,7 +231,7 @@ class _PhasePlanner:
     def plan(self, index: int, rank: int) -> PhasePlan:
         turn = self.turns[index]
         engine = 0
-        if self.engine is not None and turn.engine_awake:
+        if self.engine is not None and (turn.engine_awake or not self.engine.sleeps):
             engine = self.engine.awake
         elif self.engine is not None and turn.engine_weights and self.engine.awake:
             engine = self.engine.weights

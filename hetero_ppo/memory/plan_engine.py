@@ -15,7 +15,7 @@ MIB = 2**20
 class EnginePlan:
     """vLLM: ``gpu_memory_utilization`` of a device while it generates, its weights alone during a weight sync, else asleep.
 
-    On a CPU its servers lie in host memory and sleep never; then ``awake`` is 0.
+    Asleep it holds nothing: its weights come back from the files of the last weight sync. On a CPU its servers lie in host memory and sleep never; then ``awake`` is 0.
     """
 
     awake: int  # bytes of one device
@@ -23,6 +23,7 @@ class EnginePlan:
     bytes_per_token: int  # of KV cache on one device
     weight_files: int  # bytes in shared memory at a weight sync: old and new version
     host_bytes: int  # of all servers on a CPU
+    sleeps: bool  # gives the device back between rollouts
 
     @property
     def kv_tokens(self) -> int:
@@ -50,4 +51,5 @@ def plan_engine(config: PpoConfig, actor: RoleStorage, device_bytes: int | None)
         bytes_per_token=2 * layers * dims.key * element // rollout.tensor_parallel,
         weight_files=2 * whole,
         host_bytes=rollout.num_servers * (whole + rollout.kv_cache_mib * MIB),
+        sleeps=device_bytes is not None and rollout.sleep is not False,
     )

@@ -115,7 +115,9 @@ class ServerClient:
         except (aiohttp.ClientError, OSError):
             return False
 
-    async def generate(self, prompt: list[int], sampling: SamplingConfig, stop: list[int], seed: int, timeout_s: float) -> Response:
+    async def generate(
+        self, prompt: list[int], sampling: SamplingConfig, stop: list[int], seed: int, timeout_s: float
+    ) -> Response:
         """One response. ``stop``: ids that end it, end-of-sequence included."""
         params = {
             "n": 1,
@@ -150,7 +152,9 @@ class ServerClient:
                 f"made by the weight versions {versions}; expected one log-prob per token and one version"
             )
         if log_probs and min(log_probs) <= NOT_FINITE:
-            raise RunError(f"generate: {self.server.name} sampled from logits that are not finite (weights {versions[0]})")
+            raise RunError(
+                f"generate: {self.server.name} sampled from logits that are not finite (weights {versions[0]})"
+            )
         return Response(choice["token_ids"], log_probs, choice["finish_reason"], versions[0])
 
     async def prompt_log_probs(self, token_ids: list[int], timeout_s: float) -> list[float]:

@@ -8,6 +8,7 @@ import os
 import shutil
 import threading
 from collections.abc import Coroutine, Iterator
+from enum import Enum
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -19,7 +20,7 @@ from hetero_ppo.config.schema import Dtype, RolloutConfig, SamplingConfig
 from hetero_ppo.errors import RunError
 from hetero_ppo.observability.progress import progress
 from hetero_ppo.rollout.pool import Member, ServerPool, gather_all
-from hetero_ppo.rollout.server import ServerSpec, VllmServer, server_threads
+from hetero_ppo.rollout.server import ServerSpec, VllmServer, server_threads, sleeps
 from hetero_ppo.rollout.weight_sync import remove_weights, shared_memory_dir, write_weights
 from hetero_ppo.types import Response
 
@@ -28,6 +29,14 @@ T = TypeVar("T")
 #: max |difference| between the engine's and the trainer's log-probs of a golden prompt. bf16 has 8 bits of mantissa, and the two
 #: sides round at different places.
 SYNC_TOLERANCE = {Dtype.fp32: 1e-3, Dtype.bf16: 0.15}
+
+
+class EngineState(Enum):
+    """What the servers hold on their devices."""
+
+    awake = "awake"  # weights and KV cache
+    weights = "without its KV cache"
+    asleep = "asleep"
 
 
 def response_seed(seed: int, prompt: int, sample: int) -> int:
@@ -94,6 +103,9 @@ class VllmEngine:
         self._log_dir = Path(run_dir).resolve() / "rollout"
         self._initial_version = initial_version
         self._num_syncs = 0
+        self._sleeps = sleeps(config, cuda=self._spec.cuda)
+        self._state = EngineState.awake
+        self._weights_dropped = False  # what the servers have in place of weights is garbage
         self._pool: ServerPool | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
@@ -173,6 +185,7 @@ class VllmEngine:
             RuntimeError: a server failed beyond ``max_restarts``; nothing is left running.
         """
         check_prompts(prompts, sampling.max_tokens, self.max_model_len)
+        self._require(EngineState.awake, "generate")
         pool = self._started_pool()
         if pool.version is None:
             raise RuntimeError("generate: the servers have random weights; call sync_weights first")
@@ -191,6 +204,51 @@ class VllmEngine:
             flat = self._run(gather_all([one(i, j) for i in range(len(prompts)) for j in range(n)]))
         return [flat[i * n : (i + 1) * n] for i in range(len(prompts))]
 
+    def sleep(self) -> None:
+        """Give the device's memory back, weights and KV cache. Nothing may be in flight.
+
+        The weights are dropped, not kept in host memory (vLLM's sleep level 2): the next sync brings new ones, or the files of the
+        last one bring them back. On a CPU vLLM has no device memory to give back; the order of calls is the same.
+
+        Raises:
+            RuntimeError: the weights are those of a checkpoint folder, of which there are no files to bring them back from.
+        """
+        if not self._sleeps or self._state is EngineState.asleep:
+            return
+        pool = self._started_pool()
+        if pool.files is None and pool.version is not None:
+            raise RuntimeError(
+                "sleep: the servers' weights were never synchronised and would be lost; call sync_weights before"
+            )
+        self._post_all("sleep", "/sleep?level=2")
+        self._state, self._weights_dropped = EngineState.asleep, True
+
+    def wake(self, *, weights_only: bool = False) -> None:
+        """Take the device's memory again.
+
+        Args:
+            weights_only: room for the weights, for a sync; the KV cache stays away, so that the actor has room beside them.
+        """
+        if self._state is EngineState.asleep:
+            self._post_all("wake", "/wake_up?tags=weights")
+            self._state = EngineState.weights
+        if self._state is EngineState.weights and not weights_only:
+            pool = self._started_pool()
+            if self._weights_dropped and pool.files is not None:  # without files they were random ones
+                self._run(pool.load(pool.files))
+                self._weights_dropped = False
+            self._post_all("wake", "/wake_up?tags=kv_cache")
+            self._state = EngineState.awake
+
+    def _post_all(self, phase: str, route: str) -> None:
+        pool, timeout_s = self._started_pool(), self.config.sync_timeout_s
+        calls = [pool.call(one, phase, lambda client: client.post(phase, route, timeout_s)) for one in pool.members]
+        self._run(gather_all(calls))
+
+    def _require(self, state: EngineState, what: str) -> None:
+        if self._state is EngineState.asleep or (state is EngineState.awake and self._state is not state):
+            raise RuntimeError(f"{what}: the rollout engine is {self._state.value}; wake it before")
+
     def sync_weights(self, tensors: Iterator[tuple[str, Tensor]], version: str) -> None:
         """Replaces the servers' weights.
 
@@ -202,6 +260,7 @@ class VllmEngine:
             ValueError: a tensor is missing, unknown, comes twice, or has the wrong shape; the servers keep their old weights.
             RuntimeError: a server failed; nothing is left running.
         """
+        self._require(EngineState.weights, "weight sync")
         pool = self._started_pool()
         self._num_syncs += 1
         files = write_weights(self._private_dir / f"weights_{self._num_syncs}", tensors, version, self.dtype)
@@ -211,6 +270,7 @@ class VllmEngine:
         except ValueError:
             remove_weights(files)
             raise
+        self._weights_dropped = False
         if previous is not None:
             remove_weights(previous)
 
@@ -220,6 +280,7 @@ class VllmEngine:
 
     def _prompt_log_probs(self, token_ids: list[int], members: list[Member]) -> list[list[float]]:
         """By several servers at the same time."""
+        self._require(EngineState.awake, "prompt log-probs")
         pool = self._started_pool()
         timeout_s = self.config.sync_timeout_s
         calls = [
@@ -276,7 +337,9 @@ class VllmEngine:
 
     def _started_pool(self) -> ServerPool:
         if self._pool is None:
-            raise RuntimeError("the rollout engine is not running: it was not started, was closed, or ended with an error")
+            raise RuntimeError(
+                "the rollout engine is not running: it was not started, was closed, or ended with an error"
+            )
         return self._pool
 
     def _run(self, call: Coroutine[Any, Any, T]) -> T:

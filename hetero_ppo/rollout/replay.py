@@ -90,7 +90,9 @@ def write_records(directory: Path, step: int, records: Sequence[RolloutRecord]) 
     return path
 
 
-def write_rollouts(directory: Path, step: int, rollout: Rollout, extra: Mapping[str, Sequence[Any]] | None = None) -> Path:
+def write_rollouts(
+    directory: Path, step: int, rollout: Rollout, extra: Mapping[str, Sequence[Any]] | None = None
+) -> Path:
     """Writes ``<directory>/step_<step>.jsonl`` and returns its path.
 
     Args:
@@ -113,7 +115,9 @@ def _parse(line: str, where: str) -> RolloutRecord:
         if name not in values:
             raise ValueError(f"{where}: field {name!r} is missing")
         value = values[name]
-        items_fit = all(isinstance(item, item_kind[0]) for item in value) if isinstance(value, list) and item_kind else True
+        items_fit = (
+            all(isinstance(item, item_kind[0]) for item in value) if isinstance(value, list) and item_kind else True
+        )
         if not isinstance(value, kind) or not items_fit:
             expected = kind.__name__ + (f" of {item_kind[0].__name__}" if item_kind else "")
             raise ValueError(f"{where}: field {name!r} is {json.dumps(value)[:80]}, expected {expected}")
@@ -123,7 +127,9 @@ def _parse(line: str, where: str) -> RolloutRecord:
             f"{len(values['response_ids'])} response tokens"
         )
     if values["finish_reason"] not in FINISH_REASONS:
-        raise ValueError(f"{where}: field 'finish_reason' is {values['finish_reason']!r}, expected one of {FINISH_REASONS}")
+        raise ValueError(
+            f"{where}: field 'finish_reason' is {values['finish_reason']!r}, expected one of {FINISH_REASONS}"
+        )
     known = {name: values.pop(name) for name in _FIELDS} | {"label": values.pop("label", None)}
     return RolloutRecord(**known, extra=values)
 
@@ -147,7 +153,9 @@ def recorded_steps(directory: Path) -> list[int]:
     Raises:
         ValueError: there is none.
     """
-    steps = sorted(int(match[1]) for path in directory.glob("step_*.jsonl") if (match := FILE_NAME.fullmatch(path.name)))
+    steps = sorted(
+        int(match[1]) for path in directory.glob("step_*.jsonl") if (match := FILE_NAME.fullmatch(path.name))
+    )
     if not steps:
         raise ValueError(f"{directory}: no step_*.jsonl files to replay (train.replay_rollouts)")
     return steps
@@ -170,7 +178,9 @@ class ReplayEngine:
         self.directory = directory
         steps = recorded_steps(directory)
         if first_step is not None and first_step not in steps:
-            raise ValueError(f"{directory}: step {first_step} was not recorded; there are steps {steps[0]} to {steps[-1]}")
+            raise ValueError(
+                f"{directory}: step {first_step} was not recorded; there are steps {steps[0]} to {steps[-1]}"
+            )
         self._steps = [step for step in steps if first_step is None or step >= first_step]
         self.version: str | None = None
 
@@ -188,6 +198,12 @@ class ReplayEngine:
     def close(self) -> None:
         """Nothing to end."""
 
+    def sleep(self) -> None:
+        """Nothing to give back."""
+
+    def wake(self, *, weights_only: bool = False) -> None:
+        """Nothing to take."""
+
     def generate(
         self,
         prompts: list[list[int]],
@@ -204,7 +220,9 @@ class ReplayEngine:
                 ``sampling.max_tokens``.
         """
         if not self._steps:
-            raise ValueError(f"{self.directory}: every recorded step has been replayed; the run has more steps than the record")
+            raise ValueError(
+                f"{self.directory}: every recorded step has been replayed; the run has more steps than the record"
+            )
         path = step_path(self.directory, self._steps[0])
         by_prompt: dict[tuple[int, ...], list[Response]] = {}
         for record in read_rollouts(path):

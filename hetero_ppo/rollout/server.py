@@ -60,6 +60,11 @@ class ServerSpec:
     threads: int  # OMP threads (CPU)
 
 
+def sleeps(config: RolloutConfig, *, cuda: bool) -> bool:
+    """True when the engine gives its device memory back between rollouts."""
+    return cuda if config.sleep is None else config.sleep
+
+
 def server_threads(config: RolloutConfig, cores: int) -> int:
     """OMP threads of one CPU server."""
     if config.server_threads is not None:
@@ -81,6 +86,7 @@ def command_line(spec: ServerSpec, socket_path: Path) -> list[str]:
         command += ["--load-format", "dummy"]
     if spec.cuda:
         command += ["--gpu-memory-utilization", str(config.gpu_memory_utilization)]
+        command += ["--enable-sleep-mode"] if sleeps(config, cuda=True) else []
     else:
         command += ["--enforce-eager", "--kv-cache-memory-bytes", str(config.kv_cache_mib * 2**20)]
         # After part of a prompt vLLM winds the request's generator back, and a generator of the CPU cannot do that: the server
@@ -89,7 +95,9 @@ def command_line(spec: ServerSpec, socket_path: Path) -> list[str]:
     return command
 
 
-def environment(spec: ServerSpec, index: int, private_dir: Path, api_key: str, inherited: dict[str, str]) -> dict[str, str]:
+def environment(
+    spec: ServerSpec, index: int, private_dir: Path, api_key: str, inherited: dict[str, str]
+) -> dict[str, str]:
     """The server's variables: the trainer's, less what belongs to torchrun, plus what vLLM needs here."""
     env = {
         name: value
@@ -152,7 +160,15 @@ class VllmServer:
         tmp = self.private_dir / f"tmp_{self.index}"
         tmp.mkdir(mode=0o700, exist_ok=True)
         env = environment(self.spec, self.index, self.private_dir, self.api_key, dict(os.environ))
-        command = [sys.executable, "-I", guardian.__file__, str(os.getpid()), str(STOP_GRACE_S), str(self.private_dir), "--"]
+        command = [
+            sys.executable,
+            "-I",
+            guardian.__file__,
+            str(os.getpid()),
+            str(STOP_GRACE_S),
+            str(self.private_dir),
+            "--",
+        ]
         command += command_line(self.spec, self.socket_path)
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         self._log_start = self.log_path.stat().st_size if self.log_path.exists() else 0

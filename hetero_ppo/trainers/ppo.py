@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Self
 
 import torch
+import torch.distributed as dist
 
 from hetero_ppo.algorithms.losses import add_metric_sums, mean_metrics
 from hetero_ppo.checkpoint.manager import CheckpointManager
@@ -17,7 +18,9 @@ from hetero_ppo.experience.rollouts import collect_rollout
 from hetero_ppo.observability.metrics import MetricsLogger
 from hetero_ppo.observability.progress import progress
 from hetero_ppo.observability.timers import PhaseTimer
+from hetero_ppo.rollout.server import sleeps
 from hetero_ppo.trainers import ppo_memory, ppo_setup
+from hetero_ppo.trainers.ppo_engine import EngineTurns
 from hetero_ppo.trainers.ppo_evaluation import Evaluator
 from hetero_ppo.trainers.run import Run, first_step
 from hetero_ppo.types import Experience, PolicyInputs, Rollout, StepMetrics, ValueInputs
@@ -44,13 +47,20 @@ class PpoTrainer:
         self.start = first_step(config.checkpoint, self.total_steps)
         starting = ppo_setup.begin_engine(config, run, self.data, self.start)
         self.engine = None if starting is None else starting.engine
+        if sleeps(
+            config.rollout, cuda=platform.HAS_CUDA
+        ):  # the engine may not hold the device while roles are built on it
+            if starting is not None:
+                starting.wait().sleep()
+            dist.barrier()
         # An error here is raised at once, not when the engine is up: its guardian ends it with this process.
         self.device = ppo_setup.shared_device(config)
         self.roles = ppo_setup.build_roles(config, run, self.batching, self.device)
         self.maker = ppo_setup.build_maker(config, self.roles, self.data)
         if starting is not None:
             starting.wait()
-        self.evaluator = Evaluator(config, run, self.data, self.maker, self.engine)
+        self.turns = EngineTurns(self.engine, self.device, config.rollout)
+        self.evaluator = Evaluator(config, run, self.data, self.maker, self.turns)
 
     def __enter__(self) -> Self:
         return self
@@ -71,6 +81,8 @@ class PpoTrainer:
         config = self.config
         manager = CheckpointManager(self.run.dir, config.checkpoint.keep)
         self._resume(manager)
+        if self.turns.needs_first_sync or self.start > 0:
+            self.sync_weights(self.start)
         if not self._continues_its_folder():
             self.evaluator.run_and_save("before", f"step{self.start}")
         with MetricsLogger(
@@ -103,6 +115,7 @@ class PpoTrainer:
                     self._save(manager, step + 1)
         self.evaluator.run_and_save("after", f"step{self.total_steps}")
         if config.checkpoint.export_hf:
+            self.turns.sleep()
             with self.actor.on_device(phase="export"):
                 self.actor.export(str(self.run.dir / "hf"))
             self.run.say(f"exported the actor to {self.run.dir / 'hf'}")
@@ -114,15 +127,15 @@ class PpoTrainer:
     def collect(self, step: int) -> Rollout:
         """Roll the current policy out on the step's prompts."""
         algorithm = self.config.algorithm
-        self.device.engine_turn("rollout")
-        return collect_rollout(
-            self.engine,
-            self.data.next_prompts(),
-            self.config.rollout.sampling,
-            n=algorithm.samples_per_prompt,
-            seed=self.config.run.seed * 1_000_003 + step,
-            version=f"step{step}",
-        )
+        with self.turns.generating() as engine:
+            return collect_rollout(
+                engine,
+                self.data.next_prompts(),
+                self.config.rollout.sampling,
+                n=algorithm.samples_per_prompt,
+                seed=self.config.run.seed * 1_000_003 + step,
+                version=f"step{step}",
+            )
 
     def update_critic(self, experience: Experience, step: int) -> dict[str, float]:
         """Fit the values to the returns."""
@@ -177,20 +190,20 @@ class PpoTrainer:
         Raises:
             RuntimeError: the engine's log-probs of a golden sequence are not the trainer's.
         """
-        with self.actor.on_device(phase="weight_sync"):
-            return self._sync_weights(f"step{step}")
-
-    def _sync_weights(self, version: str) -> dict[str, float]:
-        tensors = self.actor.stream_weights()
-        if self.engine is not None:
-            self.engine.sync_weights(tensors, version)
-        else:
-            for _ in tensors:  # the stream is collective
-                pass
-        if not self.config.rollout.verify_sync or self.config.train.replay_rollouts is not None:
-            return {}
         ids = self.data.golden_ids
-        log_probs = ppo_setup.golden_log_probs(self.actor, ids)
+        verify = self.config.rollout.verify_sync and self.config.train.replay_rollouts is None
+        with self.actor.on_device(phase="weight_sync"):
+            self.turns.wake_for_sync()
+            tensors = self.actor.stream_weights()
+            if self.engine is not None:
+                self.engine.sync_weights(tensors, f"step{step}")
+            else:
+                for _ in tensors:  # the stream is collective
+                    pass
+            log_probs = ppo_setup.golden_log_probs(self.actor, ids) if verify else []
+        if not verify:
+            return {}
+        self.turns.wake()
         if self.engine is None:
             return {}
         return {"rollout/golden_log_prob_diff": self.engine.verify_sync(ids, log_probs)}
@@ -205,7 +218,6 @@ class PpoTrainer:
         roles = {"actor": self.roles.actor, "critic": self.roles.critic}
         state = manager.load(Path(self.config.checkpoint.load), roles)
         ppo_setup.load_trainer_state(state, self.data, self.maker)
-        self.sync_weights(self.start)
         self.run.say(f"resumed PPO from {self.config.checkpoint.load} at step {self.start}")
 
     def _continues_its_folder(self) -> bool:

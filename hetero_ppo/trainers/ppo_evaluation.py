@@ -12,7 +12,8 @@ from hetero_ppo.experience.rollouts import collect_rollout, response_texts
 from hetero_ppo.experience.stages import ExperienceMaker, policy_log_probs, sequence_kl
 from hetero_ppo.reward.function import FunctionReward
 from hetero_ppo.rollout.replay import write_rollouts
-from hetero_ppo.trainers.ppo_setup import PpoData, RolloutEngine
+from hetero_ppo.trainers.ppo_engine import EngineTurns
+from hetero_ppo.trainers.ppo_setup import PpoData
 from hetero_ppo.trainers.run import Run
 from hetero_ppo.types import Experience
 
@@ -43,13 +44,13 @@ class Evaluator:
         run: Run,
         data: PpoData,
         maker: ExperienceMaker,
-        engine: RolloutEngine | None,
+        turns: EngineTurns,
     ) -> None:
         self.config = config
         self.run_info = run
         self.data = data
         self.maker = maker
-        self.engine = engine
+        self.turns = turns
         function = config.train.eval_function
         self.check = None if function is None else FunctionReward(function, data.encoder.decode, "train.eval_function")
 
@@ -59,19 +60,20 @@ class Evaluator:
         if prompts is None or self.config.train.replay_rollouts is not None:
             return None
         sampling = self.config.rollout.eval_sampling
-        self.maker.actor.device.engine_turn("rollout")
-        rollout = collect_rollout(self.engine, prompts, sampling, n=1, seed=EVAL_SEED, version=version)
+        greedy_rollout = None
+        with self.turns.generating() as engine:
+            rollout = collect_rollout(engine, prompts, sampling, n=1, seed=EVAL_SEED, version=version)
+            if self.check is not None:
+                greedy = dataclasses.replace(sampling, temperature=0.0, top_p=1.0, top_k=-1)
+                greedy_rollout = collect_rollout(engine, prompts, greedy, n=1, seed=EVAL_SEED, version=version)
         scores = self.maker.scores(rollout, "eval")
         with self.maker.actor.on_device(phase="eval"):
             log_probs = policy_log_probs(self.maker.actor, rollout, sampling.temperature)
         with self.maker.reference.on_device(phase="eval"):
             ref_log_probs = policy_log_probs(self.maker.reference, rollout, sampling.temperature)
         accuracy = greedy_accuracy = None
-        if self.check is not None:
+        if self.check is not None and greedy_rollout is not None:
             accuracy = float(self.check.score(rollout).mean())
-            greedy = dataclasses.replace(sampling, temperature=0.0, top_p=1.0, top_k=-1)
-            self.maker.actor.device.engine_turn("rollout")
-            greedy_rollout = collect_rollout(self.engine, prompts, greedy, n=1, seed=EVAL_SEED, version=version)
             greedy_accuracy = float(self.check.score(greedy_rollout).mean())
         answers = response_texts(rollout, self.data.encoder.decode)
         return Evaluation(

@@ -27,11 +27,12 @@ from hetero_ppo.memory.turns import ppo_turns
 from hetero_ppo.reward.function import FunctionReward
 from hetero_ppo.rollout.engine import VllmEngine
 from hetero_ppo.rollout.replay import ReplayEngine
+from hetero_ppo.rollout.server import sleeps
+from hetero_ppo.trainers.ppo_engine import RolloutEngine
 from hetero_ppo.trainers.run import Run
 from hetero_ppo.trainers.supervised import describe_loaded
 from hetero_ppo.types import PromptBatch
-
-RolloutEngine = VllmEngine | ReplayEngine
+from megatron_bridge import platform
 
 #: Tokens of the sequence that the engine and the trainer are compared on after every weight sync.
 GOLDEN_TOKENS = 64
@@ -151,7 +152,8 @@ def begin_engine(config: PpoConfig, run: Run, data: PpoData, start: int) -> Star
         run_dir=run.dir,
         max_model_len=max(longest, GOLDEN_TOKENS + 1),
         eos_token_ids=[data.encoder.eos_token_id],
-        initial_version="step0",
+        # An engine that sleeps gets its first weights by a sync like all others, so that it can drop them.
+        initial_version=None if sleeps(config.rollout, cuda=platform.HAS_CUDA) else "step0",
     )
     return StartingEngine(engine).begin()
 

@@ -96,7 +96,7 @@ def doomed_trainer(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -
 def engine(
     model_path: Path, doomed_trainer: subprocess.Popen[str], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[VllmEngine]:
-    config = RolloutConfig(kv_cache_mib=64, max_num_seqs=32, max_restarts=1)
+    config = RolloutConfig(kv_cache_mib=64, max_num_seqs=32, max_restarts=1, sleep=True)
     with VllmEngine(
         config,
         model_path=str(model_path),
@@ -220,7 +220,10 @@ def test_golden_prompt_is_scored_as_the_trainer_scores_it(engine: VllmEngine) ->
     [
         ({"model.norm.weight": None}, "missing tensor 'model.norm.weight'"),
         ({"model.norm.weigth": torch.zeros(256)}, "unknown tensor 'model.norm.weigth'"),
-        ({"lm_head.weight": torch.zeros(256, VOCAB)}, r"'lm_head.weight' has shape \[256, 128\], expected \[128, 256\]"),
+        (
+            {"lm_head.weight": torch.zeros(256, VOCAB)},
+            r"'lm_head.weight' has shape \[256, 128\], expected \[128, 256\]",
+        ),
     ],
 )
 def test_tensors_that_do_not_fit_leave_the_old_weights_serving(
@@ -250,6 +253,29 @@ def test_new_weights_serve_after_a_sync(engine: VllmEngine) -> None:
     assert not files[0].exists() and engine._started_pool().files.paths[0].exists()
 
 
+def test_a_sleeping_engine_takes_weights_and_wakes_with_them(engine: VllmEngine) -> None:
+    """Weights come before the KV cache; what needs the cache is refused until it is back."""
+    engine.sleep()
+    with pytest.raises(RuntimeError, match="weight sync: the rollout engine is asleep"):
+        engine.sync_weights(iter(()), "none")
+    engine.wake(weights_only=True)
+    model = make_model(7)
+    engine.sync_weights(weights(model), "after sleep")
+    for needs_cache in (
+        lambda: engine.generate(PROMPTS[:1], FREE, n=1, seed=0),
+        lambda: engine.verify_sync(PROMPTS[0], []),
+    ):
+        with pytest.raises(RuntimeError, match="is without its KV cache; wake it"):
+            needs_cache()
+    engine.wake()
+    engine.sleep()  # and again without a sync in between: the files of the last one bring the weights back
+    assert engine._weights_dropped
+    engine.wake()
+    assert engine.verify_sync(PROMPTS[0], model_log_probs(model, PROMPTS[0]).tolist()) < 1e-3
+    assert worst_difference(model, PROMPTS[:2], engine.generate(PROMPTS[:2], FREE, n=1, seed=0)) < 1e-3
+    engine.sync_weights(weights(make_model(1)), "step_2")  # as it was before
+
+
 def test_a_killed_trainer_leaves_no_server(doomed_trainer: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 90
     while not engine_cores(family := children(doomed_trainer.pid)):
@@ -271,7 +297,9 @@ def test_a_killed_server_is_restarted_with_the_synced_weights(
     answers = engine.generate(PROMPTS, sampling, n=8, seed=4)
     assert "generate: rollout server 0" in caplog.text and "exit code 137 (SIGKILL)" in caplog.text
     assert "restart 1 of 1" in caplog.text
-    pairs = [(a, b) for got, want in zip(tokens(answers), expected, strict=True) for a, b in zip(got, want, strict=True)]
+    pairs = [
+        (a, b) for got, want in zip(tokens(answers), expected, strict=True) for a, b in zip(got, want, strict=True)
+    ]
     same = sum(a == b for a, b in pairs)
     assert same >= 0.9 * 8 * len(PROMPTS)  # a log-prob that differs in its last bits may turn a token
     assert {r.weight_version for group in answers for r in group} == {"step_2"}
@@ -308,6 +336,8 @@ def test_a_model_that_does_not_load_is_one_clear_error(tmp_path: Path) -> None:
         max_model_len=64,
         eos_token_ids=[EOS],
     )
-    with pytest.raises(RuntimeError, match=r"start: rollout server 0 .* ended while starting .*exit code 1;(.|\n)*config"):
+    with pytest.raises(
+        RuntimeError, match=r"start: rollout server 0 .* ended while starting .*exit code 1;(.|\n)*config"
+    ):
         engine.start()
     assert time.monotonic() - start < 60

@@ -127,6 +127,11 @@ def test_without_offload_all_roles_stay() -> None:
     assert plan.host.pinned == {}
 
 
+def test_an_engine_that_does_not_sleep() -> None:
+    plan = plan_memory(config_of(QWEN, "rollout.sleep=false"), 8, device_bytes=DEVICE)
+    assert {phase.engine for phase in plan.phases} == {int(0.6 * DEVICE)}
+
+
 def test_a_rank_of_its_own() -> None:
     """The first stage has no last norm, and two micro-batches in flight; the engine's cpu twin needs no device."""
     plan = plan_memory(config_of(LLAMA), 64, rank=0)

@@ -34,6 +34,8 @@ def test_cuda_command_line_compiles_and_takes_a_share_of_the_device() -> None:
     assert option(command, "--gpu-memory-utilization") == "0.4" and option(command, "--tensor-parallel-size") == "2"
     assert "--enforce-eager" not in command and "--kv-cache-memory-bytes" not in command
     assert option(command, "--load-format") == "dummy"
+    assert "--enable-sleep-mode" in command
+    assert "--enable-sleep-mode" not in command_line(make_spec(cuda=True, sleep=False), Path("/run/0.sock"))
 
 
 def test_torchrun_variables_do_not_reach_the_server() -> None:

@@ -1,0 +1,71 @@
+"""The rollout engine's turns on the device that it shares with the roles.
+
+The servers belong to rank 0 and take memory of every rank's device: all ranks make room before they wake, and no rank goes on
+before they sleep. Without a device (vLLM on a CPU) there is nothing to wait for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+from hetero_ppo.config.schema import RolloutConfig
+from hetero_ppo.engines.shared_device import SharedDevice
+from hetero_ppo.rollout.engine import VllmEngine
+from hetero_ppo.rollout.replay import ReplayEngine
+from hetero_ppo.rollout.server import sleeps
+from megatron_bridge import platform
+
+RolloutEngine = VllmEngine | ReplayEngine
+
+
+@dataclass
+class EngineTurns:
+    """Wakes and sleeps the engine between the roles' turns. Every method is collective over the world."""
+
+    engine: RolloutEngine | None  # on rank 0; None on the others
+    device: SharedDevice
+    config: RolloutConfig
+
+    @property
+    def needs_first_sync(self) -> bool:
+        """True when the servers started without weights."""
+        return self._shares_memory
+
+    @property
+    def _shares_memory(self) -> bool:
+        return sleeps(self.config, cuda=platform.HAS_CUDA)
+
+    @contextlib.contextmanager
+    def generating(self) -> Iterator[RolloutEngine | None]:
+        """The device is the engine's, but for what the schedule keeps there during a rollout."""
+        self.wake()
+        yield self.engine
+        self.sleep()
+
+    def wake(self) -> None:
+        """Roles leave, the engine takes its weights and KV cache."""
+        self.device.engine_turn("rollout")
+        self._barrier()
+        if self.engine is not None:
+            self.engine.wake()
+
+    def wake_for_sync(self) -> None:
+        """Inside the actor's turn: the engine takes the memory of its weights alone, to be written anew."""
+        self.device.wait_for_room()
+        self._barrier()
+        if self.engine is not None:
+            self.engine.wake(weights_only=True)
+
+    def sleep(self) -> None:
+        """The engine gives its memory back."""
+        if self.engine is not None:
+            self.engine.sleep()
+        self._barrier()
+
+    def _barrier(self) -> None:
+        if self._shares_memory:
+            dist.barrier()
