@@ -40,9 +40,25 @@ def expected_shapes(hf_config: Any) -> tuple[dict[str, list[int]], set[str]]:
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(hf_config)
-    shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    shapes: dict[str, list[int]] = {}
+    for name, tensor in model.state_dict().items():
+        shapes |= checkpoint_shapes(name, list(tensor.shape))
     tied = {"lm_head.weight"} if hf_config.tie_word_embeddings else set()
     return shapes, tied
+
+
+def checkpoint_shapes(name: str, shape: list[int]) -> dict[str, list[int]]:
+    """Name -> shape of what a model's tensor is in a checkpoint: transformers holds all experts of a layer in one tensor."""
+    layer, found, kind = name.partition(".mlp.experts.")
+    if not found:
+        return {name: shape}
+    num_experts, rows, columns = shape
+    parts = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}[kind]
+    return {
+        f"{layer}.mlp.experts.{expert}.{part}.weight": [rows // len(parts), columns]
+        for expert in range(num_experts)
+        for part in parts
+    }
 
 
 def find_problems(received: dict[str, Tensor], shapes: dict[str, list[int]], optional: set[str]) -> list[str]:
@@ -53,6 +69,19 @@ def find_problems(received: dict[str, Tensor], shapes: dict[str, list[int]], opt
         if list(received[name].shape) != shapes[name]:
             problems.append(f"tensor {name!r} has shape {list(received[name].shape)}, expected {shapes[name]}")
     return problems
+
+
+def repack_experts(model: torch.nn.Module) -> None:
+    """Make the next load pack the experts' weights for the CPU kernel, as the first one did.
+
+    vLLM packs them where it builds that kernel, and it builds one kernel alone: weights that come later would be copied, unpacked,
+    to where the kernel looks for packed ones.
+    """
+    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+
+    for layer in model.modules():
+        if isinstance(layer, RoutedExperts):
+            layer.quant_method.moe_kernel = None
 
 
 class WeightReceiver:
@@ -91,6 +120,8 @@ class WeightReceiver:
         tensors, self.hetero_ppo_staged = self.hetero_ppo_staged, None
         if tensors is None:
             raise RuntimeError("no weights are staged: call hetero_ppo_stage_weights first")
+        if self.device.type == "cpu":
+            repack_experts(self.get_model())
         self.reload_weights(weights_iterator=iter(tensors.items()))
         if self.model_config.hf_config.tie_word_embeddings:
             # On the CPU a layer computes from a packed copy of its weight. vLLM packs those that it loaded, and of a tied

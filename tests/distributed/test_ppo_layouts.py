@@ -66,6 +66,11 @@ RUNS: dict[str, Run] = {
             "reward_model": {"expert": 2, "context": 2},
         },
     ),
+    "moe interleaved, interleaved recomputed": Run(
+        2,
+        "moe",
+        {"actor": PP2VPP2, "critic": {**PP2VPP2, "recompute": "full"}, "reference": {**PP2VPP2}},
+    ),
     # --- four processes ---
     "tp2-pp2, tp2-dp2, pp2-dp2, dp4": Run(
         4, "dense", {"actor": TP2PP2, "critic": {"tensor": 2}, "reference": {"pipeline": 2}}
@@ -86,7 +91,7 @@ RUNS: dict[str, Run] = {
     "interleaved-dp2, tp2sp-dp2, distributed optimizers": Run(
         4,
         "dense",
-        {"actor": {**PP2VPP2, **DISTRIBUTED}, "critic": {**TP2SP, **DISTRIBUTED, "recompute": "full"}},
+        {"actor": {**PP2VPP2, **GATHERED}, "critic": {**TP2SP, **DISTRIBUTED, "recompute": "full"}},
     ),
     "moe ep2-pp2, ep2-dp4, tp2sp-ep4, ep4": Run(
         4,

@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from hetero_ppo.config.checks import check_config, check_paths
-from hetero_ppo.config.derived import derive_ppo, derive_supervised
+from hetero_ppo.config.derived import config_roles, data_parallel_size, derive_ppo, derive_supervised
 from hetero_ppo.config.load import AnyConfig, load_config
 
 TEXT = {
@@ -104,6 +105,16 @@ def test_what_is_allowed_stays_allowed(tmp_path: Path) -> None:
         "train.eval_function=examples/check.py:is_right",
     ]
     check_config(config_of(tmp_path, "ppo", *overrides), world_size=4)
+
+
+def test_the_mixed_layout_of_the_docs(tmp_path: Path) -> None:
+    example = (Path(__file__).parents[2] / "docs" / "layouts.md").read_text().split("```yaml\n")[1].split("```")[0]
+    merged = OmegaConf.merge(OmegaConf.create(TEXT["ppo"]), OmegaConf.create(example))
+    (tmp_path / "mixed.yaml").write_text(OmegaConf.to_yaml(merged))
+    config = load_config(str(tmp_path / "mixed.yaml"), []).config
+    check_config(config, world_size=8)
+    sizes = {name: data_parallel_size(name, role.parallel, 8) for name, role in config_roles(config).items()}
+    assert sizes == {"actor": 2, "critic": 4, "reference": 4, "reward_model": 8}
 
 
 @pytest.mark.parametrize(

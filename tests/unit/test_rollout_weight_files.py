@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import LlamaConfig, Qwen3Config
+from transformers import LlamaConfig, Qwen3Config, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from hetero_ppo.config.schema import Dtype
 from hetero_ppo.rollout import weight_sync
@@ -88,6 +89,15 @@ def test_expected_names_are_those_of_the_checkpoint(tied: bool) -> None:
         assert find_problems(whole, shapes, optional) == []
         del whole["lm_head.weight"]
         assert find_problems(whole, shapes, optional) == ([] if tied else ["missing tensor 'lm_head.weight'"])
+
+
+def test_experts_have_their_names_in_the_checkpoint(tmp_path: Path) -> None:
+    """transformers holds a layer's experts in one tensor, and saves them apart."""
+    config = Qwen3MoeConfig(**TINY, head_dim=4, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=6)
+    Qwen3MoeForCausalLM(config).save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+        saved = {name: file.get_slice(name).get_shape() for name in file.offset_keys()}
+    assert expected_shapes(config)[0] == saved
 
 
 def test_every_wrong_tensor_is_named() -> None:
