@@ -19,7 +19,7 @@ SIZES: dict[str, Any] = {
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "head_dim": 32,  # the least that vLLM has a CPU kernel for
+    "head_dim": 16,
     "initializer_range": 0.1,
     "tie_word_embeddings": True,
 }
@@ -68,8 +68,12 @@ def _plain(value: object) -> object:
     return str(value).lower() if isinstance(value, bool) else value
 
 
-def prepare(root: Path) -> PpoRuns:
-    """Make the models, and three steps of random answers to every prompt."""
+def prepare(root: Path, **sizes: int) -> PpoRuns:
+    """Make the models, and three steps of random answers to every prompt.
+
+    Args:
+        sizes: config fields of the models that differ from ``MODELS``.
+    """
     from hetero_ppo.cli.main import main
 
     write_data(root / "data")
@@ -78,20 +82,20 @@ def prepare(root: Path) -> PpoRuns:
     tokenizer = ["tokenizer", "--input", str(root / "data" / "sft.jsonl"), "--vocab-size", "299"]
     assert main([*tokenizer, "--out", str(root / "tokenizer")]) == 0
     for model in MODELS:
-        _save_models(root, model)
+        _save_models(root, model, sizes)
         (root / f"{model}.yaml").write_text(json.dumps(_config(root, model), indent=1))
     _write_rollouts(root)
     return PpoRuns(root)
 
 
-def _save_models(root: Path, model: str) -> None:
+def _save_models(root: Path, model: str, sizes: Mapping[str, int]) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
     model_type, fields = MODELS[model]
     vocab_size = len(AutoTokenizer.from_pretrained(root / "tokenizer"))
     torch.manual_seed(0)
-    config = AutoConfig.for_model(model_type, vocab_size=vocab_size, pad_token_id=0, num_labels=1, **fields)
+    config = AutoConfig.for_model(model_type, vocab_size=vocab_size, pad_token_id=0, num_labels=1, **{**fields, **sizes})
     AutoModelForCausalLM.from_config(config).save_pretrained(root / model / "policy")
     AutoModelForSequenceClassification.from_config(config).save_pretrained(root / model / "scorer")
 
@@ -106,8 +110,8 @@ def _config(root: Path, model: str) -> dict[str, Any]:
         "kind": "ppo",
         "run": {"threads": 1},
         "data": {"train": str(root / "prompts.jsonl"), "max_prompt_tokens": 64},
-        "actor": role("policy", 3, 3e-4),
-        "critic": role("scorer", 4, 3e-4),
+        "actor": role("policy", 3, 1e-4),
+        "critic": role("scorer", 4, 1e-4),
         "reference": role("policy", 8),
         "reward_model": role("scorer", 5),
         "algorithm": {
