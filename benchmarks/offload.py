@@ -49,6 +49,7 @@ from megatron_bridge.platform.copies import allocated_bytes, pinned_host_memory,
 MIB, GB = 2**20, 1e9
 #: name -> layers, hidden, MLP, heads, key-value heads, vocabulary
 SHAPES = {
+    "tiny": (2, 64, 128, 4, 2, 256),  # to see that the benchmark runs
     "30m": (8, 512, 1536, 8, 4, 4096),
     "125m": (12, 768, 2048, 12, 4, 32000),
     "1b": (16, 2048, 5632, 32, 8, 32000),

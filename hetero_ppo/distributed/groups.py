@@ -7,6 +7,8 @@ own, so groups are built on a HyperCommGrid and handed on as arguments.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
@@ -42,6 +44,33 @@ def finish() -> None:
     parallel_state.destroy_global_memory_buffer()
 
 
+@dataclass
+class _Made:
+    """Groups of one world: ranks of every group of a division -> this rank's group."""
+
+    world: dist.ProcessGroup | None = None
+    groups: dict[tuple[tuple[int, ...], ...], dist.ProcessGroup | None] = field(default_factory=dict)
+
+
+_made = _Made()
+
+
+def _group(division: Sequence[Sequence[int]]) -> dist.ProcessGroup | None:
+    """This rank's group of a division of the world; None where it is in none. Collective over the world.
+
+    Roles take turns, so those that divide the ranks alike share the groups: each has threads of its own with gloo, and a
+    communicator with buffers on the device with NCCL.
+    """
+    if _made.world is not dist.group.WORLD:  # another world was joined since
+        _made.world = dist.group.WORLD
+        _made.groups.clear()
+    key = tuple(tuple(ranks) for ranks in division)
+    if key not in _made.groups:
+        groups = {ranks: dist.new_group(list(ranks)) for ranks in key}
+        _made.groups[key] = next((group for ranks, group in groups.items() if dist.get_rank() in ranks), None)
+    return _made.groups[key]
+
+
 def role_groups(role: str, parallel: ParallelConfig) -> ProcessGroupCollection:
     """Create all groups of one role's layout. Collective over the world: every rank calls it, roles in the same order.
 
@@ -54,14 +83,14 @@ def role_groups(role: str, parallel: ParallelConfig) -> ProcessGroupCollection:
     dp = data_parallel_size(role, parallel, world_size)
     grid = HyperCommGrid([parallel.tensor, parallel.context, dp, parallel.pipeline], ["tp", "cp", "dp", "pp"])
     groups = ProcessGroupCollection()
-    groups.tp = grid.create_pg("tp")
-    groups.cp = grid.create_pg("cp")
-    groups.dp = grid.create_pg("dp")
-    groups.pp = grid.create_pg("pp")
-    groups.mp = grid.create_pg(["tp", "pp"])
-    groups.tp_cp = grid.create_pg(["tp", "cp"])
-    groups.dp_cp = grid.create_pg(["cp", "dp"])
-    groups.tp_dp_cp = grid.create_pg(["tp", "cp", "dp"])
+    groups.tp = _group(grid.get_rank_enum("tp"))
+    groups.cp = _group(grid.get_rank_enum("cp"))
+    groups.dp = _group(grid.get_rank_enum("dp"))
+    groups.pp = _group(grid.get_rank_enum("pp"))
+    groups.mp = _group(grid.get_rank_enum(["tp", "pp"]))
+    groups.tp_cp = _group(grid.get_rank_enum(["tp", "cp"]))
+    groups.dp_cp = _group(grid.get_rank_enum(["cp", "dp"]))
+    groups.tp_dp_cp = _group(grid.get_rank_enum(["tp", "cp", "dp"]))
     groups.intra_dp_cp = groups.dp_cp
     _add_expert_groups(groups, parallel, world_size)
     groups.inter_dist_opt = None
@@ -74,17 +103,17 @@ def _add_expert_groups(groups: ProcessGroupCollection, parallel: ParallelConfig,
     """Expert layers have a grid of their own over the ranks of a pipeline stage: experts are spread over ``expert`` neighbours,
     and every block of neighbours is a replica. No expert is divided over ranks.
     """
-    solo = [dist.new_group([rank]) for rank in range(world_size)][dist.get_rank()]
+    solo = _group([[rank] for rank in range(world_size)])
     groups.expt_tp = solo
     if parallel.expert == 1:
         groups.ep, groups.tp_ep, groups.tp_ep_pp, groups.expt_dp = solo, solo, groups.pp, groups.tp_dp_cp
     else:
         replicas = world_size // (parallel.pipeline * parallel.expert)
         grid = HyperCommGrid([parallel.expert, replicas, parallel.pipeline], ["ep", "dp", "pp"])
-        groups.ep = grid.create_pg("ep")
+        groups.ep = _group(grid.get_rank_enum("ep"))
         groups.tp_ep = groups.ep
-        groups.tp_ep_pp = grid.create_pg(["ep", "pp"])
-        groups.expt_dp = grid.create_pg("dp")
+        groups.tp_ep_pp = _group(grid.get_rank_enum(["ep", "pp"]))
+        groups.expt_dp = _group(grid.get_rank_enum("dp"))
     groups.intra_expt_dp = groups.expt_dp
 
 
@@ -93,19 +122,9 @@ def _embedding_groups(parallel: ParallelConfig, dp: int) -> tuple[dist.ProcessGr
 
     Tied embeddings live on both stages and their gradients are summed over the first group.
     """
-    rank = dist.get_rank()
     stride = parallel.tensor * parallel.context * dp  # distance between two stages of one pipeline
-    embd = pos_embd = None
-    for first in range(stride):
-        last = first + stride * (parallel.pipeline - 1)
-        members = sorted({first, last})
-        group = dist.new_group(members)
-        first_group = dist.new_group([first])
-        if rank in members:
-            embd = group
-        if rank == first:
-            pos_embd = first_group
-    return embd, pos_embd
+    ends = [sorted({first, first + stride * (parallel.pipeline - 1)}) for first in range(stride)]
+    return _group(ends), _group([[first] for first in range(stride)])
 
 
 def is_last_stage(groups: ProcessGroupCollection) -> bool:

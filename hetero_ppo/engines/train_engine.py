@@ -283,8 +283,8 @@ class TrainEngine(ModelEngine):
         Raises:
             ValueError: it was written with the other kind of optimizer.
         """
-        self._check_kind_of_optimizer(folder)
         self.device.require(self.role, TRAINING & self.residency.kinds, "loading a checkpoint")
+        self._check_kind_of_optimizer(folder)
         self.residency.mark_changed(TRAINING)
         state = dist_checkpointing.load(self._sharded_state_dict(is_loading=True), str(folder))
         self._take_weights(state)

@@ -15,13 +15,11 @@ from hetero_ppo.config.schema import (
     Dtype,
     ModelConfig,
     OptimizerConfig,
-    ParallelConfig,
     ResidencyConfig,
     RoleConfig,
     TrainedRoleConfig,
 )
-from hetero_ppo.distributed.groups import finish, initialise, role_groups
-from hetero_ppo.engines import model_engine
+from hetero_ppo.distributed.groups import finish, initialise
 from hetero_ppo.engines.losses import sft_loss_fn
 from hetero_ppo.engines.model_engine import ModelEngine
 from hetero_ppo.engines.outputs import log_probs_output, scores_output, values_output
@@ -44,9 +42,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
             patch.setenv(name, value)
         initialise(2.0)
-        # Every group of gloo has threads of its own, and these tests build roles by the hundred.
-        groups = role_groups("actor", ParallelConfig())
-        patch.setattr(model_engine, "role_groups", lambda role, parallel: groups)
         yield
         finish()
 
