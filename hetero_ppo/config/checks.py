@@ -402,6 +402,14 @@ def check_rollout_servers(config: PpoConfig, world_size: int) -> None:
     _require(0 < share <= 1, "rollout.gpu_memory_utilization", share, "a share of the device, in (0, 1]")
 
 
+def check_residency(config: PpoConfig, world_size: int) -> None:
+    residency = config.residency
+    _require(residency.pcie_gb_s > 0, "residency.pcie_gb_s", residency.pcie_gb_s, "more than 0 GB/s")
+    for field in ("device_gib", "host_gib"):
+        size = vars(residency)[field]
+        _require(size is None or size > 0, f"residency.{field}", size, "more than 0 GiB, or null for the machine's own")
+
+
 # --- the disk -------------------------------------------------------------------------------------------------------
 
 
@@ -516,6 +524,7 @@ PPO_CHECKS: tuple[Callable[[PpoConfig, int], None], ...] = (
     check_function_names,
     check_sampling,
     check_rollout_servers,
+    check_residency,
 )
 PATH_CHECKS: tuple[Callable[[AnyConfig], None], ...] = (
     check_data_files,

@@ -186,6 +186,8 @@ def group_figures(run: RunRecord) -> list[tuple[str, str]]:
                 figures.append((group.title, _draw_group(f"{run.dir}/{group.title}", panels, series)))
         if top_level({name: 0.0 for name in run.seconds if name != TOTAL}):
             figures.append(("Seconds per step, by phase", _draw_seconds(f"{run.dir}/seconds", run)))
+        if run.ledger:
+            figures.append(("On the device, by phase (roles, rank 0)", _draw_ledger(f"{run.dir}/ledger", run)))
     return figures
 
 
@@ -322,6 +324,35 @@ def _draw_seconds(identity: str, run: RunRecord) -> str:
     axes.set_xlabel("step")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7, steps=[1, 2, 5, 10]))
     axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=4, borderaxespad=0.1, handlelength=1.0)
+    return _svg(figure, identity)
+
+
+def _draw_ledger(identity: str, run: RunRecord) -> str:
+    """A bar for every phase, by kind; the dashed line is what all roles would hold if they stayed."""
+    phases = list(run.ledger)
+    kinds = list(dict.fromkeys(kind for roles in run.ledger.values() for held in roles.values() for kind in held))
+    whole: dict[tuple[str, str], int] = {}
+    for roles in run.ledger.values():
+        for role, held in roles.items():
+            for kind, size in held.items():
+                whole[role, kind] = max(size, whole.get((role, kind), 0))
+    unit, name = (2**30, "GiB") if sum(whole.values()) >= 2**30 else (2**20, "MiB")
+    figure = Figure(figsize=(5.6, 0.34 * len(phases) + 1.0), layout="constrained")
+    axes = figure.subplots()
+    labels = [
+        f"{phase}\n{' + '.join(role for role, held in roles.items() if held)}" for phase, roles in run.ledger.items()
+    ]
+    left = np.zeros(len(phases))
+    for kind, colour in zip(kinds, COLOURS):
+        widths = np.array([sum(held.get(kind, 0) for held in run.ledger[phase].values()) / unit for phase in phases])
+        axes.barh(labels, widths, left=left, color=colour, label=kind, height=0.72)
+        left = left + widths
+    axes.axvline(sum(whole.values()) / unit, color=INK, linewidth=1.2, linestyle=(0, (4, 3)), label="all roles staying")
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.tick_params(axis="y", labelsize=7)
+    axes.set_xlabel(name)
+    axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=5, borderaxespad=0.1, handlelength=1.0)
     return _svg(figure, identity)
 
 

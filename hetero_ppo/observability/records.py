@@ -14,6 +14,7 @@ from hetero_ppo.observability.timers import TOTAL
 CONFIG_FILE = "config.yaml"
 EVAL_BEFORE_FILE = "eval_before.json"
 EVAL_AFTER_FILE = "eval_after.json"
+LEDGER_FILE = "memory_ledger.json"
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ class RunRecord:
     notes: list[tuple[int, str]]
     before: Evaluation | None
     after: Evaluation | None
+    ledger: dict[str, dict[str, dict[str, int]]] = field(default_factory=dict)  # phase -> role -> kind -> device bytes
 
     @property
     def num_non_finite(self) -> int:
@@ -102,7 +104,13 @@ def read_run(path: Path) -> RunRecord:
         notes=[(step, note) for step in steps for note in records[step]["notes"]],
         before=read_evaluation(run_dir / EVAL_BEFORE_FILE),
         after=read_evaluation(run_dir / EVAL_AFTER_FILE),
+        ledger=_read_ledger(run_dir / LEDGER_FILE),
     )
+
+
+def _read_ledger(path: Path) -> dict[str, dict[str, dict[str, int]]]:
+    """What the run's first step held on the device, by phase; empty when the run wrote none."""
+    return json.loads(path.read_text(encoding="utf-8"))["phases"] if path.exists() else {}
 
 
 def read_evaluation(path: Path) -> Evaluation | None:

@@ -12,9 +12,8 @@ from hetero_ppo.memory.ledger import total
 from hetero_ppo.memory.plan import GIB, plan_memory
 from hetero_ppo.memory.plan_check import check_fits
 from hetero_ppo.memory.plan_compare import compare
+from hetero_ppo.observability.records import LEDGER_FILE
 from hetero_ppo.trainers.run import Run
-
-LEDGER_FILE = "memory_ledger.json"
 
 
 def say_plan(config: PpoConfig, run: Run) -> None:

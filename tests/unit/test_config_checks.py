@@ -79,6 +79,8 @@ def test_the_defaults_pass(tmp_path: Path, kind: str, world_size: int) -> None:
         (["rollout.sampling.top_p=0"], "rollout.sampling.top_p=0"),
         (["rollout.sampling.top_k=0"], "rollout.sampling.top_k=0"),
         (["rollout.num_servers=0"], "rollout.num_servers=0"),
+        (["residency.pcie_gb_s=0"], "residency.pcie_gb_s=0"),
+        (["residency.host_gib=-1"], "residency.host_gib=-1"),
         (["rollout.engine=sglang"], "rollout.engine=sglang: the engine is vllm"),
         (["rollout.gpu_memory_utilization=2"], "in \\(0, 1\\]"),
     ],

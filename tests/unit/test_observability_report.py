@@ -124,6 +124,18 @@ def test_a_repeated_step_counts_once_with_its_later_record(tmp_path: Path) -> No
     assert run.kind == "run" and run.num_steps == 3
 
 
+def test_the_ledger_becomes_a_picture(ppo_run: Path) -> None:
+    gib = 2**30
+    phases = {"values": {"critic": {"params": gib}}, "train_actor": {"actor": {"params": gib, "moments": 4 * gib}}}
+    (ppo_run / "memory_ledger.json").write_text(json.dumps({"phases": phases}))
+    figures = dict(group_figures(read_run(ppo_run)))
+    svg = figures["On the device, by phase (roles, rank 0)"]
+    ElementTree.fromstring(svg)
+    for text in ("values", "train_actor", "moments", "all roles staying", "GiB"):
+        assert text in svg
+    (ppo_run / "memory_ledger.json").unlink()
+
+
 def test_phase_means_leave_children_out(ppo_run: Path) -> None:
     assert phase_means(read_run(ppo_run)) == [("update", 2.0), ("rollout", 1.0), ("other", 1.0)]
 
