@@ -72,9 +72,11 @@ class PpoTrainer:
 
     def close(self) -> None:
         """End the rollout engine and its processes, and give the host buffers back."""
-        if self.engine is not None:
-            self.engine.close()
-        self.device.close()
+        try:
+            if self.engine is not None:
+                self.engine.close()
+        finally:  # a lane that still waits for room would keep the process
+            self.device.close()
 
     def fit(self) -> None:
         """The algorithm (Schulman et al. 2017, algorithm 1; Ouyang et al. 2022, section 3.5)."""
