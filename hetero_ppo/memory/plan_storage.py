@@ -37,7 +37,7 @@ class Place:
 
     pp_rank: int
     shard_rank: int  # among the data- and context-parallel ranks, over which the distributed optimizer shards
-    expert_shard_rank: int  # the same among the replicas of this rank's experts, where experts are spread over ranks
+    expert_shard_rank: int  # the same among the replicas of this rank's experts
 
 
 @dataclass(frozen=True)
@@ -177,11 +177,10 @@ class RoleStorage:
     def _buffers(
         self, place: Place, index: int, chunk: Sequence[LocalParameter]
     ) -> Iterator[tuple[BufferLayout, int, int]]:
-        """(layout, this rank's shard, number of shards) of DDP's buffers of a chunk; spread experts have one of their own."""
+        """(layout, this rank's shard, number of shards) of DDP's buffers of a chunk; experts have one of their own."""
         assert isinstance(self.config, TrainedRoleConfig)
-        spread = self.config.parallel.expert > 1
-        dense = [parameter for parameter in chunk if not (spread and parameter.expert)]
-        experts = [parameter for parameter in chunk if spread and parameter.expert]
+        dense = [parameter for parameter in chunk if not parameter.expert]
+        experts = [parameter for parameter in chunk if parameter.expert]
         for parameters, rank, size in (
             (dense, place.shard_rank, self.num_shards),
             (experts, place.expert_shard_rank, self.num_expert_shards),

@@ -39,6 +39,12 @@ JOBS: dict[str, dict[str, Any]] = {
         "distributed": True,
     },
     "ep2 distributed": {"case": "qwen3_moe_tied", "dtype": "bf16", "layout": {"expert": 2}, "distributed": True},
+    "tp2 experts": {
+        "case": "qwen3_moe_untied",
+        "dtype": "bf16",
+        "layout": {"tensor": 2, "sequence": True},
+        "distributed": True,
+    },
     "dp2 experts": {"case": "qwen3_moe_untied", "dtype": "bf16", "layout": {}, "distributed": True},
     "tp2 ep2 sequence parallel": {
         "case": "qwen3_moe_untied",
