@@ -300,6 +300,11 @@ def check_critic_warmup(config: PpoConfig, world_size: int) -> None:
     )
 
 
+def check_trace(config: PpoConfig, world_size: int) -> None:
+    every = config.train.trace_every
+    _require(every >= 0, "train.trace_every", every, "0 (no traces) or a number of PPO steps")
+
+
 def check_kl(config: PpoConfig, world_size: int) -> None:
     kl = config.algorithm.kl
     _require(kl.coef >= 0, "algorithm.kl.coef", kl.coef, "0 or more")
@@ -519,6 +524,7 @@ PPO_CHECKS: tuple[Callable[[PpoConfig, int], None], ...] = (
     check_rollout_batch,
     check_objective,
     check_critic_warmup,
+    check_trace,
     check_kl,
     check_reward_source,
     check_function_names,

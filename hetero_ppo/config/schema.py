@@ -258,6 +258,7 @@ class PpoTrainConfig:
     eval_every: int = 0  # PPO steps; 0: before the first and after the last alone
     eval_function: str | None = None  # held-out check of an answer; same form as reward.function
     dump_rollouts: bool = True  # <run.dir>/rollouts/step_*.jsonl
+    trace_every: int = 50  # PPO steps between traces in <run.dir>/trace, beside the first two; 0: none
     replay_rollouts: str | None = None  # take token ids from this folder's rollouts instead of an engine
 
 

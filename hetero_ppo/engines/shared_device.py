@@ -22,6 +22,7 @@ from hetero_ppo.engines.residency import Block, ResidencyError, RoleResidency
 from hetero_ppo.memory.kinds import FORWARD, Kind
 from hetero_ppo.memory.ledger import Ledger, RoleBytes
 from hetero_ppo.memory.turns import Turn
+from hetero_ppo.observability.trace import COPY_IN, COPY_OUT, TRAINER, Args, TraceRecorder
 from megatron_bridge.platform.copies import CopyLane, allocated_bytes, computation_done
 
 #: A turn begins to compute with these there; the optimizer's bytes are waited for when it steps.
@@ -40,11 +41,15 @@ class SwitchCost:
 class SharedDevice:
     """Roles, their turns, and the lanes between device and host memory."""
 
-    def __init__(self, config: ResidencyConfig, schedule: Sequence[Turn] = ()) -> None:
+    def __init__(
+        self, config: ResidencyConfig, schedule: Sequence[Turn] = (), trace: TraceRecorder | None = None
+    ) -> None:
         """Args:
         config: whether roles leave, and whether switches overlap.
         schedule: the turns of a step, for what comes in ahead; empty: nothing does.
+        trace: takes a lane for each role and each direction of copies.
         """
+        self.trace = trace or TraceRecorder()
         self.offload = config.offload
         self.overlap = config.overlap
         self.schedule = list(schedule)
@@ -110,7 +115,8 @@ class SharedDevice:
             self._wait([b for b in residency.blocks if b.kind in kinds & FIRST])
             self.ledger.record(phase, "after")
             residency.unguard()
-            yield
+            with self.trace.span(role, phase):
+                yield
         finally:
             residency.leave()
             self._note_computed(phase, {role: kinds})
@@ -238,7 +244,9 @@ class SharedDevice:
             if not block.on_device:
                 return
             computed()
-            copied = residency.move_out(block, lane)
+            with self._traced(COPY_OUT, residency, block) as args:
+                copied = residency.move_out(block, lane)
+                args["bytes"] = copied
             with self._changed:
                 self._cost.bytes_out += copied
                 self._use(-block.num_bytes)
@@ -264,11 +272,17 @@ class SharedDevice:
                 if not block.wanted or block.on_device:
                     return
                 self._use(block.num_bytes)
-            copied = residency.move_in(block, lane)
+            with self._traced(COPY_IN, residency, block) as args:
+                copied = residency.move_in(block, lane)
+                args["bytes"] = copied
             with self._changed:
                 self._cost.bytes_in += copied
 
         block.moving = lane.submit(task)
+
+    def _traced(self, lane: str, residency: RoleResidency, block: Block) -> contextlib.AbstractContextManager[Args]:
+        name = f"{residency.role} {block.kind.value}"
+        return self.trace.span(lane, name, role=residency.role, kind=block.kind.value, bytes=0, blocks=1)
 
     def _use(self, num_bytes: int) -> None:
         """Account; the caller holds the condition."""
@@ -284,7 +298,9 @@ class SharedDevice:
         start = time.perf_counter()
         for move in pending:
             move.result()
-        self._cost.waited_s += time.perf_counter() - start
+        end = time.perf_counter()
+        self._cost.waited_s += end - start
+        self.trace.add(TRAINER, "wait for copies", start, end)
         for block in blocks:
             block.moving = None
 

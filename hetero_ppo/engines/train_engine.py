@@ -264,7 +264,8 @@ class TrainEngine(ModelEngine):
         loss_sum, count, metric_sums = self._reduce(outputs)
         self.device.require(self.role, TRAINING & self.residency.kinds, "an optimizer step")
         self.residency.mark_changed(TRAINING)
-        grad_norm = self._optimizer_step() if count > 0 else 0.0
+        with self.device.trace.span(self.role, "optimizer step"):
+            grad_norm = self._optimizer_step() if count > 0 else 0.0
         self.steps_done += 1
         return TrainStepResult(loss_sum / max(count, 1), grad_norm, learning_rate, count, metric_sums)
 

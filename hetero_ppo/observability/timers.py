@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from hetero_ppo.observability.trace import TRAINER, TraceRecorder
+
 #: Key of the wall time of the whole step, beside the phases.
 TOTAL = "total"
 
@@ -17,11 +19,12 @@ class PhaseTimer:
     monotonic. One timer belongs to one thread.
 
     ``synchronize`` is called before every reading of the clock (``torch.cuda.synchronize`` on a GPU, where kernels run
-    behind the Python code and a phase would otherwise end before its work does).
+    behind the Python code and a phase would otherwise end before its work does). Phases are spans of ``trace``, too.
     """
 
-    def __init__(self, synchronize: Callable[[], None] | None = None) -> None:
+    def __init__(self, synchronize: Callable[[], None] | None = None, trace: TraceRecorder | None = None) -> None:
         self._synchronize = synchronize
+        self._trace = trace or TraceRecorder()
         self._stack: list[str] = []
         self._seconds: dict[str, float] = {}
         self._started = self._now()
@@ -40,7 +43,9 @@ class PhaseTimer:
         try:
             yield
         finally:
-            self._seconds[path] = self._seconds.get(path, 0.0) + self._now() - start
+            end = self._now()
+            self._seconds[path] = self._seconds.get(path, 0.0) + end - start
+            self._trace.add(TRAINER, name, start, end)
             self._stack.pop()
 
     def seconds(self) -> dict[str, float]:

@@ -43,8 +43,9 @@ class PpoTrainer:
         self.data = ppo_setup.load_data(config, run)
         self.batching = ppo_setup.describe_batching(config, run, self.data)
         self.total_steps = self.batching.total_steps
-        self.timer = PhaseTimer(platform.synchronize)
         self.start = first_step(config.checkpoint, self.total_steps)
+        self.trace = ppo_setup.trace_recorder(config, run, self.start)
+        self.timer = PhaseTimer(platform.synchronize, self.trace)
         starting = ppo_setup.begin_engine(config, run, self.data, self.start)
         self.engine = None if starting is None else starting.engine
         if sleeps(
@@ -54,7 +55,7 @@ class PpoTrainer:
                 starting.wait().sleep()
             dist.barrier()
         # An error here is raised at once, not when the engine is up: its guardian ends it with this process.
-        self.device = ppo_setup.shared_device(config)
+        self.device = ppo_setup.shared_device(config, self.trace)
         self.roles = ppo_setup.build_roles(config, run, self.batching, self.device)
         self.maker = ppo_setup.build_maker(config, self.roles, self.data)
         if starting is not None:
@@ -92,6 +93,7 @@ class PpoTrainer:
         ) as logger:
             self.timer.collect()
             for step in progress(range(self.start, self.total_steps), description="PPO"):
+                self.trace.begin(step + 1)
                 with self.timer.phase("rollout"):
                     rollout = self.collect(step)
                 with self.timer.phase("experience"):
@@ -108,6 +110,7 @@ class PpoTrainer:
                 if config.train.eval_every and (step + 1) % config.train.eval_every == 0:
                     with self.timer.phase("eval"):
                         metrics |= self.evaluator.metrics(self.evaluator.run(f"step{step + 1}"))
+                self.trace.end()
                 logger.log(StepMetrics(step + 1, metrics, self.timer.collect()))
                 if step == self.start:
                     ppo_memory.say_ledger(config, self.run, self.device)
@@ -198,7 +201,8 @@ class PpoTrainer:
             self.turns.wake_for_sync()
             tensors = self.actor.stream_weights()
             if self.engine is not None:
-                self.engine.sync_weights(tensors, f"step{step}")
+                with self.turns.at_work("weight sync"):
+                    self.engine.sync_weights(tensors, f"step{step}")
             else:
                 for _ in tensors:  # the stream is collective
                     pass
@@ -208,7 +212,8 @@ class PpoTrainer:
         self.turns.wake()
         if self.engine is None:
             return {}
-        return {"rollout/golden_log_prob_diff": self.engine.verify_sync(ids, log_probs)}
+        with self.turns.at_work("golden prompt"):
+            return {"rollout/golden_log_prob_diff": self.engine.verify_sync(ids, log_probs)}
 
     def _save(self, manager: CheckpointManager, step: int) -> None:
         roles = {"actor": self.roles.actor, "critic": self.roles.critic}

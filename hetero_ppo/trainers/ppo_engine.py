@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from hetero_ppo.config.schema import RolloutConfig
 from hetero_ppo.engines.shared_device import SharedDevice
+from hetero_ppo.observability.trace import ENGINE, Args
 from hetero_ppo.rollout.engine import VllmEngine
 from hetero_ppo.rollout.replay import ReplayEngine
 from hetero_ppo.rollout.server import sleeps
@@ -43,7 +44,8 @@ class EngineTurns:
     def generating(self) -> Iterator[RolloutEngine | None]:
         """The device is the engine's, but for what the schedule keeps there during a rollout."""
         self.wake()
-        yield self.engine
+        with self.at_work("generate"):
+            yield self.engine
         self.sleep()
 
     def wake(self) -> None:
@@ -51,20 +53,27 @@ class EngineTurns:
         self.device.engine_turn("rollout")
         self._barrier()
         if self.engine is not None:
-            self.engine.wake()
+            with self.at_work("wake"):
+                self.engine.wake()
 
     def wake_for_sync(self) -> None:
         """Inside the actor's turn: the engine takes the memory of its weights alone, to be written anew."""
         self.device.wait_for_room()
         self._barrier()
         if self.engine is not None:
-            self.engine.wake(weights_only=True)
+            with self.at_work("wake for weights"):
+                self.engine.wake(weights_only=True)
 
     def sleep(self) -> None:
         """The engine gives its memory back."""
         if self.engine is not None:
-            self.engine.sleep()
+            with self.at_work("sleep"):
+                self.engine.sleep()
         self._barrier()
+
+    def at_work(self, name: str) -> contextlib.AbstractContextManager[Args]:
+        """The engine's lane of the trace."""
+        return self.device.trace.span(ENGINE, name)
 
     def _barrier(self) -> None:
         if self._shares_memory:

@@ -24,6 +24,7 @@ from hetero_ppo.engines.shared_device import SharedDevice
 from hetero_ppo.engines.train_engine import TrainEngine
 from hetero_ppo.experience.stages import ExperienceMaker
 from hetero_ppo.memory.turns import ppo_turns
+from hetero_ppo.observability.trace import TRACE_FOLDER, TraceRecorder
 from hetero_ppo.reward.function import FunctionReward
 from hetero_ppo.rollout.engine import VllmEngine
 from hetero_ppo.rollout.replay import ReplayEngine
@@ -158,13 +159,24 @@ def begin_engine(config: PpoConfig, run: Run, data: PpoData, start: int) -> Star
     return StartingEngine(engine).begin()
 
 
-def shared_device(config: PpoConfig) -> SharedDevice:
+def trace_recorder(config: PpoConfig, run: Run, start: int) -> TraceRecorder:
+    """Of the writer's rank, which stands for all; the others record nothing.
+
+    Args:
+        start: PPO steps that are done already.
+    """
+    if not run.is_writer:
+        return TraceRecorder()
+    return TraceRecorder(run.dir / TRACE_FOLDER, config.train.trace_every, first_step=start + 1)
+
+
+def shared_device(config: PpoConfig, trace: TraceRecorder) -> SharedDevice:
     """The device that the roles take turns on, in the order of a PPO step."""
     turns = ppo_turns(
         has_reward_model=config.reward.source is RewardSource.model,
         actor_scores_old=config.algorithm.old_log_probs is OldLogProbs.actor,
     )
-    return SharedDevice(config.residency, turns)
+    return SharedDevice(config.residency, turns, trace)
 
 
 def build_roles(config: PpoConfig, run: Run, batching: PpoBatching, device: SharedDevice) -> Roles:

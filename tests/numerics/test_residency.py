@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from hetero_ppo.engines.train_engine import TrainEngine
 from hetero_ppo.memory.kinds import FORWARD, Kind
 from hetero_ppo.memory.ledger import total
 from hetero_ppo.memory.turns import ppo_turns
+from hetero_ppo.observability.trace import COPY_IN, COPY_OUT, TraceRecorder, newest_trace
 from hetero_ppo.types import AnswerInputs
 
 VOCAB, ROWS, LENGTH = 96, 4, 12
@@ -59,8 +61,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Roles:
     """The four roles on one device, and a step that uses all of them."""
 
-    def __init__(self, model: Path, dtype: Dtype, distributed: bool, **residency: Any) -> None:
-        self.device = SharedDevice(ResidencyConfig(**residency), SCHEDULE)
+    def __init__(
+        self, model: Path, dtype: Dtype, distributed: bool, *, trace: TraceRecorder | None = None, **residency: Any
+    ) -> None:
+        self.device = SharedDevice(ResidencyConfig(**residency), SCHEDULE, trace)
         trained = TrainedRoleConfig(
             model=ModelConfig(path=str(model), dtype=dtype),
             optimizer=OptimizerConfig(lr=1e-2, distributed=distributed),
@@ -320,3 +324,32 @@ def test_saving_inside_another_turn_is_an_error(roles: Roles, tmp_path: Path) ->
     wrong = pytest.raises(ResidencyError, match="actor: saving inside the turn of critic")
     with roles.critic.on_device(phase="values"), wrong:
         roles.actor.save(tmp_path)
+
+
+def test_trace_has_every_turn_and_copy(model: Path, tmp_path: Path) -> None:
+    trace = TraceRecorder(tmp_path / "trace", every=1)
+    roles = Roles(model, Dtype.fp32, False, trace=trace)
+    roles.step()
+    roles.device.settle()
+    roles.device.collect_cost()
+    trace.begin(1)
+    roles.step()
+    roles.device.settle()
+    trace.end()
+    cost = roles.device.collect_cost()
+    roles.close()
+    newest = newest_trace(tmp_path)
+    assert newest is not None
+    assert newest.lanes() == ["trainer", "actor", "critic", "reference", "reward_model", COPY_IN, COPY_OUT]
+    turns = {lane: [s.name for s in newest.spans if s.lane == lane] for lane in newest.lanes()}
+    assert turns["actor"] == ["old_log_probs", "train_actor", "optimizer step", "weight_sync"]
+    assert turns["critic"] == ["values", "train_critic", "optimizer step"]
+    assert (turns["reference"], turns["reward_model"]) == (["ref_log_probs"], ["scores"])
+    for lane, moved in ((COPY_IN, cost.bytes_in), (COPY_OUT, cost.bytes_out)):
+        copies = [s for s in newest.spans if s.lane == lane]
+        assert sum(int(s.args["bytes"]) for s in copies) == moved > 0
+        assert {"actor moments", "critic moments"} <= {s.name for s in copies}
+        assert all(a.end <= b.start + 1e-9 for a, b in itertools.pairwise(copies))  # one at a time
+    in_turns = sorted((s for s in newest.spans if s.lane in roles.device.roles), key=lambda s: (s.start, -s.end))
+    outer = [s for s in in_turns if s.name != "optimizer step"]
+    assert all(a.end <= b.start + 1e-9 for a, b in itertools.pairwise(outer))  # turns do not overlap

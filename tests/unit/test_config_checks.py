@@ -53,6 +53,7 @@ def test_the_defaults_pass(tmp_path: Path, kind: str, world_size: int) -> None:
         (["train.steps=0"], "train.steps=0: a run does at least 1 step"),
         (["train.epochs=0"], "train.epochs=0"),
         (["train.eval_every=5"], "set data.eval"),
+        (["train.trace_every=-1"], "train.trace_every=-1"),
         (["run.timeout_minutes=0"], "run.timeout_minutes=0"),
         (["checkpoint.keep=0"], "checkpoint.keep=0"),
         (["algorithm.minibatch_size=24"], "= 64 is not a multiple of algorithm.minibatch_size = 24; .* 48 or 72"),

@@ -1,0 +1,253 @@
+"""What ran when in a step: spans on lanes, written in Chrome's trace event format, which Perfetto and chrome://tracing open.
+
+A lane is a thing that can be busy or idle: the rollout engine, a role, a copy direction, the trainer. Source of the format:
+"Trace Event Format", Google, complete ("X") and metadata ("M") events; times are microseconds since the step began.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+Args = dict[str, int | str]
+
+TRAINER, ENGINE, COPY_IN, COPY_OUT = "trainer", "engine", "copy in", "copy out"
+#: Lanes from top to bottom; those that a step did not use are left out.
+LANES = (TRAINER, ENGINE, "actor", "critic", "reference", "reward_model", COPY_IN, COPY_OUT)
+
+TRACE_FOLDER = "trace"
+
+#: Blocks of one role and kind that follow each other on a copy lane within this become one span: hundreds of small tensors
+#: would make the file large and the picture grey. The gaps count as busy.
+MERGE_GAP_S = 2e-4
+
+#: A run's first steps are traced whatever the interval: the first has the warm-up, the second has not.
+FIRST_STEPS = 2
+
+
+@dataclass(frozen=True)
+class Span:
+    """One stretch of work on a lane."""
+
+    lane: str
+    name: str
+    start: float  # seconds; a recorder's are of the monotonic clock, a file's since the step began
+    end: float
+    args: Args = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StepTrace:
+    """One step as its file tells it."""
+
+    step: int
+    rank: int
+    seconds: float  # wall time of the step
+    spans: list[Span]  # by start, seconds since the step began
+
+    def lanes(self) -> list[str]:
+        """Lanes with spans: those of ``LANES`` in its order, then others."""
+        return _ordered_lanes(self.spans)
+
+    def idle_share(self, lane: str) -> float:
+        """Share of the step, 0 to 1, that no span of the lane covers. Spans inside each other count once."""
+        return 1.0 - busy_seconds([span for span in self.spans if span.lane == lane]) / self.seconds
+
+
+class TraceRecorder:
+    """Collects the spans of a step from any thread, and writes the steps that are due.
+
+    Outside of ``begin`` and ``end`` a span costs two readings of the clock. What is under way when a step begins or ends is cut there.
+    """
+
+    def __init__(
+        self,
+        folder: Path | None = None,
+        every: int = 0,
+        first_step: int = 1,
+        rank: int = 0,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """Args:
+        folder: of the files; None: nothing is written.
+        every: steps between traces; 0: none.
+        first_step: the run's first step, counted from 1.
+        rank: whose spans these are; the process in the file.
+        clock: monotonic seconds.
+        """
+        self._folder = folder
+        self._every = every
+        self._first_step = first_step
+        self._rank = rank
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._step: int | None = None  # being recorded
+        self._began = 0.0
+        self._spans: list[Span] = []
+        self._last_copy: dict[str, int] = {}  # lane -> index of its last span, for copy lanes
+        self._open: dict[int, Span] = {}  # by the identity of their args
+
+    def is_due(self, step: int) -> bool:
+        """True for the run's first steps and for every ``every``-th."""
+        if self._folder is None or self._every == 0:
+            return False
+        return step < self._first_step + FIRST_STEPS or step % self._every == 0
+
+    def begin(self, step: int) -> None:
+        """Record from here on, if ``step`` (counted from 1) is due."""
+        with self._lock:
+            self._step = step if self.is_due(step) else None
+            self._began = self._clock()
+            self._spans, self._last_copy = [], {}
+
+    def end(self) -> Path | None:
+        """Write what was recorded since ``begin``, and record no more. The file; None when the step was not due.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        with self._lock:
+            step, self._step = self._step, None
+            if step is None:
+                return None
+            now = self._clock()
+            spans = self._spans + [replace(span, end=now, args=dict(span.args)) for span in self._open.values()]
+            trace = StepTrace(step, self._rank, now - self._began, _since(self._began, spans))
+        assert self._folder is not None  # is_due
+        path = self._folder / f"step_{step:07d}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(chrome_trace(trace)), encoding="utf-8")
+        return path
+
+    @contextmanager
+    def span(self, lane: str, name: str, **args: int | str) -> Iterator[Args]:
+        """The body on a lane. Yields the span's arguments, which the body may add to; ends with the body, errors included.
+
+        Spans of one lane lie inside each other or apart; a lane that several threads write at once would break that.
+        """
+        span = Span(lane, name, self._clock(), 0.0, args)
+        if self._step is not None:
+            with self._lock:
+                self._open[id(args)] = span
+        try:
+            yield args
+        finally:
+            end = self._clock()
+            with self._lock:
+                self._open.pop(id(args), None)
+                if self._step is not None:
+                    self._keep(replace(span, start=max(span.start, self._began), end=end))
+
+    def add(self, lane: str, name: str, start: float, end: float, **args: int | str) -> None:
+        """A span that is over, by the recorder's clock."""
+        with self._lock:
+            if self._step is not None:
+                self._keep(Span(lane, name, max(start, self._began), end, args))
+
+    def _keep(self, span: Span) -> None:
+        """The caller holds the lock."""
+        if span.lane in (COPY_IN, COPY_OUT):
+            index = self._last_copy.get(span.lane)
+            if index is not None:
+                last = self._spans[index]
+                if last.name == span.name and span.start - last.end <= MERGE_GAP_S:
+                    self._spans[index] = replace(last, end=span.end, args=_added(last.args, span.args))
+                    return
+            self._last_copy[span.lane] = len(self._spans)
+        self._spans.append(span)
+
+
+def _added(first: Args, second: Args) -> Args:
+    """Numbers added up, text of the first."""
+    total = dict(first)
+    for name, value in second.items():
+        before = total.setdefault(name, 0 if isinstance(value, int) else value)
+        if isinstance(before, int) and isinstance(value, int):
+            total[name] = before + value
+    return total
+
+
+def _since(began: float, spans: Sequence[Span]) -> list[Span]:
+    shifted = [replace(span, start=max(span.start, began) - began, end=span.end - began) for span in spans]
+    return sorted(shifted, key=lambda span: (span.start, -span.end))  # the outer one of two first
+
+
+def _ordered_lanes(spans: Sequence[Span]) -> list[str]:
+    used = dict.fromkeys(span.lane for span in spans)
+    return [lane for lane in LANES if lane in used] + [lane for lane in used if lane not in LANES]
+
+
+def busy_seconds(spans: Sequence[Span]) -> float:
+    """Seconds that at least one span covers."""
+    busy, reached = 0.0, float("-inf")
+    for span in sorted(spans, key=lambda span: span.start):
+        busy += max(0.0, span.end - max(span.start, reached))
+        reached = max(reached, span.end)
+    return busy
+
+
+def chrome_trace(trace: StepTrace) -> dict[str, object]:
+    """The step as a JSON object in Chrome's trace event format: a process for the rank, a thread for each lane."""
+    threads = {lane: number for number, lane in enumerate(trace.lanes(), start=1)}
+    pid = trace.rank
+    events: list[dict[str, object]] = [
+        {"ph": "M", "name": "process_name", "pid": pid, "tid": 0, "args": {"name": f"rank {trace.rank}"}}
+    ]
+    for lane, tid in threads.items():
+        events.append({"ph": "M", "name": "thread_name", "pid": pid, "tid": tid, "args": {"name": lane}})
+        events.append({"ph": "M", "name": "thread_sort_index", "pid": pid, "tid": tid, "args": {"sort_index": tid}})
+    for span in trace.spans:
+        start, end = round(span.start * 1e9), round(span.end * 1e9)  # whole nanoseconds, so that what nests still does
+        events.append(
+            {
+                "ph": "X",
+                "name": span.name,
+                "cat": span.lane,
+                "pid": pid,
+                "tid": threads[span.lane],
+                "ts": start / 1e3,
+                "dur": (end - start) / 1e3,
+                "args": span.args,
+            }
+        )
+    other = {"step": trace.step, "rank": trace.rank, "seconds": trace.seconds}
+    return {"traceEvents": events, "displayTimeUnit": "ms", "otherData": other}
+
+
+def read_trace(path: Path) -> StepTrace:
+    """Read what a recorder wrote.
+
+    Raises:
+        ValueError: it is not such a file.
+    """
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        events, other = raw["traceEvents"], raw["otherData"]
+        lanes = {event["tid"]: event["args"]["name"] for event in events if event["name"] == "thread_name"}
+        spans = [
+            Span(
+                lanes[event["tid"]], event["name"], event["ts"] / 1e6, (event["ts"] + event["dur"]) / 1e6, event["args"]
+            )
+            for event in events
+            if event["ph"] == "X"
+        ]
+        return StepTrace(int(other["step"]), int(other["rank"]), float(other["seconds"]), spans)
+    except KeyError as error:
+        raise ValueError(f"{path}: the field {error} is missing; delete the file, or write it anew by a run") from error
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: not a trace of a step ({error}); delete the file") from error
+
+
+def newest_trace(run_dir: Path) -> StepTrace | None:
+    """The trace of a run's highest step; None without any.
+
+    Raises:
+        ValueError: its file is malformed.
+    """
+    files = sorted((run_dir / TRACE_FOLDER).glob("step_*.json"))
+    return read_trace(files[-1]) if files else None
