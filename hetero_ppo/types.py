@@ -78,6 +78,7 @@ class Experience:
     token_level_rewards: Tensor  # [B, T] float32, KL penalty and final score
     advantages: Tensor  # [B, T] float32, whitened
     returns: Tensor  # [B, T] float32
+    tis_weights: Tensor | None = None  # [B, T] float32, truncated importance weights; None: no correction
     metrics: dict[str, float] = field(default_factory=dict)
 
 
@@ -98,6 +99,7 @@ class PolicyInputs:
     ref_log_probs: Tensor  # [b, t] float32
     advantages: Tensor  # [b, t] float32
     mask: Tensor  # [b, t] bool
+    tis_weights: Tensor | None = None  # [b, t] float32, on the policy loss; None: no correction
 
 
 @dataclass(frozen=True)

@@ -50,13 +50,15 @@ def policy_loss(
     clip_ratio: float,
     dual_clip: float | None,
     denominator: float,
+    tis_weights: Tensor | None = None,
 ) -> Loss:
     """Clipped surrogate objective, negated.
 
     Schulman et al. 2017, "Proximal Policy Optimization Algorithms", equation 7: the token's loss is
     ``max(-A ratio, -A clip(ratio, 1 - clip_ratio, 1 + clip_ratio))``. With ``dual_clip = c``, Ye et al. 2020,
     "Mastering Complex Control in MOBA Games with Deep Reinforcement Learning" (dual-clip PPO): where A < 0 the loss is at
-    most ``-c A``. The log-ratio is clamped to +-20 before the exponential.
+    most ``-c A``. The log-ratio is clamped to +-20 before the exponential. Importance weights, where given, multiply the
+    token's loss after all clipping (Yao et al. 2025; ``rollout_correction.truncated_weights``).
 
     Args:
         log_probs: [b, t] float, of the policy being trained, with a graph.
@@ -66,9 +68,10 @@ def policy_loss(
         clip_ratio: epsilon.
         dual_clip: c > 1; None switches it off.
         denominator: tokens of the global minibatch (see the module's docstring).
+        tis_weights: [b, t] float without a graph, or None: no correction, and no arithmetic for it.
 
     Returns:
-        The loss and actor/pg_loss, actor/pg_clipfrac, actor/pg_clipfrac_lower, actor/ppo_kl, actor/ratio_mean.
+        The loss and actor/pg_loss (weighted, as it is minimised), actor/pg_clipfrac, actor/pg_clipfrac_lower, actor/ppo_kl, actor/ratio_mean.
         ``ppo_kl`` is the k1 estimate of KL(old || new), ``pg_clipfrac`` the share of tokens whose clipped term is the
         larger, ``pg_clipfrac_lower`` that of tokens which the dual clip bounds.
 
@@ -87,6 +90,8 @@ def policy_loss(
         negative = advantages < 0
         bounded = negative & (surrogate > bound)
         token_loss = torch.where(negative, torch.minimum(surrogate, bound), surrogate)
+    if tis_weights is not None:
+        token_loss = token_loss * tis_weights
     return _with_sums(
         masked_mean(token_loss, mask, denominator),
         mask,

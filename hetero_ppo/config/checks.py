@@ -7,6 +7,7 @@ model is built. Which tokenizers go together is checked in ``hetero_ppo.data.cha
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable
 from typing import Any
@@ -21,9 +22,11 @@ from hetero_ppo.config.derived import (
 from hetero_ppo.config.load import AnyConfig
 from hetero_ppo.config.schema import (
     KlController,
+    OldLogProbs,
     PpoConfig,
     RewardSource,
     RmConfig,
+    RolloutCorrectionKind,
     SamplingConfig,
     SftConfig,
 )
@@ -289,6 +292,26 @@ def check_objective(config: PpoConfig, world_size: int) -> None:
     _require(algorithm.entropy_coef >= 0, "algorithm.entropy_coef", algorithm.entropy_coef, "0 or more")
 
 
+def check_mismatch(config: PpoConfig, world_size: int) -> None:
+    """Engine and trainer can be compared, and corrected for, where the trainer computes log-probs of its own."""
+    mismatch, correction = config.rollout.mismatch, config.algorithm.rollout_correction
+    compared = config.algorithm.old_log_probs is OldLogProbs.actor
+    uncompared = "with algorithm.old_log_probs=rollout there is nothing to compare; set that to actor, or this to"
+    for field in ("max_log_prob_diff_mean", "max_ratio_outside_share"):
+        bound = vars(mismatch)[field]
+        _require(bound is None or bound >= 0, f"rollout.mismatch.{field}", bound, "0 or more; null for the dtype's own")
+        _require(bound is None or compared, f"rollout.mismatch.{field}", bound, f"{uncompared} null")
+    _require(mismatch.patience >= 1, "rollout.mismatch.patience", mismatch.patience, "at least 1 step")
+    corrects = correction.kind is not RolloutCorrectionKind.none
+    _require(compared or not corrects, "algorithm.rollout_correction.kind", correction.kind.value, f"{uncompared} none")
+    _require(
+        1 <= correction.cap < math.inf,
+        "algorithm.rollout_correction.cap",
+        correction.cap,
+        "a finite number of at least 1: a smaller one would scale down tokens on which engine and trainer agree",
+    )
+
+
 def check_critic_warmup(config: PpoConfig, world_size: int) -> None:
     warmup, steps = config.algorithm.critic_warmup_steps, config.train.steps
     _require(warmup >= 0, "algorithm.critic_warmup_steps", warmup, "0 or more PPO steps")
@@ -523,6 +546,7 @@ SUPERVISED_CHECKS: tuple[Callable[[SftConfig | RmConfig, int], None], ...] = (
 PPO_CHECKS: tuple[Callable[[PpoConfig, int], None], ...] = (
     check_rollout_batch,
     check_objective,
+    check_mismatch,
     check_critic_warmup,
     check_trace,
     check_kl,

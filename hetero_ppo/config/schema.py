@@ -67,6 +67,18 @@ class OldLogProbs(str, Enum):
     rollout = "rollout"  # the engine's own; saves a forward, and the engine's rounding enters the ratio
 
 
+class RolloutCorrectionKind(str, Enum):
+    """What is done about the engine sampling from a policy that is not quite the trainer's."""
+
+    none = "none"
+    truncated = "truncated"  # truncated importance sampling (Yao et al. 2025)
+
+
+class CorrectionLevel(str, Enum):
+    token = "token"  # one weight per token
+    sequence = "sequence"  # one weight per response: the product of its tokens' ratios
+
+
 @dataclass
 class ParallelConfig:
     """A role's layout over the ranks of the run. Data parallelism is what is left of the world size."""
@@ -192,6 +204,15 @@ class SamplingConfig:
 
 
 @dataclass
+class MismatchConfig:
+    """Bounds on what the engine's log-probs differ from the trainer's, over the response tokens of a step."""
+
+    max_log_prob_diff_mean: float | None = None  # nats, mean |difference|; None: 1e-3 (fp32), 0.1 (bf16)
+    max_ratio_outside_share: float | None = None  # of tokens, ratio outside 0.99..1.01; None: 0.01 (fp32), 1 (bf16)
+    patience: int = 1  # steps in a row beyond a bound, at the last of which the run stops
+
+
+@dataclass
 class RolloutConfig:
     engine: str = "vllm"
     num_servers: int = 1  # vLLM HTTP servers on this node
@@ -208,6 +229,7 @@ class RolloutConfig:
     max_restarts: int = 2  # of a server that died, before the run stops
     verify_sync: bool = True  # compare the engine's log-probs of a golden prompt with the trainer's after every sync
     verify_sync_tolerance: float | None = None  # max |difference| in log-prob; None: 1e-3 (fp32), 0.15 (bf16)
+    mismatch: MismatchConfig = field(default_factory=MismatchConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     eval_sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
@@ -232,6 +254,15 @@ class KlConfig:
 
 
 @dataclass
+class RolloutCorrectionConfig:
+    """Weights on the policy loss for the difference of engine and trainer."""
+
+    kind: RolloutCorrectionKind = RolloutCorrectionKind.none
+    cap: float = 2.0  # largest weight
+    level: CorrectionLevel = CorrectionLevel.token
+
+
+@dataclass
 class AlgorithmConfig:
     gamma: float = 1.0
     lam: float = 0.95
@@ -240,6 +271,7 @@ class AlgorithmConfig:
     value_clip: float | None = 0.2  # |value - old value| beyond which the value loss is clipped; None: off
     entropy_coef: float = 0.0
     old_log_probs: OldLogProbs = OldLogProbs.actor
+    rollout_correction: RolloutCorrectionConfig = field(default_factory=RolloutCorrectionConfig)
     whiten_advantages: bool = True  # over the whole rollout batch and all ranks
     ppo_epochs: int = 1
     rollout_batch_size: int = 64  # prompts per PPO step, over all ranks

@@ -46,7 +46,7 @@ def reward_loss_fn(config: RewardModelLossConfig) -> LossFn:
 def actor_loss_fn(
     config: AlgorithmConfig, temperature: float, vocab_size: int, groups: ProcessGroupCollection
 ) -> LossFn:
-    """Clipped policy objective, entropy bonus, and KL to the reference where it is in the loss."""
+    """Clipped policy objective (weighted where the rollout is corrected for), entropy bonus, and KL to the reference where it is in the loss."""
 
     def loss_fn(logits: Tensor, microbatch: Microbatch) -> Loss:
         inputs = microbatch.inputs
@@ -62,6 +62,7 @@ def actor_loss_fn(
             config.clip_ratio,
             config.dual_clip,
             SUM,
+            inputs.tis_weights,
         )
         loss = loss + entropy_bonus(entropy, inputs.mask, config.entropy_coef, SUM)
         if config.kl.loss_coef:

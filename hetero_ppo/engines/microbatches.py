@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -26,6 +27,11 @@ def select(record: Record, rows: Sequence[int], num_columns: int) -> Record:
             value = to_columns(value, num_columns) if value.dim() == 2 else value
         picked[entry.name] = value
     return type(record)(**picked)
+
+
+def map_tensors(record: Record, change: Callable[[Tensor], Tensor]) -> Record:
+    """The record with every tensor changed; what is None stays None."""
+    return type(record)(**{name: None if value is None else change(value) for name, value in vars(record).items()})
 
 
 def rank_rows(num_rows: int, rank: int, size: int) -> list[int]:
@@ -120,13 +126,13 @@ def same_shape(microbatches: Sequence[Microbatch], stages: int) -> list[Microbat
         columns = s - m.token_ids.shape[1]
         inputs = m.inputs
         if inputs is not None:
-            inputs = type(inputs)(**{name: pad(value, (0, columns, 0, rows)) for name, value in vars(inputs).items()})
+            inputs = map_tensors(inputs, partial(pad, pad=(0, columns, 0, rows)))
         lengths = pad(m.sequence_lengths, (0, rows), value=1)
         padded.append(Microbatch(pad(m.token_ids, (0, columns, 0, rows)), lengths, inputs))
     first = padded[0]
     nothing = None
     if first.inputs is not None:
-        nothing = type(first.inputs)(**{name: torch.zeros_like(value) for name, value in vars(first.inputs).items()})
+        nothing = map_tensors(first.inputs, torch.zeros_like)
     empty = Microbatch(torch.zeros_like(first.token_ids), torch.ones_like(first.sequence_lengths), nothing)
     return padded + [empty] * (-len(padded) % stages)
 

@@ -29,7 +29,7 @@ from torch import Tensor
 from hetero_ppo.config.schema import Dtype, ResidencyConfig, RoleConfig
 from hetero_ppo.distributed.groups import is_last_stage, last_stage_rank, role_groups
 from hetero_ppo.engines.layouts import role_bridge
-from hetero_ppo.engines.microbatches import rank_rows, same_shape, split, to_columns, with_fillers
+from hetero_ppo.engines.microbatches import map_tensors, rank_rows, same_shape, split, to_columns, with_fillers
 from hetero_ppo.engines.outputs import OutputFn
 from hetero_ppo.engines.residency import RoleResidency
 from hetero_ppo.engines.shared_device import SharedDevice
@@ -317,7 +317,7 @@ def to_device(microbatch: Microbatch, device: torch.device) -> Microbatch:
         return microbatch
     inputs = microbatch.inputs
     if inputs is not None:
-        inputs = type(inputs)(**{name: value.to(device, non_blocking=True) for name, value in vars(inputs).items()})
+        inputs = map_tensors(inputs, lambda value: value.to(device, non_blocking=True))
     return Microbatch(microbatch.token_ids.to(device), microbatch.sequence_lengths.to(device), inputs)
 
 

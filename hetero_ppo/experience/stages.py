@@ -17,7 +17,8 @@ from hetero_ppo.algorithms.rewards import (
     normalise_scores,
     token_level_rewards,
 )
-from hetero_ppo.config.schema import AlgorithmConfig, OldLogProbs, RewardConfig
+from hetero_ppo.algorithms.rollout_correction import mismatch_metrics, truncated_weights
+from hetero_ppo.config.schema import AlgorithmConfig, OldLogProbs, RewardConfig, RolloutCorrectionKind
 from hetero_ppo.distributed.statistics import global_masked_moments
 from hetero_ppo.engines.model_engine import ModelEngine
 from hetero_ppo.engines.outputs import log_probs_output, scores_output, values_output
@@ -106,6 +107,8 @@ class ExperienceMaker:
         if algorithm.whiten_advantages:
             moments = global_masked_moments(advantages, mask, None)
             advantages = whiten(advantages, mask, moments.mean, moments.var)
+        tis_weights, comparison = compare_with_engine(algorithm, rollout, old_log_probs, mask)
+        metrics = experience_metrics(rollout, scores, rewards, old_log_probs, ref_log_probs, self.kl_controller.coef)
         return Experience(
             rollout=rollout,
             response_mask=mask,
@@ -116,7 +119,8 @@ class ExperienceMaker:
             token_level_rewards=rewards,
             advantages=advantages,
             returns=returns,
-            metrics=experience_metrics(rollout, scores, rewards, old_log_probs, ref_log_probs, self.kl_controller.coef),
+            tis_weights=tis_weights,
+            metrics=metrics | comparison,
         )
 
     def _shape_scores(self, rollout: Rollout, scores: Tensor) -> tuple[Tensor, Tensor]:
@@ -129,6 +133,32 @@ class ExperienceMaker:
         return apply_truncation(
             shaped, rollout.response_mask, rollout.truncated, algorithm.truncated, algorithm.truncation_score
         )
+
+
+def compare_with_engine(
+    algorithm: AlgorithmConfig, rollout: Rollout, old_log_probs: Tensor, mask: Tensor
+) -> tuple[Tensor | None, dict[str, float]]:
+    """How far the trainer is from the engine, and the weights that correct for it.
+
+    Args:
+        algorithm: of the run.
+        rollout: B responses with the engine's log-probs.
+        old_log_probs: [B, T] float32, the trainer's.
+        mask: [B, T] bool, the tokens of the losses.
+
+    Returns:
+        [B, T] float32 importance weights, None where no correction is asked for; and the metrics. Old log-probs that are the
+        engine's own have nothing to be compared with: no weights, no metrics.
+    """
+    if algorithm.old_log_probs is OldLogProbs.rollout:
+        return None, {}
+    engine = rollout.rollout_log_probs
+    metrics = mismatch_metrics(old_log_probs, engine, rollout.response_mask)
+    correction = algorithm.rollout_correction
+    if correction.kind is RolloutCorrectionKind.none:
+        return None, metrics
+    weights, weight_metrics = truncated_weights(old_log_probs, engine, mask, correction.level, correction.cap)
+    return weights, metrics | weight_metrics
 
 
 def sequence_kl(log_probs: Tensor, ref_log_probs: Tensor, mask: Tensor) -> Tensor:
@@ -147,7 +177,6 @@ def experience_metrics(
     """verl's names, over the whole rollout batch."""
     mask = rollout.response_mask
     lengths = rollout.response_lengths.float()
-    drift = (old_log_probs - rollout.rollout_log_probs)[mask].abs()
     kl = sequence_kl(old_log_probs, ref_log_probs, mask)
     return {
         "reward/mean": float(scores.mean()),
@@ -160,6 +189,4 @@ def experience_metrics(
         "response_length/mean": float(lengths.mean()),
         "response_length/max": float(lengths.max()),
         "response_length/clip_ratio": float(rollout.truncated.float().mean()),
-        "rollout/log_prob_diff_mean": float(drift.mean()),
-        "rollout/log_prob_diff_max": float(drift.max()),
     }

@@ -14,6 +14,7 @@ from hetero_ppo.checkpoint.manager import CheckpointManager
 from hetero_ppo.config.schema import PpoConfig
 from hetero_ppo.engines.losses import actor_loss_fn, critic_loss_fn
 from hetero_ppo.engines.train_engine import LossFn, TrainEngine, TrainStepResult
+from hetero_ppo.experience.mismatch import MismatchGuard, mismatch_bounds
 from hetero_ppo.experience.rollouts import collect_rollout
 from hetero_ppo.observability.metrics import MetricsLogger
 from hetero_ppo.observability.progress import progress
@@ -60,6 +61,7 @@ class PpoTrainer:
         self.maker = ppo_setup.build_maker(config, self.roles, self.data)
         if starting is not None:
             starting.wait()
+        self.guard = MismatchGuard(mismatch_bounds(config), config.rollout.mismatch.patience)
         self.turns = EngineTurns(self.engine, self.device, config.rollout)
         self.evaluator = Evaluator(config, run, self.data, self.maker, self.turns)
 
@@ -98,6 +100,7 @@ class PpoTrainer:
                     rollout = self.collect(step)
                 with self.timer.phase("experience"):
                     experience = self.maker.make(rollout, self.timer)
+                note = self.guard.check(step + 1, experience.metrics)
                 with self.timer.phase("train_critic"):
                     metrics = self.update_critic(experience, step)
                 if step >= config.algorithm.critic_warmup_steps:
@@ -111,7 +114,7 @@ class PpoTrainer:
                     with self.timer.phase("eval"):
                         metrics |= self.evaluator.metrics(self.evaluator.run(f"step{step + 1}"))
                 self.trace.end()
-                logger.log(StepMetrics(step + 1, metrics, self.timer.collect()))
+                logger.log(StepMetrics(step + 1, metrics, self.timer.collect(), note))
                 if step == self.start:
                     ppo_memory.say_ledger(config, self.run, self.device)
                 self.evaluator.dump_rollout(step + 1, experience)
@@ -151,7 +154,11 @@ class PpoTrainer:
     def update_actor(self, experience: Experience, step: int) -> dict[str, float]:
         """Improve the policy within the clip range."""
         inputs = PolicyInputs(
-            experience.old_log_probs, experience.ref_log_probs, experience.advantages, experience.response_mask
+            experience.old_log_probs,
+            experience.ref_log_probs,
+            experience.advantages,
+            experience.response_mask,
+            experience.tis_weights,
         )
         loss_fn = actor_loss_fn(self.config.algorithm, self.maker.temperature, self.actor.vocab_size, self.actor.groups)
         return self._update(self.actor, "actor", experience, inputs, loss_fn, step)

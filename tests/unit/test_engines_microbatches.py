@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from hetero_ppo.engines.microbatches import rank_rows, same_shape, select, split, split_pairs, to_columns
-from hetero_ppo.types import AnswerInputs, PreferenceBatch
+from hetero_ppo.types import AnswerInputs, PolicyInputs, PreferenceBatch
 
 TOKENS = torch.tensor([[1, 2, 3, 0, 0], [4, 5, 6, 7, 8], [9, 10, 0, 0, 0]])
 LENGTHS = torch.tensor([3, 5, 2])
@@ -49,6 +49,17 @@ def test_same_shape_adds_rows_that_no_loss_counts() -> None:
     assert padded[1].sequence_lengths.tolist() == [5, 1]
     assert len(padded) == 3 and not padded[2].inputs.mask.any()
     assert sum(int(m.inputs.mask.sum()) for m in padded) == int(MASK.sum())
+
+
+def test_what_is_none_in_a_record_stays_none() -> None:
+    values = torch.ones(3, 4)
+    for weights in (None, values):
+        inputs = PolicyInputs(values, values, values, MASK, weights)
+        parts = [m for _, m in split(TOKENS, LENGTHS, inputs, [0, 1, 2], micro_batch_size=2)]
+        for microbatch in [*parts, *same_shape(parts, 3)]:
+            expected = None if weights is None else microbatch.inputs.mask.shape
+            found = microbatch.inputs.tis_weights
+            assert (None if found is None else found.shape) == expected
 
 
 def test_rank_rows_cover_every_row_in_order() -> None:

@@ -1,0 +1,131 @@
+"""What the experience says of engine against trainer, and when it stops a run."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from hetero_ppo.config.schema import (
+    AlgorithmConfig,
+    OldLogProbs,
+    PpoConfig,
+    RolloutCorrectionConfig,
+    RolloutCorrectionKind,
+)
+from hetero_ppo.errors import RunError
+from hetero_ppo.experience.mismatch import Bound, MismatchGuard, mismatch_bounds
+from hetero_ppo.experience.rollouts import build_rollout
+from hetero_ppo.experience.stages import compare_with_engine
+from hetero_ppo.types import PromptBatch, Rollout
+
+FIGURES = {
+    "rollout/log_prob_diff_mean",
+    "rollout/log_prob_diff_max",
+    "rollout/ratio_outside_share",
+    "rollout/mismatch_kl",
+}
+
+
+def rollout_of(log_probs: list[float]) -> Rollout:
+    """One prompt of two tokens, one response."""
+    prompts = PromptBatch([[5, 6]], ["?"], [0], [None], [{}])
+    count = len(log_probs)
+    return build_rollout(
+        prompts,
+        1,
+        torch.tensor([count]),
+        torch.arange(count)[None],
+        torch.tensor([log_probs]),
+        torch.tensor([False]),
+        "step0",
+    )
+
+
+def test_what_is_compared_and_what_is_corrected() -> None:
+    rollout = rollout_of([-1.0, -2.0, -3.0])
+    old = (rollout.rollout_log_probs + torch.tensor([0.0, 3.0, 0.0, -0.5])).masked_fill(~rollout.response_mask, 0)
+    of_engine = AlgorithmConfig(old_log_probs=OldLogProbs.rollout)
+    assert compare_with_engine(of_engine, rollout, old, rollout.response_mask) == (None, {})
+    weights, metrics = compare_with_engine(AlgorithmConfig(), rollout, old, rollout.response_mask)
+    assert weights is None and set(metrics) == FIGURES and metrics["rollout/log_prob_diff_max"] == 3
+    correction = RolloutCorrectionConfig(kind=RolloutCorrectionKind.truncated)
+    weights, metrics = compare_with_engine(
+        AlgorithmConfig(rollout_correction=correction), rollout, old, rollout.response_mask
+    )
+    torch.testing.assert_close(weights, torch.tensor([[0.0, 2.0, 1.0, 0.60653]]), atol=1e-5, rtol=0)
+    assert set(metrics) == FIGURES | {"actor/tis_weight_mean", "actor/tis_clipped_share"}
+
+
+def ppo_config(*overrides: str) -> PpoConfig:
+    return OmegaConf.to_object(
+        OmegaConf.merge(OmegaConf.structured(PpoConfig), OmegaConf.from_dotlist(list(overrides)))
+    )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "limits"),
+    [
+        ([], [1e-3, 0.01]),
+        (["actor.model.dtype=bf16"], [0.1, 1.0]),
+        (["rollout.dtype=bf16"], [0.1, 1.0]),  # the coarser of the two decides
+        (["actor.model.dtype=bf16", "rollout.dtype=fp32"], [0.1, 1.0]),
+        (["rollout.mismatch.max_log_prob_diff_mean=0.5"], [0.5, 0.01]),
+        (["rollout.sampling.top_p=0.9"], []),
+        (["rollout.sampling.top_k=20", "rollout.mismatch.max_ratio_outside_share=0"], [0.0]),
+        (["train.replay_rollouts=recorded"], []),
+        (["algorithm.old_log_probs=rollout"], []),
+    ],
+)
+def test_bounds_of_a_run(overrides: list[str], limits: list[float]) -> None:
+    required = ["run.dir=r", "data.train=t", *(f"{role}.model.path=m" for role in ("actor", "critic", "reference"))]
+    assert [bound.limit for bound in mismatch_bounds(ppo_config(*required, *overrides))] == limits
+
+
+MEAN = Bound("rollout/log_prob_diff_mean", "rollout.mismatch.max_log_prob_diff_mean", 0.1)
+SHARE = Bound("rollout/ratio_outside_share", "rollout.mismatch.max_ratio_outside_share", 0.5)
+
+
+def step_metrics(mean: float, share: float = 0.0) -> dict[str, float]:
+    return {"rollout/log_prob_diff_mean": mean, "rollout/ratio_outside_share": share, "reward/mean": 7.0}
+
+
+@pytest.mark.parametrize(
+    ("means", "patience", "stops_at"),
+    [
+        ([0.0, 0.1, 0.05], 1, None),  # on the bound is not beyond it
+        ([0.0, 0.11], 1, 2),
+        ([math.nan], 1, 1),
+        ([0.2, 0.2, 0.0, 0.2, 0.2, 0.0], 3, None),  # a good step begins the count again
+        ([0.2, 0.0, 0.2, 0.2, 0.2], 3, 5),
+    ],
+)
+def test_a_run_stops_after_so_many_steps_in_a_row(means: list[float], patience: int, stops_at: int | None) -> None:
+    guard = MismatchGuard([MEAN, SHARE], patience)
+    for step, mean in enumerate(means, start=1):
+        if step == stops_at:
+            with pytest.raises(RunError, match=f"step {step}: .*max_log_prob_diff_mean \\(0.1\\), for {patience} step"):
+                guard.check(step, step_metrics(mean))
+            return
+        assert (guard.check(step, step_metrics(mean)) is None) == (mean <= 0.1)
+    assert stops_at is None
+
+
+def test_steps_beyond_different_bounds_count_together_and_the_message_has_the_figures() -> None:
+    guard = MismatchGuard([MEAN, SHARE], patience=2)
+    note = guard.check(1, step_metrics(0.25))
+    assert (
+        note is not None and "0.25 exceeds rollout.mismatch.max_log_prob_diff_mean (0.1); step 1 in a row of 2" in note
+    )
+    with pytest.raises(RunError) as error:
+        guard.check(2, step_metrics(0.05, share=0.75))
+    message = str(error.value)
+    assert "rollout/ratio_outside_share 0.75 exceeds rollout.mismatch.max_ratio_outside_share (0.5)" in message
+    assert "rollout/log_prob_diff_mean 0.05, rollout/ratio_outside_share 0.75. It was not trained on" in message
+    assert "reward/mean" not in message and "algorithm.rollout_correction.kind=truncated" in message
+
+
+def test_without_bounds_nothing_is_asked_of_the_metrics() -> None:
+    assert MismatchGuard([], 1).check(1, {}) is None
