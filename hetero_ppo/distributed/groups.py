@@ -6,6 +6,7 @@ own, so groups are built on a HyperCommGrid and handed on as arguments.
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -40,6 +41,7 @@ def initialise(timeout_minutes: float) -> None:
 
 def finish() -> None:
     """Leave the world; another one can be joined afterwards."""
+    _made.forget()
     dist.destroy_process_group()
     parallel_state.destroy_global_memory_buffer()
 
@@ -51,8 +53,14 @@ class _Made:
     world: dist.ProcessGroup | None = None
     groups: dict[tuple[tuple[int, ...], ...], dist.ProcessGroup | None] = field(default_factory=dict)
 
+    def forget(self) -> None:
+        self.world = None
+        self.groups.clear()
+
 
 _made = _Made()
+# Groups that live until the interpreter takes its modules apart end the process with SIGABRT: gloo's threads still run.
+atexit.register(_made.forget)
 
 
 def _group(division: Sequence[Sequence[int]]) -> dist.ProcessGroup | None:
@@ -62,8 +70,8 @@ def _group(division: Sequence[Sequence[int]]) -> dist.ProcessGroup | None:
     communicator with buffers on the device with NCCL.
     """
     if _made.world is not dist.group.WORLD:  # another world was joined since
+        _made.forget()
         _made.world = dist.group.WORLD
-        _made.groups.clear()
     key = tuple(tuple(ranks) for ranks in division)
     if key not in _made.groups:
         groups = {ranks: dist.new_group(list(ranks)) for ranks in key}

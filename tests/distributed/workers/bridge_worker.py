@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from hetero_ppo.config.schema import ParallelConfig
-from hetero_ppo.distributed.groups import initialise, role_groups
+from hetero_ppo.distributed.groups import finish, initialise, role_groups
 from megatron_bridge.config_mapping import bridge_config, read_hf_config
 from megatron_bridge.export_hf import save_hf
 from megatron_bridge.import_hf import load_hf
@@ -65,7 +65,7 @@ def main() -> None:
         results[job["name"]] = seen
     if dist.get_rank() == 0:
         Path(sys.argv[2]).write_text(json.dumps(results))
-    dist.destroy_process_group()
+    finish()
 
 
 if __name__ == "__main__":

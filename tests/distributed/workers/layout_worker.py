@@ -22,7 +22,7 @@ from hetero_ppo.config.schema import (
     RewardModelLossConfig,
     TrainedRoleConfig,
 )
-from hetero_ppo.distributed.groups import initialise
+from hetero_ppo.distributed.groups import finish, initialise
 from hetero_ppo.engines.losses import reward_loss_fn, sft_loss_fn
 from hetero_ppo.engines.outputs import log_probs_output, scores_output, values_output
 from hetero_ppo.engines.train_engine import TrainEngine
@@ -36,7 +36,7 @@ def main(layouts: str, out: str) -> None:
     if dist.get_rank() == 0:
         with open(out, "w") as file:
             json.dump(results, file)
-    dist.destroy_process_group()
+    finish()
 
 
 def measure(options: dict[str, Any]) -> dict[str, list[float]]:

@@ -17,7 +17,7 @@ from torch import Tensor
 import megatron_bridge.platform  # noqa: F401  before megatron.core
 from hetero_ppo.algorithms.losses import Loss
 from hetero_ppo.config.schema import DdpConfig, Dtype, ModelConfig, OptimizerConfig, ParallelConfig, TrainedRoleConfig
-from hetero_ppo.distributed.groups import initialise
+from hetero_ppo.distributed.groups import finish, initialise
 from hetero_ppo.engines.train_engine import TrainEngine
 from hetero_ppo.memory.plan_activations import Work, kept_bytes
 from hetero_ppo.memory.plan_storage import HEADS, RoleStorage
@@ -38,7 +38,7 @@ def main(jobs: str, out: str) -> None:
     if dist.get_rank() == 0:
         with open(out, "w", encoding="utf-8") as file:
             json.dump(results, file)
-    dist.destroy_process_group()
+    finish()
 
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:
