@@ -152,6 +152,10 @@ GROUPS: tuple[Group, ...] = (
                     ("rollout/golden_log_prob_diff", "after weight sync"),
                 ),
             ),
+            Panel(
+                "% of response tokens", (("rollout/ratio_outside_share", "ratio outside 0.99 .. 1.01"),), percent=True
+            ),
+            Panel("nats per token", (("rollout/mismatch_kl", "KL of the engine to the trainer"),)),
         ),
     ),
     Group(

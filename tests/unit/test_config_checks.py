@@ -11,6 +11,8 @@ from omegaconf import OmegaConf
 from hetero_ppo.config.checks import check_config, check_paths
 from hetero_ppo.config.derived import config_roles, data_parallel_size, derive_ppo, derive_supervised
 from hetero_ppo.config.load import AnyConfig, load_config
+from hetero_ppo.config.schema import RolloutCorrectionKind
+from hetero_ppo.experience.mismatch import mismatch_bounds
 
 TEXT = {
     "sft": "kind: sft\nrun: {dir: run}\ndata: {train: a.jsonl}\nactor: {model: {path: m}}\n",
@@ -136,6 +138,16 @@ def test_the_mixed_layout_of_the_docs(tmp_path: Path) -> None:
     check_config(config, world_size=8)
     sizes = {name: data_parallel_size(name, role.parallel, 8) for name, role in config_roles(config).items()}
     assert sizes == {"actor": 2, "critic": 4, "reference": 4, "reward_model": 8}
+
+
+def test_the_options_of_the_mismatch_docs(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "mismatch.md").read_text()
+    blocks = [OmegaConf.create(block.split("```")[0]) for block in text.split("```yaml\n")[1:]]
+    (tmp_path / "docs.yaml").write_text(OmegaConf.to_yaml(OmegaConf.merge(OmegaConf.create(TEXT["ppo"]), *blocks)))
+    config = load_config(str(tmp_path / "docs.yaml"), []).config
+    check_config(config, world_size=1)
+    assert [bound.limit for bound in mismatch_bounds(config)] == [0.001, 0.01]
+    assert config.algorithm.rollout_correction.kind is RolloutCorrectionKind.truncated
 
 
 @pytest.mark.parametrize(
