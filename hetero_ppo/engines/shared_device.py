@@ -22,7 +22,7 @@ from hetero_ppo.engines.residency import Block, ResidencyError, RoleResidency
 from hetero_ppo.memory.kinds import FORWARD, Kind
 from hetero_ppo.memory.ledger import Ledger, RoleBytes
 from hetero_ppo.memory.turns import Turn
-from hetero_ppo.observability.trace import COPY_IN, COPY_OUT, TRAINER, Args, TraceRecorder
+from hetero_ppo.observability.trace import COPY_IN, COPY_OUT, TRAINER, WAIT, Args, TraceRecorder
 from megatron_bridge.platform.copies import CopyLane, allocated_bytes, computation_done
 
 #: A turn begins to compute with these there; the optimizer's bytes are waited for when it steps.
@@ -300,7 +300,7 @@ class SharedDevice:
             move.result()
         end = time.perf_counter()
         self._cost.waited_s += end - start
-        self.trace.add(TRAINER, "wait for copies", start, end)
+        self.trace.add(TRAINER, WAIT, start, end)
         for block in blocks:
             block.moving = None
 

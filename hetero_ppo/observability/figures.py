@@ -243,7 +243,7 @@ def _draw_group(identity: str, panels: list[Panel], series: dict[str, Series]) -
         if len(drawn) > 1 or drawn[0][1] != drawn[0][0]:
             axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=3, borderaxespad=0.1, handlelength=1.4)
     axes.set_xlabel("step")
-    return _svg(figure, identity)
+    return svg_text(figure, identity)
 
 
 def _keep_percent_limits(axes: Axes) -> None:
@@ -328,7 +328,7 @@ def _draw_seconds(identity: str, run: RunRecord) -> str:
     axes.set_xlabel("step")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7, steps=[1, 2, 5, 10]))
     axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=4, borderaxespad=0.1, handlelength=1.0)
-    return _svg(figure, identity)
+    return svg_text(figure, identity)
 
 
 def _draw_ledger(identity: str, run: RunRecord) -> str:
@@ -357,10 +357,10 @@ def _draw_ledger(identity: str, run: RunRecord) -> str:
     axes.tick_params(axis="y", labelsize=7)
     axes.set_xlabel(name)
     axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=5, borderaxespad=0.1, handlelength=1.0)
-    return _svg(figure, identity)
+    return svg_text(figure, identity)
 
 
-def _svg(figure: Figure, identity: str) -> str:
+def svg_text(figure: Figure, identity: str) -> str:
     """SVG element of a figure. ``identity`` salts its ids: those of figures on the same page must differ."""
     out = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": identity}):

@@ -1,4 +1,4 @@
-"""Reads back what a run wrote: metrics.jsonl, config.yaml, eval_before.json, eval_after.json."""
+"""Reads back what a run wrote: metrics.jsonl, config.yaml, eval_before.json, eval_after.json, the memory ledger, traces."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 from hetero_ppo.observability.metrics import METRICS_FILE
 from hetero_ppo.observability.timers import TOTAL
+from hetero_ppo.observability.trace import StepTrace, newest_trace
 
 CONFIG_FILE = "config.yaml"
 EVAL_BEFORE_FILE = "eval_before.json"
@@ -67,6 +68,7 @@ class RunRecord:
     before: Evaluation | None
     after: Evaluation | None
     ledger: dict[str, dict[str, dict[str, int]]] = field(default_factory=dict)  # phase -> role -> kind -> device bytes
+    trace: StepTrace | None = None  # of the highest step that was traced
 
     @property
     def num_non_finite(self) -> int:
@@ -105,6 +107,7 @@ def read_run(path: Path) -> RunRecord:
         before=read_evaluation(run_dir / EVAL_BEFORE_FILE),
         after=read_evaluation(run_dir / EVAL_AFTER_FILE),
         ledger=_read_ledger(run_dir / LEDGER_FILE),
+        trace=newest_trace(run_dir),
     )
 
 

@@ -1,4 +1,4 @@
-"""One HTML file that tells a training: curves, before and after, sample answers, configuration.
+"""One HTML file that tells a training: curves, a traced step, before and after, sample answers, configuration.
 
 Everything is inline: the file can be mailed, and opens without a network.
 """
@@ -12,6 +12,7 @@ from pathlib import Path
 from string import Template
 
 from hetero_ppo.observability.figures import group_figures, phase_means
+from hetero_ppo.observability.gantt import gantt_svg
 from hetero_ppo.observability.records import Evaluation, RunRecord, Sample, read_run
 from hetero_ppo.observability.summary import comparison_rows, matched_samples
 
@@ -49,8 +50,10 @@ h3 { font-size: 14px; margin: 0 0 8px; }
 .tile .from { color: var(--quiet); font-size: 13px; font-variant-numeric: tabular-nums; }
 .figures { columns: 440px 2; column-gap: 14px; }
 .figures .card { break-inside: avoid; margin-bottom: 14px; }
-.figures svg { display: block; width: 100%; height: auto; }
-.figures svg text { font-family: inherit !important; }
+.figures svg, .gantt svg { display: block; width: 100%; height: auto; }
+.gantt { margin-bottom: 14px; }
+.gantt svg { min-width: 760px; }
+.figures svg text, .gantt svg text { font-family: inherit !important; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th { text-align: left; color: var(--quiet); font-size: 13px; font-weight: 500; }
 th, td { padding: 7px 14px 7px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
@@ -165,7 +168,15 @@ def _run_section(run: RunRecord) -> str:
             f"{escape(', '.join(names))}</div>"
         )
     return f"""<section><h2>{escape(KIND_TITLES.get(run.kind, run.kind))}<span class="quiet">{escape(str(run.dir))}</span></h2>
-{warning}<div class="figures">{figures}</div>{_phase_details(run)}{_notes(run)}{_metric_details(run)}{_config(run)}</section>"""
+{warning}{_gantt(run)}<div class="figures">{figures}</div>{_phase_details(run)}{_notes(run)}{_metric_details(run)}{_config(run)}</section>"""
+
+
+def _gantt(run: RunRecord) -> str:
+    if run.trace is None:
+        return ""
+    picture = gantt_svg(run.trace, f"{run.dir}/gantt")
+    title = f"Step {run.trace.step} on rank {run.trace.rank}: what ran when, and how long each lane was idle"
+    return f'<div class="card gantt wide"><h3>{escape(title)}</h3>{picture}</div>'
 
 
 def _phase_details(run: RunRecord) -> str:

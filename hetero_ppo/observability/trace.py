@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 Args = dict[str, int | str]
 
@@ -21,6 +22,9 @@ TRAINER, ENGINE, COPY_IN, COPY_OUT = "trainer", "engine", "copy in", "copy out"
 LANES = (TRAINER, ENGINE, "actor", "critic", "reference", "reward_model", COPY_IN, COPY_OUT)
 
 TRACE_FOLDER = "trace"
+
+#: On the trainer's lane: the computation stood still.
+WAIT = "wait for copies"
 
 #: Blocks of one role and kind that follow each other on a copy lane within this become one span: hundreds of small tensors
 #: would make the file large and the picture grey. The gaps count as busy.
@@ -62,7 +66,8 @@ class StepTrace:
 class TraceRecorder:
     """Collects the spans of a step from any thread, and writes the steps that are due.
 
-    Outside of ``begin`` and ``end`` a span costs two readings of the clock. What is under way when a step begins or ends is cut there.
+    In a step that is not due a span costs two readings of the clock and a lock. What is under way when a step begins or ends is
+    cut there.
     """
 
     def __init__(
@@ -229,18 +234,17 @@ def read_trace(path: Path) -> StepTrace:
         raw = json.loads(path.read_text(encoding="utf-8"))
         events, other = raw["traceEvents"], raw["otherData"]
         lanes = {event["tid"]: event["args"]["name"] for event in events if event["name"] == "thread_name"}
-        spans = [
-            Span(
-                lanes[event["tid"]], event["name"], event["ts"] / 1e6, (event["ts"] + event["dur"]) / 1e6, event["args"]
-            )
-            for event in events
-            if event["ph"] == "X"
-        ]
+        spans = [_span(event, lanes[event["tid"]]) for event in events if event["ph"] == "X"]
         return StepTrace(int(other["step"]), int(other["rank"]), float(other["seconds"]), spans)
     except KeyError as error:
         raise ValueError(f"{path}: the field {error} is missing; delete the file, or write it anew by a run") from error
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: not a trace of a step ({error}); delete the file") from error
+
+
+def _span(event: dict[str, Any], lane: str) -> Span:
+    start, length = round(event["ts"] * 1e3), round(event["dur"] * 1e3)  # nanoseconds, as they were written
+    return Span(lane, event["name"], start / 1e9, (start + length) / 1e9, event["args"])
 
 
 def newest_trace(run_dir: Path) -> StepTrace | None:

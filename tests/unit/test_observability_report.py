@@ -13,10 +13,12 @@ import pytest
 
 from hetero_ppo.cli import report as report_command
 from hetero_ppo.config.schema import RunConfig
+from hetero_ppo.observability.gantt import draw_gantt, idle_text
 from hetero_ppo.observability.figures import _binned, _smoothed, group_figures, phase_means
 from hetero_ppo.observability.metrics import MetricsLogger
 from hetero_ppo.observability.records import Series, read_run
 from hetero_ppo.observability.report import build_report
+from hetero_ppo.observability.trace import COPY_IN, TRAINER, WAIT, TraceRecorder
 from hetero_ppo.observability.summary import format_summary, matched_samples, read_comparison
 from hetero_ppo.types import StepMetrics
 
@@ -232,3 +234,46 @@ def test_a_metric_is_labelled_by_the_kind_of_run(ppo_run: Path, tmp_path: Path) 
     assert "held-out pairs" in rm["Losses"]
     ppo = dict(group_figures(read_run(ppo_run)))
     assert "held-out, sampled" in ppo["Accuracy"] and "pairs" not in ppo["Accuracy"]
+
+
+def traced_step(run_dir: Path, step: int) -> None:
+    """Ten seconds, of which the actor is at work for four."""
+    now = iter([0.0, 10.0])
+    trace = TraceRecorder(run_dir / "trace", every=1, clock=lambda: next(now))
+    trace.begin(step)
+    trace.add(TRAINER, "train_actor", 0.0, 10.0)
+    trace.add(TRAINER, WAIT, 0.0, 2.0)
+    trace.add("actor", "train_actor", 2.0, 6.0)
+    trace.add("actor", "optimizer step", 5.0, 6.0)
+    trace.add(COPY_IN, "actor params", 0.0, 2.5, role="actor", kind="params", bytes=8, blocks=1)
+    assert trace.end() is not None
+
+
+def test_report_shows_the_newest_traced_step(ppo_run: Path, tmp_path: Path) -> None:
+    assert 'class="card gantt' not in build_report([ppo_run], tmp_path / "r.html").read_text()
+    for step in (2, 50):
+        traced_step(ppo_run, step)
+    page = build_report([ppo_run], tmp_path / "r.html").read_text()
+    assert "Step 50 on rank 0" in page and "Step 2 on" not in page
+    (svg,) = re.findall(r'class="card gantt wide">.*?(<svg.*?</svg>)', page, flags=re.DOTALL)
+    ElementTree.fromstring(svg)
+    texts = re.findall(r"<text[^>]*>([^<]+)</text>", svg)
+    assert [text for text in texts if text.startswith("idle")] == ["idle 0 %", "idle 60 %", "idle 75 %"]
+    assert {TRAINER, "actor", COPY_IN, "train_actor"} <= set(texts)
+
+
+def test_bars_are_where_the_spans_are(ppo_run: Path) -> None:
+    traced_step(ppo_run, 1)
+    trace = read_run(ppo_run).trace
+    assert trace is not None
+    (axes,) = draw_gantt(trace).axes
+    boxes = [collection.get_paths()[0].get_extents() for collection in axes.collections]
+    spans = [(round(box.x0, 6), round(box.x1, 6), round((box.y0 + box.y1) / 2)) for box in boxes]
+    # By row: the trainer's phase and its wait, the actor's turn and the optimizer's step, the copy.
+    assert spans == [(0, 10, 0), (0, 2, 0), (2, 6, 1), (5, 6, 1), (0, 2.5, 2)]
+    assert axes.get_xlim() == (0, 10)
+
+
+def test_idle_is_said_in_whole_percent() -> None:
+    shares = {0.0: "0 %", 0.001: "<1 %", 0.634: "63 %", 0.999: ">99 %", 1.0: "100 %"}
+    assert {share: idle_text(share).removeprefix("idle ") for share in shares} == shares

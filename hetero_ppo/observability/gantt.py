@@ -1,0 +1,100 @@
+"""A traced step as a picture: a row for every lane, what ran on it, and the share of the step that it was idle."""
+
+from __future__ import annotations
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from hetero_ppo.observability.figures import COLOURS, GREY, INK, STYLE, svg_text
+from hetero_ppo.observability.trace import ENGINE, TRAINER, WAIT, Span, StepTrace
+
+LANE_COLOURS = {
+    TRAINER: GREY,
+    "actor": COLOURS[0],
+    "critic": COLOURS[1],
+    "reference": COLOURS[2],
+    "reward_model": COLOURS[3],
+    ENGINE: COLOURS[4],
+}
+WAIT_COLOUR = COLOURS[5]
+
+WIDTH = 10.5  # inches
+BAR = 0.76  # of a row's height
+#: Share of the step below which a span is drawn with an edge of its own colour.
+SHORT = 0.003
+#: Inches that a letter of a label takes, and the labels' share of the picture: a label that does not fit is left out.
+LETTER, PLOT_WIDTH = 0.062, 0.82 * WIDTH
+
+
+def gantt_svg(trace: StepTrace, identity: str) -> str:
+    """SVG element of the picture.
+
+    Args:
+        identity: salts its ids, which must differ from those of other figures on the page.
+    """
+    with matplotlib.rc_context(STYLE):
+        return svg_text(draw_gantt(trace), identity)
+
+
+def draw_gantt(trace: StepTrace) -> Figure:
+    """A row for each lane, the trainer's on top. A span inside another is darker; copies have the colour of their role."""
+    lanes = trace.lanes()
+    figure = Figure(figsize=(WIDTH, 0.36 * len(lanes) + 0.9), layout="constrained")
+    axes = figure.subplots()
+    unit, scale = ("s", 1.0) if trace.seconds >= 1 else ("ms", 1e3)
+    for row, lane in enumerate(lanes):
+        _draw_lane(axes, row, [span for span in trace.spans if span.lane == lane], trace.seconds, scale)
+        axes.text(
+            1.008,
+            row,
+            idle_text(trace.idle_share(lane)),
+            transform=axes.get_yaxis_transform(),
+            va="center",
+            color=INK,
+        )
+    axes.set_yticks(range(len(lanes)), lanes)
+    axes.set_ylim(len(lanes) - 0.5, -0.5)
+    axes.set_xlim(0, trace.seconds * scale)
+    axes.grid(axis="y", visible=False)
+    kinds = [
+        Patch(color=WAIT_COLOUR, label="the computation waits for copies"),
+        Patch(color=INK, alpha=0.6, label="optimizer step, inside a turn"),
+    ]
+    axes.legend(
+        handles=kinds, loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=2, borderaxespad=0.1, handlelength=1.0
+    )
+    axes.set_xlabel(f"{unit} since the step began")
+    return figure
+
+
+def idle_text(share: float) -> str:
+    """The share in whole percent; 0 and 100 are said of nothing but all and none."""
+    percent = round(100 * share)
+    if percent == 100 and share < 1:
+        return "idle >99 %"
+    if percent == 0 and share > 0:
+        return "idle <1 %"
+    return f"idle {percent} %"
+
+
+def _draw_lane(axes: Axes, row: int, spans: list[Span], seconds: float, scale: float) -> None:
+    reached = float("-inf")
+    for span in spans:  # by start, the outer one of two first
+        inside = span.end <= reached
+        reached = max(reached, span.end)
+        bar = [(span.start * scale, (span.end - span.start) * scale)], (row - BAR / 2, BAR)
+        share = (span.end - span.start) / seconds
+        if inside and span.name != WAIT:
+            if span.lane != TRAINER:  # whose nested phases are the roles' turns
+                axes.broken_barh(*bar, facecolor=INK, alpha=0.35, linewidth=0)
+            continue
+        role = str(span.args.get("role", span.lane))
+        colour = WAIT_COLOUR if span.name == WAIT else LANE_COLOURS.get(role, GREY)
+        # The edge parts one span from the next, or keeps visible what is shorter than a dot.
+        axes.broken_barh(*bar, facecolor=colour, edgecolor="white" if share > SHORT else colour, linewidth=0.6)
+        if share * PLOT_WIDTH > LETTER * (len(span.name) + 1):
+            middle = (span.start + span.end) / 2 * scale
+            ink = INK if colour == GREY else "white"
+            axes.text(middle, row, span.name, ha="center", va="center", color=ink, fontsize=7.5, clip_on=True)
