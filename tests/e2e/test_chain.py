@@ -16,6 +16,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from hetero_ppo.config.load import load_config
+from hetero_ppo.observability.trace import LANES, newest_trace
 from hetero_ppo.rollout.replay import RolloutRecord, read_rollouts, recorded_steps
 
 pytestmark = pytest.mark.slow
@@ -121,6 +122,20 @@ def test_layout_of_a_run_folder(chain: Chain) -> None:
         assert state["step"] == step and {"prompts", "kl_controller", "score_moments"} <= state.keys()
     assert [path.name for path in run_dir.glob("tensorboard/events.*")]
     assert load_config(str(run_dir / "config.yaml"), []).config == load_config(str(chain.configs["ppo"]), []).config
+
+
+def test_trace_has_all_lanes(chain: Chain) -> None:
+    """The first two steps are traced; every part of the trainer and the engine tells what it did."""
+    folder = chain.run_dir("ppo") / "trace"
+    assert [path.name for path in sorted(folder.iterdir())] == ["step_0000001.json", "step_0000002.json"]
+    trace = newest_trace(chain.run_dir("ppo"))
+    assert trace is not None and trace.lanes() == list(LANES)
+    names = {lane: {span.name for span in trace.spans if span.lane == lane} for lane in LANES}
+    assert {"generate", "weight sync"} <= names["engine"]
+    assert {"rollout", "experience", "scores", "train_critic", "train_actor", "weight_sync"} <= names["trainer"]
+    assert names["actor"] == {"old_log_probs", "train_actor", "optimizer step", "weight_sync"}
+    assert names["critic"] == {"values", "train_critic", "optimizer step"}
+    assert all(0 <= span.start <= span.end <= trace.seconds + 1e-9 for span in trace.spans)
 
 
 def test_output_is_for_people(chain: Chain) -> None:
