@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 
 from hetero_ppo.cli.arguments import add_config_arguments
 
@@ -18,3 +19,4 @@ def run(args: argparse.Namespace) -> None:
     from hetero_ppo.trainers import launch
 
     launch.main(args.config, args.overrides)
+    gc.collect()  # the trainer's models hold process groups in cycles, which must go before the interpreter does

@@ -7,6 +7,7 @@ own, so groups are built on a HyperCommGrid and handed on as arguments.
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -42,6 +43,7 @@ def initialise(timeout_minutes: float) -> None:
 def finish() -> None:
     """Leave the world; another one can be joined afterwards."""
     _made.forget()
+    gc.collect()  # models and optimizers refer to their groups in cycles; see the note at _made
     dist.destroy_process_group()
     parallel_state.destroy_global_memory_buffer()
 
@@ -59,7 +61,7 @@ class _Made:
 
 
 _made = _Made()
-# Groups that live until the interpreter takes its modules apart end the process with SIGABRT: gloo's threads still run.
+# Groups that live until the interpreter is taken apart now and then end the process with SIGABRT: gloo's threads still run.
 atexit.register(_made.forget)
 
 

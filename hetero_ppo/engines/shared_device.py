@@ -183,7 +183,9 @@ class SharedDevice:
 
     def _switch(self, resident: Mapping[str, frozenset[Kind]], phase: str) -> None:
         """Queue everything that makes ``resident`` true, and after it what the next turn will want."""
-        if self._engine_phase is not None:  # its bytes came in while the engine was at work
+        if self._engine_phase is not None:  # its bytes came in while the engine was at work, or still do
+            for role, kinds in self._engine_phase[1].items():
+                self._wait([b for b in self.roles[role].blocks if b.kind in kinds] if role in self.roles else [])
             self._note_computed(*self._engine_phase)
             self._engine_phase = None
         if not self.offload:
