@@ -95,17 +95,19 @@ class ContextParallelAttention(MegatronModule):
         outputs = []
         for chunk, number in ((early, cp_rank), (late, num_chunks - 1 - cp_rank)):
             visible = (number + 1) * early.shape[0]
-            outputs.append(_attend(chunk, key[:visible], value[:visible], self.softmax_scale))
+            outputs.append(attend(chunk, key[:visible], value[:visible], self.softmax_scale))
         return torch.cat(outputs)
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-    """query [q, b, heads, d], the last of the k positions of key and value [k, b, groups, d] -> [q, b, heads * d]."""
+def attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+    """Causal attention: query [q, b, heads, d], the last of the k positions of key and value [k, b, groups, d] -> [q, b, heads * d]."""
     length, b, heads, d = query.shape
     dtype = query.dtype
     q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
     if query.device.type == "cpu" and dtype != torch.float32:
         q, k, v = q.float(), k.float(), v.float()
-    mask = causal_lower_right(length, key.shape[0])
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=key.shape[2] != heads)
+    whole = length == key.shape[0]
+    mask = None if whole else causal_lower_right(length, key.shape[0])
+    grouped = key.shape[2] != heads
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=whole, scale=scale, enable_gqa=grouped)
     return out.permute(2, 0, 1, 3).reshape(length, b, heads * d).to(dtype)

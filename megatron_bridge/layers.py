@@ -31,7 +31,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_bridge.context_parallel import ContextParallelAttention
+from megatron_bridge.context_parallel import ContextParallelAttention, attend
 from megatron_bridge.kernels import rms_norm, rotary_causal_attention, swiglu
 
 HAS_TRANSFORMER_ENGINE: bool = platform.HAS_CUDA and importlib.util.find_spec("transformer_engine") is not None
@@ -72,15 +72,7 @@ class SdpaCoreAttention(MegatronModule):
     ) -> Tensor:
         """query [s, b, heads, d], key and value [s, b, groups, d] -> [s, b, heads * d]."""
         assert packed_seq_params is None and attention_bias is None, "packed sequences come with their own layer spec"
-        s, b, heads, d = query.shape
-        dtype = query.dtype
-        q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
-        if query.device.type == "cpu" and dtype != torch.float32:
-            q, k, v = q.float(), k.float(), v.float()
-        out = F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=key.shape[2] != heads
-        )
-        return out.permute(2, 0, 1, 3).reshape(s, b, heads * d).to(dtype)
+        return attend(query, key, value, self.softmax_scale)
 
 
 class ShortSequenceSelfAttention(SelfAttention):
