@@ -9,6 +9,7 @@ the prediction of token t + 1 from tokens 0..t.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +38,11 @@ class Response:
     log_probs: list[float]  # of the sampled tokens, in the distribution that was sampled from
     finish_reason: str  # "stop" (end-of-sequence or stop token) or "length"
     weight_version: str  # label of the weights that made it
+
+
+#: (prompt, sample, response) of a response that is complete. Called from the engine's thread: it must be quick, and an error in
+#: it ends the generation.
+OnResponse = Callable[[int, int, Response], None]
 
 
 @dataclass(frozen=True)

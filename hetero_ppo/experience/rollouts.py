@@ -11,14 +11,21 @@ from torch import Tensor
 from hetero_ppo.algorithms.masking import response_mask
 from hetero_ppo.config.schema import SamplingConfig
 from hetero_ppo.errors import RunError
-from hetero_ppo.types import PromptBatch, Response, Rollout
+from hetero_ppo.types import OnResponse, PromptBatch, Response, Rollout
 
 
 class Generator(Protocol):
     """What a rollout engine offers here."""
 
     def generate(
-        self, prompts: list[list[int]], sampling: SamplingConfig, *, n: int, seed: int
+        self,
+        prompts: list[list[int]],
+        sampling: SamplingConfig,
+        *,
+        n: int,
+        seed: int,
+        max_tokens: list[int] | None = None,
+        on_response: OnResponse | None = None,
     ) -> list[list[Response]]: ...
 
 

@@ -116,16 +116,22 @@ class ServerClient:
             return False
 
     async def generate(
-        self, prompt: list[int], sampling: SamplingConfig, stop: list[int], seed: int, timeout_s: float
+        self,
+        prompt: list[int],
+        sampling: SamplingConfig,
+        max_tokens: int,
+        stop: list[int],
+        seed: int,
+        timeout_s: float,
     ) -> Response:
-        """One response. ``stop``: ids that end it, end-of-sequence included."""
+        """One response of at most ``max_tokens`` tokens. ``stop``: ids that end it, end-of-sequence included."""
         params = {
             "n": 1,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "top_k": sampling.top_k,
             "min_p": 0.0,
-            "max_tokens": sampling.max_tokens,
+            "max_tokens": max_tokens,
             "min_tokens": 0,
             "presence_penalty": 0.0,
             "frequency_penalty": 0.0,

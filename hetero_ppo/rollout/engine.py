@@ -22,7 +22,7 @@ from hetero_ppo.observability.progress import progress
 from hetero_ppo.rollout.pool import Member, ServerPool, gather_all
 from hetero_ppo.rollout.server import ServerSpec, VllmServer, server_threads, sleeps
 from hetero_ppo.rollout.weight_sync import remove_weights, shared_memory_dir, write_weights
-from hetero_ppo.types import Response
+from hetero_ppo.types import OnResponse, Response
 
 T = TypeVar("T")
 
@@ -45,16 +45,26 @@ def response_seed(seed: int, prompt: int, sample: int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def check_prompts(prompts: list[list[int]], max_tokens: int, max_model_len: int) -> None:
-    """Raises ValueError for a prompt that is empty, or too long for its response to fit."""
+def check_prompts(prompts: list[list[int]], max_tokens: list[int], max_model_len: int) -> None:
+    """Raises ValueError for a prompt that is empty, or too long for its response to fit.
+
+    Args:
+        prompts: token ids.
+        max_tokens: of each prompt's responses.
+        max_model_len: tokens that the engine takes, prompt and response together.
+    """
     if not prompts:
         raise ValueError("generate: no prompts")
-    for row, prompt in enumerate(prompts):
+    if len(max_tokens) != len(prompts):
+        raise ValueError(f"generate: max_tokens has {len(max_tokens)} values for {len(prompts)} prompts")
+    for row, (prompt, limit) in enumerate(zip(prompts, max_tokens, strict=True)):
         if not prompt:
             raise ValueError(f"generate: prompt {row} has no tokens")
-        if len(prompt) + max_tokens > max_model_len:
+        if limit < 1:
+            raise ValueError(f"generate: prompt {row} may have {limit} response tokens; at least one is needed")
+        if len(prompt) + limit > max_model_len:
             raise ValueError(
-                f"generate: prompt {row} has {len(prompt)} tokens; with sampling.max_tokens={max_tokens} that is more than "
+                f"generate: prompt {row} has {len(prompt)} tokens; with sampling.max_tokens={limit} that is more than "
                 f"the engine's {max_model_len} tokens (max_model_len)"
             )
 
@@ -166,6 +176,8 @@ class VllmEngine:
         *,
         n: int,
         seed: int,
+        max_tokens: list[int] | None = None,
+        on_response: OnResponse | None = None,
         show_progress: bool = False,
     ) -> list[list[Response]]:
         """Answers prompts.
@@ -175,6 +187,8 @@ class VllmEngine:
             sampling: how to sample; all of it is sent, nothing is left to the server's defaults.
             n: responses per prompt.
             seed: of this call; the same call with the same seed and weights gives the same tokens.
+            max_tokens: response tokens of each prompt; None: ``sampling.max_tokens`` for all.
+            on_response: told of every response as soon as it is complete, in the order of completion.
             show_progress: a progress bar on stderr.
 
         Returns:
@@ -184,7 +198,8 @@ class VllmEngine:
             ValueError: a prompt is empty or too long.
             RuntimeError: a server failed beyond ``max_restarts``; nothing is left running.
         """
-        check_prompts(prompts, sampling.max_tokens, self.max_model_len)
+        limits = [sampling.max_tokens] * len(prompts) if max_tokens is None else max_tokens
+        check_prompts(prompts, limits, self.max_model_len)
         self._require(EngineState.awake, "generate")
         pool = self._started_pool()
         if pool.version is None:
@@ -196,9 +211,12 @@ class VllmEngine:
                 one_seed = response_seed(seed, prompt, sample)
                 timeout_s = self.config.request_timeout_s
                 response = await pool.call_least_loaded(
-                    "generate", lambda client: client.generate(prompts[prompt], sampling, stop, one_seed, timeout_s)
+                    "generate",
+                    lambda client: client.generate(prompts[prompt], sampling, limits[prompt], stop, one_seed, timeout_s),
                 )
                 bar.update(1)
+                if on_response is not None:
+                    on_response(prompt, sample, response)
                 return response
 
             flat = self._run(gather_all([one(i, j) for i in range(len(prompts)) for j in range(n)]))

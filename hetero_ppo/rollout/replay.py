@@ -18,7 +18,7 @@ from typing import Any, Self
 from torch import Tensor
 
 from hetero_ppo.config.schema import SamplingConfig
-from hetero_ppo.types import Response, Rollout
+from hetero_ppo.types import OnResponse, Response, Rollout
 
 FILE_NAME = re.compile(r"step_(\d+)\.jsonl")
 FINISH_REASONS = ("stop", "length")
@@ -211,9 +211,13 @@ class ReplayEngine:
         *,
         n: int,
         seed: int,
+        max_tokens: list[int] | None = None,
+        on_response: OnResponse | None = None,
         show_progress: bool = False,
     ) -> list[list[Response]]:
         """The recorded responses of these prompts, in their order. ``seed`` and ``show_progress`` play no part.
+
+        ``on_response`` is told of them one after the other.
 
         Raises:
             ValueError: no recorded step is left, a prompt has fewer than n recorded responses, or a response is longer than
@@ -240,11 +244,14 @@ class ReplayEngine:
                 )
             answers.append([recorded.pop(0) for _ in range(n)])
             longest = max(len(response.token_ids) for response in answers[-1])
-            if longest > sampling.max_tokens:
-                raise ValueError(
-                    f"{path}: a recorded response has {longest} tokens, sampling.max_tokens is {sampling.max_tokens}"
-                )
+            limit = sampling.max_tokens if max_tokens is None else max_tokens[row]
+            if longest > limit:
+                raise ValueError(f"{path}: a recorded response has {longest} tokens, sampling.max_tokens is {limit}")
         self._steps.pop(0)
+        if on_response is not None:
+            for row, responses in enumerate(answers):
+                for sample, response in enumerate(responses):
+                    on_response(row, sample, response)
         return answers
 
     def sync_weights(self, tensors: Iterator[tuple[str, Tensor]], version: str) -> None:

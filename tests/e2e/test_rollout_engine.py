@@ -178,6 +178,19 @@ def test_seeds_repeat_and_samples_differ(engine: VllmEngine) -> None:
     assert all(a != b for a, b in zip(tokens(first), tokens(other), strict=True))
 
 
+def test_responses_are_told_of_as_they_complete_each_with_its_own_limit(engine: VllmEngine) -> None:
+    told: list[tuple[int, int, Response]] = []
+    limits = [40, 2, 9, 1][: len(PROMPTS)]
+    sampling = SamplingConfig(max_tokens=64, ignore_eos=True)
+    answers = engine.generate(
+        PROMPTS[: len(limits)], sampling, n=2, seed=1, max_tokens=limits, on_response=lambda *one: told.append(one)
+    )
+    assert [[len(r.token_ids) for r in group] for group in answers] == [[limit] * 2 for limit in limits]
+    assert {(prompt, sample) for prompt, sample, _ in told} == {(i, j) for i in range(len(limits)) for j in range(2)}
+    assert all(answers[prompt][sample] is response for prompt, sample, response in told)
+    assert told[-1][0] == 0, "the longest responses complete last"
+
+
 def test_responses_end_at_eos_and_stop_tokens(engine: VllmEngine) -> None:
     stops = list(range(2, 20))
     sampling = SamplingConfig(max_tokens=64, stop_token_ids=stops)

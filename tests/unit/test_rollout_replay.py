@@ -62,7 +62,11 @@ def test_replay_answers_by_prompt_and_step(tmp_path: Path) -> None:
     write_records(tmp_path, 1, [record(1, [5], [10]), record(1, [6], [11]), record(1, [5], [12]), record(1, [6], [13])])
     write_records(tmp_path, 2, [record(2, [7], [14])])
     engine = ReplayEngine(tmp_path)
-    answers = engine.generate([[6], [5]], SAMPLING, n=2, seed=0)
+    told: list[tuple[int, int, list[int]]] = []
+    answers = engine.generate(
+        [[6], [5]], SAMPLING, n=2, seed=0, on_response=lambda i, j, response: told.append((i, j, response.token_ids))
+    )
+    assert told == [(0, 0, [11]), (0, 1, [13]), (1, 0, [10]), (1, 1, [12])]
     assert [[r.token_ids for r in group] for group in answers] == [[[11], [13]], [[10], [12]]]
     assert engine.generate([[7]], SAMPLING, n=1, seed=0)[0][0].weight_version == "step_2"
     with pytest.raises(ValueError, match="every recorded step has been replayed"):

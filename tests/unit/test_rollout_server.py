@@ -73,10 +73,10 @@ def test_seeds_differ_by_call_prompt_and_sample() -> None:
 
 
 def test_prompts_are_checked_before_they_are_sent() -> None:
-    check_prompts([[1] * 8], 8, 16)
+    check_prompts([[1] * 8], [8], 16)
     with pytest.raises(ValueError, match="prompt 1 has 9 tokens; with sampling.max_tokens=8 that is more than .* 16 tokens"):
-        check_prompts([[1], [1] * 9], 8, 16)
+        check_prompts([[1], [1] * 9], [8, 8], 16)
     with pytest.raises(ValueError, match="prompt 1 has no tokens"):
-        check_prompts([[1], []], 8, 16)
+        check_prompts([[1], []], [8, 8], 16)
     with pytest.raises(ValueError, match="no prompts"):
-        check_prompts([], 8, 16)
+        check_prompts([], [], 16)
