@@ -9,7 +9,7 @@ the prediction of token t + 1 from tokens 0..t.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +28,10 @@ class PromptBatch:
 
     def __len__(self) -> int:
         return len(self.prompt_ids)
+
+    def select(self, rows: Sequence[int]) -> PromptBatch:
+        """These prompts, in this order."""
+        return PromptBatch(**{name: [values[row] for row in rows] for name, values in vars(self).items()})
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,7 @@ class Rollout:
     prompt_index: list[int]
     labels: list[Any]
     metadata: list[dict[str, Any]] = field(default_factory=list)
+    chunk_index: list[int] = field(default_factory=list)  # of every row, the chunk that it was complete in; [] in a chunk
 
     @property
     def batch_size(self) -> int:
@@ -69,6 +74,15 @@ class Rollout:
     def response_lengths(self) -> Tensor:
         """[B] int64."""
         return self.sequence_lengths - self.prompt_lengths
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Responses that were complete before others: the unit of the pipeline."""
+
+    index: int  # in the order of completion
+    rows: list[int]  # of the whole rollout, ascending
+    rollout: Rollout  # these rows alone
 
 
 @dataclass(frozen=True)

@@ -430,6 +430,12 @@ def check_rollout_servers(config: PpoConfig, world_size: int) -> None:
     _require(0 < share <= 1, "rollout.gpu_memory_utilization", share, "a share of the device, in (0, 1]")
 
 
+def check_pipeline(config: PpoConfig, world_size: int) -> None:
+    """Size of a chunk."""
+    size = config.pipeline.chunk_size
+    _require(size is None or size >= 1, "pipeline.chunk_size", size, "at least 1, or null for the engine's running batch")
+
+
 def check_residency(config: PpoConfig, world_size: int) -> None:
     residency = config.residency
     _require(residency.pcie_gb_s > 0, "residency.pcie_gb_s", residency.pcie_gb_s, "more than 0 GB/s")
@@ -554,6 +560,7 @@ PPO_CHECKS: tuple[Callable[[PpoConfig, int], None], ...] = (
     check_function_names,
     check_sampling,
     check_rollout_servers,
+    check_pipeline,
     check_residency,
 )
 PATH_CHECKS: tuple[Callable[[AnyConfig], None], ...] = (

@@ -97,6 +97,7 @@ class PpoBatching:
     samples_per_prompt: int
     responses_per_step: int  # over all ranks
     responses_per_rank: int  # per PPO step on one data-parallel rank of the actor
+    chunk_size: int  # responses that go through the forwards together, over all ranks
     minibatches_per_epoch: int  # optimizer steps in one pass over the rollout batch
     ppo_epochs: int  # passes over the rollout batch
     total_steps: int  # PPO steps
@@ -117,6 +118,7 @@ class PpoBatching:
                 self.responses_per_rank,
                 "responses per PPO step, on one data-parallel rank of the actor",
             ),
+            ("chunks", math.ceil(self.responses_per_step / self.chunk_size), f"of {self.chunk_size} responses per PPO step"),
             ("minibatches", self.minibatches_per_epoch, f"per PPO epoch, {self.ppo_epochs} PPO epochs per step"),
             ("PPO steps", self.total_steps, f"{passes:.2f} passes over the prompts"),
             ("critic warm-up", self.critic_warmup_steps, "PPO steps that train the critic alone"),
@@ -207,6 +209,7 @@ def derive_ppo(config: PpoConfig, world_size: int, num_prompts: int) -> PpoBatch
         samples_per_prompt=algorithm.samples_per_prompt,
         responses_per_step=responses,
         responses_per_rank=responses_per_rank,
+        chunk_size=chunk_size(config),
         minibatches_per_epoch=minibatches,
         ppo_epochs=algorithm.ppo_epochs,
         total_steps=steps,
@@ -214,6 +217,13 @@ def derive_ppo(config: PpoConfig, world_size: int, num_prompts: int) -> PpoBatch
         actor=roles["actor"],
         critic=roles["critic"],
     )
+
+
+def chunk_size(config: PpoConfig) -> int:
+    """Responses of a chunk of the pipeline, over all ranks."""
+    responses = config.algorithm.rollout_batch_size * config.algorithm.samples_per_prompt
+    running_batch = config.rollout.max_num_seqs * config.rollout.num_servers
+    return min(config.pipeline.chunk_size or running_batch, responses)
 
 
 def _role_batching(

@@ -295,6 +295,14 @@ class PpoTrainConfig:
 
 
 @dataclass
+class PipelineConfig:
+    """Forwards of finished responses beside the generation of others."""
+
+    overlap: bool = True  # forwards begin with the first complete chunk; False: when all responses are complete
+    chunk_size: int | None = None  # responses of a chunk, over all ranks; None: the running batch of all servers
+
+
+@dataclass
 class ResidencyConfig:
     """Turns of the roles on the device, and the sizes that the memory plan is made for."""
 
@@ -339,6 +347,7 @@ class PpoConfig:
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     train: PpoTrainConfig = field(default_factory=PpoTrainConfig)
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     residency: ResidencyConfig = field(default_factory=ResidencyConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 

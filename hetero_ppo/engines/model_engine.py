@@ -114,7 +114,7 @@ class ModelEngine:
         """Called at the end of a turn, before anything moves."""
 
     def on_device(
-        self, *, grads: bool = False, optimizer: bool = False, phase: str
+        self, *, grads: bool = False, optimizer: bool = False, phase: str, then: Sequence[str] | None = None
     ) -> contextlib.AbstractContextManager[None]:
         """A turn of this role: its parameters are on the device, others' may not be.
 
@@ -122,6 +122,8 @@ class ModelEngine:
             grads: its gradient buffers too, as zeros.
             optimizer: fp32 main parameters and moments too; they may come in while the first micro-batch computes.
             phase: name of the phase, for messages and the ledger.
+            then: roles whose parameters the next turn will hold, and which may come in during this one; None: as the
+                device's schedule says.
 
         Raises:
             ResidencyError: another turn is open, or the role is not trained.
@@ -133,7 +135,8 @@ class ModelEngine:
             raise self.residency.error(
                 f"phase {phase!r} asks for gradients or optimizer, which a role without training has not"
             )
-        return self.device.turn(self.role, kinds, phase)
+        following = None if then is None else dict.fromkeys(then, FORWARD)
+        return self.device.turn(self.role, kinds, phase, following)
 
     @property
     def vocab_size(self) -> int:

@@ -91,13 +91,16 @@ class SharedDevice:
     # --- turns ---
 
     @contextlib.contextmanager
-    def turn(self, role: str, kinds: frozenset[Kind], phase: str) -> Iterator[None]:
+    def turn(
+        self, role: str, kinds: frozenset[Kind], phase: str, then: Mapping[str, frozenset[Kind]] | None = None
+    ) -> Iterator[None]:
         """Hold a role's bytes on the device while the body computes.
 
         Args:
             role: a role that was added.
             kinds: what the body needs. Optimizer bytes may still be on their way in: ``require`` waits for them.
             phase: name of the phase, for messages, the ledger and the place in the schedule.
+            then: what the turn after this one will hold, and may come in during it; None: as the schedule says.
 
         Raises:
             ResidencyError: another turn is open.
@@ -111,7 +114,7 @@ class SharedDevice:
         kinds = kinds & residency.kinds
         self._turn = (role, phase)
         try:
-            self._switch({role: kinds}, phase)
+            self._switch({role: kinds}, phase, self._next_turn(phase) if then is None else then)
             self._wait([b for b in residency.blocks if b.kind in kinds & FIRST])
             self.ledger.record(phase, "after")
             residency.unguard()
@@ -141,7 +144,7 @@ class SharedDevice:
         for turn in self.schedule:
             if turn.phase == phase:
                 resident = turn.resident
-        self._switch(resident, phase)
+        self._switch(resident, phase, self._next_turn(phase))
         self.wait_for_room()
         self._engine_phase = (phase, resident)
 
@@ -181,7 +184,9 @@ class SharedDevice:
 
     # --- switches ---
 
-    def _switch(self, resident: Mapping[str, frozenset[Kind]], phase: str) -> None:
+    def _switch(
+        self, resident: Mapping[str, frozenset[Kind]], phase: str, then: Mapping[str, frozenset[Kind]]
+    ) -> None:
         """Queue everything that makes ``resident`` true, and after it what the next turn will want."""
         if self._engine_phase is not None:  # its bytes came in while the engine was at work, or still do
             for role, kinds in self._engine_phase[1].items():
@@ -191,7 +196,7 @@ class SharedDevice:
         if not self.offload:
             return
         self._raise_limit(resident)
-        ahead = self._next_turn(phase) if self.overlap else {}
+        ahead = then if self.overlap else {}
         self.ledger.record(phase, "before")
         self._send_out(self._leaving(resident, ahead))
         for wanted in (resident, ahead):

@@ -1,8 +1,10 @@
-"""From a rollout to an experience: one function for each forward, and the maths between them and the losses."""
+"""What an experience is made of: one function for each forward, and the maths between them and the losses."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,7 +24,6 @@ from hetero_ppo.config.schema import AlgorithmConfig, OldLogProbs, RewardConfig,
 from hetero_ppo.distributed.statistics import global_masked_moments
 from hetero_ppo.engines.model_engine import ModelEngine
 from hetero_ppo.engines.outputs import log_probs_output, scores_output, values_output
-from hetero_ppo.observability.timers import PhaseTimer
 from hetero_ppo.reward.function import FunctionReward
 from hetero_ppo.types import Experience, Rollout
 
@@ -45,9 +46,19 @@ def model_scores(engine: ModelEngine, rollout: Rollout) -> Tensor:
     return engine.forward(rollout.token_ids, rollout.sequence_lengths, scores_output)
 
 
+@dataclass(frozen=True)
+class Stage:
+    """One forward of the experience."""
+
+    name: str
+    role: ModelEngine | None  # whose turn it needs; None: no role's
+    compute: Callable[[Rollout], Tensor]  # in the role's turn: [B, T] or [B] float32 of B rows
+    per_token: bool = True
+
+
 @dataclass
 class ExperienceMaker:
-    """Runs the stages. The engines are the PPO trainer's; the critic's and actor's weights are those of the rollout."""
+    """The stages, and what follows them. The engines are the PPO trainer's; their weights are those of the rollout."""
 
     actor: ModelEngine
     critic: ModelEngine
@@ -59,25 +70,21 @@ class ExperienceMaker:
     kl_controller: FixedKlController | AdaptiveKlController
     score_moments: RunningMoments
 
-    def make(self, rollout: Rollout, timer: PhaseTimer) -> Experience:
-        """All forwards in sequence, then rewards, advantages and returns. The order is that of ``ppo_turns``."""
-        with timer.phase("scores"):
-            scores = self.scores(rollout, "scores")
-        with timer.phase("ref_log_probs"), self.reference.on_device(phase="ref_log_probs"):
-            ref_log_probs = policy_log_probs(self.reference, rollout, self.temperature)
-        with timer.phase("old_log_probs"):
-            old_log_probs = self.old_log_probs(rollout)
-        with timer.phase("values"), self.critic.on_device(phase="values"):
-            values = state_values(self.critic, rollout)
-        with timer.phase("advantages"):
-            return self.assemble(rollout, old_log_probs, ref_log_probs, scores, values)
+    def stages(self) -> list[Stage]:
+        """What an experience is made of, in the order of ``ppo_turns``: the critic comes last, being trained next."""
+        stages = [
+            self._score_stage(),
+            Stage("ref_log_probs", self.reference, partial(policy_log_probs, self.reference, temperature=self.temperature)),
+        ]
+        if self.algorithm.old_log_probs is OldLogProbs.actor:
+            compute = partial(policy_log_probs, self.actor, temperature=self.temperature)
+            stages.append(Stage("old_log_probs", self.actor, compute))
+        return [*stages, Stage("values", self.critic, partial(state_values, self.critic))]
 
-    def old_log_probs(self, rollout: Rollout) -> Tensor:
-        """[B, T] float32 of the policy that sampled."""
-        if self.algorithm.old_log_probs is OldLogProbs.rollout:
-            return rollout.rollout_log_probs
-        with self.actor.on_device(phase="old_log_probs"):
-            return policy_log_probs(self.actor, rollout, self.temperature)
+    def _score_stage(self) -> Stage:
+        if isinstance(self.reward, FunctionReward):
+            return Stage("scores", None, self.reward.score, per_token=False)
+        return Stage("scores", self.reward, partial(model_scores, self.reward), per_token=False)
 
     def scores(self, rollout: Rollout, phase: str) -> Tensor:
         """[B] float32 raw scores, from the reward model in a turn of its own, or from the reward function."""
@@ -86,20 +93,22 @@ class ExperienceMaker:
         with self.reward.on_device(phase=phase):
             return model_scores(self.reward, rollout)
 
-    def assemble(
-        self, rollout: Rollout, old_log_probs: Tensor, ref_log_probs: Tensor, scores: Tensor, values: Tensor
-    ) -> Experience:
+    def assemble(self, rollout: Rollout, computed: Mapping[str, Tensor]) -> Experience:
         """Rewards, generalised advantages, whitening. Every rank holds all rows, so no collective is needed.
+
+        Args:
+            rollout: B responses.
+            computed: what the stages gave of all rows, by name: [B, T] or [B] float32.
 
         Raises:
             FloatingPointError: a forward gave a NaN or an infinity.
         """
-        for name, tensor in {"old": old_log_probs, "ref": ref_log_probs, "scores": scores, "values": values}.items():
+        for name, tensor in computed.items():
             if not bool(torch.isfinite(tensor).all()):
-                raise FloatingPointError(
-                    f"make experience: {name} has values that are not finite; see the rollout dump"
-                )
+                raise FloatingPointError(f"make experience: {name} has values that are not finite; see the rollout dump")
         algorithm = self.algorithm
+        scores, values, ref_log_probs = computed["scores"], computed["values"], computed["ref_log_probs"]
+        old_log_probs = computed.get("old_log_probs", rollout.rollout_log_probs)  # no such stage: the engine's own
         shaped, mask = self._shape_scores(rollout, scores)
         kl = kl_estimate(old_log_probs, ref_log_probs, algorithm.kl.estimator).masked_fill(~rollout.response_mask, 0)
         rewards = token_level_rewards(shaped, kl, mask, self.kl_controller.coef)

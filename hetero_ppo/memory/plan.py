@@ -179,6 +179,7 @@ def _turns(config: AnyConfig, roles: Mapping[str, RoleStorage]) -> list[Turn]:
     turns = ppo_turns(
         has_reward_model=config.reward_model is not None,
         actor_scores_old=config.algorithm.old_log_probs is OldLogProbs.actor,
+        overlap=config.pipeline.overlap,
     )
     if config.residency.offload:
         return turns
@@ -235,6 +236,10 @@ class _PhasePlanner:
             engine = self.engine.awake
         elif self.engine is not None and turn.engine_weights and self.engine.awake:
             engine = self.engine.weights
+        ahead = self._ahead(index, rank) if self.comes_ahead else 0
+        if self.engine is not None and self.engine.sleeps and turn.engine_awake and not self._next(index).engine_awake:
+            # The last stage: while the engine is awake the next wave begins with it, and in the last wave the engine sleeps.
+            engine, ahead = (engine, 0) if engine >= ahead else (0, ahead)
         computing = computing_role(turn.phase, self.roles)
         return PhasePlan(
             phase=turn.phase,
@@ -242,7 +247,7 @@ class _PhasePlanner:
             rank=rank,
             roles=self._resident(turn, rank),
             activations=0 if computing is None else self._activations_of(turn.phase, self.roles[computing], rank),
-            ahead=self._ahead(index, rank) if self.comes_ahead else 0,
+            ahead=ahead,
             engine=engine,
             reserve=0 if self.on_cpu else DEVICE_RESERVE,
             copied_out=0,
@@ -258,13 +263,16 @@ class _PhasePlanner:
 
     def _ahead(self, index: int, rank: int) -> int:
         """What ``engines.shared_device`` lets come in before its turn: roles never hold more than their largest turn does."""
-        turn, following = self.turns[index], self.turns[(index + 1) % len(self.turns)]
+        turn, following = self.turns[index], self._next(index)
         missing = sum(
             self.roles[name].bytes_by_kind(rank).get(kind, 0)
             for name, kinds in following.resident.items()
             for kind in kinds - turn.resident.get(name, frozenset())
         )
         return min(missing, max(self._held(other, rank) for other in self.turns) - self._held(turn, rank))
+
+    def _next(self, index: int) -> Turn:
+        return self.turns[(index + 1) % len(self.turns)]
 
     def _held(self, turn: Turn, rank: int) -> int:
         return sum(size for kinds in self._resident(turn, rank).values() for size in kinds.values())

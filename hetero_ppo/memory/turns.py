@@ -2,7 +2,8 @@
 
 The order saves switches. The reward model waits on the device while the engine generates, in the critic's place. The
 critic's values come last of the forwards, so its training finds the parameters there; the actor's training comes last
-of all, so the weight sync does.
+of all, so the weight sync does. With overlapped generation the forwards come round once for every wave of chunks
+(``experience.pipeline``), the last time in this order.
 """
 
 from __future__ import annotations
@@ -23,21 +24,22 @@ class Turn:
     engine_weights: bool = False  # the rollout engine holds its weights alone: during a weight sync
 
 
-def ppo_turns(*, has_reward_model: bool, actor_scores_old: bool) -> list[Turn]:
+def ppo_turns(*, has_reward_model: bool, actor_scores_old: bool, overlap: bool = False) -> list[Turn]:
     """The phases of one PPO step with residency on, in order.
 
     Args:
         has_reward_model: scores come from a model; otherwise from a function.
         actor_scores_old: old log-probs come from a forward of the actor; otherwise from the rollout engine.
+        overlap: forwards run beside generation, for chunk after chunk: the engine is awake in them.
     """
     reward = {"reward_model": FORWARD} if has_reward_model else {}
     turns = [Turn("rollout", reward, engine_awake=True)]
     if has_reward_model:
-        turns.append(Turn("scores", reward))
-    turns.append(Turn("ref_log_probs", {"reference": FORWARD}))
+        turns.append(Turn("scores", reward, engine_awake=overlap))
+    turns.append(Turn("ref_log_probs", {"reference": FORWARD}, engine_awake=overlap))
     if actor_scores_old:
-        turns.append(Turn("old_log_probs", {"actor": FORWARD}))
-    turns.append(Turn("values", {"critic": FORWARD}))
+        turns.append(Turn("old_log_probs", {"actor": FORWARD}, engine_awake=overlap))
+    turns.append(Turn("values", {"critic": FORWARD}, engine_awake=overlap))
     turns.append(Turn("train_critic", {"critic": TRAINING}))
     turns.append(Turn("train_actor", {"actor": TRAINING}))
     turns.append(Turn("weight_sync", {"actor": FORWARD}, engine_weights=True))

@@ -36,6 +36,7 @@ class RolloutRecord:
     finish_reason: str  # "stop" or "length"
     weight_version: str
     label: Any = None
+    chunk: int = 0  # of the pipeline, that the response was complete in
     extra: dict[str, Any] = field(default_factory=dict)
 
 
@@ -71,6 +72,7 @@ def rollout_records(rollout: Rollout, step: int, extra: Mapping[str, Sequence[An
                 finish_reason="length" if rollout.truncated[row] else "stop",
                 weight_version=rollout.weight_version[row],
                 label=rollout.labels[row],
+                chunk=rollout.chunk_index[row] if rollout.chunk_index else 0,
                 extra={name: values[row] for name, values in extra.items()},
             )
         )
@@ -130,7 +132,10 @@ def _parse(line: str, where: str) -> RolloutRecord:
         raise ValueError(
             f"{where}: field 'finish_reason' is {values['finish_reason']!r}, expected one of {FINISH_REASONS}"
         )
-    known = {name: values.pop(name) for name in _FIELDS} | {"label": values.pop("label", None)}
+    chunk = values.pop("chunk", 0)
+    if type(chunk) is not int:
+        raise ValueError(f"{where}: field 'chunk' is {json.dumps(chunk)[:80]}, expected int")
+    known = {name: values.pop(name) for name in _FIELDS} | {"label": values.pop("label", None), "chunk": chunk}
     return RolloutRecord(**known, extra=values)
 
 
@@ -217,7 +222,7 @@ class ReplayEngine:
     ) -> list[list[Response]]:
         """The recorded responses of these prompts, in their order. ``seed`` and ``show_progress`` play no part.
 
-        ``on_response`` is told of them one after the other.
+        ``on_response`` is told of them in the order of the recorded chunks, so that the same chunks come of it.
 
         Raises:
             ValueError: no recorded step is left, a prompt has fewer than n recorded responses, or a response is longer than
@@ -228,13 +233,14 @@ class ReplayEngine:
                 f"{self.directory}: every recorded step has been replayed; the run has more steps than the record"
             )
         path = step_path(self.directory, self._steps[0])
-        by_prompt: dict[tuple[int, ...], list[Response]] = {}
+        by_prompt: dict[tuple[int, ...], list[tuple[Response, int]]] = {}
         for record in read_rollouts(path):
             response = Response(
                 record.response_ids, record.rollout_log_probs, record.finish_reason, record.weight_version
             )
-            by_prompt.setdefault(tuple(record.prompt_ids), []).append(response)
+            by_prompt.setdefault(tuple(record.prompt_ids), []).append((response, record.chunk))
         answers = []
+        told: list[tuple[int, int, int, Response]] = []  # (chunk, prompt, sample, response)
         for row, prompt in enumerate(prompts):
             recorded = by_prompt.get(tuple(prompt), [])
             if len(recorded) < n:
@@ -242,16 +248,17 @@ class ReplayEngine:
                     f"{path}: prompt {row} of this step ({len(prompt)} tokens, {prompt[:8]}...) needs {n} recorded responses, "
                     f"{len(recorded)} are left; replay the run with the data, seed and batch sizes it was recorded with"
                 )
-            answers.append([recorded.pop(0) for _ in range(n)])
+            taken = [recorded.pop(0) for _ in range(n)]
+            answers.append([response for response, _ in taken])
+            told += [(chunk, row, sample, response) for sample, (response, chunk) in enumerate(taken)]
             longest = max(len(response.token_ids) for response in answers[-1])
             limit = sampling.max_tokens if max_tokens is None else max_tokens[row]
             if longest > limit:
                 raise ValueError(f"{path}: a recorded response has {longest} tokens, sampling.max_tokens is {limit}")
         self._steps.pop(0)
         if on_response is not None:
-            for row, responses in enumerate(answers):
-                for sample, response in enumerate(responses):
-                    on_response(row, sample, response)
+            for _, row, sample, response in sorted(told, key=lambda one: one[:3]):
+                on_response(row, sample, response)
         return answers
 
     def sync_weights(self, tensors: Iterator[tuple[str, Tensor]], version: str) -> None:

@@ -14,8 +14,9 @@ from hetero_ppo.checkpoint.manager import CheckpointManager
 from hetero_ppo.config.schema import PpoConfig
 from hetero_ppo.engines.losses import actor_loss_fn, critic_loss_fn
 from hetero_ppo.engines.train_engine import LossFn, TrainEngine, TrainStepResult
+from hetero_ppo.experience.generation import Generation
 from hetero_ppo.experience.mismatch import MismatchGuard, mismatch_bounds
-from hetero_ppo.experience.rollouts import collect_rollout
+from hetero_ppo.experience.pipeline import Pipeline
 from hetero_ppo.observability.metrics import MetricsLogger
 from hetero_ppo.observability.progress import progress
 from hetero_ppo.observability.timers import PhaseTimer
@@ -24,7 +25,7 @@ from hetero_ppo.trainers import ppo_memory, ppo_setup
 from hetero_ppo.trainers.ppo_engine import EngineTurns
 from hetero_ppo.trainers.ppo_evaluation import Evaluator
 from hetero_ppo.trainers.run import Run, first_step
-from hetero_ppo.types import Experience, PolicyInputs, Rollout, StepMetrics, ValueInputs
+from hetero_ppo.types import Experience, PolicyInputs, StepMetrics, ValueInputs
 from megatron_bridge import platform
 
 
@@ -63,6 +64,7 @@ class PpoTrainer:
             starting.wait()
         self.guard = MismatchGuard(mismatch_bounds(config), config.rollout.mismatch.patience)
         self.turns = EngineTurns(self.engine, self.device, config.rollout)
+        self.pipeline = Pipeline(self.maker, config.pipeline.overlap)
         self.evaluator = Evaluator(config, run, self.data, self.maker, self.turns)
 
     def __enter__(self) -> Self:
@@ -96,10 +98,7 @@ class PpoTrainer:
             self.timer.collect()
             for step in progress(range(self.start, self.total_steps), description="PPO"):
                 self.trace.begin(step + 1)
-                with self.timer.phase("rollout"):
-                    rollout = self.collect(step)
-                with self.timer.phase("experience"):
-                    experience = self.maker.make(rollout, self.timer)
+                experience = self.make_experience(step)
                 note = self.guard.check(step + 1, experience.metrics)
                 with self.timer.phase("train_critic"):
                     metrics = self.update_critic(experience, step)
@@ -108,7 +107,7 @@ class PpoTrainer:
                         metrics |= self.update_actor(experience, step)
                 with self.timer.phase("weight_sync"):
                     metrics |= self.sync_weights(step + 1)
-                self.maker.kl_controller.update(experience.metrics["kl/reference"], rollout.batch_size)
+                self.maker.kl_controller.update(experience.metrics["kl/reference"], experience.rollout.batch_size)
                 metrics = {**experience.metrics, **metrics, **ppo_memory.memory_metrics(self.device)}
                 if config.train.eval_every and (step + 1) % config.train.eval_every == 0:
                     with self.timer.phase("eval"):
@@ -132,18 +131,22 @@ class PpoTrainer:
     def actor(self) -> TrainEngine:
         return self.roles.actor
 
-    def collect(self, step: int) -> Rollout:
-        """Roll the current policy out on the step's prompts."""
+    def make_experience(self, step: int) -> Experience:
+        """Roll the current policy out on the step's prompts, and judge what it answered."""
         algorithm = self.config.algorithm
-        with self.turns.generating() as engine:
-            return collect_rollout(
-                engine,
+        with self.timer.phase("rollout"):
+            self.turns.wake()
+            generation = Generation(
+                self.engine,
                 self.data.next_prompts(),
                 self.config.rollout.sampling,
                 n=algorithm.samples_per_prompt,
                 seed=self.config.run.seed * 1_000_003 + step,
                 version=f"step{step}",
-            )
+                chunk_size=self.batching.chunk_size,
+                trace=self.trace,
+            ).start()
+        return self.pipeline.make(generation, self.timer, when_generated=self.turns.sleep)
 
     def update_critic(self, experience: Experience, step: int) -> dict[str, float]:
         """Fit the values to the returns."""

@@ -44,8 +44,7 @@ class EngineTurns:
     def generating(self) -> Iterator[RolloutEngine | None]:
         """The device is the engine's, but for what the schedule keeps there during a rollout."""
         self.wake()
-        with self.at_work("generate"):
-            yield self.engine
+        yield self.engine
         self.sleep()
 
     def wake(self) -> None:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from hetero_ppo.config.schema import PpoConfig
-from hetero_ppo.experience.rollouts import collect_rollout, response_texts
+from hetero_ppo.experience.generation import collect_rollout
+from hetero_ppo.experience.rollouts import response_texts
 from hetero_ppo.experience.stages import ExperienceMaker, policy_log_probs, sequence_kl
 from hetero_ppo.reward.function import FunctionReward
 from hetero_ppo.rollout.replay import write_rollouts
@@ -61,11 +62,12 @@ class Evaluator:
             return None
         sampling = self.config.rollout.eval_sampling
         greedy_rollout = None
+        about = {"n": 1, "seed": EVAL_SEED, "version": version, "trace": self.turns.device.trace}
         with self.turns.generating() as engine:
-            rollout = collect_rollout(engine, prompts, sampling, n=1, seed=EVAL_SEED, version=version)
+            rollout = collect_rollout(engine, prompts, sampling, **about)
             if self.check is not None:
                 greedy = dataclasses.replace(sampling, temperature=0.0, top_p=1.0, top_k=-1)
-                greedy_rollout = collect_rollout(engine, prompts, greedy, n=1, seed=EVAL_SEED, version=version)
+                greedy_rollout = collect_rollout(engine, prompts, greedy, **about)
         scores = self.maker.scores(rollout, "eval")
         with self.maker.actor.on_device(phase="eval"):
             log_probs = policy_log_probs(self.maker.actor, rollout, sampling.temperature)

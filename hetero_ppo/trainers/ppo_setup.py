@@ -175,6 +175,7 @@ def shared_device(config: PpoConfig, trace: TraceRecorder) -> SharedDevice:
     turns = ppo_turns(
         has_reward_model=config.reward.source is RewardSource.model,
         actor_scores_old=config.algorithm.old_log_probs is OldLogProbs.actor,
+        overlap=config.pipeline.overlap,
     )
     return SharedDevice(config.residency, turns, trace)
 

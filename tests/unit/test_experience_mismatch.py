@@ -35,7 +35,6 @@ def rollout_of(log_probs: list[float]) -> Rollout:
     count = len(log_probs)
     return build_rollout(
         prompts,
-        1,
         torch.tensor([count]),
         torch.arange(count)[None],
         torch.tensor([log_probs]),

@@ -1,0 +1,221 @@
+"""A rollout under way: the engine answers in a thread of its own, and chunks of complete responses reach every rank."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import replace
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hetero_ppo.config.schema import SamplingConfig
+from hetero_ppo.errors import RunError
+from hetero_ppo.experience.rollouts import build_rollout
+from hetero_ppo.observability.trace import ENGINE, TraceRecorder
+from hetero_ppo.types import Chunk, OnResponse, PromptBatch, Response, Rollout
+
+
+class Generator(Protocol):
+    """What a rollout engine offers here."""
+
+    def generate(
+        self,
+        prompts: list[list[int]],
+        sampling: SamplingConfig,
+        *,
+        n: int,
+        seed: int,
+        max_tokens: list[int] | None = None,
+        on_response: OnResponse | None = None,
+    ) -> list[list[Response]]: ...
+
+
+class Generation:
+    """Answers prompts, chunk by chunk. Responses are cut into chunks in the order of their completion.
+
+    Args:
+        engine: on rank 0; None on the others.
+        prompts: P prompts, the same on every rank.
+        sampling: how to sample.
+        n: responses per prompt; row p * n + j of the rollout is response j of prompt p.
+        seed: of this rollout.
+        version: label of the weights that the engine holds.
+        chunk_size: responses of a chunk; the last one may have fewer.
+        max_tokens: response tokens of each prompt; None: ``sampling.max_tokens`` for all.
+        trace: takes the engine's time.
+    """
+
+    def __init__(
+        self,
+        engine: Generator | None,
+        prompts: PromptBatch,
+        sampling: SamplingConfig,
+        *,
+        n: int,
+        seed: int,
+        version: str,
+        chunk_size: int,
+        max_tokens: list[int] | None = None,
+        trace: TraceRecorder | None = None,
+    ) -> None:
+        self.prompts = prompts
+        self.sampling = sampling
+        self.n = n
+        self.version = version
+        self.chunk_size = chunk_size
+        self.num_rows = len(prompts) * n
+        self.seconds = 0.0  # of the engine, on rank 0
+        self._arguments = {"n": n, "seed": seed, "max_tokens": max_tokens, "on_response": self._note}
+        self._engine = engine
+        self._trace = trace or TraceRecorder()
+        self._thread: threading.Thread | None = None
+        self._changed = threading.Condition()
+        self._complete: list[tuple[int, Response]] = []  # (row, response) in the order of completion
+        self._error: BaseException | None = None
+        # What every rank has been told, by row.
+        self._num_told = 0
+        self._num_chunks = 0
+        width = sampling.max_tokens if max_tokens is None else max(max_tokens)
+        self._lengths = torch.zeros(self.num_rows, dtype=torch.int64)
+        self._truncated = torch.zeros(self.num_rows, dtype=torch.bool)
+        self._tokens = torch.zeros(self.num_rows, width, dtype=torch.int64)
+        self._log_probs = torch.zeros(self.num_rows, width, dtype=torch.float32)
+        self._chunk_of = [0] * self.num_rows
+
+    def start(self) -> Generation:
+        """Let the engine begin."""
+        if self._engine is not None:
+            self._thread = threading.Thread(target=self._generate, name="generation", daemon=True)
+            self._thread.start()
+        return self
+
+    @property
+    def finished(self) -> bool:
+        """True when every response has been handed out in a chunk; the same on every rank."""
+        return self._num_told == self.num_rows
+
+    @property
+    def max_columns(self) -> int:
+        """T at most: predicted tokens of the longest prompt with the longest response that is allowed."""
+        return max(len(ids) for ids in self.prompts.prompt_ids) + self._tokens.shape[1] - 1
+
+    def next_chunks(self, *, wait_for_all: bool = False) -> list[Chunk]:
+        """The chunks that are complete and were not handed out yet, at least one. Collective over the world; blocks.
+
+        Args:
+            wait_for_all: until the engine has answered everything.
+
+        Raises:
+            RunError: an answer was made by other weights than ``version``; and whatever the engine raised.
+        """
+        assert not self.finished, "all chunks have been handed out"
+        fresh = self._wait(wait_for_all) if self._engine is not None else []
+        count = torch.tensor([len(fresh)])
+        if dist.get_world_size() > 1:
+            dist.broadcast(count, 0)
+        rows, part = self._share(fresh, int(count))
+        for own, values in zip((self._lengths, self._truncated, self._tokens, self._log_probs), part, strict=True):
+            own[rows] = values
+        self._num_told += int(count)
+        chunks = []
+        for start in range(0, int(count), self.chunk_size):
+            taken = sorted(rows[start : start + self.chunk_size].tolist())
+            for row in taken:
+                self._chunk_of[row] = self._num_chunks
+            chunks.append(Chunk(self._num_chunks, taken, self._rollout_of(taken)))
+            self._num_chunks += 1
+        if self.finished and self._thread is not None:
+            self._thread.join()
+            self._raise_error()
+        return chunks
+
+    def rollout(self) -> Rollout:
+        """All rows, in the order of the prompts."""
+        assert self.finished, "responses are missing"
+        return replace(self._rollout_of(list(range(self.num_rows))), chunk_index=list(self._chunk_of))
+
+    # --- the engine's thread ---
+
+    def _generate(self) -> None:
+        assert self._engine is not None
+        start = time.perf_counter()
+        try:
+            with self._trace.span(ENGINE, "generate"):
+                self._engine.generate(self.prompts.prompt_ids, self.sampling, **self._arguments)
+        except BaseException as error:  # noqa: BLE001  raised to the trainer, which waits for chunks
+            with self._changed:
+                self._error = error
+                self._changed.notify_all()
+        self.seconds = time.perf_counter() - start
+
+    def _note(self, prompt: int, sample: int, response: Response) -> None:
+        with self._changed:
+            self._complete.append((prompt * self.n + sample, response))
+            self._changed.notify_all()
+
+    # --- the trainer's thread ---
+
+    def _wait(self, wait_for_all: bool) -> list[tuple[int, Response]]:
+        """What completes the next chunks. Whole chunks alone, but for the rest at the end."""
+        with self._changed:
+            wanted = self.num_rows if wait_for_all else min(self._num_told + self.chunk_size, self.num_rows)
+            self._changed.wait_for(lambda: len(self._complete) >= wanted or self._error is not None)
+            self._raise_error()
+            fresh = self._complete[self._num_told :]
+        if self._num_told + len(fresh) < self.num_rows:
+            fresh = fresh[: len(fresh) // self.chunk_size * self.chunk_size]
+        stale = sorted({response.weight_version for _, response in fresh} - {self.version})
+        if stale:
+            raise RunError(f"rollout: answers made by weights {stale}, the actor is at {self.version!r}: sync was lost")
+        return fresh
+
+    def _raise_error(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _share(self, fresh: list[tuple[int, Response]], count: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Rows [k]; lengths [k], truncated [k], tokens [k, R], log-probs [k, R]; from rank 0 to all ranks."""
+        width = self._tokens.shape[1]
+        header = torch.zeros(count, 3, dtype=torch.int64)
+        tokens = torch.zeros(count, width, dtype=torch.int64)
+        log_probs = torch.zeros(count, width, dtype=torch.float32)
+        for index, (row, response) in enumerate(fresh):
+            length = len(response.token_ids)
+            cut = response.finish_reason == "length" and not self.sampling.ignore_eos
+            header[index] = torch.tensor([row, length, cut])
+            tokens[index, :length] = torch.tensor(response.token_ids)
+            log_probs[index, :length] = torch.tensor(response.log_probs)
+        if dist.get_world_size() > 1:
+            for tensor in (header, tokens, log_probs):
+                dist.broadcast(tensor, 0)
+        return header[:, 0], (header[:, 1], header[:, 2].bool(), tokens, log_probs)
+
+    def _rollout_of(self, rows: list[int]) -> Rollout:
+        return build_rollout(
+            self.prompts.select([row // self.n for row in rows]),
+            self._lengths[rows],
+            self._tokens[rows],
+            self._log_probs[rows],
+            self._truncated[rows],
+            self.version,
+        )
+
+
+def collect_rollout(
+    engine: Generator | None,
+    prompts: PromptBatch,
+    sampling: SamplingConfig,
+    *,
+    n: int,
+    seed: int,
+    version: str,
+    trace: TraceRecorder | None = None,
+) -> Rollout:
+    """The whole of a generation at once. Arguments as for ``Generation``. Collective over the world."""
+    size = len(prompts) * n
+    generation = Generation(engine, prompts, sampling, n=n, seed=seed, version=version, chunk_size=size, trace=trace)
+    generation.start().next_chunks()
+    return generation.rollout()

@@ -1,0 +1,132 @@
+"""From chunks of a rollout to an experience, while the engine still generates.
+
+Forwards of a finished chunk run beside the generation of the next ones. Chunks that are complete when the trainer looks form a
+wave: every role takes one turn in it and runs its forward over each of the wave's chunks. The next wave goes through the roles
+backwards, so that it begins with the role that is on the device already.
+
+The serial twin (``overlap=False``) waits for the last response, and all chunks are one wave. Both run the same forwards over the
+same chunks, so their tensors have the same bits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from hetero_ppo.experience.generation import Generation
+from hetero_ppo.experience.stages import ExperienceMaker, Stage
+from hetero_ppo.observability.timers import PhaseTimer
+from hetero_ppo.types import Chunk, Experience
+
+
+@dataclass
+class WaveRecord:
+    """One pass through the stages."""
+
+    chunks: list[int]
+    stages: list[str]  # in the order in which they ran
+    beside_generation: bool  # the engine was still at work when it began
+
+
+@dataclass
+class Pipeline:
+    """Runs the stages over the chunks of a generation."""
+
+    maker: ExperienceMaker
+    overlap: bool  # begin with the first complete chunk; False: when the last response is complete
+    waves: list[WaveRecord] = field(default_factory=list)  # of the last ``make``
+
+    def make(
+        self, generation: Generation, timer: PhaseTimer, *, when_generated: Callable[[], None] = lambda: None
+    ) -> Experience:
+        """The experience of a generation that was started. Collective over the world.
+
+        Args:
+            generation: nothing was taken from it.
+            timer: gets ``rollout``, in which the trainer waits for the engine, and ``experience``, with a phase for each stage.
+            when_generated: called once, on every rank, when the engine has answered everything and before the last wave.
+        """
+        stages = self.maker.stages()
+        collected = _Collected(generation, stages)
+        self.waves = []
+        forward_s = 0.0
+        while not generation.finished:
+            with timer.phase("rollout"):
+                chunks = generation.next_chunks(wait_for_all=not self.overlap)
+                if generation.finished:
+                    when_generated()
+            start = time.perf_counter()
+            with timer.phase("experience"):
+                self._run_wave(stages, chunks, collected, timer, is_last=generation.finished)
+            forward_s += time.perf_counter() - start
+        with timer.phase("experience"), timer.phase("advantages"):
+            experience = self.maker.assemble(generation.rollout(), collected.tensors)
+        experience.metrics.update(self._metrics(generation, forward_s))
+        return experience
+
+    def _run_wave(
+        self, stages: Sequence[Stage], chunks: Sequence[Chunk], collected: _Collected, timer: PhaseTimer, *, is_last: bool
+    ) -> None:
+        """Every stage over the chunks. The last wave ends with the last stage, whose role is trained next."""
+        backwards = bool(self.waves) and self.waves[-1].stages[0] == stages[0].name and not is_last
+        order = list(reversed(stages)) if backwards else list(stages)
+        self.waves.append(WaveRecord([chunk.index for chunk in chunks], [stage.name for stage in order], not is_last))
+        for index, stage in enumerate(order):
+            following = next((later.role.role for later in order[index + 1 :] if later.role is not None), None)
+            with timer.phase(stage.name), self._turn(stage, following, is_last):
+                for chunk in chunks:
+                    collected.take(stage, chunk, stage.compute(chunk.rollout))
+
+    @staticmethod
+    def _turn(stage: Stage, following: str | None, is_last: bool) -> contextlib.AbstractContextManager[None]:
+        if stage.role is None:
+            return contextlib.nullcontext()
+        if following is not None:
+            then = [following]
+        else:  # the next wave begins with this role; after the last wave the step's schedule goes on
+            then = None if is_last else []
+        return stage.role.on_device(phase=stage.name, then=then)
+
+    def _metrics(self, generation: Generation, forward_s: float) -> dict[str, float]:
+        beside = [wave for wave in self.waves if wave.beside_generation]
+        return {
+            "rollout/generate_s": generation.seconds,
+            "pipeline/forwards_s": forward_s,
+            "pipeline/num_chunks": float(sum(len(wave.chunks) for wave in self.waves)),
+            "pipeline/num_waves": float(len(self.waves)),
+            "pipeline/chunks_beside_generation": float(sum(len(wave.chunks) for wave in beside)),
+        }
+
+
+class _Collected:
+    """What the stages gave, chunk by chunk, in tensors of the whole rollout: [B, T] or [B] float32."""
+
+    def __init__(self, generation: Generation, stages: Sequence[Stage]) -> None:
+        self._num_rows = generation.num_rows
+        self._width = generation.max_columns
+        self._num_columns = 1
+        self._tensors: dict[str, Tensor] = {
+            stage.name: torch.zeros((self._num_rows, self._width) if stage.per_token else (self._num_rows,))
+            for stage in stages
+        }
+
+    def take(self, stage: Stage, chunk: Chunk, values: Tensor) -> None:
+        """File a chunk's values; columns that the chunk lacks are 0."""
+        if stage.per_token:
+            self._num_columns = max(self._num_columns, values.shape[1])
+            self._tensors[stage.name][chunk.rows, : values.shape[1]] = values
+        else:
+            self._tensors[stage.name][chunk.rows] = values
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """By stage, as wide as the longest sequence needs."""
+        return {
+            name: tensor[:, : self._num_columns].contiguous() if tensor.dim() == 2 else tensor
+            for name, tensor in self._tensors.items()
+        }

@@ -1,0 +1,232 @@
+"""Forwards beside generation, and their serial twin: the same bits, every role in its turn, errors that arrive."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from hetero_ppo.algorithms.kl import FixedKlController
+from hetero_ppo.algorithms.rewards import RunningMoments
+from hetero_ppo.config.schema import (
+    AlgorithmConfig,
+    ModelConfig,
+    OldLogProbs,
+    ResidencyConfig,
+    RewardConfig,
+    RoleConfig,
+    SamplingConfig,
+    TrainedRoleConfig,
+)
+from hetero_ppo.distributed.groups import finish, initialise
+from hetero_ppo.engines.model_engine import ModelEngine
+from hetero_ppo.engines.shared_device import SharedDevice
+from hetero_ppo.engines.train_engine import TrainEngine
+from hetero_ppo.errors import RunError
+from hetero_ppo.experience.generation import Generation, collect_rollout
+from hetero_ppo.experience.pipeline import Pipeline
+from hetero_ppo.experience.stages import ExperienceMaker
+from hetero_ppo.memory.kinds import FORWARD, Kind
+from hetero_ppo.memory.turns import ppo_turns
+from hetero_ppo.observability.timers import PhaseTimer
+from hetero_ppo.rollout.replay import ReplayEngine, RolloutRecord, write_records
+from hetero_ppo.types import Experience, OnResponse, PromptBatch, Response, Rollout
+
+VOCAB, PROMPTS, SAMPLES, CHUNK = 64, 5, 2, 4
+SAMPLING = SamplingConfig(max_tokens=9)
+#: Rows in the order in which their responses are complete: the chunks are [1, 3, 6, 8], [0, 2, 7, 9], [4, 5].
+ORDER = [3, 8, 1, 6, 9, 0, 7, 2, 5, 4]
+CHUNKS = [[1, 3, 6, 8], [0, 2, 7, 9], [4, 5]]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def world() -> Iterator[None]:
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
+            patch.setenv(name, value)
+        initialise(2.0)
+        yield
+        finish()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("model")
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
+    Qwen3ForCausalLM(
+        Qwen3Config(vocab_size=VOCAB, num_attention_heads=4, num_key_value_heads=2, **sizes)
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def prompts() -> PromptBatch:
+    ids = [[1 + (3 * i + j) % (VOCAB - 1) for j in range(2 + i)] for i in range(PROMPTS)]
+    return PromptBatch(ids, ["?"] * PROMPTS, list(range(PROMPTS)), [None] * PROMPTS, [{}] * PROMPTS)
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory, prompts: PromptBatch) -> Path:
+    """One step of responses of 1 to 9 tokens, with the chunks of ORDER."""
+    folder = tmp_path_factory.mktemp("rollouts")
+    generator = torch.Generator().manual_seed(3)
+    chunk_of = {row: index for index, rows in enumerate(CHUNKS) for row in rows}
+    records = []
+    for row in range(PROMPTS * SAMPLES):
+        length = 1 + (5 * row) % 9
+        tokens = torch.randint(1, VOCAB, (length,), generator=generator).tolist()
+        log_probs = (-4 * torch.rand(length, generator=generator)).tolist()
+        ids = prompts.prompt_ids[row // SAMPLES]
+        records.append(
+            RolloutRecord(1, row // SAMPLES, ids, tokens, log_probs, "stop", "step0", None, chunk_of[row])
+        )
+    write_records(folder, 1, records)
+    return folder
+
+
+class Paced(ReplayEngine):
+    """Answers as recorded, but a response at a time and only as far as it is let: the test is the engine's speed."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self.may = threading.Semaphore(0)
+
+    def generate(self, *args: Any, on_response: OnResponse | None = None, **kwargs: Any) -> list[list[Response]]:
+        answers = super().generate(*args, on_response=None, **kwargs)
+        for row in ORDER:
+            assert self.may.acquire(timeout=60)
+            assert on_response is not None
+            on_response(row // SAMPLES, row % SAMPLES, answers[row // SAMPLES][row % SAMPLES])
+        return answers
+
+
+class Roles:
+    """The four roles on one device, and the maker over them."""
+
+    def __init__(self, model: Path, *, overlap: bool, old_log_probs: OldLogProbs = OldLogProbs.actor) -> None:
+        schedule = ppo_turns(
+            has_reward_model=True, actor_scores_old=old_log_probs is OldLogProbs.actor, overlap=overlap
+        )
+        self.device = SharedDevice(ResidencyConfig(), schedule)
+        trained = TrainedRoleConfig(model=ModelConfig(path=str(model)), micro_batch_size=3)
+        plain = RoleConfig(model=ModelConfig(path=str(model)), micro_batch_size=3)
+        self.critic = TrainEngine("critic", trained, "value", 1, self.device)
+        self.maker = ExperienceMaker(
+            actor=TrainEngine("actor", trained, "lm", 1, self.device),
+            critic=self.critic,
+            reference=ModelEngine("reference", plain, "lm", device=self.device),
+            reward=ModelEngine("reward_model", plain, "score", device=self.device),
+            algorithm=AlgorithmConfig(old_log_probs=old_log_probs),
+            reward_config=RewardConfig(),
+            temperature=1.0,
+            kl_controller=FixedKlController(0.1),
+            score_moments=RunningMoments(),
+        )
+        self.pipeline = Pipeline(self.maker, overlap)
+        self.generated = 0
+
+    def make(self, engine: ReplayEngine, prompts: PromptBatch, chunk_size: int = CHUNK) -> Experience:
+        self.device.engine_turn("rollout")
+        generation = Generation(
+            engine, prompts, SAMPLING, n=SAMPLES, seed=0, version="step0", chunk_size=chunk_size
+        ).start()
+
+        def generated() -> None:
+            self.generated += 1
+
+        return self.pipeline.make(generation, PhaseTimer(), when_generated=generated)
+
+
+def tensors(record: Experience | Rollout) -> dict[str, Tensor]:
+    values = {entry.name: getattr(record, entry.name) for entry in fields(record)}
+    return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+
+def differing(one: Experience, other: Experience) -> list[str]:
+    names = [name for name, value in tensors(one).items() if not torch.equal(value, tensors(other)[name])]
+    return names + [
+        name for name, value in tensors(one.rollout).items() if not torch.equal(value, tensors(other.rollout)[name])
+    ]
+
+
+def let_waves_happen(roles: Roles, engine: Paced) -> None:
+    """Let a chunk complete, and the next ones only when the trainer is at work on the ones before."""
+    original = roles.pipeline._run_wave
+
+    def run_wave(stages: Any, chunks: Any, *args: Any, **kwargs: Any) -> None:
+        engine.may.release(CHUNK)
+        original(stages, chunks, *args, **kwargs)
+
+    roles.pipeline._run_wave = run_wave  # type: ignore[method-assign]
+    engine.may.release(CHUNK)
+
+
+@pytest.mark.parametrize("old_log_probs", OldLogProbs)
+def test_overlapped_and_serial_give_the_same_bits(
+    model: Path, prompts: PromptBatch, recorded: Path, old_log_probs: OldLogProbs
+) -> None:
+    overlapped, serial = (Roles(model, overlap=mode, old_log_probs=old_log_probs) for mode in (True, False))
+    paced = Paced(recorded)
+    let_waves_happen(overlapped, paced)
+    one, other = overlapped.make(paced, prompts), serial.make(ReplayEngine(recorded), prompts)
+    assert differing(one, other) == []
+    assert one.rollout.chunk_index == other.rollout.chunk_index == [1, 0, 1, 0, 2, 2, 0, 1, 0, 1]
+
+    assert [wave.chunks for wave in overlapped.pipeline.waves] == [[0], [1], [2]]
+    assert [wave.beside_generation for wave in overlapped.pipeline.waves] == [True, True, False]
+    forwards = [stage.name for stage in overlapped.maker.stages()]
+    assert [wave.stages for wave in overlapped.pipeline.waves] == [forwards, forwards[::-1], forwards]
+    assert [wave.chunks for wave in serial.pipeline.waves] == [[0, 1, 2]]
+    assert (overlapped.generated, serial.generated) == (1, 1)
+    assert one.metrics["pipeline/chunks_beside_generation"] == 2 and other.metrics["pipeline/num_waves"] == 1
+    for roles in (overlapped, serial):
+        assert roles.critic.residency.bytes_by_kind()[0][Kind.params] == roles.critic.residency.num_bytes(FORWARD)
+        roles.device.close()
+
+
+def test_the_cut_into_chunks_changes_no_value(model: Path, prompts: PromptBatch, recorded: Path) -> None:
+    roles = Roles(model, overlap=True)
+    whole = roles.make(ReplayEngine(recorded), prompts, chunk_size=PROMPTS * SAMPLES)
+    for size in (1, 4):
+        cut = roles.make(ReplayEngine(recorded), prompts, chunk_size=size)
+        for name, value in tensors(whole).items():
+            torch.testing.assert_close(tensors(cut)[name], value, atol=2e-6, rtol=1e-5, msg=name)
+    roles.device.close()
+
+
+def test_rows_keep_their_place(prompts: PromptBatch, recorded: Path) -> None:
+    generation = Generation(
+        ReplayEngine(recorded), prompts, SAMPLING, n=SAMPLES, seed=0, version="step0", chunk_size=CHUNK
+    ).start()
+    chunks = generation.next_chunks(wait_for_all=True)
+    assert [chunk.rows for chunk in chunks] == CHUNKS and generation.finished
+    whole = generation.rollout()
+    at_once = collect_rollout(ReplayEngine(recorded), prompts, SAMPLING, n=SAMPLES, seed=0, version="step0")
+    assert all(torch.equal(value, tensors(at_once)[name]) for name, value in tensors(whole).items())
+    for chunk in chunks:
+        part = chunk.rollout
+        assert part.prompt_index == [row // SAMPLES for row in chunk.rows]
+        width = part.token_ids.shape[1]
+        assert torch.equal(part.token_ids, whole.token_ids[chunk.rows, :width])
+        assert torch.equal(part.rollout_log_probs, whole.rollout_log_probs[chunk.rows, : width - 1])
+        assert int(part.sequence_lengths.max()) == width, "padded to the longest of the chunk alone"
+
+
+def test_errors_of_the_engine_reach_the_trainer(prompts: PromptBatch, recorded: Path) -> None:
+    arguments: dict[str, Any] = {"n": SAMPLES, "seed": 0, "chunk_size": CHUNK}
+    stale = Generation(ReplayEngine(recorded), prompts, SAMPLING, version="step7", **arguments).start()
+    with pytest.raises(RunError, match="made by weights .'step0'., the actor is at 'step7'"):
+        stale.next_chunks()
+    too_many = {**arguments, "n": SAMPLES + 1}
+    failing = Generation(ReplayEngine(recorded), prompts, SAMPLING, version="step0", **too_many).start()
+    with pytest.raises(ValueError, match="needs 3 recorded responses, 2 are left"):
+        failing.next_chunks()
