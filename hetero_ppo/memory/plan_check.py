@@ -148,7 +148,7 @@ def candidate_changes(config: AnyConfig, plan: MemoryPlan, limits: Limits, exces
     """Changes that may help, the one that costs least first.
 
     Sharding the optimizer costs next to nothing; offloading costs the copies; a smaller share of the engine makes rollouts
-    slower, smaller micro-batches and recomputation training; more tensor- and then pipeline-parallel ranks cost
+    slower, and so do forwards that wait for them; smaller micro-batches and recomputation training; more tensor- and then pipeline-parallel ranks cost
     communication in every layer, or bubbles, and more so in a role that is trained.
     """
     roles = config_roles(config)
@@ -175,12 +175,14 @@ def _engine_changes(config: PpoConfig, over: list[PhasePlan], limits: Limits, ex
         while share + UTILIZATION_STEP <= 0.95:
             share = round(share + UTILIZATION_STEP, 2)
             yield Change(((field, share),))
-    rollout = [phase for phase in over if phase.phase == "rollout"]
-    if rollout and limits.device is not None:
-        fitting = share - (rollout[0].total - limits.device) / limits.device
+    beside = [phase for phase in over if phase.engine and phase.phase != "weight_sync"]
+    if beside and limits.device is not None:
+        fitting = share - (max(phase.total for phase in beside) - limits.device) / limits.device
         lower = round(math.floor(fitting / UTILIZATION_STEP) * UTILIZATION_STEP, 2)
         if lower > 0:
             yield Change(((field, lower),))
+    if config.pipeline.overlap and any(phase.phase != "rollout" for phase in beside):
+        yield Change((("pipeline.overlap", False),))
     if excess.place == "engine" or any(phase.phase == "weight_sync" for phase in over):
         yield Change((("rollout.tensor_parallel", 2 * config.rollout.tensor_parallel),))
 

@@ -16,8 +16,9 @@ from hetero_ppo.rollout.weight_sync import WeightFiles, stage, swap
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
-#: Requests a server holds beyond its running batch, so that it never waits for the client.
-QUEUE_FACTOR = 1.5
+#: Running batches of requests that a server holds: one in work and one waiting. When a whole batch ends at once, the next begins
+#: without the client, whose thread may be waiting for the trainer's.
+QUEUE_FACTOR = 2
 #: A server whose engine died answers 500 for a while before its process ends.
 EXIT_WAIT_S = 10.0
 PAUSE_TIMEOUT_S = 5.0
@@ -72,7 +73,7 @@ class ServerPool:
         self.start_timeout_s = start_timeout_s
         self.sync_timeout_s = sync_timeout_s
         config = servers[0].spec.config
-        self._slots = asyncio.Semaphore(int(QUEUE_FACTOR * config.max_num_seqs * len(servers)))
+        self._slots = asyncio.Semaphore(QUEUE_FACTOR * config.max_num_seqs * len(servers))
 
     @property
     def version(self) -> str | None:

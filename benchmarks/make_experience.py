@@ -1,0 +1,307 @@
+"""Make-experience serial and pipelined, beside generation alone, forwards alone, and the ideal of the two.
+
+The work: random Llama models (2.4m, 30m: see ``ppo_step.py``), ``--prompts`` prompts of 16 tokens, four forwards with every switch of
+residency. Two kinds of response lengths: all alike, and drawn from a long-tailed (log-normal) distribution; each prompt has its
+length, which the end-of-sequence token does not cut short. On a CPU the trainer has one core and the engine another, in every
+measurement. The measurements of a round are taken in turn; medians over rounds are reported.
+
+    python benchmarks/make_experience.py --model 2.4m --json result.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from ppo_step_inputs import SHAPES, Work, our_config, write_config, write_inputs
+
+from hetero_ppo.config.load import load_config
+from hetero_ppo.experience.generation import Generation
+from hetero_ppo.experience.pipeline import Pipeline
+from hetero_ppo.observability.timers import PhaseTimer
+from hetero_ppo.trainers.ppo import PpoTrainer
+from hetero_ppo.trainers.run import end_run, start_run
+from hetero_ppo.types import Experience, OnResponse, PromptBatch, Response, Rollout
+from megatron_bridge import platform
+
+GB = 1e9
+DTYPES = ("fp32", "bf16")
+
+
+def pin_to(core: int) -> None:
+    """All threads of this process, and what it starts from now on, to one core."""
+    for task in os.listdir("/proc/self/task"):
+        with contextlib.suppress(ProcessLookupError):  # a thread that has just ended
+            os.sched_setaffinity(int(task), {core})
+
+
+def draw_lengths(kind: str, count: int, longest: int, seed: int) -> list[int]:
+    """Response tokens of each prompt: ``fixed``, all half of ``longest``; or ``long_tailed``, log-normal with that mean, cut there."""
+    if kind == "fixed":
+        return [longest // 2] * count
+    generator = random.Random(seed)
+    sigma = 0.9
+    mu = torch.tensor(longest / 4.0).log().item() - sigma**2 / 2  # of mean longest / 4
+    return [max(4, min(longest, round(generator.lognormvariate(mu, sigma)))) for _ in range(count)]
+
+
+class Answered:
+    """Answers that are there already, in the order in which they once were complete: no engine is at work."""
+
+    def __init__(self, rollout: Rollout, n: int) -> None:
+        starts, ends = rollout.prompt_lengths.tolist(), rollout.sequence_lengths.tolist()
+        self._answers = [
+            Response(
+                rollout.token_ids[row, starts[row] : ends[row]].tolist(),
+                rollout.rollout_log_probs[row, starts[row] - 1 : ends[row] - 1].tolist(),
+                "length",
+                rollout.weight_version[row],
+            )
+            for row in range(rollout.batch_size)
+        ]
+        self._order = sorted(range(rollout.batch_size), key=lambda row: (rollout.chunk_index[row], row))
+        self._n = n
+
+    def generate(self, prompts: list[list[int]], sampling: Any, *, on_response: OnResponse, **_: Any) -> list[list[Response]]:
+        for row in self._order:
+            on_response(row // self._n, row % self._n, self._answers[row])
+        return [self._answers[start : start + self._n] for start in range(0, len(self._answers), self._n)]
+
+
+@dataclass
+class Bench:
+    """A trainer whose engine is up, and one batch of prompts."""
+
+    trainer: PpoTrainer
+    prompts: PromptBatch
+    chunk_size: int
+
+    def generation(self, engine: Any, lengths: list[int]) -> Generation:
+        """Started; the device is the engine's."""
+        self.trainer.turns.wake()
+        return Generation(
+            engine,
+            self.prompts,
+            self.trainer.config.rollout.sampling,
+            n=1,
+            seed=1,
+            version="step0",
+            chunk_size=self.chunk_size,
+            max_tokens=lengths,
+        ).start()
+
+    def generate_alone(self, lengths: list[int]) -> tuple[float, float]:
+        """Seconds of the whole generation, and to its first chunk."""
+        start = time.perf_counter()
+        generation = self.generation(self.trainer.engine, lengths)
+        generation.next_chunks()
+        first = time.perf_counter() - start
+        while not generation.finished:
+            generation.next_chunks()
+        self.trainer.turns.sleep()
+        return generation.seconds, first
+
+    def make(self, engine: Any, lengths: list[int], *, overlap: bool) -> tuple[float, Experience]:
+        """Wall seconds of make-experience, and what it made."""
+        pipeline = Pipeline(self.trainer.maker, overlap)
+        start = time.perf_counter()
+        generation = self.generation(engine, lengths)
+        experience = pipeline.make(generation, PhaseTimer(), when_generated=self.trainer.turns.sleep)
+        return time.perf_counter() - start, experience
+
+
+def measure_lengths(bench: Bench, lengths: list[int], rounds: int) -> dict[str, Any]:
+    """One distribution of lengths."""
+    engine = bench.trainer.engine
+    seconds: dict[str, list[float]] = {name: [] for name in ("generate", "first", "forwards", "serial", "pipelined")}
+    rate, identical = [], True
+    for index in range(rounds + 1):
+        generate, first = bench.generate_alone(lengths)
+        serial, _ = bench.make(engine, lengths, overlap=False)
+        pipelined, made = bench.make(engine, lengths, overlap=True)
+        forwards, again = bench.make(Answered(made.rollout, 1), lengths, overlap=False)
+        identical = identical and same_bits(made, again)
+        if index == 0:  # warm-up
+            continue
+        for name, value in zip(seconds, (generate, first, forwards, serial, pipelined), strict=True):
+            seconds[name].append(value)
+        rate.append(generate / made.metrics["rollout/generate_s"])
+    return summary(seconds, rate, identical, lengths, made.metrics)
+
+
+def summary(
+    seconds: dict[str, list[float]], rate: list[float], identical: bool, lengths: list[int], last: dict[str, float]
+) -> dict[str, Any]:
+    """Medians, and ratios within a round."""
+    num_chunks = last["pipeline/num_chunks"]
+
+    def ideal(generate: float, first: float, forwards: float) -> float:
+        fill = forwards / num_chunks if generate >= forwards else first
+        return max(generate, forwards) + fill
+
+    rounds = list(zip(*seconds.values(), strict=True))
+    ideals = [ideal(generate, first, forwards) for generate, first, forwards, _, _ in rounds]
+    found = {f"{name}_s": statistics.median(values) for name, values in seconds.items()}
+    return found | {
+        "ideal_s": statistics.median(ideals),
+        "pipelined_over_ideal": statistics.median(row[4] / best for row, best in zip(rounds, ideals, strict=True)),
+        "pipelined_over_serial": statistics.median(row[4] / row[3] for row in rounds),
+        "generation_rate_ratio": statistics.median(rate),
+        "identical_to_serial": identical,
+        "num_chunks": num_chunks,
+        "num_waves": last["pipeline/num_waves"],
+        "response_tokens": sum(lengths),
+        "longest_response": max(lengths),
+    }
+
+
+def same_bits(one: Experience, other: Experience) -> bool:
+    """Every tensor of the two experiences and of their rollouts."""
+
+    def tensors(record: Experience | Rollout) -> list[Tensor]:
+        values = [getattr(record, entry.name) for entry in fields(record)]
+        return [value for value in values if isinstance(value, Tensor)]
+
+    pairs = zip(tensors(one) + tensors(one.rollout), tensors(other) + tensors(other.rollout), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+def median_seconds(work: Callable[[], object], repeats: int) -> float:
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+def measure_sync(trainer: PpoTrainer, repeats: int) -> dict[str, float]:
+    """A weight sync with its checks, beside a plain copy of as many bytes."""
+    with trainer.actor.on_device(phase="weight_sync"):
+        num_bytes = sum(t.numel() * t.element_size() for _, t in trainer.actor.stream_weights())
+    steps = iter(range(1, repeats + 2))
+    trainer.sync_weights(next(steps))  # warm-up
+    sync_s = median_seconds(lambda: trainer.sync_weights(next(steps)), repeats)
+    source = torch.ones(num_bytes, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    copy_s = median_seconds(lambda: target.copy_(source), repeats)
+    return {
+        "sync_s": sync_s,
+        "sync_bytes": num_bytes,
+        "sync_gb_s": num_bytes / sync_s / GB,
+        "memcpy_gb_s": num_bytes / copy_s / GB,
+    }
+
+
+def table(lengths: dict[str, dict[str, Any]], sync: dict[str, float]) -> str:
+    """For people."""
+    rows = [
+        ("generation alone, s", "generate_s", "{:.3f}"),
+        ("forwards alone, s", "forwards_s", "{:.3f}"),
+        ("serial make-experience, s", "serial_s", "{:.3f}"),
+        ("pipelined make-experience, s", "pipelined_s", "{:.3f}"),
+        ("ideal, s", "ideal_s", "{:.3f}"),
+        ("pipelined over ideal", "pipelined_over_ideal", "{:.3f}"),
+        ("pipelined over serial", "pipelined_over_serial", "{:.3f}"),
+        ("generation's rate beside forwards", "generation_rate_ratio", "{:.3f}"),
+        ("bits of the serial twin", "identical_to_serial", "{}"),
+        ("chunks", "num_chunks", "{:.0f}"),
+        ("waves", "num_waves", "{:.0f}"),
+        ("response tokens", "response_tokens", "{}"),
+    ]
+    lines = [f"{'':36}" + "".join(f"{kind:>16}" for kind in lengths)]
+    lines += [f"{title:36}" + "".join(f"{text.format(r[key]):>16}" for r in lengths.values()) for title, key, text in rows]
+    lines.append(
+        f"weight sync: {sync['sync_s']:.3f} s, {sync['sync_bytes'] / 2**20:.1f} MiB, {sync['sync_gb_s']:.3f} GB/s with all checks "
+        f"(plain copy {sync['memcpy_gb_s']:.1f} GB/s)"
+    )
+    return "\n".join(lines)
+
+
+def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Everything, in this process."""
+    cores = sorted(os.sched_getaffinity(0))
+    if not platform.HAS_CUDA and len(cores) < 2:
+        raise SystemExit("this benchmark needs two cores: one for the trainer and one for the engine")
+    work = Work(prompts_per_step=args.prompts, response_tokens=args.longest, minibatch=args.prompts)
+    inputs = write_inputs(SHAPES[args.model], work, 1, folder)
+    config = our_config(inputs, work, args.dtype, 1, folder / "run", args.micro_batch)
+    config["algorithm"] |= {"old_log_probs": "actor"}
+    config["rollout"] |= {"num_servers": 1, "max_num_seqs": args.running_batch, "server_threads": 1}
+    config["residency"] = {"offload": True}
+    config["pipeline"] = {"chunk_size": args.chunk}
+    config["run"]["threads"] = 1
+    write_config(config, folder / "ppo.yaml")
+    loaded = load_config(str(folder / "ppo.yaml"), args.overrides)
+    world = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    os.environ.update(world | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"})
+    if not platform.HAS_CUDA:
+        pin_to(cores[1])  # the server is started from here
+    current = start_run(loaded)
+    try:
+        with PpoTrainer(loaded.config, current) as trainer:
+            if not platform.HAS_CUDA:
+                pin_to(cores[0])
+            if trainer.turns.needs_first_sync:
+                trainer.sync_weights(0)
+            bench = Bench(trainer, trainer.data.next_prompts(), trainer.batching.chunk_size)
+            found = {}
+            for kind in ("fixed", "long_tailed"):
+                lengths = draw_lengths(kind, args.prompts, args.longest, seed=5)
+                found[kind] = measure_lengths(bench, lengths, args.rounds)
+                print(f"{kind}: {json.dumps(found[kind])}", flush=True)
+            sync = measure_sync(trainer, args.rounds)
+    finally:
+        end_run()
+    return {"lengths": found, **sync}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=SHAPES, default="2.4m")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser.add_argument("--prompts", type=int, default=256, help="of the rollout batch")
+    parser.add_argument("--longest", type=int, default=128, help="tokens of the longest response; fixed ones have half of it")
+    parser.add_argument("--running-batch", type=int, default=64, help="sequences that the engine decodes at once")
+    parser.add_argument("--chunk", type=int, help="responses of a chunk (default: the running batch)")
+    parser.add_argument("--micro-batch", type=int, default=16, help="sequences per forward")
+    parser.add_argument("--rounds", type=int, default=5, help="that count, after one for warm-up")
+    parser.add_argument("--json", type=Path, help="file for the JSON object as well")
+    parser.add_argument("overrides", nargs="*", help="config overrides, such as residency.offload=false")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="make-experience-") as folder:
+        result = run(args, Path(folder))
+    sync = {name: value for name, value in result.items() if name != "lengths"}
+    print("\n" + table(result["lengths"], sync))
+    worst = {
+        "pipelined_over_ideal": max(r["pipelined_over_ideal"] for r in result["lengths"].values()),
+        "pipelined_over_serial": max(r["pipelined_over_serial"] for r in result["lengths"].values()),
+        "generation_rate_ratio": min(r["generation_rate_ratio"] for r in result["lengths"].values()),
+        "identical_to_serial": all(r["identical_to_serial"] for r in result["lengths"].values()),
+    }
+    settings = {name: str(value) for name, value in vars(args).items() if name not in ("json", "overrides")}
+    line = json.dumps({"benchmark": "make_experience", "device": platform.device().type, **settings, **worst, **result})
+    if args.json is not None:
+        args.json.write_text(line + "\n", encoding="utf-8")
+    print("\n" + line)
+
+
+if __name__ == "__main__":
+    main()
