@@ -17,6 +17,7 @@ from hetero_ppo.config.derived import (
     config_roles,
     data_parallel_size,
     exact_quotient,
+    longest_sequence,
     trained_roles,
 )
 from hetero_ppo.config.load import AnyConfig
@@ -29,6 +30,7 @@ from hetero_ppo.config.schema import (
     RolloutCorrectionKind,
     SamplingConfig,
     SftConfig,
+    TrainedRoleConfig,
 )
 
 DATA_SUFFIXES = (".jsonl", ".parquet")
@@ -123,6 +125,17 @@ def check_virtual_pipeline(config: AnyConfig, world_size: int) -> None:
 def check_micro_batches(config: AnyConfig, world_size: int) -> None:
     for name, role in config_roles(config).items():
         _require(role.micro_batch_size >= 1, f"{name}.micro_batch_size", role.micro_batch_size, "at least 1 sequence")
+        budgets = {"micro_batch_tokens": role.micro_batch_tokens}
+        if isinstance(role, TrainedRoleConfig):
+            budgets["forward_micro_batch_tokens"] = role.forward_micro_batch_tokens
+        for field, tokens in budgets.items():
+            longest, fields = longest_sequence(config)
+            _require(
+                tokens is None or tokens >= longest,
+                f"{name}.{field}",
+                tokens,
+                f"a sequence may have {longest} tokens ({fields}), and a micro-batch holds one at least; raise it, or set null",
+            )
 
 
 def check_optimizers(config: AnyConfig, world_size: int) -> None:
@@ -234,6 +247,20 @@ def check_reward_model_loss(config: SftConfig | RmConfig, world_size: int) -> No
     if isinstance(config, RmConfig):
         _require(config.loss.margin >= 0, "loss.margin", config.loss.margin, "0 or more")
         _require(config.loss.score_l2 >= 0, "loss.score_l2", config.loss.score_l2, "0 or more")
+
+
+def check_pair_budget(config: SftConfig | RmConfig, world_size: int) -> None:
+    """The loss of pairs has no mask that could hide a filler, so ranks and stages that need as many micro-batches get equal ones."""
+    if not isinstance(config, RmConfig) or config.reward.micro_batch_tokens is None:
+        return
+    layout = config.reward.parallel
+    _require(
+        layout.virtual_pipeline is None and layout.expert == 1,
+        "reward.micro_batch_tokens",
+        config.reward.micro_batch_tokens,
+        "the interleaved schedule and expert parallelism need micro-batches in equal numbers, which a budget of tokens does not give "
+        "to pairs; set it to null and choose reward.micro_batch_size",
+    )
 
 
 def check_interleaved_pairs(config: SftConfig | RmConfig, world_size: int) -> None:
@@ -481,11 +508,7 @@ def read_model_config(field: str, path: str) -> dict[str, Any]:
 
 def check_context_lengths(config: AnyConfig) -> None:
     """The longest sequence fits the positions that the model was made for (scaled RoPE is left to the user)."""
-    if isinstance(config, PpoConfig):
-        tokens = config.data.max_prompt_tokens + config.rollout.sampling.max_tokens
-        fields = "data.max_prompt_tokens + rollout.sampling.max_tokens"
-    else:
-        tokens, fields = config.data.max_sequence_tokens, "data.max_sequence_tokens"
+    tokens, fields = longest_sequence(config)
     for name, role in config_roles(config).items():
         model = read_model_config(f"{name}.model.path", role.model.path)
         scaling = model.get("rope_scaling") or model.get("rope_parameters") or {}
@@ -545,6 +568,7 @@ COMMON_CHECKS: tuple[Callable[[AnyConfig, int], None], ...] = (
 )
 SUPERVISED_CHECKS: tuple[Callable[[SftConfig | RmConfig, int], None], ...] = (
     check_global_batch,
+    check_pair_budget,
     check_interleaved_pairs,
     check_eval_batches,
     check_reward_model_loss,

@@ -52,15 +52,24 @@ def data_parallel_size(role: str, parallel: ParallelConfig, world_size: int) -> 
     return world_size // model_ranks
 
 
+def longest_sequence(config: AnyConfig) -> tuple[int, str]:
+    """Tokens of the longest sequence that is trained on, and the fields that say so."""
+    if isinstance(config, PpoConfig):
+        tokens = config.data.max_prompt_tokens + config.rollout.sampling.max_tokens
+        return tokens, "data.max_prompt_tokens + rollout.sampling.max_tokens"
+    return config.data.max_sequence_tokens, "data.max_sequence_tokens"
+
+
 @dataclass(frozen=True)
 class RoleBatching:
     """How one trained role cuts its optimizer steps."""
 
     role: str
     data_parallel_size: int  # ranks
-    batch_per_rank: int  # sequences (SFT, PPO) or pairs (reward model) per optimizer step on one data-parallel rank
-    micro_batch_size: int  # of them per forward
-    micro_batches: int  # per optimizer step on one rank, the last one may be smaller
+    batch_per_rank: int  # sequences (SFT, PPO) or pairs (reward model) per optimizer step on one data-parallel rank, on average
+    micro_batch_size: int  # of them per forward, where micro_batch_tokens is None
+    micro_batch_tokens: int | None  # tokens per forward
+    micro_batches: int | None  # per optimizer step on one rank, the last one may be smaller; None: a budget of tokens and lengths decide
     optimizer_steps_per_step: int  # optimizer steps per PPO step; 1 for SFT and reward model
     total_optimizer_steps: int
 
@@ -128,14 +137,17 @@ class PpoBatching:
 
 def _role_rows(role: RoleBatching, unit: str) -> list[tuple[str, int, str]]:
     per_step = f", {role.optimizer_steps_per_step} per PPO step" if role.optimizer_steps_per_step != 1 else ""
+    batch = f"{unit} per optimizer step"
+    if role.micro_batches is None:
+        assert role.micro_batch_tokens is not None
+        batch += " on average, dealt by their tokens"
+        cut = ("micro-batch", role.micro_batch_tokens, "tokens at most, as many micro-batches as lengths make it")
+    else:
+        cut = ("micro-batches", role.micro_batches, f"of at most {role.micro_batch_size} {unit} per optimizer step")
     return [
         (f"{role.role} data parallel", role.data_parallel_size, "ranks"),
-        (f"{role.role} batch per rank", role.batch_per_rank, f"{unit} per optimizer step"),
-        (
-            f"{role.role} micro-batches",
-            role.micro_batches,
-            f"of at most {role.micro_batch_size} {unit} per optimizer step",
-        ),
+        (f"{role.role} batch per rank", role.batch_per_rank, batch),
+        (f"{role.role} {cut[0]}", *cut[1:]),
         (f"{role.role} optimizer steps", role.total_optimizer_steps, f"in the whole run{per_step}"),
     ]
 
@@ -242,7 +254,8 @@ def _role_batching(
         data_parallel_size=ranks,
         batch_per_rank=per_rank,
         micro_batch_size=role.micro_batch_size,
-        micro_batches=math.ceil(per_rank / role.micro_batch_size),
+        micro_batch_tokens=role.micro_batch_tokens,
+        micro_batches=None if role.micro_batch_tokens is not None else math.ceil(per_rank / role.micro_batch_size),
         optimizer_steps_per_step=optimizer_steps_per_step,
         total_optimizer_steps=total_optimizer_steps,
     )

@@ -126,7 +126,8 @@ class RoleConfig:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    micro_batch_size: int = 8  # sequences per forward on one data-parallel rank
+    micro_batch_size: int = 8  # sequences per forward on one data-parallel rank, where micro_batch_tokens is null
+    micro_batch_tokens: int | None = None  # tokens per forward on one data-parallel rank, padding included; null: micro_batch_size
 
 
 @dataclass
@@ -134,6 +135,7 @@ class TrainedRoleConfig(RoleConfig):
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     ddp: DdpConfig = field(default_factory=DdpConfig)
     recompute: str | None = None  # None, "selective" or "full" activation recomputation
+    forward_micro_batch_tokens: int | None = None  # as micro_batch_tokens, of forwards without a backward; null: the same
 
 
 @dataclass

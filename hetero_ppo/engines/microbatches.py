@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -14,6 +14,69 @@ from torch.nn.functional import pad
 from hetero_ppo.types import Microbatch, PreferenceBatch
 
 Record = TypeVar("Record")
+
+
+@dataclass(frozen=True)
+class MicrobatchSize:
+    """How large a micro-batch may be: so many sequences, or so many tokens."""
+
+    rows: int  # sequences, where tokens is None
+    tokens: int | None = None  # of the padded micro-batch, or of its sequences where they are packed
+    packed: bool = False  # sequences lie one after the other, without padding
+    length_multiple: int = 1  # of padded lengths (sequence parallelism cuts them into equal parts)
+
+    def padded(self, length: int) -> int:
+        """The length that a micro-batch with a longest sequence of ``length`` tokens is padded to."""
+        return length + -length % self.length_multiple
+
+
+def deal(lengths: Sequence[int], rows: Sequence[int], ranks: int, *, even: bool) -> list[list[int]]:
+    """Rows of every data-parallel rank, so that their sums of tokens are near equal.
+
+    The longest row left goes to the rank with the fewest tokens (Graham 1969, "Bounds on multiprocessing timing anomalies"): the
+    largest sum is at most a third above the best possible one. Ties go to the lower row and the lower rank.
+
+    Args:
+        lengths: tokens of every row, those not in ``rows`` too.
+        rows: the rows to deal.
+        ranks: number of ranks.
+        even: no rank gets more than ceil(rows / ranks) of them, as micro-batches of so many rows want it.
+
+    Returns:
+        For each rank its rows, ascending; at least one where there are as many rows as ranks.
+    """
+    most = -(-len(rows) // ranks) if even else len(rows)
+    dealt: list[list[int]] = [[] for _ in range(ranks)]
+    tokens = [0] * ranks
+    for row in sorted(rows, key=lambda row: (-lengths[row], row)):
+        open_ranks = [rank for rank in range(ranks) if len(dealt[rank]) < most]
+        rank = min(open_ranks, key=lambda rank: (tokens[rank], len(dealt[rank]), rank))
+        dealt[rank].append(row)
+        tokens[rank] += lengths[row]
+    return [sorted(part) for part in dealt]
+
+
+def cut(lengths: Sequence[int], rows: Sequence[int], size: MicrobatchSize) -> list[list[int]]:
+    """The rows of every micro-batch, shortest first, so that rows of similar length share one.
+
+    A row that is longer than ``size.tokens`` has a micro-batch to itself.
+    """
+    parts: list[list[int]] = []
+    tokens = 0  # of the last part's sequences
+    for row in sorted(rows, key=lambda row: (lengths[row], row)):
+        length = lengths[row]
+        if size.tokens is None:
+            fits = bool(parts) and len(parts[-1]) < size.rows
+        elif size.packed:
+            fits = bool(parts) and tokens + length <= size.tokens
+        else:
+            fits = bool(parts) and (len(parts[-1]) + 1) * size.padded(length) <= size.tokens
+        if not fits:
+            parts.append([])
+            tokens = 0
+        parts[-1].append(row)
+        tokens += length
+    return parts
 
 
 def select(record: Record, rows: Sequence[int], num_columns: int) -> Record:
@@ -34,19 +97,12 @@ def map_tensors(record: Record, change: Callable[[Tensor], Tensor]) -> Record:
     return type(record)(**{name: None if value is None else change(value) for name, value in vars(record).items()})
 
 
-def rank_rows(num_rows: int, rank: int, size: int) -> list[int]:
-    """Rows of a data-parallel rank: contiguous, sizes that differ by at most one."""
-    return list(range(num_rows * rank // size, num_rows * (rank + 1) // size))
-
-
 def split(
     token_ids: Tensor,
     sequence_lengths: Tensor,
     inputs: Any,
     rows: Sequence[int],
-    *,
-    micro_batch_size: int,
-    length_multiple: int = 1,
+    size: MicrobatchSize,
 ) -> list[tuple[list[int], Microbatch]]:
     """Micro-batches of ``rows``, each with rows of similar length and padded to its own longest.
 
@@ -55,19 +111,15 @@ def split(
         sequence_lengths: [B] int64.
         inputs: a record of [B, S - 1] and [B] tensors, or None.
         rows: the rows to take.
-        micro_batch_size: rows at most.
-        length_multiple: the padded length is a multiple of it (sequence parallelism cuts it into equal parts).
+        size: of a micro-batch.
 
     Returns:
         (rows, micro-batch) pairs; together they hold every row once.
     """
-    ordered = sorted(rows, key=lambda row: (int(sequence_lengths[row]), row))
     result = []
-    for start in range(0, len(ordered), micro_batch_size):
-        taken = ordered[start : start + micro_batch_size]
+    for taken in cut(sequence_lengths.tolist(), rows, size):
         index = torch.as_tensor(taken)
-        longest = int(sequence_lengths[index].max())
-        longest += -longest % length_multiple
+        longest = size.padded(int(sequence_lengths[index].max()))
         ids = token_ids[index, :longest]
         if ids.shape[1] < longest:
             ids = pad(ids, (0, longest - ids.shape[1]))
@@ -76,25 +128,26 @@ def split(
     return result
 
 
-def split_pairs(
-    batch: PreferenceBatch, pairs: Sequence[int], *, micro_batch_size: int, length_multiple: int = 1
-) -> list[Microbatch]:
+def pair_tokens(batch: PreferenceBatch, size: MicrobatchSize) -> list[int]:
+    """Tokens that every pair counts for: both sequences, twice the longer one where padding makes them equal."""
+    if size.packed:
+        return (batch.chosen_lengths + batch.rejected_lengths).tolist()
+    return (2 * torch.maximum(batch.chosen_lengths, batch.rejected_lengths)).tolist()
+
+
+def split_pairs(batch: PreferenceBatch, pairs: Sequence[int], size: MicrobatchSize) -> list[Microbatch]:
     """Micro-batches of whole pairs: rows 0..b/2 - 1 are chosen, the others rejected in the same order.
 
     Args:
         batch: all pairs.
         pairs: the pairs to take.
-        micro_batch_size: sequences at most; at least one pair is taken.
-        length_multiple: the padded length is a multiple of it.
+        size: of a micro-batch; at least one pair is taken.
     """
-    lengths = torch.maximum(batch.chosen_lengths, batch.rejected_lengths)
-    ordered = sorted(pairs, key=lambda pair: (int(lengths[pair]), pair))
-    per_microbatch = max(1, micro_batch_size // 2)
+    pair_size = replace(size, rows=max(1, size.rows // 2), length_multiple=2 * size.length_multiple)
     result = []
-    for start in range(0, len(ordered), per_microbatch):
-        index = torch.as_tensor(ordered[start : start + per_microbatch])
-        longest = int(lengths[index].max())
-        longest += -longest % length_multiple
+    for part in cut(pair_tokens(batch, size), pairs, pair_size):
+        index = torch.as_tensor(part)
+        longest = size.padded(int(torch.maximum(batch.chosen_lengths[index], batch.rejected_lengths[index]).max()))
         ids = torch.cat([to_columns(batch.chosen_ids[index], longest), to_columns(batch.rejected_ids[index], longest)])
         both = torch.cat([batch.chosen_lengths[index], batch.rejected_lengths[index]])
         result.append(Microbatch(token_ids=ids, sequence_lengths=both))
@@ -102,12 +155,17 @@ def split_pairs(
 
 
 def with_fillers(microbatches: Sequence[Microbatch], at_least: int, length: int) -> list[Microbatch]:
-    """``at_least`` so many, for forwards alone: expert layers are collective over ranks that may have fewer rows than others.
+    """``at_least`` so many: expert layers are collective over ranks that may have fewer micro-batches than others. What is added is
+    one row that no loss counts.
 
     Args:
         length: tokens of an added micro-batch.
     """
-    filler = Microbatch(torch.zeros(1, length, dtype=torch.int64), torch.ones(1, dtype=torch.int64))
+    inputs = microbatches[0].inputs
+    if inputs is not None:
+        inputs = map_tensors(select(inputs, [0], length - 1), torch.zeros_like)
+    ids = torch.zeros(1, length, dtype=torch.int64)
+    filler = Microbatch(ids, torch.ones(1, dtype=torch.int64), inputs)
     return [*microbatches, *[filler] * (at_least - len(microbatches))]
 
 

@@ -29,7 +29,16 @@ from torch import Tensor
 from hetero_ppo.config.schema import Dtype, ResidencyConfig, RoleConfig
 from hetero_ppo.distributed.groups import is_last_stage, last_stage_rank, role_groups
 from hetero_ppo.engines.layouts import role_bridge
-from hetero_ppo.engines.microbatches import map_tensors, rank_rows, same_shape, split, to_columns, with_fillers
+from hetero_ppo.engines.microbatches import (
+    MicrobatchSize,
+    cut,
+    deal,
+    map_tensors,
+    same_shape,
+    split,
+    to_columns,
+    with_fillers,
+)
 from hetero_ppo.engines.outputs import OutputFn
 from hetero_ppo.engines.residency import RoleResidency
 from hetero_ppo.engines.shared_device import SharedDevice
@@ -160,21 +169,12 @@ class ModelEngine:
         copies = [*range(wanted), *[wanted - 1] * (self.groups.dp.size() - wanted)]
         token_ids, sequence_lengths = token_ids[copies], sequence_lengths[copies]
         num_rows = len(copies)
-        rows = rank_rows(num_rows, self.groups.dp.rank(), self.groups.dp.size())
-        parts = split(
-            token_ids,
-            sequence_lengths,
-            None,
-            rows,
-            micro_batch_size=self.config.micro_batch_size,
-            length_multiple=self.length_multiple,
-        )
+        size = self.forward_size
+        dealt = self.deal(sequence_lengths.tolist(), range(num_rows), size)
+        parts = split(token_ids, sequence_lengths, None, dealt[self.groups.dp.rank()], size)
+        microbatches = self.as_many_as_peers([m for _, m in parts], sequence_lengths.tolist(), dealt, size)
         with torch.no_grad():
-            outputs = self.run_schedule(
-                self._as_many_as_peers([m for _, m in parts], num_rows),
-                lambda tensor, m: output(tensor, m),
-                forward_only=True,
-            )
+            outputs = self.run_schedule(microbatches, lambda tensor, m: output(tensor, m), forward_only=True)
         local: Tensor | None = None
         if is_last_stage(self.groups):
             per_token = bool(outputs) and outputs[0].dim() == 2
@@ -184,13 +184,42 @@ class ModelEngine:
                 local[taken] = to_columns(host, num_columns) if per_token else host
         return self._gather(local)[:wanted]
 
-    def _as_many_as_peers(self, microbatches: list[Microbatch], num_rows: int) -> list[Microbatch]:
-        """Micro-batches of a forward of ``num_rows`` rows; with experts spread over ranks, as many as any other rank has."""
+    @property
+    def forward_size(self) -> MicrobatchSize:
+        """Of the micro-batches of a forward without a backward."""
+        return self._size(self.config.micro_batch_tokens)
+
+    def _size(self, tokens: int | None) -> MicrobatchSize:
+        return MicrobatchSize(self.config.micro_batch_size, tokens, length_multiple=self.length_multiple)
+
+    def deal(self, lengths: Sequence[int], rows: Sequence[int], size: MicrobatchSize) -> list[list[int]]:
+        """Rows of every data-parallel rank, the same on all of them. With a budget of tokens their numbers may differ.
+
+        Args:
+            lengths: tokens of every row.
+            rows: to deal.
+            size: of the micro-batches.
+        """
+        return deal(lengths, rows, self.groups.dp.size(), even=size.tokens is None)
+
+    def as_many_as_peers(
+        self,
+        microbatches: list[Microbatch],
+        lengths: Sequence[int],
+        dealt: Sequence[Sequence[int]],
+        size: MicrobatchSize,
+    ) -> list[Microbatch]:
+        """This rank's micro-batches; with experts spread over ranks, as many as any other data-parallel rank has.
+
+        Args:
+            lengths: tokens of every row.
+            dealt: rows of every data-parallel rank.
+            size: of the micro-batches.
+        """
         if self.groups.ep.size() == 1:
             return microbatches
-        most_rows = math.ceil(num_rows / self.groups.dp.size())
-        length = self.length_multiple * math.ceil(2 / self.length_multiple)
-        return with_fillers(microbatches, math.ceil(most_rows / self.config.micro_batch_size), length)
+        most = max(len(cut(lengths, rows, size)) for rows in dealt)
+        return with_fillers(microbatches, most, size.padded(2))
 
     def _gather(self, local: Tensor | None) -> Tensor:
         """Sum of the data-parallel ranks' disjoint rows, handed from the last stage to the whole pipeline."""

@@ -25,7 +25,7 @@ from hetero_ppo.algorithms.losses import Loss, add_metric_sums
 from hetero_ppo.algorithms.schedules import lr_at
 from hetero_ppo.config.schema import Dtype, OptimizerConfig, TrainedRoleConfig
 from hetero_ppo.distributed.groups import is_last_stage, last_stage_rank
-from hetero_ppo.engines.microbatches import rank_rows, split, split_pairs
+from hetero_ppo.engines.microbatches import MicrobatchSize, pair_tokens, split, split_pairs
 from hetero_ppo.engines.model_engine import ModelEngine
 from hetero_ppo.engines.outputs import OutputFn
 from hetero_ppo.engines.shared_device import SharedDevice
@@ -192,10 +192,20 @@ class TrainEngine(ModelEngine):
                 chunk.enable_forward_pre_hook()
             self._gather_in_forward = True
 
+    @property
+    def training_size(self) -> MicrobatchSize:
+        """Of the micro-batches of a training step."""
+        return self._size(self.config.micro_batch_tokens)
+
+    @property
+    def forward_size(self) -> MicrobatchSize:
+        """ModelEngine.forward_size; a forward without a backward can be larger."""
+        return self._size(self.train_config.forward_micro_batch_tokens or self.config.micro_batch_tokens)
+
     def microbatches(
         self, token_ids: Tensor, sequence_lengths: Tensor, inputs: Any, rows: Sequence[int]
     ) -> list[Microbatch]:
-        """This data-parallel rank's part of a minibatch.
+        """This data-parallel rank's part of a minibatch, about as many tokens as any other's.
 
         Args:
             token_ids: [B, S] int64, the same on every rank.
@@ -203,16 +213,10 @@ class TrainEngine(ModelEngine):
             inputs: record of [B, S - 1] and [B] tensors for the loss.
             rows: the minibatch's rows, over all ranks.
         """
-        mine = [rows[i] for i in rank_rows(len(rows), self.groups.dp.rank(), self.groups.dp.size())]
-        parts = split(
-            token_ids,
-            sequence_lengths,
-            inputs,
-            mine,
-            micro_batch_size=self.config.micro_batch_size,
-            length_multiple=self.length_multiple,
-        )
-        return [microbatch for _, microbatch in parts]
+        lengths = sequence_lengths.tolist()
+        dealt = self.deal(lengths, rows, self.training_size)
+        parts = split(token_ids, sequence_lengths, inputs, dealt[self.groups.dp.rank()], self.training_size)
+        return self.as_many_as_peers([m for _, m in parts], lengths, dealt, self.training_size)
 
     def pair_microbatches(self, batch: PreferenceBatch) -> list[Microbatch]:
         """This data-parallel rank's part of a batch of pairs; a pair's two sequences share a micro-batch.
@@ -220,10 +224,9 @@ class TrainEngine(ModelEngine):
         Raises:
             ValueError: the interleaved schedule can't take micro-batches of these sizes.
         """
-        mine = rank_rows(batch.chosen_ids.shape[0], self.groups.dp.rank(), self.groups.dp.size())
-        parts = split_pairs(
-            batch, mine, micro_batch_size=self.config.micro_batch_size, length_multiple=self.length_multiple
-        )
+        size = self.training_size
+        mine = self.deal(pair_tokens(batch, size), range(len(batch.chosen_ids)), size)[self.groups.dp.rank()]
+        parts = split_pairs(batch, mine, size)
         interleaved, stages = self.config.parallel.virtual_pipeline is not None, self.config.parallel.pipeline
         if interleaved and (len(parts) % stages or len({len(m.token_ids) for m in parts}) > 1):
             raise ValueError(

@@ -321,11 +321,19 @@ def role_work(config: AnyConfig, role: RoleStorage, *, training: bool, on_cpu: b
         length = config.data.max_prompt_tokens + answer
     else:
         per_rank, length = config.train.global_batch_size / role.dp_size, config.data.max_sequence_tokens
+    slice_elements = SLICE_ELEMENTS_CPU if on_cpu else SLICE_ELEMENTS_GPU
+    tokens = role.config.micro_batch_tokens
+    if isinstance(role.config, TrainedRoleConfig) and not training:
+        tokens = role.config.forward_micro_batch_tokens or tokens
+    pairs = isinstance(config, RmConfig)  # whole pairs, two sequences each
+    if tokens is not None:
+        # As one row: what counts is the sum of tokens, however many rows have it.
+        most = max(1, math.ceil(per_rank)) * length * (2 if pairs else 1)
+        return Work(1, max(length, min(tokens, most)), max(1, math.ceil(most / tokens)), slice_elements)
     rows = max(1, min(size, math.ceil(per_rank)))
-    if isinstance(config, RmConfig):  # whole pairs, two sequences each
+    if pairs:
         size = max(1, size // 2)
         rows = 2 * max(1, min(size, math.ceil(per_rank)))
-    slice_elements = SLICE_ELEMENTS_CPU if on_cpu else SLICE_ELEMENTS_GPU
     return Work(rows, length, max(1, math.ceil(per_rank / size)), slice_elements)
 
 

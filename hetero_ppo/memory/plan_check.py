@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hetero_ppo.config.checks import check_config
-from hetero_ppo.config.derived import config_roles, data_parallel_size
+from hetero_ppo.config.derived import config_roles, data_parallel_size, longest_sequence
 from hetero_ppo.config.load import AnyConfig
 from hetero_ppo.config.schema import PpoConfig, RoleConfig, TrainedRoleConfig
 from hetero_ppo.memory.plan import GIB, MemoryPlan, PhasePlan, plan_memory
@@ -164,7 +164,7 @@ def candidate_changes(config: AnyConfig, plan: MemoryPlan, limits: Limits, exces
             yield Change((("residency.offload", excess.place != "host"),))
         yield from _engine_changes(config, over, limits, excess)
     for name in dict.fromkeys(phase.computing for phase in over if phase.computing is not None):
-        yield from _activation_changes(name, roles[name])
+        yield from _activation_changes(name, roles[name], longest_sequence(config)[0])
     for name in sorted(concerned, key=lambda name: isinstance(roles[name], TrainedRoleConfig)):
         yield from _layout_changes(name, roles[name], plan.world_size)
 
@@ -187,8 +187,13 @@ def _engine_changes(config: PpoConfig, over: list[PhasePlan], limits: Limits, ex
         yield Change((("rollout.tensor_parallel", 2 * config.rollout.tensor_parallel),))
 
 
-def _activation_changes(name: str, role: RoleConfig) -> Iterator[Change]:
-    size = role.micro_batch_size
+def _activation_changes(name: str, role: RoleConfig, longest: int) -> Iterator[Change]:
+    budgets = {field: vars(role).get(field) for field in ("micro_batch_tokens", "forward_micro_batch_tokens")}
+    for field, tokens in budgets.items():
+        while tokens is not None and tokens // 2 >= longest:
+            tokens //= 2
+            yield Change(((f"{name}.{field}", tokens),))
+    size = role.micro_batch_size if role.micro_batch_tokens is None else 1
     while size > 1:
         size //= 2
         yield Change(((f"{name}.micro_batch_size", size),))

@@ -46,6 +46,8 @@ def test_the_defaults_pass(tmp_path: Path, kind: str, world_size: int) -> None:
         (["actor.parallel.virtual_pipeline=2"], "needs actor.parallel.pipeline > 1"),
         (["actor.parallel.pipeline=2", "actor.parallel.virtual_pipeline=1"], "at least 2"),
         (["reference.micro_batch_size=0"], "reference.micro_batch_size=0"),
+        (["critic.micro_batch_tokens=639"], "critic.micro_batch_tokens=639: a sequence may have 640 tokens"),
+        (["actor.forward_micro_batch_tokens=8"], "actor.forward_micro_batch_tokens=8: a sequence may have 640 tokens"),
         (["critic.optimizer.lr=-1"], "critic.optimizer.lr=-1"),
         (["critic.optimizer.min_lr=1"], "critic.optimizer.min_lr=1"),
         (["actor.optimizer.beta2=1"], "actor.optimizer.beta2=1"),
@@ -237,6 +239,21 @@ def test_supervised_batching_by_hand(tmp_path: Path) -> None:
     assert (batching.role.batch_per_rank, batching.role.micro_batches) == (8, 3)
     assert "3.20 passes over the data" in batching.describe()
     assert derive_supervised(config_of(tmp_path, "sft", "train.steps=7"), 1, 50).total_steps == 7
+
+
+def test_a_budget_of_tokens_is_what_the_run_says(tmp_path: Path) -> None:
+    config = config_of(tmp_path, "sft", "train.global_batch_size=16", "actor.micro_batch_tokens=4096")
+    check_config(config, 2)
+    described = derive_supervised(config, world_size=2, num_rows=50).describe()
+    assert "8  examples per optimizer step on average, dealt by their tokens" in described
+    assert "actor micro-batch         4096  tokens at most, as many micro-batches as lengths make it" in described
+
+
+def test_pairs_in_equal_numbers_take_no_budget_of_tokens(tmp_path: Path) -> None:
+    interleaved = ["reward.parallel.pipeline=2", "reward.parallel.virtual_pipeline=2"]
+    with pytest.raises(ValueError, match="reward.micro_batch_tokens=4096: the interleaved schedule and expert"):
+        check_config(config_of(tmp_path, "rm", "reward.micro_batch_tokens=4096", *interleaved), 2)
+    check_config(config_of(tmp_path, "rm", "reward.micro_batch_tokens=4096"), 2)
 
 
 def test_a_run_of_zero_steps_is_an_error(tmp_path: Path) -> None:

@@ -175,6 +175,10 @@ def test_a_rank_of_its_own() -> None:
             ["phase train_actor: ", "actor.micro_batch_size=2 (the fullest"],
         ),
         (
+            ["actor.recompute=null", "actor.micro_batch_tokens=32768"],
+            ["phase train_actor: ", "actor.micro_batch_tokens=8192 (the fullest"],
+        ),
+        (
             ["residency.host_gib=400"],
             ["41.48 GiB over (actor, critic, reference, ", "change: reference.parallel.tensor=8 "],
         ),
@@ -199,6 +203,16 @@ def test_what_does_not_fit_is_refused_with_the_cheapest_change(overrides: list[s
 def test_the_advice_fits() -> None:
     changed = config_of(QWEN, "actor.recompute=null", "actor.micro_batch_size=2")
     assert check_fits(changed, 8).peak.total <= DEVICE
+
+
+def test_a_budget_of_tokens_is_planned_as_the_rows_that_fill_it() -> None:
+    """2 rows of 1024 + 3072 tokens; the rotary embedding of one long row is all that differs."""
+    rows = plan_memory(config_of(QWEN), 8, device_bytes=DEVICE)
+    overrides = ["actor.micro_batch_tokens=8192", "actor.forward_micro_batch_tokens=16384"]
+    tokens = plan_memory(config_of(QWEN, *overrides), 8, device_bytes=DEVICE)
+    of_rows, of_tokens = ({phase.phase: phase.activations for phase in plan.phases} for plan in (rows, tokens))
+    assert of_tokens["train_actor"] == pytest.approx(of_rows["train_actor"], rel=0.01)
+    assert of_tokens["old_log_probs"] == pytest.approx(2 * of_rows["old_log_probs"], rel=0.3)
 
 
 def test_supervised_runs_have_one_phase(tmp_path: Path) -> None:
