@@ -109,6 +109,7 @@ class Microbatch:
     token_ids: Tensor  # [b, s] int64
     sequence_lengths: Tensor  # [b] int64
     inputs: Any = None  # PolicyInputs, ValueInputs, ... with b rows and s - 1 columns; None for a forward alone
+    wanted: Tensor | None = None  # [b, s] bool, tokens whose output is read: the head computes these alone; None: every token
 
 
 @dataclass(frozen=True)

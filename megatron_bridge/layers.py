@@ -33,6 +33,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_bridge.context_parallel import ContextParallelAttention, attend
 from megatron_bridge.kernels import rms_norm, rotary_causal_attention, swiglu
+from megatron_bridge.packing import Packing, attend_packed, by_group
 
 HAS_TRANSFORMER_ENGINE: bool = platform.HAS_CUDA and importlib.util.find_spec("transformer_engine") is not None
 
@@ -70,8 +71,11 @@ class SdpaCoreAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        """query [s, b, heads, d], key and value [s, b, groups, d] -> [s, b, heads * d]."""
-        assert packed_seq_params is None and attention_bias is None, "packed sequences come with their own layer spec"
+        """query [s, b, heads, d], key and value [s, b, groups, d] -> [s, b, heads * d]; packed, without b."""
+        assert attention_bias is None, "causal attention takes no bias"
+        if packed_seq_params is not None:
+            assert isinstance(packed_seq_params, Packing), "packed sequences are made by packing.pack"
+            return attend_packed(query, key, value, self.softmax_scale, packed_seq_params)
         return attend(query, key, value, self.softmax_scale)
 
 
@@ -92,11 +96,10 @@ class ShortSequenceSelfAttention(SelfAttention):
         rotary_pos_emb: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """[s, b, hidden] (a slice of s under sequence parallelism) -> ([s, b, hidden], no bias)."""
+        """[s, b, hidden] (a slice of s under sequence parallelism; packed, b is 1) -> ([s, b, hidden], no bias)."""
         short = rotary_pos_emb is not None and rotary_pos_emb.shape[0] <= self.MAX_SEQUENCE
         bf16_on_cpu = hidden_states.device.type == "cpu" and hidden_states.dtype == torch.bfloat16
-        packed = kwargs.get("packed_seq_params") is not None
-        if packed or not (short and bf16_on_cpu):
+        if not (short and bf16_on_cpu):
             return super().forward(hidden_states, attention_mask, *args, rotary_pos_emb=rotary_pos_emb, **kwargs)
         groups, d = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
         if self.config.qk_layernorm:
@@ -106,7 +109,15 @@ class ShortSequenceSelfAttention(SelfAttention):
         else:
             mixed = self.get_query_key_value_tensors(hidden_states, None, split_qkv=False)[0].unflatten(3, (-1, d))
         cos, sin = rotation(rotary_pos_emb, _yarn_get_concentration_factor_from_config(self.config))
-        return self.linear_proj(rotary_causal_attention(mixed, cos, sin, self.config.softmax_scale or d**-0.5))
+        scale = self.config.softmax_scale or d**-0.5
+        packing: Packing | None = kwargs.get("packed_seq_params")
+        if packing is None:
+            return self.linear_proj(rotary_causal_attention(mixed, cos, sin, scale))
+
+        def attention(part: Tensor) -> Tensor:
+            return rotary_causal_attention(part, cos[: len(part)], sin[: len(part)], scale)
+
+        return self.linear_proj(by_group(attention, [mixed.squeeze(1)], packing).unsqueeze(1))
 
 
 @functools.lru_cache(maxsize=8)

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from megatron_bridge import platform
 from megatron.core import tensor_parallel
@@ -33,7 +34,41 @@ Head = Literal["lm", "value", "score"]
 
 
 class RoleModel(GPTModel):
-    """A GPTModel whose sharded form asks no global accessor for groups."""
+    """A GPTModel whose head computes the rows that are asked for, and whose sharded form asks no global accessor for groups."""
+
+    _head_rows: Tensor | None = None
+
+    def forward(self, *args: Any, head_rows: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """GPTModel.forward.
+
+        Args:
+            head_rows: [n] int64, each at most once, of the hidden states [s * b, hidden] (of all tensor-parallel ranks' tokens):
+                the last stage gives the head's output [1, n, ...] of these alone. None: of all, [b, s, ...].
+        """
+        if head_rows is None or not self.post_process:
+            return super().forward(*args, **kwargs)
+        head, config = self.output_layer, self.config
+        self._head_rows = head_rows
+        if config.sequence_parallel:  # the rows are chosen from whole hidden states, gathered before the head and not by it
+            head.sequence_parallel, head.allreduce_dgrad = False, True
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            self._head_rows = None
+            if config.sequence_parallel:
+                head.sequence_parallel, head.allreduce_dgrad = True, False
+
+    def choose_head_rows(self, head: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        """Pre-hook of the head: [s, b, hidden] (a slice of s under sequence parallelism) -> [n, 1, hidden]."""
+        if self._head_rows is None:
+            return None
+        (hidden,) = args
+        if self.config.sequence_parallel:
+            # All ranks have the same gradient of whole hidden states, and each takes its own slice of it.
+            hidden = tensor_parallel.gather_from_sequence_parallel_region(
+                hidden, tensor_parallel_output_grad=False, group=self.tp_group
+            )
+        return (_Rows.apply(hidden.flatten(0, 1), self._head_rows).unsqueeze(1),)
 
     def tie_embeddings_and_output_weights_state_dict(
         self,
@@ -55,6 +90,22 @@ class RoleModel(GPTModel):
         )
 
 
+class _Rows(torch.autograd.Function):
+    """[t, hidden] -> [n, hidden], no row twice: so that the backward is a copy, where indexing's adds up."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.shape = hidden.shape
+        return hidden.index_select(0, rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (rows,) = ctx.saved_tensors
+        return grad.new_zeros(ctx.shape).index_copy_(0, rows, grad), None
+
+
 class ScalarHead(MegatronModule):
     """hidden -> 1, in place of the output layer. Replicated over the tensor-parallel ranks, computed in fp32.
 
@@ -65,6 +116,7 @@ class ScalarHead(MegatronModule):
     def __init__(self, config: TransformerConfig, groups: ProcessGroupCollection, seed: int) -> None:
         super().__init__(config=config)
         self.tp_group = groups.tp
+        self.sequence_parallel = config.sequence_parallel  # the input is a slice of the sequence
         generator = torch.Generator().manual_seed(seed)
         weight = torch.randn(1, config.hidden_size, generator=generator) / (config.hidden_size + 1) ** 0.5
         self.weight = torch.nn.Parameter(weight.to(dtype=config.params_dtype, device=platform.device()))
@@ -73,7 +125,7 @@ class ScalarHead(MegatronModule):
         self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
     ) -> tuple[Tensor, None]:
         """[s, b, hidden] (a slice of s under sequence parallelism) -> ([s, b, 1] float32, no bias)."""
-        if self.config.sequence_parallel:
+        if self.sequence_parallel:
             input_ = tensor_parallel.gather_from_sequence_parallel_region(
                 input_, tensor_parallel_output_grad=False, group=self.tp_group
             )
@@ -140,6 +192,8 @@ def _build_chunk(
     install_rope(chunk, bridge)
     if post_process and head != "lm":
         chunk.output_layer = ScalarHead(config, groups, init_seed)
+    if post_process:
+        chunk.output_layer.register_forward_pre_hook(chunk.choose_head_rows)
     for name, parameter in chunk.named_parameters():
         if ".experts." in name:
             # Gradients are summed over groups.expt_dp. Megatron-Core says so of experts that are spread over ranks alone; those that

@@ -12,6 +12,12 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from hetero_ppo.config.checks_microbatches import (
+    check_interleaved_pairs,
+    check_micro_batches,
+    check_packing,
+    check_pair_budget,
+)
 from hetero_ppo.config.derived import (
     RESPONSES_FIELDS,
     config_roles,
@@ -21,6 +27,7 @@ from hetero_ppo.config.derived import (
     trained_roles,
 )
 from hetero_ppo.config.load import AnyConfig
+from hetero_ppo.config.require import require as _require
 from hetero_ppo.config.schema import (
     KlController,
     OldLogProbs,
@@ -30,7 +37,6 @@ from hetero_ppo.config.schema import (
     RolloutCorrectionKind,
     SamplingConfig,
     SftConfig,
-    TrainedRoleConfig,
 )
 
 DATA_SUFFIXES = (".jsonl", ".parquet")
@@ -61,11 +67,6 @@ def check_paths(config: AnyConfig) -> None:
     """
     for check in PATH_CHECKS:
         check(config)
-
-
-def _require(condition: bool, field: str, value: object, rule: str) -> None:
-    if not condition:
-        raise ValueError(f"{field}={value}: {rule}")
 
 
 # --- every kind of run ----------------------------------------------------------------------------------------------
@@ -119,22 +120,6 @@ def check_virtual_pipeline(config: AnyConfig, world_size: int) -> None:
                 field,
                 chunks,
                 f"the interleaved schedule needs {name}.parallel.pipeline > 1; set virtual_pipeline to null",
-            )
-
-
-def check_micro_batches(config: AnyConfig, world_size: int) -> None:
-    for name, role in config_roles(config).items():
-        _require(role.micro_batch_size >= 1, f"{name}.micro_batch_size", role.micro_batch_size, "at least 1 sequence")
-        budgets = {"micro_batch_tokens": role.micro_batch_tokens}
-        if isinstance(role, TrainedRoleConfig):
-            budgets["forward_micro_batch_tokens"] = role.forward_micro_batch_tokens
-        for field, tokens in budgets.items():
-            longest, fields = longest_sequence(config)
-            _require(
-                tokens is None or tokens >= longest,
-                f"{name}.{field}",
-                tokens,
-                f"a sequence may have {longest} tokens ({fields}), and a micro-batch holds one at least; raise it, or set null",
             )
 
 
@@ -247,37 +232,6 @@ def check_reward_model_loss(config: SftConfig | RmConfig, world_size: int) -> No
     if isinstance(config, RmConfig):
         _require(config.loss.margin >= 0, "loss.margin", config.loss.margin, "0 or more")
         _require(config.loss.score_l2 >= 0, "loss.score_l2", config.loss.score_l2, "0 or more")
-
-
-def check_pair_budget(config: SftConfig | RmConfig, world_size: int) -> None:
-    """The loss of pairs has no mask that could hide a filler, so ranks and stages that need as many micro-batches get equal ones."""
-    if not isinstance(config, RmConfig) or config.reward.micro_batch_tokens is None:
-        return
-    layout = config.reward.parallel
-    _require(
-        layout.virtual_pipeline is None and layout.expert == 1,
-        "reward.micro_batch_tokens",
-        config.reward.micro_batch_tokens,
-        "the interleaved schedule and expert parallelism need micro-batches in equal numbers, which a budget of tokens does not give "
-        "to pairs; set it to null and choose reward.micro_batch_size",
-    )
-
-
-def check_interleaved_pairs(config: SftConfig | RmConfig, world_size: int) -> None:
-    """The loss of pairs has no mask that could hide a filler, so the interleaved schedule's micro-batches have to come out even."""
-    if not isinstance(config, RmConfig) or config.reward.parallel.virtual_pipeline is None:
-        return
-    layout, size = config.reward.parallel, config.reward.micro_batch_size
-    pairs = config.train.global_batch_size // data_parallel_size("reward", layout, world_size)
-    per_micro_batch = max(1, size // 2)
-    _require(
-        pairs % (per_micro_batch * layout.pipeline) == 0,
-        "reward.micro_batch_size",
-        size,
-        f"the interleaved schedule needs a multiple of {layout.pipeline} micro-batches of one size, and the {pairs} pairs of a "
-        f"rank (train.global_batch_size) do not come out even at {per_micro_batch} pairs each; change one of the two, or set "
-        "reward.parallel.virtual_pipeline to null",
-    )
 
 
 # --- PPO ------------------------------------------------------------------------------------------------------------
@@ -557,6 +511,7 @@ COMMON_CHECKS: tuple[Callable[[AnyConfig, int], None], ...] = (
     check_sequence_parallel,
     check_virtual_pipeline,
     check_micro_batches,
+    check_packing,
     check_optimizers,
     check_overlap_param_gather,
     check_recompute,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from hetero_ppo.data.sequence_end import last_token_index
 from hetero_ppo.types import Microbatch, PreferenceBatch
 
 Record = TypeVar("Record")
@@ -23,7 +24,8 @@ class MicrobatchSize:
     rows: int  # sequences, where tokens is None
     tokens: int | None = None  # of the padded micro-batch, or of its sequences where they are packed
     packed: bool = False  # sequences lie one after the other, without padding
-    length_multiple: int = 1  # of padded lengths (sequence parallelism cuts them into equal parts)
+    length_multiple: int = 1  # of padded lengths, or of the tokens packed (sequence parallelism cuts them into equal parts)
+    attention_multiple: int = 1  # packed: of the lengths that sequences are padded to where attention needs it
 
     def padded(self, length: int) -> int:
         """The length that a micro-batch with a longest sequence of ``length`` tokens is padded to."""
@@ -103,6 +105,7 @@ def split(
     inputs: Any,
     rows: Sequence[int],
     size: MicrobatchSize,
+    wanted: Tensor | None = None,
 ) -> list[tuple[list[int], Microbatch]]:
     """Micro-batches of ``rows``, each with rows of similar length and padded to its own longest.
 
@@ -112,6 +115,7 @@ def split(
         inputs: a record of [B, S - 1] and [B] tensors, or None.
         rows: the rows to take.
         size: of a micro-batch.
+        wanted: [B, S] bool, tokens whose output is read; None: every token.
 
     Returns:
         (rows, micro-batch) pairs; together they hold every row once.
@@ -124,7 +128,8 @@ def split(
         if ids.shape[1] < longest:
             ids = pad(ids, (0, longest - ids.shape[1]))
         part = None if inputs is None else select(inputs, taken, longest - 1)
-        result.append((taken, Microbatch(token_ids=ids, sequence_lengths=sequence_lengths[index], inputs=part)))
+        read = None if wanted is None else to_columns(wanted[index], longest)
+        result.append((taken, Microbatch(ids, sequence_lengths[index], part, read)))
     return result
 
 
@@ -150,7 +155,7 @@ def split_pairs(batch: PreferenceBatch, pairs: Sequence[int], size: MicrobatchSi
         longest = size.padded(int(torch.maximum(batch.chosen_lengths[index], batch.rejected_lengths[index]).max()))
         ids = torch.cat([to_columns(batch.chosen_ids[index], longest), to_columns(batch.rejected_ids[index], longest)])
         both = torch.cat([batch.chosen_lengths[index], batch.rejected_lengths[index]])
-        result.append(Microbatch(token_ids=ids, sequence_lengths=both))
+        result.append(Microbatch(ids, both, wanted=sequence_ends(both, longest)))
     return result
 
 
@@ -186,13 +191,20 @@ def same_shape(microbatches: Sequence[Microbatch], stages: int) -> list[Microbat
         if inputs is not None:
             inputs = map_tensors(inputs, partial(pad, pad=(0, columns, 0, rows)))
         lengths = pad(m.sequence_lengths, (0, rows), value=1)
-        padded.append(Microbatch(pad(m.token_ids, (0, columns, 0, rows)), lengths, inputs))
+        wanted = None if m.wanted is None else pad(m.wanted, (0, columns, 0, rows))
+        padded.append(Microbatch(pad(m.token_ids, (0, columns, 0, rows)), lengths, inputs, wanted))
     first = padded[0]
     nothing = None
     if first.inputs is not None:
         nothing = map_tensors(first.inputs, torch.zeros_like)
-    empty = Microbatch(torch.zeros_like(first.token_ids), torch.ones_like(first.sequence_lengths), nothing)
+    unread = None if first.wanted is None else torch.zeros_like(first.wanted)
+    empty = Microbatch(torch.zeros_like(first.token_ids), torch.ones_like(first.sequence_lengths), nothing, unread)
     return padded + [empty] * (-len(padded) % stages)
+
+
+def sequence_ends(sequence_lengths: Tensor, num_columns: int) -> Tensor:
+    """[b] int64 -> [b, num_columns] bool, True at each sequence's last token."""
+    return torch.arange(num_columns) == last_token_index(sequence_lengths)[:, None]
 
 
 def to_columns(value: Tensor, num_columns: int) -> Tensor:

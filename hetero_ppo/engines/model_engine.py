@@ -33,19 +33,18 @@ from hetero_ppo.engines.microbatches import (
     MicrobatchSize,
     cut,
     deal,
-    map_tensors,
     same_shape,
     split,
     to_columns,
     with_fillers,
 )
+from hetero_ppo.engines.model_input import ModelInput, in_place, model_inputs
 from hetero_ppo.engines.outputs import OutputFn
 from hetero_ppo.engines.residency import RoleResidency
 from hetero_ppo.engines.shared_device import SharedDevice
 from hetero_ppo.memory.kinds import FORWARD, OPTIMIZER, Kind
 from hetero_ppo.types import Microbatch
 from megatron_bridge import platform
-from megatron_bridge.context_parallel import own_columns, whole_columns
 from megatron_bridge.config_mapping import BridgeConfig
 from megatron_bridge.export_hf import save_hf
 from megatron_bridge.import_hf import LoadReport, load_hf
@@ -54,6 +53,8 @@ from megatron_bridge.stream import stream_hf
 
 #: Padded lengths of bf16 micro-batches on a CPU are a multiple of it.
 BF16_CPU_LENGTHS = 16
+#: And the tokens of packed ones.
+PACKED_BF16_CPU_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -152,26 +153,30 @@ class ModelEngine:
         """True vocabulary size, without padding."""
         return self.bridge.vocab_size
 
-    def forward(self, token_ids: Tensor, sequence_lengths: Tensor, output: OutputFn) -> Tensor:
+    def forward(
+        self, token_ids: Tensor, sequence_lengths: Tensor, output: OutputFn, wanted: Tensor | None = None
+    ) -> Tensor:
         """Run all rows and return what ``output`` makes of them, the same on every rank.
 
         Args:
             token_ids: [B, S] int64, right-padded, on the host, the same on every rank.
             sequence_lengths: [B] int64.
             output: last-stage function, giving [b, s - 1] or [b] float32.
+            wanted: [B, S] bool, tokens whose output is read; nothing is computed for others' sake alone. None: every token.
 
         Returns:
-            [B, S - 1] or [B] float32, on the host.
+            [B, S - 1] or [B] float32, on the host; of tokens that are not wanted it may hold anything.
         """
         self.device.require(self.role, FORWARD, "a forward")
-        wanted, num_columns = token_ids.shape[0], token_ids.shape[1] - 1
+        given, num_columns = token_ids.shape[0], token_ids.shape[1] - 1
         # Every data-parallel rank takes part in the role's collectives, so each gets a row at least: copies, cut below.
-        copies = [*range(wanted), *[wanted - 1] * (self.groups.dp.size() - wanted)]
+        copies = [*range(given), *[given - 1] * (self.groups.dp.size() - given)]
         token_ids, sequence_lengths = token_ids[copies], sequence_lengths[copies]
+        wanted = None if wanted is None else wanted[copies]
         num_rows = len(copies)
         size = self.forward_size
         dealt = self.deal(sequence_lengths.tolist(), range(num_rows), size)
-        parts = split(token_ids, sequence_lengths, None, dealt[self.groups.dp.rank()], size)
+        parts = split(token_ids, sequence_lengths, None, dealt[self.groups.dp.rank()], size, wanted)
         microbatches = self.as_many_as_peers([m for _, m in parts], sequence_lengths.tolist(), dealt, size)
         with torch.no_grad():
             outputs = self.run_schedule(microbatches, lambda tensor, m: output(tensor, m), forward_only=True)
@@ -182,7 +187,7 @@ class ModelEngine:
             for (taken, _), value in zip(parts, outputs):
                 host = value[: len(taken)].detach().to("cpu", torch.float32)
                 local[taken] = to_columns(host, num_columns) if per_token else host
-        return self._gather(local)[:wanted]
+        return self._gather(local)[:given]
 
     @property
     def forward_size(self) -> MicrobatchSize:
@@ -190,7 +195,13 @@ class ModelEngine:
         return self._size(self.config.micro_batch_tokens)
 
     def _size(self, tokens: int | None) -> MicrobatchSize:
-        return MicrobatchSize(self.config.micro_batch_size, tokens, length_multiple=self.length_multiple)
+        config = self.config
+        short = BF16_CPU_LENGTHS if self._on_bf16_grid else 1
+        return MicrobatchSize(config.micro_batch_size, tokens, config.packing, self.length_multiple, short)
+
+    @property
+    def _on_bf16_grid(self) -> bool:
+        return self.config.model.dtype is Dtype.bf16 and not platform.HAS_CUDA
 
     def deal(self, lengths: Sequence[int], rows: Sequence[int], size: MicrobatchSize) -> list[list[int]]:
         """Rows of every data-parallel rank, the same on all of them. With a budget of tokens their numbers may differ.
@@ -236,7 +247,7 @@ class ModelEngine:
         """Megatron-Core's schedule for this layout over the micro-batches of this data-parallel rank.
 
         Args:
-            microbatches: on the host; moved to the device one at a time.
+            microbatches: on the host.
             last_stage: (model output, micro-batch) -> what a forward collects, or (loss, tokens, metrics) in training.
 
         Returns:
@@ -244,40 +255,45 @@ class ModelEngine:
         """
         device, cp_group = platform.device(), self.groups.cp
 
-        def forward_step(iterator: Iterator[Microbatch], model: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
-            microbatch = to_device(next(iterator), device)
-            token_ids = own_columns(microbatch.token_ids, 1, cp_group)
+        def forward_step(iterator: Iterator[ModelInput], model: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+            given = next(iterator)
             # Rotary embeddings count positions themselves; the model takes an argument for learned ones.
-            output = model(token_ids, torch.zeros_like(token_ids), None)
+            positions = torch.zeros_like(given.token_ids)
+            output = model(
+                given.token_ids, positions, None, packed_seq_params=given.packing, head_rows=given.head_rows
+            )
 
             def collect(tensor: Tensor, non_loss_data: bool = False) -> Any:
                 if self.head != "lm":
-                    tensor = whole_columns(tensor, 1, cp_group, sum_gradients=False)
-                return last_stage(tensor, microbatch)
+                    tensor = in_place(tensor[0, :, 0], given.microbatch, cp_group)
+                return last_stage(tensor, given.microbatch)
 
             return output, collect
 
         parallel = self.config.parallel
-        if parallel.virtual_pipeline is not None:
+        interleaved = parallel.virtual_pipeline is not None
+        if interleaved:
             microbatches = same_shape(microbatches, parallel.pipeline)
+        size = self._size(None)
+        inputs = model_inputs(microbatches, size, cp_group=cp_group, device=device, one_shape=interleaved)
         arguments: dict[str, Any] = {
             "forward_step_func": forward_step,
-            "num_microbatches": len(microbatches),
-            "seq_length": max(m.token_ids.shape[1] for m in microbatches),
-            "micro_batch_size": max(m.token_ids.shape[0] for m in microbatches),
+            "num_microbatches": len(inputs),
+            "seq_length": cp_group.size() * max(given.token_ids.shape[1] for given in inputs),
+            "micro_batch_size": max(given.token_ids.shape[0] for given in inputs),
             "forward_only": forward_only,
             "collect_non_loss_data": forward_only,
             "pg_collection": self.groups,
         }
         if parallel.pipeline == 1:
-            return forward_backward_no_pipelining(data_iterator=iter(microbatches), model=self.chunks[0], **arguments)
+            return forward_backward_no_pipelining(data_iterator=iter(inputs), model=self.chunks[0], **arguments)
         communicator = P2PCommunicator(self.groups.pp, self.bridge.transformer)
         if parallel.virtual_pipeline is None:
             return forward_backward_pipelining_without_interleaving(
-                data_iterator=iter(microbatches), model=self.chunks[0], p2p_communicator=communicator, **arguments
+                data_iterator=iter(inputs), model=self.chunks[0], p2p_communicator=communicator, **arguments
             )
         return forward_backward_pipelining_with_interleaving(
-            data_iterator=[iter(microbatches) for _ in self.chunks],
+            data_iterator=[iter(inputs) for _ in self.chunks],
             model=self.chunks,
             p2p_communicator=communicator,
             **arguments,
@@ -339,18 +355,8 @@ def _length_multiple(config: RoleConfig) -> int:
     parts = layout.tensor if layout.sequence else 1
     if layout.context > 1:
         parts = layout.context * math.lcm(2, parts)
-    grid = BF16_CPU_LENGTHS if config.model.dtype is Dtype.bf16 and not platform.HAS_CUDA else 1
-    return math.lcm(parts, grid)
-
-
-def to_device(microbatch: Microbatch, device: torch.device) -> Microbatch:
-    """The micro-batch with its tensors on ``device``."""
-    if device.type == "cpu":
-        return microbatch
-    inputs = microbatch.inputs
-    if inputs is not None:
-        inputs = map_tensors(inputs, lambda value: value.to(device, non_blocking=True))
-    return Microbatch(microbatch.token_ids.to(device), microbatch.sequence_lengths.to(device), inputs)
+    grid = PACKED_BF16_CPU_TOKENS if config.packing else BF16_CPU_LENGTHS
+    return math.lcm(parts, grid if config.model.dtype is Dtype.bf16 and not platform.HAS_CUDA else 1)
 
 
 def broadcast_tensor(tensor: Tensor | None, source: int, group: dist.ProcessGroup) -> Tensor:

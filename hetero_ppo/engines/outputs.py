@@ -10,11 +10,12 @@ from torch import Tensor
 
 from hetero_ppo.data.sequence_end import at_sequence_end
 from hetero_ppo.distributed.vocab_parallel import vocab_parallel_log_probs
+from hetero_ppo.engines.model_input import in_place, next_tokens
 from hetero_ppo.types import Microbatch
-from megatron_bridge.context_parallel import own_columns, whole_columns
 
-#: (model output, micro-batch) -> [b, s - 1] float32, or [b] float32. The output is [b, s / cp, V / tp] logits, or the [b, s, 1] of
-#: a scalar head, whole on every context-parallel rank.
+#: (model output, micro-batch) -> [b, s - 1] float32, or [b] float32. The output is [1, n, V / tp] logits of the n tokens that the
+#: micro-batch wants of this context-parallel rank, or the [b, s] float32 of a scalar head, whole on every rank and 0 where not
+#: wanted; the micro-batch is that of a ``ModelInput``.
 OutputFn = Callable[[Tensor, Microbatch], Tensor]
 
 
@@ -30,27 +31,26 @@ def token_log_probs(
     """Log-probs of the tokens that came, and optionally the entropy of the distributions they came from.
 
     Args:
-        logits: [b, s / cp, V / tp], this rank's columns and its slice of the vocabulary.
+        logits: [1, n, V / tp], of the wanted tokens and this rank's slice of the vocabulary.
+        microbatch: of a ``ModelInput``.
         temperature: divides the logits, as the engine's sampler does.
         vocab_size: true size; the padding columns above it take no part.
         groups: the role's; the results are whole on every context-parallel rank.
 
     Returns:
-        ([b, s - 1] float32, [b, s - 1] float32 or None).
+        ([b, s - 1] float32, [b, s - 1] float32 or None); 0 where not wanted.
     """
-    # The last column has no next token; it is computed with any target and cut, since cutting the logits would copy them. The
-    # next token of a chunk's last column lies in another rank's chunk, so targets are made of whole rows.
-    targets = own_columns(microbatch.token_ids.roll(-1, dims=1), 1, groups.cp)
+    targets = next_tokens(microbatch, groups.cp)
     log_probs, entropy = vocab_parallel_log_probs(
-        logits, targets, temperature=temperature, vocab_size=vocab_size, tp_group=groups.tp, with_entropy=with_entropy
+        logits[0], targets, temperature=temperature, vocab_size=vocab_size, tp_group=groups.tp, with_entropy=with_entropy
     )
     own = log_probs[None] if entropy is None else torch.stack([log_probs, entropy])
-    whole = whole_columns(own, 2, groups.cp, sum_gradients=False)[:, :, :-1]
+    whole = in_place(own, microbatch, groups.cp)[:, :, :-1]
     return whole[0], None if entropy is None else whole[1]
 
 
 def log_probs_output(*, temperature: float, vocab_size: int, groups: ProcessGroupCollection) -> OutputFn:
-    """[b, s / cp, V / tp] -> [b, s - 1] log-probs."""
+    """[1, n, V / tp] -> [b, s - 1] log-probs."""
 
     def output(logits: Tensor, microbatch: Microbatch) -> Tensor:
         return token_log_probs(logits, microbatch, temperature=temperature, vocab_size=vocab_size, groups=groups)[0]
@@ -59,10 +59,10 @@ def log_probs_output(*, temperature: float, vocab_size: int, groups: ProcessGrou
 
 
 def values_output(values: Tensor, microbatch: Microbatch) -> Tensor:
-    """[b, s, 1] -> [b, s - 1]: column t is the value of the state that token t + 1 is chosen in."""
-    return values[:, :-1, 0].float()
+    """[b, s] -> [b, s - 1]: column t is the value of the state that token t + 1 is chosen in."""
+    return values[:, :-1]
 
 
 def scores_output(scores: Tensor, microbatch: Microbatch) -> Tensor:
-    """[b, s, 1] -> [b]: the score at the end of each sequence."""
-    return at_sequence_end(scores[:, :, 0].float(), microbatch.sequence_lengths)
+    """[b, s] -> [b]: the score at the end of each sequence."""
+    return at_sequence_end(scores, microbatch.sequence_lengths)

@@ -20,6 +20,7 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from torch import Tensor
+from torch.nn.functional import pad
 
 from hetero_ppo.algorithms.losses import Loss, add_metric_sums
 from hetero_ppo.algorithms.schedules import lr_at
@@ -162,12 +163,14 @@ class TrainEngine(ModelEngine):
                 one.init_state_fn(one.optimizer)
         return optimizer
 
-    def forward(self, token_ids: Tensor, sequence_lengths: Tensor, output: OutputFn) -> Tensor:
+    def forward(
+        self, token_ids: Tensor, sequence_lengths: Tensor, output: OutputFn, wanted: Tensor | None = None
+    ) -> Tensor:
         """ModelEngine.forward, in evaluation mode."""
         self._settle_parameters()
         for chunk in self.chunks:
             chunk.eval()
-        return super().forward(token_ids, sequence_lengths, output)
+        return super().forward(token_ids, sequence_lengths, output, wanted)
 
     def stream_weights(self) -> Iterator[tuple[str, Tensor]]:
         """ModelEngine.stream_weights, of the newest weights."""
@@ -210,12 +213,13 @@ class TrainEngine(ModelEngine):
         Args:
             token_ids: [B, S] int64, the same on every rank.
             sequence_lengths: [B] int64.
-            inputs: record of [B, S - 1] and [B] tensors for the loss.
+            inputs: record of [B, S - 1] and [B] tensors for the loss; its mask says which tokens' outputs the loss reads.
             rows: the minibatch's rows, over all ranks.
         """
         lengths = sequence_lengths.tolist()
         dealt = self.deal(lengths, rows, self.training_size)
-        parts = split(token_ids, sequence_lengths, inputs, dealt[self.groups.dp.rank()], self.training_size)
+        wanted = None if inputs is None else pad(inputs.mask, (0, 1))
+        parts = split(token_ids, sequence_lengths, inputs, dealt[self.groups.dp.rank()], self.training_size, wanted)
         return self.as_many_as_peers([m for _, m in parts], lengths, dealt, self.training_size)
 
     def pair_microbatches(self, batch: PreferenceBatch) -> list[Microbatch]:

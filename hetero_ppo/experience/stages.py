@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from hetero_ppo.algorithms.gae import generalized_advantages
 from hetero_ppo.algorithms.kl import AdaptiveKlController, FixedKlController, kl_estimate
@@ -22,6 +23,7 @@ from hetero_ppo.algorithms.rewards import (
 from hetero_ppo.algorithms.rollout_correction import mismatch_metrics, truncated_weights
 from hetero_ppo.config.schema import AlgorithmConfig, OldLogProbs, RewardConfig, RolloutCorrectionKind
 from hetero_ppo.distributed.statistics import global_masked_moments
+from hetero_ppo.engines.microbatches import sequence_ends
 from hetero_ppo.engines.model_engine import ModelEngine
 from hetero_ppo.engines.outputs import log_probs_output, scores_output, values_output
 from hetero_ppo.reward.function import FunctionReward
@@ -31,19 +33,21 @@ from hetero_ppo.types import Experience, Rollout
 def policy_log_probs(engine: ModelEngine, rollout: Rollout, temperature: float) -> Tensor:
     """[B, T] float32 log-probs of the rollout's tokens under the actor or the reference, at the sampling temperature."""
     output = log_probs_output(temperature=temperature, vocab_size=engine.vocab_size, groups=engine.groups)
-    log_probs = engine.forward(rollout.token_ids, rollout.sequence_lengths, output)
+    log_probs = engine.forward(rollout.token_ids, rollout.sequence_lengths, output, pad(rollout.response_mask, (0, 1)))
     return log_probs.masked_fill(~rollout.response_mask, 0)
 
 
 def state_values(engine: ModelEngine, rollout: Rollout) -> Tensor:
     """[B, T] float32 values of the states before each response token."""
-    values = engine.forward(rollout.token_ids, rollout.sequence_lengths, values_output)
+    wanted = pad(rollout.response_mask, (0, 1))
+    values = engine.forward(rollout.token_ids, rollout.sequence_lengths, values_output, wanted)
     return values.masked_fill(~rollout.response_mask, 0)
 
 
 def model_scores(engine: ModelEngine, rollout: Rollout) -> Tensor:
     """[B] float32 scores of the reward model at the end of each sequence."""
-    return engine.forward(rollout.token_ids, rollout.sequence_lengths, scores_output)
+    wanted = sequence_ends(rollout.sequence_lengths, rollout.token_ids.shape[1])
+    return engine.forward(rollout.token_ids, rollout.sequence_lengths, scores_output, wanted)
 
 
 @dataclass(frozen=True)

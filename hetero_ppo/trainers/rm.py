@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from hetero_ppo.algorithms.losses import bradley_terry_loss, mean_metrics
 from hetero_ppo.config.derived import derive_supervised
@@ -13,6 +14,7 @@ from hetero_ppo.data.dataset import Dataset
 from hetero_ppo.data.preference import PreferenceExample, load_preferences
 from hetero_ppo.data.sampler import sequential_batches
 from hetero_ppo.engines.losses import reward_loss_fn
+from hetero_ppo.engines.microbatches import sequence_ends
 from hetero_ppo.engines.outputs import scores_output
 from hetero_ppo.engines.train_engine import TrainEngine, TrainStepResult
 from hetero_ppo.trainers.run import Run
@@ -54,10 +56,13 @@ class RewardModelTrainer(SupervisedTrainer):
             if number == self.train.eval_batches:
                 break
             batch = collate_preferences([self.held_out.examples[row] for row in rows])
-            chosen.append(self.engine.forward(batch.chosen_ids, batch.chosen_lengths, scores_output))
-            rejected.append(self.engine.forward(batch.rejected_ids, batch.rejected_lengths, scores_output))
+            chosen.append(self._scores(batch.chosen_ids, batch.chosen_lengths))
+            rejected.append(self._scores(batch.rejected_ids, batch.rejected_lengths))
         loss = bradley_terry_loss(torch.cat(chosen), torch.cat(rejected), self.loss.margin, self.loss.score_l2, 1.0)
         return {
             f"eval/{name.removeprefix('rm/')}": value
             for name, value in mean_metrics(loss.metric_sums, loss.count).items()
         }
+
+    def _scores(self, token_ids: Tensor, lengths: Tensor) -> Tensor:
+        return self.engine.forward(token_ids, lengths, scores_output, sequence_ends(lengths, token_ids.shape[1]))

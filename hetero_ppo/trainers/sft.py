@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.nn.functional import pad
 
 from hetero_ppo.config.derived import derive_supervised
 from hetero_ppo.config.schema import SftConfig
@@ -57,7 +58,8 @@ class SftTrainer(SupervisedTrainer):
             if number == self.train.eval_batches:
                 break
             batch = collate_sft([self.held_out.examples[row] for row in rows])
-            log_probs = self.engine.forward(batch.token_ids, batch.sequence_lengths, output)
+            wanted = pad(batch.loss_mask, (0, 1))
+            log_probs = self.engine.forward(batch.token_ids, batch.sequence_lengths, output, wanted)
             total -= log_probs[batch.loss_mask].double().sum()
             count += int(batch.loss_mask.sum())
         return {"eval/loss": float(total) / count}

@@ -33,12 +33,28 @@ LAYOUTS: dict[str, dict[str, object]] = {
     "experts, ep2": {"model": "moe", "expert": 2},
     "experts, tp2 sequence parallel": {"model": "moe", "tensor": 2, "sequence": True},
     "experts, pp2 interleaved": {"model": "moe", "pipeline": 2, "virtual_pipeline": 2},
+    # Lengths of 6 to 14 tokens: budgets that leave ranks with micro-batches of other sizes, and of other numbers.
+    "dp2, budget of tokens": {"tokens": 32},
+    "cp2, budget of tokens": {"context": 2, "tokens": 40},
+    "packed, dp2, budget of tokens": {"packing": True, "tokens": 30},
+    "packed, tp2": {"packing": True, "tensor": 2, "tokens": 64},
+    "packed, tp2 sequence parallel, full recompute": {
+        "packing": True,
+        "tensor": 2,
+        "sequence": True,
+        "recompute": "full",
+    },
+    "packed, pp2, budget of tokens": {"packing": True, "pipeline": 2, "tokens": 30},
+    "packed, pp2 interleaved": {"packing": True, "pipeline": 2, "virtual_pipeline": 2},
+    "packed, tied embeddings, pp2": {"packing": True, "model": "tied", "pipeline": 2},
+    "packed, experts, ep2": {"packing": True, "model": "moe", "expert": 2},
 }
 #: fp32 main parameters beside bf16 ones.
 BF16_LAYOUTS: dict[str, dict[str, object]] = {
     "bf16, tp2 sequence parallel, distributed optimizer": {"tensor": 2, "sequence": True, "distributed": True},
     "bf16, cp2, distributed optimizer": {"context": 2, "distributed": True},
     "bf16, experts, ep2": {"model": "moe", "expert": 2},
+    "bf16, packed, tp2 sequence parallel": {"packing": True, "tensor": 2, "sequence": True, "tokens": 64},
 }
 #: fp32 sums in another order; gradients pass through four layers of them.
 TOLERANCE = {"rtol": 1e-5, "atol": 2e-5}

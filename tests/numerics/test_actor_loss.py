@@ -43,7 +43,9 @@ def test_weights_reach_the_policy_loss_alone(groups: ProcessGroupCollection) -> 
 
     def loss_and_gradient(weights: torch.Tensor | None) -> tuple[Loss, torch.Tensor]:
         given = logits.clone().requires_grad_()
-        loss = loss_fn(given, Microbatch(ids, torch.full((3,), 6), replace(inputs, tis_weights=weights)))
+        inputs_of = replace(inputs, tis_weights=weights)
+        microbatch = Microbatch(ids, torch.full((3,), 6), inputs_of, torch.ones(3, 6, dtype=torch.bool))
+        loss = loss_fn(given.view(1, 18, VOCAB), microbatch)
         loss.loss.backward()
         return loss, given.grad
 

@@ -1,4 +1,4 @@
-"""The PPO-step benchmark: parsing, arithmetic, table, JSON. Nothing here asserts a speed."""
+"""The PPO-step benchmark: parsing, arithmetic, table, JSON; memory of log-probs. Nothing here asserts a speed."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from hetero_ppo.config.schema import SCHEMAS
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+import logprob_memory
 import ppo_step
 import ppo_step_inputs as inputs_module
 import ppo_step_report as report_module
@@ -227,3 +228,15 @@ def test_peer_script_compiles() -> None:
     script = BENCHMARKS / "peers" / "trl_ppo.py"
     code = "import ast, sys; ast.parse(open(sys.argv[1]).read())"
     subprocess.run([sys.executable, "-c", code, str(script)], check=True)
+
+
+def test_log_probs_take_less_memory_than_the_plain_way() -> None:
+    """Forward: slices of 1 MiB against two float32 copies of the logits. Training: the bf16 gradient, half a float32 copy, and slices,
+    against three copies of float32.
+    """
+    result = logprob_memory.measure(256, 32_768, "bf16", with_entropy=True)
+    logits = 256 * 32_768 * 2
+    assert result["logits_bytes"] == logits and result["plain_forward_bytes"] >= 2 * 2 * logits
+    assert 0 < result["forward_ratio"] < 0.15
+    assert logits <= result["ours_training_bytes"] < 0.35 * result["plain_training_bytes"]
+    assert result["logprob_peak_ratio"] == max(result["forward_ratio"], result["training_ratio"])

@@ -46,6 +46,7 @@ def test_the_defaults_pass(tmp_path: Path, kind: str, world_size: int) -> None:
         (["actor.parallel.virtual_pipeline=2"], "needs actor.parallel.pipeline > 1"),
         (["actor.parallel.pipeline=2", "actor.parallel.virtual_pipeline=1"], "at least 2"),
         (["reference.micro_batch_size=0"], "reference.micro_batch_size=0"),
+        (["actor.packing=true", "actor.parallel.context=2"], "actor.packing=True: actor.parallel.context is 2"),
         (["critic.micro_batch_tokens=639"], "critic.micro_batch_tokens=639: a sequence may have 640 tokens"),
         (["actor.forward_micro_batch_tokens=8"], "actor.forward_micro_batch_tokens=8: a sequence may have 640 tokens"),
         (["critic.optimizer.lr=-1"], "critic.optimizer.lr=-1"),
@@ -246,7 +247,7 @@ def test_a_budget_of_tokens_is_what_the_run_says(tmp_path: Path) -> None:
     check_config(config, 2)
     described = derive_supervised(config, world_size=2, num_rows=50).describe()
     assert "8  examples per optimizer step on average, dealt by their tokens" in described
-    assert "actor micro-batch         4096  tokens at most, as many micro-batches as lengths make it" in described
+    assert "actor micro-batch      4096  tokens at most, as many micro-batches as lengths make it" in described
 
 
 def test_pairs_in_equal_numbers_take_no_budget_of_tokens(tmp_path: Path) -> None:

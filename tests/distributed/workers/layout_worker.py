@@ -24,6 +24,7 @@ from hetero_ppo.config.schema import (
 )
 from hetero_ppo.distributed.groups import finish, initialise
 from hetero_ppo.engines.losses import reward_loss_fn, sft_loss_fn
+from hetero_ppo.engines.microbatches import sequence_ends
 from hetero_ppo.engines.outputs import log_probs_output, scores_output, values_output
 from hetero_ppo.engines.train_engine import TrainEngine
 from hetero_ppo.types import AnswerInputs, PreferenceBatch
@@ -48,6 +49,8 @@ def measure(options: dict[str, Any]) -> dict[str, list[float]]:
         ),
         recompute=options.pop("recompute", None),
         micro_batch_size=2,
+        micro_batch_tokens=options.pop("tokens", None),
+        packing=options.pop("packing", False),
         parallel=ParallelConfig(**options),
     )
     generator = torch.Generator().manual_seed(0)
@@ -59,6 +62,8 @@ def measure(options: dict[str, Any]) -> dict[str, list[float]]:
     lm = TrainEngine("actor", config, "lm", 10)
     output = log_probs_output(temperature=0.7, vocab_size=lm.vocab_size, groups=lm.groups)
     result["log_probs"] = lm.forward(ids, lengths, output).masked_fill(~mask, 0).flatten().tolist()
+    wanted = torch.nn.functional.pad(mask, (0, 1))
+    result["wanted"] = lm.forward(ids, lengths, output, wanted).masked_fill(~mask, 0).flatten().tolist()
     loss_fn = sft_loss_fn(lm.vocab_size, lm.groups)
     parts = lm.microbatches(ids, lengths, AnswerInputs(mask), range(8))
     steps = [lm.train_step(parts, loss_fn) for _ in range(3)]
@@ -71,6 +76,7 @@ def measure(options: dict[str, Any]) -> dict[str, list[float]]:
     result["rm_loss"] = [step.loss for step in steps]
     result["rm_grad_norm"] = [step.grad_norm for step in steps]
     result["scores"] = rm.forward(ids, lengths, scores_output).tolist()
+    result["wanted_scores"] = rm.forward(ids, lengths, scores_output, sequence_ends(lengths, 14)).tolist()
     # Rows that do not come out even: two micro-batches on one of two ranks, one on the other.
     result["five_rows"] = rm.forward(ids[:5], lengths[:5], scores_output).tolist()
     result["one_row"] = rm.forward(ids[:1], lengths[:1], scores_output).tolist()  # fewer rows than ranks

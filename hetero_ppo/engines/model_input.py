@@ -1,0 +1,144 @@
+"""What the model computes of a micro-batch: its tokens, padded or packed, up to the last whose output is read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hetero_ppo.engines.microbatches import MicrobatchSize, map_tensors, to_columns
+from hetero_ppo.types import Microbatch
+from megatron_bridge.context_parallel import own_columns, whole_columns
+from megatron_bridge.packing import Packing, pack
+
+
+@dataclass(frozen=True)
+class ModelInput:
+    """One micro-batch as the model takes it, on the device."""
+
+    token_ids: Tensor  # [b, s' / cp] int64, this context-parallel rank's columns; packed [1, total]
+    head_rows: Tensor  # [n] int64: of the hidden states [s' / cp * b, hidden], those that the head computes
+    packing: Packing | None
+    microbatch: Microbatch  # with wanted [b, s' / cp]: n are True, in the order of head_rows
+
+
+def model_inputs(
+    microbatches: Sequence[Microbatch],
+    size: MicrobatchSize,
+    *,
+    cp_group: dist.ProcessGroup,
+    device: torch.device,
+    one_shape: bool,
+) -> list[ModelInput]:
+    """What the model computes of every micro-batch.
+
+    Under causal attention no output depends on a later token, so what lies behind the last wanted token of a row is left out.
+
+    Args:
+        microbatches: on the host.
+        size: says whether they are packed, and what lengths are multiples of.
+        cp_group: context-parallel ranks; one where packed.
+        device: of the model.
+        one_shape: all with the length of the longest.
+    """
+    reads = [_wanted(m) for m in microbatches]
+    columns = [torch.arange(1, read.shape[1] + 1) for read in reads]
+    used = [(read * column).amax(dim=1).clamp(min=1) for read, column in zip(reads, columns)]  # [b] tokens
+    lengths = [size.padded(int(u.sum() if size.packed else u.max())) for u in used]
+    if one_shape:
+        lengths = [max(lengths)] * len(lengths)
+    inputs = []
+    for m, read, u, length in zip(microbatches, reads, used, lengths):
+        if size.packed:
+            inputs.append(_packed(m, read, u, length, size, device))
+        else:
+            inputs.append(_padded(m, read, length, cp_group, device))
+    return inputs
+
+
+def _wanted(microbatch: Microbatch) -> Tensor:
+    """[b, s] bool."""
+    if microbatch.wanted is not None:
+        return microbatch.wanted
+    return torch.arange(microbatch.token_ids.shape[1]) < microbatch.sequence_lengths[:, None]
+
+
+def _padded(
+    microbatch: Microbatch, wanted: Tensor, length: int, cp_group: dist.ProcessGroup, device: torch.device
+) -> ModelInput:
+    ids = own_columns(to_columns(microbatch.token_ids, length), 1, cp_group)
+    wanted = _some(own_columns(to_columns(wanted, length), 1, cp_group))
+    row, column = wanted.nonzero().unbind(1)
+    head_rows = column * len(ids) + row
+    return _on_device(ids, head_rows, None, microbatch, wanted, device)
+
+
+def _packed(
+    microbatch: Microbatch, wanted: Tensor, used: Tensor, total: int, size: MicrobatchSize, device: torch.device
+) -> ModelInput:
+    wanted = _some(wanted)
+    tokens = microbatch.token_ids[torch.arange(wanted.shape[1]) < used[:, None]]
+    starts = used.cumsum(0) - used
+    row, column = wanted.nonzero().unbind(1)
+    packing = pack(used.tolist(), total, device, size.attention_multiple)
+    return _on_device(to_columns(tokens[None], total), starts[row] + column, packing, microbatch, wanted, device)
+
+
+def _some(wanted: Tensor) -> Tensor:
+    """At least one: the ranks of a tensor-parallel group would else have nothing to exchange about the head's output."""
+    if not bool(wanted.any()):
+        wanted = wanted.clone()
+        wanted[0, 0] = True
+    return wanted
+
+
+def _on_device(
+    token_ids: Tensor,
+    head_rows: Tensor,
+    packing: Packing | None,
+    microbatch: Microbatch,
+    wanted: Tensor,
+    device: torch.device,
+) -> ModelInput:
+    inputs = microbatch.inputs
+    if inputs is not None:
+        inputs = map_tensors(inputs, lambda value: value.to(device, non_blocking=True))
+    on_device = Microbatch(
+        microbatch.token_ids.to(device), microbatch.sequence_lengths.to(device), inputs, wanted.to(device)
+    )
+    return ModelInput(token_ids.to(device), head_rows.to(device), packing, on_device)
+
+
+def in_place(values: Tensor, microbatch: Microbatch, cp_group: dist.ProcessGroup) -> Tensor:
+    """[..., n] of the wanted tokens -> [..., b, s], 0 elsewhere, whole on every context-parallel rank. Differentiable; collective
+    over ``cp_group``.
+
+    Args:
+        microbatch: of a ModelInput.
+    """
+    assert microbatch.wanted is not None
+    shape = (*values.shape[:-1], *microbatch.wanted.shape)
+    placed = values.new_zeros(shape).masked_scatter(microbatch.wanted, values)
+    whole = whole_columns(placed, len(shape) - 1, cp_group, sum_gradients=False)
+    return _last_columns(whole, microbatch.token_ids.shape[1])
+
+
+def next_tokens(microbatch: Microbatch, cp_group: dist.ProcessGroup) -> Tensor:
+    """[n] int64: the token that follows each wanted one, which may lie in another rank's columns; behind the last token, any.
+
+    Args:
+        microbatch: of a ModelInput.
+    """
+    assert microbatch.wanted is not None
+    following = to_columns(microbatch.token_ids.roll(-1, dims=1), microbatch.wanted.shape[1] * cp_group.size())
+    return own_columns(following, 1, cp_group)[microbatch.wanted]
+
+
+def _last_columns(value: Tensor, num_columns: int) -> Tensor:
+    """[..., t] -> [..., num_columns]: cut, or padded with zeros."""
+    if value.shape[-1] >= num_columns:
+        return value[..., :num_columns]
+    return torch.nn.functional.pad(value, (0, num_columns - value.shape[-1]))

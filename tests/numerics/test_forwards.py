@@ -1,0 +1,147 @@
+"""Packed or padded, of every token or of those that are wanted: the same log-probs, values, scores and gradients, those of transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from hetero_ppo.algorithms.masking import response_mask
+from hetero_ppo.config.schema import Dtype, ModelConfig, OptimizerConfig, TrainedRoleConfig
+from hetero_ppo.distributed.groups import finish, initialise
+from hetero_ppo.engines.losses import sft_loss_fn
+from hetero_ppo.engines.microbatches import sequence_ends
+from hetero_ppo.engines.outputs import log_probs_output, scores_output, values_output
+from hetero_ppo.engines.train_engine import TrainEngine
+from hetero_ppo.types import AnswerInputs
+from megatron_bridge.packing import attend_packed, by_group, pack, unpack
+from megatron_bridge.context_parallel import attend
+
+VOCAB = 61
+LENGTHS = torch.tensor([40, 7, 23, 3, 37, 24, 2, 39])
+PROMPTS = torch.tensor([20, 3, 4, 1, 30, 20, 1, 4])
+MASK = response_mask(PROMPTS, LENGTHS, 39)
+WANTED = pad(MASK, (0, 1))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def world() -> Iterator[None]:
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
+            patch.setenv(name, value)
+        initialise(2.0)
+        yield
+        finish()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("model")
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8, "initializer_range": 0.2}
+    config = Qwen3Config(vocab_size=VOCAB, num_attention_heads=4, num_key_value_heads=2, **sizes)
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ids() -> Tensor:
+    """[8, 40]; what lies behind the sequences is not 0, so whoever reads it is seen."""
+    return torch.randint(0, VOCAB, (8, 40), generator=torch.Generator().manual_seed(1))
+
+
+def engine(model: Path, dtype: Dtype, head: str, *, packing: bool, tokens: int | None = None) -> TrainEngine:
+    config = TrainedRoleConfig(
+        model=ModelConfig(path=str(model), dtype=dtype),
+        optimizer=OptimizerConfig(lr=1e-2),
+        micro_batch_size=3,
+        micro_batch_tokens=tokens,
+        packing=packing,
+    )
+    return TrainEngine("actor", config, head, 10)
+
+
+def log_probs(role: TrainEngine, ids: Tensor, wanted: Tensor | None) -> Tensor:
+    output = log_probs_output(temperature=0.7, vocab_size=VOCAB, groups=role.groups)
+    return role.forward(ids, LENGTHS, output, wanted)[MASK]
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("tokens", [None, 64])
+def test_log_probs_are_those_of_transformers(model: Path, ids: Tensor, packing: bool, tokens: int | None) -> None:
+    reference = Qwen3ForCausalLM.from_pretrained(model)
+    with torch.no_grad():
+        logits = torch.cat([pad(reference(row[None, :n]).logits, (0, 0, 0, 40 - n)) for row, n in zip(ids, LENGTHS)])
+    expected = (logits[:, :-1] / 0.7).log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0][MASK]
+    role = engine(model, Dtype.fp32, "lm", packing=packing, tokens=tokens)
+    for wanted in (None, WANTED):
+        torch.testing.assert_close(log_probs(role, ids, wanted), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(Dtype.fp32, 1e-5), (Dtype.bf16, 0.05)])
+def test_packed_values_scores_and_gradients_are_the_padded_ones(
+    model: Path, ids: Tensor, dtype: Dtype, tolerance: float
+) -> None:
+    """bf16 rounds to 1 in 256, and the two ways add up attention in another order."""
+    ends = sequence_ends(LENGTHS, 40)
+    results = []
+    for packing in (False, True):
+        scalar = engine(model, dtype, "value", packing=packing, tokens=96)
+        values = scalar.forward(ids, LENGTHS, values_output, WANTED)[MASK]
+        scores = [scalar.forward(ids, LENGTHS, scores_output, wanted) for wanted in (None, ends)]
+        torch.testing.assert_close(scores[0], scores[1], rtol=0, atol=tolerance)
+        lm = engine(model, dtype, "lm", packing=packing, tokens=96)
+        parts = lm.microbatches(ids, LENGTHS, AnswerInputs(MASK), range(8))
+        step = lm.train_step(parts, sft_loss_fn(VOCAB, lm.groups))
+        gradient = torch.cat([p.main_grad.flatten() for p in lm.models[0].parameters()])
+        results.append((values, scores[0], torch.tensor([step.loss, step.grad_norm]), gradient))
+    scale = float(results[0][3].abs().max())
+    for padded, packed in zip(*results):
+        torch.testing.assert_close(packed, padded, rtol=tolerance, atol=tolerance * max(1.0, scale))
+
+
+def test_the_head_computes_wanted_tokens_alone(model: Path, ids: Tensor) -> None:
+    """Rows that the head sees, and the tokens of the layers below: up to the last one wanted of each row."""
+    seen: dict[str, int] = {}
+    for packing in (False, True):
+        role = engine(model, Dtype.fp32, "lm", packing=packing, tokens=1024)
+        chunk = role.models[0]
+        chunk.output_layer.register_forward_hook(lambda _m, given, _o: seen.update(head=given[0].shape[:2].numel()))
+        chunk.decoder.layers[0].mlp.register_forward_hook(lambda _m, given, _o: seen.update(body=given[0].shape[:2].numel()))
+        log_probs(role, ids, WANTED)
+        assert seen == {"head": int(MASK.sum()), "body": int((LENGTHS - 1).sum()) if packing else 8 * 39}
+
+
+def test_groups_attend_within_sequences_alone() -> None:
+    """Against attention to each sequence by itself, forward and backward, with a fill at the end that nobody reads."""
+    torch.manual_seed(0)
+    lengths, total = [5, 16, 4, 15, 1], 48
+    packing = pack(lengths, total, torch.device("cpu"), grid=4)
+    assert packing.cu_seqlens_q.tolist() == [0, 5, 21, 25, 40, 41, 48] and packing.max_seqlen_q == 16
+    assert [group.shape for group in packing.groups] == [(16, 2), (8, 2), (4, 1)]
+    query, key, value = (torch.randn(total, heads, 8, requires_grad=True) for heads in (4, 2, 2))
+    out = attend_packed(query, key, value, None, packing)
+    weights = torch.randn_like(out)
+    weights[41:] = 0
+    found = torch.autograd.grad((out * weights).sum(), (query, key, value))
+    cuts = torch.tensor([*lengths, 7]).tolist()
+    parts = zip(*(tensor.split(cuts) for tensor in (query, key, value)))
+    alone = torch.cat([attend(q[:, None], k[:, None], v[:, None], None)[:, 0] for q, k, v in parts])
+    torch.testing.assert_close(out[:41], alone[:41], rtol=0, atol=1e-6)
+    assert not out[41:].any()
+    for one, other in zip(found, torch.autograd.grad((alone * weights).sum(), (query, key, value))):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+    assert torch.equal(by_group(lambda part: part, [query], packing)[:41], query[:41])
+    assert unpack(query, packing)[1].shape == (8, 2, 4, 8)
+
+
+def test_one_position_more_than_tokens() -> None:
+    """Megatron-Core reads angles of as many positions as there are packed tokens as those of the tokens in turn."""
+    assert pack([10, 6], 16, torch.device("cpu"), grid=16).max_seqlen_q == 17
+    assert pack([16], 16, torch.device("cpu"), grid=16).max_seqlen_q == 16
