@@ -210,7 +210,7 @@ def configs(chain: Chain) -> dict[str, dict[str, Any]]:
                 "kl": {"controller": "adaptive", "horizon": 100, "target": 0.5, "loss_coef": 0.02},
             },
             "rollout": {
-                "max_num_seqs": 16,
+                "max_num_seqs": 6,  # a step's 16 responses are three chunks of the pipeline
                 "kv_cache_mib": 32,
                 "server_threads": 1,
                 "sleep": True,  # on a CPU it frees nothing, but every call of it is made

@@ -9,7 +9,7 @@ optimizer and autograd's hooks never notice. Gradients are not copied: they are 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -149,24 +149,27 @@ class RoleResidency:
 
     # --- how blocks move: called from the lanes' threads ---
 
-    def move_out(self, block: Block, lane: CopyLane) -> int:
-        """Copy the block to the host where the host's copy is old, and release its memory. Returns the bytes copied."""
-        copied = 0
-        if block.host is not None and block.is_dirty:
-            lane.copy(block.host, block.device_view())
+    def move_out(self, blocks: Sequence[Block], lane: CopyLane) -> int:
+        """Copy blocks to the host where the host's copy is old, and release their memory. Returns the bytes copied."""
+        old = [block for block in blocks if block.host is not None and block.is_dirty]
+        lane.copy([(block.host, block.device_view()) for block in old if block.host is not None])
+        for block in old:
             block.is_dirty = False
-            copied = block.num_bytes
-        block.storage.resize_(0)
-        return copied
+        for block in blocks:
+            block.storage.resize_(0)
+        return sum(block.num_bytes for block in old)
 
-    def move_in(self, block: Block, lane: CopyLane) -> int:
-        """Allocate the block's memory and fill it, gradients with zeros. Returns the bytes copied."""
-        block.storage.resize_(block.num_bytes)
-        if block.host is None:
-            block.device_view().zero_()
-            return 0
-        lane.copy(block.device_view(), block.host)
-        return block.num_bytes
+    def move_in(self, blocks: Sequence[Block], lane: CopyLane) -> int:
+        """Allocate the blocks' memory and fill it, gradients with zeros. Returns the bytes copied."""
+        pairs = []
+        for block in blocks:
+            block.storage.resize_(block.num_bytes)
+            if block.host is None:
+                block.device_view().zero_()
+            else:
+                pairs.append((block.device_view(), block.host))
+        lane.copy(pairs)
+        return sum(source.numel() for _, source in pairs)
 
     def pin(self) -> None:
         """Allocate host buffers for every block that is copied: one arena for each kind, once."""

@@ -29,6 +29,12 @@ from megatron_bridge.platform.copies import CopyLane, allocated_bytes, computati
 FIRST = frozenset({Kind.params, Kind.grads})
 
 
+#: Blocks move in groups of about this size, or of a share of the largest turn where that is less: one by one, hundreds of small
+#: tensors cost as much in Python as their copies take; all at once, nothing would come in before all has left.
+GROUP_BYTES = 32 * 2**20
+GROUPS_OF_A_TURN = 32
+
+
 @dataclass
 class SwitchCost:
     """What switching cost since the last ``collect``."""
@@ -232,6 +238,7 @@ class SharedDevice:
     def _send_out(self, blocks: Sequence[Block]) -> None:
         owner = {id(block): residency for residency in self.roles.values() for block in residency.blocks}
         done = computation_done()
+        waiting = _Groups(self._group_bytes)
         with self._changed:
             going = [block for block in blocks if block.wanted]
             for block in going:
@@ -239,57 +246,75 @@ class SharedDevice:
             self._changed.notify_all()  # one that waits for room to come in gives up
         # Gradients make room at once, being released without a copy.
         for block in sorted(going, key=lambda b: b.kind is not Kind.grads):
-            self._queue_out(owner[id(block)], block, done)
+            waiting.add(owner[id(block)], block)
+        for residency, group in waiting.take():
+            self._queue_out(residency, group, done)
 
-    def _queue_out(self, residency: RoleResidency, block: Block, computed: Callable[[], None]) -> None:
+    def _queue_out(self, residency: RoleResidency, blocks: Sequence[Block], computed: Callable[[], None]) -> None:
         assert self._lanes is not None
-        lane, before = self._lanes[1], block.moving
+        lane, before = self._lanes[1], _moves_of(blocks)
 
         def task() -> None:
-            if before is not None:
-                before.result()
-            if not block.on_device:
+            for move in before:
+                move.result()
+            leaving = [block for block in blocks if block.on_device]
+            if not leaving:
                 return
             computed()
-            with self._traced(COPY_OUT, residency, block) as args:
-                copied = residency.move_out(block, lane)
+            with self._traced(COPY_OUT, residency, leaving) as args:
+                copied = residency.move_out(leaving, lane)
                 args["bytes"] = copied
             with self._changed:
                 self._cost.bytes_out += copied
-                self._use(-block.num_bytes)
+                self._use(-sum(block.num_bytes for block in leaving))
 
-        block.moving = lane.submit(task)
+        _set_moves(blocks, lane.submit(task))
 
     def _bring_in(self, role: str, blocks: Sequence[Block]) -> None:
         coming = [block for block in blocks if not block.wanted]
         order = (Kind.params, Kind.grads, Kind.main_params, Kind.moments)
+        waiting = _Groups(self._group_bytes)
         for block in sorted(coming, key=lambda b: order.index(b.kind)):
             block.wanted = True
-            self._queue_in(self.roles[role], block)
+            waiting.add(self.roles[role], block)
+        for residency, group in waiting.take():
+            self._queue_in(residency, group)
 
-    def _queue_in(self, residency: RoleResidency, block: Block) -> None:
+    def _queue_in(self, residency: RoleResidency, blocks: Sequence[Block]) -> None:
         assert self._lanes is not None
-        lane, before = self._lanes[0], block.moving
+        lane, before = self._lanes[0], _moves_of(blocks)
+
+        def coming() -> list[Block]:
+            return [block for block in blocks if block.wanted and not block.on_device]
 
         def task() -> None:
-            if before is not None:
-                before.result()
+            for move in before:
+                move.result()
             with self._changed:
-                self._changed.wait_for(lambda: not block.wanted or self._in_use + block.num_bytes <= self.limit)
-                if not block.wanted or block.on_device:
+                self._changed.wait_for(lambda: self._in_use + sum(b.num_bytes for b in coming()) <= self.limit)
+                admitted = coming()
+                if not admitted:
                     return
-                self._use(block.num_bytes)
-            with self._traced(COPY_IN, residency, block) as args:
-                copied = residency.move_in(block, lane)
+                self._use(sum(block.num_bytes for block in admitted))
+            with self._traced(COPY_IN, residency, admitted) as args:
+                copied = residency.move_in(admitted, lane)
                 args["bytes"] = copied
             with self._changed:
                 self._cost.bytes_in += copied
 
-        block.moving = lane.submit(task)
+        _set_moves(blocks, lane.submit(task))
 
-    def _traced(self, lane: str, residency: RoleResidency, block: Block) -> contextlib.AbstractContextManager[Args]:
-        name = f"{residency.role} {block.kind.value}"
-        return self.trace.span(lane, name, role=residency.role, kind=block.kind.value, bytes=0, blocks=1)
+    @property
+    def _group_bytes(self) -> int:
+        return min(GROUP_BYTES, self.limit // GROUPS_OF_A_TURN)
+
+    def _traced(
+        self, lane: str, residency: RoleResidency, blocks: Sequence[Block]
+    ) -> contextlib.AbstractContextManager[Args]:
+        kind = blocks[0].kind.value
+        return self.trace.span(
+            lane, f"{residency.role} {kind}", role=residency.role, kind=kind, bytes=0, blocks=len(blocks)
+        )
 
     def _use(self, num_bytes: int) -> None:
         """Account; the caller holds the condition."""
@@ -299,7 +324,7 @@ class SharedDevice:
 
     def _wait(self, blocks: Sequence[Block]) -> None:
         """Let the caller stand still until the last move of each block is done."""
-        pending: list[Future[None]] = [block.moving for block in blocks if block.moving is not None]
+        pending = _moves_of(blocks)
         if not pending:
             return
         start = time.perf_counter()
@@ -353,3 +378,34 @@ class SharedDevice:
                 lane.close()
         for residency in self.roles.values():
             residency.unpin()
+
+
+class _Groups:
+    """Blocks of one role and kind that move together, in the order in which they were added."""
+
+    def __init__(self, num_bytes: int) -> None:
+        """``num_bytes``: of a group; a block that is larger is a group of its own."""
+        self._limit = num_bytes
+        self._groups: list[tuple[RoleResidency, list[Block]]] = []
+
+    def add(self, residency: RoleResidency, block: Block) -> None:
+        if self._groups:
+            owner, blocks = self._groups[-1]
+            fits = sum(b.num_bytes for b in blocks) + block.num_bytes <= self._limit
+            if owner is residency and blocks[0].kind is block.kind and fits:
+                blocks.append(block)
+                return
+        self._groups.append((residency, [block]))
+
+    def take(self) -> list[tuple[RoleResidency, list[Block]]]:
+        return self._groups
+
+
+def _moves_of(blocks: Sequence[Block]) -> list[Future[None]]:
+    """The last moves that were queued for these blocks, each once."""
+    return list({id(block.moving): block.moving for block in blocks if block.moving is not None}.values())
+
+
+def _set_moves(blocks: Sequence[Block], move: Future[None]) -> None:
+    for block in blocks:
+        block.moving = move

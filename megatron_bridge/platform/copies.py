@@ -7,7 +7,7 @@ events is the same, which is what the tests of everything above are run on.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
@@ -79,14 +79,19 @@ class CopyLane:
         """Queue a task; what it raises is raised by the future's ``result``."""
         return self._threads.submit(task)
 
-    def copy(self, target: Tensor, source: Tensor) -> None:
-        """Inside a task: copy and wait until it is done. Memory that the default stream just gave is written after its last use."""
+    def copy(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Inside a task: copy (target, source) pairs and wait until all are done.
+
+        Memory that the default stream just gave is written after its last use.
+        """
         if self._stream is None:
-            target.copy_(source)
+            for target, source in pairs:
+                target.copy_(source)
             return
         self._stream.wait_stream(torch.cuda.default_stream())
         with torch.cuda.stream(self._stream):
-            target.copy_(source, non_blocking=True)
+            for target, source in pairs:
+                target.copy_(source, non_blocking=True)
         self._stream.synchronize()
 
     def close(self) -> None:

@@ -111,6 +111,16 @@ def test_rollouts_are_dumped_with_the_weights_that_made_them(chain: Chain) -> No
         assert mean == pytest.approx(read_metrics(chain.run_dir("ppo"))[step]["reward/mean"], abs=1e-5)
 
 
+def test_forwards_begin_before_generation_ends(chain: Chain) -> None:
+    """Chunks of the engine's running batch of six, in the order of completion; the last one has what is left."""
+    steps = read_metrics(chain.run_dir("ppo"))
+    assert all(values["pipeline/num_chunks"] == 3 for values in steps.values())
+    assert any(values["pipeline/chunks_beside_generation"] >= 1 for values in steps.values())
+    for step in steps:
+        chunks = [row.chunk for row in records(chain, step)]
+        assert [chunks.count(chunk) for chunk in range(4)] == [6, 6, 4, 0]
+
+
 def test_layout_of_a_run_folder(chain: Chain) -> None:
     run_dir = chain.run_dir("ppo")
     checkpoints = run_dir / "checkpoints"
