@@ -230,7 +230,7 @@ class RolloutConfig:
     request_timeout_s: float = 600.0
     sync_timeout_s: float = 120.0
     max_restarts: int = 2  # of a server that died, before the run stops
-    verify_sync: bool = True  # compare the engine's log-probs of a golden prompt with the trainer's after every sync
+    verify_sync: bool = True  # after every sync compare checksums of the engine's parameters, and its log-probs of a golden prompt
     verify_sync_tolerance: float | None = None  # max |difference| in log-prob; None: 1e-3 (fp32), 0.15 (bf16)
     mismatch: MismatchConfig = field(default_factory=MismatchConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)

@@ -7,7 +7,9 @@ import hashlib
 import os
 import shutil
 import threading
+import time
 from collections.abc import Coroutine, Iterator
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from types import TracebackType
@@ -21,7 +23,7 @@ from hetero_ppo.errors import RunError
 from hetero_ppo.observability.progress import progress
 from hetero_ppo.rollout.pool import Member, ServerPool, gather_all
 from hetero_ppo.rollout.server import ServerSpec, VllmServer, server_threads, sleeps
-from hetero_ppo.rollout.weight_sync import remove_weights, shared_memory_dir, write_weights
+from hetero_ppo.rollout.weight_sync import SyncStats, remove_weights, shared_memory_dir, write_weights
 from hetero_ppo.types import OnResponse, Response
 
 T = TypeVar("T")
@@ -112,6 +114,7 @@ class VllmEngine:
         )
         self._log_dir = Path(run_dir).resolve() / "rollout"
         self._initial_version = initial_version
+        self.last_sync: SyncStats | None = None  # None before the first sync
         self._num_syncs = 0
         self._sleeps = sleeps(config, cuda=self._spec.cuda)
         self._state = EngineState.awake
@@ -268,7 +271,7 @@ class VllmEngine:
             raise RuntimeError(f"{what}: the rollout engine is {self._state.value}; wake it before")
 
     def sync_weights(self, tensors: Iterator[tuple[str, Tensor]], version: str) -> None:
-        """Replaces the servers' weights.
+        """Replaces the servers' weights; ``last_sync`` says what it took.
 
         Args:
             tensors: (Hugging Face name, full tensor) of the whole model; tied tensors may be left out. Read once, in order.
@@ -276,18 +279,21 @@ class VllmEngine:
 
         Raises:
             ValueError: a tensor is missing, unknown, comes twice, or has the wrong shape; the servers keep their old weights.
-            RuntimeError: a server failed; nothing is left running.
+            RuntimeError: a server failed, or its parameters hold other bytes than were sent; nothing is left running.
         """
         self._require(EngineState.weights, "weight sync")
         pool = self._started_pool()
         self._num_syncs += 1
+        start = time.perf_counter()
         files = write_weights(self._private_dir / f"weights_{self._num_syncs}", tensors, version, self.dtype)
+        written = time.perf_counter()
         previous = pool.files
         try:
-            self._run(pool.load(files))
+            checksum_s = self._run(pool.load(files))
         except ValueError:
             remove_weights(files)
             raise
+        self.last_sync = SyncStats(files.num_bytes, time.perf_counter() - start, written - start, checksum_s)
         self._weights_dropped = False
         if previous is not None:
             remove_weights(previous)
@@ -324,8 +330,10 @@ class VllmEngine:
         tolerance = self.config.verify_sync_tolerance
         if tolerance is None:
             tolerance = SYNC_TOLERANCE[self.dtype]
-        largest = 0.0
+        largest, start = 0.0, time.perf_counter()
         found = self._prompt_log_probs(token_ids, self._started_pool().members)
+        if self.last_sync is not None:
+            self.last_sync = replace(self.last_sync, golden_s=time.perf_counter() - start)
         for server, engine_log_probs in zip(self.servers, found, strict=True):
             pairs = zip(engine_log_probs, log_probs, strict=True)
             difference, position = max((abs(a - b), t) for t, (a, b) in enumerate(pairs))

@@ -73,6 +73,7 @@ class ServerPool:
         self.start_timeout_s = start_timeout_s
         self.sync_timeout_s = sync_timeout_s
         config = servers[0].spec.config
+        self.verify_sync = config.verify_sync
         self._slots = asyncio.Semaphore(QUEUE_FACTOR * config.max_num_seqs * len(servers))
 
     @property
@@ -112,7 +113,7 @@ class ServerPool:
             await member.client.wait_ready(self.start_timeout_s)
             if self.files is not None:
                 await stage(member.client, self.files, self.sync_timeout_s)
-                await swap(member.client, self.files, self.sync_timeout_s)
+                await swap(member.client, self.files, self.sync_timeout_s, verify=self.verify_sync)
             elif self.initial_version is not None:
                 body = {"new_version": self.initial_version}
                 await member.client.post(phase, "/update_weight_version", self.sync_timeout_s, body)
@@ -163,25 +164,30 @@ class ServerPool:
             finally:
                 member.in_flight -= 1
 
-    async def load(self, files: WeightFiles) -> None:
+    async def load(self, files: WeightFiles) -> float:
         """Gives all servers new weights. They are checked by every server before the first one changes.
+
+        Returns:
+            Seconds the slowest server spent on checksums.
 
         Raises:
             ValueError: the tensors do not fit the model; the servers keep their old weights.
             RuntimeError: a server answered with an error, not in time, or died too often.
         """
-        await gather_all(
+        staged_s = await gather_all(
             [
                 self.call(member, "weight sync", lambda client: stage(client, files, self.sync_timeout_s))
                 for member in self.members
             ]
         )
         self.files = files  # a server that is restarted from here on starts with them
-        await gather_all([self._swap(member, files) for member in self.members])
+        loaded_s = await gather_all([self._swap(member, files) for member in self.members])
+        return max(map(sum, zip(staged_s, loaded_s, strict=True)))
 
-    async def _swap(self, member: Member, files: WeightFiles) -> None:
+    async def _swap(self, member: Member, files: WeightFiles) -> float:
         starts = member.starts
         try:
-            await swap(member.client, files, self.sync_timeout_s)
+            return await swap(member.client, files, self.sync_timeout_s, verify=self.verify_sync)
         except ServerDied as error:
             await self._restart(member, starts, "weight sync", error)
+            return 0.0

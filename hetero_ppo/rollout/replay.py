@@ -18,6 +18,7 @@ from typing import Any, Self
 from torch import Tensor
 
 from hetero_ppo.config.schema import SamplingConfig
+from hetero_ppo.rollout.weight_sync import SyncStats
 from hetero_ppo.types import OnResponse, Response, Rollout
 
 FILE_NAME = re.compile(r"step_(\d+)\.jsonl")
@@ -188,6 +189,7 @@ class ReplayEngine:
             )
         self._steps = [step for step in steps if first_step is None or step >= first_step]
         self.version: str | None = None
+        self.last_sync: SyncStats | None = None  # none ever takes place
 
     def __enter__(self) -> Self:
         return self

@@ -1,9 +1,9 @@
 """Carries the actor's weights to running servers through files in shared memory.
 
 A sync writes the tensors, as they come, into safetensors shards of a new directory (mode 0700, in /dev/shm where there is one),
-lets every server check them (names, shapes, checksums), and only then pauses the servers, swaps the weights, drops the prefix
-cache, sets the weight version and resumes. The last version's files stay until the next one is in place: a server that has to be
-restarted gets them again.
+lets every server check them (names, shapes, checksums), and only then pauses the servers, swaps the weights, compares what the
+servers' parameters hold with the checksums, drops the prefix cache, sets the weight version and resumes. The last version's files
+stay until the next one is in place: a server that has to be restarted gets them again.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 from hetero_ppo.config.schema import Dtype
 from hetero_ppo.errors import RunError
 from hetero_ppo.rollout.client import ServerClient
-from hetero_ppo.rollout.worker_extension import tensor_bytes, tensor_checksum
+from hetero_ppo.rollout.tensor_bytes import tensor_bytes, tensor_checksum
 
 SHARD_BYTES = 512 * 2**20
 TORCH_DTYPE = {Dtype.fp32: torch.float32, Dtype.bf16: torch.bfloat16}
@@ -37,6 +37,30 @@ class WeightFiles:
     version: str
     paths: list[Path]
     checksums: dict[str, str]  # tensor name -> SHA-256 of its bytes
+    num_bytes: int  # of all tensors, in the engine's dtype
+
+
+@dataclass(frozen=True)
+class SyncStats:
+    """What the last weight sync took."""
+
+    num_bytes: int  # of the model in the engine's dtype, once however many servers took it
+    seconds: float  # from the first tensor asked for to the last server answering prompts again
+    write_s: float  # of them, taking the tensors from the trainer, hashing and writing them
+    checksum_s: float  # of them, the slowest server's own checksums
+    golden_s: float = 0.0  # after them, the golden prompt on all servers; 0: not asked
+
+    @property
+    def gb_s(self) -> float:
+        """Bytes of the model over all of the seconds, GB/s."""
+        return self.num_bytes / self.seconds / 1e9
+
+    def metrics(self) -> dict[str, float]:
+        return {
+            "rollout/sync_s": self.seconds,
+            "rollout/sync_gb_s": self.gb_s,
+            "rollout/verify_s": self.checksum_s + self.golden_s,
+        }
 
 
 def shared_memory_dir() -> Path:
@@ -85,23 +109,23 @@ def write_weights(directory: Path, tensors: Iterator[tuple[str, Tensor]], versio
     partial = directory.with_name(directory.name + ".partial")
     partial.mkdir(mode=0o700)
     try:
-        shards = _write_shards(partial, tensors, version, TORCH_DTYPE[dtype])
+        shards, num_bytes = _write_shards(partial, tensors, version, TORCH_DTYPE[dtype])
     except BaseException:
         shutil.rmtree(partial)
         raise
     partial.rename(directory)
     checksums = {name: digest for shard in shards.values() for name, digest in shard.items()}
-    return WeightFiles(version, [directory / name for name in shards], checksums)
+    return WeightFiles(version, [directory / name for name in shards], checksums, num_bytes)
 
 
 def _write_shards(
     directory: Path, tensors: Iterator[tuple[str, Tensor]], version: str, dtype: torch.dtype
-) -> dict[str, dict[str, str]]:
-    """File name -> tensor name -> checksum."""
+) -> tuple[dict[str, dict[str, str]], int]:
+    """File name -> tensor name -> checksum, and the bytes of all tensors."""
     shards: dict[str, dict[str, str]] = {}
     seen: set[str] = set()
     shard: dict[str, Tensor] = {}
-    shard_bytes = 0
+    shard_bytes = num_bytes = 0
 
     def flush() -> None:
         file_name = f"shard_{len(shards):05d}.safetensors"
@@ -113,7 +137,8 @@ def _write_shards(
             raise ValueError(f"weight sync {version!r}: tensor {name!r} comes twice in the stream")
         seen.add(name)
         shard[name] = tensor.detach().to(device="cpu", dtype=dtype).contiguous()
-        shard_bytes += shard[name].numel() * shard[name].element_size()
+        tensor_size = shard[name].numel() * shard[name].element_size()
+        shard_bytes, num_bytes = shard_bytes + tensor_size, num_bytes + tensor_size
         if shard_bytes >= SHARD_BYTES:
             flush()
             shard_bytes = 0
@@ -121,15 +146,18 @@ def _write_shards(
         raise ValueError(f"weight sync {version!r}: the stream has no tensors")
     if shard:
         flush()
-    return shards
+    return shards, num_bytes
 
 
 def remove_weights(files: WeightFiles) -> None:
     shutil.rmtree(files.paths[0].parent)
 
 
-async def stage(client: ServerClient, files: WeightFiles, timeout_s: float) -> None:
+async def stage(client: ServerClient, files: WeightFiles, timeout_s: float) -> float:
     """Lets a server read and check the files; its weights stay as they are.
+
+    Returns:
+        Seconds the server's slowest worker spent on checksums.
 
     Raises:
         ValueError: a tensor is missing, unknown, or of the wrong shape.
@@ -151,14 +179,37 @@ async def stage(client: ServerClient, files: WeightFiles, timeout_s: float) -> N
             raise RunError(
                 f"weight sync {files.version!r}: {client.server.name} read other bytes than were written for {wrong[:8]}"
             )
+    return max(result["verify_s"] for result in results)
 
 
-async def swap(client: ServerClient, files: WeightFiles, timeout_s: float) -> None:
-    """Puts staged weights in place and drops everything that was computed with the old ones."""
+async def swap(client: ServerClient, files: WeightFiles, timeout_s: float, *, verify: bool) -> float:
+    """Puts staged weights in place and drops everything that was computed with the old ones.
+
+    Args:
+        client: of a server that has staged ``files``.
+        files: the new weights.
+        timeout_s: deadline of every one of the calls.
+        verify: compare the checksums of what the server's parameters hold afterwards with those of ``files``.
+
+    Returns:
+        Seconds the server's slowest worker spent on checksums.
+
+    Raises:
+        RuntimeError: the parameters hold something else, or the prefix cache could not be dropped.
+    """
+    phase = f"weight sync {files.version!r}"
     await client.post("weight sync", "/pause?mode=wait", timeout_s)
-    await client.call_worker("weight sync", "hetero_ppo_load_staged", timeout_s)
+    results = await client.call_worker("weight sync", "hetero_ppo_load_staged", timeout_s, verify=verify)
+    for rank, result in enumerate(results):
+        for found, what in (("wrong", "hold other bytes than were sent for"), ("unread", "were not found to hold")):
+            if result[found]:
+                raise RunError(
+                    f"{phase}: the parameters of {client.server.name} (tensor-parallel rank {rank}) {what} "
+                    f"{result[found][:8]}, {len(result[found])} in all"
+                )
     reset = await client.post("weight sync", "/reset_prefix_cache", timeout_s)
     if not reset["success"]:
-        raise RunError(f"weight sync {files.version!r}: {client.server.name} could not reset its prefix cache")
+        raise RunError(f"{phase}: {client.server.name} could not reset its prefix cache")
     await client.post("weight sync", "/update_weight_version", timeout_s, {"new_version": files.version})
     await client.post("weight sync", "/resume", timeout_s)
+    return max(result["verify_s"] for result in results)

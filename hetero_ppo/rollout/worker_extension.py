@@ -3,13 +3,12 @@
 The trainer writes safetensors files and calls these methods over ``/collective_rpc`` with plain JSON arguments; nothing is ever
 unpickled. Two calls, because an update that fails half-way leaves vLLM's model unusable: ``hetero_ppo_stage_weights`` opens the
 files, checks names and shapes against the model's Hugging Face layout and returns a checksum per tensor, with the old weights
-untouched; ``hetero_ppo_load_staged`` puts them in place.
+untouched; ``hetero_ppo_load_staged`` puts them in place and compares what the engine's parameters then hold with these checksums.
 """
 
 from __future__ import annotations
 
-import ctypes
-import hashlib
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -17,21 +16,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-
-def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous CPU tensor, which must outlive the view.
-
-    Not by way of numpy: ``Tensor.numpy`` marks the storage as never to be resized, and these are views of live parameters,
-    whose storage is released when their role leaves the device.
-    """
-    assert tensor.is_contiguous() and tensor.device.type == "cpu"
-    num_bytes = tensor.numel() * tensor.element_size()
-    return memoryview((ctypes.c_ubyte * num_bytes).from_address(tensor.data_ptr())).cast("B")
-
-
-def tensor_checksum(tensor: Tensor) -> str:
-    """SHA-256 of a contiguous CPU tensor's bytes."""
-    return hashlib.sha256(tensor_bytes(tensor)).hexdigest()
+from hetero_ppo.rollout.loaded_weights import NUM_HASH_THREADS, LoadedWeights
+from hetero_ppo.rollout.tensor_bytes import tensor_checksum
 
 
 def expected_shapes(hf_config: Any) -> tuple[dict[str, list[int]], set[str]]:
@@ -88,6 +74,7 @@ class WeightReceiver:
     """Mixed into vLLM's Worker; ``self`` is the worker. The names must not clash with the Worker's."""
 
     hetero_ppo_staged: dict[str, Tensor] | None = None
+    hetero_ppo_checksums: dict[str, str] | None = None  # of the staged tensors
     #: What the first sync found: building the model's skeleton takes longer than checking the tensors.
     hetero_ppo_expected: tuple[dict[str, list[int]], set[str]] | None = None
 
@@ -95,8 +82,8 @@ class WeightReceiver:
         """Reads and checks the tensors of safetensors files.
 
         Returns:
-            ``{"problems": [...], "checksums": {name: sha256}}``; tensors are kept for ``hetero_ppo_load_staged`` when there is
-            no problem.
+            ``{"problems": [...], "checksums": {name: sha256}, "verify_s": seconds}``, the last of them for the checksums;
+            tensors are kept for ``hetero_ppo_load_staged`` when there is no problem.
         """
         tensors: dict[str, Tensor] = {}
         for path in paths:
@@ -106,13 +93,22 @@ class WeightReceiver:
         if self.hetero_ppo_expected is None:
             self.hetero_ppo_expected = expected_shapes(self.model_config.hf_config)
         problems = find_problems(tensors, *self.hetero_ppo_expected)
-        with ThreadPoolExecutor(max_workers=4) as pool:  # hashing releases the GIL
-            checksums = dict(zip(tensors, pool.map(tensor_checksum, tensors.values())))
+        start = time.perf_counter()
+        with ThreadPoolExecutor(max_workers=NUM_HASH_THREADS) as pool:
+            checksums = dict(zip(tensors, pool.map(tensor_checksum, tensors.values()), strict=True))
+        seconds = time.perf_counter() - start
         self.hetero_ppo_staged = None if problems else tensors
-        return {"problems": problems, "checksums": checksums}
+        self.hetero_ppo_checksums = None if problems else checksums
+        return {"problems": problems, "checksums": checksums, "verify_s": seconds}
 
-    def hetero_ppo_load_staged(self) -> dict[str, Any]:
+    def hetero_ppo_load_staged(self, verify: bool) -> dict[str, Any]:
         """Replaces the model's weights with the staged ones.
+
+        Args:
+            verify: compare what lies in the model's parameters with the staged tensors' checksums.
+
+        Returns:
+            ``{"wrong": names, "unread": names, "verify_s": seconds}``: tensors that the parameters hold otherwise, and not at all.
 
         Raises:
             RuntimeError: nothing is staged.
@@ -120,6 +116,24 @@ class WeightReceiver:
         tensors, self.hetero_ppo_staged = self.hetero_ppo_staged, None
         if tensors is None:
             raise RuntimeError("no weights are staged: call hetero_ppo_stage_weights first")
+        if not verify:
+            self._hetero_ppo_load(tensors)
+            return {"wrong": [], "unread": [], "verify_s": 0.0}
+        from vllm.distributed import get_tensor_model_parallel_rank
+
+        loaded = LoadedWeights(
+            self.get_model(),
+            tensors,
+            self.hetero_ppo_checksums,
+            rank=get_tensor_model_parallel_rank(),
+            size=self.parallel_config.tensor_parallel_size,
+            cpu=self.device.type == "cpu",
+        )
+        with loaded.watching():
+            self._hetero_ppo_load(tensors)
+        return {"wrong": loaded.wrong, "unread": loaded.unread, "verify_s": loaded.seconds}
+
+    def _hetero_ppo_load(self, tensors: dict[str, Tensor]) -> None:
         if self.device.type == "cpu":
             repack_experts(self.get_model())
         self.reload_weights(weights_iterator=iter(tensors.items()))
@@ -128,4 +142,3 @@ class WeightReceiver:
             # matrix it loads the input side alone: without this, logits are those of the first weights for ever.
             head = self.get_model().lm_head
             head.quant_method.process_weights_after_loading(head)
-        return {"loaded": len(tensors)}

@@ -217,13 +217,13 @@ class PpoTrainer:
                 for _ in tensors:  # the stream is collective
                     pass
             log_probs = ppo_setup.golden_log_probs(self.actor, ids) if verify else []
-        if not verify:
-            return {}
-        self.turns.wake()
-        if self.engine is None:
-            return {}
-        with self.turns.at_work("golden prompt"):
-            return {"rollout/golden_log_prob_diff": self.engine.verify_sync(ids, log_probs)}
+        metrics: dict[str, float] = {}
+        if verify:
+            self.turns.wake()
+            if self.engine is not None:
+                with self.turns.at_work("golden prompt"):
+                    metrics["rollout/golden_log_prob_diff"] = self.engine.verify_sync(ids, log_probs)
+        return metrics | self.turns.sync_metrics()
 
     def _save(self, manager: CheckpointManager, step: int) -> None:
         roles = {"actor": self.roles.actor, "critic": self.roles.critic}

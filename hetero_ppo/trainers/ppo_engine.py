@@ -70,6 +70,12 @@ class EngineTurns:
                 self.engine.sleep()
         self._barrier()
 
+    def sync_metrics(self) -> dict[str, float]:
+        """Seconds and rate of the last weight sync, and what its proofs took; nothing on ranks without the engine."""
+        if self.engine is None or self.engine.last_sync is None:
+            return {}
+        return self.engine.last_sync.metrics()
+
     def at_work(self, name: str) -> contextlib.AbstractContextManager[Args]:
         """The engine's lane of the trace."""
         return self.device.trace.span(ENGINE, name)

@@ -29,6 +29,7 @@ PPO_METRICS = {
     *("reward/mean", "reward/std", "reward/with_kl_mean", "kl/reference", "kl/coef"),
     *("response_length/mean", "response_length/max", "response_length/clip_ratio"),
     *("rollout/log_prob_diff_mean", "rollout/log_prob_diff_max", "rollout/golden_log_prob_diff"),
+    *("rollout/sync_s", "rollout/sync_gb_s", "rollout/verify_s"),
 }
 PHASES = {"rollout", "experience", "train_critic", "train_actor", "weight_sync", "total"}
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
+import json
 import os
 import re
 import signal
@@ -12,8 +14,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +25,9 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hetero_ppo.config.schema import Dtype, RolloutConfig, SamplingConfig
+from hetero_ppo.errors import RunError
 from hetero_ppo.rollout.engine import VllmEngine
+from hetero_ppo.rollout.weight_sync import WeightFiles, stage, swap, write_weights
 from hetero_ppo.types import Response
 
 pytestmark = pytest.mark.slow
@@ -264,6 +269,62 @@ def test_new_weights_serve_after_a_sync(engine: VllmEngine) -> None:
     files = engine._started_pool().files.paths
     engine.sync_weights(weights(new), "step_2")
     assert not files[0].exists() and engine._started_pool().files.paths[0].exists()
+
+
+#: One tensor of each kind that the engine holds in its own way: fused, packed, padded, plain.
+CORRUPTED = (
+    "lm_head.weight",
+    "model.embed_tokens.weight",
+    "model.layers.1.self_attn.k_proj.weight",
+    "model.layers.2.mlp.down_proj.weight",
+    "model.layers.3.input_layernorm.weight",
+    "model.layers.3.mlp.up_proj.weight",
+)
+
+
+def flip_bits(files: WeightFiles, names: tuple[str, ...]) -> None:
+    """One bit of one element of each tensor, in the file."""
+    (path,) = files.paths
+    with open(path, "r+b") as file:
+        header_bytes = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(header_bytes))
+        for name in names:
+            position = 8 + header_bytes + header[name]["data_offsets"][0] + 40
+            file.seek(position)
+            (byte,) = file.read(1)
+            file.seek(position)
+            file.write(bytes([byte ^ 1]))
+
+
+def on_loop(engine: VllmEngine, call: Coroutine[Any, Any, Any]) -> Any:
+    """As the engine does it, but an error does not end the engine."""
+    return asyncio.run_coroutine_threadsafe(call, engine._loop).result()
+
+
+def test_corrupted_tensors_are_named_whether_they_arrived_so_or_were_loaded_so(
+    engine: VllmEngine, tmp_path: Path
+) -> None:
+    client = engine._started_pool().members[0].client
+    files = write_weights(tmp_path / "a", weights(make_model(5)), "bits lost on the way", Dtype.fp32)
+    flip_bits(files, CORRUPTED)
+    with pytest.raises(RunError, match="'bits lost on the way'.* read other bytes than were written for") as caught:
+        on_loop(engine, stage(client, files, 60.0))
+    assert str(list(CORRUPTED)) in str(caught.value)
+
+    files = write_weights(tmp_path / "b", weights(make_model(5)), "bits lost in loading", Dtype.fp32)
+    on_loop(engine, stage(client, files, 60.0))
+    flip_bits(files, CORRUPTED)  # the staged tensors are a view of the file
+    with pytest.raises(RunError, match="'bits lost in loading'.* hold other bytes than were sent for") as caught:
+        on_loop(engine, swap(client, files, 60.0, verify=True))
+    assert f"{list(CORRUPTED)}, {len(CORRUPTED)} in all" in str(caught.value)
+
+    engine.sync_weights(weights(make_model(1)), "step_2")  # as it was before
+    assert engine.verify_sync(PROMPTS[0], model_log_probs(make_model(1), PROMPTS[0]).tolist()) < 1e-4
+    num_bytes = 4 * sum(parameter.numel() for parameter in make_model(1).parameters())
+    sync = engine.last_sync
+    assert sync is not None and sync.num_bytes == num_bytes
+    assert sync.seconds > sync.write_s + sync.checksum_s and min(sync.write_s, sync.checksum_s, sync.golden_s) > 0
+    assert sync.metrics()["rollout/sync_gb_s"] == pytest.approx(num_bytes / sync.seconds / 1e9)
 
 
 def test_a_sleeping_engine_takes_weights_and_wakes_with_them(engine: VllmEngine) -> None:

@@ -15,7 +15,8 @@ from transformers import LlamaConfig, Qwen3Config, Qwen3MoeConfig, Qwen3MoeForCa
 from hetero_ppo.config.schema import Dtype
 from hetero_ppo.rollout import weight_sync
 from hetero_ppo.rollout.weight_sync import remove_weights, write_weights
-from hetero_ppo.rollout.worker_extension import WeightReceiver, expected_shapes, find_problems, tensor_checksum
+from hetero_ppo.rollout.tensor_bytes import tensor_checksum
+from hetero_ppo.rollout.worker_extension import WeightReceiver, expected_shapes, find_problems
 
 TINY = {
     "vocab_size": 16,
@@ -108,4 +109,4 @@ def test_every_wrong_tensor_is_named() -> None:
 
 def test_nothing_is_loaded_that_was_not_staged() -> None:
     with pytest.raises(RuntimeError, match="no weights are staged"):
-        WeightReceiver().hetero_ppo_load_staged()
+        WeightReceiver().hetero_ppo_load_staged(verify=True)
