@@ -397,6 +397,7 @@ def _check_sampling(field: str, sampling: SamplingConfig) -> None:
     _require(sampling.max_tokens >= 1, f"{field}.max_tokens", sampling.max_tokens, "at least 1 response token")
     for token in sampling.stop_token_ids:
         _require(token >= 0, f"{field}.stop_token_ids", sampling.stop_token_ids, "token ids are not negative")
+    _require(all(sampling.stop), f"{field}.stop", sampling.stop, "an empty text would end every response")
 
 
 def check_rollout_servers(config: PpoConfig, world_size: int) -> None:

@@ -204,6 +204,7 @@ class SamplingConfig:
     max_tokens: int = 128  # response tokens
     ignore_eos: bool = False
     stop_token_ids: list[int] = field(default_factory=list)  # beside the tokenizer's end-of-sequence token
+    stop: list[str] = field(default_factory=list)  # texts; the token that completes one is the response's last
 
 
 @dataclass

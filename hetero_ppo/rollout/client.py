@@ -141,7 +141,11 @@ class ServerClient:
             # The server's own idea of the end-of-sequence token takes no part: ours is in stop_token_ids.
             "ignore_eos": True,
             "logprobs": 0,  # of the sampled token alone
-            "detokenize": False,
+            # Text is made only where a stop string is looked for in it; special tokens are no part of it.
+            "detokenize": bool(sampling.stop),
+            "stop": sampling.stop,
+            "skip_special_tokens": True,
+            "spaces_between_special_tokens": True,
         }
         body = {"model": SERVED_MODEL_NAME, "token_ids": prompt, "sampling_params": params}
         answer = await self.post("generate", "/inference/v1/generate", timeout_s, body)

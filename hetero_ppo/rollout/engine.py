@@ -85,7 +85,7 @@ class VllmEngine:
         eos_token_ids: they end a response, unless ``sampling.ignore_eos``.
         initial_version: label of the weights in ``model_path``. None: the folder has config.json alone; the servers start with
             random weights and refuse to generate before the first sync.
-
+        tokenizer_path: Hugging Face folder of the tokenizer, for stop strings; None: ``sampling.stop`` is refused.
     """
 
     def __init__(
@@ -98,6 +98,7 @@ class VllmEngine:
         max_model_len: int,
         eos_token_ids: list[int],
         initial_version: str | None = "initial",
+        tokenizer_path: str | None = None,
     ):
         self.config = config
         self.dtype = dtype if config.dtype is None else config.dtype
@@ -111,6 +112,7 @@ class VllmEngine:
             cuda=torch.cuda.is_available(),
             config=config,
             threads=server_threads(config, len(os.sched_getaffinity(0))),
+            tokenizer_path=None if tokenizer_path is None else str(Path(tokenizer_path).resolve()),
         )
         self._log_dir = Path(run_dir).resolve() / "rollout"
         self._initial_version = initial_version
@@ -198,11 +200,13 @@ class VllmEngine:
             For each prompt, in order, its n responses.
 
         Raises:
-            ValueError: a prompt is empty or too long.
+            ValueError: a prompt is empty or too long, or there are stop strings and no tokenizer.
             RuntimeError: a server failed beyond ``max_restarts``; nothing is left running.
         """
         limits = [sampling.max_tokens] * len(prompts) if max_tokens is None else max_tokens
         check_prompts(prompts, limits, self.max_model_len)
+        if sampling.stop and self._spec.tokenizer_path is None:
+            raise ValueError(f"generate: sampling.stop={sampling.stop} needs a tokenizer; give the engine tokenizer_path")
         self._require(EngineState.awake, "generate")
         pool = self._started_pool()
         if pool.version is None:

@@ -58,6 +58,7 @@ class ServerSpec:
     cuda: bool
     config: RolloutConfig
     threads: int  # OMP threads (CPU)
+    tokenizer_path: str | None = None  # for stop strings; None: the servers know token ids alone
 
 
 def sleeps(config: RolloutConfig, *, cuda: bool) -> bool:
@@ -80,7 +81,8 @@ def command_line(spec: ServerSpec, socket_path: Path) -> list[str]:
     command += ["--dtype", VLLM_DTYPE[spec.dtype], "--max-model-len", str(spec.max_model_len)]
     command += ["--max-num-seqs", str(config.max_num_seqs), "--tensor-parallel-size", str(config.tensor_parallel)]
     command += ["--generation-config", "vllm", "--logprobs-mode", "processed_logprobs", "--enable-scale-out"]
-    command += ["--skip-tokenizer-init", "--disable-uvicorn-access-log", "--disable-log-stats"]
+    command += ["--disable-uvicorn-access-log", "--disable-log-stats"]
+    command += ["--skip-tokenizer-init"] if spec.tokenizer_path is None else ["--tokenizer", spec.tokenizer_path]
     command += ["--worker-extension-cls", "hetero_ppo.rollout.worker_extension.WeightReceiver"]
     if not spec.load_weights:
         command += ["--load-format", "dummy"]

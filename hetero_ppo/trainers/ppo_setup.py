@@ -13,7 +13,7 @@ from hetero_ppo.algorithms.kl import build_kl_controller
 from hetero_ppo.algorithms.rewards import RunningMoments
 from hetero_ppo.config.derived import PpoBatching, derive_ppo
 from hetero_ppo.config.schema import OldLogProbs, PpoConfig, RewardSource
-from hetero_ppo.data.chat_template import TextEncoder, load_text_encoder
+from hetero_ppo.data.chat_template import TextEncoder, load_text_encoder, tokenizer_folder
 from hetero_ppo.data.collate import collate_prompts
 from hetero_ppo.data.dataset import Dataset
 from hetero_ppo.data.prompts import PromptExample, load_prompts
@@ -146,6 +146,7 @@ def begin_engine(config: PpoConfig, run: Run, data: PpoData, start: int) -> Star
         return StartingEngine(ReplayEngine(Path(config.train.replay_rollouts), start + 1)).begin()
     sampling = config.rollout.sampling
     longest = config.data.max_prompt_tokens + max(sampling.max_tokens, config.rollout.eval_sampling.max_tokens)
+    has_stops = bool(sampling.stop or config.rollout.eval_sampling.stop)
     engine = VllmEngine(
         config.rollout,
         model_path=config.actor.model.path,
@@ -155,6 +156,7 @@ def begin_engine(config: PpoConfig, run: Run, data: PpoData, start: int) -> Star
         eos_token_ids=[data.encoder.eos_token_id],
         # An engine that sleeps gets its first weights by a sync like all others, so that it can drop them.
         initial_version=None if sleeps(config.rollout, cuda=platform.HAS_CUDA) else "step0",
+        tokenizer_path=tokenizer_folder(config.actor.model) if has_stops else None,  # starting takes longer with one
     )
     return StartingEngine(engine).begin()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import http.client
 import json
 import os
@@ -22,7 +23,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hetero_ppo.config.schema import Dtype, RolloutConfig, SamplingConfig
 from hetero_ppo.errors import RunError
@@ -109,6 +110,7 @@ def engine(
         run_dir=tmp_path_factory.mktemp("run"),
         max_model_len=MAX_MODEL_LEN,
         eos_token_ids=[EOS],
+        tokenizer_path=str(model_path),
     ) as running:
         yield running
 
@@ -213,6 +215,28 @@ def test_responses_end_at_eos_and_stop_tokens(engine: VllmEngine) -> None:
     for long, short in zip(free, at_eos, strict=True):
         end = long.token_ids.index(EOS) + 1 if EOS in long.token_ids else 200
         assert short.token_ids == long.token_ids[:end] and short.finish_reason == ("stop" if end < 200 else "length")
+
+
+def test_responses_end_with_the_token_that_completes_a_stop_string(
+    engine: VllmEngine, model_path: Path
+) -> None:
+    """The text is the tokenizer's, and the tokens before the end are those of a response without stop strings."""
+    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    stops = ["t5", "9 t2"]  # the first is within t5, t50..t59; the second needs two tokens, t?9 and t2 or t20..t29
+    free = engine.generate(PROMPTS, FREE, n=4, seed=2)
+    stopped = engine.generate(PROMPTS, dataclasses.replace(FREE, stop=stops), n=4, seed=2)
+    reasons = []
+    for group, short_group in zip(free, stopped, strict=True):
+        for long, short in zip(group, short_group, strict=True):
+            texts = [tokenizer.decode(long.token_ids[: end + 1]) for end in range(len(long.token_ids))]
+            ends = [end for end, text in enumerate(texts) if any(stop in text for stop in stops)]
+            kept = ends[0] + 1 if ends else len(texts)
+            assert short.token_ids == long.token_ids[:kept] and short.finish_reason == ("stop" if ends else "length")
+            assert short.log_probs == pytest.approx(long.log_probs[:kept], abs=1e-4)
+            reasons += [next(stop for stop in stops if stop in texts[ends[0]])] if ends else []
+    assert set(reasons) == set(stops)
+    at_eos = engine.generate(PROMPTS, SamplingConfig(max_tokens=24, stop=stops), n=4, seed=2)
+    assert all(EOS not in r.token_ids[:-1] for group in at_eos for r in group)
 
 
 def test_the_server_answers_its_owner_alone(engine: VllmEngine) -> None:

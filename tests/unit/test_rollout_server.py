@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 
-from hetero_ppo.config.schema import Dtype, RolloutConfig
-from hetero_ppo.rollout.engine import check_prompts, response_seed
+from hetero_ppo.config.schema import Dtype, RolloutConfig, SamplingConfig
+from hetero_ppo.rollout.engine import VllmEngine, check_prompts, response_seed
 from hetero_ppo.rollout.server import ServerSpec, VllmServer, command_line, environment, server_threads
 
 
@@ -27,6 +28,17 @@ def test_cpu_command_line() -> None:
     assert option(command, "--generation-config") == "vllm"
     assert option(command, "--logprobs-mode") == "processed_logprobs"
     assert "--enforce-eager" in command and "--gpu-memory-utilization" not in command and "--load-format" not in command
+
+
+def test_servers_have_a_tokenizer_only_when_stop_strings_need_one() -> None:
+    assert "--skip-tokenizer-init" in command_line(make_spec(), Path("/run/0.sock"))
+    command = command_line(dataclasses.replace(make_spec(), tokenizer_path="/tokenizer"), Path("/run/0.sock"))
+    assert option(command, "--tokenizer") == "/tokenizer" and "--skip-tokenizer-init" not in command
+    engine = VllmEngine(
+        RolloutConfig(), model_path="m", dtype=Dtype.fp32, run_dir=Path("r"), max_model_len=64, eos_token_ids=[1]
+    )
+    with pytest.raises(ValueError, match="sampling.stop=.*needs a tokenizer"):
+        engine.generate([[1]], SamplingConfig(max_tokens=4, stop=["\n"]), n=1, seed=0)
 
 
 def test_cuda_command_line_compiles_and_takes_a_share_of_the_device() -> None:
