@@ -20,6 +20,9 @@ from megatron_bridge.families import Family, family_of
 from megatron_bridge.param_mapping import Dims, ExpertLayout, PipelineLayout, check_tensor_parallel, padded_vocab_size
 from megatron_bridge.rope import rope_frequencies, rope_parameters, set_attention_scaling
 
+#: Aligned log-probs sum over so many parts of the vocabulary, in their order: the tensor-parallel size has to divide it.
+VOCAB_PARTS = 4
+
 _REQUIRED_FIELDS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 #: Of a mixture of experts, beside them. transformers 5 writes num_local_experts where checkpoints had num_experts.
 _MOE_FIELDS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
@@ -39,6 +42,7 @@ class BridgeConfig:
     rope: dict[str, Any]  # keyword arguments of GPTModel
     inv_freq: Tensor  # [head_dim / 2] float32, installed by rope.install_rope
     attention_scaling: float  # factor on cosine and sine; set on `transformer` already
+    aligned: bool = False  # the layers of megatron_bridge.aligned
 
     @property
     def dims(self) -> Dims:
@@ -99,6 +103,7 @@ def bridge_config(
     sequence: bool = False,
     recompute: str | None = None,
     vocab_multiple: int = 1,
+    aligned: bool = False,
 ) -> BridgeConfig:
     """Map a Hugging Face config to a layout.
 
@@ -110,6 +115,7 @@ def bridge_config(
         sequence: sequence parallelism over the tensor-parallel ranks.
         recompute: activation recomputation: None, "selective" (the MLP, or the experts) or "full" (every layer).
         vocab_multiple: the vocabulary is padded to a multiple of vocab_multiple x tensor rows.
+        aligned: build the layers of ``megatron_bridge.aligned``; the padded vocabulary is then the same for every ``tensor``.
 
     Raises:
         ValueError: a setting of the checkpoint or of the layout that is not supported, with its name and value.
@@ -122,6 +128,9 @@ def bridge_config(
     check_tensor_parallel(tensor, heads=heads, num_query_groups=groups, ffn=None if moe else hf["intermediate_size"])
     _check_layout(hf, tensor, pipeline, virtual_pipeline, sequence)
     _check_experts(hf, moe, tensor, expert, sequence)
+    if aligned:
+        _check_aligned(hf, moe, tensor, context)
+        vocab_multiple *= VOCAB_PARTS // tensor
     parameters = rope_parameters(hf_config)
     inv_freq, attention_scaling = rope_frequencies(parameters, head_dim, hf["max_position_embeddings"])
     transformer = TransformerConfig(
@@ -158,6 +167,7 @@ def bridge_config(
         rope={"position_embedding_type": "rope", "rotary_percent": 1.0, "rotary_base": parameters["rope_theta"]},
         inv_freq=inv_freq,
         attention_scaling=attention_scaling,
+        aligned=aligned,
     )
 
 
@@ -283,6 +293,19 @@ def _check_layout(hf: dict[str, Any], tensor: int, pipeline: int, virtual_pipeli
             f"num_hidden_layers {hf['num_hidden_layers']} is not a multiple of pipeline {pipeline} x virtual_pipeline "
             f"{virtual_pipeline or 1} = {stages} stages; choose a divisor"
         )
+
+
+def _check_aligned(hf: dict[str, Any], moe: bool, tensor: int, context: int) -> None:
+    reasons = {
+        "runs on CPUs alone: on CUDA it needs products whose bits do not depend on the layout": platform.HAS_CUDA,
+        f"has no mixture of experts (model_type {hf['model_type']!r})": moe,
+        f"has no context parallelism (context {context})": context > 1,
+        f"needs tensor parallelism 1, 2 or 4, not {tensor}": VOCAB_PARTS % tensor != 0,
+        f"divides hidden_size {hf['hidden_size']} over {tensor} tensor-parallel ranks": hf["hidden_size"] % tensor != 0,
+    }
+    for reason, refused in reasons.items():
+        if refused:
+            raise ValueError(f"aligned {reason}; change that, or set aligned to false")
 
 
 def _check_experts(hf: dict[str, Any], moe: bool, tensor: int, expert: int, sequence: bool) -> None:

@@ -45,16 +45,20 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, weight, scale = ctx.saved_tensors
-        hidden = x.shape[-1]
-        weight32 = weight.float()
-        grad32 = grad.float()
-        normed = x.float() * scale
-        product = (grad32 * normed).view(-1, hidden)
-        grad_weight = product.sum(dim=0)
-        mean = torch.mv(product, weight32).div_(hidden).view_as(scale)
-        grad_x = (grad32 * weight32).addcmul_(normed, mean, value=-1).mul_(scale)
-        return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
+        return (*rms_norm_backward(grad, *ctx.saved_tensors), None)
+
+
+def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of x [..., hidden] and weight [hidden], from that of the norm and its ``scale`` [..., 1], r above."""
+    hidden = x.shape[-1]
+    weight32 = weight.float()
+    grad32 = grad.float()
+    normed = x.float() * scale
+    product = (grad32 * normed).reshape(-1, hidden)
+    grad_weight = product.sum(dim=0)
+    mean = torch.mv(product, weight32).div_(hidden).view_as(scale)
+    grad_x = (grad32 * weight32).addcmul_(normed, mean, value=-1).mul_(scale)
+    return grad_x.to(x.dtype), grad_weight.to(weight.dtype)
 
 
 def swiglu(gate_and_up: Tensor) -> Tensor:
@@ -108,10 +112,10 @@ class _RotaryCausalAttention(torch.autograd.Function):
         inputs = torch.empty(b, g, heads, s, d, dtype=torch.float32, device=mixed.device)
         inputs.copy_(mixed.permute(1, 2, 3, 0, 4))
         rotated = torch.empty(b, g, r + 1, s, d, dtype=torch.float32, device=mixed.device)
-        _rotate(inputs[:, :, : r + 1], cos, sin, 1.0, out=rotated)
+        rotate(inputs[:, :, : r + 1], cos, sin, 1.0, out=rotated)
         query, key, value = _products(rotated, inputs)
         causal = torch.full((s, s), -torch.inf, device=mixed.device).triu_(1).repeat(r, 1)
-        with _products_of(mixed.dtype):
+        with products_of(mixed.dtype):
             scores = torch.baddbmm(causal, query, key.transpose(1, 2), alpha=softmax_scale)
             probs = torch.softmax(scores, dim=-1)
             attended = torch.bmm(probs, value)
@@ -132,13 +136,13 @@ class _RotaryCausalAttention(torch.autograd.Function):
         grad_out = grad_out.copy_(grad.view(s, b, g, r, d).permute(1, 2, 3, 0, 4)).view(b * g, r * s, d)
         grad_inputs = torch.empty_like(inputs)
         grad_rotated = torch.empty_like(rotated)
-        with _products_of(ctx.dtype):
+        with products_of(ctx.dtype):
             grad_inputs[:, :, r + 1] = torch.bmm(probs.transpose(1, 2), grad_out).view(b, g, s, d)
             grad_scores = torch._softmax_backward_data(torch.bmm(grad_out, value.transpose(1, 2)), probs, -1, torch.float32)
             grad_scores.mul_(ctx.softmax_scale)
             grad_rotated[:, :, :r] = torch.bmm(grad_scores, key).view(b, g, r, s, d)
             grad_rotated[:, :, r] = torch.bmm(grad_scores.transpose(1, 2), query).view(b, g, s, d)
-        _rotate(grad_rotated, cos, sin, -1.0, out=grad_inputs[:, :, : r + 1])
+        rotate(grad_rotated, cos, sin, -1.0, out=grad_inputs[:, :, : r + 1])
         result = torch.empty(s, b, g, heads, d, dtype=ctx.dtype, device=grad.device)
         return result.copy_(grad_inputs.permute(3, 0, 1, 2, 4)), None, None, None
 
@@ -151,7 +155,7 @@ def _products(rotated: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return query, rotated[:, heads - 2], inputs.view(b * g, heads, s, d)[:, heads - 1]
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: float, out: Tensor) -> None:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: float, out: Tensor) -> None:
     """x cos + sign rotate_half(x) sin, where rotate_half((a, b)) = (-b, a); a rotation's gradient is that by -angle."""
     half = x.shape[-1] // 2
     sin = sin[:, :half]
@@ -161,7 +165,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: float, out: Tensor) -> No
 
 
 @contextmanager
-def _products_of(dtype: torch.dtype) -> Iterator[None]:
+def products_of(dtype: torch.dtype) -> Iterator[None]:
     """On a CPU float32 products inside may round their factors to bf16 where ``dtype`` is bf16, as kernels for GPUs do."""
     matmul = torch.backends.mkldnn.matmul
     before = matmul.fp32_precision

@@ -25,6 +25,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 
+from megatron_bridge.aligned.layers import aligned_decoder_spec, aligned_output_layer
+from megatron_bridge.aligned.rows import row_dot
 from megatron_bridge.config_mapping import BridgeConfig
 from megatron_bridge.layers import decoder_spec
 from megatron_bridge.rope import install_rope
@@ -113,9 +115,12 @@ class ScalarHead(MegatronModule):
     every layout starts from the same numbers.
     """
 
-    def __init__(self, config: TransformerConfig, groups: ProcessGroupCollection, seed: int) -> None:
+    def __init__(
+        self, config: TransformerConfig, groups: ProcessGroupCollection, seed: int, *, aligned: bool = False
+    ) -> None:
         super().__init__(config=config)
         self.tp_group = groups.tp
+        self.aligned = aligned
         self.sequence_parallel = config.sequence_parallel  # the input is a slice of the sequence
         generator = torch.Generator().manual_seed(seed)
         weight = torch.randn(1, config.hidden_size, generator=generator) / (config.hidden_size + 1) ** 0.5
@@ -129,6 +134,8 @@ class ScalarHead(MegatronModule):
             input_ = tensor_parallel.gather_from_sequence_parallel_region(
                 input_, tensor_parallel_output_grad=False, group=self.tp_group
             )
+        if self.aligned:
+            return row_dot(input_, self.weight[0]).unsqueeze(-1), None
         return F.linear(input_.float(), self.weight.float()), None
 
     def sharded_state_dict(
@@ -176,9 +183,10 @@ def _build_chunk(
     pre_process = is_vp_first_stage(vp_stage, vp_size) and is_pp_first_stage(groups.pp)
     post_process = is_vp_last_stage(vp_stage, vp_size) and is_pp_last_stage(groups.pp)
     num_layers = get_num_layers_to_build(config, vp_stage, groups.pp.rank())
+    layer_spec = aligned_decoder_spec if bridge.aligned else decoder_spec
     chunk = RoleModel(
         config=config,
-        transformer_layer_spec=decoder_spec(config, num_layers),
+        transformer_layer_spec=layer_spec(config, num_layers),
         vocab_size=bridge.padded_vocab_size,
         max_sequence_length=bridge.max_position_embeddings,
         pre_process=pre_process,
@@ -191,7 +199,10 @@ def _build_chunk(
     )
     install_rope(chunk, bridge)
     if post_process and head != "lm":
-        chunk.output_layer = ScalarHead(config, groups, init_seed)
+        chunk.output_layer = ScalarHead(config, groups, init_seed, aligned=bridge.aligned)
+    elif post_process and bridge.aligned:
+        chunk.output_layer = aligned_output_layer(config, chunk)
+        chunk.setup_embeddings_and_output_layer()
     if post_process:
         chunk.output_layer.register_forward_pre_hook(chunk.choose_head_rows)
     for name, parameter in chunk.named_parameters():

@@ -26,6 +26,7 @@ class Kind(Enum):
 
     REPLICATED = "replicated"
     ROW = "row"  # columns divided: the input dimension of a row-parallel layer
+    OUTPUT = "output"  # rows divided: what ROW is in an aligned model
     QKV = "qkv"
     GATE_UP = "gate_up"
     VOCAB = "vocab"
@@ -110,6 +111,8 @@ def shard(rule: Rule, dims: Dims, tensors: Sequence[Sliceable], tp_rank: int, tp
         return tensors[0][:]
     if rule.kind is Kind.ROW:
         return tensors[0][:, _block(rule.hf[0].shape(dims)[1], tp_rank, tp_size)]
+    if rule.kind is Kind.OUTPUT:
+        return tensors[0][_block(rule.hf[0].shape(dims)[0], tp_rank, tp_size)]
     if rule.kind is Kind.VOCAB:
         return _vocab_shard(dims, tensors[0], tp_rank, tp_size)
     parts = [t[_block(hf.shape(dims)[0], tp_rank, tp_size)] for t, hf in zip(tensors, rule.hf)]
@@ -136,6 +139,8 @@ def merge(rule: Rule, dims: Dims, shards: Sequence[Tensor]) -> list[Tensor]:
         return [shards[0]]
     if rule.kind is Kind.ROW:
         return [_cat(shards, dim=1)]
+    if rule.kind is Kind.OUTPUT:
+        return [_cat(shards, dim=0)]
     if rule.kind is Kind.VOCAB:
         return [_cat(shards, dim=0)[: dims.vocab]]
     if rule.kind is Kind.GATE_UP:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from torch.nn import Parameter
 
@@ -14,7 +15,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_bridge.config_mapping import BridgeConfig
 from megatron_bridge.families import decoder
-from megatron_bridge.param_mapping import Entry, entries
+from megatron_bridge.param_mapping import Entry, Kind, Rule, entries
 
 HEADS = ("lm", "value", "score")
 
@@ -31,7 +32,7 @@ def exported_entries(bridge: BridgeConfig, head: str) -> Iterator[Entry]:
     if head == "lm":
         output = None if bridge.tie_word_embeddings else decoder.LM_HEAD
     return entries(
-        bridge.family.layer_rules,
+        [_aligned(rule) for rule in bridge.family.layer_rules] if bridge.aligned else bridge.family.layer_rules,
         bridge.family.expert_rules,
         bridge.pipeline_layout,
         bridge.expert_layout,
@@ -39,6 +40,11 @@ def exported_entries(bridge: BridgeConfig, head: str) -> Iterator[Entry]:
         final_norm=decoder.FINAL_NORM,
         output=output,
     )
+
+
+def _aligned(rule: Rule) -> Rule:
+    """Aligned row-parallel layers divide their weights by outputs."""
+    return replace(rule, kind=Kind.OUTPUT) if rule.kind is Kind.ROW else rule
 
 
 def loaded_entries(bridge: BridgeConfig, head: str) -> list[Entry]:

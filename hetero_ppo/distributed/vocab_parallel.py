@@ -30,6 +30,7 @@ def vocab_parallel_log_probs(
     vocab_size: int,
     tp_group: dist.ProcessGroup | None,
     with_entropy: bool,
+    num_parts: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probability of each target under ``softmax(logits / temperature)``, and the entropy of that distribution.
 
@@ -48,6 +49,9 @@ def vocab_parallel_log_probs(
         tp_group: the role's tensor-parallel group; None is one rank.
         with_entropy: compute the entropy as well. Differentiable; detach it where it is only a metric, and the
             backward does no work for it.
+        num_parts: sum over so many equal parts of the columns, then over the parts in their order, so that the bits do not
+            depend on how many ranks there are. A multiple of their number that divides the columns; None: each rank's columns
+            are a part, and torch chooses the order of a single rank's.
 
     Returns:
         log_probs [...] and entropy [...] (None without ``with_entropy``), float32 (float64 for float64 logits), nats.
@@ -66,8 +70,13 @@ def vocab_parallel_log_probs(
             f"vocab_size is {vocab_size}, but the logits have {logits.shape[-1]} columns on each of {tp_size} "
             "tensor-parallel ranks: the model and the tokenizer do not belong together"
         )
+    if num_parts is not None and (num_parts % tp_size or logits.shape[-1] * tp_size % num_parts):
+        raise ValueError(
+            f"num_parts is {num_parts}: it has to be a multiple of the {tp_size} tensor-parallel ranks and to divide the "
+            f"{logits.shape[-1] * tp_size} columns; pad the vocabulary to a multiple of it"
+        )
     # Without gradients (no_grad, or logits that need none) autograd drops what forward() hands it to keep.
-    return _VocabParallelLogProbs.apply(logits, targets, temperature, vocab_size, tp_group, with_entropy)
+    return _VocabParallelLogProbs.apply(logits, targets, temperature, vocab_size, tp_group, with_entropy, num_parts)
 
 
 class _VocabParallelLogProbs(torch.autograd.Function):
@@ -85,8 +94,11 @@ class _VocabParallelLogProbs(torch.autograd.Function):
         vocab_size: int,
         tp_group: dist.ProcessGroup | None,
         with_entropy: bool,
+        num_parts: int | None,
     ) -> tuple[Tensor, Tensor | None]:
-        log_probs, entropy, log_sum_exp = _forward(logits, targets, temperature, vocab_size, tp_group, with_entropy)
+        log_probs, entropy, log_sum_exp = _forward(
+            logits, targets, temperature, vocab_size, tp_group, with_entropy, num_parts
+        )
         ctx.save_for_backward(logits, targets, log_sum_exp, entropy)
         ctx.temperature = temperature
         ctx.columns = _own_columns(logits.shape[-1], vocab_size, tp_group)
@@ -98,7 +110,7 @@ class _VocabParallelLogProbs(torch.autograd.Function):
     def backward(ctx: Any, grad_log_probs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Any, ...]:
         logits, targets, log_sum_exp, entropy = ctx.saved_tensors
         if grad_log_probs is None and grad_entropy is None:
-            return None, None, None, None, None, None
+            return None, None, None, None, None, None, None
         if grad_log_probs is None:
             grad_log_probs = torch.zeros_like(log_sum_exp)
         # Of log p_y and H with respect to the logits: the temperature divides once more.
@@ -110,7 +122,7 @@ class _VocabParallelLogProbs(torch.autograd.Function):
         grad_logits = _backward(
             logits, targets, log_sum_exp, entropy, grad_log_probs, grad_entropy, ctx.temperature, first, num_columns
         )
-        return grad_logits, None, None, None, None, None
+        return grad_logits, None, None, None, None, None, None
 
 
 def _forward(
@@ -120,12 +132,18 @@ def _forward(
     vocab_size: int,
     tp_group: dist.ProcessGroup | None,
     with_entropy: bool,
+    num_parts: int | None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """log_probs [...], entropy [...] or None, log of the softmax denominator [...]."""
     rows = logits.detach().reshape(-1, logits.shape[-1])
     first, num_columns = _own_columns(rows.shape[1], vocab_size, tp_group)
     rows, flat_targets = rows[:, :num_columns], targets.reshape(-1)
-    if tp_group is None or tp_group.size() == 1:
+    if num_parts is not None:
+        tp_size = 1 if tp_group is None else tp_group.size()
+        part = logits.shape[-1] * tp_size // num_parts
+        parts = [rows[:, start : start + part] for start in range(0, logits.shape[-1], part)]
+        results = _part_rows(parts, flat_targets - first, temperature, tp_group, with_entropy)
+    elif tp_group is None or tp_group.size() == 1:
         results = _one_rank_rows(rows, flat_targets, temperature, with_entropy)
     else:
         results = _split_rows(rows, flat_targets - first, temperature, tp_group, with_entropy)
@@ -180,6 +198,44 @@ def _split_rows(
     log_sum = sums[0].log()
     entropy = log_sum - sums[2] / sums[0] if with_entropy else None
     return sums[1] - log_sum, row_max + log_sum, entropy
+
+
+def _part_rows(
+    parts: list[Tensor], targets: Tensor, temperature: float, tp_group: dist.ProcessGroup | None, with_entropy: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """As ``_split_rows``, of this rank's parts [N, columns], with sums over every part and then over the parts in order."""
+    num_rows, dtype = targets.shape[0], _compute_dtype(parts[0])
+    row_max = torch.full((num_rows,), -torch.inf, dtype=dtype, device=targets.device)
+    for part in parts:
+        if part.shape[1]:
+            torch.maximum(row_max, part.amax(dim=1).to(dtype) / temperature, out=row_max)
+    if tp_group is not None:
+        dist.all_reduce(row_max, op=dist.ReduceOp.MAX, group=tp_group)
+    # of each part, the sums of _split_rows
+    sums = torch.zeros(len(parts), 3, num_rows, dtype=dtype, device=targets.device)
+    first = 0
+    for part, part_sums in zip(parts, sums):
+        num_columns = part.shape[1]
+        owned = (targets >= first) & (targets < first + num_columns)
+        columns = (targets - first).clamp(0, max(num_columns - 1, 0))[:, None]
+        first += num_columns
+        for rows_of in _row_slices(part) if num_columns else []:
+            shifted = _scaled(part[rows_of], temperature) - row_max[rows_of, None]
+            part_sums[1, rows_of] = shifted.gather(1, columns[rows_of]).squeeze(1).masked_fill_(~owned[rows_of], 0)
+            exp = shifted.exp()
+            part_sums[0, rows_of] = exp.sum(dim=1)
+            if with_entropy:
+                part_sums[2, rows_of] = exp.mul_(shifted).sum(dim=1)
+    if tp_group is not None and tp_group.size() > 1:
+        whole = [torch.empty_like(sums) for _ in range(tp_group.size())]
+        dist.all_gather(whole, sums, group=tp_group)
+        sums = torch.cat(whole)
+    total = sums[0]
+    for part_sums in sums[1:]:
+        total = total + part_sums
+    log_sum = total[0].log()
+    entropy = log_sum - total[2] / total[0] if with_entropy else None
+    return total[1] - log_sum, row_max + log_sum, entropy
 
 
 def _backward(

@@ -29,6 +29,7 @@ def role_bridge(config: RoleConfig, recompute: str | None = None) -> BridgeConfi
         expert=layout.expert,
         sequence=layout.sequence,
         recompute=recompute,
+        aligned=config.aligned,
     )
     # Micro-batches differ in length, and the last one in rows. The interleaved schedule deadlocks on gloo when stages
     # exchange shapes first: there micro-batches are padded to one shape instead.

@@ -23,11 +23,13 @@ from hetero_ppo.types import Microbatch
 SUM = 1.0
 
 
-def sft_loss_fn(vocab_size: int, groups: ProcessGroupCollection) -> LossFn:
-    """Negative log-likelihood of the answers' tokens."""
+def sft_loss_fn(vocab_size: int, groups: ProcessGroupCollection, num_parts: int | None = None) -> LossFn:
+    """Negative log-likelihood of the answers' tokens; arguments as for ``token_log_probs``."""
 
     def loss_fn(logits: Tensor, microbatch: Microbatch) -> Loss:
-        log_probs, _ = token_log_probs(logits, microbatch, temperature=1.0, vocab_size=vocab_size, groups=groups)
+        log_probs, _ = token_log_probs(
+            logits, microbatch, temperature=1.0, vocab_size=vocab_size, groups=groups, num_parts=num_parts
+        )
         return sft_loss(log_probs, microbatch.inputs.mask, SUM)
 
     return loss_fn
@@ -44,14 +46,24 @@ def reward_loss_fn(config: RewardModelLossConfig) -> LossFn:
 
 
 def actor_loss_fn(
-    config: AlgorithmConfig, temperature: float, vocab_size: int, groups: ProcessGroupCollection
+    config: AlgorithmConfig,
+    temperature: float,
+    vocab_size: int,
+    groups: ProcessGroupCollection,
+    num_parts: int | None = None,
 ) -> LossFn:
     """Clipped policy objective (weighted where the rollout is corrected for), entropy bonus, and KL to the reference where it is in the loss."""
 
     def loss_fn(logits: Tensor, microbatch: Microbatch) -> Loss:
         inputs = microbatch.inputs
         log_probs, entropy = token_log_probs(
-            logits, microbatch, temperature=temperature, vocab_size=vocab_size, groups=groups, with_entropy=True
+            logits,
+            microbatch,
+            temperature=temperature,
+            vocab_size=vocab_size,
+            groups=groups,
+            with_entropy=True,
+            num_parts=num_parts,
         )
         assert entropy is not None
         loss = policy_loss(

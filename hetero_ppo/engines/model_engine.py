@@ -45,7 +45,7 @@ from hetero_ppo.engines.shared_device import SharedDevice
 from hetero_ppo.memory.kinds import FORWARD, OPTIMIZER, Kind
 from hetero_ppo.types import Microbatch
 from megatron_bridge import platform
-from megatron_bridge.config_mapping import BridgeConfig
+from megatron_bridge.config_mapping import VOCAB_PARTS, BridgeConfig
 from megatron_bridge.export_hf import save_hf
 from megatron_bridge.import_hf import LoadReport, load_hf
 from megatron_bridge.model_provider import Head, build_model
@@ -152,6 +152,11 @@ class ModelEngine:
     def vocab_size(self) -> int:
         """True vocabulary size, without padding."""
         return self.bridge.vocab_size
+
+    @property
+    def vocab_parts(self) -> int | None:
+        """Parts of the vocabulary that an aligned role's log-probs sum over, None otherwise."""
+        return VOCAB_PARTS if self.bridge.aligned else None
 
     def forward(
         self, token_ids: Tensor, sequence_lengths: Tensor, output: OutputFn, wanted: Tensor | None = None

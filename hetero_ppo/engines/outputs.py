@@ -27,6 +27,7 @@ def token_log_probs(
     vocab_size: int,
     groups: ProcessGroupCollection,
     with_entropy: bool = False,
+    num_parts: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probs of the tokens that came, and optionally the entropy of the distributions they came from.
 
@@ -36,24 +37,35 @@ def token_log_probs(
         temperature: divides the logits, as the engine's sampler does.
         vocab_size: true size; the padding columns above it take no part.
         groups: the role's; the results are whole on every context-parallel rank.
+        num_parts: of the vocabulary, see ``vocab_parallel_log_probs``; those of an aligned role.
 
     Returns:
         ([b, s - 1] float32, [b, s - 1] float32 or None); 0 where not wanted.
     """
     targets = next_tokens(microbatch, groups.cp)
     log_probs, entropy = vocab_parallel_log_probs(
-        logits[0], targets, temperature=temperature, vocab_size=vocab_size, tp_group=groups.tp, with_entropy=with_entropy
+        logits[0],
+        targets,
+        temperature=temperature,
+        vocab_size=vocab_size,
+        tp_group=groups.tp,
+        with_entropy=with_entropy,
+        num_parts=num_parts,
     )
     own = log_probs[None] if entropy is None else torch.stack([log_probs, entropy])
     whole = in_place(own, microbatch, groups.cp)[:, :, :-1]
     return whole[0], None if entropy is None else whole[1]
 
 
-def log_probs_output(*, temperature: float, vocab_size: int, groups: ProcessGroupCollection) -> OutputFn:
-    """[1, n, V / tp] -> [b, s - 1] log-probs."""
+def log_probs_output(
+    *, temperature: float, vocab_size: int, groups: ProcessGroupCollection, num_parts: int | None = None
+) -> OutputFn:
+    """[1, n, V / tp] -> [b, s - 1] log-probs; arguments as for ``token_log_probs``."""
 
     def output(logits: Tensor, microbatch: Microbatch) -> Tensor:
-        return token_log_probs(logits, microbatch, temperature=temperature, vocab_size=vocab_size, groups=groups)[0]
+        return token_log_probs(
+            logits, microbatch, temperature=temperature, vocab_size=vocab_size, groups=groups, num_parts=num_parts
+        )[0]
 
     return output
 

@@ -32,7 +32,9 @@ from hetero_ppo.types import Experience, Rollout
 
 def policy_log_probs(engine: ModelEngine, rollout: Rollout, temperature: float) -> Tensor:
     """[B, T] float32 log-probs of the rollout's tokens under the actor or the reference, at the sampling temperature."""
-    output = log_probs_output(temperature=temperature, vocab_size=engine.vocab_size, groups=engine.groups)
+    output = log_probs_output(
+        temperature=temperature, vocab_size=engine.vocab_size, groups=engine.groups, num_parts=engine.vocab_parts
+    )
     log_probs = engine.forward(rollout.token_ids, rollout.sequence_lengths, output, pad(rollout.response_mask, (0, 1)))
     return log_probs.masked_fill(~rollout.response_mask, 0)
 

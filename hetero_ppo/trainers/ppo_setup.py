@@ -242,5 +242,7 @@ def load_trainer_state(state: dict[str, Any], data: PpoData, maker: ExperienceMa
 
 def golden_log_probs(actor: ModelEngine, token_ids: list[int]) -> list[float]:
     """log p(token t + 1 | tokens 0..t) at temperature 1, by the trainer. Collective."""
-    output = log_probs_output(temperature=1.0, vocab_size=actor.vocab_size, groups=actor.groups)
+    output = log_probs_output(
+        temperature=1.0, vocab_size=actor.vocab_size, groups=actor.groups, num_parts=actor.vocab_parts
+    )
     return actor.forward(torch.tensor([token_ids]), torch.tensor([len(token_ids)]), output)[0].tolist()

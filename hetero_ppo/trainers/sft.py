@@ -37,7 +37,7 @@ class SftTrainer(SupervisedTrainer):
         describe_loaded(run, engine)
         sampler = make_sampler(self.data, config.train.global_batch_size, config.run, config.data)
         super().__init__(run, config.run, config.train, config.checkpoint, batching, sampler, engine)
-        self.loss_fn = sft_loss_fn(engine.vocab_size, engine.groups)
+        self.loss_fn = sft_loss_fn(engine.vocab_size, engine.groups, engine.vocab_parts)
 
     def step(self, rows: list[int]) -> TrainStepResult:
         """One optimizer step on these examples."""
@@ -51,7 +51,10 @@ class SftTrainer(SupervisedTrainer):
         """Mean negative log-likelihood of the held-out answers' tokens."""
         if self.held_out is None:
             return {}
-        output = log_probs_output(temperature=1.0, vocab_size=self.engine.vocab_size, groups=self.engine.groups)
+        engine = self.engine
+        output = log_probs_output(
+            temperature=1.0, vocab_size=engine.vocab_size, groups=engine.groups, num_parts=engine.vocab_parts
+        )
         total, count = torch.zeros((), dtype=torch.float64), 0
         batches = sequential_batches(len(self.held_out), self.train.global_batch_size, 0, 1)
         for number, rows in enumerate(batches):

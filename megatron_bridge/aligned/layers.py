@@ -1,0 +1,175 @@
+"""Megatron-Core's layers with aligned forwards: the modules of the aligned layer spec.
+
+A column-parallel layer is what it was, its product aside. The weight of an aligned row-parallel layer is divided by its outputs, not
+by its inputs: each rank gathers the whole input and makes whole sums for its part of the outputs, which the ranks then exchange. No
+sum is ever made over ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import megatron_bridge.platform  # noqa: F401
+
+# isort: split
+from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import _yarn_get_concentration_factor_from_config
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    all_gather_last_dim_from_tensor_parallel_region,
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    gather_from_tensor_model_parallel_region,
+)
+from megatron.core.tensor_parallel.mappings import all_to_all_hp2sp
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_bridge.aligned.attention import rotary_causal_attention
+from megatron_bridge.aligned.products import product
+from megatron_bridge.aligned.rows import rms_norm, swiglu
+from megatron_bridge.layers import RMSNorm, SdpaCoreAttention, SwiGlu, rotation
+from megatron_bridge.packing import Packing, by_group
+
+
+class AlignedColumnParallelLinear(ColumnParallelLinear):
+    """Outputs divided over the tensor-parallel ranks."""
+
+    def _forward_impl(
+        self, input: Tensor, weight: Tensor, *, bias: Tensor | None, allreduce_dgrad: bool, **_: Any
+    ) -> Tensor:
+        """Called by ``ColumnParallelLinear.forward`` in place of Megatron-Core's product with the same arguments."""
+        if self.sequence_parallel:
+            input = gather_from_sequence_parallel_region(input, tensor_parallel_output_grad=True, group=self.tp_group)
+        elif allreduce_dgrad:
+            input = copy_to_tensor_model_parallel_region(input, group=self.tp_group)
+        output = product(input, weight)
+        return output if bias is None else output + bias
+
+
+class AlignedRowParallelLinear(ColumnParallelLinear):
+    """Inputs come divided over the tensor-parallel ranks and outputs leave whole, or divided by tokens under sequence parallelism.
+
+    ``weight`` is [outputs / tp, inputs].
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        output_size: int,
+        *,
+        config: TransformerConfig,
+        init_method: Callable[[Tensor], Any],
+        bias: bool,
+        input_is_parallel: bool,
+        skip_bias_add: bool,
+        **kwargs: Any,
+    ) -> None:
+        assert input_is_parallel and not bias, "the supported families have neither"
+        super().__init__(
+            input_size,
+            output_size,
+            config=config,
+            init_method=init_method,
+            bias=False,
+            skip_bias_add=skip_bias_add,
+            **kwargs,
+        )
+
+    def forward(self, input_: Tensor) -> tuple[Tensor, None]:
+        """[s, b, inputs / tp] -> ([s, b, outputs], or [s / tp, b, outputs] under sequence parallelism; no bias)."""
+        output = product(all_gather_last_dim_from_tensor_parallel_region(input_, group=self.tp_group), self.weight)
+        if not self.sequence_parallel:
+            return gather_from_tensor_model_parallel_region(output, group=self.tp_group), None
+        s, b, _ = input_.shape
+        return all_to_all_hp2sp(output, group=self.tp_group).view(s // self.tp_group.size(), b, -1), None
+
+
+class AlignedSelfAttention(SelfAttention):
+    """Self-attention in tiles of queries. Its core attention, which comes with the spec, is not called."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        *args: Any,
+        rotary_pos_emb: Tensor | None = None,
+        packed_seq_params: Packing | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """[s, b, hidden] (a slice of s under sequence parallelism; packed, b is 1) -> ([s, b, hidden], no bias)."""
+        assert rotary_pos_emb is not None, "the supported families have rotary embeddings"
+        groups, d = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
+        if self.config.qk_layernorm:
+            query, key, value = self.get_query_key_value_tensors(hidden_states, None)
+            query = query.unflatten(2, (groups, -1))
+            mixed = torch.cat((query, key.unsqueeze(3), value.unsqueeze(3)), dim=3)
+        else:
+            mixed = self.get_query_key_value_tensors(hidden_states, None, split_qkv=False)[0].unflatten(3, (-1, d))
+        cos, sin = rotation(rotary_pos_emb, _yarn_get_concentration_factor_from_config(self.config))
+        scale = self.config.softmax_scale or d**-0.5
+
+        def attention(part: Tensor) -> Tensor:
+            return rotary_causal_attention(part, cos[: len(part)], sin[: len(part)], scale)
+
+        if packed_seq_params is None:
+            return self.linear_proj(attention(mixed))
+        return self.linear_proj(by_group(attention, [mixed.squeeze(1)], packed_seq_params).unsqueeze(1))
+
+
+class AlignedRMSNorm(RMSNorm):
+    """Root-mean-square norm, in fp32 inside."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[..., hidden] -> [..., hidden]."""
+        return rms_norm(hidden_states, self.weight, self.eps)
+
+
+class AlignedSwiGlu(SwiGlu):
+    """The activation of the MLP, [..., 2 f] -> [..., f]."""
+
+    def forward(self, gate_and_up: Tensor) -> Tensor:
+        return swiglu(gate_and_up)
+
+
+def aligned_decoder_spec(config: TransformerConfig, num_local_layers: int) -> TransformerBlockSubmodules:
+    """Spec of the layers of one model chunk."""
+    layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
+    submodules = layer.submodules
+    submodules.input_layernorm = AlignedRMSNorm
+    submodules.pre_mlp_layernorm = AlignedRMSNorm
+    mlp = submodules.mlp.submodules
+    mlp.linear_fc1 = AlignedColumnParallelLinear
+    mlp.linear_fc2 = AlignedRowParallelLinear
+    mlp.activation_func = AlignedSwiGlu
+    config.use_te_activation_func = True  # so Megatron-Core calls an activation that comes with the spec
+    attention: ModuleSpec = submodules.self_attention
+    attention.module = AlignedSelfAttention
+    attention.submodules.linear_qkv = AlignedColumnParallelLinear
+    attention.submodules.core_attention = SdpaCoreAttention
+    attention.submodules.linear_proj = AlignedRowParallelLinear
+    if config.qk_layernorm:
+        attention.submodules.q_layernorm = AlignedRMSNorm
+        attention.submodules.k_layernorm = AlignedRMSNorm
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_local_layers, layer_norm=AlignedRMSNorm)
+
+
+def aligned_output_layer(config: TransformerConfig, model: GPTModel) -> AlignedColumnParallelLinear:
+    """In place of the output layer of a language model that was just built, with parameters as that has them."""
+    return AlignedColumnParallelLinear(
+        config.hidden_size,
+        model.vocab_size,
+        config=config,
+        init_method=config.init_method,
+        bias=False,
+        gather_output=False,
+        skip_weight_param_allocation=model.pre_process and model.share_embeddings_and_output_weights,
+        tp_group=model.pg_collection.tp,
+    )

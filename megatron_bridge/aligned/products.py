@@ -1,0 +1,53 @@
+"""Matrix products whose rows do not depend on how many rows there are, nor their columns on how many columns."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+#: Rows of a product are a multiple of it. A BLAS chooses another kernel, with another order of additions, for a few rows (below 4 with
+#: one thread, below 16 with two); from there on kernels differ in how they cut rows and columns, not in a sum's order, which
+#: ``tests/numerics/test_aligned_kernels.py`` holds them to.
+ROWS = 32
+
+
+def product(inputs: Tensor, weight: Tensor) -> Tensor:
+    """[..., k] and [n, k] -> [..., n], the inputs times the transpose of the weight."""
+    return _Product.apply(inputs, weight)
+
+
+def _rows_product(rows: Tensor, weight: Tensor) -> Tensor:
+    """[m, k] and [n, k] -> [m, n]."""
+    num_rows = rows.shape[0]
+    rest = num_rows % ROWS
+    if not rest:
+        return rows @ weight.t()
+    whole = num_rows - rest
+    result = torch.empty(whole + ROWS, weight.shape[0], dtype=rows.dtype, device=rows.device)
+    if whole:
+        torch.mm(rows[:whole], weight.t(), out=result[:whole])
+    padded = torch.zeros(ROWS, rows.shape[1], dtype=rows.dtype, device=rows.device)
+    padded[:rest] = rows[whole:]
+    torch.mm(padded, weight.t(), out=result[whole:])
+    return result[:num_rows]
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(inputs, weight)
+        result = _rows_product(inputs.reshape(-1, inputs.shape[-1]), weight)
+        return result.view(*inputs.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        inputs, weight = ctx.saved_tensors
+        grad_inputs = grad @ weight if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return grad_inputs, None
+        rows = inputs.reshape(-1, inputs.shape[-1])
+        return grad_inputs, grad.reshape(-1, grad.shape[-1]).t() @ rows

@@ -1,0 +1,87 @@
+"""Operations on rows: the result of a row depends on that row alone, and that of an element not on where it lies in memory.
+
+Two things part the bits of equal inputs in elementwise and row-wise kernels: a vector loop and its scalar remainder that compute a
+function differently, so that an element's bits depend on its offset; and a sum whose order depends on the shape of the whole
+tensor. So here functions are composed of operations that IEEE 754 rounds correctly (+, -, *, /, square root) and of ``exp``, which
+in torch is the same at every offset (``tests/numerics/test_aligned_kernels.py``); and sums run over contiguous rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megatron_bridge.kernels import rms_norm_backward
+
+#: Elements of a piece that elementwise work is done on: a few of them stay in a core's cache.
+PIECE = 1 << 16
+
+
+def rms_norm(hidden_states: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Root-mean-square norm (Zhang and Sennrich 2019), float32 inside.
+
+    Args:
+        hidden_states: [..., hidden].
+        weight: [hidden].
+        eps: added to the mean square.
+
+    Returns:
+        [..., hidden] in the dtype of ``hidden_states``.
+    """
+    return _RmsNorm.apply(hidden_states, weight, eps)
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        x = x.contiguous()
+        x32 = x.float()
+        scale = (x32 * x32).sum(dim=-1, keepdim=True).div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return (x32 * scale).mul_(weight.float()).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        return (*rms_norm_backward(grad, *ctx.saved_tensors), None)
+
+
+def swiglu(gate_and_up: Tensor) -> Tensor:
+    """silu(gate) * up (Shazeer 2020), float32 inside: [..., 2 f], the gate first -> [..., f]."""
+    return _Swiglu.apply(gate_and_up)
+
+
+class _Swiglu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_and_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_and_up)
+        width = gate_and_up.shape[-1] // 2
+        rows = gate_and_up.reshape(-1, 2 * width)
+        result = torch.empty(rows.shape[0], width, dtype=rows.dtype, device=rows.device)
+        step = max(1, PIECE // width)
+        for start in range(0, rows.shape[0], step):
+            piece = rows[start : start + step]
+            gate = piece[:, :width].float()
+            silu = gate.neg().exp_().add_(1.0)
+            torch.div(gate, silu, out=silu)
+            torch.mul(silu, piece[:, width:], out=result[start : start + step])
+        return result.view(*gate_and_up.shape[:-1], width)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (gate_and_up,) = ctx.saved_tensors
+        gate, up = gate_and_up.chunk(2, dim=-1)
+        result = torch.empty_like(gate_and_up)
+        grad_gate, grad_up = result.chunk(2, dim=-1)
+        torch.mul(grad, torch.nn.functional.silu(gate), out=grad_up)
+        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
+        return result
+
+
+def row_dot(rows: Tensor, vector: Tensor) -> Tensor:
+    """[..., hidden] and [hidden] -> [...] float32: products summed over each row."""
+    return (rows.contiguous().float() * vector.float()).sum(dim=-1)

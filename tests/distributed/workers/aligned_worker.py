@@ -1,0 +1,91 @@
+"""Runs under torchrun: forwards of aligned and plain roles over layouts and batchings, compared in bits.
+
+usage: aligned_worker.py MODELS_FOLDER OUT_JSON
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+sys.path.append(str(Path(__file__).resolve().parents[2]))
+from aligned_cases import bits, results, role_config, training_scores
+
+from hetero_ppo.distributed.groups import finish, initialise
+from hetero_ppo.engines.model_engine import ModelEngine
+from hetero_ppo.engines.train_engine import TrainEngine
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "dp4": {},
+    "tp2": {"tensor": 2},
+    "tp2sp": {"tensor": 2, "sequence": True},
+    "tp4": {"tensor": 4},
+    "tp4sp": {"tensor": 4, "sequence": True},
+    "pp2": {"pipeline": 2},
+    "tp2pp2": {"tensor": 2, "pipeline": 2},
+    "packed": {"packing": True},
+    "packed tp2sp": {"tensor": 2, "sequence": True, "packing": True},
+}
+ROLES = (("qwen3", "score"), ("qwen2", "lm"))
+PLAIN_LAYOUTS = ("dp4", "tp2")
+TRAINED_LAYOUTS = ("dp4", "tp2", "tp4sp", "tp2pp2")
+
+
+def main(models: str, out: str) -> None:
+    torch.set_num_threads(1)
+    initialise(2.0)
+    report: dict[str, Any] = {}
+    for model, head in ROLES:
+        for dtype in ("fp32", "bf16"):
+            for aligned in (True, False):
+                name = f"{model}-{head}-{dtype}-{'aligned' if aligned else 'plain'}"
+                report[name] = compare(Path(models) / f"{model}-{head}", head, dtype, aligned)
+    report["training"] = {
+        dtype: {layout: train(Path(models) / "qwen3-score", dtype, layout) for layout in TRAINED_LAYOUTS}
+        for dtype in ("fp32", "bf16")
+    }
+    report["plain grad_norm"] = train(Path(models) / "qwen3-score", "fp32", "dp4", aligned=False)["grad_norm"]
+    if dist.get_rank() == 0:
+        Path(out).write_text(json.dumps(report))
+    finish()
+
+
+def compare(model: Path, head: Any, dtype: str, aligned: bool) -> dict[str, Any]:
+    """Values of every layout and batching against those of one process and rows alone, on all ranks."""
+    reference: list[Tensor] = []
+    found: dict[str, Any] = {}
+    for layout in LAYOUTS if aligned else PLAIN_LAYOUTS:
+        engine = ModelEngine("reward", role_config(model, dtype, LAYOUTS[layout], aligned), head)
+        by_batching = results(engine)
+        reference = reference or by_batching["alone"]
+        for batching, values in by_batching.items():
+            differ = [int((a != b).sum()) for a, b in zip(values, reference, strict=True)]
+            found[f"{layout}, {batching}"] = [sum(a.numel() for a in values), sum(differ)]
+    seen: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(seen, found)
+    counts: dict[str, list[int]] = {}
+    for of_rank in seen:
+        for name, (numbers, differ) in of_rank.items():
+            total = counts.setdefault(name, [0, 0])
+            total[0] += numbers
+            total[1] += differ
+    return {"bits": bits(reference), "counts": counts}
+
+
+def train(model: Path, dtype: str, layout: str, aligned: bool = True) -> dict[str, Any]:
+    """The scores that a training step saw, of all rows, as hex floats sorted."""
+    engine = TrainEngine("reward", role_config(model, dtype, LAYOUTS[layout], aligned), "score", 1)
+    scores, grad_norm = training_scores(engine)
+    seen: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(seen, [float(score).hex() for score in scores])
+    return {"scores": sorted({score for of_rank in seen for score in of_rank}), "grad_norm": grad_norm}
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
