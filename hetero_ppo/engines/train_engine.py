@@ -16,7 +16,6 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from torch import Tensor
@@ -26,6 +25,7 @@ from hetero_ppo.algorithms.losses import Loss, add_metric_sums
 from hetero_ppo.algorithms.schedules import lr_at
 from hetero_ppo.config.schema import Dtype, OptimizerConfig, TrainedRoleConfig
 from hetero_ppo.distributed.groups import is_last_stage, last_stage_rank
+from hetero_ppo.engines.gradients import FirstGradients, clip_divisor, divide_gradients
 from hetero_ppo.engines.microbatches import MicrobatchSize, pair_tokens, split, split_pairs
 from hetero_ppo.engines.model_engine import ModelEngine
 from hetero_ppo.engines.outputs import OutputFn
@@ -87,11 +87,17 @@ class TrainEngine(ModelEngine):
         self._gather_in_forward = True  # overlap_param_gather: Megatron-Core's forward hooks are on
         self.optimizer = self._build_optimizer()
         transformer = self.bridge.transformer
-        transformer.finalize_model_grads_func = finalize_model_grads
+        self.gradients = FirstGradients(self.chunks)
+        transformer.finalize_model_grads_func = self._finalize_gradients
         transformer.grad_scale_func = None
         if config.ddp.overlap_grad_reduce:
             no_syncs = [chunk.no_sync for chunk in self.chunks]
             transformer.no_sync_func = no_syncs if len(no_syncs) > 1 else no_syncs[0]
+
+    def _finalize_gradients(self, model: list[DistributedDataParallel], num_tokens: Tensor, **groups: Any) -> None:
+        """Sums over ranks. The optimizer step divides by the number of tokens, so Megatron-Core is not told of it."""
+        self.gradients.end()
+        finalize_model_grads(model, None, **groups)
 
     @property
     def _optimizers(self) -> list[MegatronOptimizer]:
@@ -257,7 +263,7 @@ class TrainEngine(ModelEngine):
         self._gather_in_training_forward()
         for chunk in self.chunks:
             chunk.train()
-            chunk.zero_grad_buffer()
+        self.gradients.begin()
         self.optimizer.zero_grad()
         learning_rate = self._set_learning_rate()
 
@@ -272,7 +278,7 @@ class TrainEngine(ModelEngine):
         self.device.require(self.role, TRAINING & self.residency.kinds, "an optimizer step")
         self.residency.mark_changed(TRAINING)
         with self.device.trace.span(self.role, "optimizer step"):
-            grad_norm = self._optimizer_step() if count > 0 else 0.0
+            grad_norm = self._optimizer_step(count) if count > 0 else 0.0
         self.steps_done += 1
         return TrainStepResult(loss_sum / max(count, 1), grad_norm, learning_rate, count, metric_sums)
 
@@ -321,19 +327,19 @@ class TrainEngine(ModelEngine):
         optimizer = self.optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=self._sharding_metadata)
         return {**weights, "optimizer": optimizer, "steps_done": self.steps_done}
 
-    def _optimizer_step(self) -> float:
-        """MegatronOptimizer.step, with a look at the gradient norm before anything is written. Returns the norm."""
+    def _optimizer_step(self, count: int) -> float:
+        """MegatronOptimizer.step on the sum over ``count`` tokens, with a look at the norm of their mean before anything is written.
+        Returns that norm.
+        """
         found_bad = self.optimizer.prepare_grads()
-        grad_norm = float(self.optimizer.get_grad_norm())
+        grad_norm = float(self.optimizer.get_grad_norm()) / count
         if found_bad or not grad_norm < float("inf"):
             raise FloatingPointError(
                 f"{self.role}: gradient norm is {grad_norm} at optimizer step {self.steps_done + 1}; "
                 "weights are unchanged. Lower the learning rate, or look at this step's data in the rollout dump"
             )
-        clip = self.train_config.optimizer.grad_clip
-        if clip > 0:
-            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-            clip_grad_by_total_norm_fp32(parameters, clip, grad_norm)
+        divisor = count * clip_divisor(grad_norm, self.train_config.optimizer.grad_clip)
+        divide_gradients(self._optimizers, divisor)
         self.optimizer.step_with_ready_grads()
         return grad_norm
 
