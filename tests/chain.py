@@ -205,6 +205,7 @@ def configs(chain: Chain) -> dict[str, dict[str, Any]]:
                 "minibatch_size": MINIBATCH,
                 "ppo_epochs": 2,
                 "dual_clip": 3.0,
+                "value_clip": 3.0,  # wide: of hundreds of tokens on its edge, rounding would move one to the other side
                 "entropy_coef": 0.01,
                 "truncated": "penalise",
                 "kl": {"controller": "adaptive", "horizon": 100, "target": 0.5, "loss_coef": 0.02},

@@ -184,6 +184,9 @@ class PpoTrainer:
                 results.append(engine.train_step(parts, loss_fn))
         count = sum(result.count for result in results)
         metrics = mean_metrics(add_metric_sums(result.metric_sums for result in results), count)
+        if name == "actor":  # before any update the policy is the one that sampled: what is left is rounding
+            first = results[0]
+            metrics["actor/ppo_kl_first"] = float(first.metric_sums["actor/ppo_kl"]) / max(first.count, 1)
         metrics[f"{name}/grad_norm"] = sum(result.grad_norm for result in results) / len(results)
         metrics[f"{name}/lr"] = results[-1].learning_rate
         return metrics
