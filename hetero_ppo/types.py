@@ -41,7 +41,8 @@ class Response:
     token_ids: list[int]  # response tokens, end-of-sequence included when it was sampled
     log_probs: list[float]  # of the sampled tokens, in the distribution that was sampled from
     finish_reason: str  # "stop" (end-of-sequence or stop token) or "length"
-    weight_version: str  # label of the weights that made it
+    weight_version: str  # label of the weights that made it, or of a resumed one its last part
+    earlier: tuple[tuple[str, int], ...] = ()  # of a resumed one: (label, tokens) of the weights before, oldest first
 
 
 #: (prompt, sample, response) of a response that is complete. Called from the engine's thread: it must be quick, and an error in
@@ -51,7 +52,7 @@ OnResponse = Callable[[int, int, Response], None]
 
 @dataclass(frozen=True)
 class Rollout:
-    """Prompts and their responses. samples_per_prompt responses of a prompt lie next to each other."""
+    """Prompts and their responses. Those of a prompt lie next to each other; with over-sampling, rows are as they were complete."""
 
     token_ids: Tensor  # [B, S] int64, right-padded
     prompt_lengths: Tensor  # [B] int64
@@ -59,12 +60,14 @@ class Rollout:
     response_mask: Tensor  # [B, T] bool, True where column t predicts a response token
     rollout_log_probs: Tensor  # [B, T] float32, 0 outside response_mask
     truncated: Tensor  # [B] bool, no end-of-sequence within max_tokens
-    weight_version: list[str]  # one per row
+    weight_version: list[str]  # one per row: of its last token
     prompt_texts: list[str]  # what the user asked, as the data has it
     prompt_index: list[int]
     labels: list[Any]
     metadata: list[dict[str, Any]] = field(default_factory=list)
     chunk_index: list[int] = field(default_factory=list)  # of every row, the chunk that it was complete in; [] in a chunk
+    #: Of every row, (label, tokens) of older weights, oldest first; [] when no response can be resumed.
+    earlier_versions: list[list[tuple[str, int]]] = field(default_factory=list)
 
     @property
     def batch_size(self) -> int:

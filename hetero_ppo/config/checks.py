@@ -412,10 +412,30 @@ def check_rollout_servers(config: PpoConfig, world_size: int) -> None:
     _require(0 < share <= 1, "rollout.gpu_memory_utilization", share, "a share of the device, in (0, 1]")
 
 
+def check_over_sampling(config: PpoConfig, world_size: int) -> None:
+    """Resumed responses have old log-probs of several weights, the engine's alone, and no text of their first part there."""
+    factor, field = config.rollout.over_sampling, "rollout.over_sampling"
+    _require(1 <= factor < math.inf, field, factor, "a finite number of at least 1; 1 waits for every response")
+    fits = {
+        "algorithm.old_log_probs=rollout (the log-probs of the weights that sampled)": config.algorithm.old_log_probs
+        is OldLogProbs.rollout,
+        "rollout.engine=vllm": config.rollout.engine == "vllm",
+        "rollout.sampling.stop=[] (a text may begin in one part and end in the next)": not config.rollout.sampling.stop,
+        "train.replay_rollouts=null": config.train.replay_rollouts is None,
+    }
+    for needed, is_so in fits.items():
+        _require(factor == 1 or is_so, field, factor, f"above 1 it needs {needed}")
+
+
 def check_pipeline(config: PpoConfig, world_size: int) -> None:
     """Size of a chunk."""
     size = config.pipeline.chunk_size
-    _require(size is None or size >= 1, "pipeline.chunk_size", size, "at least 1, or null for the engine's running batch")
+    fix = "at least 1, null for the engine's running batch, or 0 for a sweep"
+    _require(size is None or size >= 0, "pipeline.chunk_size", size, fix)
+    measures = size == 0
+    replayed = config.train.replay_rollouts is not None
+    _require(not (measures and replayed), "pipeline.chunk_size", size, "a sweep needs an engine, not train.replay_rollouts")
+    _require(config.pipeline.sweep_s > 0, "pipeline.sweep_s", config.pipeline.sweep_s, "more than 0 seconds")
 
 
 def check_residency(config: PpoConfig, world_size: int) -> None:
@@ -540,6 +560,7 @@ PPO_CHECKS: tuple[Callable[[PpoConfig, int], None], ...] = (
     check_function_names,
     check_sampling,
     check_rollout_servers,
+    check_over_sampling,
     check_pipeline,
     check_residency,
 )

@@ -234,8 +234,12 @@ def derive_ppo(config: PpoConfig, world_size: int, num_prompts: int) -> PpoBatch
 def chunk_size(config: PpoConfig) -> int:
     """Responses of a chunk of the pipeline, over all ranks."""
     responses = config.algorithm.rollout_batch_size * config.algorithm.samples_per_prompt
-    running_batch = config.rollout.max_num_seqs * config.rollout.num_servers
-    return min(config.pipeline.chunk_size or running_batch, responses)
+    return min(config.pipeline.chunk_size or running_batch(config), responses)
+
+
+def running_batch(config: PpoConfig) -> int:
+    """Responses that all servers generate at once."""
+    return config.rollout.max_num_seqs * config.rollout.num_servers
 
 
 def _role_batching(

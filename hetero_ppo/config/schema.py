@@ -234,6 +234,7 @@ class RolloutConfig:
     max_restarts: int = 2  # of a server that died, before the run stops
     verify_sync: bool = True  # after every sync compare checksums of the engine's parameters, and its log-probs of a golden prompt
     verify_sync_tolerance: float | None = None  # max |difference| in log-prob; None: 1e-3 (fp32), 0.15 (bf16)
+    over_sampling: float = 1.0  # responses sent in a step over those it needs; the rest is aborted and resumed in the next
     mismatch: MismatchConfig = field(default_factory=MismatchConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     eval_sampling: SamplingConfig = field(default_factory=SamplingConfig)
@@ -304,7 +305,8 @@ class PipelineConfig:
     """Forwards of finished responses beside the generation of others."""
 
     overlap: bool = True  # forwards begin with the first complete chunk; False: when all responses are complete
-    chunk_size: int | None = None  # responses of a chunk, over all ranks; None: the running batch of all servers
+    chunk_size: int | None = None  # responses of a chunk, over all ranks; None: the running batch of all servers; 0: a sweep
+    sweep_s: float = 20.0  # seconds for the sweep, which finds the fewest responses at once that the engine is fastest with
 
 
 @dataclass

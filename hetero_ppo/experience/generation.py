@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,10 @@ from hetero_ppo.errors import RunError
 from hetero_ppo.experience.rollouts import build_rollout
 from hetero_ppo.observability.trace import ENGINE, TraceRecorder
 from hetero_ppo.types import Chunk, OnResponse, PromptBatch, Response, Rollout
+
+
+#: Label of the newest weights of a response, and (label, tokens) of those before, oldest first.
+Versions = tuple[str, list[tuple[str, int]]]
 
 
 class Generator(Protocol):
@@ -30,6 +34,8 @@ class Generator(Protocol):
         seed: int,
         max_tokens: list[int] | None = None,
         on_response: OnResponse | None = None,
+        begun: list[Response | None] | None = None,
+        wanted: int | None = None,
     ) -> list[list[Response]]: ...
 
 
@@ -45,6 +51,9 @@ class Generation:
         version: label of the weights that the engine holds.
         chunk_size: responses of a chunk; the last one may have fewer.
         max_tokens: response tokens of each prompt; None: ``sampling.max_tokens`` for all.
+        begun: for each prompt what there is of its response, or None; n is 1. None: nothing was begun.
+        wanted: rows of the rollout; they are the responses that are complete first, in the order of completion. The others are
+            aborted, and are in :meth:`unused`. None: all.
         trace: takes the engine's time.
     """
 
@@ -59,6 +68,8 @@ class Generation:
         version: str,
         chunk_size: int,
         max_tokens: list[int] | None = None,
+        begun: list[Response | None] | None = None,
+        wanted: int | None = None,
         trace: TraceRecorder | None = None,
     ) -> None:
         self.prompts = prompts
@@ -66,14 +77,19 @@ class Generation:
         self.n = n
         self.version = version
         self.chunk_size = chunk_size
-        self.num_rows = len(prompts) * n
+        self.num_rows = len(prompts) * n if wanted is None else wanted
         self.seconds = 0.0  # of the engine, on rank 0
-        self._arguments = {"n": n, "seed": seed, "max_tokens": max_tokens, "on_response": self._note}
+        self._arguments: dict[str, Any] = {"n": n, "seed": seed, "max_tokens": max_tokens, "on_response": self._note}
+        if wanted is not None:
+            self._arguments |= {"begun": begun, "wanted": wanted}
+        self._begun = begun
+        self._partial = wanted is not None
         self._engine = engine
         self._trace = trace or TraceRecorder()
         self._thread: threading.Thread | None = None
         self._changed = threading.Condition()
-        self._complete: list[tuple[int, Response]] = []  # (row, response) in the order of completion
+        self._complete: list[tuple[int, int, Response]] = []  # (row, place, response) in the order of completion
+        self._answers: list[list[Response]] = []  # of the engine
         self._error: BaseException | None = None
         # What every rank has been told, by row.
         self._num_told = 0
@@ -84,6 +100,8 @@ class Generation:
         self._tokens = torch.zeros(self.num_rows, width, dtype=torch.int64)
         self._log_probs = torch.zeros(self.num_rows, width, dtype=torch.float32)
         self._chunk_of = [0] * self.num_rows
+        self._place = list(range(self.num_rows))  # of a row's prompt and sample: p * n + j
+        self._versions: list[Versions] = [(version, [])] * self.num_rows
 
     def start(self) -> Generation:
         """Let the engine begin."""
@@ -119,6 +137,8 @@ class Generation:
         rows, part = self._share(fresh, int(count))
         for own, values in zip((self._lengths, self._truncated, self._tokens, self._log_probs), part, strict=True):
             own[rows] = values
+        if self._partial:
+            self._share_origins(rows, fresh)
         self._num_told += int(count)
         chunks = []
         for start in range(0, int(count), self.chunk_size):
@@ -137,6 +157,25 @@ class Generation:
         assert self.finished, "responses are missing"
         return replace(self._rollout_of(list(range(self.num_rows))), chunk_index=list(self._chunk_of))
 
+    def unused(self) -> tuple[set[int], dict[int, Response]]:
+        """Places of the prompts whose responses are in the rollout; the responses of the others, on the engine's rank alone."""
+        assert self.finished and self.n == 1, "only single responses can be begun"
+        used = set(self._place)
+        rest = {place: group[0] for place, group in enumerate(self._answers) if place not in used}
+        return used, rest
+
+    def metrics(self) -> dict[str, float]:
+        """How old the weights are that made the rollout; nothing when all rows are of one version by design."""
+        if not self._partial:
+            return {}
+        older = torch.tensor([sum(count for _, count in earlier) for _, earlier in self._versions])
+        older = torch.where(torch.tensor([v != self.version for v, _ in self._versions]), self._lengths, older)
+        return {
+            "rollout/resumed_share": float((older > 0).float().mean()),
+            "rollout/stale_token_share": float(older.sum() / self._lengths.sum()),
+            "rollout/weight_versions_max": float(max(1 + len(earlier) for _, earlier in self._versions)),
+        }
+
     # --- the engine's thread ---
 
     def _generate(self) -> None:
@@ -144,7 +183,7 @@ class Generation:
         start = time.perf_counter()
         try:
             with self._trace.span(ENGINE, "generate"):
-                self._engine.generate(self.prompts.prompt_ids, self.sampling, **self._arguments)
+                self._answers = self._engine.generate(self.prompts.prompt_ids, self.sampling, **self._arguments)
         except BaseException as error:  # noqa: BLE001  raised to the trainer, which waits for chunks
             with self._changed:
                 self._error = error
@@ -153,12 +192,13 @@ class Generation:
 
     def _note(self, prompt: int, sample: int, response: Response) -> None:
         with self._changed:
-            self._complete.append((prompt * self.n + sample, response))
+            place = prompt * self.n + sample
+            self._complete.append((len(self._complete) if self._partial else place, place, response))
             self._changed.notify_all()
 
     # --- the trainer's thread ---
 
-    def _wait(self, wait_for_all: bool) -> list[tuple[int, Response]]:
+    def _wait(self, wait_for_all: bool) -> list[tuple[int, int, Response]]:
         """What completes the next chunks. Whole chunks alone, but for the rest at the end."""
         with self._changed:
             wanted = self.num_rows if wait_for_all else min(self._num_told + self.chunk_size, self.num_rows)
@@ -167,7 +207,9 @@ class Generation:
             fresh = self._complete[self._num_told :]
         if self._num_told + len(fresh) < self.num_rows:
             fresh = fresh[: len(fresh) // self.chunk_size * self.chunk_size]
-        stale = sorted({response.weight_version for _, response in fresh} - {self.version})
+        begun = self._begun or []
+        made_now = [response for _, place, response in fresh if not begun or response is not begun[place]]
+        stale = sorted({response.weight_version for response in made_now} - {self.version})
         if stale:
             raise RunError(f"rollout: answers made by weights {stale}, the actor is at {self.version!r}: sync was lost")
         return fresh
@@ -176,13 +218,13 @@ class Generation:
         if self._error is not None:
             raise self._error
 
-    def _share(self, fresh: list[tuple[int, Response]], count: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def _share(self, fresh: list[tuple[int, int, Response]], count: int) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Rows [k]; lengths [k], truncated [k], tokens [k, R], log-probs [k, R]; from rank 0 to all ranks."""
         width = self._tokens.shape[1]
         header = torch.zeros(count, 3, dtype=torch.int64)
         tokens = torch.zeros(count, width, dtype=torch.int64)
         log_probs = torch.zeros(count, width, dtype=torch.float32)
-        for index, (row, response) in enumerate(fresh):
+        for index, (row, _, response) in enumerate(fresh):
             length = len(response.token_ids)
             cut = response.finish_reason == "length" and not self.sampling.ignore_eos
             header[index] = torch.tensor([row, length, cut])
@@ -193,15 +235,30 @@ class Generation:
                 dist.broadcast(tensor, 0)
         return header[:, 0], (header[:, 1], header[:, 2].bool(), tokens, log_probs)
 
+    def _share_origins(self, rows: Tensor, fresh: list[tuple[int, int, Response]]) -> None:
+        """Of every row the place of its prompt and the weights that made it, from rank 0 to all ranks."""
+        origins = [(place, response.weight_version, list(response.earlier)) for _, place, response in fresh]
+        if dist.get_world_size() > 1:
+            shared = [origins]
+            dist.broadcast_object_list(shared, 0)
+            origins = shared[0]
+        for row, (place, version, earlier) in zip(rows.tolist(), origins, strict=True):
+            self._place[row] = place
+            self._versions[row] = (version, earlier)
+
     def _rollout_of(self, rows: list[int]) -> Rollout:
-        return build_rollout(
-            self.prompts.select([row // self.n for row in rows]),
+        rollout = build_rollout(
+            self.prompts.select([self._place[row] // self.n for row in rows]),
             self._lengths[rows],
             self._tokens[rows],
             self._log_probs[rows],
             self._truncated[rows],
             self.version,
         )
+        if not self._partial:
+            return rollout
+        versions, earlier = zip(*(self._versions[row] for row in rows), strict=True)
+        return replace(rollout, weight_version=list(versions), earlier_versions=list(earlier))
 
 
 def collect_rollout(

@@ -100,6 +100,7 @@ class Pipeline:
             "pipeline/num_chunks": float(sum(len(wave.chunks) for wave in self.waves)),
             "pipeline/num_waves": float(len(self.waves)),
             "pipeline/chunks_beside_generation": float(sum(len(wave.chunks) for wave in beside)),
+            **generation.metrics(),
         }
 
 

@@ -14,6 +14,7 @@ import aiohttp
 
 from hetero_ppo.config.schema import SamplingConfig
 from hetero_ppo.errors import RunError
+from hetero_ppo.rollout.partial import ABORTED
 from hetero_ppo.rollout.server import SERVED_MODEL_NAME, VllmServer
 from hetero_ppo.types import Response
 
@@ -23,6 +24,8 @@ POLL_S = 0.2
 WATCH_S = 2.0
 #: A server whose engine died may still be answering: its answers say more than closed connections do.
 ANSWER_GRACE_S = 2.0
+#: What the server puts before the ids of requests.
+REQUEST_PREFIX = "generate-tokens-"
 #: The server's clamp of log-probs that are -inf or NaN.
 NOT_FINITE = -9999.0
 
@@ -123,8 +126,12 @@ class ServerClient:
         stop: list[int],
         seed: int,
         timeout_s: float,
+        request_id: str,
     ) -> Response:
-        """One response of at most ``max_tokens`` tokens. ``stop``: ids that end it, end-of-sequence included."""
+        """One response of at most ``max_tokens`` tokens. ``stop``: ids that end it, end-of-sequence included.
+
+        ``request_id`` names it for :meth:`abort`; an aborted response has the tokens it has, maybe none.
+        """
         params = {
             "n": 1,
             "temperature": sampling.temperature,
@@ -147,14 +154,21 @@ class ServerClient:
             "skip_special_tokens": True,
             "spaces_between_special_tokens": True,
         }
-        body = {"model": SERVED_MODEL_NAME, "token_ids": prompt, "sampling_params": params}
+        body = {"model": SERVED_MODEL_NAME, "token_ids": prompt, "sampling_params": params, "request_id": request_id}
         answer = await self.post("generate", "/inference/v1/generate", timeout_s, body)
         return self._response(answer["choices"][0])
 
+    async def abort(self, request_ids: list[str], timeout_s: float) -> None:
+        """Ends requests; they answer with what they have. Ids that the server does not know are no error."""
+        body = {"request_ids": [REQUEST_PREFIX + request_id for request_id in request_ids]}
+        await self.post("abort", "/inference/v1/abort_requests", timeout_s, body)
+
     def _response(self, choice: dict[str, Any]) -> Response:
+        if choice["finish_reason"] == ABORTED and not choice["token_ids"]:
+            return Response([], [], ABORTED, "")
         log_probs = [entry["logprob"] for entry in choice["logprobs"]["content"]]
         versions = sorted({span["version"] for span in choice["weight_versions"]})
-        if choice["finish_reason"] not in ("stop", "length"):
+        if choice["finish_reason"] not in ("stop", "length", ABORTED):
             raise RunError(f"generate: {self.server.name} ended a response with {choice['finish_reason']!r}")
         if len(versions) != 1 or len(log_probs) != len(choice["token_ids"]):
             raise RunError(
@@ -196,7 +210,7 @@ class ServerClient:
         except (aiohttp.ClientError, OSError) as error:
             raise ServerDied(f"{route}: {type(error).__name__}: {error}") from error
         if status == 200:
-            return json.loads(text)
+            return json.loads(text) if text else None
         if status >= 500 and not await self.healthy():
             raise ServerDied(f"{route}: HTTP {status}")
         raise RunError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import os
 import shutil
 import threading
@@ -21,6 +20,8 @@ from torch import Tensor
 from hetero_ppo.config.schema import Dtype, RolloutConfig, SamplingConfig
 from hetero_ppo.errors import RunError
 from hetero_ppo.observability.progress import progress
+from hetero_ppo.rollout.requests import Requests
+from hetero_ppo.rollout.partial import ABORTED
 from hetero_ppo.rollout.pool import Member, ServerPool, gather_all
 from hetero_ppo.rollout.server import ServerSpec, VllmServer, server_threads, sleeps
 from hetero_ppo.rollout.weight_sync import SyncStats, remove_weights, shared_memory_dir, write_weights
@@ -39,12 +40,6 @@ class EngineState(Enum):
     awake = "awake"  # weights and KV cache
     weights = "without its KV cache"
     asleep = "asleep"
-
-
-def response_seed(seed: int, prompt: int, sample: int) -> int:
-    """Seed of one response, in [0, 2^63): the same whichever server takes it, and whatever else is in the batch."""
-    digest = hashlib.blake2b(f"{seed}/{prompt}/{sample}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
 
 
 def check_prompts(prompts: list[list[int]], max_tokens: list[int], max_model_len: int) -> None:
@@ -68,6 +63,21 @@ def check_prompts(prompts: list[list[int]], max_tokens: list[int], max_model_len
             raise ValueError(
                 f"generate: prompt {row} has {len(prompt)} tokens; with sampling.max_tokens={limit} that is more than "
                 f"the engine's {max_model_len} tokens (max_model_len)"
+            )
+
+
+def check_begun(begun: list[Response | None] | None, wanted: int | None, limits: list[int], n: int) -> None:
+    """Raises ValueError for responses that cannot be resumed, or too many wanted. Arguments as for ``generate``."""
+    if wanted is not None and not 1 <= wanted <= len(limits) * n:
+        raise ValueError(f"generate: wanted={wanted} is not in 1..{len(limits) * n}, the responses that are asked for")
+    if begun is None:
+        return
+    if n != 1 or len(begun) != len(limits):
+        raise ValueError(f"generate: begun has {len(begun)} responses for {len(limits)} prompts, and n is {n}; n must be 1")
+    for row, (response, limit) in enumerate(zip(begun, limits, strict=True)):
+        if response is not None and response.finish_reason == ABORTED and len(response.token_ids) >= limit:
+            raise ValueError(
+                f"generate: response {row} was begun with {len(response.token_ids)} tokens, and may have {limit}"
             )
 
 
@@ -183,6 +193,8 @@ class VllmEngine:
         seed: int,
         max_tokens: list[int] | None = None,
         on_response: OnResponse | None = None,
+        begun: list[Response | None] | None = None,
+        wanted: int | None = None,
         show_progress: bool = False,
     ) -> list[list[Response]]:
         """Answers prompts.
@@ -194,10 +206,15 @@ class VllmEngine:
             seed: of this call; the same call with the same seed and weights gives the same tokens.
             max_tokens: response tokens of each prompt; None: ``sampling.max_tokens`` for all.
             on_response: told of every response as soon as it is complete, in the order of completion.
+            begun: for each prompt what there is of its response already, from an earlier call, or None; n is 1. It is gone on
+                with under the present weights, and keeps the tokens, log-probs and labels that it has.
+            wanted: complete responses after which the others are aborted; None: all are waited for. ``on_response`` is told of
+                so many.
             show_progress: a progress bar on stderr.
 
         Returns:
-            For each prompt, in order, its n responses.
+            For each prompt, in order, its n responses. With ``wanted`` some end with ``abort``, and some may be complete though
+            they were not told of: both are for the next call's ``begun``.
 
         Raises:
             ValueError: a prompt is empty or too long, or there are stop strings and no tokenizer.
@@ -207,27 +224,24 @@ class VllmEngine:
         check_prompts(prompts, limits, self.max_model_len)
         if sampling.stop and self._spec.tokenizer_path is None:
             raise ValueError(f"generate: sampling.stop={sampling.stop} needs a tokenizer; give the engine tokenizer_path")
+        check_begun(begun, wanted, limits, n)
         self._require(EngineState.awake, "generate")
         pool = self._started_pool()
         if pool.version is None:
             raise RuntimeError("generate: the servers have random weights; call sync_weights first")
         stop = list(sampling.stop_token_ids) + ([] if sampling.ignore_eos else self.eos_token_ids)
-        with progress(description="rollout", total=len(prompts) * n, is_writer=show_progress, unit="response") as bar:
+        total = len(prompts) * n if wanted is None else wanted
+        with progress(description="rollout", total=total, is_writer=show_progress, unit="response") as bar:
 
-            async def one(prompt: int, sample: int) -> Response:
-                one_seed = response_seed(seed, prompt, sample)
-                timeout_s = self.config.request_timeout_s
-                response = await pool.call_least_loaded(
-                    "generate",
-                    lambda client: client.generate(prompts[prompt], sampling, limits[prompt], stop, one_seed, timeout_s),
-                )
+            def tell(prompt: int, sample: int, response: Response) -> None:
                 bar.update(1)
                 if on_response is not None:
                     on_response(prompt, sample, response)
-                return response
 
-            flat = self._run(gather_all([one(i, j) for i in range(len(prompts)) for j in range(n)]))
-        return [flat[i * n : (i + 1) * n] for i in range(len(prompts))]
+            requests = Requests(
+                pool, prompts, sampling, limits, stop, n, seed, self.config.request_timeout_s, tell, begun or [], wanted
+            )
+            return self._run(requests.run())
 
     def sleep(self) -> None:
         """Give the device's memory back, weights and KV cache. Nothing may be in flight.

@@ -154,13 +154,13 @@ class ServerPool:
             except ServerDied as error:
                 await self._restart(member, starts, phase, error)
 
-    async def call_least_loaded(self, phase: str, send: Callable[[ServerClient], Awaitable[T]]) -> T:
+    async def call_least_loaded(self, phase: str, send: Callable[[ServerClient, Member], Awaitable[T]]) -> T:
         """As :meth:`call`, on the server with the fewest requests."""
         async with self._slots:
             member = min(self.members, key=lambda m: m.in_flight)
             member.in_flight += 1
             try:
-                return await self.call(member, phase, send)
+                return await self.call(member, phase, lambda client: send(client, member))
             finally:
                 member.in_flight -= 1
 

@@ -74,10 +74,16 @@ def rollout_records(rollout: Rollout, step: int, extra: Mapping[str, Sequence[An
                 weight_version=rollout.weight_version[row],
                 label=rollout.labels[row],
                 chunk=rollout.chunk_index[row] if rollout.chunk_index else 0,
-                extra={name: values[row] for name, values in extra.items()},
+                extra={name: values[row] for name, values in extra.items()} | _older(rollout, row),
             )
         )
     return records
+
+
+def _older(rollout: Rollout, row: int) -> dict[str, Any]:
+    """Of a resumed response: (label, tokens) of the weights before ``weight_version``, oldest first."""
+    earlier = rollout.earlier_versions[row] if rollout.earlier_versions else []
+    return {"earlier_versions": earlier} if earlier else {}
 
 
 def write_records(directory: Path, step: int, records: Sequence[RolloutRecord]) -> Path:

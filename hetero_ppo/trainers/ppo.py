@@ -64,6 +64,7 @@ class PpoTrainer:
             starting.wait()
         self.guard = MismatchGuard(mismatch_bounds(config), config.rollout.mismatch.patience)
         self.turns = EngineTurns(self.engine, self.device, config.rollout)
+        self.chunk_size = self.batching.chunk_size
         self.pipeline = Pipeline(self.maker, config.pipeline.overlap)
         self.evaluator = Evaluator(config, run, self.data, self.maker, self.turns)
 
@@ -90,6 +91,7 @@ class PpoTrainer:
         self._resume(manager)
         if self.turns.needs_first_sync or self.start > 0:
             self.sync_weights(self.start)
+        self.chunk_size = ppo_setup.chunk_size(config, self.run, self.data, self.batching, self.turns)
         if not self._continues_its_folder():
             self.evaluator.run_and_save("before", f"step{self.start}")
         with MetricsLogger(
@@ -133,20 +135,21 @@ class PpoTrainer:
 
     def make_experience(self, step: int) -> Experience:
         """Roll the current policy out on the step's prompts, and judge what it answered."""
-        algorithm = self.config.algorithm
         with self.timer.phase("rollout"):
             self.turns.wake()
             generation = Generation(
                 self.engine,
-                self.data.next_prompts(),
-                self.config.rollout.sampling,
-                n=algorithm.samples_per_prompt,
+                **ppo_setup.step_prompts(self.data, self.config, self.batching),
+                sampling=self.config.rollout.sampling,
                 seed=self.config.run.seed * 1_000_003 + step,
                 version=f"step{step}",
-                chunk_size=self.batching.chunk_size,
+                chunk_size=self.chunk_size,
                 trace=self.trace,
             ).start()
-        return self.pipeline.make(generation, self.timer, when_generated=self.turns.sleep)
+        experience = self.pipeline.make(generation, self.timer, when_generated=self.turns.sleep)
+        if self.config.rollout.over_sampling > 1:
+            self.data.waiting.keep(*generation.unused())
+        return experience
 
     def update_critic(self, experience: Experience, step: int) -> dict[str, float]:
         """Fit the values to the returns."""

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+import torch.distributed as dist
 
 from hetero_ppo.algorithms.kl import build_kl_controller
 from hetero_ppo.algorithms.rewards import RunningMoments
-from hetero_ppo.config.derived import PpoBatching, derive_ppo
+from hetero_ppo.config.derived import PpoBatching, derive_ppo, running_batch
 from hetero_ppo.config.schema import OldLogProbs, PpoConfig, RewardSource
 from hetero_ppo.data.chat_template import TextEncoder, load_text_encoder, tokenizer_folder
 from hetero_ppo.data.collate import collate_prompts
@@ -27,9 +28,11 @@ from hetero_ppo.memory.turns import ppo_turns
 from hetero_ppo.observability.trace import TRACE_FOLDER, TraceRecorder
 from hetero_ppo.reward.function import FunctionReward
 from hetero_ppo.rollout.engine import VllmEngine
+from hetero_ppo.rollout.partial import PartialBuffer
 from hetero_ppo.rollout.replay import ReplayEngine
 from hetero_ppo.rollout.server import sleeps
-from hetero_ppo.trainers.ppo_engine import RolloutEngine
+from hetero_ppo.rollout.sweep import find_running_batch
+from hetero_ppo.trainers.ppo_engine import EngineTurns, RolloutEngine
 from hetero_ppo.trainers.run import Run
 from hetero_ppo.trainers.supervised import describe_loaded
 from hetero_ppo.types import PromptBatch
@@ -47,9 +50,10 @@ class PpoData:
     train: Dataset[PromptExample]
     eval_prompts: PromptBatch | None
     sampler: ResumableSampler
+    waiting: PartialBuffer  # with over-sampling: prompts that were read, and what was begun of their responses
 
     def next_prompts(self) -> PromptBatch:
-        """Prompts of the next PPO step, over all ranks."""
+        """The next ``algorithm.rollout_batch_size`` prompts, over all ranks."""
         return collate_prompts([self.train.examples[row] for row in self.sampler.next_global_batch()])
 
     @property
@@ -124,7 +128,7 @@ def load_data(config: PpoConfig, run: Run) -> PpoData:
         shuffle=config.data.shuffle,
         fingerprint=train.fingerprint,
     )
-    return PpoData(encoder, train, eval_prompts, sampler)
+    return PpoData(encoder, train, eval_prompts, sampler, PartialBuffer(config.rollout.over_sampling))
 
 
 def describe_batching(config: PpoConfig, run: Run, data: PpoData) -> PpoBatching:
@@ -224,17 +228,51 @@ def build_maker(config: PpoConfig, roles: Roles, data: PpoData) -> ExperienceMak
     )
 
 
+def chunk_size(config: PpoConfig, run: Run, data: PpoData, batching: PpoBatching, turns: EngineTurns) -> int:
+    """Responses of a chunk of the pipeline: the config's, or what a sweep of the engine finds. Collective over the world."""
+    if config.pipeline.chunk_size != 0:
+        return batching.chunk_size
+    found = torch.zeros(1, dtype=torch.int64)
+    with turns.generating() as engine:
+        if engine is not None:
+            largest = running_batch(config)
+            prompts = [example.prompt_ids for example in data.train.examples[:largest]]
+            sampling, budget_s = config.rollout.sampling, config.pipeline.sweep_s
+            result = find_running_batch(engine, prompts, sampling, largest=largest, budget_s=budget_s)
+            run.say(result.table())
+            found[0] = min(result.batch, batching.responses_per_step)
+    if run.world_size > 1:
+        dist.broadcast(found, 0)
+    return int(found)
+
+
+def step_prompts(data: PpoData, config: PpoConfig, batching: PpoBatching) -> dict[str, Any]:
+    """What a PPO step asks of the engine: ``prompts``, ``n``, ``begun`` and ``wanted`` of its generation."""
+    n = config.algorithm.samples_per_prompt
+    if config.rollout.over_sampling == 1.0:
+        return {"prompts": data.next_prompts(), "n": n}
+    wanted = batching.responses_per_step
+    prompts = data.waiting.take(wanted, data.next_prompts, n)
+    return {"prompts": prompts, "n": 1, "begun": data.waiting.begun[: len(prompts)], "wanted": wanted}
+
+
 def trainer_state(data: PpoData, maker: ExperienceMaker) -> dict[str, Any]:
     """What a PPO checkpoint holds beside the trained roles."""
     return {
         "prompts": data.sampler.state_dict(),
         "kl_controller": maker.kl_controller.state_dict(),
         "score_moments": maker.score_moments.state_dict(),
+        "waiting": data.waiting.state_dict(),
     }
 
 
 def load_trainer_state(state: dict[str, Any], data: PpoData, maker: ExperienceMaker) -> None:
-    """The reverse of ``trainer_state``."""
+    """The reverse of ``trainer_state``.
+
+    Raises:
+        ValueError: prompts of the checkpoint wait for a response, and there is no over-sampling to give them one.
+    """
+    data.waiting.load_state_dict(state["waiting"])
     data.sampler.load_state_dict(state["prompts"])
     maker.kl_controller.load_state_dict(state["kl_controller"])
     maker.score_moments.load_state_dict(state["score_moments"])

@@ -28,6 +28,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 from hetero_ppo.config.schema import Dtype, RolloutConfig, SamplingConfig
 from hetero_ppo.errors import RunError
 from hetero_ppo.rollout.engine import VllmEngine
+from hetero_ppo.rollout.sweep import find_running_batch
 from hetero_ppo.rollout.weight_sync import WeightFiles, stage, swap, write_weights
 from hetero_ppo.types import Response
 
@@ -187,8 +188,8 @@ def test_seeds_repeat_and_samples_differ(engine: VllmEngine) -> None:
 
 def test_responses_are_told_of_as_they_complete_each_with_its_own_limit(engine: VllmEngine) -> None:
     told: list[tuple[int, int, Response]] = []
-    limits = [40, 2, 9, 1][: len(PROMPTS)]
-    sampling = SamplingConfig(max_tokens=64, ignore_eos=True)
+    limits = [200, 2, 9, 1][: len(PROMPTS)]
+    sampling = SamplingConfig(max_tokens=200, ignore_eos=True)
     answers = engine.generate(
         PROMPTS[: len(limits)], sampling, n=2, seed=1, max_tokens=limits, on_response=lambda *one: told.append(one)
     )
@@ -372,6 +373,47 @@ def test_a_sleeping_engine_takes_weights_and_wakes_with_them(engine: VllmEngine)
     assert engine.verify_sync(PROMPTS[0], model_log_probs(model, PROMPTS[0]).tolist()) < 1e-3
     assert worst_difference(model, PROMPTS[:2], engine.generate(PROMPTS[:2], FREE, n=1, seed=0)) < 1e-3
     engine.sync_weights(weights(make_model(1)), "step_2")  # as it was before
+
+
+def test_unfinished_responses_are_aborted_and_resumed_under_new_weights(engine: VllmEngine) -> None:
+    """step_2 makes the first part, other weights the rest; every part has the log-probs of the weights that made it."""
+    engine.sync_weights(weights(make_model(1)), "step_2")
+    limits = [8] * 6 + [200] * 6
+    sampling = SamplingConfig(max_tokens=200, ignore_eos=True)
+    whole = engine.generate(PROMPTS, sampling, n=1, seed=9, max_tokens=limits)
+    told: list[int] = []
+    answers = engine.generate(
+        PROMPTS, sampling, n=1, seed=9, max_tokens=limits, wanted=6, on_response=lambda prompt, *_: told.append(prompt)
+    )
+    first = [group[0] for group in answers]
+    assert sorted(told) == list(range(6)) and {r.finish_reason for r in first[:6]} == {"length"}
+    assert {r.finish_reason for r in first[6:]} == {"abort"}
+    for part, (response,) in zip(first, whole, strict=True):
+        assert part.token_ids == response.token_ids[: len(part.token_ids)] and len(part.log_probs) == len(part.token_ids)
+    begun = [response if response.token_ids else None for response in first[6:]]
+    assert any(begun), "some responses had tokens when they were aborted"
+
+    new = make_model(5)
+    engine.sync_weights(weights(new), "step_3")
+    resumed = engine.generate(PROMPTS[6:], sampling, n=1, seed=10, begun=begun, wanted=6)
+    for prompt, part, (response,) in zip(PROMPTS[6:], begun, resumed, strict=True):
+        made = 0 if part is None else len(part.token_ids)
+        assert len(response.token_ids) == 200 and response.weight_version == "step_3"
+        assert response.earlier == ((("step_2", made),) if made else ())
+        assert response.token_ids[:made] == (part.token_ids if part else [])
+        assert response.log_probs[:made] == (part.log_probs if part else [])
+        ours = model_log_probs(new, prompt + response.token_ids)[len(prompt) - 1 :]
+        assert (ours - torch.tensor(response.log_probs))[made:].abs().max() < 1e-4
+        assert made == 0 or (ours - torch.tensor(response.log_probs))[:made].abs().max() > 0.5
+    complete = engine.generate(PROMPTS[6:], sampling, n=1, seed=11, begun=[group[0] for group in resumed])
+    assert complete == resumed, "what is complete already is not asked for again"
+    engine.sync_weights(weights(make_model(1)), "step_2")  # as it was before
+
+
+def test_the_sweep_measures_the_engine(engine: VllmEngine) -> None:
+    result = find_running_batch(engine, PROMPTS, SamplingConfig(max_tokens=8), largest=16, budget_s=20.0)
+    assert list(result.tokens_per_s) == [8, 16] and result.batch in (8, 16)
+    assert all(rate > 10 for rate in result.tokens_per_s.values())
 
 
 def test_a_killed_trainer_leaves_no_server(doomed_trainer: subprocess.Popen[str]) -> None:

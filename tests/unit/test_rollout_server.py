@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from hetero_ppo.config.schema import Dtype, RolloutConfig, SamplingConfig
-from hetero_ppo.rollout.engine import VllmEngine, check_prompts, response_seed
+from hetero_ppo.rollout.engine import VllmEngine, check_prompts
+from hetero_ppo.rollout.requests import response_seed
 from hetero_ppo.rollout.server import ServerSpec, VllmServer, command_line, environment, server_threads
 
 

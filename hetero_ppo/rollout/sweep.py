@@ -1,0 +1,101 @@
+"""Finds the batch at which an engine generates as fast as it ever does, by measuring it."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from hetero_ppo.config.schema import SamplingConfig
+from hetero_ppo.types import Response
+
+FIRST_BATCH = 8
+NUM_TOKENS = 32  # of every response: long enough that prefills do not decide, short enough for a few rounds
+NUM_ROUNDS = 3  # of each batch; the median counts
+
+
+class SweptEngine(Protocol):
+    """What a rollout engine offers here."""
+
+    def generate(
+        self, prompts: list[list[int]], sampling: SamplingConfig, *, n: int, seed: int
+    ) -> list[list[Response]]: ...
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """Rates by batch, and the batch that was chosen."""
+
+    tokens_per_s: dict[int, float]  # responses in flight -> response tokens per second, all servers together
+    batch: int  # the smallest with ``share`` of the best rate
+    share: float
+    seconds: float  # that the sweep took
+
+    def table(self) -> str:
+        """For people: a line for each batch."""
+        best = max(self.tokens_per_s.values())
+        lines = ["running batch   tokens/s   of the best"]
+        for batch, rate in self.tokens_per_s.items():
+            chosen = "   <- chunk" if batch == self.batch else ""
+            lines.append(f"{batch:13d} {rate:10.0f} {rate / best:12.0%}{chosen}")
+        return "\n".join(lines)
+
+
+def batches(largest: int) -> list[int]:
+    """8, 16, 32, ... and the largest itself."""
+    sizes = []
+    size = FIRST_BATCH
+    while size < largest:
+        sizes.append(size)
+        size *= 2
+    return [*sizes, largest]
+
+
+def find_running_batch(
+    engine: SweptEngine,
+    prompts: list[list[int]],
+    sampling: SamplingConfig,
+    *,
+    largest: int,
+    budget_s: float,
+    share: float = 0.95,
+    clock: Callable[[], float] = time.perf_counter,
+) -> SweepResult:
+    """Generates with ever more requests at once, and takes the fewest that reach ``share`` of the best rate.
+
+    Args:
+        engine: started, awake and with weights.
+        prompts: of the run; taken in turn.
+        sampling: of the run, but for where responses end: all have 32 tokens here, or ``max_tokens`` where that is less.
+        largest: requests that the engine runs at once: ``max_num_seqs`` of all servers.
+        budget_s: no larger batch, and no further round of one, is begun after so many seconds; the first batch is always measured.
+        share: of the best rate that is good enough.
+        clock: seconds.
+
+    Raises:
+        ValueError: a number is out of its range.
+    """
+    if largest < 1 or not 0 < share <= 1 or budget_s <= 0:
+        raise ValueError(f"sweep: largest={largest}, share={share}, budget_s={budget_s}: at least 1, in (0, 1], above 0")
+    num_tokens = min(NUM_TOKENS, sampling.max_tokens)
+    short = dataclasses.replace(sampling, max_tokens=num_tokens, ignore_eos=True, stop_token_ids=[], stop=[])
+    start = clock()
+    rates: dict[int, float] = {}
+    # What is compiled or allocated at the first request is not the engine's rate.
+    engine.generate(prompts[:1], short, n=1, seed=0)
+    for batch in batches(largest):
+        if rates and clock() - start > budget_s:
+            break
+        asked = [prompts[row % len(prompts)] for row in range(batch)]
+        rounds: list[float] = []
+        while len(rounds) < NUM_ROUNDS and (not rounds or clock() - start <= budget_s):
+            begin = clock()
+            engine.generate(asked, short, n=1, seed=len(rounds))
+            rounds.append(batch * num_tokens / (clock() - begin))
+        rates[batch] = statistics.median(rounds)
+    best = max(rates.values())
+    chosen = min(batch for batch, rate in rates.items() if rate >= share * best)
+    return SweepResult(rates, chosen, share, clock() - start)

@@ -1,0 +1,49 @@
+"""PPO that waits for no straggler: unfinished responses are resumed, by the next step and by a run from a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from chain import Chain, launch_cli, read_metrics
+
+from hetero_ppo.rollout.replay import read_rollouts
+
+pytestmark = pytest.mark.slow
+
+WANTED, SENT = 16, 24
+OVERRIDES = {
+    "algorithm__old_log_probs": "rollout",
+    "rollout__over_sampling": SENT / WANTED,
+    "rollout__sampling__ignore_eos": "true",  # all responses go to their limit, so some are always under way
+    "pipeline__chunk_size": 0,
+    "pipeline__sweep_s": 1,
+    "data__eval": "null",
+    "train__eval_function": "null",
+    "checkpoint__every": 2,
+}
+
+
+def test_unfinished_responses_are_resumed(chain: Chain, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    command = chain.train_command("ppo", run_dir, train__steps=2, **OVERRIDES)
+    assert "running batch   tokens/s   of the best" in launch_cli(1, command).stdout
+    waiting = json.loads((run_dir / "checkpoints" / "iter_0000002" / "trainer.json").read_text())["waiting"]
+    kept = [begun for begun in waiting["begun"] if begun is not None]
+    assert kept and all(begun["token_ids"] for begun in kept)
+    assert len(waiting["begun"]) + 2 * WANTED == 3 * WANTED  # three batches of prompts were read
+
+    launch_cli(1, chain.train_command("ppo", run_dir, train__steps=3, checkpoint__load=run_dir, **OVERRIDES))
+    metrics = read_metrics(run_dir)
+    assert metrics[1]["rollout/resumed_share"] == 0 and metrics[1]["rollout/weight_versions_max"] == 1
+    records = read_rollouts(run_dir / "rollouts" / "step_000003.jsonl")
+    assert len(records) == WANTED
+    resumed = [record for record in records if "earlier_versions" in record.extra or record.weight_version != "step2"]
+    assert metrics[3]["rollout/resumed_share"] == pytest.approx(len(resumed) / WANTED)
+    assert metrics[3]["rollout/stale_token_share"] > 0
+    by_ids = {tuple(begun["token_ids"]): begun for begun in kept}
+    for record in resumed:
+        begins = [ids for ids in by_ids if tuple(record.response_ids[: len(ids)]) == ids]
+        (ids,) = [max(begins, key=len)]
+        assert record.rollout_log_probs[: len(ids)] == by_ids[ids]["log_probs"]
