@@ -190,6 +190,17 @@ class ServerClient:
         entries = answer["prompt_logprobs"][1:]
         return [entry[str(token)]["logprob"] for entry, token in zip(entries, token_ids[1:], strict=True)]
 
+    async def top_log_probs(self, token_ids: list[int], count: int, timeout_s: float) -> list[tuple[int, float]]:
+        """The ``count`` most probable next tokens, best first, as (token id, log-prob at temperature 1)."""
+        # Greedy, so that the sampled token, which always comes along, is the first of them.
+        params = {"max_tokens": 1, "temperature": 0.0, "top_p": 1.0, "top_k": -1, "seed": 0, "ignore_eos": True}
+        params |= {"logprobs": count, "detokenize": False}
+        body = {"model": SERVED_MODEL_NAME, "token_ids": token_ids, "sampling_params": params}
+        answer = await self.post("beam search", "/inference/v1/generate", timeout_s, body)
+        (content,) = answer["choices"][0]["logprobs"]["content"]
+        found = [(entry["token_id"], entry["logprob"]) for entry in content["top_logprobs"]]
+        return [(token, log_prob) for token, log_prob in found if log_prob > NOT_FINITE]
+
     async def call_worker(self, phase: str, method: str, timeout_s: float, **arguments: Any) -> list[dict[str, Any]]:
         """Calls a method of the worker extension; one result per worker (tensor-parallel rank)."""
         body = {"method": method, "kwargs": arguments, "timeout": timeout_s}

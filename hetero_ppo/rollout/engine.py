@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import shutil
 import threading
@@ -21,9 +22,10 @@ from hetero_ppo.config.schema import Dtype, RolloutConfig, SamplingConfig
 from hetero_ppo.errors import RunError
 from hetero_ppo.observability.progress import progress
 from hetero_ppo.rollout.requests import Requests
+from hetero_ppo.rollout.beam_search import BeamSearch, Expand, Hypothesis, run_search
 from hetero_ppo.rollout.partial import ABORTED
 from hetero_ppo.rollout.pool import Member, ServerPool, gather_all
-from hetero_ppo.rollout.server import ServerSpec, VllmServer, server_threads, sleeps
+from hetero_ppo.rollout.server import MAX_LOG_PROBS, ServerSpec, VllmServer, server_threads, sleeps
 from hetero_ppo.rollout.weight_sync import SyncStats, remove_weights, shared_memory_dir, write_weights
 from hetero_ppo.types import OnResponse, Response
 
@@ -242,6 +244,48 @@ class VllmEngine:
                 pool, prompts, sampling, limits, stop, n, seed, self.config.request_timeout_s, tell, begun or [], wanted
             )
             return self._run(requests.run())
+
+    def beam_search(
+        self, prompts: list[list[int]], *, num_beams: int, max_tokens: int, length_penalty: float, num_return: int
+    ) -> list[list[Hypothesis]]:
+        """The most probable answers to prompts, as far as a beam search finds them; see ``rollout/beam_search.py``.
+
+        Every token of a live beam is a request of its own; the prefix cache has the tokens before it.
+
+        Args:
+            prompts: token ids.
+            num_beams: responses that are extended side by side.
+            max_tokens: response tokens.
+            length_penalty: exponent of the length that a response's log-prob is divided by.
+            num_return: responses per prompt, at most ``num_beams``.
+
+        Returns:
+            For each prompt its responses, the highest score first.
+
+        Raises:
+            ValueError: a prompt is empty or too long, or a number is out of its range.
+            RuntimeError: a server failed beyond ``max_restarts``; nothing is left running.
+        """
+        check_prompts(prompts, [max_tokens] * len(prompts), self.max_model_len)
+        searches = [
+            BeamSearch(num_beams, max_tokens, length_penalty, self.eos_token_ids, num_return) for _ in prompts
+        ]
+        count = min(searches[0].num_candidates, self._vocab_size)
+        if count > MAX_LOG_PROBS:
+            raise ValueError(f"beam search: num_beams={num_beams} needs {count} tokens at once; there are {MAX_LOG_PROBS}")
+        self._require(EngineState.awake, "beam search")
+        pool, timeout_s = self._started_pool(), self.config.request_timeout_s
+
+        def expand(prompt: list[int]) -> Expand:
+            return lambda made: pool.call_least_loaded(
+                "beam search", lambda client, member: client.top_log_probs(prompt + made, count, timeout_s)
+            )
+
+        return self._run(gather_all([run_search(s, expand(p)) for s, p in zip(searches, prompts, strict=True)]))
+
+    @property
+    def _vocab_size(self) -> int:
+        return json.loads((Path(self._spec.model_path) / "config.json").read_text())["vocab_size"]
 
     def sleep(self) -> None:
         """Give the device's memory back, weights and KV cache. Nothing may be in flight.

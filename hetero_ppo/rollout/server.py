@@ -25,6 +25,9 @@ MAX_SOCKET_PATH = 107  # bytes, sun_path of AF_UNIX
 #: vLLM and ZeroMQ put sockets of up to this many further bytes into TMPDIR.
 IPC_NAME_BYTES = 40
 
+#: Most probable tokens that a request may ask for at one position.
+MAX_LOG_PROBS = 128
+
 #: What torchrun and the trainer set for themselves; vLLM would take it for its own.
 TRAINER_VARIABLES = (
     "RANK",
@@ -81,6 +84,7 @@ def command_line(spec: ServerSpec, socket_path: Path) -> list[str]:
     command += ["--dtype", VLLM_DTYPE[spec.dtype], "--max-model-len", str(spec.max_model_len)]
     command += ["--max-num-seqs", str(config.max_num_seqs), "--tensor-parallel-size", str(config.tensor_parallel)]
     command += ["--generation-config", "vllm", "--logprobs-mode", "processed_logprobs", "--enable-scale-out"]
+    command += ["--max-logprobs", str(MAX_LOG_PROBS)]
     command += ["--disable-uvicorn-access-log", "--disable-log-stats"]
     command += ["--skip-tokenizer-init"] if spec.tokenizer_path is None else ["--tokenizer", spec.tokenizer_path]
     command += ["--worker-extension-cls", "hetero_ppo.rollout.worker_extension.WeightReceiver"]

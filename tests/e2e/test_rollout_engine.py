@@ -410,6 +410,37 @@ def test_unfinished_responses_are_aborted_and_resumed_under_new_weights(engine: 
     engine.sync_weights(weights(make_model(1)), "step_2")  # as it was before
 
 
+@pytest.mark.parametrize("length_penalty", [1.0, -1.0])
+def test_beam_search_finds_what_transformers_finds(engine: VllmEngine, length_penalty: float) -> None:
+    """early_stopping="never" is transformers' bound that loses nothing; ours is the same or tighter."""
+    model = make_model(1)
+    engine.sync_weights(weights(model), "step_2")
+    arguments = {"num_beams": 4, "length_penalty": length_penalty}
+    found = engine.beam_search(PROMPTS[:3], max_tokens=12, num_return=2, **arguments)
+    for prompt, hypotheses in zip(PROMPTS, found, strict=False):
+        theirs = model.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
+            max_new_tokens=12,
+            num_return_sequences=2,
+            early_stopping="never",
+            do_sample=False,
+            pad_token_id=0,
+            return_dict_in_generate=True,
+            output_scores=True,
+            **arguments,
+        )
+        for hypothesis, sequence, score in zip(hypotheses, theirs.sequences, theirs.sequences_scores, strict=True):
+            response = sequence[len(prompt) :].tolist()
+            length = response.index(EOS) + 1 if EOS in response else len(response)
+            assert hypothesis.token_ids == response[:length]
+            assert hypothesis.score == pytest.approx(score.item(), rel=1e-5)
+            assert hypothesis.finish_reason == ("stop" if EOS in response else "length")
+            assert hypothesis.log_prob == pytest.approx(
+                model_log_probs(model, prompt + hypothesis.token_ids)[len(prompt) - 1 :].sum().item(), abs=1e-3
+            )
+
+
 def test_the_sweep_measures_the_engine(engine: VllmEngine) -> None:
     result = find_running_batch(engine, PROMPTS, SamplingConfig(max_tokens=8), largest=16, budget_s=20.0)
     assert list(result.tokens_per_s) == [8, 16] and result.batch in (8, 16)
