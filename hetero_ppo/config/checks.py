@@ -403,7 +403,9 @@ def _check_sampling(field: str, sampling: SamplingConfig) -> None:
 def check_rollout_servers(config: PpoConfig, world_size: int) -> None:
     rollout = config.rollout
     _require(rollout.engine == "vllm", "rollout.engine", rollout.engine, "the engine is vllm")
-    for field in ("num_servers", "max_num_seqs", "kv_cache_mib", "tensor_parallel"):
+    servers = rollout.num_servers
+    _require(servers is None or servers >= 1, "rollout.num_servers", servers, "at least 1, or null for one per rank")
+    for field in ("max_num_seqs", "kv_cache_mib", "tensor_parallel"):
         _require(vars(rollout)[field] >= 1, f"rollout.{field}", vars(rollout)[field], "at least 1")
     for field in ("start_timeout_s", "request_timeout_s", "sync_timeout_s"):
         _require(vars(rollout)[field] > 0, f"rollout.{field}", vars(rollout)[field], "more than 0 seconds")

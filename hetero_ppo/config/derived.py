@@ -11,6 +11,7 @@ from hetero_ppo.config.schema import (
     PpoConfig,
     RmConfig,
     RoleConfig,
+    RolloutConfig,
     SftConfig,
     TrainedRoleConfig,
 )
@@ -221,7 +222,7 @@ def derive_ppo(config: PpoConfig, world_size: int, num_prompts: int) -> PpoBatch
         samples_per_prompt=algorithm.samples_per_prompt,
         responses_per_step=responses,
         responses_per_rank=responses_per_rank,
-        chunk_size=chunk_size(config),
+        chunk_size=chunk_size(config, world_size),
         minibatches_per_epoch=minibatches,
         ppo_epochs=algorithm.ppo_epochs,
         total_steps=steps,
@@ -231,15 +232,22 @@ def derive_ppo(config: PpoConfig, world_size: int, num_prompts: int) -> PpoBatch
     )
 
 
-def chunk_size(config: PpoConfig) -> int:
+def chunk_size(config: PpoConfig, world_size: int) -> int:
     """Responses of a chunk of the pipeline, over all ranks."""
     responses = config.algorithm.rollout_batch_size * config.algorithm.samples_per_prompt
-    return min(config.pipeline.chunk_size or running_batch(config), responses)
+    return min(config.pipeline.chunk_size or running_batch(config.rollout, world_size), responses)
 
 
-def running_batch(config: PpoConfig) -> int:
+def num_servers(rollout: RolloutConfig, world_size: int) -> int:
+    """vLLM servers of the run: as many as the config says, or at ``tensor_parallel`` 1 one for every rank."""
+    if rollout.num_servers is not None:
+        return rollout.num_servers
+    return max(1, world_size // rollout.tensor_parallel)
+
+
+def running_batch(rollout: RolloutConfig, world_size: int) -> int:
     """Responses that all servers generate at once."""
-    return config.rollout.max_num_seqs * config.rollout.num_servers
+    return rollout.max_num_seqs * num_servers(rollout, world_size)
 
 
 def _role_batching(

@@ -220,7 +220,7 @@ class MismatchConfig:
 @dataclass
 class RolloutConfig:
     engine: str = "vllm"
-    num_servers: int = 1  # vLLM HTTP servers on this node
+    num_servers: int | None = 1  # vLLM HTTP servers, all on rank 0's node; None: one for every tensor_parallel ranks
     dtype: Dtype | None = None  # engine dtype; None: the actor's
     max_num_seqs: int = 64  # running batch of one server
     kv_cache_mib: int = 256  # KV cache of one server (CPU)

@@ -149,7 +149,7 @@ def plan_memory(
     residency = config.residency if isinstance(config, PpoConfig) else None
     ranks = range(world_size) if rank is None else [rank]
     turns = _turns(config, roles)
-    engine = plan_engine(config, roles["actor"], device_bytes) if isinstance(config, PpoConfig) else None
+    engine = plan_engine(config, roles["actor"], device_bytes, world_size) if isinstance(config, PpoConfig) else None
     copies = {number: _copies(turns, roles, number) for number in ranks}
     planner = _PhasePlanner(config, turns, roles, engine, on_cpu=device_bytes is None)
     phases = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from hetero_ppo.config.derived import num_servers
 from hetero_ppo.config.schema import PpoConfig
 from hetero_ppo.memory.plan_storage import DTYPES, RoleStorage
 from megatron_bridge.parameter_count import hf_tensor_sizes
@@ -31,13 +32,14 @@ class EnginePlan:
         return max(0, (self.awake - self.weights) // self.bytes_per_token)
 
 
-def plan_engine(config: PpoConfig, actor: RoleStorage, device_bytes: int | None) -> EnginePlan | None:
+def plan_engine(config: PpoConfig, actor: RoleStorage, device_bytes: int | None, world_size: int) -> EnginePlan | None:
     """The engine's bytes; None when recorded rollouts take its place.
 
     Args:
         config: checked.
         actor: whose weights the engine runs.
         device_bytes: memory of one device; None: a CPU.
+        world_size: ranks of the run.
     """
     if config.train.replay_rollouts is not None:
         return None
@@ -50,6 +52,6 @@ def plan_engine(config: PpoConfig, actor: RoleStorage, device_bytes: int | None)
         weights=whole // rollout.tensor_parallel,
         bytes_per_token=2 * layers * dims.key * element // rollout.tensor_parallel,
         weight_files=2 * whole,
-        host_bytes=rollout.num_servers * (whole + rollout.kv_cache_mib * MIB),
+        host_bytes=num_servers(rollout, world_size) * (whole + rollout.kv_cache_mib * MIB),
         sleeps=device_bytes is not None and rollout.sleep is not False,
     )

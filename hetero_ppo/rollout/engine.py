@@ -44,6 +44,16 @@ class EngineState(Enum):
     asleep = "asleep"
 
 
+def check_devices(config: RolloutConfig, num_devices: int | None) -> None:
+    """Raises ValueError when the servers of this node do not fit its GPUs. ``num_devices``: None on a CPU."""
+    needed = config.num_servers * config.tensor_parallel
+    if num_devices is not None and needed > num_devices:
+        raise ValueError(
+            f"rollout.num_servers={config.num_servers} with rollout.tensor_parallel={config.tensor_parallel} needs {needed} GPUs; "
+            f"this node, where all servers are, has {num_devices}"
+        )
+
+
 def check_prompts(prompts: list[list[int]], max_tokens: list[int], max_model_len: int) -> None:
     """Raises ValueError for a prompt that is empty, or too long for its response to fit.
 
@@ -89,7 +99,7 @@ class VllmEngine:
     Use it from one rank per node. ``generate`` and ``sync_weights`` block; they may be called from different threads.
 
     Args:
-        config: the ``rollout`` section.
+        config: the ``rollout`` section, with a number of servers.
         model_path: Hugging Face folder.
         dtype: the actor's dtype, for ``config.dtype`` None.
         run_dir: server logs go to ``<run_dir>/rollout/server_<i>.log``.
@@ -160,11 +170,12 @@ class VllmEngine:
         """Starts all servers and returns when they answer (20 to 60 s).
 
         Raises:
-            ValueError: the temporary directory's path is too long for unix sockets.
+            ValueError: the servers need more GPUs than this node has, or the temporary directory's path is too long for sockets.
             RuntimeError: a server ended, or did not answer within ``start_timeout_s``; nothing is left running.
         """
         if self._pool is not None:
             raise RuntimeError("the rollout engine is started already")
+        check_devices(self.config, torch.cuda.device_count() if self._spec.cuda else None)
         self._private_dir = shared_memory_dir()
         try:
             servers = [

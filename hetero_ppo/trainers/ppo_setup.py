@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from hetero_ppo.algorithms.kl import build_kl_controller
 from hetero_ppo.algorithms.rewards import RunningMoments
-from hetero_ppo.config.derived import PpoBatching, derive_ppo, running_batch
+from hetero_ppo.config.derived import PpoBatching, derive_ppo, num_servers, running_batch
 from hetero_ppo.config.schema import OldLogProbs, PpoConfig, RewardSource
 from hetero_ppo.data.chat_template import TextEncoder, load_text_encoder, tokenizer_folder
 from hetero_ppo.data.collate import collate_prompts
@@ -152,7 +152,7 @@ def begin_engine(config: PpoConfig, run: Run, data: PpoData, start: int) -> Star
     longest = config.data.max_prompt_tokens + max(sampling.max_tokens, config.rollout.eval_sampling.max_tokens)
     has_stops = bool(sampling.stop or config.rollout.eval_sampling.stop)
     engine = VllmEngine(
-        config.rollout,
+        replace(config.rollout, num_servers=num_servers(config.rollout, run.world_size)),
         model_path=config.actor.model.path,
         dtype=config.actor.model.dtype,
         run_dir=run.dir,
@@ -235,7 +235,7 @@ def chunk_size(config: PpoConfig, run: Run, data: PpoData, batching: PpoBatching
     found = torch.zeros(1, dtype=torch.int64)
     with turns.generating() as engine:
         if engine is not None:
-            largest = running_batch(config)
+            largest = running_batch(config.rollout, run.world_size)
             prompts = [example.prompt_ids for example in data.train.examples[:largest]]
             sampling, budget_s = config.rollout.sampling, config.pipeline.sweep_s
             result = find_running_batch(engine, prompts, sampling, largest=largest, budget_s=budget_s)

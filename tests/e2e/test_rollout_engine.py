@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import http.client
 import json
@@ -250,6 +251,31 @@ def test_the_server_answers_its_owner_alone(engine: VllmEngine) -> None:
     connection.request("POST", "/inference/v1/generate", "{}", {"Content-Type": "application/json"})
     assert connection.getresponse().status == 401
     connection.close()
+
+
+def listening_addresses(pids: list[int]) -> set[str]:
+    """Addresses, as /proc/net shows them, that these processes take TCP connections on."""
+    inodes = set()
+    for pid in pids:
+        for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                inodes.add(os.readlink(descriptor).removeprefix("socket:[").removesuffix("]"))
+    rows = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]]
+    return {row[1].split(":")[0] for row in rows if row[3] == "0A" and row[9] in inodes}
+
+
+def test_nobody_else_reaches_the_server(engine: VllmEngine) -> None:
+    """No port that another machine sees; and on this one the sockets' folder is closed to others, development routes included."""
+    server = engine.servers[0]
+    loopback = {"0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F"}
+    assert listening_addresses([server.process_group, *children(server.process_group)]) <= loopback
+    if os.geteuid() != 0:
+        pytest.skip("only root can try as somebody else")
+    connect = "import socket, sys; socket.socket(socket.AF_UNIX).connect(sys.argv[1])"
+    for user, error in ((65534, "PermissionError"), (0, "")):
+        command = ["python3", "-I", "-c", connect, str(server.socket_path)]
+        done = subprocess.run(command, user=user, cwd="/", capture_output=True, text=True, check=False)
+        assert (error in done.stderr) and (done.returncode == 0) == (error == "")
 
 
 def test_golden_prompt_is_scored_as_the_trainer_scores_it(engine: VllmEngine) -> None:

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from hetero_ppo.config.derived import num_servers
 from hetero_ppo.config.schema import Dtype, RolloutConfig, SamplingConfig
-from hetero_ppo.rollout.engine import VllmEngine, check_prompts
+from hetero_ppo.rollout.engine import VllmEngine, check_devices, check_prompts
 from hetero_ppo.rollout.requests import response_seed
 from hetero_ppo.rollout.server import ServerSpec, VllmServer, command_line, environment, server_threads
 
@@ -72,6 +73,16 @@ def test_each_server_gets_its_own_devices() -> None:
 @pytest.mark.parametrize(("cores", "servers", "asked", "threads"), [(2, 1, None, 2), (16, 3, None, 5), (1, 2, None, 1), (2, 1, 1, 1)])
 def test_server_threads(cores: int, servers: int, asked: int | None, threads: int) -> None:
     assert server_threads(RolloutConfig(num_servers=servers, server_threads=asked), cores) == threads
+
+
+def test_a_server_for_every_rank_or_as_many_as_asked_for() -> None:
+    assert [num_servers(RolloutConfig(num_servers=None, tensor_parallel=tp), 4) for tp in (1, 2, 4, 8)] == [4, 2, 1, 1]
+    assert num_servers(RolloutConfig(num_servers=3), 4) == 3
+    config = RolloutConfig(num_servers=3, tensor_parallel=2)
+    check_devices(config, 6)
+    check_devices(config, None)
+    with pytest.raises(ValueError, match="num_servers=3 with rollout.tensor_parallel=2 needs 6 GPUs; this node.*has 4"):
+        check_devices(config, 4)
 
 
 def test_a_path_too_long_for_a_socket_is_refused(tmp_path: Path) -> None:
