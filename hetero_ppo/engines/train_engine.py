@@ -24,6 +24,7 @@ from torch.nn.functional import pad
 from hetero_ppo.algorithms.losses import Loss, add_metric_sums
 from hetero_ppo.algorithms.schedules import lr_at
 from hetero_ppo.config.schema import Dtype, OptimizerConfig, TrainedRoleConfig
+from hetero_ppo.distributed.text import broadcast_text
 from hetero_ppo.distributed.groups import is_last_stage, last_stage_rank
 from hetero_ppo.engines.gradients import FirstGradients, clip_divisor, divide_gradients
 from hetero_ppo.engines.microbatches import MicrobatchSize, pair_tokens, split, split_pairs
@@ -363,7 +364,7 @@ class TrainEngine(ModelEngine):
         if self.groups.pp.size() > 1:
             source = last_stage_rank(self.groups)
             dist.broadcast(totals, source, group=self.groups.pp)
-            names = _broadcast_names(names, source, self.groups.pp)
+            names = broadcast_text("\n".join(names), source, self.groups.pp).split("\n")
         return float(totals[0]), int(totals[1]), {name: totals[2 + i] for i, name in enumerate(names)}
 
 
@@ -375,15 +376,3 @@ def _keep_storages(optimizer: torch.optim.Optimizer, before: dict[Tensor, dict[s
             if loaded is not tensor:
                 tensor.copy_(loaded)
                 optimizer.state[parameter][name] = tensor
-
-
-def _broadcast_names(names: list[str], source: int, group: dist.ProcessGroup) -> list[str]:
-    """Metric names to the stages that have no loss, as UTF-8 bytes."""
-    raw = "\n".join(names).encode()
-    length = torch.tensor([len(raw)])
-    dist.broadcast(length, source, group=group)
-    data = torch.zeros(int(length), dtype=torch.uint8)
-    if raw:
-        data[:] = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
-    dist.broadcast(data, source, group=group)
-    return bytes(data.tolist()).decode().split("\n")

@@ -12,11 +12,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hetero_ppo.config.schema import SamplingConfig
+from hetero_ppo.distributed.text import broadcast_json
 from hetero_ppo.errors import RunError
 from hetero_ppo.experience.rollouts import build_rollout
-from hetero_ppo.observability.trace import ENGINE, TraceRecorder
+from hetero_ppo.observability.trace import ENGINE, TRAINER, WAIT_FOR_ENGINE, TraceRecorder
 from hetero_ppo.types import Chunk, OnResponse, PromptBatch, Response, Rollout
-
 
 #: Label of the newest weights of a response, and (label, tokens) of those before, oldest first.
 Versions = tuple[str, list[tuple[str, int]]]
@@ -202,7 +202,9 @@ class Generation:
         """What completes the next chunks. Whole chunks alone, but for the rest at the end."""
         with self._changed:
             wanted = self.num_rows if wait_for_all else min(self._num_told + self.chunk_size, self.num_rows)
+            start = time.perf_counter()
             self._changed.wait_for(lambda: len(self._complete) >= wanted or self._error is not None)
+            self._trace.add(TRAINER, WAIT_FOR_ENGINE, start, time.perf_counter())
             self._raise_error()
             fresh = self._complete[self._num_told :]
         if self._num_told + len(fresh) < self.num_rows:
@@ -239,12 +241,10 @@ class Generation:
         """Of every row the place of its prompt and the weights that made it, from rank 0 to all ranks."""
         origins = [(place, response.weight_version, list(response.earlier)) for _, place, response in fresh]
         if dist.get_world_size() > 1:
-            shared = [origins]
-            dist.broadcast_object_list(shared, 0)
-            origins = shared[0]
+            origins = broadcast_json(origins, 0)
         for row, (place, version, earlier) in zip(rows.tolist(), origins, strict=True):
             self._place[row] = place
-            self._versions[row] = (version, earlier)
+            self._versions[row] = (version, [(label, count) for label, count in earlier])
 
     def _rollout_of(self, rows: list[int]) -> Rollout:
         rollout = build_rollout(

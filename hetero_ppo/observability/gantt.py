@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from hetero_ppo.observability.figures import COLOURS, GREY, INK, STYLE, svg_text
-from hetero_ppo.observability.trace import ENGINE, TRAINER, WAIT, Span, StepTrace
+from hetero_ppo.observability.trace import ENGINE, TRAINER, WAIT, WAIT_FOR_ENGINE, Span, StepTrace
 
 LANE_COLOURS = {
     TRAINER: GREY,
@@ -18,7 +18,7 @@ LANE_COLOURS = {
     "reward_model": COLOURS[3],
     ENGINE: COLOURS[4],
 }
-WAIT_COLOUR = COLOURS[5]
+WAIT_COLOURS = {WAIT: COLOURS[5], WAIT_FOR_ENGINE: "#f4d9c6"}
 
 WIDTH = 10.5  # inches
 BAR = 0.76  # of a row's height
@@ -59,11 +59,12 @@ def draw_gantt(trace: StepTrace) -> Figure:
     axes.set_xlim(0, trace.seconds * scale)
     axes.grid(axis="y", visible=False)
     kinds = [
-        Patch(color=WAIT_COLOUR, label="the computation waits for copies"),
+        Patch(color=WAIT_COLOURS[WAIT_FOR_ENGINE], label="the trainer waits for the engine"),
+        Patch(color=WAIT_COLOURS[WAIT], label="the computation waits for copies"),
         Patch(color=INK, alpha=0.6, label="optimizer step, inside a turn"),
     ]
     axes.legend(
-        handles=kinds, loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=2, borderaxespad=0.1, handlelength=1.0
+        handles=kinds, loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=3, borderaxespad=0.1, handlelength=1.0
     )
     axes.set_xlabel(f"{unit} since the step began")
     return figure
@@ -86,15 +87,15 @@ def _draw_lane(axes: Axes, row: int, spans: list[Span], seconds: float, scale: f
         reached = max(reached, span.end)
         bar = [(span.start * scale, (span.end - span.start) * scale)], (row - BAR / 2, BAR)
         share = (span.end - span.start) / seconds
-        if inside and span.name != WAIT:
+        if inside and span.name not in WAIT_COLOURS:
             if span.lane != TRAINER:  # whose nested phases are the roles' turns
                 axes.broken_barh(*bar, facecolor=INK, alpha=0.35, linewidth=0)
             continue
         role = str(span.args.get("role", span.lane))
-        colour = WAIT_COLOUR if span.name == WAIT else LANE_COLOURS.get(role, GREY)
+        colour = WAIT_COLOURS.get(span.name) or LANE_COLOURS.get(role, GREY)
         # The edge parts one span from the next, or keeps visible what is shorter than a dot.
         axes.broken_barh(*bar, facecolor=colour, edgecolor="white" if share > SHORT else colour, linewidth=0.6)
         if share * PLOT_WIDTH > LETTER * (len(span.name) + 1):
             middle = (span.start + span.end) / 2 * scale
-            ink = INK if colour == GREY else "white"
+            ink = INK if span.lane == TRAINER else "white"
             axes.text(middle, row, span.name, ha="center", va="center", color=ink, fontsize=7.5, clip_on=True)

@@ -25,6 +25,9 @@ TRACE_FOLDER = "trace"
 
 #: On the trainer's lane: the computation stood still.
 WAIT = "wait for copies"
+WAIT_FOR_ENGINE = "wait for the engine"
+#: Spans in which their lane stands still.
+WAITS = frozenset({WAIT, WAIT_FOR_ENGINE})
 
 #: Blocks of one role and kind that follow each other on a copy lane within this become one span: hundreds of small tensors
 #: would make the file large and the picture grey. The gaps count as busy.
@@ -59,8 +62,10 @@ class StepTrace:
         return _ordered_lanes(self.spans)
 
     def idle_share(self, lane: str) -> float:
-        """Share of the step, 0 to 1, that no span of the lane covers. Spans inside each other count once."""
-        return 1.0 - busy_seconds([span for span in self.spans if span.lane == lane]) / self.seconds
+        """Share of the step, 0 to 1, that no span of the lane covers or a wait does. Spans inside each other count once."""
+        spans = [span for span in self.spans if span.lane == lane]
+        waits = [span for span in spans if span.name in WAITS]
+        return 1.0 - (busy_seconds(spans) - busy_seconds(waits)) / self.seconds
 
 
 class TraceRecorder:

@@ -258,7 +258,7 @@ def test_report_shows_the_newest_traced_step(ppo_run: Path, tmp_path: Path) -> N
     (svg,) = re.findall(r'class="card gantt wide">.*?(<svg.*?</svg>)', page, flags=re.DOTALL)
     ElementTree.fromstring(svg)
     texts = re.findall(r"<text[^>]*>([^<]+)</text>", svg)
-    assert [text for text in texts if text.startswith("idle")] == ["idle 0 %", "idle 60 %", "idle 75 %"]
+    assert [text for text in texts if text.startswith("idle")] == ["idle 20 %", "idle 60 %", "idle 75 %"]
     assert {TRAINER, "actor", COPY_IN, "train_actor"} <= set(texts)
 
 
