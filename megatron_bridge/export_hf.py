@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,7 @@ def save_hf(
     head: str = "lm",
     dtype: torch.dtype | None = None,
     max_shard_bytes: float = 5e9,
+    files: Mapping[str, str] | None = None,
 ) -> None:
     """Write a whole checkpoint: config, generation config, tokenizer files, and weights in one file or several.
 
@@ -63,6 +64,7 @@ def save_hf(
         head: "lm", or "value" / "score": the folder is then a sequence classifier with one label.
         dtype: of the saved tensors; None: the parameters'.
         max_shard_bytes: most bytes of tensors in one file.
+        files: name -> text of what else goes into the folder.
 
     Raises:
         ValueError: unknown head, no checkpoint in source_dir, or chunks and groups that are not of the bridge's layout.
@@ -82,6 +84,8 @@ def save_hf(
                 (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
                 _copy_files(("generation_config.json",), Path(source_dir), folder)
                 _copy_files(TOKENIZER_FILES, Path(tokenizer_dir or source_dir), folder)
+                for name, text in (files or {}).items():
+                    (folder / name).write_text(text, encoding="utf-8")
         else:
             for _ in tensors:
                 pass

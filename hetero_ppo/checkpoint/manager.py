@@ -28,13 +28,20 @@ class CheckpointManager:
         self.root = run_dir / "checkpoints"
         self.keep = keep
 
-    def save(self, step: int, engines: Mapping[str, TrainEngine], state: Mapping[str, Any]) -> Path:
+    def save(
+        self,
+        step: int,
+        engines: Mapping[str, TrainEngine],
+        state: Mapping[str, Any],
+        files: Mapping[str, str] | None = None,
+    ) -> Path:
         """Write one checkpoint; a reader sees all of it or none. Collective over the world.
 
         Args:
             step: steps done.
             engines: trained roles by name.
             state: what the trainer needs to go on, as JSON.
+            files: name -> text of what else goes with the weights.
         """
         folder = self.root / f"iter_{step:07d}"
         if dist.get_rank() == 0:
@@ -46,6 +53,8 @@ class CheckpointManager:
             engine.save(folder / role)
         if dist.get_rank() == 0:
             _write(folder / "trainer.json", json.dumps({"step": step, **state}, indent=1))
+            for name, text in (files or {}).items():
+                _write(folder / name, text)
             _write(folder / COMPLETE, "")
             _write(self.root / LATEST, str(step))
             self._retire()

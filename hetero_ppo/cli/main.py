@@ -10,11 +10,11 @@ from __future__ import annotations
 import argparse
 import sys
 
-from hetero_ppo.cli import config, export, init_model, plan, report, tokenizer, train, validate
+from hetero_ppo.cli import config, export, init_model, plan, report, reward_model, tokenizer, train, validate
 from hetero_ppo.cli.ranks import say_error
 from hetero_ppo.errors import RunError
 
-SUBCOMMANDS = (config, validate, plan, train, export, report, tokenizer, init_model)
+SUBCOMMANDS = (config, validate, plan, train, export, report, reward_model, tokenizer, init_model)
 
 
 def build_parser() -> argparse.ArgumentParser:

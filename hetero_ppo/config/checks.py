@@ -327,6 +327,7 @@ def check_kl(config: PpoConfig, world_size: int) -> None:
 def check_reward_source(config: PpoConfig, world_size: int) -> None:
     reward = config.reward
     _require(reward.clip >= 0, "reward.clip", reward.clip, "0 (off) or a positive bound")
+    _require(reward.golden_every >= 0, "reward.golden_every", reward.golden_every, "0 or a number of PPO steps")
     if reward.source is RewardSource.function:
         _require(
             reward.function is not None,

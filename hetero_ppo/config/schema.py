@@ -245,6 +245,7 @@ class RewardConfig:
     source: RewardSource = RewardSource.model
     function: str | None = None  # "package.module:function", or "path/to/file.py:function"
     clip: float = 10.0  # |score| is clipped to it; 0 switches clipping off
+    golden_every: int = 50  # PPO steps between checks of the reward model's golden scores; 0: at the start alone
     normalise: bool = False  # divide by the running standard deviation of the scores (after subtracting the mean)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -336,8 +336,10 @@ class ModelEngine:
         self.residency.mark_changed(FORWARD)
         self._take_weights(dist_checkpointing.load(self._sharded_weights(), str(folder)))
 
-    def export(self, out_dir: str, *, tokenizer_dir: str | None = None) -> None:
-        """Write a Hugging Face checkpoint. Collective."""
+    def export(
+        self, out_dir: str, *, tokenizer_dir: str | None = None, files: Mapping[str, str] | None = None
+    ) -> None:
+        """Write a Hugging Face checkpoint, and ``files`` (name -> text) into its folder. Collective."""
         self.device.require(self.role, FORWARD, "an export")
         save_hf(
             self.models,
@@ -347,6 +349,7 @@ class ModelEngine:
             source_dir=self.config.model.path,
             tokenizer_dir=tokenizer_dir or self.config.model.tokenizer,
             head=self.head,
+            files=files,
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import queue
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -184,10 +184,12 @@ class TrainEngine(ModelEngine):
         self._settle_parameters()
         return super().stream_weights()
 
-    def export(self, out_dir: str, *, tokenizer_dir: str | None = None) -> None:
+    def export(
+        self, out_dir: str, *, tokenizer_dir: str | None = None, files: Mapping[str, str] | None = None
+    ) -> None:
         """ModelEngine.export, of the newest weights."""
         self._settle_parameters()
-        super().export(out_dir, tokenizer_dir=tokenizer_dir)
+        super().export(out_dir, tokenizer_dir=tokenizer_dir, files=files)
 
     def _settle_parameters(self) -> None:
         """With overlap_param_gather, finish the gather that the next training forward would have hidden."""

@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> None:
     if role not in roles:
         raise ValueError(f"--role {role}: this run trains {', '.join(roles)}")
     folder = checkpoint_folder(Path(args.run_dir), args.step)
-    _single_process()
+    single_process()
     # Megatron-Core takes seconds to import: after the checks.
     from hetero_ppo.distributed.groups import initialise
     from hetero_ppo.engines.model_engine import ModelEngine
@@ -58,7 +58,7 @@ def _roles(config: SftConfig | RmConfig | PpoConfig) -> dict[str, tuple]:
     return {"actor": (config.actor, "lm"), "critic": (config.critic, "value")}
 
 
-def _single_process() -> None:
+def single_process() -> None:
     """A world of this process alone, on a port that the kernel chooses."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

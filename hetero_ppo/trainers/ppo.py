@@ -59,6 +59,7 @@ class PpoTrainer:
         # An error here is raised at once, not when the engine is up: its guardian ends it with this process.
         self.device = ppo_setup.shared_device(config, self.trace)
         self.roles = ppo_setup.build_roles(config, run, self.batching, self.device)
+        self.golden = ppo_setup.build_golden_guard(config, run, self.roles)
         self.maker = ppo_setup.build_maker(config, self.roles, self.data)
         if starting is not None:
             starting.wait()
@@ -92,6 +93,8 @@ class PpoTrainer:
         if self.turns.needs_first_sync or self.start > 0:
             self.sync_weights(self.start)
         self.chunk_size = ppo_setup.chunk_size(config, self.run, self.data, self.batching, self.turns)
+        if self.golden is not None:
+            self.golden.check(self.start, first=True)
         if not self._continues_its_folder():
             self.evaluator.run_and_save("before", f"step{self.start}")
         with MetricsLogger(
@@ -109,6 +112,8 @@ class PpoTrainer:
                         metrics |= self.update_actor(experience, step)
                 with self.timer.phase("weight_sync"):
                     metrics |= self.sync_weights(step + 1)
+                if self.golden is not None:
+                    self.golden.check(step + 1)
                 self.maker.kl_controller.update(experience.metrics["kl/reference"], experience.rollout.batch_size)
                 metrics = {**experience.metrics, **metrics, **ppo_memory.memory_metrics(self.device)}
                 if config.train.eval_every and (step + 1) % config.train.eval_every == 0:
@@ -166,7 +171,10 @@ class PpoTrainer:
             experience.response_mask,
             experience.tis_weights,
         )
-        loss_fn = actor_loss_fn(self.config.algorithm, self.maker.temperature, self.actor.vocab_size, self.actor.groups)
+        actor = self.actor
+        loss_fn = actor_loss_fn(
+            self.config.algorithm, self.maker.temperature, actor.vocab_size, actor.groups, actor.vocab_parts
+        )
         return self._update(self.actor, "actor", experience, inputs, loss_fn, step)
 
     def _update(

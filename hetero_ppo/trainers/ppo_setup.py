@@ -27,6 +27,7 @@ from hetero_ppo.experience.stages import ExperienceMaker
 from hetero_ppo.memory.turns import ppo_turns
 from hetero_ppo.observability.trace import TRACE_FOLDER, TraceRecorder
 from hetero_ppo.reward.function import FunctionReward
+from hetero_ppo.reward.golden import GoldenGuard, golden_guard
 from hetero_ppo.rollout.engine import VllmEngine
 from hetero_ppo.rollout.partial import PartialBuffer
 from hetero_ppo.rollout.replay import ReplayEngine
@@ -205,6 +206,15 @@ def build_roles(config: PpoConfig, run: Run, batching: PpoBatching, device: Shar
                 f"({', '.join(reward_model.load_report.initialised)}); give the export of a reward-model run"
             )
     return Roles(actor, critic, reference, reward_model)
+
+
+def build_golden_guard(config: PpoConfig, run: Run, roles: Roles) -> GoldenGuard | None:
+    """Of the reward model; None with a reward function, or where its scores cannot be compared, which is said."""
+    if roles.reward_model is None:
+        return None
+    guard, note = golden_guard(roles.reward_model, config.reward.golden_every)
+    run.say(note)
+    return guard
 
 
 def build_maker(config: PpoConfig, roles: Roles, data: PpoData) -> ExperienceMaker:

@@ -17,6 +17,7 @@ from hetero_ppo.engines.losses import reward_loss_fn
 from hetero_ppo.engines.microbatches import sequence_ends
 from hetero_ppo.engines.outputs import scores_output
 from hetero_ppo.engines.train_engine import TrainEngine, TrainStepResult
+from hetero_ppo.reward.golden import GOLDEN_FILE, make_golden
 from hetero_ppo.trainers.run import Run
 from hetero_ppo.trainers.supervised import SupervisedTrainer, describe_loaded, make_sampler
 
@@ -45,6 +46,12 @@ class RewardModelTrainer(SupervisedTrainer):
         """One optimizer step on these pairs."""
         batch = collate_preferences([self.data.examples[row] for row in rows])
         return self.engine.train_step(self.engine.pair_microbatches(batch), self.loss_fn)
+
+    def weight_files(self) -> dict[str, str]:
+        """Golden scores of held-out pairs, or of training pairs without those, where the forward is aligned."""
+        if not self.engine.config.aligned:
+            return {}
+        return {GOLDEN_FILE: make_golden(self.engine, (self.held_out or self.data).examples).text()}
 
     def evaluate(self) -> dict[str, float]:
         """Loss and accuracy on the held-out pairs; a tie counts as wrong."""

@@ -65,6 +65,10 @@ class SupervisedTrainer(ABC):
     def evaluate(self) -> dict[str, float]:
         """Metrics on the held-out data; empty without any."""
 
+    def weight_files(self) -> dict[str, str]:
+        """Name -> text of what goes with the present weights, into a checkpoint and an export. Collective."""
+        return {}
+
     def fit(self) -> None:
         """Train, evaluate, save, export."""
         manager = CheckpointManager(self.run.dir, self.checkpoint.keep)
@@ -87,9 +91,10 @@ class SupervisedTrainer(ABC):
                         values.update(self.evaluate())
                 logger.log(StepMetrics(step + 1, values, timer.collect()))
                 if last or (self.checkpoint.every and (step + 1) % self.checkpoint.every == 0):
-                    manager.save(step + 1, {self.engine.role: self.engine}, {"sampler": self.sampler.state_dict()})
+                    state = {"sampler": self.sampler.state_dict()}
+                    manager.save(step + 1, {self.engine.role: self.engine}, state, self.weight_files())
         if self.checkpoint.export_hf:
-            self.engine.export(str(self.run.dir / "hf"))
+            self.engine.export(str(self.run.dir / "hf"), files=self.weight_files())
             self.run.say(f"exported to {self.run.dir / 'hf'}")
 
     def _resume(self, manager: CheckpointManager) -> None:

@@ -6,6 +6,7 @@ follows from the position of the tile in its sequence: padding beyond it, and ot
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -100,10 +101,15 @@ def _tile(rotated: Tensor, inputs: Tensor, end: int) -> tuple[Tensor, Tensor, Te
     return query, key, value
 
 
+@functools.cache
+def _future(device: torch.device) -> Tensor:
+    """[TILE, TILE] bool: the keys of a tile that come after each of its queries."""
+    return torch.ones(TILE, TILE, dtype=torch.bool, device=device).triu_(1)
+
+
 def _causal_softmax(scores: Tensor) -> Tensor:
     """[n, r * TILE, end] scores of a tile's queries for the keys up to its end -> probabilities. Overwrites the scores."""
     n, rows, end = scores.shape
     own_tile = scores.view(n, rows // TILE, TILE, end)[..., end - TILE :]
-    future = torch.ones(TILE, TILE, dtype=torch.bool, device=scores.device).triu_(1)
-    own_tile.masked_fill_(future, -torch.inf)
+    own_tile.masked_fill_(_future(scores.device), -torch.inf)
     return torch.softmax(scores, dim=-1)

@@ -62,12 +62,17 @@ class _Swiglu(torch.autograd.Function):
         rows = gate_and_up.reshape(-1, 2 * width)
         result = torch.empty(rows.shape[0], width, dtype=rows.dtype, device=rows.device)
         step = max(1, PIECE // width)
+        scratch = torch.empty(2, step, width, dtype=torch.float32, device=rows.device)
         for start in range(0, rows.shape[0], step):
             piece = rows[start : start + step]
-            gate = piece[:, :width].float()
-            silu = gate.neg().exp_().add_(1.0)
-            torch.div(gate, silu, out=silu)
-            torch.mul(silu, piece[:, width:], out=result[start : start + step])
+            factor, silu = scratch[:, : piece.shape[0]]
+            factor.copy_(piece[:, :width])
+            torch.neg(factor, out=silu).exp_().add_(1.0)
+            torch.div(factor, silu, out=silu)
+            factor.copy_(piece[:, width:])
+            torch.mul(silu, factor, out=silu if rows.dtype != torch.float32 else result[start : start + step])
+            if rows.dtype != torch.float32:
+                result[start : start + step] = silu
         return result.view(*gate_and_up.shape[:-1], width)
 
     @staticmethod

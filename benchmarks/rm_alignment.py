@@ -1,0 +1,327 @@
+"""Does a reward model's score have the same bits wherever it is computed, what does that cost, and what does it cost not to ask?
+
+A small reward model is trained on pairs, then scores the held-out sequences under tensor parallelism 1, 2 and 4 and once more in a
+fresh process, in four batchings of three paddings each, in fp32 and bf16, with the aligned forward and with the plain one. All are
+compared with those of one process. Time is that of one forward in one process, of a model whose products are as large as the table
+says, the two paths in turns.
+
+    python benchmarks/rm_alignment.py --reviews <folder with positive.txt and negative.txt> --json alignment.json
+
+Without --reviews the pairs are generated: token ids of two classes. Words of reviews become ids by a hash: no tokenizer takes part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification, Qwen3Config
+from transformers.utils.logging import disable_progress_bar
+
+from hetero_ppo.config.schema import (
+    Dtype,
+    LrSchedule,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RewardModelLossConfig,
+    TrainedRoleConfig,
+)
+from hetero_ppo.data.collate import collate_preferences, pad_right
+from hetero_ppo.data.preference import PreferenceExample
+from hetero_ppo.distributed.groups import finish, initialise
+from hetero_ppo.engines.losses import reward_loss_fn
+from hetero_ppo.engines.model_engine import ModelEngine
+from hetero_ppo.engines.outputs import scores_output
+from hetero_ppo.engines.train_engine import TrainEngine
+from hetero_ppo.types import Microbatch
+
+VOCAB = 4096
+DTYPES = ("fp32", "bf16")
+#: name -> layers, hidden, MLP, heads, key-value heads
+SHAPES = {"tiny": (2, 52, 100, 4, 4), "10m": (4, 256, 768, 8, 4), "30m": (8, 512, 1536, 8, 4), "125m": (12, 768, 2048, 12, 4)}
+#: rows of a micro-batch, order
+BATCHINGS: dict[str, tuple[int, str]] = {
+    "one row": (1, "as it comes"),
+    "four rows": (4, "as it comes"),
+    "sixteen rows of one length": (16, "sorted"),
+    "all rows": (10**9, "reversed"),
+}
+PADDINGS = (0, 13, 64)  # tokens beyond the longest of a micro-batch
+#: process count, layout
+WORLDS: dict[str, tuple[int, dict[str, Any]]] = {
+    "TP 1": (1, {}),
+    "TP 1, packed": (1, {"packing": True}),
+    "TP 2, sequence parallel": (2, {"tensor": 2, "sequence": True}),
+    "TP 4": (4, {"tensor": 4}),
+    "fresh process": (1, {}),
+}
+
+
+def review_pairs(folder: Path, seed: int) -> tuple[list[PreferenceExample], list[PreferenceExample]]:
+    """(training, held-out) pairs of a positive and a negative review."""
+    random_numbers = random.Random(seed)
+    sides = []
+    for name in ("positive.txt", "negative.txt"):
+        lines = [line.split() for line in (folder / name).read_text(encoding="utf-8").splitlines() if line.strip()]
+        random_numbers.shuffle(lines)
+        sides.append([[2 + zlib.crc32(word.encode()) % (VOCAB - 2) for word in words[:120]] + [1] for words in lines])
+    pairs = [PreferenceExample(chosen, rejected, 0) for chosen, rejected in zip(*sides)]
+    return pairs[600:], pairs[:600]
+
+
+def generated_pairs(seed: int) -> tuple[list[PreferenceExample], list[PreferenceExample]]:
+    """The same of random ids: a chosen sequence has more ids of the lower half."""
+    random_numbers = random.Random(seed)
+
+    def sequence(share: float) -> list[int]:
+        half = VOCAB // 2
+        length = random_numbers.randint(4, 60)
+        return [random_numbers.randrange(2, half) + (random_numbers.random() > share) * (half - 2) for _ in range(length)] + [1]
+
+    pairs = [PreferenceExample(sequence(0.65), sequence(0.35), 0) for _ in range(2200)]
+    return pairs[600:], pairs[:600]
+
+
+def save_model(shape: str, folder: Path) -> None:
+    layers, hidden, mlp, heads, groups = SHAPES[shape]
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=VOCAB,
+        num_hidden_layers=layers,
+        hidden_size=hidden,
+        intermediate_size=mlp,
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+        head_dim=hidden // heads + hidden // heads % 2,
+        max_position_embeddings=2048,
+        num_labels=1,
+        pad_token_id=0,
+        tie_word_embeddings=True,
+    )
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+
+
+def role(model: str, dtype: str, aligned: bool, layout: dict[str, Any], rows: int = 32) -> TrainedRoleConfig:
+    return TrainedRoleConfig(
+        model=ModelConfig(path=model, dtype=Dtype(dtype)),
+        parallel=ParallelConfig(**{name: value for name, value in layout.items() if name != "packing"}),
+        packing=layout.get("packing", False),
+        micro_batch_size=rows,
+        aligned=aligned,
+        optimizer=OptimizerConfig(lr=1e-3, lr_schedule=LrSchedule.cosine, warmup_steps=10, weight_decay=0.1),
+    )
+
+
+def train(model: Path, out: Path, pairs: list[PreferenceExample], steps: int) -> None:
+    """A reward model on random batches of 32 pairs, with the aligned forward."""
+    engine = TrainEngine("reward", role(str(model), "fp32", True, {}), "score", steps)
+    loss_fn, random_numbers = reward_loss_fn(RewardModelLossConfig()), random.Random(0)
+    for _ in range(steps):
+        batch = collate_preferences(random_numbers.sample(pairs, 32))
+        engine.train_step(engine.pair_microbatches(batch), loss_fn)
+    engine.export(str(out))
+
+
+def microbatches(sequences: list[list[int]], batching: str, padding: int, multiple: int) -> list[tuple[list[int], Microbatch]]:
+    """Rows and micro-batches of a batching."""
+    size, order = BATCHINGS[batching]
+    rows = list(range(len(sequences)))
+    if order == "sorted":
+        rows.sort(key=lambda row: len(sequences[row]))
+    elif order == "reversed":
+        rows.reverse()
+    parts = []
+    for start in range(0, len(rows), size):
+        taken = rows[start : start + size]
+        ids, lengths = pad_right([sequences[row] for row in taken])
+        width = ids.shape[1] + padding
+        ids = torch.nn.functional.pad(ids, (0, width + -width % multiple - ids.shape[1]))
+        # Padding is computed where its outputs are asked for.
+        parts.append((taken, Microbatch(ids, lengths, wanted=torch.ones_like(ids, dtype=torch.bool) if padding else None)))
+    return parts
+
+
+def all_scores(engine: ModelEngine, sequences: list[list[int]]) -> dict[str, Tensor]:
+    """"batching, padding" -> [B] float32 scores; every data-parallel rank computes all rows."""
+    found = {}
+    for batching in BATCHINGS:
+        for padding in PADDINGS:
+            parts = microbatches(sequences, batching, padding, engine.length_multiple)
+            with torch.no_grad():
+                outputs = engine.run_schedule([m for _, m in parts], scores_output, forward_only=True)
+            scores = torch.empty(len(sequences))
+            for (rows, _), output in zip(parts, outputs):
+                scores[rows] = output
+            found[f"{batching}, {padding}"] = scores
+    return found
+
+
+def work(job_file: str) -> None:
+    """One process of a launch: scores of every dtype and path, saved by rank 0."""
+    job = json.loads(Path(job_file).read_text())
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ["WORLD_SIZE"])))
+    initialise(10.0)
+    scores = {}
+    for dtype in DTYPES:
+        for aligned in (True, False):
+            engine = ModelEngine("reward", role(job["model"], dtype, aligned, job["layout"]), "score")
+            scores[f"{dtype}, {aligned}"] = all_scores(engine, job["sequences"])
+    if int(os.environ["RANK"]) == 0:
+        torch.save(scores, job["out"])
+    finish()
+
+
+def launch(name: str, model: Path, sequences: list[list[int]], folder: Path) -> dict[str, dict[str, Tensor]]:
+    """Scores of a layout in processes of its own."""
+    processes, layout = WORLDS[name]
+    job, out = folder / f"{name}.json", folder / f"{name}.pt"
+    job.write_text(json.dumps({"model": str(model), "layout": layout, "sequences": sequences, "out": str(out)}))
+    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
+    subprocess.run([*command, f"--nproc-per-node={processes}", __file__, "--job", str(job)], check=True)
+    return torch.load(out)
+
+
+def compare(by_world: dict[str, dict[str, dict[str, Tensor]]], path: str) -> dict[str, int]:
+    """Scores of one dtype and path that differ from the first, and their bits that do, over all worlds and batchings."""
+    first = next(iter(by_world["TP 1"][path].values()))
+    counts = {"num_scores": 0, "mismatched_scores": 0, "mismatched_bits": 0}
+    for world in by_world.values():
+        for scores in world[path].values():
+            differ = scores.view(torch.int32) ^ first.view(torch.int32)
+            counts["num_scores"] += len(scores)
+            counts["mismatched_scores"] += int((differ != 0).sum())
+            counts["mismatched_bits"] += sum((int(x) & 0xFFFFFFFF).bit_count() for x in differ)
+    return counts
+
+
+def pair_accuracy(model: Path, dtype: str, aligned: bool, pairs: list[PreferenceExample]) -> float:
+    """Share of pairs whose chosen sequence scores higher."""
+    engine = ModelEngine("reward", role(str(model), dtype, aligned, {}), "score")
+    batch = collate_preferences(pairs)
+    chosen = engine.forward(batch.chosen_ids, batch.chosen_lengths, scores_output)
+    rejected = engine.forward(batch.rejected_ids, batch.rejected_lengths, scores_output)
+    return float((chosen > rejected).double().mean())
+
+
+def forward_seconds(model: Path, dtype: str, args: argparse.Namespace) -> dict[str, float]:
+    """Median seconds of a forward of each path, the two in turns."""
+    engines = {
+        name: ModelEngine("reward", role(str(model), dtype, name == "aligned", {}, args.rows), "score")
+        for name in ("aligned", "plain")
+    }
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(2, VOCAB, (args.rows, args.tokens), generator=generator)
+    lengths = torch.randint(args.tokens // 2, args.tokens + 1, (args.rows,), generator=generator)
+    lengths[0] = args.tokens
+    seconds: dict[str, list[float]] = {name: [] for name in engines}
+    for repeat in range(args.repeats + 1):  # the first is not counted
+        for name, engine in engines.items():
+            start = time.perf_counter()
+            engine.forward(ids, lengths, scores_output)
+            if repeat:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    training, held_out = review_pairs(args.reviews, args.seed) if args.reviews else generated_pairs(args.seed)
+    held_out = held_out[: args.pairs]
+    save_model(args.trained_shape, folder / "start")
+    save_model(args.timed_shape, folder / "timed")
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    initialise(10.0)
+    train(folder / "start", folder / "model", training, args.train_steps)
+    result: dict[str, Any] = {"dtypes": {}}
+    for dtype in DTYPES:
+        seconds = forward_seconds(folder / "timed", dtype, args)
+        accuracy = {name: pair_accuracy(folder / "model", dtype, name == "aligned", held_out) for name in seconds}
+        result["dtypes"][dtype] = {"seconds": seconds, "accuracy": accuracy}
+    finish()
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        del os.environ[name]
+    sequences = [ids for pair in held_out for ids in pair.all_ids][: args.sequences]
+    by_world = {name: launch(name, folder / "model", sequences, folder) for name in WORLDS}
+    for dtype in DTYPES:
+        found = result["dtypes"][dtype]
+        found["aligned"] = compare(by_world, f"{dtype}, True")
+        found["plain"] = compare(by_world, f"{dtype}, False")
+        found["time_ratio"] = found["seconds"]["aligned"] / found["seconds"]["plain"]
+    return result
+
+
+def summary(result: dict[str, Any]) -> dict[str, Any]:
+    """The figures of all dtypes together: sums of counts, the larger of the time ratios, accuracies in bf16."""
+    dtypes = result["dtypes"].values()
+    accuracy = result["dtypes"]["bf16"]["accuracy"]
+    return {
+        "mismatched_bits_aligned": sum(found["aligned"]["mismatched_bits"] for found in dtypes),
+        "mismatched_scores_plain": sum(found["plain"]["mismatched_scores"] for found in dtypes),
+        "num_scores": sum(found["aligned"]["num_scores"] for found in dtypes),
+        "time_ratio": max(found["time_ratio"] for found in dtypes),
+        "accuracy_aligned": accuracy["aligned"],
+        "accuracy_plain": accuracy["plain"],
+    }
+
+
+def print_table(result: dict[str, Any], args: argparse.Namespace) -> None:
+    print(f"{'':6}{'scores':>8}{'aligned':>10}{'plain':>8}{'seconds':>10}{'plain':>8}{'ratio':>7}{'accuracy':>11}{'plain':>8}")
+    for dtype, found in result["dtypes"].items():
+        print(
+            f"{dtype:6}{found['aligned']['num_scores']:8}{found['aligned']['mismatched_scores']:10}"
+            f"{found['plain']['mismatched_scores']:8}{found['seconds']['aligned']:10.3f}{found['seconds']['plain']:8.3f}"
+            f"{found['time_ratio']:7.2f}{found['accuracy']['aligned']:11.3%}{found['accuracy']['plain']:8.3%}"
+        )
+    print(
+        f"aligned, plain: scores whose bits differ from those of one process. seconds: {args.rows} rows of {args.tokens // 2} to "
+        f"{args.tokens} tokens, model {args.timed_shape}, {torch.get_num_threads()} threads."
+    )
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--reviews", type=Path, help="folder with positive.txt and negative.txt, a review a line")
+    parser.add_argument("--pairs", type=int, default=500, help="held-out pairs that accuracy is of")
+    parser.add_argument("--sequences", type=int, default=112, help="scored in every combination")
+    parser.add_argument("--train-steps", type=int, default=150, help="of 32 pairs")
+    parser.add_argument("--trained-shape", choices=SHAPES, default="10m", help="model that is trained and compared")
+    parser.add_argument("--timed-shape", choices=SHAPES, default="30m", help="model whose forward is timed")
+    parser.add_argument("--rows", type=int, default=16, help="of the timed forward")
+    parser.add_argument("--tokens", type=int, default=256, help="longest row of the timed forward")
+    parser.add_argument("--repeats", type=int, default=7, help="timed forwards of each path")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="file for everything that was measured")
+    parser.add_argument("--job", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
+    if args.job:
+        work(args.job)
+        return
+    disable_progress_bar()
+    with tempfile.TemporaryDirectory(prefix="rm-alignment-") as folder:
+        result = measure(args, Path(folder))
+    figures = summary(result)
+    print_table(result, args)
+    if args.json:
+        settings = {name: str(value) for name, value in vars(args).items() if name != "job"}
+        args.json.write_text(json.dumps({**figures, **result, "settings": settings}, indent=1))
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""The commands on a trained reward model: score, evaluate, verify. One process, or those of a torchrun."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from hetero_ppo.config.schema import DataConfig, Dtype, ModelConfig, ParallelConfig, RoleConfig
+from hetero_ppo.data.chat_template import load_text_encoder
+from hetero_ppo.data.collate import collate_preferences, pad_right
+from hetero_ppo.data.preference import load_preferences
+from hetero_ppo.data.reading import read_rows
+from hetero_ppo.data.sft import load_sft
+from hetero_ppo.distributed.groups import initialise
+from hetero_ppo.engines.model_engine import ModelEngine
+from hetero_ppo.engines.outputs import scores_output
+from hetero_ppo.errors import RunError
+from hetero_ppo.reward.golden import GOLDEN_FILE, check_golden, first_difference, read_golden
+from hetero_ppo.trainers.export import single_process
+from hetero_ppo.trainers.run import end_run
+
+TIMEOUT_MINUTES = 30.0
+
+
+@contextmanager
+def reward_engine(args: argparse.Namespace) -> Iterator[ModelEngine]:
+    """The checkpoint in the layout that the arguments name.
+
+    Raises:
+        ValueError: no such folder, or one without a score head.
+    """
+    checkpoint: Path = args.checkpoint
+    if not (checkpoint / "config.json").is_file():
+        raise ValueError(
+            f"--checkpoint {checkpoint}: no config.json there; give a Hugging Face folder (`hetero-ppo export` makes one of a run)"
+        )
+    config = RoleConfig(
+        model=ModelConfig(path=str(checkpoint), dtype=Dtype(args.dtype or _golden_dtype(checkpoint))),
+        parallel=ParallelConfig(tensor=args.tensor, pipeline=args.pipeline, sequence=args.sequence),
+        micro_batch_size=args.micro_batch_size,
+        aligned=not args.plain,
+    )
+    if "RANK" not in os.environ:
+        single_process()
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_WORLD_SIZE"])))
+    initialise(TIMEOUT_MINUTES)
+    try:
+        engine = ModelEngine("reward_model", config, "score")
+        if engine.load_report.initialised:
+            raise ValueError(f"--checkpoint {checkpoint}: the model has no score head; give the export of a reward-model run")
+        yield engine
+    finally:
+        end_run()
+
+
+def _golden_dtype(checkpoint: Path) -> str:
+    file = checkpoint / GOLDEN_FILE
+    return read_golden(file).record["dtype"] if file.is_file() else Dtype.fp32.value
+
+
+def _data_config(args: argparse.Namespace) -> DataConfig:
+    return DataConfig(
+        train=args.data, apply_chat_template=not args.no_chat_template, max_sequence_tokens=args.max_tokens
+    )
+
+
+def score(args: argparse.Namespace) -> None:
+    """Write a line for every row: its number, its length in tokens, its score, and the score's bits."""
+    with reward_engine(args) as engine:
+        ids, lengths = pad_right(_sequences(args, engine))
+        scores = engine.forward(ids, lengths, scores_output).tolist()
+        if dist.get_rank() == 0:
+            lines = [
+                {"row": row, "num_tokens": int(length), "score": value, "score_hex": value.hex()}
+                for row, (length, value) in enumerate(zip(lengths, scores, strict=True))
+            ]
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            args.out.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+            print(f"{len(lines)} scores in {args.out}, mean {sum(scores) / len(scores):.6f}")
+
+
+def _sequences(args: argparse.Namespace, engine: ModelEngine) -> list[list[int]]:
+    rows = list(read_rows(args.data))
+    if not rows:
+        raise ValueError(f"--data {args.data}: there are no rows")
+    if not rows[0].has("token_ids"):
+        data = _data_config(args)
+        return [e.token_ids for e in load_sft(args.data, data, load_text_encoder(engine.config.model, data, "reward_model")).examples]
+    sequences = []
+    for row in rows:
+        ids = row.value("token_ids")
+        if not isinstance(ids, list) or not ids or not all(type(i) is int and 0 <= i < engine.vocab_size for i in ids):
+            raise row.error("token_ids", f"has to be a list of token ids below {engine.vocab_size}, one at least")
+        if len(ids) > args.max_tokens:
+            raise row.error("token_ids", f"has {len(ids)} tokens, more than --max-tokens {args.max_tokens}")
+        sequences.append(ids)
+    return sequences
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """Print accuracy, loss and calibration of the pairs, and write the page with the plots."""
+    # matplotlib takes a second to import.
+    from hetero_ppo.observability.pairs import pair_statistics, write_pair_page
+
+    with reward_engine(args) as engine:
+        data = _data_config(args)
+        pairs = load_preferences(args.data, data, load_text_encoder(engine.config.model, data, "reward_model"))
+        batch = collate_preferences(pairs.examples)
+        chosen = engine.forward(batch.chosen_ids, batch.chosen_lengths, scores_output)
+        rejected = engine.forward(batch.rejected_ids, batch.rejected_lengths, scores_output)
+        if dist.get_rank() == 0:
+            found = pair_statistics(chosen.tolist(), rejected.tolist())
+            print(pairs.report.describe())
+            print(found.describe())
+            if args.out is not None:
+                print(f"plots: {write_pair_page(found, args.out, f'{args.checkpoint} on {args.data}')}")
+
+
+def verify(args: argparse.Namespace) -> None:
+    """Compute all golden scores anew, and the layers of the pairs that have them.
+
+    Raises:
+        RunError: a score or a layer differs.
+        ValueError: no golden scores, or the plain forward was asked for.
+    """
+    file: Path = args.checkpoint / GOLDEN_FILE
+    if args.plain:
+        raise ValueError("--plain: the plain forward promises no bits to verify; leave it out")
+    if not file.is_file():
+        raise ValueError(f"--checkpoint {args.checkpoint}: has no {GOLDEN_FILE}; a run with reward.aligned writes it")
+    golden = read_golden(file)
+    with reward_engine(args) as engine:
+        elsewhere = golden.made_elsewhere(engine)
+        if elsewhere and dist.get_rank() == 0:
+            print(f"made elsewhere, so bits may differ: {'; '.join(elsewhere)}")
+        check_golden(engine, golden, file, range(len(golden.pairs)))
+        traced = [(number, pair) for number, pair in enumerate(golden.pairs) if pair.layers]
+        for number, pair in traced:
+            layer = first_difference(engine, pair)
+            if layer is not None:
+                raise RunError(f"{file}, pair {number}: the scores are equal, but the output of the {layer} differs")
+        if dist.get_rank() == 0:
+            print(
+                f"{file}: {2 * len(golden.pairs)} scores of {len(golden.pairs)} pairs have the same bits, and so have all "
+                f"{len(golden.pairs[0].layers)} layers of {len(traced)} of them"
+            )

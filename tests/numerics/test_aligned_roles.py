@@ -1,0 +1,158 @@
+"""What aligned roles are for, in one process: a first PPO update without a KL of its own, and golden scores that trace a difference."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from aligned_cases import LENGTHS, role_config, save_models, sequences
+from torch import Tensor
+
+from hetero_ppo.algorithms.losses import mean_metrics
+from hetero_ppo.cli.main import main
+from hetero_ppo.config.schema import AlgorithmConfig, TrainedRoleConfig
+from hetero_ppo.data.collate import pad_right
+from hetero_ppo.data.preference import PreferenceExample
+from hetero_ppo.distributed.groups import finish, initialise
+from hetero_ppo.engines.losses import actor_loss_fn
+from hetero_ppo.engines.model_engine import ModelEngine
+from hetero_ppo.engines.outputs import log_probs_output, values_output
+from hetero_ppo.engines.train_engine import TrainEngine
+from hetero_ppo.errors import RunError
+from hetero_ppo.reward.golden import GOLDEN_FILE, GoldenGuard, golden_guard, make_golden, read_golden
+from hetero_ppo.types import PolicyInputs
+
+
+@pytest.fixture
+def world() -> Iterator[None]:
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        _one_rank(patch)
+        initialise(2.0)
+        yield
+        finish()
+
+
+def _one_rank(patch: pytest.MonkeyPatch) -> None:
+    environment = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    for name, value in {**environment, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
+        patch.setenv(name, value)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    save_models(folder)
+    return folder
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_first_update_is_on_policy_to_the_bit(world: None, models: Path, dtype: str) -> None:
+    """Old log-probs of large padded micro-batches, training in packed small ones: ppo_kl is exactly 0."""
+    assert _first_ppo_kl(role_config(models / "qwen2-lm", dtype, {}, aligned=True)) == 0.0
+
+
+def test_first_update_is_not_without_aligned(world: None, models: Path) -> None:
+    assert _first_ppo_kl(role_config(models / "qwen2-lm", "fp32", {}, aligned=False)) != 0.0
+
+
+def _first_ppo_kl(config: TrainedRoleConfig) -> float:
+    ids, lengths = pad_right([tokens.tolist() for tokens in sequences()])
+    mask = (torch.arange(ids.shape[1] - 1)[None] < (lengths - 1)[:, None]) & (torch.arange(ids.shape[1] - 1)[None] >= 1)
+    mask[0, 0] = True
+    scorer = ModelEngine("actor", dataclasses.replace(config, micro_batch_size=8), "lm")
+    output = log_probs_output(
+        temperature=0.7, vocab_size=scorer.vocab_size, groups=scorer.groups, num_parts=scorer.vocab_parts
+    )
+    old = scorer.forward(ids, lengths, output).masked_fill(~mask, 0)
+    actor = TrainEngine("actor", dataclasses.replace(config, packing=True), "lm", 1)
+    inputs = PolicyInputs(old, old, torch.randn(mask.shape), mask)
+    loss_fn = actor_loss_fn(AlgorithmConfig(), 0.7, actor.vocab_size, actor.groups, actor.vocab_parts)
+    result = actor.train_step(actor.microbatches(ids, lengths, inputs, range(len(LENGTHS))), loss_fn)
+    return mean_metrics(result.metric_sums, result.count)["actor/ppo_kl"]
+
+
+def test_values_of_training_and_of_forwards_are_equal_bits(world: None, models: Path) -> None:
+    ids, lengths = pad_right([tokens.tolist() for tokens in sequences()])
+    config = role_config(models / "qwen3-score", "bf16", {}, aligned=True)
+    found: list[Tensor] = []
+    for size, packing in ((1, False), (8, True)):
+        critic = ModelEngine("critic", dataclasses.replace(config, micro_batch_size=size, packing=packing), "value")
+        found.append(critic.forward(ids, lengths, values_output))
+    for row, length in enumerate(LENGTHS):
+        assert torch.equal(found[0][row, : length - 1], found[1][row, : length - 1])
+
+
+def _examples() -> list[PreferenceExample]:
+    rows = [tokens.tolist() for tokens in sequences()]
+    return [PreferenceExample(chosen, rejected, 0) for chosen, rejected in zip(rows, reversed(rows))]
+
+
+def _with_golden(models: Path, folder: Path, dtype: str = "bf16") -> Path:
+    """A copy of the reward model with golden scores."""
+    shutil.copytree(models / "qwen3-score", folder)
+    engine = ModelEngine("reward", role_config(folder, dtype, {}, aligned=True), "score")
+    (folder / GOLDEN_FILE).write_text(make_golden(engine, _examples()).text())
+    return folder
+
+
+def _guard(folder: Path, dtype: str = "bf16", aligned: bool = True) -> tuple[GoldenGuard | None, str, ModelEngine]:
+    config = dataclasses.replace(role_config(folder, dtype, {}, aligned), micro_batch_size=5, packing=True)
+    engine = ModelEngine("reward_model", config, "score")
+    guard, note = golden_guard(engine, every=2)
+    return guard, note, engine
+
+
+def test_golden_scores_are_repeated_or_the_run_stops(world: None, models: Path, tmp_path: Path) -> None:
+    folder = _with_golden(models, tmp_path / "rm")
+    golden = read_golden(folder / GOLDEN_FILE)
+    assert [len(pair.layers) for pair in golden.pairs] == [4, 4, 4, 4, 0, 0, 0, 0]  # embedding, two layers, norm
+    guard, note, engine = _guard(folder)
+    assert guard is not None and "8 golden pairs" in note
+    guard.check(0, first=True)
+    with torch.no_grad():
+        engine.models[0].decoder.layers[1].mlp.linear_fc2.weight[3, 5] += 0.5
+    guard.check(1)  # it is not time
+    stored = golden.pairs[0].chosen_score
+    with pytest.raises(RunError, match=rf"{GOLDEN_FILE}, pair 0: the chosen score is {stored} .* is the layer 1 \(pair 0\)"):
+        guard.check(2)
+
+
+def test_golden_scores_that_promise_nothing_are_said(world: None, models: Path, tmp_path: Path) -> None:
+    folder = _with_golden(models, tmp_path / "rm")
+    assert "reward_model.aligned is false" in _guard(folder, aligned=False)[1]
+    with pytest.raises(ValueError, match="reward_model.model.dtype is fp32, but .* were made in bf16"):
+        _guard(folder, "fp32")
+    lines = (folder / GOLDEN_FILE).read_text().splitlines()
+    record = json.loads(lines[0])
+    record["record"]["cpu"] = "abacus"
+    (folder / GOLDEN_FILE).write_text("\n".join([json.dumps(record), *lines[1:]]))
+    guard, note, _ = _guard(folder)
+    assert guard is None and "cpu: abacus there" in note
+    (folder / GOLDEN_FILE).write_text("\n".join([*lines[:3], "{}"]))
+    with pytest.raises(ValueError, match="golden_scores.jsonl, line 4: not a line of golden scores"):
+        _guard(folder)
+    (folder / GOLDEN_FILE).unlink()
+    assert "does not exist" in _guard(folder)[1]
+
+
+def test_commands(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    _one_rank(monkeypatch)
+    initialise(2.0)
+    folder = _with_golden(models, tmp_path / "rm", "fp32")
+    finish()
+    assert main(["verify", "rm", "--checkpoint", str(folder)]) == 0
+    assert "16 scores of 8 pairs have the same bits, and so have all 4 layers of 4 of them" in capsys.readouterr().out
+    data, out = tmp_path / "rows.jsonl", tmp_path / "scores.jsonl"
+    data.write_text("".join(json.dumps({"token_ids": example.chosen_ids}) + "\n" for example in _examples()))
+    assert main(["score", "--checkpoint", str(folder), "--data", str(data), "--out", str(out)]) == 0
+    scores = [json.loads(line)["score_hex"] for line in out.read_text().splitlines()]
+    assert scores == [pair.chosen_score for pair in read_golden(folder / GOLDEN_FILE).pairs]
+    data.write_text(json.dumps({"token_ids": [5, 131]}))
+    assert main(["score", "--checkpoint", str(folder), "--data", str(data), "--out", str(out)]) == 2
+    assert "line 1, field 'token_ids': has to be a list of token ids below 131" in capsys.readouterr().err
