@@ -66,6 +66,8 @@ def draw_lengths(kind: str, count: int, longest: int, seed: int) -> list[int]:
 class Answered:
     """Answers that are there already, in the order in which they once were complete: no engine is at work."""
 
+    is_collective = False
+
     def __init__(self, rollout: Rollout, n: int) -> None:
         starts, ends = rollout.prompt_lengths.tolist(), rollout.sequence_lengths.tolist()
         self._answers = [

@@ -24,13 +24,13 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_bridge.cached_attention import CachedSelfAttention
 from megatron_bridge.context_parallel import ContextParallelAttention, attend
 from megatron_bridge.kernels import rms_norm, rotary_causal_attention, swiglu
 from megatron_bridge.packing import Packing, attend_packed, by_group
@@ -79,7 +79,7 @@ class SdpaCoreAttention(MegatronModule):
         return attend(query, key, value, self.softmax_scale)
 
 
-class ShortSequenceSelfAttention(SelfAttention):
+class ShortSequenceSelfAttention(CachedSelfAttention):
     """Self-attention that in bf16 on a CPU keeps the scores of short sequences: faster there than kernels that never do.
 
     In float32 the core attention rounds as transformers does, to which float32 models are compared.
@@ -99,7 +99,8 @@ class ShortSequenceSelfAttention(SelfAttention):
         """[s, b, hidden] (a slice of s under sequence parallelism; packed, b is 1) -> ([s, b, hidden], no bias)."""
         short = rotary_pos_emb is not None and rotary_pos_emb.shape[0] <= self.MAX_SEQUENCE
         bf16_on_cpu = hidden_states.device.type == "cpu" and hidden_states.dtype == torch.bfloat16
-        if not (short and bf16_on_cpu):
+        cached = kwargs.get("inference_context") is not None
+        if cached or not (short and bf16_on_cpu):
             return super().forward(hidden_states, attention_mask, *args, rotary_pos_emb=rotary_pos_emb, **kwargs)
         groups, d = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
         if self.config.qk_layernorm:
@@ -173,6 +174,7 @@ def decoder_spec(config: TransformerConfig, num_local_layers: int) -> Transforme
         layer = get_gpt_layer_with_transformer_engine_spec(
             num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm
         )
+        layer.submodules.self_attention.module = CachedSelfAttention
         from megatron.core.extensions.transformer_engine import TENorm
 
         return TransformerBlockSubmodules(layer_specs=[layer] * num_local_layers, layer_norm=TENorm)

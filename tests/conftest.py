@@ -8,6 +8,9 @@ import chain as tiny_chain
 import pytest
 
 
+MEGATRON_STEPS = 2
+
+
 @pytest.fixture(scope="session")
 def chain(tmp_path_factory: pytest.TempPathFactory) -> tiny_chain.Chain:
     """SFT, reward model and PPO with a real vLLM server; see tests/chain.py."""
@@ -35,7 +38,7 @@ def one_process(chain: tiny_chain.Chain, tmp_path_factory: pytest.TempPathFactor
 @pytest.fixture(scope="session")
 def two_processes(chain: tiny_chain.Chain, one_process: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The recorded rollouts again on two processes: ``dp2``, ``resident`` (the same without turns),
-    ``mixed`` (actor TP 2, critic DP 2), ``resumed`` (DP 2)."""
+    ``mixed`` (actor TP 2, critic DP 2), ``resumed`` (DP 2). And ``megatron`` (DP 2), whose rollouts are its own actor's."""
     root = tmp_path_factory.mktemp("two_processes")
     replay = {"train__replay_rollouts": chain.run_dir("ppo") / "rollouts"}
     commands = [
@@ -45,6 +48,7 @@ def two_processes(chain: tiny_chain.Chain, one_process: Path, tmp_path_factory: 
             "ppo", root / "mixed", actor__parallel__tensor=2, reward_model__parallel__tensor=2, **replay
         ),
         chain.train_command("ppo", root / "resumed", checkpoint__load=one_process / "ppo_at_2", **replay),
+        chain.train_command("ppo", root / "megatron", rollout__engine="megatron", train__steps=MEGATRON_STEPS),
     ]
     (root / "log").write_text(tiny_chain.launch_all(2, commands))
     return root

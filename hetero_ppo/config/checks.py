@@ -18,6 +18,12 @@ from hetero_ppo.config.checks_microbatches import (
     check_packing,
     check_pair_budget,
 )
+from hetero_ppo.config.checks_rollout import (
+    check_megatron_engine,
+    check_over_sampling,
+    check_rollout_servers,
+    check_sampling,
+)
 from hetero_ppo.config.derived import (
     RESPONSES_FIELDS,
     config_roles,
@@ -35,7 +41,6 @@ from hetero_ppo.config.schema import (
     RewardSource,
     RmConfig,
     RolloutCorrectionKind,
-    SamplingConfig,
     SftConfig,
 )
 
@@ -377,59 +382,6 @@ def check_function_names(config: PpoConfig, world_size: int) -> None:
     )
 
 
-def check_sampling(config: PpoConfig, world_size: int) -> None:
-    _check_sampling("rollout.sampling", config.rollout.sampling)
-    _require(
-        config.rollout.sampling.temperature > 0,
-        "rollout.sampling.temperature",
-        config.rollout.sampling.temperature,
-        "PPO samples from the policy and divides the trainer's logits by it, so it is greater than 0; greedy "
-        "answers are for rollout.eval_sampling",
-    )
-    _check_sampling("rollout.eval_sampling", config.rollout.eval_sampling)
-
-
-def _check_sampling(field: str, sampling: SamplingConfig) -> None:
-    _require(sampling.temperature >= 0, f"{field}.temperature", sampling.temperature, "0 (greedy) or more")
-    _require(0 < sampling.top_p <= 1, f"{field}.top_p", sampling.top_p, "in (0, 1]; 1 keeps all tokens")
-    _require(
-        sampling.top_k == -1 or sampling.top_k >= 1, f"{field}.top_k", sampling.top_k, "-1 (all tokens) or at least 1"
-    )
-    _require(sampling.max_tokens >= 1, f"{field}.max_tokens", sampling.max_tokens, "at least 1 response token")
-    for token in sampling.stop_token_ids:
-        _require(token >= 0, f"{field}.stop_token_ids", sampling.stop_token_ids, "token ids are not negative")
-    _require(all(sampling.stop), f"{field}.stop", sampling.stop, "an empty text would end every response")
-
-
-def check_rollout_servers(config: PpoConfig, world_size: int) -> None:
-    rollout = config.rollout
-    _require(rollout.engine == "vllm", "rollout.engine", rollout.engine, "the engine is vllm")
-    servers = rollout.num_servers
-    _require(servers is None or servers >= 1, "rollout.num_servers", servers, "at least 1, or null for one per rank")
-    for field in ("max_num_seqs", "kv_cache_mib", "tensor_parallel"):
-        _require(vars(rollout)[field] >= 1, f"rollout.{field}", vars(rollout)[field], "at least 1")
-    for field in ("start_timeout_s", "request_timeout_s", "sync_timeout_s"):
-        _require(vars(rollout)[field] > 0, f"rollout.{field}", vars(rollout)[field], "more than 0 seconds")
-    _require(rollout.max_restarts >= 0, "rollout.max_restarts", rollout.max_restarts, "0 or more")
-    share = rollout.gpu_memory_utilization
-    _require(0 < share <= 1, "rollout.gpu_memory_utilization", share, "a share of the device, in (0, 1]")
-
-
-def check_over_sampling(config: PpoConfig, world_size: int) -> None:
-    """Resumed responses have old log-probs of several weights, the engine's alone, and no text of their first part there."""
-    factor, field = config.rollout.over_sampling, "rollout.over_sampling"
-    _require(1 <= factor < math.inf, field, factor, "a finite number of at least 1; 1 waits for every response")
-    fits = {
-        "algorithm.old_log_probs=rollout (the log-probs of the weights that sampled)": config.algorithm.old_log_probs
-        is OldLogProbs.rollout,
-        "rollout.engine=vllm": config.rollout.engine == "vllm",
-        "rollout.sampling.stop=[] (a text may begin in one part and end in the next)": not config.rollout.sampling.stop,
-        "train.replay_rollouts=null": config.train.replay_rollouts is None,
-    }
-    for needed, is_so in fits.items():
-        _require(factor == 1 or is_so, field, factor, f"above 1 it needs {needed}")
-
-
 def check_pipeline(config: PpoConfig, world_size: int) -> None:
     """Size of a chunk."""
     size = config.pipeline.chunk_size
@@ -565,6 +517,7 @@ PPO_CHECKS: tuple[Callable[[PpoConfig, int], None], ...] = (
     check_rollout_servers,
     check_over_sampling,
     check_pipeline,
+    check_megatron_engine,
     check_residency,
 )
 PATH_CHECKS: tuple[Callable[[AnyConfig], None], ...] = (

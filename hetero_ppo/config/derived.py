@@ -12,10 +12,13 @@ from hetero_ppo.config.schema import (
     RmConfig,
     RoleConfig,
     RolloutConfig,
+    RolloutEngineKind,
     SftConfig,
     TrainedRoleConfig,
 )
 
+#: Tokens of the sequence that the engine and the trainer are compared on after every weight sync.
+GOLDEN_TOKENS = 64
 #: How error messages name the number of responses per PPO step.
 RESPONSES_FIELDS = "algorithm.rollout_batch_size x algorithm.samples_per_prompt"
 
@@ -35,6 +38,23 @@ def config_roles(config: AnyConfig) -> dict[str, RoleConfig]:
 def trained_roles(config: AnyConfig) -> dict[str, TrainedRoleConfig]:
     """The roles of ``config_roles`` that have an optimizer."""
     return {name: role for name, role in config_roles(config).items() if isinstance(role, TrainedRoleConfig)}
+
+
+def actor_generates(config: PpoConfig) -> bool:
+    """True when the actor itself is the rollout engine."""
+    return config.rollout.engine is RolloutEngineKind.megatron and config.train.replay_rollouts is None
+
+
+def overlaps_generation(config: PpoConfig) -> bool:
+    """True when forwards run beside generation: not where the trainer itself generates."""
+    return config.pipeline.overlap and not actor_generates(config)
+
+
+def max_model_len(config: PpoConfig) -> int:
+    """Tokens of the longest sequence that the rollout engine is to take, prompt and response together."""
+    rollout = config.rollout
+    longest = config.data.max_prompt_tokens + max(rollout.sampling.max_tokens, rollout.eval_sampling.max_tokens)
+    return max(longest, GOLDEN_TOKENS + 1)
 
 
 def data_parallel_size(role: str, parallel: ParallelConfig, world_size: int) -> int:

@@ -60,6 +60,13 @@ class RewardSource(str, Enum):
     function = "function"
 
 
+class RolloutEngineKind(str, Enum):
+    """What answers the prompts."""
+
+    vllm = "vllm"  # servers beside the trainer
+    megatron = "megatron"  # the actor itself, between its other turns; for machines without vLLM, and for debugging
+
+
 class OldLogProbs(str, Enum):
     """Where the log-probs of the policy that sampled come from."""
 
@@ -219,11 +226,11 @@ class MismatchConfig:
 
 @dataclass
 class RolloutConfig:
-    engine: str = "vllm"
+    engine: RolloutEngineKind = RolloutEngineKind.vllm
     num_servers: int | None = 1  # vLLM HTTP servers, all on rank 0's node; None: one for every tensor_parallel ranks
     dtype: Dtype | None = None  # engine dtype; None: the actor's
-    max_num_seqs: int = 64  # running batch of one server
-    kv_cache_mib: int = 256  # KV cache of one server (CPU)
+    max_num_seqs: int = 64  # running batch of one server; megatron: of one data-parallel rank of the actor
+    kv_cache_mib: int = 256  # KV cache of one server (CPU); megatron: room for max_num_seqs longest sequences instead
     gpu_memory_utilization: float = 0.4  # share of the device (GPU)
     server_threads: int | None = None  # OMP threads of one server (CPU); None: cores / servers, at least 1
     tensor_parallel: int = 1  # GPUs per server

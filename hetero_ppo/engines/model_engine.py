@@ -194,6 +194,17 @@ class ModelEngine:
                 local[taken] = to_columns(host, num_columns) if per_token else host
         return self._gather(local)[:given]
 
+    def evaluating(self, what: str) -> list[GPTModel]:
+        """The model's chunks as they are for a forward of ``what``, for as long as the role's turn lasts.
+
+        Raises:
+            ResidencyError: the role has no turn.
+        """
+        self.device.require(self.role, FORWARD, what)
+        for chunk in self.chunks:
+            chunk.eval()
+        return self.models
+
     @property
     def forward_size(self) -> MicrobatchSize:
         """Of the micro-batches of a forward without a backward."""

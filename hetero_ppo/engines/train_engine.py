@@ -14,6 +14,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -178,6 +179,11 @@ class TrainEngine(ModelEngine):
         for chunk in self.chunks:
             chunk.eval()
         return super().forward(token_ids, sequence_lengths, output, wanted)
+
+    def evaluating(self, what: str) -> list[GPTModel]:
+        """ModelEngine.evaluating, with the newest weights."""
+        self._settle_parameters()
+        return super().evaluating(what)
 
     def stream_weights(self) -> Iterator[tuple[str, Tensor]]:
         """ModelEngine.stream_weights, of the newest weights."""

@@ -25,6 +25,11 @@ Versions = tuple[str, list[tuple[str, int]]]
 class Generator(Protocol):
     """What a rollout engine offers here."""
 
+    @property
+    def is_collective(self) -> bool:
+        """True when it is on every rank, and answers nothing beside what else the ranks do together."""
+        ...
+
     def generate(
         self,
         prompts: list[list[int]],
@@ -43,7 +48,7 @@ class Generation:
     """Answers prompts, chunk by chunk. Responses are cut into chunks in the order of their completion.
 
     Args:
-        engine: on rank 0; None on the others.
+        engine: on rank 0, and None on the others; on every rank where it is collective.
         prompts: P prompts, the same on every rank.
         sampling: how to sample.
         n: responses per prompt; row p * n + j of the rollout is response j of prompt p.
@@ -104,8 +109,10 @@ class Generation:
         self._versions: list[Versions] = [(version, [])] * self.num_rows
 
     def start(self) -> Generation:
-        """Let the engine begin."""
-        if self._engine is not None:
+        """Let the engine begin; a collective one has answered everything when this returns."""
+        if self._engine is not None and self._engine.is_collective:
+            self._generate()
+        elif self._engine is not None:
             self._thread = threading.Thread(target=self._generate, name="generation", daemon=True)
             self._thread.start()
         return self

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hetero_ppo.config.derived import config_roles
+from hetero_ppo.config.derived import actor_generates, config_roles, overlaps_generation
 from hetero_ppo.config.load import AnyConfig
 from hetero_ppo.config.schema import (
     OldLogProbs,
@@ -179,7 +179,8 @@ def _turns(config: AnyConfig, roles: Mapping[str, RoleStorage]) -> list[Turn]:
     turns = ppo_turns(
         has_reward_model=config.reward_model is not None,
         actor_scores_old=config.algorithm.old_log_probs is OldLogProbs.actor,
-        overlap=config.pipeline.overlap,
+        overlap=overlaps_generation(config),
+        actor_generates=actor_generates(config),
     )
     if config.residency.offload:
         return turns
@@ -237,7 +238,8 @@ class _PhasePlanner:
         elif self.engine is not None and turn.engine_weights and self.engine.awake:
             engine = self.engine.weights
         ahead = self._ahead(index, rank) if self.comes_ahead else 0
-        if self.engine is not None and self.engine.sleeps and turn.engine_awake and not self._next(index).engine_awake:
+        stage_beside = turn.engine_awake and turn.phase != "rollout"
+        if self.engine is not None and self.engine.sleeps and stage_beside and not self._next(index).engine_awake:
             # The last stage: while the engine is awake the next wave begins with it, and in the last wave the engine sleeps.
             engine, ahead = (engine, 0) if engine >= ahead else (0, ahead)
         computing = computing_role(turn.phase, self.roles)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hetero_ppo.config.checks import check_config
-from hetero_ppo.config.derived import config_roles, data_parallel_size, longest_sequence
+from hetero_ppo.config.derived import actor_generates, config_roles, data_parallel_size, longest_sequence
 from hetero_ppo.config.load import AnyConfig
 from hetero_ppo.config.schema import PpoConfig, RoleConfig, TrainedRoleConfig
 from hetero_ppo.memory.plan import GIB, MemoryPlan, PhasePlan, plan_memory
@@ -170,6 +170,12 @@ def candidate_changes(config: AnyConfig, plan: MemoryPlan, limits: Limits, exces
 
 
 def _engine_changes(config: PpoConfig, over: list[PhasePlan], limits: Limits, excess: Excess) -> Iterator[Change]:
+    if actor_generates(config):
+        size = config.rollout.max_num_seqs
+        while size > 1:
+            size //= 2
+            yield Change((("rollout.max_num_seqs", size),))
+        return
     share, field = config.rollout.gpu_memory_utilization, "rollout.gpu_memory_utilization"
     if excess.place == "engine":
         while share + UTILIZATION_STEP <= 0.95:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hetero_ppo.config.derived import num_servers
+from hetero_ppo.config.derived import actor_generates, max_model_len, num_servers
 from hetero_ppo.config.schema import PpoConfig
 from hetero_ppo.memory.plan_storage import DTYPES, RoleStorage
 from megatron_bridge.parameter_count import hf_tensor_sizes
@@ -15,6 +15,8 @@ MIB = 2**20
 @dataclass(frozen=True)
 class EnginePlan:
     """vLLM: ``gpu_memory_utilization`` of a device while it generates, its weights alone during a weight sync, else asleep.
+
+    The actor as its own engine: the key-value cache, on a CPU too; its parameters are counted with its role.
 
     Asleep it holds nothing: its weights come back from the files of the last weight sync. On a CPU its servers lie in host memory and sleep never; then ``awake`` is 0.
     """
@@ -43,6 +45,8 @@ def plan_engine(config: PpoConfig, actor: RoleStorage, device_bytes: int | None,
     """
     if config.train.replay_rollouts is not None:
         return None
+    if actor_generates(config):
+        return _plan_own_engine(config, actor, device_bytes)
     rollout = config.rollout
     element = DTYPES[rollout.dtype or config.actor.model.dtype].itemsize
     whole = sum(hf_tensor_sizes(actor.bridge, actor.head).values()) * element
@@ -54,4 +58,20 @@ def plan_engine(config: PpoConfig, actor: RoleStorage, device_bytes: int | None,
         weight_files=2 * whole,
         host_bytes=num_servers(rollout, world_size) * (whole + rollout.kv_cache_mib * MIB),
         sleeps=device_bytes is not None and rollout.sleep is not False,
+    )
+
+
+def _plan_own_engine(config: PpoConfig, actor: RoleStorage, device_bytes: int | None) -> EnginePlan:
+    """The cache of one data-parallel rank: ``megatron_bridge.cached_attention.SlotCache``."""
+    rollout, tensor = config.rollout, config.actor.parallel.tensor
+    element = 4 if device_bytes is None else DTYPES[config.actor.model.dtype].itemsize  # on a CPU attention is in float32
+    dims, layers = actor.bridge.dims, actor.bridge.transformer.num_layers
+    bytes_per_token = 2 * layers * dims.key * element // tensor
+    return EnginePlan(
+        awake=rollout.max_num_seqs * max_model_len(config) * bytes_per_token,
+        weights=0,
+        bytes_per_token=bytes_per_token,
+        weight_files=0,
+        host_bytes=0,
+        sleeps=device_bytes is not None if rollout.sleep is None else rollout.sleep,
     )

@@ -152,6 +152,12 @@ def bar(share: float) -> str:
 
 
 def _engine_line(engine: EnginePlan, unit: Unit) -> str:
+    if not engine.weights:
+        when = "while it generates" if engine.sleeps else "throughout"
+        return (
+            f"rollout engine: the actor itself, with {unit.text(engine.awake)} {unit.name} for {engine.kv_tokens:,} tokens of KV "
+            f"cache {when}"
+        )
     return (
         f"rollout engine: {unit.text(engine.awake)} {unit.name} of a device while it generates, of which {unit.text(engine.weights)} weights "
         f"and at most {engine.kv_tokens:,} tokens of KV cache;\nits weights alone during the weight sync; asleep otherwise"

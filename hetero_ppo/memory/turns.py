@@ -24,16 +24,19 @@ class Turn:
     engine_weights: bool = False  # the rollout engine holds its weights alone: during a weight sync
 
 
-def ppo_turns(*, has_reward_model: bool, actor_scores_old: bool, overlap: bool = False) -> list[Turn]:
+def ppo_turns(
+    *, has_reward_model: bool, actor_scores_old: bool, overlap: bool = False, actor_generates: bool = False
+) -> list[Turn]:
     """The phases of one PPO step with residency on, in order.
 
     Args:
         has_reward_model: scores come from a model; otherwise from a function.
         actor_scores_old: old log-probs come from a forward of the actor; otherwise from the rollout engine.
         overlap: forwards run beside generation, for chunk after chunk: the engine is awake in them.
+        actor_generates: the actor is the rollout engine, whose turn is the actor's.
     """
     reward = {"reward_model": FORWARD} if has_reward_model else {}
-    turns = [Turn("rollout", reward, engine_awake=True)]
+    turns = [Turn("rollout", {"actor": FORWARD} if actor_generates else reward, engine_awake=True)]
     if has_reward_model:
         turns.append(Turn("scores", reward, engine_awake=overlap))
     turns.append(Turn("ref_log_probs", {"reference": FORWARD}, engine_awake=overlap))

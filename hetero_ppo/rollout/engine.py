@@ -123,6 +123,7 @@ class VllmEngine:
         tokenizer_path: str | None = None,
     ):
         self.config = config
+        self.is_collective = False
         self.dtype = dtype if config.dtype is None else config.dtype
         self.max_model_len = max_model_len
         self.eos_token_ids = eos_token_ids

@@ -196,6 +196,7 @@ class ReplayEngine:
         self._steps = [step for step in steps if first_step is None or step >= first_step]
         self.version: str | None = None
         self.last_sync: SyncStats | None = None  # none ever takes place
+        self.is_collective = False
 
     def __enter__(self) -> Self:
         return self

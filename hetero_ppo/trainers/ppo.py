@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from hetero_ppo.algorithms.losses import add_metric_sums, mean_metrics
 from hetero_ppo.checkpoint.manager import CheckpointManager
+from hetero_ppo.config.derived import actor_generates
 from hetero_ppo.config.schema import PpoConfig
 from hetero_ppo.engines.losses import actor_loss_fn, critic_loss_fn
 from hetero_ppo.engines.train_engine import LossFn, TrainEngine, TrainStepResult
@@ -63,6 +64,8 @@ class PpoTrainer:
         self.maker = ppo_setup.build_maker(config, self.roles, self.data)
         if starting is not None:
             starting.wait()
+        if actor_generates(config):
+            self.engine = ppo_setup.engine_of_actor(config, self.data, self.roles.actor)
         self.guard = MismatchGuard(mismatch_bounds(config), config.rollout.mismatch.patience)
         self.turns = EngineTurns(self.engine, self.device, config.rollout)
         self.chunk_size = self.batching.chunk_size

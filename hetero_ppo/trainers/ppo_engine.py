@@ -16,18 +16,19 @@ from hetero_ppo.config.schema import RolloutConfig
 from hetero_ppo.engines.shared_device import SharedDevice
 from hetero_ppo.observability.trace import ENGINE, Args
 from hetero_ppo.rollout.engine import VllmEngine
+from hetero_ppo.rollout.megatron import MegatronEngine
 from hetero_ppo.rollout.replay import ReplayEngine
 from hetero_ppo.rollout.server import sleeps
 from megatron_bridge import platform
 
-RolloutEngine = VllmEngine | ReplayEngine
+RolloutEngine = VllmEngine | ReplayEngine | MegatronEngine
 
 
 @dataclass
 class EngineTurns:
     """Wakes and sleeps the engine between the roles' turns. Every method is collective over the world."""
 
-    engine: RolloutEngine | None  # on rank 0; None on the others
+    engine: RolloutEngine | None  # on rank 0, and None on the others; on every rank where the actor generates itself
     device: SharedDevice
     config: RolloutConfig
 

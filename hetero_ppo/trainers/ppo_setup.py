@@ -12,7 +12,16 @@ import torch.distributed as dist
 
 from hetero_ppo.algorithms.kl import build_kl_controller
 from hetero_ppo.algorithms.rewards import RunningMoments
-from hetero_ppo.config.derived import PpoBatching, derive_ppo, num_servers, running_batch
+from hetero_ppo.config.derived import (
+    GOLDEN_TOKENS,
+    PpoBatching,
+    actor_generates,
+    derive_ppo,
+    max_model_len,
+    num_servers,
+    overlaps_generation,
+    running_batch,
+)
 from hetero_ppo.config.schema import OldLogProbs, PpoConfig, RewardSource
 from hetero_ppo.data.chat_template import TextEncoder, load_text_encoder, tokenizer_folder
 from hetero_ppo.data.collate import collate_prompts
@@ -29,6 +38,7 @@ from hetero_ppo.observability.trace import TRACE_FOLDER, TraceRecorder
 from hetero_ppo.reward.function import FunctionReward
 from hetero_ppo.reward.golden import GoldenGuard, golden_guard
 from hetero_ppo.rollout.engine import VllmEngine
+from hetero_ppo.rollout.megatron import MegatronEngine
 from hetero_ppo.rollout.partial import PartialBuffer
 from hetero_ppo.rollout.replay import ReplayEngine
 from hetero_ppo.rollout.server import sleeps
@@ -38,9 +48,6 @@ from hetero_ppo.trainers.run import Run
 from hetero_ppo.trainers.supervised import describe_loaded
 from hetero_ppo.types import PromptBatch
 from megatron_bridge import platform
-
-#: Tokens of the sequence that the engine and the trainer are compared on after every weight sync.
-GOLDEN_TOKENS = 64
 
 
 @dataclass
@@ -140,30 +147,40 @@ def describe_batching(config: PpoConfig, run: Run, data: PpoData) -> PpoBatching
 
 
 def begin_engine(config: PpoConfig, run: Run, data: PpoData, start: int) -> StartingEngine | None:
-    """The rollout engine on rank 0, being started; None on the other ranks.
+    """The rollout engine on rank 0, being started; None on the other ranks, and on all where the actor generates itself.
 
     Args:
         start: PPO steps that are done already; recorded steps are counted from 1.
     """
-    if not run.is_writer:
+    if not run.is_writer or actor_generates(config):
         return None
     if config.train.replay_rollouts is not None:
         return StartingEngine(ReplayEngine(Path(config.train.replay_rollouts), start + 1)).begin()
-    sampling = config.rollout.sampling
-    longest = config.data.max_prompt_tokens + max(sampling.max_tokens, config.rollout.eval_sampling.max_tokens)
-    has_stops = bool(sampling.stop or config.rollout.eval_sampling.stop)
+    has_stops = bool(config.rollout.sampling.stop or config.rollout.eval_sampling.stop)
     engine = VllmEngine(
         replace(config.rollout, num_servers=num_servers(config.rollout, run.world_size)),
         model_path=config.actor.model.path,
         dtype=config.actor.model.dtype,
         run_dir=run.dir,
-        max_model_len=max(longest, GOLDEN_TOKENS + 1),
+        max_model_len=max_model_len(config),
         eos_token_ids=[data.encoder.eos_token_id],
         # An engine that sleeps gets its first weights by a sync like all others, so that it can drop them.
         initial_version=None if sleeps(config.rollout, cuda=platform.HAS_CUDA) else "step0",
         tokenizer_path=tokenizer_folder(config.actor.model) if has_stops else None,  # starting takes longer with one
     )
     return StartingEngine(engine).begin()
+
+
+def engine_of_actor(config: PpoConfig, data: PpoData, actor: ModelEngine) -> MegatronEngine:
+    """The actor as its own rollout engine, on every rank."""
+    return MegatronEngine(
+        config.rollout,
+        actor,
+        max_model_len=max_model_len(config),
+        eos_token_ids=[data.encoder.eos_token_id],
+        initial_version="step0",
+        decode=data.encoder.decode,
+    )
 
 
 def trace_recorder(config: PpoConfig, run: Run, start: int) -> TraceRecorder:
@@ -182,7 +199,8 @@ def shared_device(config: PpoConfig, trace: TraceRecorder) -> SharedDevice:
     turns = ppo_turns(
         has_reward_model=config.reward.source is RewardSource.model,
         actor_scores_old=config.algorithm.old_log_probs is OldLogProbs.actor,
-        overlap=config.pipeline.overlap,
+        overlap=overlaps_generation(config),
+        actor_generates=actor_generates(config),
     )
     return SharedDevice(config.residency, turns, trace)
 

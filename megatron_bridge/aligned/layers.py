@@ -27,7 +27,6 @@ from megatron.core.tensor_parallel import (
     gather_from_tensor_model_parallel_region,
 )
 from megatron.core.tensor_parallel.mappings import all_to_all_hp2sp
-from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -35,6 +34,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_bridge.aligned.attention import rotary_causal_attention
 from megatron_bridge.aligned.products import product
 from megatron_bridge.aligned.rows import rms_norm, swiglu
+from megatron_bridge.cached_attention import CachedSelfAttention
 from megatron_bridge.layers import RMSNorm, SdpaCoreAttention, SwiGlu, rotation
 from megatron_bridge.packing import Packing, by_group
 
@@ -92,8 +92,11 @@ class AlignedRowParallelLinear(ColumnParallelLinear):
         return all_to_all_hp2sp(output, group=self.tp_group).view(s // self.tp_group.size(), b, -1), None
 
 
-class AlignedSelfAttention(SelfAttention):
-    """Self-attention in tiles of queries. Its core attention, which comes with the spec, is not called."""
+class AlignedSelfAttention(CachedSelfAttention):
+    """Self-attention in tiles of queries. Its core attention, which comes with the spec, is not called.
+
+    Through a key-value cache one token is attended to at a time, which is not aligned with a tile.
+    """
 
     def forward(
         self,
@@ -106,6 +109,8 @@ class AlignedSelfAttention(SelfAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """[s, b, hidden] (a slice of s under sequence parallelism; packed, b is 1) -> ([s, b, hidden], no bias)."""
         assert rotary_pos_emb is not None, "the supported families have rotary embeddings"
+        if kwargs.get("inference_context") is not None:
+            return super().forward(hidden_states, attention_mask, *args, rotary_pos_emb=rotary_pos_emb, **kwargs)
         groups, d = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
         if self.config.qk_layernorm:
             query, key, value = self.get_query_key_value_tensors(hidden_states, None)

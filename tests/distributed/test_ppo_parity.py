@@ -30,7 +30,7 @@ def test_two_processes_take_the_steps_of_one(chain: Chain, two_processes: Path, 
 
 def test_the_layouts_were_those_asked_for(two_processes: Path) -> None:
     text = (two_processes / "log").read_text()
-    assert text.count("2 rank(s)") == 4
+    assert text.count("2 rank(s)") == 5
     sizes = [line.split()[3] for line in text.splitlines() if line.startswith("actor data parallel")]
-    assert sizes == ["2", "2", "1", "2"]
-    assert [line.split()[3] for line in text.splitlines() if line.startswith("critic data parallel")] == ["2"] * 4
+    assert sizes == ["2", "2", "1", "2", "2"]
+    assert [line.split()[3] for line in text.splitlines() if line.startswith("critic data parallel")] == ["2"] * 5

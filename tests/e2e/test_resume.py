@@ -61,7 +61,7 @@ def test_turns_change_no_bit(two_processes: Path) -> None:
     assert read_metrics(two_processes / "resident")[NUM_STEPS]["memory/to_device_gib"] == 0
 
 
-@pytest.mark.parametrize("name", ["dp2", "mixed"])
+@pytest.mark.parametrize("name", ["dp2", "mixed", "megatron"])
 def test_the_ledger_of_a_run_is_its_plan(two_processes: Path, name: str) -> None:
     record = json.loads((two_processes / name / "memory_ledger.json").read_text())
     assert set(record["phases"]) >= {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import http.client
 import json
 import os
@@ -22,56 +21,29 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from engine_contract import (
+    EOS,
+    FREE,
+    MAX_MODEL_LEN,
+    PROMPTS,
+    VOCAB,
+    EngineContract,
+    make_model,
+    model_log_probs,
+    save_model,
+    tokens,
+    weights,
+    worst_difference,
+)
 from torch import Tensor
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hetero_ppo.config.schema import Dtype, RolloutConfig, SamplingConfig
 from hetero_ppo.errors import RunError
 from hetero_ppo.rollout.engine import VllmEngine
 from hetero_ppo.rollout.sweep import find_running_batch
 from hetero_ppo.rollout.weight_sync import WeightFiles, stage, swap, write_weights
-from hetero_ppo.types import Response
 
 pytestmark = pytest.mark.slow
-
-VOCAB = 128
-EOS = 1
-MAX_MODEL_LEN = 256
-FREE = SamplingConfig(max_tokens=24, ignore_eos=True)
-PROMPTS = [[2 + (7 * i + 3 * j * j) % (VOCAB - 2) for j in range(4 + i)] for i in range(12)]
-
-
-def make_model(seed: int) -> LlamaForCausalLM:
-    """2.7 M parameters, with logits far enough from uniform that a wrong weight shows."""
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=MAX_MODEL_LEN,
-        eos_token_id=EOS,
-        bos_token_id=None,
-        pad_token_id=0,
-    )
-    model = LlamaForCausalLM(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter.mul_(3.0)
-    return model
-
-
-def save_model(path: Path) -> None:
-    make_model(0).save_pretrained(path)
-    vocabulary = {"<pad>": 0, "<eos>": EOS} | {f"t{i}": i for i in range(2, VOCAB)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>").save_pretrained(path)
-
 
 @pytest.fixture(scope="module")
 def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -141,104 +113,8 @@ def wait_until_gone(pids: list[int], timeout_s: float) -> list[int]:
     return alive(pids)
 
 
-def model_log_probs(model: LlamaForCausalLM, token_ids: list[int], temperature: float = 1.0) -> Tensor:
-    """[L - 1] log-probs of tokens 1.. by transformers."""
-    with torch.no_grad():
-        logits = model(torch.tensor([token_ids])).logits[0, :-1]
-    return torch.log_softmax(logits / temperature, -1).gather(1, torch.tensor(token_ids[1:])[:, None])[:, 0]
-
-
-def worst_difference(
-    model: LlamaForCausalLM, prompts: list[list[int]], answers: list[list[Response]], temperature: float = 1.0
-) -> float:
-    worst = 0.0
-    for prompt, responses in zip(prompts, answers, strict=True):
-        for response in responses:
-            ours = model_log_probs(model, prompt + response.token_ids, temperature)[len(prompt) - 1 :]
-            worst = max(worst, (ours - torch.tensor(response.log_probs)).abs().max().item())
-    return worst
-
-
-def tokens(answers: list[list[Response]]) -> list[list[list[int]]]:
-    return [[response.token_ids for response in group] for group in answers]
-
-
-def weights(model: LlamaForCausalLM) -> Iterator[tuple[str, Tensor]]:
-    yield from model.state_dict().items()
-
-
-@pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_log_probs_are_those_of_the_sampled_distribution(engine: VllmEngine, temperature: float) -> None:
-    sampling = SamplingConfig(max_tokens=24, ignore_eos=True, temperature=temperature)
-    answers = engine.generate(PROMPTS, sampling, n=1, seed=3)
-    assert all(len(group[0].token_ids) == 24 and group[0].finish_reason == "length" for group in answers)
-    assert {group[0].weight_version for group in answers} == {"initial"}
-    assert worst_difference(make_model(0), PROMPTS, answers, temperature) < 1e-4
-    assert worst_difference(make_model(0), PROMPTS, answers, 1.6 - temperature) > 0.1
-
-
-def test_seeds_repeat_and_samples_differ(engine: VllmEngine) -> None:
-    first = engine.generate(PROMPTS, FREE, n=3, seed=5)
-    assert [len(group) for group in first] == [3] * len(PROMPTS)
-    assert all(len({tuple(ids) for ids in group}) == 3 for group in tokens(first))
-    assert tokens(engine.generate(PROMPTS, FREE, n=3, seed=5)) == tokens(first)
-    assert tokens(engine.generate(PROMPTS[:2], FREE, n=1, seed=5)) == [group[:1] for group in tokens(first)[:2]]
-    other = engine.generate(PROMPTS, FREE, n=3, seed=6)
-    assert all(a != b for a, b in zip(tokens(first), tokens(other), strict=True))
-
-
-def test_responses_are_told_of_as_they_complete_each_with_its_own_limit(engine: VllmEngine) -> None:
-    told: list[tuple[int, int, Response]] = []
-    limits = [200, 2, 9, 1][: len(PROMPTS)]
-    sampling = SamplingConfig(max_tokens=200, ignore_eos=True)
-    answers = engine.generate(
-        PROMPTS[: len(limits)], sampling, n=2, seed=1, max_tokens=limits, on_response=lambda *one: told.append(one)
-    )
-    assert [[len(r.token_ids) for r in group] for group in answers] == [[limit] * 2 for limit in limits]
-    assert {(prompt, sample) for prompt, sample, _ in told} == {(i, j) for i in range(len(limits)) for j in range(2)}
-    assert all(answers[prompt][sample] is response for prompt, sample, response in told)
-    assert told[-1][0] == 0, "the longest responses complete last"
-
-
-def test_responses_end_at_eos_and_stop_tokens(engine: VllmEngine) -> None:
-    stops = list(range(2, 20))
-    sampling = SamplingConfig(max_tokens=64, stop_token_ids=stops)
-    responses = [r for group in engine.generate(PROMPTS, sampling, n=4, seed=1) for r in group]
-    stopped = [r for r in responses if r.finish_reason == "stop"]
-    assert len(stopped) > len(responses) // 2
-    assert {r.token_ids[-1] for r in stopped} <= {EOS, *stops}
-    assert all(not {EOS, *stops} & set(r.token_ids[:-1]) for r in responses)
-    assert all(len(r.token_ids) == 64 for r in responses if r.finish_reason == "length")
-
-    prompt = PROMPTS[0]
-    free = engine.generate([prompt], SamplingConfig(max_tokens=200, ignore_eos=True), n=12, seed=1)[0]
-    at_eos = engine.generate([prompt], SamplingConfig(max_tokens=200), n=12, seed=1)[0]
-    assert any(EOS in r.token_ids for r in free)
-    for long, short in zip(free, at_eos, strict=True):
-        end = long.token_ids.index(EOS) + 1 if EOS in long.token_ids else 200
-        assert short.token_ids == long.token_ids[:end] and short.finish_reason == ("stop" if end < 200 else "length")
-
-
-def test_responses_end_with_the_token_that_completes_a_stop_string(
-    engine: VllmEngine, model_path: Path
-) -> None:
-    """The text is the tokenizer's, and the tokens before the end are those of a response without stop strings."""
-    tokenizer = AutoTokenizer.from_pretrained(model_path)
-    stops = ["t5", "9 t2"]  # the first is within t5, t50..t59; the second needs two tokens, t?9 and t2 or t20..t29
-    free = engine.generate(PROMPTS, FREE, n=4, seed=2)
-    stopped = engine.generate(PROMPTS, dataclasses.replace(FREE, stop=stops), n=4, seed=2)
-    reasons = []
-    for group, short_group in zip(free, stopped, strict=True):
-        for long, short in zip(group, short_group, strict=True):
-            texts = [tokenizer.decode(long.token_ids[: end + 1]) for end in range(len(long.token_ids))]
-            ends = [end for end, text in enumerate(texts) if any(stop in text for stop in stops)]
-            kept = ends[0] + 1 if ends else len(texts)
-            assert short.token_ids == long.token_ids[:kept] and short.finish_reason == ("stop" if ends else "length")
-            assert short.log_probs == pytest.approx(long.log_probs[:kept], abs=1e-4)
-            reasons += [next(stop for stop in stops if stop in texts[ends[0]])] if ends else []
-    assert set(reasons) == set(stops)
-    at_eos = engine.generate(PROMPTS, SamplingConfig(max_tokens=24, stop=stops), n=4, seed=2)
-    assert all(EOS not in r.token_ids[:-1] for group in at_eos for r in group)
+class TestContract(EngineContract):
+    """What every engine does."""
 
 
 def test_the_server_answers_its_owner_alone(engine: VllmEngine) -> None:
@@ -276,12 +152,6 @@ def test_nobody_else_reaches_the_server(engine: VllmEngine) -> None:
         command = ["python3", "-I", "-c", connect, str(server.socket_path)]
         done = subprocess.run(command, user=user, cwd="/", capture_output=True, text=True, check=False)
         assert (error in done.stderr) and (done.returncode == 0) == (error == "")
-
-
-def test_golden_prompt_is_scored_as_the_trainer_scores_it(engine: VllmEngine) -> None:
-    ours = model_log_probs(make_model(0), PROMPTS[-1]).tolist()
-    assert engine.prompt_log_probs(PROMPTS[-1]) == pytest.approx(ours, abs=1e-4)
-    assert engine.verify_sync(PROMPTS[-1], ours) < 1e-4
 
 
 @pytest.mark.parametrize(

@@ -111,13 +111,33 @@ def test_the_defaults_pass(tmp_path: Path, kind: str, world_size: int) -> None:
         ),
         (["residency.pcie_gb_s=0"], "residency.pcie_gb_s=0"),
         (["residency.host_gib=-1"], "residency.host_gib=-1"),
-        (["rollout.engine=sglang"], "rollout.engine=sglang: the engine is vllm"),
+        (["rollout.engine=sglang"], "rollout.engine.*vllm, megatron"),
+        (
+            ["rollout.engine=megatron", "actor.parallel.pipeline=2"],
+            "actor.parallel.pipeline=2: with rollout.engine=megatron .* rollout.engine to vllm",
+        ),
+        (["rollout.engine=megatron", "actor.parallel.context=2"], "actor.parallel.context=2: with rollout.engine=megatron"),
+        (["rollout.engine=megatron", "actor.parallel.expert=2"], "actor.parallel.expert=2: with rollout.engine=megatron"),
+        (["rollout.engine=megatron", "rollout.num_servers=2"], "rollout.num_servers=2: rollout.engine=megatron has no"),
+        (["rollout.engine=megatron", "pipeline.chunk_size=0"], "pipeline.chunk_size=0: .* rollout.engine=megatron"),
+        (["rollout.engine=megatron", "rollout.dtype=bf16"], "rollout.dtype=bf16: rollout.engine=megatron .*fp32.* null"),
         (["rollout.gpu_memory_utilization=2"], "in \\(0, 1\\]"),
     ],
 )
 def test_each_rule_names_the_field(tmp_path: Path, overrides: list[str], expected: str) -> None:
     with pytest.raises(ValueError, match=expected):
         check_config(config_of(tmp_path, "ppo", *overrides), world_size=4)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["actor.parallel.tensor=2", "actor.parallel.sequence=true", "rollout.dtype=fp32"],
+        ["actor.parallel.pipeline=2", "train.replay_rollouts=recorded"],  # nothing is generated
+    ],
+)
+def test_the_actor_may_be_its_own_engine(tmp_path: Path, overrides: list[str]) -> None:
+    check_config(config_of(tmp_path, "ppo", "rollout.engine=megatron", *overrides), world_size=4)
 
 
 def test_what_is_allowed_stays_allowed(tmp_path: Path) -> None:

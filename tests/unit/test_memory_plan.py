@@ -139,6 +139,24 @@ def test_an_engine_that_does_not_sleep() -> None:
     assert {phase.engine for phase in plan.phases} == {int(0.6 * DEVICE)}
 
 
+@pytest.mark.parametrize(("device", "element"), [(DEVICE, 2), (None, 4)])
+def test_the_actor_as_its_own_engine(device: int | None, element: int) -> None:
+    """Its parameters are there anyway; a cache of 16 sequences of 4096 tokens comes with them.
+
+    A token's keys and values on a rank of TP 2: 2 * 36 layers * 4 of the 8 groups * 128. On a CPU they are float32.
+    """
+    config = config_of(QWEN, "rollout.engine=megatron", "rollout.max_num_seqs=16")
+    plan = plan_memory(config, 8, device_bytes=device)
+    cache = 16 * 4096 * 2 * 36 * 4 * 128 * element
+    engine = {phase.phase: phase.engine for phase in plan.phases}
+    assert engine["rollout"] == cache
+    assert {engine[phase] for phase in engine if phase != "rollout"} == ({0} if device else {cache})
+    assert held(plan, "rollout") == {"actor": {Kind.params: 2 * 4_095_521_792}}
+    assert plan.host.weight_files == plan.host.engine == 0
+    with pytest.raises(ValueError, match="phase rollout: .* the cheapest change: rollout.max_num_seqs=128 "):
+        check_fits(config_of(QWEN, "rollout.engine=megatron", "rollout.num_servers=1", "rollout.max_num_seqs=512"), 8)
+
+
 def test_a_rank_of_its_own() -> None:
     """The first stage has no last norm, and two micro-batches in flight; the engine's cpu twin needs no device."""
     plan = plan_memory(config_of(LLAMA), 64, rank=0)

@@ -1,0 +1,95 @@
+"""Rules of the ``rollout`` section, run by ``checks.check_config``."""
+
+from __future__ import annotations
+
+import math
+
+from hetero_ppo.config.derived import actor_generates
+from hetero_ppo.config.require import require
+from hetero_ppo.config.schema import OldLogProbs, PpoConfig, RolloutEngineKind, SamplingConfig
+
+
+def check_sampling(config: PpoConfig, world_size: int) -> None:
+    _check_sampling("rollout.sampling", config.rollout.sampling)
+    require(
+        config.rollout.sampling.temperature > 0,
+        "rollout.sampling.temperature",
+        config.rollout.sampling.temperature,
+        "PPO samples from the policy and divides the trainer's logits by it, so it is greater than 0; greedy "
+        "answers are for rollout.eval_sampling",
+    )
+    _check_sampling("rollout.eval_sampling", config.rollout.eval_sampling)
+
+
+def _check_sampling(field: str, sampling: SamplingConfig) -> None:
+    require(sampling.temperature >= 0, f"{field}.temperature", sampling.temperature, "0 (greedy) or more")
+    require(0 < sampling.top_p <= 1, f"{field}.top_p", sampling.top_p, "in (0, 1]; 1 keeps all tokens")
+    require(
+        sampling.top_k == -1 or sampling.top_k >= 1, f"{field}.top_k", sampling.top_k, "-1 (all tokens) or at least 1"
+    )
+    require(sampling.max_tokens >= 1, f"{field}.max_tokens", sampling.max_tokens, "at least 1 response token")
+    for token in sampling.stop_token_ids:
+        require(token >= 0, f"{field}.stop_token_ids", sampling.stop_token_ids, "token ids are not negative")
+    require(all(sampling.stop), f"{field}.stop", sampling.stop, "an empty text would end every response")
+
+
+def check_rollout_servers(config: PpoConfig, world_size: int) -> None:
+    rollout = config.rollout
+    servers = rollout.num_servers
+    require(servers is None or servers >= 1, "rollout.num_servers", servers, "at least 1, or null for one per rank")
+    for field in ("max_num_seqs", "kv_cache_mib", "tensor_parallel"):
+        require(vars(rollout)[field] >= 1, f"rollout.{field}", vars(rollout)[field], "at least 1")
+    for field in ("start_timeout_s", "request_timeout_s", "sync_timeout_s"):
+        require(vars(rollout)[field] > 0, f"rollout.{field}", vars(rollout)[field], "more than 0 seconds")
+    require(rollout.max_restarts >= 0, "rollout.max_restarts", rollout.max_restarts, "0 or more")
+    share = rollout.gpu_memory_utilization
+    require(0 < share <= 1, "rollout.gpu_memory_utilization", share, "a share of the device, in (0, 1]")
+
+
+def check_over_sampling(config: PpoConfig, world_size: int) -> None:
+    """Resumed responses have old log-probs of several weights, the engine's alone, and no text of their first part there."""
+    factor, field = config.rollout.over_sampling, "rollout.over_sampling"
+    require(1 <= factor < math.inf, field, factor, "a finite number of at least 1; 1 waits for every response")
+    fits = {
+        "algorithm.old_log_probs=rollout (the log-probs of the weights that sampled)": config.algorithm.old_log_probs
+        is OldLogProbs.rollout,
+        "rollout.engine=vllm": config.rollout.engine is RolloutEngineKind.vllm,
+        "rollout.sampling.stop=[] (a text may begin in one part and end in the next)": not config.rollout.sampling.stop,
+        "train.replay_rollouts=null": config.train.replay_rollouts is None,
+    }
+    for needed, is_so in fits.items():
+        require(factor == 1 or is_so, field, factor, f"above 1 it needs {needed}")
+
+
+def check_megatron_engine(config: PpoConfig, world_size: int) -> None:
+    """The actor generates in its own layout, with its own parameters."""
+    if not actor_generates(config):
+        return
+    rollout = config.rollout
+    for axis in ("pipeline", "context", "expert"):
+        require(
+            vars(config.actor.parallel)[axis] == 1,
+            f"actor.parallel.{axis}",
+            vars(config.actor.parallel)[axis],
+            "with rollout.engine=megatron the actor generates in its own layout, which is tensor and data parallelism alone; "
+            "set it to 1, or rollout.engine to vllm",
+        )
+    for field in ("num_servers", "tensor_parallel"):
+        require(
+            vars(rollout)[field] == 1,
+            f"rollout.{field}",
+            vars(rollout)[field],
+            "rollout.engine=megatron has no servers, and divides the model as actor.parallel.tensor says; leave it at 1",
+        )
+    require(
+        config.pipeline.chunk_size != 0,
+        "pipeline.chunk_size",
+        config.pipeline.chunk_size,
+        "a sweep finds what forwards beside generation need, and with rollout.engine=megatron there are none; set it to null",
+    )
+    require(
+        rollout.dtype is None or rollout.dtype is config.actor.model.dtype,
+        "rollout.dtype",
+        None if rollout.dtype is None else rollout.dtype.value,
+        f"rollout.engine=megatron generates with the actor's own parameters ({config.actor.model.dtype.value}); set it to null",
+    )
