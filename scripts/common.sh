@@ -72,5 +72,5 @@ launch_training() {
         export OMP_NUM_THREADS=$((OMP_NUM_THREADS > 0 ? OMP_NUM_THREADS : 1))
     fi
     export TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
-    "${command[@]}"
+    exec "${command[@]}" # no shell stays between the launcher and who signals it
 }

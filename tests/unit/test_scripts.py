@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS = sorted(ROOT.glob("scripts/*.sh"))
+SLURM = sorted(ROOT.glob("scripts/slurm/*"))
+SCRIPTS = sorted(ROOT.glob("scripts/*.sh")) + SLURM
 
 
 def run_script(name: str, *arguments: str, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
@@ -153,3 +155,84 @@ def test_quickstart_leaves_a_folder_alone_that_it_did_not_make(tmp_path: Path) -
 def test_quickstart_refuses_a_seed_that_is_none(tmp_path: Path) -> None:
     done = run_script("quickstart.sh", SEED="one", RUN_DIR=str(tmp_path / "run"), VENV=str(tmp_path / "env"))
     assert done.returncode == 1 and "SEED=one: must be a whole number" in done.stderr
+
+
+def slurm_start(run_dir: Path, status: int) -> tuple[int, str]:
+    """``run_until_stopped`` and all before it, with a launcher that ends at once, and a scontrol that says its arguments."""
+    program = f"""
+source scripts/slurm/common.sh
+scontrol() {{ echo "scontrol $*"; }}
+launch() {{ return {status}; }}
+start "$@"
+"""
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", program, "job", "run.seed=1"],
+        cwd=ROOT,
+        env={**os.environ, "RUN_DIR": str(run_dir), "SLURM_JOB_ID": "17", "DRY_RUN": "0"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def save_step(run_dir: Path, step: int) -> None:
+    (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+    (run_dir / "checkpoints" / "latest_checkpointed_iteration.txt").write_text(str(step))
+
+
+def test_slurm_a_stopped_job_is_requeued_until_it_makes_no_progress(tmp_path: Path) -> None:
+    for step in (0, 5):
+        if step:
+            save_step(tmp_path, step)
+        for _ in range(2):
+            status, text = slurm_start(tmp_path, 75)
+            assert status == 75 and "scontrol requeue 17" in text and f"at step {step}" in text
+    status, text = slurm_start(tmp_path, 75)
+    assert status == 1 and "no step was saved in the last 2 starts (step 5)" in text and "scontrol" not in text
+
+
+def test_slurm_a_finished_job_is_not_started_again_and_a_failed_one_not_requeued(tmp_path: Path) -> None:
+    assert slurm_start(tmp_path / "bad", 2)[0] == 2 and not (tmp_path / "bad" / "FINISHED").exists()
+    assert "scontrol" not in slurm_start(tmp_path / "bad", 2)[1]
+    assert slurm_start(tmp_path / "good", 0)[0] == 0
+    assert slurm_start(tmp_path / "good", 2) == (0, f"finished already: {tmp_path / 'good' / 'FINISHED'} is there\n")
+
+
+def test_slurm_requests_reach_the_launcher(tmp_path: Path) -> None:
+    """The batch shell gets the signal, passes it on, and waits for what the launcher makes of it."""
+    program = """
+source scripts/slurm/common.sh
+scontrol() { echo "scontrol $*"; }
+launch() { exec python3 -c 'import signal, sys; signal.signal(signal.SIGUSR1, lambda *a: sys.exit(75)); print("up", flush=True); signal.pause()'; }
+start
+"""
+    env = {**os.environ, "RUN_DIR": str(tmp_path), "SLURM_JOB_ID": "17", "DRY_RUN": "0"}
+    with subprocess.Popen(
+        ["bash", "-euo", "pipefail", "-c", program], cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True
+    ) as job:
+        assert job.stdout is not None and job.stdout.readline() == "up\n"
+        job.send_signal(signal.SIGUSR1)
+        text, _ = job.communicate(timeout=30)
+    assert job.returncode == 75 and "scontrol requeue 17" in text
+
+
+def test_slurm_dry_runs(tmp_path: Path) -> None:
+    command = dry_run("slurm/ppo.sbatch", "run.seed=3", RUN_DIR="runs/mine", VENV="/env", SLURM_SUBMIT_DIR=str(ROOT))
+    assert command[:3] == ["/env/bin/python", "-m", "hetero_ppo.cli.launcher"]
+    assert command[-2:] == ["run.dir=runs/mine", "run.seed=3"]
+    save_step(tmp_path, 7)
+    command = dry_run("slurm/ppo.sbatch", RUN_DIR=str(tmp_path), VENV="/env")
+    assert command[-2:] == [f"run.dir={tmp_path}", f"checkpoint.load={tmp_path}"]
+    command = dry_run("slurm/ppo_multinode.sbatch", RUN_DIR="runs/mine", NNODES="4", SLURM_JOB_ID="40123", VENV="/env")
+    assert command[:5] == ["srun", "--nodes", "4", "--ntasks", "4"]
+    assert command[command.index("--master-port") + 1] == str(20000 + 40123 % 20000)
+    done = run_script("slurm/ppo.sbatch", DRY_RUN="1")
+    assert done.returncode == 1 and "RUN_DIR=<folder that all nodes see> is needed" in done.stderr
+
+
+@pytest.mark.parametrize("path", [path for path in SLURM if path.suffix == ".sbatch"], ids=lambda path: path.name)
+def test_slurm_options_come_before_the_first_command(path: Path) -> None:
+    head = path.read_text().split("\nset -euo")[0]
+    assert "#SBATCH --signal=B:USR1@300" in head and "#SBATCH --requeue" in head
