@@ -39,6 +39,7 @@ from hetero_ppo.experience.pipeline import Pipeline
 from hetero_ppo.observability.timers import PhaseTimer
 from hetero_ppo.trainers.ppo import PpoTrainer
 from hetero_ppo.trainers.run import end_run, start_run
+from hetero_ppo.trainers.stopping import StopRequests
 from hetero_ppo.types import Experience, OnResponse, PromptBatch, Response, Rollout
 from megatron_bridge import platform
 
@@ -262,7 +263,7 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     os.environ.update(world | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"})
     if not platform.HAS_CUDA:
         pin_to(cores[1])  # the server is started from here
-    current = start_run(loaded)
+    current = start_run(loaded, StopRequests(loaded.config.run.stop_within_s))
     try:
         with PpoTrainer(loaded.config, current) as trainer:
             if not platform.HAS_CUDA:

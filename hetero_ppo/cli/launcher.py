@@ -4,17 +4,26 @@ The parser and the agent are torchrun's own, so every option of it works, and so
 end of a run that fails: torchrun prints a traceback of itself and a banner, below which the error of the rank is hard to
 find, and always exits with 1. Here one line says which rank ended and how, and the exit status is the rank's
 (128 + n for signal n).
+
+SIGTERM and SIGUSR1 ask for a stop with a checkpoint, where torchrun would end the ranks within 30 s: they are passed on to the
+ranks as SIGUSR1, and the ranks end by themselves (trainers/stopping.py). A second SIGTERM, and SIGINT, end them at once.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
+import time
+from pathlib import Path
+from types import FrameType
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.run import parse_args, run
+
+from hetero_ppo.errors import EXIT_NOT_STOPPED_IN_TIME, EXIT_STOPPED
 
 #: Loggers of torchrun, and how their records begin that the line of this module replaces: a rank failed, the others are
 #: being stopped, a signal arrived.
@@ -35,6 +44,41 @@ class _Drop(logging.Filter):
         return not str(record.msg).startswith(self.beginnings)
 
 
+class _StopRequest:
+    """Passes requests to stop on to the ranks of this node."""
+
+    #: Within this time a second signal is the first one once more: a batch system may send it to a process and to its group.
+    SAME_REQUEST_S = 2.0
+
+    def __init__(self) -> None:
+        self.received_at: float | None = None  # time.monotonic()
+
+    def receive(self, number: int, frame: FrameType | None) -> None:
+        """The handler of SIGTERM and SIGUSR1.
+
+        Raises:
+            SignalException: nothing runs yet, or it is a second SIGTERM: torchrun ends the ranks.
+        """
+        name = signal.Signals(number)
+        ranks = self._ranks()
+        is_second = self.received_at is not None and time.monotonic() > self.received_at + self.SAME_REQUEST_S
+        if not ranks or (is_second and name is signal.SIGTERM):
+            raise SignalException(f"got {name.name}", sigval=name)
+        if self.received_at is None:
+            self.received_at = time.monotonic()
+            for pid in ranks:
+                try:
+                    os.kill(pid, signal.SIGUSR1)
+                except ProcessLookupError:
+                    continue  # it has ended meanwhile, which the agent will see
+
+    @staticmethod
+    def _ranks() -> list[int]:
+        """The agent's children, which it starts from the main thread."""
+        me = os.getpid()
+        return [int(pid) for pid in Path(f"/proc/{me}/task/{me}/children").read_text().split()]
+
+
 def describe_failure(rank: int, failure: ProcessFailure) -> tuple[str, int]:
     """(one line, exit status) for a rank that failed."""
     if failure.exitcode < 0:
@@ -50,14 +94,28 @@ def main(arguments: list[str] | None = None) -> int:
     """
     for name, beginnings in REPLACED_RECORDS.items():
         logging.getLogger(name).addFilter(_Drop(beginnings))
+    request = _StopRequest()
+    args = parse_args(arguments)
+    ours = {signal.SIGTERM.name, signal.SIGUSR1.name}
+    args.signals_to_handle = ",".join(name for name in args.signals_to_handle.split(",") if name.strip() not in ours)
+    previous = {name: signal.signal(signal.Signals[name], request.receive) for name in ours}
     try:
-        run(parse_args(arguments))
+        run(args)
     except ChildFailedError as error:
-        text, status = describe_failure(*error.get_first_failure())
+        rank, failure = error.get_first_failure()
+        if request.received_at is not None and failure.exitcode == -signal.SIGUSR1:
+            text, status = "the run was stopped before it had begun: there is nothing to save", EXIT_STOPPED
+        elif failure.exitcode in (EXIT_STOPPED, EXIT_NOT_STOPPED_IN_TIME):
+            return failure.exitcode  # the ranks have said it
+        else:
+            text, status = describe_failure(rank, failure)
     except SignalException as error:
         text, status = f"the run was stopped by {error.sigval.name}", 128 + error.sigval
     else:
         return 0
+    finally:
+        for name, handler in previous.items():
+            signal.signal(signal.Signals[name], handler)
     print(f"error: {text}", file=sys.stderr)
     return status
 

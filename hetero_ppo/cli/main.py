@@ -1,18 +1,20 @@
 """The console script ``hetero-ppo``: subcommands, and errors that a user can act on in one line.
 
 What the user got wrong is a ``ValueError`` or ``FileNotFoundError`` and prints as ``error: ...`` with exit status 2; what
-failed under the run, a server or the numbers, prints the same way with exit status 1. Anything else is a fault of ours and
+failed under the run, a server or the numbers, prints the same way with exit status 1. A training run that a signal stopped after a
+checkpoint ends with status 75 (docs/recovery.md). Anything else is a fault of ours and
 shows its traceback; ``--traceback`` shows it for all.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
 from hetero_ppo.cli import config, export, init_model, plan, report, reward_model, tokenizer, train, validate
 from hetero_ppo.cli.ranks import say_error
-from hetero_ppo.errors import RunError
+from hetero_ppo.errors import EXIT_STOPPED, RunError, StoppedOnRequest
 
 SUBCOMMANDS = (config, validate, plan, train, export, report, reward_model, tokenizer, init_model)
 
@@ -46,6 +48,10 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         say_error(str(error))
         return 1
+    except StoppedOnRequest as stopped:
+        if os.environ.get("RANK", "0") == "0":
+            print(stopped, file=sys.stderr, flush=True)
+        return EXIT_STOPPED
     return 0
 
 

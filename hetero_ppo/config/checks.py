@@ -187,8 +187,10 @@ def check_run(config: AnyConfig, world_size: int) -> None:
     _require(run.log_every >= 1, "run.log_every", run.log_every, "at least 1 step")
     _require(run.threads is None or run.threads >= 1, "run.threads", run.threads, "at least 1, or null")
     _require(run.timeout_minutes > 0, "run.timeout_minutes", run.timeout_minutes, "more than 0 minutes")
+    _require(run.stop_within_s > 0, "run.stop_within_s", run.stop_within_s, "more than 0 seconds")
     _require(checkpoint.every >= 0, "checkpoint.every", checkpoint.every, "0 (at the end alone) or a number of steps")
     _require(checkpoint.keep >= 1, "checkpoint.keep", checkpoint.keep, "at least the newest checkpoint is kept")
+    _require(checkpoint.step is None or checkpoint.load is not None, "checkpoint.step", checkpoint.step, "needs checkpoint.load")
 
 
 def check_there_are_steps(config: AnyConfig, world_size: int) -> None:

@@ -175,13 +175,16 @@ class RunConfig:
     tensorboard: bool = True
     wandb_project: str | None = None  # Weights & Biases, when installed
     timeout_minutes: float = 30.0  # deadline of a collective
+    stop_within_s: float = 240.0  # from SIGTERM or SIGUSR1 to the end of the process, checkpoint or not
 
 
 @dataclass
 class CheckpointConfig:
     every: int = 0  # steps; 0: at the end alone
     keep: int = 2  # newest checkpoints that are kept
+    keep_best: str | None = None  # metric whose best checkpoint is kept beside them: the highest, with a leading "-" the lowest
     load: str | None = None  # run folder to resume from
+    step: int | None = None  # of the checkpoint to load; null: the newest
     export_hf: bool = True  # write <run.dir>/hf when training ends
 
 

@@ -62,7 +62,7 @@ def mismatch_bounds(config: PpoConfig) -> list[Bound]:
 
 
 class MismatchGuard:
-    """Counts steps in a row that are beyond a bound. The count is of this process: a resumed run begins at 0."""
+    """Counts steps in a row that are beyond a bound."""
 
     def __init__(self, bounds: list[Bound], patience: int) -> None:
         """
@@ -73,6 +73,13 @@ class MismatchGuard:
         self.bounds = bounds
         self.patience = patience
         self.steps_beyond = 0
+
+    def state_dict(self) -> dict[str, int]:
+        """The count, for a checkpoint."""
+        return {"steps_beyond": self.steps_beyond}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.steps_beyond = int(state["steps_beyond"])
 
     def check(self, step: int, metrics: Mapping[str, float]) -> str | None:
         """To be called once a step, before anything is trained on it.

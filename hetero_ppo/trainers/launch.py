@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
 from hetero_ppo.config.checks import check_config, check_paths
-from hetero_ppo.config.load import load_config
+from hetero_ppo.config.load import LoadedConfig, load_config
 from hetero_ppo.data.chat_template import check_tokenizers
+from hetero_ppo.errors import StoppedOnRequest
+
+if TYPE_CHECKING:
+    from hetero_ppo.trainers.stopping import StopRequests
 
 
 def main(config_path: str, overrides: list[str]) -> None:
@@ -18,20 +23,29 @@ def main(config_path: str, overrides: list[str]) -> None:
 
     Raises:
         ValueError: bad config or data; nothing was started.
+        StoppedOnRequest: a signal ended the run after a checkpoint.
     """
     loaded = load_config(config_path, overrides)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     check_config(loaded.config, world_size)
     check_paths(loaded.config)
     check_tokenizers(loaded.config)
+    # Imported now: torch.distributed takes seconds.
+    from hetero_ppo.trainers.stopping import StopRequests
+
+    with StopRequests(loaded.config.run.stop_within_s) as stop:
+        _train(loaded, world_size, stop)
+
+
+def _train(loaded: LoadedConfig, world_size: int, stop: StopRequests) -> None:
     # Imported now: a bad config is said before Megatron-Core is loaded.
     from hetero_ppo.engines.layouts import check_models_fit_layouts
     from hetero_ppo.memory.plan_check import check_fits
-    from hetero_ppo.trainers.run import end_run, start_run
+    from hetero_ppo.trainers.run import end_run, leave_together, start_run
 
     check_models_fit_layouts(loaded.config)
     check_fits(loaded.config, world_size)
-    run = start_run(loaded)
+    run = start_run(loaded, stop)
     try:
         if loaded.kind == "sft":
             from hetero_ppo.trainers.sft import SftTrainer
@@ -46,5 +60,8 @@ def main(config_path: str, overrides: list[str]) -> None:
 
             with PpoTrainer(loaded.config, run) as trainer:
                 trainer.fit()
+    except StoppedOnRequest:
+        leave_together()  # torchrun ends a rank that still closes its engine when another one has ended
+        raise
     finally:
         end_run()

@@ -91,7 +91,7 @@ class PpoTrainer:
     def fit(self) -> None:
         """The algorithm (Schulman et al. 2017, algorithm 1; Ouyang et al. 2022, section 3.5)."""
         config = self.config
-        manager = CheckpointManager(self.run.dir, config.checkpoint.keep)
+        manager = CheckpointManager(self.run.dir, config.checkpoint)
         self._resume(manager)
         if self.turns.needs_first_sync or self.start > 0:
             self.sync_weights(self.start)
@@ -100,6 +100,8 @@ class PpoTrainer:
             self.golden.check(self.start, first=True)
         if not self._continues_its_folder():
             self.evaluator.run_and_save("before", f"step{self.start}")
+        if self.run.should_stop(self.start, self.total_steps):
+            self.run.stopped(self.start, is_saved=False)
         with MetricsLogger(
             self.run.dir, config.run, is_writer=self.run.is_writer, total_steps=self.total_steps
         ) as logger:
@@ -128,8 +130,11 @@ class PpoTrainer:
                     ppo_memory.say_ledger(config, self.run, self.device)
                 self.evaluator.dump_rollout(step + 1, experience)
                 due = config.checkpoint.every and (step + 1) % config.checkpoint.every == 0
-                if due or step + 1 == self.total_steps:
-                    self._save(manager, step + 1)
+                stopping = self.run.should_stop(step + 1, self.total_steps)
+                if due or stopping or step + 1 == self.total_steps:
+                    self._save(manager, step + 1, metrics)
+                if stopping:
+                    self.run.stopped(step + 1)
         self.evaluator.run_and_save("after", f"step{self.total_steps}")
         if config.checkpoint.export_hf:
             self.turns.sleep()
@@ -242,16 +247,16 @@ class PpoTrainer:
                     metrics["rollout/golden_log_prob_diff"] = self.engine.verify_sync(ids, log_probs)
         return metrics | self.turns.sync_metrics()
 
-    def _save(self, manager: CheckpointManager, step: int) -> None:
+    def _save(self, manager: CheckpointManager, step: int, metrics: dict[str, float]) -> None:
         roles = {"actor": self.roles.actor, "critic": self.roles.critic}
-        manager.save(step, roles, ppo_setup.trainer_state(self.data, self.maker))
+        manager.save(step, roles, ppo_setup.trainer_state(self.data, self.maker, self.guard), metrics)
 
     def _resume(self, manager: CheckpointManager) -> None:
         if self.config.checkpoint.load is None:
             return
         roles = {"actor": self.roles.actor, "critic": self.roles.critic}
         state = manager.load(Path(self.config.checkpoint.load), roles)
-        ppo_setup.load_trainer_state(state, self.data, self.maker)
+        ppo_setup.load_trainer_state(state, self.data, self.maker, self.guard)
         self.run.say(f"resumed PPO from {self.config.checkpoint.load} at step {self.start}")
 
     def _continues_its_folder(self) -> bool:

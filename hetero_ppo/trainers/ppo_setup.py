@@ -32,6 +32,7 @@ from hetero_ppo.engines.model_engine import ModelEngine
 from hetero_ppo.engines.outputs import log_probs_output
 from hetero_ppo.engines.shared_device import SharedDevice
 from hetero_ppo.engines.train_engine import TrainEngine
+from hetero_ppo.experience.mismatch import MismatchGuard
 from hetero_ppo.experience.stages import ExperienceMaker
 from hetero_ppo.memory.turns import ppo_turns
 from hetero_ppo.observability.trace import TRACE_FOLDER, TraceRecorder
@@ -284,17 +285,19 @@ def step_prompts(data: PpoData, config: PpoConfig, batching: PpoBatching) -> dic
     return {"prompts": prompts, "n": 1, "begun": data.waiting.begun[: len(prompts)], "wanted": wanted}
 
 
-def trainer_state(data: PpoData, maker: ExperienceMaker) -> dict[str, Any]:
+def trainer_state(data: PpoData, maker: ExperienceMaker, guard: MismatchGuard) -> dict[str, Any]:
     """What a PPO checkpoint holds beside the trained roles."""
     return {
         "prompts": data.sampler.state_dict(),
         "kl_controller": maker.kl_controller.state_dict(),
         "score_moments": maker.score_moments.state_dict(),
         "waiting": data.waiting.state_dict(),
+        "mismatch_guard": guard.state_dict(),
+        "template_sha256": data.encoder.template_hash,
     }
 
 
-def load_trainer_state(state: dict[str, Any], data: PpoData, maker: ExperienceMaker) -> None:
+def load_trainer_state(state: dict[str, Any], data: PpoData, maker: ExperienceMaker, guard: MismatchGuard) -> None:
     """The reverse of ``trainer_state``.
 
     Raises:
@@ -304,6 +307,7 @@ def load_trainer_state(state: dict[str, Any], data: PpoData, maker: ExperienceMa
     data.sampler.load_state_dict(state["prompts"])
     maker.kl_controller.load_state_dict(state["kl_controller"])
     maker.score_moments.load_state_dict(state["score_moments"])
+    guard.load_state_dict(state["mismatch_guard"])
 
 
 def golden_log_probs(actor: ModelEngine, token_ids: list[int]) -> list[float]:

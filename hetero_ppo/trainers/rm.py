@@ -38,7 +38,7 @@ class RewardModelTrainer(SupervisedTrainer):
         engine = TrainEngine("reward", config.reward, "score", batching.total_steps)
         describe_loaded(run, engine)
         sampler = make_sampler(self.data, config.train.global_batch_size, config.run, config.data)
-        super().__init__(run, config.run, config.train, config.checkpoint, batching, sampler, engine)
+        super().__init__(run, config.run, config.train, config.checkpoint, batching, sampler, engine, encoder.template_hash)
         self.loss = config.loss
         self.loss_fn = reward_loss_fn(config.loss)
 

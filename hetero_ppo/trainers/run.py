@@ -6,6 +6,7 @@ import os
 import random
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import numpy
 import torch
@@ -16,6 +17,8 @@ from hetero_ppo.config.load import LoadedConfig
 from hetero_ppo.config.render import save_config
 from hetero_ppo.config.schema import CheckpointConfig, RunConfig
 from hetero_ppo.distributed.groups import finish, initialise
+from hetero_ppo.errors import StoppedOnRequest
+from hetero_ppo.trainers.stopping import StopRequests
 from megatron_bridge import platform
 from megatron_bridge.layers import HAS_TRANSFORMER_ENGINE
 
@@ -27,14 +30,35 @@ class Run:
     dir: Path
     is_writer: bool  # rank 0: writes files and prints
     world_size: int
+    stop: StopRequests
 
     def say(self, text: str) -> None:
         """Print once for the run."""
         if self.is_writer:
             print(text, flush=True)
 
+    def should_stop(self, step: int, total_steps: int) -> bool:
+        """Whether the run is to end after ``step``, because a signal asked for it. Collective over the world, once a step.
 
-def start_run(loaded: LoadedConfig) -> Run:
+        A run that has done its last step goes on to what follows it.
+        """
+        return self.stop.agreed() and step < total_steps
+
+    def stopped(self, step: int, *, is_saved: bool = True) -> NoReturn:
+        """End the run on request.
+
+        Raises:
+            StoppedOnRequest: always.
+        """
+        self.stop.honoured()
+        if is_saved:
+            raise StoppedOnRequest(
+                f"stopped on request after step {step}, which is saved: go on with checkpoint.load={self.dir}"
+            )
+        raise StoppedOnRequest(f"stopped on request at step {step}, before another was done: there is nothing new to save")
+
+
+def start_run(loaded: LoadedConfig, stop: StopRequests) -> Run:
     """Join the world, set seeds and threads, make the run folder and save the resolved config in it.
 
     Raises:
@@ -46,7 +70,7 @@ def start_run(loaded: LoadedConfig) -> Run:
     random.seed(config.seed)
     numpy.random.seed(config.seed)
     torch.manual_seed(config.seed)
-    run = Run(Path(config.dir), dist.get_rank() == 0, dist.get_world_size())
+    run = Run(Path(config.dir), dist.get_rank() == 0, dist.get_world_size(), stop)
     if run.is_writer:
         try:
             run.dir.mkdir(parents=True, exist_ok=True)
@@ -73,17 +97,22 @@ def first_step(checkpoint: CheckpointConfig, total_steps: int) -> int:
     """The step that a run begins with: 0, or that of the checkpoint it resumes from.
 
     Raises:
-        ValueError: there is no checkpoint, or it leaves nothing to do.
+        ValueError: there is no checkpoint, it is damaged, or it leaves nothing to do.
     """
     if checkpoint.load is None:
         return 0
-    step = checkpoint_step(Path(checkpoint.load))
+    step = checkpoint_step(Path(checkpoint.load), checkpoint.step)
     if step >= total_steps:
         raise ValueError(
             f"checkpoint.load={checkpoint.load}: it is at step {step} of {total_steps}, zero steps are left to do; "
             "raise train.steps (or train.epochs), or start anew without checkpoint.load"
         )
     return step
+
+
+def leave_together() -> None:
+    """Wait for all ranks before the end."""
+    dist.barrier()
 
 
 def end_run() -> None:

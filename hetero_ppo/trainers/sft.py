@@ -36,7 +36,7 @@ class SftTrainer(SupervisedTrainer):
         engine = TrainEngine("actor", config.actor, "lm", batching.total_steps)
         describe_loaded(run, engine)
         sampler = make_sampler(self.data, config.train.global_batch_size, config.run, config.data)
-        super().__init__(run, config.run, config.train, config.checkpoint, batching, sampler, engine)
+        super().__init__(run, config.run, config.train, config.checkpoint, batching, sampler, engine, encoder.template_hash)
         self.loss_fn = sft_loss_fn(engine.vocab_size, engine.groups, engine.vocab_parts)
 
     def step(self, rows: list[int]) -> TrainStepResult:

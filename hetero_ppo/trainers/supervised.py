@@ -39,6 +39,7 @@ class SupervisedTrainer(ABC):
         batching: SupervisedBatching,
         sampler: ResumableSampler,
         engine: TrainEngine,
+        template_hash: str,
     ) -> None:
         """Args:
         run: of this process.
@@ -48,6 +49,7 @@ class SupervisedTrainer(ABC):
         batching: derived sizes.
         sampler: of the training rows, over all ranks.
         engine: the trained role.
+        template_hash: of the chat template, for the checkpoint.
         """
         self.run = run
         self.run_config = run_config
@@ -56,6 +58,7 @@ class SupervisedTrainer(ABC):
         self.total_steps = batching.total_steps
         self.sampler = sampler
         self.engine = engine
+        self.template_hash = template_hash
 
     @abstractmethod
     def step(self, rows: list[int]) -> TrainStepResult:
@@ -71,7 +74,7 @@ class SupervisedTrainer(ABC):
 
     def fit(self) -> None:
         """Train, evaluate, save, export."""
-        manager = CheckpointManager(self.run.dir, self.checkpoint.keep)
+        manager = CheckpointManager(self.run.dir, self.checkpoint)
         start = first_step(self.checkpoint, self.total_steps)
         self._resume(manager)
         timer = PhaseTimer(platform.synchronize)
@@ -90,9 +93,12 @@ class SupervisedTrainer(ABC):
                     with timer.phase("eval"):
                         values.update(self.evaluate())
                 logger.log(StepMetrics(step + 1, values, timer.collect()))
-                if last or (self.checkpoint.every and (step + 1) % self.checkpoint.every == 0):
-                    state = {"sampler": self.sampler.state_dict()}
-                    manager.save(step + 1, {self.engine.role: self.engine}, state, self.weight_files())
+                stopping = self.run.should_stop(step + 1, self.total_steps)
+                if last or stopping or (self.checkpoint.every and (step + 1) % self.checkpoint.every == 0):
+                    state = {"sampler": self.sampler.state_dict(), "template_sha256": self.template_hash}
+                    manager.save(step + 1, {self.engine.role: self.engine}, state, values, self.weight_files())
+                if stopping:
+                    self.run.stopped(step + 1)
         if self.checkpoint.export_hf:
             self.engine.export(str(self.run.dir / "hf"), files=self.weight_files())
             self.run.say(f"exported to {self.run.dir / 'hf'}")

@@ -128,7 +128,7 @@ def test_layout_of_a_run_folder(chain: Chain) -> None:
     assert (checkpoints / "latest_checkpointed_iteration.txt").read_text() == str(NUM_STEPS)
     for step in (CHECKPOINT_STEP, NUM_STEPS):
         folder = checkpoints / f"iter_{step:07d}"
-        assert {path.name for path in folder.iterdir()} == {"actor", "critic", "trainer.json", "COMPLETE"}
+        assert {path.name for path in folder.iterdir()} == {"actor", "critic", "rng", "config.yaml", "trainer.json", "COMPLETE"}
         state = json.loads((folder / "trainer.json").read_text())
         assert state["step"] == step and {"prompts", "kl_controller", "score_moments"} <= state.keys()
     assert [path.name for path in run_dir.glob("tensorboard/events.*")]

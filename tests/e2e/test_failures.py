@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from hetero_ppo.rollout.replay import read_rollouts
+from hetero_ppo.trainers.stopping import SAME_REQUEST_S
 
 pytestmark = pytest.mark.slow
 
@@ -127,15 +128,18 @@ def assert_server_and_transformers_agree(run_dir: Path, actor: Path) -> None:
         assert float((ours - torch.tensor(row.rollout_log_probs)).abs().max()) < 1e-3
 
 
-def test_sigterm_leaves_nothing(chain: Chain, tmp_path: Path) -> None:
-    """In the middle of PPO, after a checkpoint: the trainer is ended by the signal and cannot clean up itself."""
+def test_two_sigterms_end_a_run_at_once(chain: Chain, tmp_path: Path) -> None:
+    """In the middle of PPO, after a checkpoint; the trainer is ended by the second one and cannot clean up itself."""
     run_dir = tmp_path / "run"
     command = chain.train_command("ppo", run_dir, train__steps=400, checkpoint__every=1, data__eval="null")
-    command.append("train.eval_function=null")
+    # A step longer than the test waits: only the second signal can end it.
+    command += ["train.eval_function=null", "algorithm.rollout_batch_size=2048", "algorithm.minibatch_size=4096"]
     with running(1, command, run_dir) as job:
-        job.wait_steps(2, START_S)
-        assert job.find("EngineCore") and (run_dir / "checkpoints" / "iter_0000001" / "COMPLETE").exists()
+        wait_for(lambda: "before PPO" in job.text or (job.find("EngineCore") and "chunks" in job.text), "PPO", START_S)
+        job.process.send_signal(signal.SIGTERM)
+        wait_for(lambda: "SIGUSR1: the run stops with a checkpoint" in job.text, "the request", SOON_S)
+        time.sleep(SAME_REQUEST_S + 0.5)
         job.process.send_signal(signal.SIGTERM)
         assert job.wait_end(SOON_S) == 128 + signal.SIGTERM
-        assert errors(job.text) == ["error: the run was stopped by SIGTERM"] and "Traceback" not in job.text
+        assert errors(job.text)[-1] == "error: the run was stopped by SIGTERM" and "Traceback" not in job.text
         job.assert_nothing_is_left()

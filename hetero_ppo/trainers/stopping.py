@@ -1,0 +1,131 @@
+"""A run that is asked to stop: by SIGTERM, or by SIGUSR1, which batch systems send some minutes before they kill.
+
+The ranks finish the step, save a checkpoint, and end with exit status 75. A rank that gets no such request learns of it at the
+end of the step, where all agree. Two things end the process at once: a second SIGTERM, and a SIGTERM from torchrun that another
+rank has died.
+
+Signals are read by a thread. Python runs handlers between two instructions of the main thread, which may sit in a collective, in
+a forward or in a wait for the engine for minutes.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Self
+
+import torch
+import torch.distributed as dist
+
+from hetero_ppo.errors import EXIT_NOT_STOPPED_IN_TIME
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+#: A batch system may signal every process of a job while the launcher passes the same request on: within this time it is one request.
+SAME_REQUEST_S = 2.0
+
+
+class StopRequests:
+    """Listens to the signals while the block runs. In the main thread of the process."""
+
+    def __init__(self, within_s: float) -> None:
+        """
+        Args:
+            within_s: seconds from the request after which the process ends, checkpoint or not.
+        """
+        self.within_s = within_s
+        self._requested_at: float | None = None  # time.monotonic()
+        self._is_honoured = False
+
+    def __enter__(self) -> Self:
+        self._read_end, self._write_end = os.pipe()
+        os.set_blocking(self._write_end, False)
+        self._previous = {number: signal.signal(number, _leave_it_to_the_thread) for number in SIGNALS}
+        self._previous_fd = signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
+        self._thread = threading.Thread(target=self._listen, name="stop-requests", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        signal.set_wakeup_fd(self._previous_fd)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        os.close(self._write_end)  # ends the thread
+        self._thread.join()
+        os.close(self._read_end)
+
+    @property
+    def is_requested(self) -> bool:
+        """Whether this process was asked to stop."""
+        return self._requested_at is not None
+
+    def agreed(self) -> bool:
+        """Whether any rank was asked to stop. Collective over the world, once a step: all ranks stop after the same one."""
+        wanted = torch.tensor([int(self.is_requested)])
+        dist.all_reduce(wanted, op=dist.ReduceOp.MAX)
+        return bool(wanted)
+
+    def honoured(self) -> None:
+        """The checkpoint is made: signals and the bound have nothing left to ask for."""
+        self._is_honoured = True
+
+    def _listen(self) -> None:
+        while True:
+            ready, _, _ = select.select([self._read_end], [], [], self._seconds_left())
+            if not ready:
+                self._end(EXIT_NOT_STOPPED_IN_TIME, f"not stopped within run.stop_within_s={self.within_s:g}: no checkpoint")
+            numbers = os.read(self._read_end, 64)
+            if not numbers:
+                return
+            for number in numbers:
+                if number in SIGNALS and not self._is_honoured:
+                    self._take(signal.Signals(number))
+
+    def _seconds_left(self) -> float | None:
+        if self._is_honoured or self._requested_at is None:
+            return None
+        return max(0.0, self._requested_at + self.within_s - time.monotonic())
+
+    def _take(self, number: signal.Signals) -> None:
+        if number is signal.SIGTERM and _a_rank_of_the_node_has_ended():
+            self._end(128 + number, None)
+        if self._requested_at is None:
+            self._requested_at = time.monotonic()
+            if _is_first_rank():
+                text = f"{number.name}: the run stops with a checkpoint after this step, or without one in {self.within_s:g} s"
+                print(text, file=sys.stderr, flush=True)
+        elif number is signal.SIGTERM and time.monotonic() > self._requested_at + SAME_REQUEST_S:
+            self._end(128 + number, "stopped at once by a second SIGTERM: no checkpoint")
+
+    def _end(self, status: int, text: str | None) -> None:
+        if text is not None and _is_first_rank():
+            print(f"error: {text}", file=sys.stderr, flush=True)
+        # The main thread may never come back; what the process started ends with it (rollout/guardian.py).
+        os._exit(status)
+
+
+def _leave_it_to_the_thread(number: int, frame: FrameType | None) -> None:
+    """The handler, without which there would be nothing to read."""
+
+
+def _is_first_rank() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _a_rank_of_the_node_has_ended() -> bool:
+    """True under torchrun's agent when it has fewer children than the node has ranks: it ends the others then, by SIGTERM."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return False
+    agent = os.getppid()
+    children = Path(f"/proc/{agent}/task/{agent}/children")
+    try:
+        return len(children.read_text().split()) < int(os.environ["LOCAL_WORLD_SIZE"])
+    except FileNotFoundError:  # the agent has gone, or a kernel that does not say
+        return not Path(f"/proc/{agent}").exists()

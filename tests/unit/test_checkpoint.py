@@ -1,0 +1,109 @@
+"""Files of a checkpoint: the manifest, what is kept, and what damage is called. Roles are saved in tests/e2e."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+
+from hetero_ppo.checkpoint.manager import best_checkpoint, checkpoint_folder, checkpoint_step
+from hetero_ppo.checkpoint.manifest import COMPLETE, find_fault, look_at_share, read_marker, write_marker
+from hetero_ppo.checkpoint.random_state import random_state, set_random_state
+from hetero_ppo.checkpoint.version import code_version
+
+
+def write_checkpoint(run_dir: Path, step: int, **metrics: float) -> Path:
+    folder = run_dir / "checkpoints" / f"iter_{step:07d}"
+    (folder / "actor").mkdir(parents=True)
+    (folder / "actor" / "weights").write_bytes(bytes(range(256)) * 100)
+    (folder / "trainer.json").write_text(json.dumps({"step": step, "metrics": metrics}))
+    shares = [look_at_share(folder, rank, 2, settle=True) for rank in range(2)]
+    assert all(shares)  # both ranks have work
+    write_marker(folder, shares[0] | shares[1])
+    return folder
+
+
+def truncate(folder: Path) -> None:
+    (folder / "actor" / "weights").write_bytes(b"short")
+
+
+def flip(folder: Path) -> None:
+    data = bytearray((folder / "actor" / "weights").read_bytes())
+    data[4711] ^= 1
+    (folder / "actor" / "weights").write_bytes(data)
+
+
+def remove(folder: Path) -> None:
+    (folder / "trainer.json").unlink()
+
+
+def scribble(folder: Path) -> None:
+    (folder / COMPLETE).write_text("{")
+
+
+@pytest.mark.parametrize(
+    ("damage", "fault"),
+    [
+        (truncate, r"weights has 5 bytes, and had 25600"),
+        (flip, r"weights has other contents than were written"),
+        (remove, r"trainer.json is missing"),
+        (scribble, r"COMPLETE is not readable"),
+    ],
+)
+def test_damage_is_named(tmp_path: Path, damage: Callable[[Path], None], fault: str) -> None:
+    folder = write_checkpoint(tmp_path, 3)
+    assert set(read_marker(folder)) == {"actor/weights", "trainer.json"}
+    assert [find_fault(folder, rank, 2) for rank in range(2)] == [None, None]
+    damage(folder)
+    found = [text for text in (find_fault(folder, rank, 2) for rank in range(2)) if text is not None]
+    assert found and all(re.search(fault, text) for text in found)
+
+
+def test_the_last_good_checkpoint_is_offered(tmp_path: Path) -> None:
+    for step in (2, 4, 6):
+        write_checkpoint(tmp_path, step)
+    truncate(tmp_path / "checkpoints" / "iter_0000006")
+    with pytest.raises(ValueError, match=r"iter_0000006 is damaged: .*weights.* last good one is iter_0000004.*checkpoint.step=4"):
+        checkpoint_folder(tmp_path, None)
+    assert checkpoint_step(tmp_path, 4) == 4
+    truncate(tmp_path / "checkpoints" / "iter_0000004")
+    truncate(tmp_path / "checkpoints" / "iter_0000002")
+    with pytest.raises(ValueError, match="no other complete checkpoint"):
+        checkpoint_folder(tmp_path, None)
+
+
+def test_what_was_never_finished_is_no_checkpoint(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, 2)
+    write_checkpoint(tmp_path, 4).rename(tmp_path / "checkpoints" / "iter_0000004.tmp")
+    assert checkpoint_step(tmp_path, None) == 2
+    with pytest.raises(ValueError, match="no complete checkpoint of step 4; there are: 2"):
+        checkpoint_folder(tmp_path, 4)
+
+
+@pytest.mark.parametrize(("metric", "step"), [("eval/accuracy", 2), ("-eval/loss", 4), ("nothing", None)])
+def test_the_best_checkpoint(tmp_path: Path, metric: str, step: int | None) -> None:
+    values = {2: {"eval/accuracy": 0.9, "eval/loss": 3.0}, 4: {"eval/accuracy": 0.8, "eval/loss": 2.0}, 6: {}}
+    folders = [write_checkpoint(tmp_path, number, **metrics) for number, metrics in values.items()]
+    best = best_checkpoint(folders, metric)
+    assert (None if best is None else best.name) == (None if step is None else f"iter_{step:07d}")
+
+
+def test_random_generators_come_back() -> None:
+    def draw() -> list[float]:
+        return [random.gauss(0, 1), float(numpy.random.normal()), float(torch.randn(()))]
+
+    draw()  # Gaussians come in pairs: one is in store
+    state = json.loads(json.dumps(random_state()))
+    expected = [draw(), draw()]
+    set_random_state(state)
+    assert [draw(), draw()] == expected
+
+
+def test_the_code_version_names_the_package() -> None:
+    assert code_version().split()[0].count(".") >= 1
