@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import hashlib
+import zlib
 
 from torch import Tensor
 
@@ -20,5 +20,9 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
 
 
 def tensor_checksum(tensor: Tensor) -> str:
-    """SHA-256 of a contiguous CPU tensor's bytes."""
-    return hashlib.sha256(tensor_bytes(tensor)).hexdigest()
+    """CRC-32 of a contiguous CPU tensor's bytes, as hex.
+
+    It is there against mistakes, not against an adversary, and sees any change of up to 32 bits in a row for certain. SHA-256 takes
+    3.5 times as long (1.9 GB/s on a core where this takes 6.6), three times a sync.
+    """
+    return f"{zlib.crc32(tensor_bytes(tensor)):08x}"

@@ -36,7 +36,7 @@ class WeightFiles:
 
     version: str
     paths: list[Path]
-    checksums: dict[str, str]  # tensor name -> SHA-256 of its bytes
+    checksums: dict[str, str]  # tensor name -> of its bytes
     num_bytes: int  # of all tensors, in the engine's dtype
 
 

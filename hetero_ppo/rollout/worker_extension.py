@@ -82,7 +82,7 @@ class WeightReceiver:
         """Reads and checks the tensors of safetensors files.
 
         Returns:
-            ``{"problems": [...], "checksums": {name: sha256}, "verify_s": seconds}``, the last of them for the checksums;
+            ``{"problems": [...], "checksums": {name: checksum}, "verify_s": seconds}``, the last of them for the checksums;
             tensors are kept for ``hetero_ppo_load_staged`` when there is no problem.
         """
         tensors: dict[str, Tensor] = {}

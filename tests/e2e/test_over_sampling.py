@@ -34,7 +34,7 @@ def test_unfinished_responses_are_resumed(chain: Chain, tmp_path: Path) -> None:
     assert kept and all(begun["token_ids"] for begun in kept)
     assert len(waiting["begun"]) + 2 * WANTED == 3 * WANTED  # three batches of prompts were read
 
-    launch_cli(1, chain.train_command("ppo", run_dir, train__steps=3, checkpoint__load=run_dir, **OVERRIDES))
+    launch_cli(2, chain.train_command("ppo", run_dir, train__steps=3, checkpoint__load=run_dir, **OVERRIDES))
     metrics = read_metrics(run_dir)
     assert metrics[1]["rollout/resumed_share"] == 0 and metrics[1]["rollout/weight_versions_max"] == 1
     records = read_rollouts(run_dir / "rollouts" / "step_000003.jsonl")
