@@ -187,7 +187,7 @@ def configs(chain: Chain) -> dict[str, dict[str, Any]]:
             "kind": "rm",
             "run": run("rm"),
             "data": data("preference.jsonl", "preference_eval.jsonl"),
-            "reward": role(sft, 32, 1e-3),
+            "reward": {**role(sft, 32, 1e-3), "aligned": True},
             "train": {"steps": 4, "global_batch_size": 16},
         },
         "ppo": {
@@ -197,8 +197,8 @@ def configs(chain: Chain) -> dict[str, dict[str, Any]]:
             "actor": role(sft, 3, 3e-4, distributed=True),
             "critic": role(rm, 4, 1e-3),
             "reference": role(sft, 16),
-            "reward_model": role(rm, 16),
-            "reward": {"normalise": True},
+            "reward_model": {**role(rm, 16), "aligned": True},
+            "reward": {"normalise": True, "golden_every": 1},
             "algorithm": {
                 "rollout_batch_size": BATCH // 2,
                 "samples_per_prompt": 2,

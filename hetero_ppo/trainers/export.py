@@ -36,6 +36,7 @@ def run(args: argparse.Namespace) -> None:
     # Megatron-Core takes seconds to import: after the checks.
     from hetero_ppo.distributed.groups import initialise
     from hetero_ppo.engines.model_engine import ModelEngine
+    from hetero_ppo.reward.golden import GOLDEN_FILE
     from hetero_ppo.trainers.run import end_run
 
     initialise(config.run.timeout_minutes)
@@ -44,7 +45,8 @@ def run(args: argparse.Namespace) -> None:
         role_config.parallel = ParallelConfig()
         engine = ModelEngine(role, role_config, head)
         engine.load_weights(folder / role)
-        engine.export(args.out)
+        golden = folder / GOLDEN_FILE
+        engine.export(args.out, files={GOLDEN_FILE: golden.read_text(encoding="utf-8")} if golden.is_file() else None)
     finally:
         end_run()
     print(f"exported {role} of {folder} to {args.out}")

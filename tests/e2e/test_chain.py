@@ -16,6 +16,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from hetero_ppo.config.load import load_config
+from hetero_ppo.reward.golden import GOLDEN_FILE
 from hetero_ppo.observability.trace import LANES, newest_trace
 from hetero_ppo.rollout.replay import RolloutRecord, read_rollouts, recorded_steps
 
@@ -157,6 +158,26 @@ def test_output_is_for_people(chain: Chain) -> None:
     assert all(f"step   {step}/{NUM_STEPS} " in ppo for step in range(1, NUM_STEPS + 1))
     for text in (ppo, rm):
         assert "Warning" not in text and "Traceback" not in text
+
+
+def test_golden_scores_go_with_the_reward_model(chain: Chain) -> None:
+    """Into its checkpoint and its export; PPO recomputes some at the start and after every step, as golden_every says."""
+    checkpoint = chain.run_dir("rm") / "checkpoints" / "iter_0000004"
+    written = (chain.export("rm") / GOLDEN_FILE).read_text()
+    assert (checkpoint / GOLDEN_FILE).read_text() == written
+    num_pairs = len(written.splitlines()) - 1
+    assert f"reward_model: checked against {num_pairs} golden pairs" in (chain.root / "ppo.log").read_text()
+
+
+def test_accuracy_of_eval_rm_is_the_training_runs(chain: Chain, tmp_path: Path) -> None:
+    data = chain.data / "preference_eval.jsonl"
+    command = [sys.executable, "-m", "hetero_ppo.cli.main", "eval", "rm", "--checkpoint", str(chain.export("rm"))]
+    page = tmp_path / "pairs.html"
+    done = run_in_session([*command, "--data", str(data), "--out", str(page)], uuid.uuid4().hex, 120.0)
+    assert done.returncode == 0, done.stdout
+    accuracy = read_metrics(chain.run_dir("rm"))[4]["eval/accuracy"]
+    assert f"accuracy {accuracy:.4%} (" in done.stdout
+    assert page.read_text().count("<svg") == 2
 
 
 def test_ppo_changed_the_actor(chain: Chain) -> None:

@@ -15,11 +15,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))
-from aligned_cases import bits, results, role_config, training_scores
+from aligned_cases import bits, results, role_config, sequences, training_scores
 
+from hetero_ppo.data.preference import PreferenceExample
 from hetero_ppo.distributed.groups import finish, initialise
 from hetero_ppo.engines.model_engine import ModelEngine
 from hetero_ppo.engines.train_engine import TrainEngine
+from hetero_ppo.reward.golden import GOLDEN_FILE, Golden, check_golden, first_difference, make_golden
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "dp4": {},
@@ -51,6 +53,7 @@ def main(models: str, out: str) -> None:
         for dtype in ("fp32", "bf16")
     }
     report["plain grad_norm"] = train(Path(models) / "qwen3-score", "fp32", "dp4", aligned=False)["grad_norm"]
+    report["golden"] = golden(Path(models) / "qwen3-score")
     if dist.get_rank() == 0:
         Path(out).write_text(json.dumps(report))
     finish()
@@ -85,6 +88,20 @@ def train(model: Path, dtype: str, layout: str, aligned: bool = True) -> dict[st
     seen: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(seen, [float(score).hex() for score in scores])
     return {"scores": sorted({score for of_rank in seen for score in of_rank}), "grad_norm": grad_norm}
+
+
+def golden(model: Path) -> dict[str, str | None]:
+    """Golden scores and layers of data-parallel ranks, computed anew in other layouts: layout -> first layer that differs."""
+    rows = [tokens.tolist() for tokens in sequences()]
+    examples = [PreferenceExample(chosen, rejected, 0) for chosen, rejected in zip(rows, reversed(rows))]
+    found: dict[str, str | None] = {}
+    reference: Golden | None = None
+    for layout in ("dp4", "tp4sp", "tp2pp2"):
+        engine = ModelEngine("reward", role_config(model, "bf16", LAYOUTS[layout], aligned=True), "score")
+        reference = reference or make_golden(engine, examples)
+        check_golden(engine, reference, model / GOLDEN_FILE, range(len(examples)))
+        found[layout] = first_difference(engine, reference.pairs[2])
+    return found
 
 
 if __name__ == "__main__":
