@@ -242,6 +242,7 @@ class RolloutConfig:
     request_timeout_s: float = 600.0
     sync_timeout_s: float = 120.0
     max_restarts: int = 2  # of a server that died, before the run stops
+    bank: bool = True  # responses go to <run.dir>/bank as they complete: a run that is killed does not ask for them again
     verify_sync: bool = True  # after every sync compare checksums of the engine's parameters, and its log-probs of a golden prompt
     verify_sync_tolerance: float | None = None  # max |difference| in log-prob; None: 1e-3 (fp32), 0.15 (bf16)
     over_sampling: float = 1.0  # responses sent in a step over those it needs; the rest is aborted and resumed in the next

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from hetero_ppo.config.schema import SamplingConfig
 from hetero_ppo.distributed.text import broadcast_json
 from hetero_ppo.errors import RunError
+from hetero_ppo.experience.bank import RolloutBank
 from hetero_ppo.experience.rollouts import build_rollout
 from hetero_ppo.observability.trace import ENGINE, TRAINER, WAIT_FOR_ENGINE, TraceRecorder
 from hetero_ppo.types import Chunk, OnResponse, PromptBatch, Response, Rollout
@@ -56,9 +58,11 @@ class Generation:
         version: label of the weights that the engine holds.
         chunk_size: responses of a chunk; the last one may have fewer.
         max_tokens: response tokens of each prompt; None: ``sampling.max_tokens`` for all.
-        begun: for each prompt what there is of its response, or None; n is 1. None: nothing was begun.
+        begun: for each response (p * n + j) what there is of it, or None. None: nothing was begun.
         wanted: rows of the rollout; they are the responses that are complete first, in the order of completion. The others are
             aborted, and are in :meth:`unused`. None: all.
+        bank: on the engine's rank, begun for this step; takes every response that completes. None: none is kept.
+        banked: (p * n + j, response) of what the bank had: complete before the others, in this order, and not asked for again.
         trace: takes the engine's time.
     """
 
@@ -75,6 +79,8 @@ class Generation:
         max_tokens: list[int] | None = None,
         begun: list[Response | None] | None = None,
         wanted: int | None = None,
+        bank: RolloutBank | None = None,
+        banked: Sequence[tuple[int, Response]] = (),
         trace: TraceRecorder | None = None,
     ) -> None:
         self.prompts = prompts
@@ -85,9 +91,17 @@ class Generation:
         self.num_rows = len(prompts) * n if wanted is None else wanted
         self.seconds = 0.0  # of the engine, on rank 0
         self._arguments: dict[str, Any] = {"n": n, "seed": seed, "max_tokens": max_tokens, "on_response": self._note}
+        if banked:
+            begun = list(begun) if begun is not None else [None] * (len(prompts) * n)
+            for place, response in banked:
+                begun[place] = response
+        if begun is not None:
+            self._arguments["begun"] = begun
         if wanted is not None:
-            self._arguments |= {"begun": begun, "wanted": wanted}
+            self._arguments["wanted"] = wanted
         self._begun = begun
+        self._bank = bank
+        self._banked = {place for place, _ in banked}
         self._partial = wanted is not None
         self._engine = engine
         self._trace = trace or TraceRecorder()
@@ -96,6 +110,8 @@ class Generation:
         self._complete: list[tuple[int, int, Response]] = []  # (row, place, response) in the order of completion
         self._answers: list[list[Response]] = []  # of the engine
         self._error: BaseException | None = None
+        for place, response in banked:
+            self._complete.append((len(self._complete) if self._partial else place, place, response))
         # What every rank has been told, by row.
         self._num_told = 0
         self._num_chunks = 0
@@ -172,12 +188,13 @@ class Generation:
         return used, rest
 
     def metrics(self) -> dict[str, float]:
-        """How old the weights are that made the rollout; nothing when all rows are of one version by design."""
+        """How old the weights are that made the rollout, where that is not one version by design; what came from the bank."""
+        banked = {"rollout/banked_share": len(self._banked) / self.num_rows} if self._banked else {}
         if not self._partial:
-            return {}
+            return banked
         older = torch.tensor([sum(count for _, count in earlier) for _, earlier in self._versions])
         older = torch.where(torch.tensor([v != self.version for v, _ in self._versions]), self._lengths, older)
-        return {
+        return banked | {
             "rollout/resumed_share": float((older > 0).float().mean()),
             "rollout/stale_token_share": float(older.sum() / self._lengths.sum()),
             "rollout/weight_versions_max": float(max(1 + len(earlier) for _, earlier in self._versions)),
@@ -198,8 +215,12 @@ class Generation:
         self.seconds = time.perf_counter() - start
 
     def _note(self, prompt: int, sample: int, response: Response) -> None:
+        place = prompt * self.n + sample
+        if place in self._banked:
+            return
+        if self._bank is not None:
+            self._bank.add(place, response)
         with self._changed:
-            place = prompt * self.n + sample
             self._complete.append((len(self._complete) if self._partial else place, place, response))
             self._changed.notify_all()
 

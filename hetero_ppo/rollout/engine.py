@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import os
 import shutil
@@ -84,9 +85,10 @@ def check_begun(begun: list[Response | None] | None, wanted: int | None, limits:
         raise ValueError(f"generate: wanted={wanted} is not in 1..{len(limits) * n}, the responses that are asked for")
     if begun is None:
         return
-    if n != 1 or len(begun) != len(limits):
-        raise ValueError(f"generate: begun has {len(begun)} responses for {len(limits)} prompts, and n is {n}; n must be 1")
-    for row, (response, limit) in enumerate(zip(begun, limits, strict=True)):
+    if len(begun) != len(limits) * n:
+        raise ValueError(f"generate: begun has {len(begun)} responses for {len(limits)} prompts with {n} each")
+    for row, response in enumerate(begun):
+        limit = limits[row // n]
         if response is not None and response.finish_reason == ABORTED and len(response.token_ids) >= limit:
             raise ValueError(
                 f"generate: response {row} was begun with {len(response.token_ids)} tokens, and may have {limit}"
@@ -164,6 +166,14 @@ class VllmEngine:
         return self._started_pool().version
 
     @property
+    def weights_key(self) -> str:
+        """Says which weights the servers hold, by their content; before the first sync by the folder that they come from."""
+        files = self._started_pool().files
+        if files is None:
+            return f"{self._spec.model_path} {self.version}"
+        return hashlib.sha256(json.dumps(sorted(files.checksums.items())).encode()).hexdigest()
+
+    @property
     def servers(self) -> list[VllmServer]:
         return [member.server for member in self._started_pool().members]
 
@@ -220,8 +230,8 @@ class VllmEngine:
             seed: of this call; the same call with the same seed and weights gives the same tokens.
             max_tokens: response tokens of each prompt; None: ``sampling.max_tokens`` for all.
             on_response: told of every response as soon as it is complete, in the order of completion.
-            begun: for each prompt what there is of its response already, from an earlier call, or None; n is 1. It is gone on
-                with under the present weights, and keeps the tokens, log-probs and labels that it has.
+            begun: for each response (prompt * n + sample) what there is of it already, from an earlier call, or None. It is gone
+                on with under the present weights, and keeps the tokens, log-probs and labels that it has.
             wanted: complete responses after which the others are aborted; None: all are waited for. ``on_response`` is told of
                 so many.
             show_progress: a progress bar on stderr.

@@ -38,7 +38,7 @@ class Requests:
         n: responses per prompt.
         seed: of the call.
         timeout_s: of one request.
-        begun: for each prompt what there is of its one response already, or None; ``[]``: nothing was begun.
+        begun: for each response (prompt * n + sample) what there is of it already, or None; ``[]``: nothing was begun.
         wanted: complete responses after which the others are aborted; None: all.
         tell: called with (prompt, sample, response) for every complete one, the first ``wanted`` alone.
     """
@@ -69,7 +69,7 @@ class Requests:
         return [flat[i * self.n : (i + 1) * self.n] for i in range(len(self.prompts))]
 
     async def _one(self, prompt: int, sample: int) -> Response:
-        begun = self.begun[prompt] if self.begun else None
+        begun = self.begun[prompt * self.n + sample] if self.begun else None
         if begun is not None and begun.finish_reason != ABORTED:
             response = begun  # it was complete too late for the last call
         else:

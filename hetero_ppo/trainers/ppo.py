@@ -22,7 +22,7 @@ from hetero_ppo.observability.metrics import MetricsLogger
 from hetero_ppo.observability.progress import progress
 from hetero_ppo.observability.timers import PhaseTimer
 from hetero_ppo.rollout.server import sleeps
-from hetero_ppo.trainers import ppo_memory, ppo_setup
+from hetero_ppo.trainers import ppo_bank, ppo_memory, ppo_setup
 from hetero_ppo.trainers.ppo_engine import EngineTurns
 from hetero_ppo.trainers.ppo_evaluation import Evaluator
 from hetero_ppo.trainers.run import Run, first_step
@@ -68,6 +68,7 @@ class PpoTrainer:
             self.engine = ppo_setup.engine_of_actor(config, self.data, self.roles.actor)
         self.guard = MismatchGuard(mismatch_bounds(config), config.rollout.mismatch.patience)
         self.turns = EngineTurns(self.engine, self.device, config.rollout)
+        self.bank = ppo_bank.open_bank(config, run, self.engine, resumes=self._continues_its_folder())
         self.chunk_size = self.batching.chunk_size
         self.pipeline = Pipeline(self.maker, config.pipeline.overlap)
         self.evaluator = Evaluator(config, run, self.data, self.maker, self.turns)
@@ -83,6 +84,8 @@ class PpoTrainer:
     def close(self) -> None:
         """End the rollout engine and its processes, and give the host buffers back."""
         try:
+            if self.bank is not None:
+                self.bank.end()
             if self.engine is not None:
                 self.engine.close()
         finally:  # a lane that still waits for room would keep the process
@@ -148,13 +151,16 @@ class PpoTrainer:
 
     def make_experience(self, step: int) -> Experience:
         """Roll the current policy out on the step's prompts, and judge what it answered."""
+        seed = self.config.run.seed * 1_000_003 + step
         with self.timer.phase("rollout"):
             self.turns.wake()
+            asked = ppo_setup.step_prompts(self.data, self.config, self.batching)
             generation = Generation(
                 self.engine,
-                **ppo_setup.step_prompts(self.data, self.config, self.batching),
+                **asked,
+                **ppo_bank.begin_step(self.bank, self.engine, step, asked, self.config, seed),
                 sampling=self.config.rollout.sampling,
-                seed=self.config.run.seed * 1_000_003 + step,
+                seed=seed,
                 version=f"step{step}",
                 chunk_size=self.chunk_size,
                 trace=self.trace,
@@ -250,6 +256,8 @@ class PpoTrainer:
     def _save(self, manager: CheckpointManager, step: int, metrics: dict[str, float]) -> None:
         roles = {"actor": self.roles.actor, "critic": self.roles.critic}
         manager.save(step, roles, ppo_setup.trainer_state(self.data, self.maker, self.guard), metrics)
+        if self.bank is not None:
+            self.bank.forget(step)
 
     def _resume(self, manager: CheckpointManager) -> None:
         if self.config.checkpoint.load is None:

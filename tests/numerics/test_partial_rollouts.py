@@ -33,6 +33,8 @@ def world() -> Iterator[None]:
 class Scripted:
     """Gives place p a response of 2 tokens more; those of ``order`` complete, one after the other, until enough have."""
 
+    is_collective = False
+
     def __init__(self, version: str, order: list[int]) -> None:
         self.version = version
         self.order = order

@@ -30,6 +30,7 @@ from hetero_ppo.engines.model_engine import ModelEngine
 from hetero_ppo.engines.shared_device import SharedDevice
 from hetero_ppo.engines.train_engine import TrainEngine
 from hetero_ppo.errors import RunError
+from hetero_ppo.experience.bank import RolloutBank
 from hetero_ppo.experience.generation import Generation, collect_rollout
 from hetero_ppo.experience.pipeline import Pipeline
 from hetero_ppo.experience.stages import ExperienceMaker
@@ -106,6 +107,33 @@ class Paced(ReplayEngine):
             assert self.may.acquire(timeout=60)
             assert on_response is not None
             on_response(row // SAMPLES, row % SAMPLES, answers[row // SAMPLES][row % SAMPLES])
+        return answers
+
+
+class Killed(Paced):
+    """Takes responses that are there already, as the servers' engine does; may be ended after so many others."""
+
+    def __init__(self, directory: Path, end_after: int | None = None) -> None:
+        super().__init__(directory)
+        self.end_after = end_after
+        self.asked: list[int] = []  # places that were not there
+
+    def generate(
+        self,
+        *args: Any,
+        on_response: OnResponse | None = None,
+        begun: list[Response | None] | None = None,
+        **kwargs: Any,
+    ) -> list[list[Response]]:
+        answers = ReplayEngine.generate(self, *args, on_response=None, **kwargs)
+        assert on_response is not None
+        for row in ORDER:
+            there = begun[row] if begun is not None else None
+            if there is None:
+                if len(self.asked) == self.end_after:
+                    raise RunError("killed")
+                self.asked.append(row)
+            on_response(row // SAMPLES, row % SAMPLES, there or answers[row // SAMPLES][row % SAMPLES])
         return answers
 
 
@@ -230,3 +258,26 @@ def test_errors_of_the_engine_reach_the_trainer(prompts: PromptBatch, recorded: 
     failing = Generation(ReplayEngine(recorded), prompts, SAMPLING, version="step0", **too_many).start()
     with pytest.raises(ValueError, match="needs 3 recorded responses, 2 are left"):
         failing.next_chunks()
+
+
+def test_banked_responses_are_not_asked_for_again(prompts: PromptBatch, recorded: Path, tmp_path: Path) -> None:
+    """A generation that is ended after seven of ten responses, and the one that takes its place: the same chunks, the same rows."""
+    arguments: dict[str, Any] = {"n": SAMPLES, "seed": 0, "version": "step0", "chunk_size": CHUNK}
+    bank = RolloutBank(tmp_path, resumes=False)
+    assert bank.begin(0, "key") == []
+    first = Generation(Killed(recorded, end_after=7), prompts, SAMPLING, **arguments, bank=bank).start()
+    with pytest.raises(RunError, match="killed"):
+        first.next_chunks(wait_for_all=True)
+
+    bank = RolloutBank(tmp_path, resumes=True)
+    banked = bank.begin(0, "key")
+    assert [place for place, _ in banked] == ORDER[:7]
+    engine = Killed(recorded)
+    second = Generation(engine, prompts, SAMPLING, **arguments, bank=bank, banked=banked).start()
+    chunks = second.next_chunks(wait_for_all=True)
+    assert engine.asked == ORDER[7:] and [chunk.rows for chunk in chunks] == CHUNKS
+    assert second.metrics() == {"rollout/banked_share": 0.7}
+    at_once = collect_rollout(ReplayEngine(recorded), prompts, SAMPLING, n=SAMPLES, seed=0, version="step0")
+    assert all(torch.equal(value, tensors(at_once)[name]) for name, value in tensors(second.rollout()).items())
+    bank.end()
+    assert [place for place, _ in bank.begin(0, "key")] == ORDER
