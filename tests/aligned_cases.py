@@ -101,7 +101,7 @@ def results(engine: ModelEngine) -> dict[str, list[Tensor]]:
     """
     found: dict[str, list[Tensor]] = {}
     for batching in BATCHINGS:
-        parts = list(microbatches(batching, engine.length_multiple))
+        parts = list(microbatches(batching, engine.forward_size.length_multiple))
         with torch.no_grad():
             outputs = engine.run_schedule([m for _, m in parts], output_of(engine), forward_only=True)
         if is_last_stage(engine.groups):

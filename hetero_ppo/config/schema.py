@@ -135,7 +135,7 @@ class RoleConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     micro_batch_size: int = 8  # sequences per forward on one data-parallel rank, where micro_batch_tokens is null
     micro_batch_tokens: int | None = None  # tokens per forward on one data-parallel rank, padding included; null: micro_batch_size
-    packing: bool = False  # a micro-batch's sequences lie one after the other, and no padding is computed; False: padded to the longest
+    packing: bool | None = None  # sequences lie one after the other, no padding is computed; null: on a CPU and with Transformer Engine, where context is 1
     aligned: bool = False  # a forward's bits do not depend on batch, padding, micro-batches or layout (CPU)
 
 

@@ -24,12 +24,21 @@ class MicrobatchSize:
     rows: int  # sequences, where tokens is None
     tokens: int | None = None  # of the padded micro-batch, or of its sequences where they are packed
     packed: bool = False  # sequences lie one after the other, without padding
-    length_multiple: int = 1  # of padded lengths, or of the tokens packed (sequence parallelism cuts them into equal parts)
+    length_multiple: int = 1  # of padded lengths (sequence parallelism cuts them into equal parts)
+    packed_multiple: int = 1  # of the tokens of a packed micro-batch
     attention_multiple: int = 1  # packed: of the lengths that sequences are padded to where attention needs it
 
     def padded(self, length: int) -> int:
         """The length that a micro-batch with a longest sequence of ``length`` tokens is padded to."""
-        return length + -length % self.length_multiple
+        return _up(length, self.length_multiple)
+
+    def packed_length(self, tokens: int) -> int:
+        """The length of a packed micro-batch of ``tokens`` tokens."""
+        return _up(tokens, self.packed_multiple)
+
+
+def _up(number: int, multiple: int) -> int:
+    return number + -number % multiple
 
 
 def deal(lengths: Sequence[int], rows: Sequence[int], ranks: int, *, even: bool) -> list[list[int]]:

@@ -48,6 +48,7 @@ from megatron_bridge import platform
 from megatron_bridge.config_mapping import VOCAB_PARTS, BridgeConfig
 from megatron_bridge.export_hf import save_hf
 from megatron_bridge.import_hf import LoadReport, load_hf
+from megatron_bridge.layers import HAS_TRANSFORMER_ENGINE
 from megatron_bridge.model_provider import Head, build_model
 from megatron_bridge.stream import stream_hf
 
@@ -104,7 +105,6 @@ class ModelEngine:
         #: What the schedules run: the GPTModels here, their DDP wrappers in a TrainEngine.
         self.chunks: list[torch.nn.Module] = list(model.chunks)
         self.models: list[GPTModel] = model.chunks
-        self.length_multiple = _length_multiple(config)
         for chunk in self.models:
             chunk.eval()
         self.device = device or SharedDevice(ResidencyConfig(offload=False))
@@ -211,13 +211,27 @@ class ModelEngine:
         return self._size(self.config.micro_batch_tokens)
 
     def _size(self, tokens: int | None) -> MicrobatchSize:
-        config = self.config
-        short = BF16_CPU_LENGTHS if self._on_bf16_grid else 1
-        return MicrobatchSize(config.micro_batch_size, tokens, config.packing, self.length_multiple, short)
+        layout = self.config.parallel
+        parts = layout.tensor if layout.sequence else 1
+        equal = parts if layout.context == 1 else layout.context * math.lcm(2, parts)
+        # On a CPU, oneDNN compiles bf16 products for every shape that comes and keeps them: with lengths from 40 to 300 the process
+        # grew by 0.8 GiB, which a coarser grid of lengths avoids.
+        on_grid = self.config.model.dtype is Dtype.bf16 and not platform.HAS_CUDA
+        return MicrobatchSize(
+            self.config.micro_batch_size,
+            tokens,
+            self.packed,
+            length_multiple=math.lcm(equal, BF16_CPU_LENGTHS if on_grid else 1),
+            packed_multiple=math.lcm(parts, PACKED_BF16_CPU_TOKENS if on_grid else 1),
+            attention_multiple=BF16_CPU_LENGTHS if on_grid else 1,
+        )
 
     @property
-    def _on_bf16_grid(self) -> bool:
-        return self.config.model.dtype is Dtype.bf16 and not platform.HAS_CUDA
+    def packed(self) -> bool:
+        """Whether micro-batches are packed: where the role's config leaves it open, where that has been measured to be faster."""
+        if self.config.packing is not None:
+            return self.config.packing
+        return self.config.parallel.context == 1 and (HAS_TRANSFORMER_ENGINE or not platform.HAS_CUDA)
 
     def deal(self, lengths: Sequence[int], rows: Sequence[int], size: MicrobatchSize) -> list[list[int]]:
         """Rows of every data-parallel rank, the same on all of them. With a budget of tokens their numbers may differ.
@@ -362,20 +376,6 @@ class ModelEngine:
             head=self.head,
             files=files,
         )
-
-
-def _length_multiple(config: RoleConfig) -> int:
-    """What padded lengths are a multiple of.
-
-    Context parallelism cuts the length into two chunks a rank, and sequence parallelism a rank's chunks into equal parts. On a CPU, oneDNN compiles bf16 products for every shape that comes
-    and keeps them: with lengths from 40 to 300 the process grew by 0.8 GiB, which a coarser grid of lengths avoids.
-    """
-    layout = config.parallel
-    parts = layout.tensor if layout.sequence else 1
-    if layout.context > 1:
-        parts = layout.context * math.lcm(2, parts)
-    grid = PACKED_BF16_CPU_TOKENS if config.packing else BF16_CPU_LENGTHS
-    return math.lcm(parts, grid if config.model.dtype is Dtype.bf16 and not platform.HAS_CUDA else 1)
 
 
 def broadcast_tensor(tensor: Tensor | None, source: int, group: dist.ProcessGroup) -> Tensor:

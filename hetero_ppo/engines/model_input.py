@@ -15,6 +15,11 @@ from megatron_bridge.context_parallel import own_columns, whole_columns
 from megatron_bridge.packing import Packing, pack
 
 
+#: A micro-batch is packed where padding would make it longer than so many times: attention to packed sequences gathers them first,
+#: which took 5 % of a training step of 16 equal sequences on a CPU.
+PACK_ABOVE = 1.05
+
+
 @dataclass(frozen=True)
 class ModelInput:
     """One micro-batch as the model takes it, on the device."""
@@ -39,23 +44,24 @@ def model_inputs(
 
     Args:
         microbatches: on the host.
-        size: says whether they are packed, and what lengths are multiples of.
+        size: says whether those that padding would make longer are packed, and what lengths are multiples of.
         cp_group: context-parallel ranks; one where packed.
         device: of the model.
-        one_shape: all with the length of the longest.
+        one_shape: all with the length of the longest; they have equal numbers of rows.
     """
     reads = [_wanted(m) for m in microbatches]
     columns = [torch.arange(1, read.shape[1] + 1) for read in reads]
     used = [(read * column).amax(dim=1).clamp(min=1) for read, column in zip(reads, columns)]  # [b] tokens
-    lengths = [size.padded(int(u.sum() if size.packed else u.max())) for u in used]
+    widths = [size.padded(int(u.max())) for u in used]
+    totals = [size.packed_length(int(u.sum())) for u in used]
     if one_shape:
-        lengths = [max(lengths)] * len(lengths)
+        widths, totals = [max(widths)] * len(widths), [max(totals)] * len(totals)
     inputs = []
-    for m, read, u, length in zip(microbatches, reads, used, lengths):
-        if size.packed:
-            inputs.append(_packed(m, read, u, length, size, device))
+    for m, read, u, width, total in zip(microbatches, reads, used, widths, totals):
+        if size.packed and len(u) * width > PACK_ABOVE * total:
+            inputs.append(_packed(m, read, u, total, size, device))
         else:
-            inputs.append(_padded(m, read, length, cp_group, device))
+            inputs.append(_padded(m, read, width, cp_group, device))
     return inputs
 
 

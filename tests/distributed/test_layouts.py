@@ -54,7 +54,6 @@ BF16_LAYOUTS: dict[str, dict[str, object]] = {
     "bf16, tp2 sequence parallel, distributed optimizer": {"tensor": 2, "sequence": True, "distributed": True},
     "bf16, cp2, distributed optimizer": {"context": 2, "distributed": True},
     "bf16, experts, ep2": {"model": "moe", "expert": 2},
-    "bf16, packed, tp2 sequence parallel": {"packing": True, "tensor": 2, "sequence": True, "tokens": 64},
 }
 #: fp32 sums in another order; gradients pass through four layers of them.
 TOLERANCE = {"rtol": 1e-5, "atol": 2e-5}

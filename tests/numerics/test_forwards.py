@@ -15,7 +15,8 @@ from hetero_ppo.algorithms.masking import response_mask
 from hetero_ppo.config.schema import Dtype, ModelConfig, OptimizerConfig, TrainedRoleConfig
 from hetero_ppo.distributed.groups import finish, initialise
 from hetero_ppo.engines.losses import sft_loss_fn
-from hetero_ppo.engines.microbatches import sequence_ends
+from hetero_ppo.engines.microbatches import sequence_ends, split
+from hetero_ppo.engines.model_input import model_inputs
 from hetero_ppo.engines.outputs import log_probs_output, scores_output, values_output
 from hetero_ppo.engines.train_engine import TrainEngine
 from hetero_ppo.types import AnswerInputs
@@ -116,6 +117,17 @@ def test_the_head_computes_wanted_tokens_alone(model: Path, ids: Tensor) -> None
         chunk.decoder.layers[0].mlp.register_forward_hook(lambda _m, given, _o: seen.update(body=given[0].shape[:2].numel()))
         log_probs(role, ids, WANTED)
         assert seen == {"head": int(MASK.sum()), "body": int((LENGTHS - 1).sum()) if packing else 8 * 39}
+
+
+def test_a_micro_batch_without_padding_is_not_packed(model: Path, ids: Tensor) -> None:
+    """20 tokens of 20, 19 and 19: 60 padded against 58; and 20, 15 and 10."""
+    role = engine(model, Dtype.fp32, "lm", packing=True)
+    for lengths, packed in (([20, 19, 19], False), ([20, 15, 10], True)):
+        ((_, microbatch),) = split(ids, torch.tensor(lengths), None, range(3), role.forward_size)
+        settings = {"cp_group": role.groups.cp, "device": torch.device("cpu"), "one_shape": False}
+        (given,) = model_inputs([microbatch], role.forward_size, **settings)
+        assert (given.packing is not None) == packed
+        assert given.token_ids.shape == ((1, 45) if packed else (3, 20)) and len(given.head_rows) == sum(lengths)
 
 
 def test_groups_attend_within_sequences_alone() -> None:
