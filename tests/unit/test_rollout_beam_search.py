@@ -68,7 +68,7 @@ def test_with_enough_beams_it_finds_the_best_responses_of_all(penalty: float) ->
 @pytest.mark.parametrize("num_return", [1, 2])
 def test_stopping_early_changes_no_result(penalty: float, num_return: int) -> None:
     saved = 0
-    for seed in range(10):
+    for seed in range(20):
         early, steps = search(seed, 3.0, 2, penalty, num_return)
         late, all_steps = search(seed, 3.0, 2, penalty, num_return, to_the_end=True)
         assert early == late
