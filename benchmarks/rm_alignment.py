@@ -60,13 +60,15 @@ BATCHINGS: dict[str, tuple[int, str]] = {
     "all rows": (10**9, "reversed"),
 }
 PADDINGS = (0, 13, 64)  # tokens beyond the longest of a micro-batch
-#: process count, layout
-WORLDS: dict[str, tuple[int, dict[str, Any]]] = {
-    "TP 1": (1, {}),
-    "TP 1, packed": (1, {"packing": True}),
-    "TP 2, sequence parallel": (2, {"tensor": 2, "sequence": True}),
-    "TP 4": (4, {"tensor": 4}),
-    "fresh process": (1, {}),
+#: process count of a launch -> its layouts
+LAUNCHES: dict[int, dict[str, dict[str, Any]]] = {
+    4: {
+        "TP 1": {},
+        "TP 1, packed": {"packing": True},
+        "TP 2, sequence parallel": {"tensor": 2, "sequence": True},
+        "TP 4": {"tensor": 4},
+    },
+    1: {"fresh process": {}},
 }
 
 
@@ -155,7 +157,9 @@ def microbatches(sequences: list[list[int]], batching: str, padding: int, multip
 
 
 def all_scores(engine: ModelEngine, sequences: list[list[int]]) -> dict[str, Tensor]:
-    """"batching, padding" -> [B] float32 scores; every data-parallel rank computes all rows."""
+    """"batching, padding" -> [B] float32 scores; the first data-parallel rank computes all rows, the others none."""
+    if engine.groups.dp.rank() > 0:
+        return {}
     found = {}
     for batching in BATCHINGS:
         for padding in PADDINGS:
@@ -170,25 +174,28 @@ def all_scores(engine: ModelEngine, sequences: list[list[int]]) -> dict[str, Ten
 
 
 def work(job_file: str) -> None:
-    """One process of a launch: scores of every dtype and path, saved by rank 0."""
+    """One process of a launch: scores of every layout, dtype and path, saved by rank 0."""
     job = json.loads(Path(job_file).read_text())
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ["WORLD_SIZE"])))
     initialise(10.0)
-    scores = {}
-    for dtype in DTYPES:
-        for aligned in (True, False):
-            engine = ModelEngine("reward", role(job["model"], dtype, aligned, job["layout"]), "score")
-            scores[f"{dtype}, {aligned}"] = all_scores(engine, job["sequences"])
+    scores: dict[str, dict[str, dict[str, Tensor]]] = {}
+    for name, layout in LAUNCHES[int(os.environ["WORLD_SIZE"])].items():
+        scores[name] = {}
+        for dtype in DTYPES:
+            for aligned in (True, False):
+                engine = ModelEngine("reward", role(job["model"], dtype, aligned, layout), "score")
+                scores[name][f"{dtype}, {aligned}"] = all_scores(engine, job["sequences"])
     if int(os.environ["RANK"]) == 0:
         torch.save(scores, job["out"])
     finish()
 
 
-def launch(name: str, model: Path, sequences: list[list[int]], folder: Path) -> dict[str, dict[str, Tensor]]:
-    """Scores of a layout in processes of its own."""
-    processes, layout = WORLDS[name]
-    job, out = folder / f"{name}.json", folder / f"{name}.pt"
-    job.write_text(json.dumps({"model": str(model), "layout": layout, "sequences": sequences, "out": str(out)}))
+def launch(
+    processes: int, model: Path, sequences: list[list[int]], folder: Path
+) -> dict[str, dict[str, dict[str, Tensor]]]:
+    """layout -> dtype and path -> batching -> scores, in processes of their own."""
+    job, out = folder / f"{processes}.json", folder / f"{processes}.pt"
+    job.write_text(json.dumps({"model": str(model), "sequences": sequences, "out": str(out)}))
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
     subprocess.run([*command, f"--nproc-per-node={processes}", __file__, "--job", str(job)], check=True)
     return torch.load(out)
@@ -245,6 +252,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     initialise(10.0)
     train(folder / "start", folder / "model", training, args.train_steps)
     result: dict[str, Any] = {"dtypes": {}}
+    torch.set_num_threads(args.threads)
     for dtype in DTYPES:
         seconds = forward_seconds(folder / "timed", dtype, args)
         accuracy = {name: pair_accuracy(folder / "model", dtype, name == "aligned", held_out) for name in seconds}
@@ -253,7 +261,9 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         del os.environ[name]
     sequences = [ids for pair in held_out for ids in pair.all_ids][: args.sequences]
-    by_world = {name: launch(name, folder / "model", sequences, folder) for name in WORLDS}
+    by_world: dict[str, dict[str, dict[str, Tensor]]] = {}
+    for processes in LAUNCHES:
+        by_world |= launch(processes, folder / "model", sequences, folder)
     for dtype in DTYPES:
         found = result["dtypes"][dtype]
         found["aligned"] = compare(by_world, f"{dtype}, True")
@@ -286,7 +296,7 @@ def print_table(result: dict[str, Any], args: argparse.Namespace) -> None:
         )
     print(
         f"aligned, plain: scores whose bits differ from those of one process. seconds: {args.rows} rows of {args.tokens // 2} to "
-        f"{args.tokens} tokens, model {args.timed_shape}, {torch.get_num_threads()} threads."
+        f"{args.tokens} tokens, model {args.timed_shape}, {args.threads} thread(s)."
     )
 
 
@@ -301,6 +311,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=16, help="of the timed forward")
     parser.add_argument("--tokens", type=int, default=256, help="longest row of the timed forward")
     parser.add_argument("--repeats", type=int, default=7, help="timed forwards of each path")
+    parser.add_argument("--threads", type=int, default=1, help="of the timed forward")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="file for everything that was measured")
     parser.add_argument("--job", help=argparse.SUPPRESS)

@@ -21,6 +21,8 @@ import logprob_memory
 import ppo_step
 import ppo_step_inputs as inputs_module
 import ppo_step_report as report_module
+import rm_alignment
+import torch
 from peers import environment
 
 WORK = inputs_module.Work()
@@ -240,3 +242,24 @@ def test_log_probs_take_less_memory_than_the_plain_way() -> None:
     assert 0 < result["forward_ratio"] < 0.15
     assert logits <= result["ours_training_bytes"] < 0.35 * result["plain_training_bytes"]
     assert result["logprob_peak_ratio"] == max(result["forward_ratio"], result["training_ratio"])
+
+
+def test_alignment_counts_scores_and_bits_of_all_layouts_and_batchings() -> None:
+    """One score of six differs, in two bits of its 32; a zero's sign is a bit like any other."""
+    first = torch.tensor([1.0, -0.5, 0.0])
+    other = (first.view(torch.int32) ^ torch.tensor([0, 5, 0], dtype=torch.int32)).view(torch.float32)
+    found = rm_alignment.compare({"TP 1": {"x": {"one row": first, "all": other}}}, "x")
+    assert found == {"num_scores": 6, "mismatched_scores": 1, "mismatched_bits": 2}
+    minus_zero = {"TP 1": {"x": {"one row": first}}, "TP 2": {"x": {"one row": torch.tensor([1.0, -0.5, -0.0])}}}
+    assert rm_alignment.compare(minus_zero, "x")["mismatched_bits"] == 1
+
+
+def test_alignment_batchings_hold_every_sequence_once() -> None:
+    sequences = [[5] * length for length in (3, 9, 1, 4, 7)]
+    for batching in rm_alignment.BATCHINGS:
+        parts = rm_alignment.microbatches(sequences, batching, 13, 4)
+        assert sorted(row for rows, _ in parts for row in rows) == list(range(5))
+        for rows, part in parts:
+            longest = max(len(sequences[row]) for row in rows)
+            assert part.token_ids.shape[1] >= longest + 13 and part.token_ids.shape[1] % 4 == 0
+            assert part.sequence_lengths.tolist() == [len(sequences[row]) for row in rows]
