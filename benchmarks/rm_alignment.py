@@ -163,7 +163,7 @@ def all_scores(engine: ModelEngine, sequences: list[list[int]]) -> dict[str, Ten
     found = {}
     for batching in BATCHINGS:
         for padding in PADDINGS:
-            parts = microbatches(sequences, batching, padding, engine.length_multiple)
+            parts = microbatches(sequences, batching, padding, engine.forward_size.length_multiple)
             with torch.no_grad():
                 outputs = engine.run_schedule([m for _, m in parts], scores_output, forward_only=True)
             scores = torch.empty(len(sequences))

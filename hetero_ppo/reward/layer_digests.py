@@ -24,7 +24,7 @@ def layer_digests(engine: ModelEngine, token_ids: list[int]) -> list[tuple[str, 
         token_ids: one sequence.
     """
     length = len(token_ids)
-    padded = torch.zeros(1, length + -length % engine.length_multiple, dtype=torch.int64)
+    padded = torch.zeros(1, engine.forward_size.padded(length), dtype=torch.int64)
     padded[0, :length] = torch.tensor(token_ids)
     found: dict[int, tuple[str, str]] = {}
     sequence_parallel = engine.bridge.transformer.sequence_parallel
