@@ -187,6 +187,8 @@ def check_run(config: AnyConfig, world_size: int) -> None:
     _require(run.log_every >= 1, "run.log_every", run.log_every, "at least 1 step")
     _require(run.threads is None or run.threads >= 1, "run.threads", run.threads, "at least 1, or null")
     _require(run.timeout_minutes > 0, "run.timeout_minutes", run.timeout_minutes, "more than 0 minutes")
+    phase = run.phase_timeout_minutes
+    _require(phase is None or phase > 0, "run.phase_timeout_minutes", phase, "more than 0 minutes, or null")
     _require(run.stop_within_s > 0, "run.stop_within_s", run.stop_within_s, "more than 0 seconds")
     _require(checkpoint.every >= 0, "checkpoint.every", checkpoint.every, "0 (at the end alone) or a number of steps")
     _require(checkpoint.keep >= 1, "checkpoint.keep", checkpoint.keep, "at least the newest checkpoint is kept")

@@ -175,6 +175,7 @@ class RunConfig:
     tensorboard: bool = True
     wandb_project: str | None = None  # Weights & Biases, when installed
     timeout_minutes: float = 30.0  # deadline of a collective
+    phase_timeout_minutes: float | None = 120.0  # without a phase's beginning or end, then the rank dumps its stacks and ends; null: never
     stop_within_s: float = 240.0  # from SIGTERM or SIGUSR1 to the end of the process, checkpoint or not
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from hetero_ppo.observability.trace import TRAINER, TraceRecorder
+from hetero_ppo.observability.watchdog import Watchdog
 
 #: Key of the wall time of the whole step, beside the phases.
 TOTAL = "total"
@@ -19,12 +20,19 @@ class PhaseTimer:
     monotonic. One timer belongs to one thread.
 
     ``synchronize`` is called before every reading of the clock (``torch.cuda.synchronize`` on a GPU, where kernels run
-    behind the Python code and a phase would otherwise end before its work does). Phases are spans of ``trace``, too.
+    behind the Python code and a phase would otherwise end before its work does). Phases are spans of ``trace``, too, and
+    ``watchdog`` hears of each one's beginning and end.
     """
 
-    def __init__(self, synchronize: Callable[[], None] | None = None, trace: TraceRecorder | None = None) -> None:
+    def __init__(
+        self,
+        synchronize: Callable[[], None] | None = None,
+        trace: TraceRecorder | None = None,
+        watchdog: Watchdog | None = None,
+    ) -> None:
         self._synchronize = synchronize
         self._trace = trace or TraceRecorder()
+        self._watchdog = watchdog
         self._stack: list[str] = []
         self._seconds: dict[str, float] = {}
         self._started = self._now()
@@ -39,6 +47,7 @@ class PhaseTimer:
             raise ValueError(f"phase name {name!r}: must be non-empty, without '/', and not {TOTAL!r}")
         self._stack.append(name)
         path = "/".join(self._stack)
+        self._tell_watchdog()
         start = self._now()
         try:
             yield
@@ -47,6 +56,7 @@ class PhaseTimer:
             self._seconds[path] = self._seconds.get(path, 0.0) + end - start
             self._trace.add(TRAINER, name, start, end)
             self._stack.pop()
+            self._tell_watchdog()
 
     def seconds(self) -> dict[str, float]:
         """Seconds of each finished phase since the last ``collect``, and ``total``: the wall time since then."""
@@ -63,6 +73,10 @@ class PhaseTimer:
         self._seconds = {}
         self._started = self._now()
         return seconds
+
+    def _tell_watchdog(self) -> None:
+        if self._watchdog is not None:
+            self._watchdog.note("/".join(self._stack))
 
     def _now(self) -> float:
         if self._synchronize is not None:

@@ -11,6 +11,7 @@ from hetero_ppo.data.chat_template import check_tokenizers
 from hetero_ppo.errors import StoppedOnRequest
 
 if TYPE_CHECKING:
+    from hetero_ppo.trainers.run import Run
     from hetero_ppo.trainers.stopping import StopRequests
 
 
@@ -37,6 +38,22 @@ def main(config_path: str, overrides: list[str]) -> None:
         _train(loaded, world_size, stop)
 
 
+def _fit(loaded: LoadedConfig, run: Run) -> None:
+    if loaded.kind == "sft":
+        from hetero_ppo.trainers.sft import SftTrainer
+
+        SftTrainer(loaded.config, run).fit()
+    elif loaded.kind == "rm":
+        from hetero_ppo.trainers.rm import RewardModelTrainer
+
+        RewardModelTrainer(loaded.config, run).fit()
+    else:
+        from hetero_ppo.trainers.ppo import PpoTrainer
+
+        with PpoTrainer(loaded.config, run) as trainer:
+            trainer.fit()
+
+
 def _train(loaded: LoadedConfig, world_size: int, stop: StopRequests) -> None:
     # Imported now: a bad config is said before Megatron-Core is loaded.
     from hetero_ppo.engines.layouts import check_models_fit_layouts
@@ -47,19 +64,8 @@ def _train(loaded: LoadedConfig, world_size: int, stop: StopRequests) -> None:
     check_fits(loaded.config, world_size)
     run = start_run(loaded, stop)
     try:
-        if loaded.kind == "sft":
-            from hetero_ppo.trainers.sft import SftTrainer
-
-            SftTrainer(loaded.config, run).fit()
-        elif loaded.kind == "rm":
-            from hetero_ppo.trainers.rm import RewardModelTrainer
-
-            RewardModelTrainer(loaded.config, run).fit()
-        else:
-            from hetero_ppo.trainers.ppo import PpoTrainer
-
-            with PpoTrainer(loaded.config, run) as trainer:
-                trainer.fit()
+        with run.watchdog:
+            _fit(loaded, run)
     except StoppedOnRequest:
         leave_together()  # torchrun ends a rank that still closes its engine when another one has ended
         raise

@@ -48,7 +48,7 @@ class PpoTrainer:
         self.total_steps = self.batching.total_steps
         self.start = first_step(config.checkpoint, self.total_steps)
         self.trace = ppo_setup.trace_recorder(config, run, self.start)
-        self.timer = PhaseTimer(platform.synchronize, self.trace)
+        self.timer = PhaseTimer(platform.synchronize, self.trace, run.watchdog)
         starting = ppo_setup.begin_engine(config, run, self.data, self.start)
         self.engine = None if starting is None else starting.engine
         if sleeps(
@@ -135,7 +135,8 @@ class PpoTrainer:
                 due = config.checkpoint.every and (step + 1) % config.checkpoint.every == 0
                 stopping = self.run.should_stop(step + 1, self.total_steps)
                 if due or stopping or step + 1 == self.total_steps:
-                    self._save(manager, step + 1, metrics)
+                    with self.timer.phase("checkpoint"):
+                        self._save(manager, step + 1, metrics)
                 if stopping:
                     self.run.stopped(step + 1)
         self.evaluator.run_and_save("after", f"step{self.total_steps}")

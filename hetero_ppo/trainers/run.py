@@ -18,6 +18,7 @@ from hetero_ppo.config.render import save_config
 from hetero_ppo.config.schema import CheckpointConfig, RunConfig
 from hetero_ppo.distributed.groups import finish, initialise
 from hetero_ppo.errors import StoppedOnRequest
+from hetero_ppo.observability.watchdog import Watchdog
 from hetero_ppo.trainers.stopping import StopRequests
 from megatron_bridge import platform
 from megatron_bridge.layers import HAS_TRANSFORMER_ENGINE
@@ -31,6 +32,7 @@ class Run:
     is_writer: bool  # rank 0: writes files and prints
     world_size: int
     stop: StopRequests
+    watchdog: Watchdog
 
     def say(self, text: str) -> None:
         """Print once for the run."""
@@ -70,7 +72,9 @@ def start_run(loaded: LoadedConfig, stop: StopRequests) -> Run:
     random.seed(config.seed)
     numpy.random.seed(config.seed)
     torch.manual_seed(config.seed)
-    run = Run(Path(config.dir), dist.get_rank() == 0, dist.get_world_size(), stop)
+    minutes = config.phase_timeout_minutes
+    watchdog = Watchdog(Path(config.dir), dist.get_rank(), None if minutes is None else 60 * minutes)
+    run = Run(Path(config.dir), dist.get_rank() == 0, dist.get_world_size(), stop, watchdog)
     if run.is_writer:
         try:
             run.dir.mkdir(parents=True, exist_ok=True)

@@ -77,7 +77,7 @@ class SupervisedTrainer(ABC):
         manager = CheckpointManager(self.run.dir, self.checkpoint)
         start = first_step(self.checkpoint, self.total_steps)
         self._resume(manager)
-        timer = PhaseTimer(platform.synchronize)
+        timer = PhaseTimer(platform.synchronize, watchdog=self.run.watchdog)
         with (
             MetricsLogger(
                 self.run.dir, self.run_config, is_writer=self.run.is_writer, total_steps=self.total_steps
@@ -96,7 +96,8 @@ class SupervisedTrainer(ABC):
                 stopping = self.run.should_stop(step + 1, self.total_steps)
                 if last or stopping or (self.checkpoint.every and (step + 1) % self.checkpoint.every == 0):
                     state = {"sampler": self.sampler.state_dict(), "template_sha256": self.template_hash}
-                    manager.save(step + 1, {self.engine.role: self.engine}, state, values, self.weight_files())
+                    with timer.phase("checkpoint"):
+                        manager.save(step + 1, {self.engine.role: self.engine}, state, values, self.weight_files())
                 if stopping:
                     self.run.stopped(step + 1)
         if self.checkpoint.export_hf:
