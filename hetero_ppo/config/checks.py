@@ -141,6 +141,8 @@ def check_optimizers(config: AnyConfig, world_size: int) -> None:
         _require(
             optimizer.warmup_steps >= 0, f"{field}.warmup_steps", optimizer.warmup_steps, "0 or more optimizer steps"
         )
+        skipped = optimizer.max_skipped_steps
+        _require(skipped >= 0, f"{field}.max_skipped_steps", skipped, "0 (the first one stops the run) or more")
         _require(optimizer.weight_decay >= 0, f"{field}.weight_decay", optimizer.weight_decay, "0 or more")
         _require(0 <= optimizer.beta1 < 1, f"{field}.beta1", optimizer.beta1, "in [0, 1)")
         _require(0 <= optimizer.beta2 < 1, f"{field}.beta2", optimizer.beta2, "in [0, 1)")
@@ -189,6 +191,8 @@ def check_run(config: AnyConfig, world_size: int) -> None:
     _require(run.timeout_minutes > 0, "run.timeout_minutes", run.timeout_minutes, "more than 0 minutes")
     phase = run.phase_timeout_minutes
     _require(phase is None or phase > 0, "run.phase_timeout_minutes", phase, "more than 0 minutes, or null")
+    if isinstance(config, PpoConfig):
+        _require(config.reward.timeout_s > 0, "reward.timeout_s", config.reward.timeout_s, "more than 0 seconds")
     _require(run.stop_within_s > 0, "run.stop_within_s", run.stop_within_s, "more than 0 seconds")
     _require(checkpoint.every >= 0, "checkpoint.every", checkpoint.every, "0 (at the end alone) or a number of steps")
     _require(checkpoint.keep >= 1, "checkpoint.keep", checkpoint.keep, "at least the newest checkpoint is kept")

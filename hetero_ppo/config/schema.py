@@ -117,6 +117,7 @@ class OptimizerConfig:
     beta2: float = 0.95
     eps: float = 1e-8
     grad_clip: float = 1.0  # global L2 norm; 0 switches clipping off
+    max_skipped_steps: int = 0  # in a row, whose gradient is NaN or infinite, that are left out; one more stops the run
     distributed: bool = False  # shard fp32 main parameters and moments over the data-parallel ranks (ZeRO-1)
 
 
@@ -252,10 +253,19 @@ class RolloutConfig:
     eval_sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
 
+class RewardErrors(str, Enum):
+    """What becomes of a response that the reward function raises for, hangs on, or gives no finite number for."""
+
+    stop = "stop"  # the run ends, naming the response
+    exclude = "exclude"  # it takes no part in losses, whitening and running moments, and is counted in reward/num_excluded
+
+
 @dataclass
 class RewardConfig:
     source: RewardSource = RewardSource.model
     function: str | None = None  # "package.module:function", or "path/to/file.py:function"
+    timeout_s: float = 60.0  # of one call of the function
+    on_error: RewardErrors = RewardErrors.stop
     clip: float = 10.0  # |score| is clipped to it; 0 switches clipping off
     golden_every: int = 50  # PPO steps between checks of the reward model's golden scores; 0: at the start alone
     normalise: bool = False  # divide by the running standard deviation of the scores (after subtracting the mean)

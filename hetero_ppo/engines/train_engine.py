@@ -54,6 +54,7 @@ class TrainStepResult:
     learning_rate: float
     count: int  # tokens, or pairs
     metric_sums: dict[str, Tensor]  # name -> [] float64, sum over them
+    is_skipped: bool = False  # the gradient was not finite: the weights are as before, and the other figures mean nothing
 
 
 #: (model output, micro-batch) -> loss with denominator 1: a sum over the micro-batch's tokens
@@ -81,6 +82,7 @@ class TrainEngine(ModelEngine):
         self.train_config = config
         self.total_steps = total_steps
         self.steps_done = 0
+        self.skipped_in_a_row = 0
         super().__init__(role, config, head, config.recompute, device)
 
     def _prepare(self) -> None:
@@ -266,7 +268,8 @@ class TrainEngine(ModelEngine):
             loss_fn: on the last stage.
 
         Raises:
-            FloatingPointError: a gradient is NaN or infinite. The weights are as before the step.
+            FloatingPointError: a gradient is NaN or infinite, for more than ``optimizer.max_skipped_steps`` steps in a row. The
+                weights are as before the step.
         """
         self.device.require(self.role, frozenset({Kind.params, Kind.grads}), "training")
         self._gather_in_training_forward()
@@ -289,6 +292,9 @@ class TrainEngine(ModelEngine):
         with self.device.trace.span(self.role, "optimizer step"):
             grad_norm = self._optimizer_step(count) if count > 0 else 0.0
         self.steps_done += 1
+        if grad_norm is None:
+            nothing = {name: torch.zeros_like(total) for name, total in metric_sums.items()}
+            return TrainStepResult(0.0, 0.0, learning_rate, 0, nothing, is_skipped=True)
         return TrainStepResult(loss_sum / max(count, 1), grad_norm, learning_rate, count, metric_sums)
 
     def save(self, folder: Path) -> None:
@@ -336,17 +342,23 @@ class TrainEngine(ModelEngine):
         optimizer = self.optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=self._sharding_metadata)
         return {**weights, "optimizer": optimizer, "steps_done": self.steps_done}
 
-    def _optimizer_step(self, count: int) -> float:
+    def _optimizer_step(self, count: int) -> float | None:
         """MegatronOptimizer.step on the sum over ``count`` tokens, with a look at the norm of their mean before anything is written.
-        Returns that norm.
+        Returns that norm; None where it is not finite and the step may be skipped.
         """
         found_bad = self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm()) / count
         if found_bad or not grad_norm < float("inf"):
+            self.skipped_in_a_row += 1
+            allowed = self.train_config.optimizer.max_skipped_steps
+            if self.skipped_in_a_row <= allowed:
+                return None
             raise FloatingPointError(
-                f"{self.role}: gradient norm is {grad_norm} at optimizer step {self.steps_done + 1}; "
+                f"{self.role}: gradient norm is {grad_norm} at optimizer step {self.steps_done + 1}, number {self.skipped_in_a_row} "
+                f"in a row ({self.role}.optimizer.max_skipped_steps={allowed}); "
                 "weights are unchanged. Lower the learning rate, or look at this step's data in the rollout dump"
             )
+        self.skipped_in_a_row = 0
         divisor = count * clip_divisor(grad_norm, self.train_config.optimizer.grad_clip)
         divide_gradients(self._optimizers, divisor)
         self.optimizer.step_with_ready_grads()

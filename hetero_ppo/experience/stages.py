@@ -26,6 +26,7 @@ from hetero_ppo.distributed.statistics import global_masked_moments
 from hetero_ppo.engines.microbatches import sequence_ends
 from hetero_ppo.engines.model_engine import ModelEngine
 from hetero_ppo.engines.outputs import log_probs_output, scores_output, values_output
+from hetero_ppo.errors import RunError
 from hetero_ppo.reward.function import FunctionReward
 from hetero_ppo.types import Experience, Rollout
 
@@ -108,13 +109,18 @@ class ExperienceMaker:
 
         Raises:
             FloatingPointError: a forward gave a NaN or an infinity.
+            RunError: the reward function has failed for every response.
         """
         for name, tensor in computed.items():
-            if not bool(torch.isfinite(tensor).all()):
+            # A reward function leaves NaN where it failed, and reward.on_error=exclude.
+            may_lack = name == "scores" and isinstance(self.reward, FunctionReward)
+            if not bool((torch.isfinite(tensor) | (may_lack & tensor.isnan())).all()):
                 raise FloatingPointError(f"make experience: {name} has values that are not finite; see the rollout dump")
         algorithm = self.algorithm
         scores, values, ref_log_probs = computed["scores"], computed["values"], computed["ref_log_probs"]
         old_log_probs = computed.get("old_log_probs", rollout.rollout_log_probs)  # no such stage: the engine's own
+        if bool(scores.isnan().all()):
+            raise RunError(f"reward.function {self.reward_config.function} has failed for every response of the step")
         shaped, mask = self._shape_scores(rollout, scores)
         kl = kl_estimate(old_log_probs, ref_log_probs, algorithm.kl.estimator).masked_fill(~rollout.response_mask, 0)
         rewards = token_level_rewards(shaped, kl, mask, self.kl_controller.coef)
@@ -139,14 +145,20 @@ class ExperienceMaker:
         )
 
     def _shape_scores(self, rollout: Rollout, scores: Tensor) -> tuple[Tensor, Tensor]:
-        shaped = scores
+        """Scores as the policy sees them, and the mask of what it learns from: no token of a response without a score."""
+        has_score = ~scores.isnan()
+        shaped = scores.masked_fill(~has_score, 0)
         if self.reward_config.normalise:
-            self.score_moments.update(scores)
+            self.score_moments.update(scores[has_score])
             shaped = normalise_scores(shaped, self.score_moments.mean, self.score_moments.var)
         shaped = clip_scores(shaped, self.reward_config.clip)
         algorithm = self.algorithm
         return apply_truncation(
-            shaped, rollout.response_mask, rollout.truncated, algorithm.truncated, algorithm.truncation_score
+            shaped,
+            rollout.response_mask & has_score[:, None],
+            rollout.truncated,
+            algorithm.truncated,
+            algorithm.truncation_score,
         )
 
 
@@ -193,12 +205,15 @@ def experience_metrics(
     mask = rollout.response_mask
     lengths = rollout.response_lengths.float()
     kl = sequence_kl(old_log_probs, ref_log_probs, mask)
+    has_score = ~scores.isnan()
+    scores = scores[has_score]
     return {
         "reward/mean": float(scores.mean()),
         "reward/std": float(scores.std(correction=0)),
         "reward/min": float(scores.min()),
         "reward/max": float(scores.max()),
-        "reward/with_kl_mean": float(rewards.sum(dim=1).mean()),
+        "reward/num_excluded": float((~has_score).sum()),
+        "reward/with_kl_mean": float(rewards[has_score].sum(dim=1).mean()),
         "kl/reference": float(kl.mean()),
         "kl/coef": kl_coef,
         "response_length/mean": float(lengths.mean()),

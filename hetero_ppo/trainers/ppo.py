@@ -213,7 +213,9 @@ class PpoTrainer:
         if name == "actor":  # before any update the policy is the one that sampled: what is left is rounding
             first = results[0]
             metrics["actor/ppo_kl_first"] = float(first.metric_sums["actor/ppo_kl"]) / max(first.count, 1)
-        metrics[f"{name}/grad_norm"] = sum(result.grad_norm for result in results) / len(results)
+        skipped = sum(result.is_skipped for result in results)
+        metrics[f"{name}/grad_norm"] = sum(result.grad_norm for result in results) / max(len(results) - skipped, 1)
+        metrics[f"{name}/skipped_steps"] = float(skipped)
         metrics[f"{name}/lr"] = results[-1].learning_rate
         return metrics
 

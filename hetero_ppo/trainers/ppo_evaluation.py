@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,7 +82,7 @@ class Evaluator:
         return Evaluation(
             accuracy=accuracy,
             greedy_accuracy=greedy_accuracy,
-            reward=float(scores.mean()),
+            reward=float(scores[~scores.isnan()].mean()),
             kl=float(sequence_kl(log_probs, ref_log_probs, rollout.response_mask).mean()),
             response_length=float(rollout.response_lengths.float().mean()),
             num_prompts=len(prompts),
@@ -90,7 +91,7 @@ class Evaluator:
                     "prompt": rollout.prompt_texts[row],
                     "response": answers[row],
                     "label": rollout.labels[row],
-                    "score": float(scores[row]),
+                    "score": None if scores[row].isnan() else float(scores[row]),
                 }
                 for row in range(min(NUM_SAMPLES, rollout.batch_size))
             ],
@@ -127,7 +128,7 @@ class Evaluator:
             return
         rollout = experience.rollout
         extra = {
-            "score": experience.scores.tolist(),
+            "score": [None if math.isnan(score) else score for score in experience.scores.tolist()],
             "prompt": rollout.prompt_texts,
             "response": response_texts(rollout, self.data.encoder.decode),
         }

@@ -243,7 +243,12 @@ def build_maker(config: PpoConfig, roles: Roles, data: PpoData) -> ExperienceMak
         reward = roles.reward_model
     else:
         assert config.reward.function is not None  # check_reward_source
-        reward = FunctionReward(config.reward.function, data.encoder.decode)
+        reward = FunctionReward(
+            config.reward.function,
+            data.encoder.decode,
+            timeout_s=config.reward.timeout_s,
+            on_error=config.reward.on_error,
+        )
     return ExperienceMaker(
         actor=roles.actor,
         critic=roles.critic,

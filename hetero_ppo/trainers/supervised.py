@@ -116,6 +116,7 @@ class SupervisedTrainer(ABC):
             "train/loss": result.loss,
             "train/grad_norm": result.grad_norm,
             "train/lr": result.learning_rate,
+            "train/skipped_steps": float(result.is_skipped),
             **mean_metrics(result.metric_sums, result.count),
         }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,8 +14,10 @@ from hetero_ppo.config.schema import ModelConfig, OptimizerConfig, TrainedRoleCo
 from hetero_ppo.distributed.groups import finish, initialise
 from hetero_ppo.engines.gradients import clip_divisor
 from hetero_ppo.engines.losses import sft_loss_fn
-from hetero_ppo.engines.train_engine import TrainEngine
-from hetero_ppo.types import AnswerInputs
+from hetero_ppo.algorithms.losses import Loss
+from hetero_ppo.engines.train_engine import LossFn, TrainEngine, TrainStepResult
+from hetero_ppo.memory.kinds import TRAINING, Kind
+from hetero_ppo.types import AnswerInputs, Microbatch
 
 VOCAB, ROWS, LENGTH = 61, 6, 9
 
@@ -71,3 +74,38 @@ def test_three_steps_of_several_micro_batches(tmp_path: Path, clip: float, distr
 def test_the_divisor_clips() -> None:
     assert (clip_divisor(7.0, 0.0), clip_divisor(0.5, 1.0), clip_divisor(0.0, 1.0)) == (1.0, 1.0, 1.0)
     assert clip_divisor(4.0, 0.5) == pytest.approx(8.0, rel=1e-5)
+
+
+def test_steps_with_a_gradient_that_is_not_finite_are_skipped_within_a_bound(tmp_path: Path) -> None:
+    """Two in a row are left out, weights and moments as they were; a good step starts the count anew; the third in a row stops."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "head_dim": 8}
+    config = Qwen3Config(vocab_size=VOCAB, num_attention_heads=2, num_key_value_heads=1, **sizes)
+    Qwen3ForCausalLM(config).save_pretrained(tmp_path)
+    optimizer = OptimizerConfig(lr=1e-2, max_skipped_steps=2)
+    engine = TrainEngine("actor", TrainedRoleConfig(ModelConfig(path=str(tmp_path)), optimizer=optimizer), "lm", 10)
+    good = sft_loss_fn(VOCAB, engine.groups)
+    ids, mask = torch.randint(0, VOCAB, (ROWS, LENGTH)), torch.ones(ROWS, LENGTH - 1, dtype=torch.bool)
+
+    def bad(output: torch.Tensor, microbatch: Microbatch) -> Loss:
+        loss = good(output, microbatch)
+        return dataclasses.replace(loss, loss=loss.loss * float("nan"))
+
+    def step(loss_fn: LossFn) -> TrainStepResult:
+        return engine.train_step(
+            engine.microbatches(ids, torch.full((ROWS,), LENGTH), AnswerInputs(mask), range(ROWS)), loss_fn
+        )
+
+    def state() -> list[torch.Tensor]:
+        return [tensor.clone() for kind in TRAINING - {Kind.grads} for tensor in engine._tensors()[kind]]
+
+    for loss_fn, is_skipped in ((good, False), (bad, True), (bad, True), (good, False), (bad, True), (bad, True)):
+        before = state()
+        result = step(loss_fn)
+        assert result.is_skipped is is_skipped and (result.count == 0) is is_skipped
+        unchanged = all(torch.equal(a, b) for a, b in zip(before, state(), strict=True))
+        assert unchanged is is_skipped
+    before = state()
+    with pytest.raises(FloatingPointError, match=r"number 3 in a row \(actor.optimizer.max_skipped_steps=2\)"):
+        step(bad)
+    assert all(torch.equal(a, b) for a, b in zip(before, state(), strict=True))

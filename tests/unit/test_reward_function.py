@@ -1,0 +1,144 @@
+"""What a reward function can do wrong, and what becomes of the response."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from hetero_ppo.algorithms.kl import build_kl_controller
+from hetero_ppo.algorithms.rewards import RunningMoments
+from hetero_ppo.config.schema import AlgorithmConfig, RewardConfig, RewardErrors
+from hetero_ppo.errors import RunError
+from hetero_ppo.experience.stages import ExperienceMaker
+from hetero_ppo.reward.function import FunctionReward
+from hetero_ppo.types import Rollout
+
+FUNCTION = """
+import time
+
+def score(prompt, response, label, metadata):
+    if label == "raise":
+        raise KeyError("no such word")
+    if label == "hang":
+        time.sleep(5)
+    return {"nan": float("nan"), "infinite": float("inf"), "text": "1.0", "list": [1.0, 2.0], "none": None}.get(label, label)
+"""
+
+
+@pytest.fixture(autouse=True)
+def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 1)
+
+
+def rollout_of(labels: list[object]) -> Rollout:
+    """Prompts of two tokens, responses of three."""
+    rows = len(labels)
+    return Rollout(
+        token_ids=torch.arange(5).expand(rows, 5).contiguous(),
+        sequence_lengths=torch.full((rows,), 5),
+        prompt_lengths=torch.full((rows,), 2),
+        response_mask=torch.tensor([[False, True, True, True]]).expand(rows, 4).contiguous(),
+        rollout_log_probs=torch.zeros(rows, 4),
+        truncated=torch.zeros(rows, dtype=torch.bool),
+        prompt_index=list(range(10, 10 + rows)),
+        prompt_texts=["p"] * rows,
+        labels=labels,
+        metadata=[{} for _ in labels],
+        weight_version=["step0"] * rows,
+    )
+
+
+def reward_of(tmp_path: Path, on_error: RewardErrors) -> FunctionReward:
+    (tmp_path / "reward.py").write_text(FUNCTION)
+    return FunctionReward(f"{tmp_path}/reward.py:score", lambda ids: "answer", timeout_s=0.3, on_error=on_error)
+
+
+BAD = {
+    "raise": (RunError, r"failed for dataset row 11 \(response 'answer'\): KeyError: 'no such word'"),
+    "hang": (RunError, r"failed for dataset row 11 .*TimeoutError: it did not end within reward.timeout_s=0.3"),
+    "nan": (ValueError, r"gave nan for dataset row 11 .*must return a finite number"),
+    "infinite": (ValueError, "gave inf for dataset row 11"),
+    "text": (ValueError, r"gave '1.0' for dataset row 11"),
+    "list": (ValueError, r"gave \[1.0, 2.0\] for dataset row 11"),
+    "none": (ValueError, "gave None for dataset row 11"),
+}
+
+
+@pytest.mark.parametrize("label", BAD)
+def test_a_fault_stops_the_run_naming_the_response(tmp_path: Path, label: str) -> None:
+    kind, message = BAD[label]
+    start = time.monotonic()
+    with pytest.raises(kind, match=message):
+        reward_of(tmp_path, RewardErrors.stop).score(rollout_of([1.0, label]))
+    assert time.monotonic() - start < 4
+
+
+@pytest.mark.parametrize("label", BAD)
+def test_or_leaves_the_response_out_and_scores_the_others(tmp_path: Path, label: str) -> None:
+    scores = reward_of(tmp_path, RewardErrors.exclude).score(rollout_of([0.5, label, -2]))
+    assert scores[0] == 0.5 and math.isnan(scores[1]) and scores[2] == -2
+
+
+def maker_of(reward: FunctionReward) -> ExperienceMaker:
+    nothing = SimpleNamespace(role="none")
+    config = RewardConfig(normalise=True)
+    return ExperienceMaker(
+        actor=nothing,
+        critic=nothing,
+        reference=nothing,
+        reward=reward,
+        algorithm=(algorithm := AlgorithmConfig()),
+        reward_config=config,
+        temperature=1.0,
+        kl_controller=build_kl_controller(algorithm.kl),
+        score_moments=RunningMoments(),
+    )
+
+
+def test_an_excluded_response_is_as_if_it_had_not_been(tmp_path: Path) -> None:
+    """Advantages, returns, running moments and reward metrics are those of the batch without it."""
+    reward = reward_of(tmp_path, RewardErrors.exclude)
+    made = {}
+    for name, labels in (("with", [1.0, "raise", 3.0, -1.0]), ("without", [1.0, 3.0, -1.0])):
+        rollout = rollout_of(list(labels))
+        kept = [row for row, label in enumerate(labels) if label != "raise"]
+        generator = torch.Generator().manual_seed(0)
+        values = torch.zeros(len(labels), 4)
+        values[kept] = torch.randn(3, 4, generator=generator).masked_fill(~rollout.response_mask[:3], 0)
+        zeros = torch.zeros(len(labels), 4)
+        computed = {"scores": reward.score(rollout), "values": values, "ref_log_probs": zeros, "old_log_probs": zeros}
+        maker = maker_of(reward)
+        made[name] = (maker.assemble(rollout, computed), kept, maker.score_moments.state_dict())
+    (found, kept, moments), (expected, _, expected_moments) = made["with"], made["without"]
+    for field in ("advantages", "returns", "token_level_rewards", "response_mask"):
+        assert torch.equal(getattr(found, field)[kept], getattr(expected, field)), field
+    assert not found.response_mask[1].any() and moments == expected_moments
+    assert (found.metrics["reward/num_excluded"], expected.metrics["reward/num_excluded"]) == (1.0, 0.0)
+    for name in ("reward/mean", "reward/std", "reward/min", "reward/max", "reward/with_kl_mean"):
+        assert found.metrics[name] == expected.metrics[name], name
+
+
+def test_a_function_that_fails_for_all_stops_the_run(tmp_path: Path) -> None:
+    reward = reward_of(tmp_path, RewardErrors.exclude)
+    rollout = rollout_of(["raise", "nan"])
+    zeros = torch.zeros(2, 4)
+    with pytest.raises(RunError, match="has failed for every response of the step"):
+        maker_of(reward).assemble(
+            rollout, {"scores": reward.score(rollout), "values": zeros, "ref_log_probs": zeros, "old_log_probs": zeros}
+        )
+
+
+def test_a_score_that_is_not_finite_is_never_a_models(tmp_path: Path) -> None:
+    maker = maker_of(reward_of(tmp_path, RewardErrors.stop))
+    maker.reward = SimpleNamespace(role="reward_model")
+    zeros = torch.zeros(1, 4)
+    computed = {"scores": torch.tensor([math.nan]), "values": zeros, "ref_log_probs": zeros, "old_log_probs": zeros}
+    with pytest.raises(FloatingPointError, match="scores has values that are not finite"):
+        maker.assemble(rollout_of([1.0]), computed)
