@@ -7,6 +7,7 @@ import sys
 
 from hetero_ppo.cli.arguments import add_config_arguments
 from hetero_ppo.config.load import load_config, load_draft
+from hetero_ppo.config.redact import redact
 from hetero_ppo.config.render import render_yaml
 
 
@@ -22,7 +23,7 @@ def run(args: argparse.Namespace) -> None:
     draft = load_draft(args.config, args.overrides)
     missing = draft.missing_fields()
     if missing:
-        print(render_yaml(draft), end="")
+        print(redact(render_yaml(draft)), end="")
         print(f"note: mandatory fields without a value: {', '.join(missing)}", file=sys.stderr)
     else:
-        print(render_yaml(load_config(args.config, args.overrides)), end="")
+        print(redact(render_yaml(load_config(args.config, args.overrides))), end="")

@@ -14,6 +14,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from hetero_ppo.config import schema
+from hetero_ppo.config.redact import redact
 from hetero_ppo.config.load import DraftConfig, LoadedConfig, enum_choices, section_class
 
 #: Column of the comments, counted in characters.
@@ -30,10 +31,10 @@ def render_yaml(config: LoadedConfig | DraftConfig) -> str:
 
 
 def save_config(config: LoadedConfig, path: str) -> None:
-    """Write the resolved configuration to ``path``."""
+    """Write the resolved configuration to ``path``, without secrets."""
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     with open(path, "w", encoding="utf-8") as file:
-        file.write(render_yaml(config))
+        file.write(redact(render_yaml(config)))
 
 
 def _render_section(values: dict[str, Any], section: type, indent: str) -> Iterator[str]:

@@ -1,0 +1,100 @@
+"""Nothing that a run reads or is sent can run code, and what is secret stays so."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from hetero_ppo.config import versions
+from hetero_ppo.config.redact import redact
+
+ROOT = Path(__file__).parents[2]
+SOURCES = sorted(
+    path for folder in ("hetero_ppo", "megatron_bridge", "examples") for path in (ROOT / folder).rglob("*.py")
+)
+#: Calls that unpickle, or run text.
+FORBIDDEN_CALLS = {
+    *("eval", "exec", "__import__"),
+    *("all_gather_object", "gather_object", "broadcast_object_list", "scatter_object_list", "send_object_list"),
+    *("yaml.load", "yaml.unsafe_load", "os.system", "numpy.load"),
+}
+FORBIDDEN_MODULES = {"pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib"}
+
+
+def dotted(node: ast.expr) -> str:
+    if isinstance(node, ast.Attribute):
+        return f"{dotted(node.value)}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def faults(source: str) -> list[str]:
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+            found += [name for name in names if name.split(".")[0] in FORBIDDEN_MODULES]
+        if isinstance(node, ast.Call):
+            name = dotted(node.func)
+            keywords = {keyword.arg: keyword.value for keyword in node.keywords}
+            if name in FORBIDDEN_CALLS or name.rpartition(".")[2] in FORBIDDEN_CALLS - {"eval"}:
+                found.append(name)
+            if name in {"torch.load", "load"} and "torch" in name:
+                only = keywords.get("weights_only")
+                if not (isinstance(only, ast.Constant) and only.value is True):
+                    found.append(name)
+            for flag in ("trust_remote_code", "shell"):
+                value = keywords.get(flag)
+                if value is not None and not (isinstance(value, ast.Constant) and value.value is False):
+                    found.append(f"{name}({flag})")
+    return found
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_no_source_unpickles_or_runs_text(path: Path) -> None:
+    assert faults(path.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle",
+        "from pickle import loads",
+        "torch.load(path)",
+        "torch.load(path, weights_only=False)",
+        "eval(text)",
+        "dist.all_gather_object(a, b)",
+        "AutoModel.from_pretrained(path, trust_remote_code=True)",
+        "subprocess.run(command, shell=True)",
+        "yaml.load(text)",
+    ],
+)
+def test_the_search_finds(source: str) -> None:
+    assert faults(source)
+
+
+def test_the_search_lets_pass() -> None:
+    assert not faults("torch.load(p, weights_only=True); model.eval(); re.compile(x); f(trust_remote_code=False)")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("path: s3://ann:pa55@host/x", "path: s3://REDACTED@host/x"),
+        ("a: hf_" + "a1" * 16, "a: REDACTED"),
+        ("a: sk-proj-" + "a1" * 16, "a: REDACTED"),
+        ("a: ghp_" + "a1" * 18, "a: REDACTED"),
+        ("dir: https://host:8080/x@y", "dir: https://host:8080/x@y"),
+        ("path: models/hf_small", "path: models/hf_small"),
+    ],
+)
+def test_secrets_are_redacted(text: str, expected: str) -> None:
+    assert redact(text) == expected
+
+
+def test_what_is_installed_is_new_enough_and_an_old_package_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    versions.check_versions()
+    monkeypatch.setattr(versions, "version", lambda package: "2.5.1")
+    with pytest.raises(ValueError, match=r"torch 2.5.1 has a known hole \(CVE-2025-32434: .*install torch>=2.6.0"):
+        versions.check_versions()
