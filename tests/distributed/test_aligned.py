@@ -88,6 +88,10 @@ def test_training_sees_the_same_scores(report: dict[str, Any], models: Path, wor
     assert {layout: run["scores"] for layout, run in found.items()} == dict.fromkeys(found, expected)
 
 
+def test_checkpoints_are_those_of_any_role(report: dict[str, Any]) -> None:
+    assert report["checkpoint"] == {"stream is the source": True, "changed": True, "loaded": True}
+
+
 def test_golden_scores_and_layers_are_those_of_other_layouts(report: dict[str, Any]) -> None:
     assert report["golden"] == {"dp4": None, "tp4sp": None, "tp2pp2": None}
 

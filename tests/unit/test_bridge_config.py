@@ -101,6 +101,7 @@ def test_unsupported_checkpoints(fields: dict[str, Any], message: str) -> None:
         ({"virtual_pipeline": 2}, "virtual_pipeline 2 needs pipeline parallelism"),
         ({"sequence": True}, "sequence parallelism needs tensor parallelism"),
         ({"expert": 2}, "expert parallelism 2"),
+        ({"aligned": True, "context": 2}, r"aligned has no context parallelism \(context 2\); change that, or set aligned"),
         ({"recompute": "some"}, "recompute 'some' is not supported"),
         ({"dtype": torch.float16}, "dtype torch.float16 is not supported"),
     ],
@@ -108,6 +109,20 @@ def test_unsupported_checkpoints(fields: dict[str, Any], message: str) -> None:
 def test_unsupported_layouts(layout: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         _bridge(layout)
+
+
+def test_aligned_vocabulary_is_padded_alike_for_every_tensor_parallel_size() -> None:
+    sizes = [_bridge({"tensor": size, "aligned": True}, vocab_size=1001).padded_vocab_size for size in (1, 2, 4)]
+    assert sizes == [1004] * 3
+
+
+def test_aligned_refuses_experts_and_other_divisions() -> None:
+    moe = {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+    with pytest.raises(ValueError, match=r"aligned has no mixture of experts \(model_type 'qwen3_moe'\)"):
+        _bridge({"aligned": True}, **moe)
+    heads = {"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 60}
+    with pytest.raises(ValueError, match="aligned needs tensor parallelism 1, 2 or 4, not 3"):
+        _bridge({"aligned": True, "tensor": 3}, **heads)
 
 
 def test_window_that_no_layer_uses_is_accepted() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from megatron_bridge.param_mapping import (
     Dims,
     Entry,
     ExpertLayout,
+    Kind,
     PipelineLayout,
     Rule,
     check_tensor_parallel,
@@ -48,6 +51,14 @@ def test_gate_and_up_are_joined_on_each_rank() -> None:
 def test_row_parallel_divides_the_columns() -> None:
     weight = torch.arange(12).reshape(3, 4)
     assert torch.equal(shard(DOWN, DIMS, [weight], 1, 2), weight[:, 2:])
+
+
+def test_aligned_row_parallel_divides_the_rows() -> None:
+    rule = replace(decoder.ATTENTION_OUTPUT, kind=Kind.OUTPUT)
+    weight = torch.randn(rule.hf[0].shape(replace(DIMS, hidden=4)))
+    shards = [shard(rule, replace(DIMS, hidden=4), [weight], rank, 2) for rank in range(2)]
+    assert torch.equal(shards[1], weight[2:])
+    assert torch.equal(merge(rule, DIMS, shards)[0], weight)
 
 
 def test_vocabulary_is_padded_with_zeros() -> None:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))
+from bridge_models import read_tensors, same_tensors
 from aligned_cases import bits, results, role_config, sequences, training_scores
 
 from hetero_ppo.data.preference import PreferenceExample
@@ -53,6 +54,7 @@ def main(models: str, out: str) -> None:
         for dtype in ("fp32", "bf16")
     }
     report["plain grad_norm"] = train(Path(models) / "qwen3-score", "fp32", "dp4", aligned=False)["grad_norm"]
+    report["checkpoint"] = checkpoint(Path(models) / "qwen3-score", Path(out).with_suffix(".checkpoint"))
     report["golden"] = golden(Path(models) / "qwen3-score")
     if dist.get_rank() == 0:
         Path(out).write_text(json.dumps(report))
@@ -88,6 +90,27 @@ def train(model: Path, dtype: str, layout: str, aligned: bool = True) -> dict[st
     seen: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(seen, [float(score).hex() for score in scores])
     return {"scores": sorted({score for of_rank in seen for score in of_rank}), "grad_norm": grad_norm}
+
+
+def checkpoint(model: Path, folder: Path) -> dict[str, bool]:
+    """Weights of a trained aligned role, saved in shards, are those that a plain role of another layout loads."""
+    trained = TrainEngine("reward", role_config(model, "fp32", LAYOUTS["tp2sp"], aligned=True), "score", 1)
+    before = {name: tensor.clone() for name, tensor in trained.stream_weights()}
+    training_scores(trained)
+    expected = {name: tensor.clone() for name, tensor in trained.stream_weights()}
+    if dist.get_rank() == 0:
+        folder.mkdir()
+    dist.barrier()
+    trained.save(folder)
+    loaded = ModelEngine("reward", role_config(model, "fp32", LAYOUTS["tp4"], aligned=False), "score")
+    loaded.load_weights(folder)
+    found = {name: tensor.clone() for name, tensor in loaded.stream_weights()}
+    source = read_tensors(model)
+    return {
+        "stream is the source": same_tensors(before, source),
+        "changed": not any(torch.equal(expected[name], source[name]) for name in source if "proj" in name),
+        "loaded": same_tensors(found, expected),
+    }
 
 
 def golden(model: Path) -> dict[str, str | None]:
