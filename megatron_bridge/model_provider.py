@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -28,7 +29,7 @@ from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 from megatron_bridge.aligned.layers import aligned_decoder_spec, aligned_output_layer
 from megatron_bridge.aligned.rows import row_dot
 from megatron_bridge.config_mapping import BridgeConfig
-from megatron_bridge.layers import decoder_spec
+from megatron_bridge.layers import HAS_TRANSFORMER_ENGINE, decoder_spec
 from megatron_bridge.rope import install_rope
 
 #: "lm" predicts tokens; "value" (critic) and "score" (reward model) give one number a token.
@@ -39,6 +40,7 @@ class RoleModel(GPTModel):
     """A GPTModel whose head computes the rows that are asked for, and whose sharded form asks no global accessor for groups."""
 
     _head_rows: Tensor | None = None
+    _chosen_early = False  # in the last layer, behind its attention
 
     def forward(self, *args: Any, head_rows: Tensor | None = None, **kwargs: Any) -> Tensor:
         """GPTModel.forward.
@@ -60,9 +62,32 @@ class RoleModel(GPTModel):
             if config.sequence_parallel:
                 head.sequence_parallel, head.allreduce_dgrad = True, False
 
+    def choose_rows_early(self) -> None:
+        """From now on the last layer computes the head's rows alone: all of it behind its attention, which is the last that other
+        tokens take part in.
+        """
+        layer = self.decoder.layers[-1]
+        layer.self_attention.linear_proj.register_forward_pre_hook(self._choose_from_attention)
+        add = layer.self_attn_bda
+
+        def add_chosen(training: bool, fused: bool) -> Callable[[Any, Tensor, float], Tensor]:
+            return lambda output, residual, dropout: add(training, fused)(output, self._chosen(residual), dropout)
+
+        layer.self_attn_bda = add_chosen
+        self._chosen_early = True
+
+    def _choose_from_attention(self, projection: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (self._chosen(args[0]), *args[1:])
+
+    def _chosen(self, hidden: Tensor) -> Tensor:
+        """[s, b, hidden] -> [n, 1, hidden]; all of it where no rows are asked for."""
+        if self._head_rows is None:
+            return hidden
+        return _Rows.apply(hidden.flatten(0, 1), self._head_rows).unsqueeze(1)
+
     def choose_head_rows(self, head: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         """Pre-hook of the head: [s, b, hidden] (a slice of s under sequence parallelism) -> [n, 1, hidden]."""
-        if self._head_rows is None:
+        if self._head_rows is None or self._chosen_early:
             return None
         (hidden,) = args
         if self.config.sequence_parallel:
@@ -70,7 +95,7 @@ class RoleModel(GPTModel):
             hidden = tensor_parallel.gather_from_sequence_parallel_region(
                 hidden, tensor_parallel_output_grad=False, group=self.tp_group
             )
-        return (_Rows.apply(hidden.flatten(0, 1), self._head_rows).unsqueeze(1),)
+        return (self._chosen(hidden),)
 
     def tie_embeddings_and_output_weights_state_dict(
         self,
@@ -205,6 +230,9 @@ def _build_chunk(
         chunk.setup_embeddings_and_output_layer()
     if post_process:
         chunk.output_layer.register_forward_pre_hook(chunk.choose_head_rows)
+        # Slices of a sequence are chosen from when they are gathered for the head, and a recomputed layer is not told of the rows.
+        if not (config.sequence_parallel or config.recompute_granularity == "full" or HAS_TRANSFORMER_ENGINE):
+            chunk.choose_rows_early()
     for name, parameter in chunk.named_parameters():
         if ".experts." in name:
             # Gradients are summed over groups.expt_dp. Megatron-Core says so of experts that are spread over ranks alone; those that

@@ -26,6 +26,7 @@ class MicrobatchSize:
     packed: bool = False  # sequences lie one after the other, without padding
     length_multiple: int = 1  # of padded lengths (sequence parallelism cuts them into equal parts)
     packed_multiple: int = 1  # of the tokens of a packed micro-batch
+    head_multiple: int = 1  # of the tokens that the head computes, as far as there are others to add
     attention_multiple: int = 1  # packed: of the lengths that sequences are padded to where attention needs it
 
     def padded(self, length: int) -> int:

@@ -54,7 +54,7 @@ from megatron_bridge.stream import stream_hf
 
 #: Padded lengths of bf16 micro-batches on a CPU are a multiple of it.
 BF16_CPU_LENGTHS = 16
-#: And the tokens of packed ones.
+#: And the tokens of packed ones, and those that the head computes.
 PACKED_BF16_CPU_TOKENS = 64
 
 
@@ -223,6 +223,7 @@ class ModelEngine:
             self.packed,
             length_multiple=math.lcm(equal, BF16_CPU_LENGTHS if on_grid else 1),
             packed_multiple=math.lcm(parts, PACKED_BF16_CPU_TOKENS if on_grid else 1),
+            head_multiple=PACKED_BF16_CPU_TOKENS if on_grid else 1,
             attention_multiple=BF16_CPU_LENGTHS if on_grid else 1,
         )
 

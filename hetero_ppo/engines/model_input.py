@@ -61,7 +61,7 @@ def model_inputs(
         if size.packed and len(u) * width > PACK_ABOVE * total:
             inputs.append(_packed(m, read, u, total, size, device))
         else:
-            inputs.append(_padded(m, read, width, cp_group, device))
+            inputs.append(_padded(m, read, width, size, cp_group, device))
     return inputs
 
 
@@ -73,10 +73,15 @@ def _wanted(microbatch: Microbatch) -> Tensor:
 
 
 def _padded(
-    microbatch: Microbatch, wanted: Tensor, length: int, cp_group: dist.ProcessGroup, device: torch.device
+    microbatch: Microbatch,
+    wanted: Tensor,
+    length: int,
+    size: MicrobatchSize,
+    cp_group: dist.ProcessGroup,
+    device: torch.device,
 ) -> ModelInput:
     ids = own_columns(to_columns(microbatch.token_ids, length), 1, cp_group)
-    wanted = _some(own_columns(to_columns(wanted, length), 1, cp_group))
+    wanted = _rounded(own_columns(to_columns(wanted, length), 1, cp_group), torch.ones(ids.shape, dtype=torch.bool), size)
     row, column = wanted.nonzero().unbind(1)
     head_rows = column * len(ids) + row
     return _on_device(ids, head_rows, None, microbatch, wanted, device)
@@ -85,19 +90,25 @@ def _padded(
 def _packed(
     microbatch: Microbatch, wanted: Tensor, used: Tensor, total: int, size: MicrobatchSize, device: torch.device
 ) -> ModelInput:
-    wanted = _some(wanted)
-    tokens = microbatch.token_ids[torch.arange(wanted.shape[1]) < used[:, None]]
+    there = torch.arange(wanted.shape[1]) < used[:, None]
+    wanted = _rounded(wanted, there, size)
+    tokens = microbatch.token_ids[there]
     starts = used.cumsum(0) - used
     row, column = wanted.nonzero().unbind(1)
     packing = pack(used.tolist(), total, device, size.attention_multiple)
     return _on_device(to_columns(tokens[None], total), starts[row] + column, packing, microbatch, wanted, device)
 
 
-def _some(wanted: Tensor) -> Tensor:
-    """At least one: the ranks of a tensor-parallel group would else have nothing to exchange about the head's output."""
-    if not bool(wanted.any()):
-        wanted = wanted.clone()
-        wanted[0, 0] = True
+def _rounded(wanted: Tensor, there: Tensor, size: MicrobatchSize) -> Tensor:
+    """Some more of the tokens that are there, up to a multiple of ``size.head_multiple``, as far as they go. One at least: ranks of a
+    tensor-parallel group would else have nothing to exchange about the head's output.
+    """
+    count = int(wanted.sum())
+    more = -count % size.head_multiple if count else size.head_multiple
+    if not more:
+        return wanted
+    wanted = wanted.clone(memory_format=torch.contiguous_format)
+    wanted.view(-1)[(there & ~wanted).flatten().nonzero()[:more, 0]] = True
     return wanted
 
 

@@ -108,15 +108,17 @@ def test_packed_values_scores_and_gradients_are_the_padded_ones(
 
 
 def test_the_head_computes_wanted_tokens_alone(model: Path, ids: Tensor) -> None:
-    """Rows that the head sees, and the tokens of the layers below: up to the last one wanted of each row."""
+    """Rows that the head and the last layer's MLP see, and the tokens of the layers below: up to the last one wanted of each row."""
     seen: dict[str, int] = {}
     for packing in (False, True):
         role = engine(model, Dtype.fp32, "lm", packing=packing, tokens=1024)
         chunk = role.models[0]
         chunk.output_layer.register_forward_hook(lambda _m, given, _o: seen.update(head=given[0].shape[:2].numel()))
         chunk.decoder.layers[0].mlp.register_forward_hook(lambda _m, given, _o: seen.update(body=given[0].shape[:2].numel()))
+        chunk.decoder.layers[-1].mlp.register_forward_hook(lambda _m, given, _o: seen.update(last=given[0].shape[:2].numel()))
         log_probs(role, ids, WANTED)
-        assert seen == {"head": int(MASK.sum()), "body": int((LENGTHS - 1).sum()) if packing else 8 * 39}
+        count = int(MASK.sum())
+        assert seen == {"head": count, "last": count, "body": int((LENGTHS - 1).sum()) if packing else 8 * 39}
 
 
 def test_a_micro_batch_without_padding_is_not_packed(model: Path, ids: Tensor) -> None:
@@ -128,6 +130,20 @@ def test_a_micro_batch_without_padding_is_not_packed(model: Path, ids: Tensor) -
         (given,) = model_inputs([microbatch], role.forward_size, **settings)
         assert (given.packing is not None) == packed
         assert given.token_ids.shape == ((1, 45) if packed else (3, 20)) and len(given.head_rows) == sum(lengths)
+
+
+def test_the_head_of_a_bf16_model_computes_a_multiple(model: Path, ids: Tensor) -> None:
+    """oneDNN keeps a product for every shape that comes: 5 wanted tokens become 64, and so does none; of 48 there are no more."""
+    role = engine(model, Dtype.bf16, "lm", packing=True)
+    for lengths, columns, expected in (([40, 39, 38], [5, 9, 37], 64), ([40, 39, 38], [], 64), ([9, 9, 9], [1], 48)):
+        wanted = torch.zeros(3, 40, dtype=torch.bool)
+        wanted[:, columns] = True
+        ((_, microbatch),) = split(ids, torch.tensor(lengths), None, range(3), role.forward_size, wanted)
+        settings = {"cp_group": role.groups.cp, "device": torch.device("cpu"), "one_shape": False}
+        (given,) = model_inputs([microbatch], role.forward_size, **settings)
+        assert len(given.head_rows.unique()) == len(given.head_rows) == min(expected, given.token_ids.numel())
+        assert int(given.head_rows.max()) < given.token_ids.numel()
+        assert bool(given.microbatch.wanted[:, columns].all())
 
 
 def test_groups_attend_within_sequences_alone() -> None:
