@@ -111,6 +111,9 @@ class Decoder:
             sampling: temperature, top_p and top_k.
             is_last: of a response's tokens so far: whether the last of them ends it.
             on_complete: told of every request's completion.
+
+        Raises:
+            FloatingPointError: a logit is NaN or infinite.
         """
         (model,) = self.engine.evaluating("generation")
         waiting = deque(enumerate(requests))
@@ -201,7 +204,16 @@ class Decoder:
     def _sample(
         self, logits: Tensor, live: Sequence[_Sequence], sampling: SamplingConfig
     ) -> tuple[list[int], list[float]]:
-        """Next token of every sequence and its log-prob. The tensor-parallel ranks take those of their first one."""
+        """Next token of every sequence and its log-prob. The tensor-parallel ranks take those of their first one.
+
+        Raises:
+            FloatingPointError: a logit is NaN or infinite.
+        """
+        if not torch.isfinite(logits.sum()):
+            raise FloatingPointError(
+                f"generation: {self.engine.role}'s logits are not finite; look at the weights that it was loaded with, and at "
+                "the gradient norms of the steps before"
+            )
         uniforms = [sequence.uniforms[len(sequence.token_ids)] for sequence in live]
         tokens, log_probs = sample_tokens(
             logits,

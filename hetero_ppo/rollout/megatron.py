@@ -208,8 +208,9 @@ class MegatronEngine:
         if tolerance is None:
             tolerance = SYNC_TOLERANCE[self.actor.config.model.dtype]
         found = self.prompt_log_probs(token_ids)
-        difference, position = max((abs(a - b), t) for t, (a, b) in enumerate(zip(found, log_probs, strict=True)))
-        if not difference <= tolerance:
+        differences = (torch.tensor(found) - torch.tensor(log_probs)).abs().nan_to_num(nan=torch.inf)
+        difference, position = float(differences.max()), int(differences.argmax())
+        if difference > tolerance:
             raise RunError(
                 f"weight sync {self.version!r}: the megatron engine gives token {position + 1} of the golden prompt a log-prob of "
                 f"{found[position]:.5f}, the trainer {log_probs[position]:.5f}; the difference exceeds "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,8 @@ from engine_contract import (
 )
 from transformers import AutoTokenizer
 
+from hetero_ppo.config.derived import max_model_len
+from hetero_ppo.config.load import load_config
 from hetero_ppo.config.schema import (
     Dtype,
     ModelConfig,
@@ -37,8 +40,11 @@ from hetero_ppo.engines.outputs import log_probs_output
 from hetero_ppo.engines.residency import OffloadedParameter
 from hetero_ppo.engines.shared_device import SharedDevice
 from hetero_ppo.engines.train_engine import TrainEngine
+from hetero_ppo.memory.kinds import Kind
+from hetero_ppo.memory.plan import plan_memory
 from hetero_ppo.rollout.megatron import MegatronEngine
 from hetero_ppo.types import Response
+from megatron_bridge.cached_attention import SlotCache
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -182,6 +188,35 @@ def test_a_golden_prompt_that_differs_is_an_error(engine: MegatronEngine) -> Non
     wrong = [value + 0.01 for value in engine.prompt_log_probs(PROMPTS[-1])]
     with pytest.raises(RuntimeError, match="weight sync 'initial': the megatron engine gives token .* of the golden"):
         engine.verify_sync(PROMPTS[-1], wrong)
+
+
+def test_logits_that_are_not_finite_are_an_error(actor: TrainEngine, engine: MegatronEngine) -> None:
+    with actor.on_device(phase="test"), torch.no_grad():
+        weight = actor.models[0].decoder.final_layernorm.weight
+        before = weight[0].clone()
+        weight[0] = torch.nan
+        actor.residency.mark_changed(frozenset(Kind))
+    with pytest.raises(FloatingPointError, match="generation: actor's logits are not finite"):
+        engine.generate(PROMPTS[:1], FREE, n=1, seed=0)
+    with actor.on_device(phase="test"), torch.no_grad():
+        weight[0] = before
+        actor.residency.mark_changed(frozenset(Kind))
+    assert engine.generate(PROMPTS[:1], FREE, n=1, seed=0)
+
+
+def test_the_plan_counts_the_cache(actor: TrainEngine, model_path: Path, tmp_path: Path) -> None:
+    role = {"model": {"path": str(model_path)}}
+    config = {"kind": "ppo", "run": {"dir": "run"}, "data": {"train": "a.jsonl", "max_prompt_tokens": 40}}
+    config |= {"actor": role, "critic": role, "reference": role, "reward_model": role}
+    path = tmp_path / "ppo.yaml"
+    path.write_text(json.dumps(config))
+    overrides = ["rollout.engine=megatron", "rollout.max_num_seqs=7", "rollout.sampling.max_tokens=30"]
+    loaded = load_config(str(path), overrides).config
+    cache = SlotCache(actor.bridge.transformer, 7, max_model_len(loaded))
+    plan = plan_memory(loaded, 1)
+    assert plan.engine is not None
+    assert plan.engine.awake == cache.keys.nbytes + cache.values.nbytes
+    assert plan.engine.kv_tokens == 7 * (40 + 128)  # rollout.eval_sampling's 128 are the longer response
 
 
 def test_bf16_log_probs_are_near_the_trainers(tmp_path: Path) -> None:

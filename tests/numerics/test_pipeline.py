@@ -137,6 +137,19 @@ class Killed(Paced):
         return answers
 
 
+class Collective(ReplayEngine):
+    """On every rank, like an actor that answers itself: it notes who calls it."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self.is_collective = True
+        self.caller: threading.Thread | None = None
+
+    def generate(self, *args: Any, **kwargs: Any) -> list[list[Response]]:
+        self.caller = threading.current_thread()
+        return super().generate(*args, **kwargs)
+
+
 class Roles:
     """The four roles on one device, and the maker over them."""
 
@@ -247,6 +260,14 @@ def test_rows_keep_their_place(prompts: PromptBatch, recorded: Path) -> None:
         assert torch.equal(part.token_ids, whole.token_ids[chunk.rows, :width])
         assert torch.equal(part.rollout_log_probs, whole.rollout_log_probs[chunk.rows, : width - 1])
         assert int(part.sequence_lengths.max()) == width, "padded to the longest of the chunk alone"
+
+
+def test_a_collective_engine_answers_in_the_trainers_thread(prompts: PromptBatch, recorded: Path) -> None:
+    """What the ranks do together has one order: nothing else goes on until every response is there."""
+    engine = Collective(recorded)
+    generation = Generation(engine, prompts, SAMPLING, n=SAMPLES, seed=0, version="step0", chunk_size=CHUNK).start()
+    assert engine.caller is threading.current_thread()
+    assert [len(chunk.rows) for chunk in generation.next_chunks()] == [4, 4, 2] and generation.finished
 
 
 def test_errors_of_the_engine_reach_the_trainer(prompts: PromptBatch, recorded: Path) -> None:
