@@ -1,0 +1,61 @@
+"""A PPO run with vLLM that is killed while it generates goes on where it was, and ends as a run that never was killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from chain import BATCH, Chain, launch_all, launch_cli, read_metrics
+from e2e.processes import RunningJob, running, wait_for
+from e2e.test_resume import assert_same_weights, results
+
+from hetero_ppo.rollout.replay import read_rollouts, step_path
+
+pytestmark = pytest.mark.slow
+
+START_S = 240.0
+CHUNK = 6
+
+
+def banked(run_dir: Path, step: int) -> int:
+    """Responses in the bank of a step that is being generated; the first line is the key."""
+    path = run_dir / "bank" / f"step_{step:06d}.jsonl"
+    return max(0, path.read_text().count("\n") - 1) if path.exists() else 0
+
+
+def kill_in_generation(job: RunningJob, run_dir: Path) -> int:
+    """SIGKILL to all of it when some responses of a step are there, and some are not. Returns the steps done."""
+    while True:
+        wait_for(lambda: 2 <= banked(run_dir, job.steps_done()) < BATCH, "a step half generated", START_S)
+        done = job.steps_done()
+        if 2 <= banked(run_dir, done) < BATCH:
+            for pid in job.processes:
+                os.kill(pid, signal.SIGKILL)
+            return done
+
+
+def test_killed_in_generation(chain: Chain, tmp_path: Path) -> None:
+    run_dir, straight = tmp_path / "run", tmp_path / "straight"
+    same = {"data__eval": "null", "train__eval_function": "null", "checkpoint__every": 1}
+    longer = {"rollout__sampling__max_tokens": 24}
+    with running(1, chain.train_command("ppo", run_dir, train__steps=400, **same, **longer), run_dir) as job:
+        job.wait_steps(1, START_S)
+        done = kill_in_generation(job, run_dir)
+        job.process.wait(timeout=30)
+    there = banked(run_dir, done)
+    steps = {"train__steps": done + 2}
+    launch_cli(1, chain.train_command("ppo", run_dir, checkpoint__load=run_dir, **steps, **same, **longer))
+    after = read_metrics(run_dir)
+    assert after[done + 1]["rollout/banked_share"] == there / BATCH
+    assert "rollout/banked_share" not in after[done + 2]
+    chunks = [record.chunk for record in read_rollouts(step_path(run_dir / "rollouts", done + 1))]
+    assert [chunks.count(chunk) for chunk in range(3)] == [CHUNK, CHUNK, BATCH - 2 * CHUNK]
+
+    replay = {"train__replay_rollouts": run_dir / "rollouts", **same, **longer}
+    launch_all(1, [chain.train_command("ppo", straight, **steps, **replay)])
+    expected = results(straight)
+    found = {step: {n: v for n, v in values.items() if n in expected[step]} for step, values in results(run_dir).items()}
+    assert found == expected
+    assert_same_weights(straight / "hf", run_dir / "hf")
