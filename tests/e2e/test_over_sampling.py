@@ -1,4 +1,7 @@
-"""PPO that waits for no straggler: unfinished responses are resumed, by the next step and by a run from a checkpoint."""
+"""PPO that waits for no straggler: unfinished responses are resumed, by the next step and by a run from a checkpoint.
+
+Its held-out answers end at a stop string, and its chunks are as large as a sweep says.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +16,14 @@ from hetero_ppo.rollout.replay import read_rollouts
 pytestmark = pytest.mark.slow
 
 WANTED, SENT = 16, 24
+LONGEST_TOKEN = 16  # characters
 OVERRIDES = {
     "algorithm__old_log_probs": "rollout",
     "rollout__over_sampling": SENT / WANTED,
     "rollout__sampling__ignore_eos": "true",  # all responses go to their limit, so some are always under way
     "pipeline__chunk_size": 0,
     "pipeline__sweep_s": 1,
-    "data__eval": "null",
-    "train__eval_function": "null",
+    "rollout__eval_sampling__stop": "[a]",
     "checkpoint__every": 2,
 }
 
@@ -29,6 +32,10 @@ def test_unfinished_responses_are_resumed(chain: Chain, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     command = chain.train_command("ppo", run_dir, train__steps=2, **OVERRIDES)
     assert "running batch   tokens/s   of the best" in launch_cli(1, command).stdout
+    answers = [sample["response"] for sample in json.loads((run_dir / "eval_after.json").read_text())["samples"]]
+    assert any("a" in answer for answer in answers)
+    assert all("a" not in answer or len(answer) - answer.index("a") <= LONGEST_TOKEN for answer in answers)
+
     waiting = json.loads((run_dir / "checkpoints" / "iter_0000002" / "trainer.json").read_text())["waiting"]
     kept = [begun for begun in waiting["begun"] if begun is not None]
     assert kept and all(begun["token_ids"] for begun in kept)
