@@ -71,7 +71,7 @@ def test_what_cannot_be_resumed_is_refused() -> None:
     check_begun([Response([1, 2, 3], [0.0] * 3, "length", "a")], None, [3], 1)  # complete already
     with pytest.raises(ValueError, match="response 1 was begun with 3 tokens, and may have 3"):
         check_begun([None, aborted([1, 2, 3], "a")], 2, [3, 3], 1)
-    with pytest.raises(ValueError, match="n must be 1"):
+    with pytest.raises(ValueError, match="begun has 1 responses for 1 prompts with 2 each"):
         check_begun([None], None, [3], 2)
     with pytest.raises(ValueError, match=r"wanted=3 is not in 1\.\.2"):
         check_begun(None, 3, [3, 3], 1)
