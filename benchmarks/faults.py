@@ -68,6 +68,10 @@ def write_setup(folder: Path) -> Path:
     return path
 
 
+#: Every launch, to be ended with the benchmark.
+RUNS: list[Run] = []
+
+
 class Run:
     """One launch, in a session of its own, and all that it started by the mark in their environment."""
 
@@ -78,6 +82,7 @@ class Run:
         env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false", MARK: self.mark}
         limit = [] if file_limit is None else ["prlimit", f"--fsize={file_limit}"]
         self.started = time.monotonic()
+        RUNS.append(self)
         with log.open("w") as out:
             self.process = subprocess.Popen(
                 [*limit, *command, *program], cwd=ROOT, env=env, stdout=out, stderr=out, start_new_session=True
@@ -231,19 +236,24 @@ class Faults:
     def _disk(self, case: Case, run_dir: Path, outcome: Outcome) -> None:
         run_dir.mkdir()
         limit = 200_000 if case.disk == "limit" else None
-        options = {"full": "size=900k", "read-only": "ro", "limit": None}[str(case.disk)]
+        options = {"full": "size={}k", "small": "size=300k", "read-only": "ro", "limit": None}[str(case.disk)]
         if options is not None:
+            options = options.format(self._one_checkpoint_kib() * 3 // 2)  # room for the first one, and not for the second
             subprocess.run(["mount", "-t", "tmpfs", "-o", options, "faults", str(run_dir)], check=True)
         try:
             run = Run(self.program(run_dir), 1, run_dir.with_suffix(".log"), file_limit=limit)
             self._finish(run, case, outcome, case.status)
-            if case.disk == "full":
+            if case.disk in ("full", "small"):
                 subprocess.run(["mount", "-o", "remount,size=200m", str(run_dir)], check=True)
             if case.disk != "read-only" and not outcome.why:
                 self._go_on(case, run_dir, outcome)
         finally:
             if options is not None:
                 subprocess.run(["umount", str(run_dir)], check=True)
+
+    def _one_checkpoint_kib(self) -> int:
+        folder = self.straight[1] / "checkpoints" / f"iter_{STEPS:07d}"
+        return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) // 1024
 
     def _go_on(self, case: Case, run_dir: Path, outcome: Outcome, *overrides: str, straight: Path | None = None) -> None:
         done = len(records(run_dir))
@@ -310,12 +320,16 @@ def main() -> None:
         parser.error(f"no case has one of {args.only} in its name; there are: {', '.join(case.name for case in cases())}")
     with tempfile.TemporaryDirectory(prefix="hetero_ppo_faults_") as name:
         faults = Faults(Path(name))
-        faults.run_straight(1)
         outcomes = []
-        for number, case in enumerate(wanted):
-            outcome = faults.run(case, number)
-            outcomes.append(outcome)
-            print(f"{'ok  ' if outcome.survived else 'LOST'} {case.name}: {json.dumps(asdict(outcome))}", flush=True)
+        try:
+            faults.run_straight(1)
+            for number, case in enumerate(wanted):
+                outcome = faults.run(case, number)
+                outcomes.append(outcome)
+                print(f"{'ok  ' if outcome.survived else 'LOST'} {case.name}: {json.dumps(asdict(outcome))}", flush=True)
+        finally:  # interrupted: nothing stays behind
+            for pid in (pid for run in RUNS for pid in run.left()):
+                os.kill(pid, signal.SIGKILL)
         figures = report(outcomes, faults.straight[1], Path(name))
     if args.json is not None:
         args.json.write_text(json.dumps({**figures, "cases": [asdict(outcome) for outcome in outcomes]}, indent=1) + "\n")

@@ -34,7 +34,7 @@ class Case:
     signals: tuple[int, ...] = ()  # to the launcher, or to the first rank, after the first step
     to_rank: bool = False
     damage: Callable[[Path], None] | None = None  # of the newest checkpoint of a finished part
-    disk: str | None = None  # "full", "limit" (of a file's size) or "read-only"
+    disk: str | None = None  # "full", "small", "limit" (of a file's size) or "read-only"
     num_ranks: int = 1
     overrides: tuple[str, ...] = ()
     message: str = ""  # in the output, in any case
@@ -77,6 +77,7 @@ def cases() -> list[Case]:
         Case("checkpoint: half-written one beside it", 0, damage=leave_half_a_checkpoint),
         Case("checkpoint: marker lost", 0, damage=lose_the_marker),
         Case("disk full while saving", 1, disk="full", message="could not be written below"),
+        Case("disk too small for a checkpoint", 2, disk="small", message="a checkpoint takes"),
         Case("file-size limit while saving", 1, disk="limit", message="could not be written below"),
         Case("read-only run folder", 2, disk="read-only", message="cannot write there"),
     ]

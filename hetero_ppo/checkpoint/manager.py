@@ -84,6 +84,23 @@ class CheckpointManager:
         dist.barrier()
         return folder
 
+    def check_room(self, engines: Mapping[str, TrainEngine]) -> None:
+        """A first checkpoint fits on the disk. Collective over the world; before the first step.
+
+        Raises:
+            ValueError: it does not.
+        """
+        needed = torch.tensor([sum(engine.checkpoint_bytes for engine in engines.values())])
+        dist.all_reduce(needed)
+        if dist.get_rank() == 0:
+            free = shutil.disk_usage(self.run_dir).free
+            if free < int(needed):
+                raise ValueError(
+                    f"run.dir is {str(self.run_dir)!r}: a checkpoint takes {int(needed) / 2**30:.3g} GiB and {free / 2**30:.3g} GiB are "
+                    f"free there; with checkpoint.keep={self.config.keep} there are up to {self.config.keep + 1} at a time"
+                )
+        dist.barrier()
+
     def load(self, load_dir: Path, engines: Mapping[str, TrainEngine]) -> dict[str, Any]:
         """Restore a complete checkpoint of a run folder into the engines. Collective over the world.
 

@@ -297,6 +297,12 @@ class TrainEngine(ModelEngine):
             return TrainStepResult(0.0, 0.0, learning_rate, 0, nothing, is_skipped=True)
         return TrainStepResult(loss_sum / max(count, 1), grad_norm, learning_rate, count, metric_sums)
 
+    @property
+    def checkpoint_bytes(self) -> int:
+        """What this rank has of a checkpoint of the role, of which as many ranks hold the same as train in parallel."""
+        kinds = self.residency.kinds - {Kind.grads}
+        return sum(block.num_bytes for block in self.residency.blocks if block.kind in kinds) // self.groups.dp_cp.size()
+
     def save(self, folder: Path) -> None:
         """Write weights and optimizer with dist_checkpointing. Collective over the world.
 

@@ -95,6 +95,7 @@ class PpoTrainer:
         """The algorithm (Schulman et al. 2017, algorithm 1; Ouyang et al. 2022, section 3.5)."""
         config = self.config
         manager = CheckpointManager(self.run.dir, config.checkpoint)
+        manager.check_room({"actor": self.roles.actor, "critic": self.roles.critic})
         self._resume(manager)
         if self.turns.needs_first_sync or self.start > 0:
             self.sync_weights(self.start)

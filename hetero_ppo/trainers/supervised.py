@@ -75,6 +75,7 @@ class SupervisedTrainer(ABC):
     def fit(self) -> None:
         """Train, evaluate, save, export."""
         manager = CheckpointManager(self.run.dir, self.checkpoint)
+        manager.check_room({self.engine.role: self.engine})
         start = first_step(self.checkpoint, self.total_steps)
         self._resume(manager)
         timer = PhaseTimer(platform.synchronize, watchdog=self.run.watchdog)
