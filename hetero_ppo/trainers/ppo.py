@@ -99,7 +99,8 @@ class PpoTrainer:
         self._resume(manager)
         if self.turns.needs_first_sync or self.start > 0:
             self.sync_weights(self.start)
-        self.chunk_size = ppo_setup.chunk_size(config, self.run, self.data, self.batching, self.turns)
+        if self.start == 0 or config.pipeline.chunk_size != 0:  # a size that a sweep found is the checkpoint's: the bits depend on it
+            self.chunk_size = ppo_setup.chunk_size(config, self.run, self.data, self.batching, self.turns)
         if self.golden is not None:
             self.golden.check(self.start, first=True)
         if not self._continues_its_folder():
@@ -259,7 +260,8 @@ class PpoTrainer:
 
     def _save(self, manager: CheckpointManager, step: int, metrics: dict[str, float]) -> None:
         roles = {"actor": self.roles.actor, "critic": self.roles.critic}
-        manager.save(step, roles, ppo_setup.trainer_state(self.data, self.maker, self.guard), metrics)
+        state = {**ppo_setup.trainer_state(self.data, self.maker, self.guard), "chunk_size": self.chunk_size}
+        manager.save(step, roles, state, metrics)
         if self.bank is not None:
             self.bank.forget(step)
 
@@ -269,6 +271,7 @@ class PpoTrainer:
         roles = {"actor": self.roles.actor, "critic": self.roles.critic}
         state = manager.load(Path(self.config.checkpoint.load), roles)
         ppo_setup.load_trainer_state(state, self.data, self.maker, self.guard)
+        self.chunk_size = int(state["chunk_size"])
         self.run.say(f"resumed PPO from {self.config.checkpoint.load} at step {self.start}")
 
     def _continues_its_folder(self) -> bool:

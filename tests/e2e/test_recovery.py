@@ -59,7 +59,7 @@ def test_any_kept_checkpoint_goes_on_to_the_same_bits(runs: Path) -> None:
 def test_a_checkpoint_says_what_made_it(runs: Path) -> None:
     folder = runs / "straight" / "checkpoints" / "iter_0000003"
     state = json.loads((folder / "trainer.json").read_text())
-    assert {"step", "world_size", "code_version", "metrics", "prompts", "kl_controller", "score_moments"} <= set(state)
+    assert {"step", "world_size", "code_version", "metrics", "prompts", "kl_controller", "score_moments", "chunk_size"} <= set(state)
     assert state["mismatch_guard"] == {"steps_beyond": 0} and len(state["template_sha256"]) in (4, 64)
     assert (folder / "config.yaml").read_text() == (runs / "straight" / "config.yaml").read_text()
     assert [path.name for path in (folder / "rng").iterdir()] == ["rank_00000.json"]
