@@ -197,7 +197,7 @@ def launch(
     job, out = folder / f"{processes}.json", folder / f"{processes}.pt"
     job.write_text(json.dumps({"model": str(model), "sequences": sequences, "out": str(out)}))
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
-    subprocess.run([*command, f"--nproc-per-node={processes}", __file__, "--job", str(job)], check=True)
+    subprocess.run([*command, f"--nproc-per-node={processes}", __file__, "--job", str(job)], check=True, env={**os.environ, "PYTHONWARNINGS": "ignore"})
     return torch.load(out)
 
 
