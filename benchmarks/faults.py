@@ -58,7 +58,7 @@ def write_setup(folder: Path) -> Path:
     config["actor"]["optimizer"] = {"lr": 1e-3, "lr_schedule": "cosine", "warmup_steps": 2}
     config["critic"]["optimizer"] = {"lr": 1e-3}
     kl = {"controller": "adaptive", "horizon": 100, "target": 0.5, "coef": 0.05}
-    config["algorithm"] |= {"old_log_probs": "actor", "kl": kl, "rollout_batch_size": WORK.prompts_per_step - 2, "minibatch_size": 3}
+    config["algorithm"] |= {"old_log_probs": "actor", "kl": kl, "rollout_batch_size": WORK.prompts_per_step - 2, "minibatch_size": 2}
     config["reward"] = {"normalise": True}
     config["rollout"] = {"engine": "megatron", "max_num_seqs": 4, "sampling": config["rollout"]["sampling"]}
     config["residency"] = {"offload": True}
