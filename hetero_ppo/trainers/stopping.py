@@ -28,6 +28,8 @@ from hetero_ppo.errors import EXIT_NOT_STOPPED_IN_TIME
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 #: A batch system may signal every process of a job while the launcher passes the same request on: within this time it is one request.
 SAME_REQUEST_S = 2.0
+#: Between two looks at whether the launcher is still there. One that is killed cannot end its ranks.
+LOOK_S = 1.0
 
 
 class StopRequests:
@@ -41,6 +43,7 @@ class StopRequests:
         self.within_s = within_s
         self._requested_at: float | None = None  # time.monotonic()
         self._is_honoured = False
+        self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
     def __enter__(self) -> Self:
         self._read_end, self._write_end = os.pipe()
@@ -78,9 +81,14 @@ class StopRequests:
 
     def _listen(self) -> None:
         while True:
-            ready, _, _ = select.select([self._read_end], [], [], self._seconds_left())
+            left = self._seconds_left()
+            ready, _, _ = select.select([self._read_end], [], [], LOOK_S if left is None else min(left, LOOK_S))
             if not ready:
-                self._end(EXIT_NOT_STOPPED_IN_TIME, f"not stopped within run.stop_within_s={self.within_s:g}: no checkpoint")
+                if self._launcher is not None and os.getppid() != self._launcher:
+                    self._end(1, "the launcher has ended without its ranks: this run ends, and goes on from its last checkpoint")
+                if self._seconds_left() == 0.0:
+                    self._end(EXIT_NOT_STOPPED_IN_TIME, f"not stopped within run.stop_within_s={self.within_s:g}: no checkpoint")
+                continue
             numbers = os.read(self._read_end, 64)
             if not numbers:
                 return
