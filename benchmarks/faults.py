@@ -116,6 +116,7 @@ class Run:
         while self.left() and time.monotonic() < until:
             time.sleep(0.1)
         left = self.left()
+        self.found_left = [Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode() for pid in left]
         for pid in left:
             os.kill(pid, signal.SIGKILL)
         self.process.wait()
@@ -200,7 +201,7 @@ class Faults:
         if status != expected:
             outcome.why = f"status {status}, not {expected}: {text[-300:]!r}"
         elif not clean:
-            outcome.why = "processes were left"
+            outcome.why = f"processes were left: {run.found_left}"
         elif case.message not in text:
             outcome.why = f"no {case.message!r} in the output: {text[-300:]!r}"
 

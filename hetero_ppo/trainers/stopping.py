@@ -10,6 +10,7 @@ a forward or in a wait for the engine for minutes.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import select
 import signal
@@ -30,6 +31,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 SAME_REQUEST_S = 2.0
 #: Between two looks at whether the launcher is still there. One that is killed cannot end its ranks.
 LOOK_S = 1.0
+#: Of Linux's prctl.h.
+PR_SET_PDEATHSIG = 1
 
 
 class StopRequests:
@@ -63,6 +66,9 @@ class StopRequests:
         os.close(self._write_end)  # ends the thread
         self._thread.join()
         os.close(self._read_end)
+        if self._launcher is not None:
+            _end_with_parent()
+            self._look_at_launcher()
 
     @property
     def is_requested(self) -> bool:
@@ -84,8 +90,7 @@ class StopRequests:
             left = self._seconds_left()
             ready, _, _ = select.select([self._read_end], [], [], LOOK_S if left is None else min(left, LOOK_S))
             if not ready:
-                if self._launcher is not None and os.getppid() != self._launcher:
-                    self._end(1, "the launcher has ended without its ranks: this run ends, and goes on from its last checkpoint")
+                self._look_at_launcher()
                 if self._seconds_left() == 0.0:
                     self._end(EXIT_NOT_STOPPED_IN_TIME, f"not stopped within run.stop_within_s={self.within_s:g}: no checkpoint")
                 continue
@@ -95,6 +100,10 @@ class StopRequests:
             for number in numbers:
                 if number in SIGNALS and not self._is_honoured:
                     self._take(signal.Signals(number))
+
+    def _look_at_launcher(self) -> None:
+        if self._launcher is not None and os.getppid() != self._launcher:
+            self._end(1, "the launcher has ended without its ranks: this run ends, and goes on from its last checkpoint")
 
     def _seconds_left(self) -> float | None:
         if self._is_honoured or self._requested_at is None:
@@ -117,6 +126,11 @@ class StopRequests:
             print(f"error: {text}", file=sys.stderr, flush=True)
         # The main thread may never come back; what the process started ends with it (rollout/guardian.py).
         os._exit(status)
+
+
+def _end_with_parent() -> None:
+    """From here on the kernel ends this process when its launcher dies: on the way out it may wait for the launcher's store."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
 
 
 def _leave_it_to_the_thread(number: int, frame: FrameType | None) -> None:
