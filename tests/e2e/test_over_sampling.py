@@ -49,8 +49,12 @@ def test_unfinished_responses_are_resumed(chain: Chain, tmp_path: Path) -> None:
     resumed = [record for record in records if "earlier_versions" in record.extra or record.weight_version != "step2"]
     assert metrics[3]["rollout/resumed_share"] == pytest.approx(len(resumed) / WANTED)
     assert metrics[3]["rollout/stale_token_share"] > 0
-    by_ids = {tuple(begun["token_ids"]): begun for begun in kept}
-    for record in resumed:
-        begins = [ids for ids in by_ids if tuple(record.response_ids[: len(ids)]) == ids]
-        (ids,) = [max(begins, key=len)]
-        assert record.rollout_log_probs[: len(ids)] == by_ids[ids]["log_probs"]
+    begun_of = list(zip(waiting["prompts"]["prompt_ids"], waiting["begun"], strict=True))
+    for record in resumed:  # two prompts may have begun alike
+        assert any(
+            prompt == record.prompt_ids
+            and begun is not None
+            and record.response_ids[: len(begun["token_ids"])] == begun["token_ids"]
+            and record.rollout_log_probs[: len(begun["token_ids"])] == begun["log_probs"]
+            for prompt, begun in begun_of
+        ), record
