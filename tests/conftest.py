@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import chain as tiny_chain
@@ -9,6 +10,18 @@ import pytest
 
 
 MEGATRON_STEPS = 2
+
+
+#: Fixtures that start runs of their own: what uses them stays on one worker of pytest-xdist.
+SHARED_RUNS = {"one_process", "two_processes"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With pytest-xdist a file's tests stay on one worker, which has its fixtures; the long files come first."""
+    for item in items:
+        assert isinstance(item, pytest.Function)
+        group = "shared runs" if SHARED_RUNS & set(item.fixturenames) else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session")
@@ -59,3 +72,19 @@ def only_step(run_dir: Path, step: int, copy: Path) -> None:
     name = f"iter_{step:07d}"
     (copy / "checkpoints").mkdir(parents=True)
     (copy / "checkpoints" / name).symlink_to(run_dir / "checkpoints" / name)
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[None]:
+    """This process as the one rank of a world, with one thread, for the tests of a module."""
+    import torch
+
+    from hetero_ppo.distributed.groups import finish, initialise
+
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
+            patch.setenv(name, value)
+        initialise(2.0)
+        yield
+        finish()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import torch
 from aligned_cases import bits, results, role_config, save_models
 from torchrun import run_torchrun
 
-from hetero_ppo.distributed.groups import finish, initialise
 from hetero_ppo.engines.model_engine import ModelEngine
 
 WORKER = Path(__file__).parent / "workers" / "aligned_worker.py"
@@ -33,17 +31,6 @@ def report(models: Path) -> dict[str, Any]:
     """What one launch of four processes found."""
     run_torchrun(4, [str(WORKER), str(models), str(models / "report.json")])
     return json.loads((models / "report.json").read_text())
-
-
-@pytest.fixture(scope="module")
-def world() -> Iterator[None]:
-    """This process alone."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
-            patch.setenv(name, value)
-        initialise(2.0)
-        yield
-        finish()
 
 
 @pytest.mark.parametrize("role", ROLES)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -13,7 +12,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from hetero_ppo.algorithms.losses import Loss, policy_loss
 from hetero_ppo.config.schema import AlgorithmConfig, KlConfig, ParallelConfig
-from hetero_ppo.distributed.groups import finish, initialise, role_groups
+from hetero_ppo.distributed.groups import role_groups
 from hetero_ppo.engines.losses import SUM, actor_loss_fn
 from hetero_ppo.types import Microbatch, PolicyInputs
 
@@ -21,14 +20,8 @@ VOCAB = 11
 
 
 @pytest.fixture(scope="module")
-def groups() -> Iterator[ProcessGroupCollection]:
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
-            patch.setenv(name, value)
-        initialise(2.0)
-        yield role_groups("actor", ParallelConfig())
-        finish()
+def groups(world: None) -> ProcessGroupCollection:
+    return role_groups("actor", ParallelConfig())
 
 
 def test_weights_reach_the_policy_loss_alone(groups: ProcessGroupCollection) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,6 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from hetero_ppo.algorithms.masking import response_mask
 from hetero_ppo.config.schema import Dtype, ModelConfig, OptimizerConfig, TrainedRoleConfig
-from hetero_ppo.distributed.groups import finish, initialise
 from hetero_ppo.engines.losses import sft_loss_fn
 from hetero_ppo.engines.microbatches import sequence_ends, split
 from hetero_ppo.engines.model_input import model_inputs
@@ -23,22 +21,13 @@ from hetero_ppo.types import AnswerInputs
 from megatron_bridge.packing import attend_packed, by_group, pack, unpack
 from megatron_bridge.context_parallel import attend
 
+pytestmark = pytest.mark.usefixtures("world")
+
 VOCAB = 61
 LENGTHS = torch.tensor([40, 7, 23, 3, 37, 24, 2, 39])
 PROMPTS = torch.tensor([20, 3, 4, 1, 30, 20, 1, 4])
 MASK = response_mask(PROMPTS, LENGTHS, 39)
 WANTED = pad(MASK, (0, 1))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def world() -> Iterator[None]:
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
-            patch.setenv(name, value)
-        initialise(2.0)
-        yield
-        finish()
 
 
 @pytest.fixture(scope="module")

@@ -34,7 +34,6 @@ from hetero_ppo.config.schema import (
     SamplingConfig,
     TrainedRoleConfig,
 )
-from hetero_ppo.distributed.groups import finish, initialise
 from hetero_ppo.engines import generation
 from hetero_ppo.engines.outputs import log_probs_output
 from hetero_ppo.engines.residency import OffloadedParameter
@@ -46,16 +45,7 @@ from hetero_ppo.rollout.megatron import MegatronEngine
 from hetero_ppo.types import Response
 from megatron_bridge.cached_attention import SlotCache
 
-
-@pytest.fixture(scope="module", autouse=True)
-def world() -> Iterator[None]:
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
-            patch.setenv(name, value)
-        initialise(2.0)
-        yield
-        finish()
+pytestmark = pytest.mark.usefixtures("world")
 
 
 def make_actor(path: Path, dtype: Dtype = Dtype.fp32, aligned: bool = False) -> TrainEngine:

@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
 from hetero_ppo.config.schema import SamplingConfig
-from hetero_ppo.distributed.groups import finish, initialise
 from hetero_ppo.errors import RunError
 from hetero_ppo.experience.generation import Generation
 from hetero_ppo.rollout.partial import ABORTED, PartialBuffer, continued
 from hetero_ppo.rollout.replay import rollout_records
 from hetero_ppo.types import OnResponse, PromptBatch, Response
 
+pytestmark = pytest.mark.usefixtures("world")
+
 SAMPLING = SamplingConfig(max_tokens=8)
 WANTED = 3
-
-
-@pytest.fixture(scope="module", autouse=True)
-def world() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
-            patch.setenv(name, value)
-        initialise(2.0)
-        yield
-        finish()
 
 
 class Scripted:

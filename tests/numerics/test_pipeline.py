@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,6 @@ from hetero_ppo.config.schema import (
     SamplingConfig,
     TrainedRoleConfig,
 )
-from hetero_ppo.distributed.groups import finish, initialise
 from hetero_ppo.engines.model_engine import ModelEngine
 from hetero_ppo.engines.shared_device import SharedDevice
 from hetero_ppo.engines.train_engine import TrainEngine
@@ -40,22 +38,13 @@ from hetero_ppo.observability.timers import PhaseTimer
 from hetero_ppo.rollout.replay import ReplayEngine, RolloutRecord, write_records
 from hetero_ppo.types import Experience, OnResponse, PromptBatch, Response, Rollout
 
+pytestmark = pytest.mark.usefixtures("world")
+
 VOCAB, PROMPTS, SAMPLES, CHUNK = 64, 5, 2, 4
 SAMPLING = SamplingConfig(max_tokens=9)
 #: Rows in the order in which their responses are complete: the chunks are [1, 3, 6, 8], [0, 2, 7, 9], [4, 5].
 ORDER = [3, 8, 1, 6, 9, 0, 7, 2, 5, 4]
 CHUNKS = [[1, 3, 6, 8], [0, 2, 7, 9], [4, 5]]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def world() -> Iterator[None]:
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
-            patch.setenv(name, value)
-        initialise(2.0)
-        yield
-        finish()
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,6 @@ from hetero_ppo.config.schema import (
     RoleConfig,
     TrainedRoleConfig,
 )
-from hetero_ppo.distributed.groups import finish, initialise
 from hetero_ppo.engines.losses import sft_loss_fn
 from hetero_ppo.engines.model_engine import ModelEngine
 from hetero_ppo.engines.outputs import log_probs_output, scores_output, values_output
@@ -33,19 +32,10 @@ from hetero_ppo.memory.turns import ppo_turns
 from hetero_ppo.observability.trace import COPY_IN, COPY_OUT, TraceRecorder, newest_trace
 from hetero_ppo.types import AnswerInputs
 
+pytestmark = pytest.mark.usefixtures("world")
+
 VOCAB, ROWS, LENGTH = 96, 4, 12
 SCHEDULE = ppo_turns(has_reward_model=True, actor_scores_old=True)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
-            patch.setenv(name, value)
-        initialise(2.0)
-        yield
-        finish()
 
 
 @pytest.fixture(scope="module")

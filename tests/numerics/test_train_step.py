@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,6 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from hetero_ppo.config.schema import ModelConfig, OptimizerConfig, TrainedRoleConfig
-from hetero_ppo.distributed.groups import finish, initialise
 from hetero_ppo.engines.gradients import clip_divisor
 from hetero_ppo.engines.losses import sft_loss_fn
 from hetero_ppo.algorithms.losses import Loss
@@ -19,18 +17,9 @@ from hetero_ppo.engines.train_engine import LossFn, TrainEngine, TrainStepResult
 from hetero_ppo.memory.kinds import TRAINING, Kind
 from hetero_ppo.types import AnswerInputs, Microbatch
 
+pytestmark = pytest.mark.usefixtures("world")
+
 VOCAB, ROWS, LENGTH = 61, 6, 9
-
-
-@pytest.fixture(scope="module", autouse=True)
-def world() -> Iterator[None]:
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
-            patch.setenv(name, value)
-        initialise(2.0)
-        yield
-        finish()
 
 
 @pytest.mark.parametrize("clip", [0.0, 0.3])
