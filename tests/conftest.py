@@ -16,8 +16,9 @@ MEGATRON_STEPS = 2
 SHARED_RUNS = {"one_process", "two_processes"}
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With pytest-xdist a file's tests stay on one worker, which has its fixtures; the long files come first."""
+    """With pytest-xdist a file's tests stay on one worker, which has its fixtures."""
     for item in items:
         assert isinstance(item, pytest.Function)
         group = "shared runs" if SHARED_RUNS & set(item.fixturenames) else item.path.stem
