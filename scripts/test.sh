@@ -10,4 +10,4 @@ export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 # The tests make their own models and data; nothing may be fetched or reported.
 export HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1
 # Two tests at a time: most wait for a server or for other processes. WORKERS=0 runs them one by one.
-exec "$VENV/bin/python" -m pytest -n "${WORKERS:-2}" --dist loadgroup "$@"
+exec "$VENV/bin/python" -m pytest -n "${WORKERS:-2}" --dist loadfile "$@"

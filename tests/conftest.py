@@ -12,19 +12,6 @@ import pytest
 MEGATRON_STEPS = 2
 
 
-#: Fixtures that start runs of their own: what uses them stays on one worker of pytest-xdist.
-SHARED_RUNS = {"one_process", "two_processes"}
-
-
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With pytest-xdist a file's tests stay on one worker, which has its fixtures."""
-    for item in items:
-        assert isinstance(item, pytest.Function)
-        group = "shared runs" if SHARED_RUNS & set(item.fixturenames) else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(group))
-
-
 @pytest.fixture(scope="session")
 def chain(tmp_path_factory: pytest.TempPathFactory) -> tiny_chain.Chain:
     """SFT, reward model and PPO with a real vLLM server; see tests/chain.py."""
