@@ -33,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import logprob_memory
 from ppo_step_inputs import SHAPES, Work, our_config, write_config, write_inputs
 
+from hetero_ppo.config.derived import actor_generates
 from hetero_ppo.config.load import load_config
 from hetero_ppo.experience.generation import Generation
 from hetero_ppo.experience.pipeline import Pipeline
@@ -196,8 +197,14 @@ def median_seconds(work: Callable[[], object], repeats: int) -> float:
     return statistics.median(seconds)
 
 
-def measure_sync(trainer: PpoTrainer, repeats: int) -> dict[str, float]:
-    """Weight syncs with all their checks, beside a plain copy of as many bytes."""
+SYNC_FIGURES = ("sync_s", "sync_write_s", "sync_checksum_s", "sync_golden_s", "sync_bytes", "sync_gb_s", "memcpy_gb_s")
+
+
+def measure_sync(trainer: PpoTrainer, repeats: int) -> dict[str, Any]:
+    """Weight syncs with all their checks, beside a plain copy of as many bytes; nulls and the reason where there are no syncs."""
+    if actor_generates(trainer.config):
+        reason = "the actor itself generates (rollout.engine=megatron): there is no second copy of the weights"
+        return {**dict.fromkeys(SYNC_FIGURES), "sync_none": reason}
     trainer.sync_weights(1)  # warm-up
     stats = []
     for step in range(2, repeats + 2):
@@ -207,18 +214,19 @@ def measure_sync(trainer: PpoTrainer, repeats: int) -> dict[str, float]:
     source = torch.ones(stats[0].num_bytes, dtype=torch.uint8)
     target = torch.empty_like(source)
     copy_s = median_seconds(lambda: target.copy_(source), repeats)
-    return {
-        "sync_s": statistics.median(one.seconds for one in stats),
-        "sync_write_s": statistics.median(one.write_s for one in stats),
-        "sync_checksum_s": statistics.median(one.checksum_s for one in stats),
-        "sync_golden_s": statistics.median(one.golden_s for one in stats),
-        "sync_bytes": stats[0].num_bytes,
-        "sync_gb_s": statistics.median(one.gb_s for one in stats),
-        "memcpy_gb_s": stats[0].num_bytes / copy_s / GB,
-    }
+    figures = (
+        statistics.median(one.seconds for one in stats),
+        statistics.median(one.write_s for one in stats),
+        statistics.median(one.checksum_s for one in stats),
+        statistics.median(one.golden_s for one in stats),
+        stats[0].num_bytes,
+        statistics.median(one.gb_s for one in stats),
+        stats[0].num_bytes / copy_s / GB,
+    )
+    return {**dict(zip(SYNC_FIGURES, figures, strict=True)), "sync_none": None}
 
 
-def table(lengths: dict[str, dict[str, Any]], sync: dict[str, float]) -> str:
+def table(lengths: dict[str, dict[str, Any]], sync: dict[str, Any]) -> str:
     """For people."""
     rows = [
         ("generation alone, s", "generate_s", "{:.3f}"),
@@ -236,6 +244,8 @@ def table(lengths: dict[str, dict[str, Any]], sync: dict[str, float]) -> str:
     ]
     lines = [f"{'':36}" + "".join(f"{kind:>16}" for kind in lengths)]
     lines += [f"{title:36}" + "".join(f"{text.format(r[key]):>16}" for r in lengths.values()) for title, key, text in rows]
+    if sync["sync_none"] is not None:
+        return "\n".join([*lines, f"weight sync: none, {sync['sync_none']}"])
     lines.append(
         f"weight sync: {sync['sync_s']:.3f} s for {sync['sync_bytes'] / 2**20:.1f} MiB, {sync['sync_gb_s']:.3f} GB/s (plain copy "
         f"{sync['memcpy_gb_s']:.1f} GB/s); {sync['sync_write_s']:.3f} s of it write and hash, {sync['sync_checksum_s']:.3f} s are the "

@@ -18,6 +18,7 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import logprob_memory
+import make_experience
 import ppo_step
 import ppo_step_inputs as inputs_module
 import ppo_step_report as report_module
@@ -263,3 +264,21 @@ def test_alignment_batchings_hold_every_sequence_once() -> None:
             longest = max(len(sequences[row]) for row in rows)
             assert part.token_ids.shape[1] >= longest + 13 and part.token_ids.shape[1] % 4 == 0
             assert part.sequence_lengths.tolist() == [len(sequences[row]) for row in rows]
+
+
+def test_no_sync_is_said_not_measured() -> None:
+    row = dict.fromkeys(
+        (
+            "generate_s",
+            "forwards_s",
+            "serial_s",
+            "pipelined_s",
+            "ideal_s",
+            "pipelined_over_ideal",
+            "pipelined_over_serial",
+            "generation_rate_ratio",
+        ),
+        1.0,
+    ) | {"identical_to_serial": True, "num_chunks": 2, "num_waves": 1, "response_tokens": 64}
+    none = {**dict.fromkeys(make_experience.SYNC_FIGURES), "sync_none": "the actor itself generates"}
+    assert make_experience.table({"fixed": row}, none).endswith("weight sync: none, the actor itself generates")
