@@ -23,6 +23,7 @@ from hetero_ppo.config.checks_rollout import (
     check_over_sampling,
     check_rollout_servers,
     check_sampling,
+    check_weight_transfer,
 )
 from hetero_ppo.config.derived import (
     RESPONSES_FIELDS,
@@ -523,6 +524,7 @@ PPO_CHECKS: tuple[Callable[[PpoConfig, int], None], ...] = (
     check_function_names,
     check_sampling,
     check_rollout_servers,
+    check_weight_transfer,
     check_over_sampling,
     check_pipeline,
     check_megatron_engine,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
-from hetero_ppo.config.derived import actor_generates
+from hetero_ppo.config.derived import actor_generates, num_servers
 from hetero_ppo.config.require import require
-from hetero_ppo.config.schema import OldLogProbs, PpoConfig, RolloutEngineKind, SamplingConfig
+from hetero_ppo.config.schema import OldLogProbs, PpoConfig, RolloutEngineKind, SamplingConfig, WeightTransfer
 
 
 def check_sampling(config: PpoConfig, world_size: int) -> None:
@@ -44,6 +44,25 @@ def check_rollout_servers(config: PpoConfig, world_size: int) -> None:
     require(rollout.max_restarts >= 0, "rollout.max_restarts", rollout.max_restarts, "0 or more")
     share = rollout.gpu_memory_utilization
     require(0 < share <= 1, "rollout.gpu_memory_utilization", share, "a share of the device, in (0, 1]")
+
+
+def check_weight_transfer(config: PpoConfig, world_size: int) -> None:
+    rollout, field = config.rollout, "rollout.weight_transfer"
+    kind = rollout.weight_transfer
+    require(
+        kind is WeightTransfer.auto or not actor_generates(config),
+        field,
+        kind.value,
+        "with rollout.engine=megatron the actor itself generates and there is nothing to transfer; leave it at auto",
+    )
+    servers = num_servers(rollout, world_size)
+    require(
+        kind is not WeightTransfer.cuda_ipc or (servers == 1 and rollout.tensor_parallel == 1),
+        field,
+        kind.value,
+        f"the one server shares the trainer's GPU, but there are {servers} with rollout.tensor_parallel={rollout.tensor_parallel}; "
+        "use auto or collective",
+    )
 
 
 def check_over_sampling(config: PpoConfig, world_size: int) -> None:

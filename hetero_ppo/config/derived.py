@@ -15,6 +15,7 @@ from hetero_ppo.config.schema import (
     RolloutEngineKind,
     SftConfig,
     TrainedRoleConfig,
+    WeightTransfer,
 )
 
 #: Tokens of the sequence that the engine and the trainer are compared on after every weight sync.
@@ -263,6 +264,23 @@ def num_servers(rollout: RolloutConfig, world_size: int) -> int:
     if rollout.num_servers is not None:
         return rollout.num_servers
     return max(1, world_size // rollout.tensor_parallel)
+
+
+def weight_transfer(rollout: RolloutConfig, world_size: int, *, one_node: bool, cuda: bool) -> WeightTransfer:
+    """How weights get into the servers: what the config says, or for ``auto`` what the places allow.
+
+    Args:
+        rollout: its section.
+        world_size: ranks of the run.
+        one_node: all servers are on rank 0's node.
+        cuda: trainer and servers compute on GPUs.
+    """
+    if rollout.weight_transfer is not WeightTransfer.auto:
+        return rollout.weight_transfer
+    if not cuda:
+        return WeightTransfer.shared_memory if one_node else WeightTransfer.collective
+    shares_device = one_node and num_servers(rollout, world_size) == 1 and rollout.tensor_parallel == 1
+    return WeightTransfer.cuda_ipc if shares_device else WeightTransfer.collective
 
 
 def running_batch(rollout: RolloutConfig, world_size: int) -> int:

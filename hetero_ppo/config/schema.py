@@ -67,6 +67,15 @@ class RolloutEngineKind(str, Enum):
     megatron = "megatron"  # the actor itself, between its other turns; for machines without vLLM, and for debugging
 
 
+class WeightTransfer(str, Enum):
+    """How the actor's weights get into the servers; ``derived.weight_transfer`` has the rule for auto."""
+
+    auto = "auto"
+    shared_memory = "shared_memory"  # files that servers on the trainer's node read
+    collective = "collective"  # broadcast in a process group of trainer and servers: gloo on CPUs, NCCL on GPUs
+    cuda_ipc = "cuda_ipc"  # the one server on the trainer's own GPU reads the trainer's memory
+
+
 class OldLogProbs(str, Enum):
     """Where the log-probs of the policy that sampled come from."""
 
@@ -243,6 +252,7 @@ class RolloutConfig:
     start_timeout_s: float = 240.0
     request_timeout_s: float = 600.0
     sync_timeout_s: float = 120.0
+    weight_transfer: WeightTransfer = WeightTransfer.auto
     max_restarts: int = 2  # of a server that died, before the run stops
     bank: bool = True  # responses go to <run.dir>/bank as they complete: a run that is killed does not ask for them again
     verify_sync: bool = True  # after every sync compare checksums of the engine's parameters, and its log-probs of a golden prompt

@@ -46,8 +46,10 @@ class ServerClient:
         self._session: aiohttp.ClientSession | None = None
         self._watcher: asyncio.Task[None] | None = None
         self._dead = False
+        self.num_opened = 0  # tells one start of the server from another
 
     async def open(self) -> None:
+        self.num_opened += 1
         # No limit on connections: a request that waits for one would not be in the server's batch.
         connector = aiohttp.UnixConnector(path=str(self.server.socket_path), limit=0, keepalive_timeout=15.0)
         headers = {"Authorization": f"Bearer {self.server.api_key}"}

@@ -19,7 +19,8 @@ from typing import Any, Self, TypeVar
 import torch
 from torch import Tensor
 
-from hetero_ppo.config.schema import Dtype, RolloutConfig, SamplingConfig
+from hetero_ppo.config.derived import weight_transfer
+from hetero_ppo.config.schema import Dtype, RolloutConfig, SamplingConfig, WeightTransfer
 from hetero_ppo.errors import RunError
 from hetero_ppo.observability.progress import progress
 from hetero_ppo.rollout.requests import Requests
@@ -27,6 +28,7 @@ from hetero_ppo.rollout.beam_search import BeamSearch, Expand, Hypothesis, run_s
 from hetero_ppo.rollout.partial import ABORTED
 from hetero_ppo.rollout.pool import Member, ServerPool, gather_all
 from hetero_ppo.rollout.server import MAX_LOG_PROBS, ServerSpec, VllmServer, server_threads, sleeps
+from hetero_ppo.rollout.transports import weight_transport
 from hetero_ppo.rollout.weight_sync import SyncStats, remove_weights, shared_memory_dir, write_weights
 from hetero_ppo.types import OnResponse, Response
 
@@ -46,8 +48,10 @@ class EngineState(Enum):
 
 
 def check_devices(config: RolloutConfig, num_devices: int | None) -> None:
-    """Raises ValueError when the servers of this node do not fit its GPUs. ``num_devices``: None on a CPU."""
+    """Raises ValueError when the servers of this node do not fit its GPUs, or need one. ``num_devices``: None on a CPU."""
     needed = config.num_servers * config.tensor_parallel
+    if num_devices is None and config.weight_transfer is WeightTransfer.cuda_ipc:
+        raise ValueError("rollout.weight_transfer=cuda_ipc: there is no GPU here; use auto, shared_memory or collective")
     if num_devices is not None and needed > num_devices:
         raise ValueError(
             f"rollout.num_servers={config.num_servers} with rollout.tensor_parallel={config.tensor_parallel} needs {needed} GPUs; "
@@ -139,6 +143,9 @@ class VllmEngine:
             threads=server_threads(config, len(os.sched_getaffinity(0))),
             tokenizer_path=None if tokenizer_path is None else str(Path(tokenizer_path).resolve()),
         )
+        # Of this thread: start() may run in another one, whose current device is the first.
+        self._device = torch.device("cuda", torch.cuda.current_device()) if self._spec.cuda else torch.device("cpu")
+        self._transfer = weight_transfer(config, 1, one_node=True, cuda=self._spec.cuda)
         self._log_dir = Path(run_dir).resolve() / "rollout"
         self._initial_version = initial_version
         self.last_sync: SyncStats | None = None  # None before the first sync
@@ -202,6 +209,7 @@ class VllmEngine:
         self._pool = ServerPool(
             servers,
             self._initial_version,
+            weight_transport(self._transfer, self._device, self.config.sync_timeout_s),
             max_restarts=self.config.max_restarts,
             start_timeout_s=self.config.start_timeout_s,
             sync_timeout_s=self.config.sync_timeout_s,

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from hetero_ppo.errors import RunError
 from hetero_ppo.rollout.client import ServerClient, ServerDied
 from hetero_ppo.rollout.server import VllmServer
+from hetero_ppo.rollout.transports import WeightTransport
 from hetero_ppo.rollout.weight_sync import WeightFiles, stage, swap
 
 T = TypeVar("T")
@@ -52,6 +53,7 @@ class ServerPool:
     Args:
         servers: not started yet.
         initial_version: label of the weights in the model's folder; None when the servers start with random weights.
+        transport: way of the weights into the servers.
         max_restarts: of one server.
         start_timeout_s: deadline of a start.
         sync_timeout_s: deadline of a weight sync.
@@ -61,6 +63,7 @@ class ServerPool:
         self,
         servers: list[VllmServer],
         initial_version: str | None,
+        transport: WeightTransport,
         *,
         max_restarts: int,
         start_timeout_s: float,
@@ -68,6 +71,7 @@ class ServerPool:
     ):
         self.members = [Member(server, ServerClient(server)) for server in servers]
         self.initial_version = initial_version
+        self.transport = transport
         self.files: WeightFiles | None = None
         self.max_restarts = max_restarts
         self.start_timeout_s = start_timeout_s
@@ -112,7 +116,10 @@ class ServerPool:
         try:
             await member.client.wait_ready(self.start_timeout_s)
             if self.files is not None:
-                await stage(member.client, self.files, self.sync_timeout_s)
+                died = await self.transport.deliver([member.client], self.files)
+                if died:
+                    raise died[0]
+                await self._stage(member.client, self.files)
                 await swap(member.client, self.files, self.sync_timeout_s, verify=self.verify_sync)
             elif self.initial_version is not None:
                 body = {"new_version": self.initial_version}
@@ -174,15 +181,36 @@ class ServerPool:
             ValueError: the tensors do not fit the model; the servers keep their old weights.
             RuntimeError: a server answered with an error, not in time, or died too often.
         """
-        staged_s = await gather_all(
-            [
-                self.call(member, "weight sync", lambda client: stage(client, files, self.sync_timeout_s))
-                for member in self.members
-            ]
-        )
+        staged_s = None
+        while staged_s is None:
+            staged_s = await self._deliver(files)
         self.files = files  # a server that is restarted from here on starts with them
         loaded_s = await gather_all([self._swap(member, files) for member in self.members])
         return max(map(sum, zip(staged_s, loaded_s, strict=True)))
+
+    async def _deliver(self, files: WeightFiles) -> list[float] | None:
+        """Brings new weights to all servers and lets them be checked.
+
+        Returns:
+            Seconds that each server spent on checksums; None: servers died and were restarted, so all begins again.
+        """
+        starts = [member.starts for member in self.members]
+        died = await self.transport.deliver([member.client for member in self.members], files)
+        if not died:
+            calls = [self._stage(member.client, files) for member in self.members]
+            results = await asyncio.gather(*calls, return_exceptions=True)
+            died = {index: result for index, result in enumerate(results) if isinstance(result, ServerDied)}
+            for error in results:
+                if isinstance(error, BaseException) and not isinstance(error, ServerDied):
+                    raise error
+            if not died:
+                return results
+        for index, cause in died.items():
+            await self._restart(self.members[index], starts[index], "weight sync", cause)
+        return None
+
+    async def _stage(self, client: ServerClient, files: WeightFiles) -> float:
+        return await stage(client, files, self.sync_timeout_s, reads_files=self.transport.reads_files)
 
     async def _swap(self, member: Member, files: WeightFiles) -> float:
         starts = member.starts

@@ -1,7 +1,7 @@
-"""Carries the actor's weights to running servers through files in shared memory.
+"""Carries the actor's weights to running servers.
 
-A sync writes the tensors, as they come, into safetensors shards of a new directory (mode 0700, in /dev/shm where there is one),
-lets every server check them (names, shapes, checksums), and only then pauses the servers, swaps the weights, compares what the
+A sync writes the tensors, as they come, into safetensors shards of a new directory (mode 0700, in /dev/shm where there is one), from
+where servers read them or are sent them (``transports.py``), lets every server check them (names, shapes, checksums), and only then pauses the servers, swaps the weights, compares what the
 servers' parameters hold with the checksums, drops the prefix cache, sets the weight version and resumes. The last version's files
 stay until the next one is in place: a server that has to be restarted gets them again.
 """
@@ -153,8 +153,14 @@ def remove_weights(files: WeightFiles) -> None:
     shutil.rmtree(files.paths[0].parent)
 
 
-async def stage(client: ServerClient, files: WeightFiles, timeout_s: float) -> float:
-    """Lets a server read and check the files; its weights stay as they are.
+async def stage(client: ServerClient, files: WeightFiles, timeout_s: float, *, reads_files: bool = True) -> float:
+    """Lets a server check the tensors; its weights stay as they are.
+
+    Args:
+        client: of the server.
+        files: the tensors.
+        timeout_s: deadline.
+        reads_files: True: it reads them from the files; False: they were brought to it (``transports.py``).
 
     Returns:
         Seconds the server's slowest worker spent on checksums.
@@ -163,7 +169,7 @@ async def stage(client: ServerClient, files: WeightFiles, timeout_s: float) -> f
         ValueError: a tensor is missing, unknown, or of the wrong shape.
         RuntimeError: a tensor's bytes did not arrive as they were sent.
     """
-    paths = [str(path) for path in files.paths]
+    paths = [str(path) for path in files.paths] if reads_files else None
     results = await client.call_worker("weight sync", "hetero_ppo_stage_weights", timeout_s, paths=paths)
     for result in results:
         if result["problems"]:

@@ -1,9 +1,10 @@
 """Receives weights inside vLLM's worker process (``--worker-extension-cls``).
 
-The trainer writes safetensors files and calls these methods over ``/collective_rpc`` with plain JSON arguments; nothing is ever
-unpickled. Two calls, because an update that fails half-way leaves vLLM's model unusable: ``hetero_ppo_stage_weights`` opens the
-files, checks names and shapes against the model's Hugging Face layout and returns a checksum per tensor, with the old weights
-untouched; ``hetero_ppo_load_staged`` puts them in place and compares what the engine's parameters then hold with these checksums.
+The trainer writes safetensors files, or sends their shards (``transports.py``), and calls these methods over ``/collective_rpc`` with plain
+JSON arguments; nothing is ever unpickled. Two calls, because an update that fails half-way leaves vLLM's model unusable:
+``hetero_ppo_stage_weights`` opens the files, or takes the shards that came, checks names and shapes against the model's Hugging Face
+layout and returns a checksum per tensor, with the old weights untouched; ``hetero_ppo_load_staged`` puts them in place and compares what
+the engine's parameters then hold with these checksums.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from hetero_ppo.rollout.cuda_ipc import IpcHandle, device_id
 from hetero_ppo.rollout.loaded_weights import NUM_HASH_THREADS, LoadedWeights
 from hetero_ppo.rollout.tensor_bytes import tensor_checksum
+from hetero_ppo.rollout.weight_group import Meeting, Shard, WeightGroup, join_store, num_bytes
 
 
 def expected_shapes(hf_config: Any) -> tuple[dict[str, list[int]], set[str]]:
@@ -70,6 +73,16 @@ def repack_experts(model: torch.nn.Module) -> None:
             layer.quant_method.moe_kernel = None
 
 
+def _read_files(paths: list[str]) -> dict[str, Tensor]:
+    """Views of the files' bytes, by tensor name."""
+    tensors: dict[str, Tensor] = {}
+    for path in paths:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            for name in file.offset_keys():
+                tensors[name] = file.get_tensor(name)
+    return tensors
+
+
 class WeightReceiver:
     """Mixed into vLLM's Worker; ``self`` is the worker. The names must not clash with the Worker's."""
 
@@ -78,18 +91,62 @@ class WeightReceiver:
     #: What the first sync found: building the model's skeleton takes longer than checking the tensors.
     hetero_ppo_expected: tuple[dict[str, list[int]], set[str]] | None = None
 
-    def hetero_ppo_stage_weights(self, paths: list[str]) -> dict[str, Any]:
-        """Reads and checks the tensors of safetensors files.
+    #: The group that shards are broadcast in; None: there is none, or this worker shares the trainer's device.
+    hetero_ppo_group: WeightGroup | None = None
+    hetero_ppo_arrived: dict[str, Tensor] | None = None  # of the shards that were received
+
+    def hetero_ppo_device(self) -> dict[str, Any]:
+        """Where this worker computes, see ``cuda_ipc.device_id``."""
+        return {"device": device_id(self.device)}
+
+    def hetero_ppo_join(self, meeting: dict[str, Any], ranks: list[int | None]) -> dict[str, Any]:
+        """Joins the group of the trainer and the workers, in place of the one that it was in.
+
+        Args:
+            meeting: a ``Meeting`` as JSON.
+            ranks: in the group, of each tensor-parallel rank of this server; None: it is no member.
+        """
+        self.hetero_ppo_group = None
+        where, rank = Meeting(**meeting), ranks[self.hetero_ppo_rank]
+        if rank is not None:
+            self.hetero_ppo_group = WeightGroup(join_store(where), where, rank, self.device)
+        return {}
+
+    @property
+    def hetero_ppo_rank(self) -> int:
+        """Tensor-parallel rank."""
+        from vllm.distributed import get_tensor_model_parallel_rank
+
+        return get_tensor_model_parallel_rank()
+
+    def hetero_ppo_receive(self, header: dict[str, Any], handle: dict[str, Any] | None, is_first: bool) -> dict[str, Any]:
+        """Takes one shard into host memory: by a broadcast, or without a group from the trainer's memory on the same device.
+
+        Args:
+            header: its tensors, as in a safetensors file.
+            handle: an ``IpcHandle`` as JSON; read where this worker is in no group.
+            is_first: what came before is dropped.
+        """
+        if self.hetero_ppo_group is not None:
+            data = torch.empty(num_bytes(header), dtype=torch.uint8, device=self.device)
+            self.hetero_ppo_group.broadcast(data)
+        else:
+            data = IpcHandle.from_json(handle).open(self.device)
+        # From a device a copy, and complete when it returns: the trainer's memory may then be used for something else.
+        tensors = Shard(header, data.cpu()).tensors()
+        self.hetero_ppo_arrived = tensors if is_first else self.hetero_ppo_arrived | tensors
+        return {}
+
+    def hetero_ppo_stage_weights(self, paths: list[str] | None) -> dict[str, Any]:
+        """Checks the tensors of safetensors files, or with None those that were received.
 
         Returns:
             ``{"problems": [...], "checksums": {name: checksum}, "verify_s": seconds}``, the last of them for the checksums;
             tensors are kept for ``hetero_ppo_load_staged`` when there is no problem.
         """
-        tensors: dict[str, Tensor] = {}
-        for path in paths:
-            with safe_open(path, framework="pt", device="cpu") as file:
-                for name in file.offset_keys():
-                    tensors[name] = file.get_tensor(name)
+        tensors, self.hetero_ppo_arrived = self.hetero_ppo_arrived or {}, None
+        if paths is not None:
+            tensors = _read_files(paths)
         if self.hetero_ppo_expected is None:
             self.hetero_ppo_expected = expected_shapes(self.model_config.hf_config)
         problems = find_problems(tensors, *self.hetero_ppo_expected)
@@ -119,13 +176,11 @@ class WeightReceiver:
         if not verify:
             self._hetero_ppo_load(tensors)
             return {"wrong": [], "unread": [], "verify_s": 0.0}
-        from vllm.distributed import get_tensor_model_parallel_rank
-
         loaded = LoadedWeights(
             self.get_model(),
             tensors,
             self.hetero_ppo_checksums,
-            rank=get_tensor_model_parallel_rank(),
+            rank=self.hetero_ppo_rank,
             size=self.parallel_config.tensor_parallel_size,
             cpu=self.device.type == "cpu",
         )

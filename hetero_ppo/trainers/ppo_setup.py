@@ -21,6 +21,7 @@ from hetero_ppo.config.derived import (
     num_servers,
     overlaps_generation,
     running_batch,
+    weight_transfer,
 )
 from hetero_ppo.config.schema import OldLogProbs, PpoConfig, RewardSource
 from hetero_ppo.data.chat_template import TextEncoder, load_text_encoder, tokenizer_folder
@@ -158,8 +159,10 @@ def begin_engine(config: PpoConfig, run: Run, data: PpoData, start: int) -> Star
     if config.train.replay_rollouts is not None:
         return StartingEngine(ReplayEngine(Path(config.train.replay_rollouts), start + 1)).begin()
     has_stops = bool(config.rollout.sampling.stop or config.rollout.eval_sampling.stop)
+    transfer = weight_transfer(config.rollout, run.world_size, one_node=True, cuda=platform.HAS_CUDA)
+    run.say(f"weights get into the rollout servers by {transfer.value} (rollout.weight_transfer)")
     engine = VllmEngine(
-        replace(config.rollout, num_servers=num_servers(config.rollout, run.world_size)),
+        replace(config.rollout, num_servers=num_servers(config.rollout, run.world_size), weight_transfer=transfer),
         model_path=config.actor.model.path,
         dtype=config.actor.model.dtype,
         run_dir=run.dir,

@@ -37,10 +37,11 @@ from engine_contract import (
 )
 from torch import Tensor
 
-from hetero_ppo.config.schema import Dtype, RolloutConfig, SamplingConfig
+from hetero_ppo.config.schema import Dtype, RolloutConfig, SamplingConfig, WeightTransfer
 from hetero_ppo.errors import RunError
 from hetero_ppo.rollout.engine import VllmEngine
 from hetero_ppo.rollout.sweep import find_running_batch
+from hetero_ppo.rollout.transports import weight_transport
 from hetero_ppo.rollout.weight_sync import WeightFiles, stage, swap, write_weights
 
 pytestmark = pytest.mark.slow
@@ -220,6 +221,11 @@ def flip_bits(files: WeightFiles, names: tuple[str, ...]) -> None:
             file.write(bytes([byte ^ 1]))
 
 
+def use_transfer(engine: VllmEngine, kind: WeightTransfer) -> None:
+    """Another way of the weights into the running server, from now on."""
+    engine._started_pool().transport = weight_transport(kind, torch.device("cpu"), 60.0)
+
+
 def on_loop(engine: VllmEngine, call: Coroutine[Any, Any, Any]) -> Any:
     """As the engine does it, but an error does not end the engine."""
     return asyncio.run_coroutine_threadsafe(call, engine._loop).result()
@@ -234,6 +240,11 @@ def test_corrupted_tensors_are_named_whether_they_arrived_so_or_were_loaded_so(
     with pytest.raises(RunError, match="'bits lost on the way'.* read other bytes than were written for") as caught:
         on_loop(engine, stage(client, files, 60.0))
     assert str(list(CORRUPTED)) in str(caught.value)
+    use_transfer(engine, WeightTransfer.collective)
+    with pytest.raises(RunError, match="'bits lost on the way'.* read other bytes than were written for") as caught:
+        on_loop(engine, engine._started_pool().load(files))
+    assert str(list(CORRUPTED)) in str(caught.value)
+    use_transfer(engine, WeightTransfer.shared_memory)
 
     files = write_weights(tmp_path / "b", weights(make_model(5)), "bits lost in loading", Dtype.fp32)
     on_loop(engine, stage(client, files, 60.0))
@@ -251,8 +262,10 @@ def test_corrupted_tensors_are_named_whether_they_arrived_so_or_were_loaded_so(
     assert sync.metrics()["rollout/sync_gb_s"] == pytest.approx(num_bytes / sync.seconds / 1e9)
 
 
-def test_a_sleeping_engine_takes_weights_and_wakes_with_them(engine: VllmEngine) -> None:
+@pytest.mark.parametrize("transfer", [WeightTransfer.shared_memory, WeightTransfer.collective])
+def test_a_sleeping_engine_takes_weights_and_wakes_with_them(engine: VllmEngine, transfer: WeightTransfer) -> None:
     """Weights come before the KV cache; what needs the cache is refused until it is back."""
+    use_transfer(engine, transfer)  # the tests after this one go on with the second
     engine.sleep()
     with pytest.raises(RuntimeError, match="weight sync: the rollout engine is asleep"):
         engine.sync_weights(iter(()), "none")

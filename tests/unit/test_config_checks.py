@@ -95,6 +95,15 @@ def test_the_defaults_pass(tmp_path: Path, kind: str, world_size: int) -> None:
             "rollout.over_sampling=2.0: above 1 it needs rollout.sampling.stop=",
         ),
         (["rollout.num_servers=0"], "rollout.num_servers=0"),
+        (["rollout.weight_transfer=nfs"], "rollout.weight_transfer.*auto, shared_memory, collective, cuda_ipc"),
+        (
+            ["rollout.weight_transfer=cuda_ipc", "rollout.num_servers=2"],
+            "rollout.weight_transfer=cuda_ipc: .*there are 2 with rollout.tensor_parallel=1; use auto",
+        ),
+        (
+            ["rollout.weight_transfer=collective", "rollout.engine=megatron"],
+            "rollout.weight_transfer=collective: with rollout.engine=megatron .* leave it at auto",
+        ),
         (["rollout.mismatch.patience=0"], "rollout.mismatch.patience=0: at least 1 step"),
         (["rollout.mismatch.max_ratio_outside_share=-1"], "rollout.mismatch.max_ratio_outside_share=-1"),
         (

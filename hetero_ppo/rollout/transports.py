@@ -1,0 +1,184 @@
+"""Ways of the weights from the trainer into the servers' workers.
+
+Whatever the way, the tensors of the newest version lie in files in shared memory on the trainer's node (``weight_sync.py``): a server that is
+restarted, or wakes without a sync, gets them from there again. And whatever the way, they arrive in the worker's host memory, where
+names, shapes and checksums are compared before the old weights are touched.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+
+from hetero_ppo.config.schema import WeightTransfer
+from hetero_ppo.errors import RunError
+from hetero_ppo.rollout.client import ServerClient, ServerDied
+from hetero_ppo.rollout.cuda_ipc import IpcHandle, device_id
+from hetero_ppo.rollout.network import LOOPBACK
+from hetero_ppo.rollout.weight_group import Meeting, Shard, WeightGroup, map_shard, open_store
+from hetero_ppo.rollout.weight_sync import WeightFiles
+
+PHASE = "weight sync"
+#: Workers come at once, or not at all.
+MEETING_TIMEOUT_S = 30.0
+
+
+class WeightTransport(Protocol):
+    """All methods run on the pool's event loop."""
+
+    #: True: servers read the files themselves; False: they keep what :meth:`deliver` brought them.
+    reads_files: bool
+
+    async def deliver(self, clients: list[ServerClient], files: WeightFiles) -> dict[int, ServerDied]:
+        """Brings the tensors to servers; their weights stay as they are.
+
+        Returns:
+            Position in ``clients`` -> why, for every server that died under it; empty when all servers have all tensors.
+
+        Raises:
+            RuntimeError: a server that is alive did not get them in time.
+        """
+
+
+class SharedMemory:
+    """The servers are on the trainer's node and read the files."""
+
+    reads_files = True
+
+    async def deliver(self, clients: list[ServerClient], files: WeightFiles) -> dict[int, ServerDied]:
+        return {}
+
+
+class Broadcast:
+    """One shard after the other through the memory of the trainer's device, to all workers at the same time.
+
+    Workers on other devices, and all of them on CPUs, get it by a broadcast in a group of their own with the trainer. A worker on the
+    trainer's own GPU, which NCCL would not take twice, reads it where it is (CUDA IPC).
+
+    Args:
+        device: the trainer's: a CPU for gloo.
+        address: of this node, that the workers reach; their meeting point listens there alone.
+        timeout_s: deadline of a meeting, and of every shard.
+        group_allowed: False: all workers are on the trainer's own GPU, anything else is an error.
+    """
+
+    reads_files = False
+
+    def __init__(self, device: torch.device, address: str, timeout_s: float, *, group_allowed: bool = True):
+        self.device = device
+        self.address = address
+        self.timeout_s = timeout_s
+        self.group_allowed = group_allowed
+        self._secret = secrets.token_hex(16)
+        self._store = open_store(address, timeout_s) if group_allowed else None
+        self._group: WeightGroup | None = None
+        self._members: list[tuple[int, int]] = []  # (server, its start) of the group
+        self._num_meetings = 0
+        self._shares_device: list[bool] = []  # of each of the group's servers: one of its workers reads the trainer's memory
+        self._lock = asyncio.Lock()
+
+    async def deliver(self, clients: list[ServerClient], files: WeightFiles) -> dict[int, ServerDied]:
+        async with self._lock:  # two servers may be restarted at the same time
+            died = await self._meet(clients)
+            for index, path in enumerate(files.paths):
+                if died:
+                    break
+                shard = await asyncio.to_thread(self._on_device, map_shard(path))
+                died = await self._send(clients, shard, is_first=index == 0)
+            if self.device.type == "cuda":
+                torch.cuda.ipc_collect()  # what receivers have let go of
+            if died:
+                self._group, self._members = None, []  # its other members are met anew
+            return died
+
+    def _on_device(self, shard: Shard) -> Shard:
+        return Shard(shard.header, shard.data.to(self.device))
+
+    async def _meet(self, clients: list[ServerClient]) -> dict[int, ServerDied]:
+        """A group with the workers of just these servers, as they are since their last start."""
+        members = [(client.server.index, client.num_opened) for client in clients]
+        if members == self._members:
+            return {}
+        self._group, self._members = None, []
+        self._num_meetings += 1
+        devices, died = await self._ask(clients, "hetero_ppo_device", [{}] * len(clients))
+        if died:
+            return died
+        own, size, ranks = device_id(self.device), 1, []
+        for workers in devices:
+            elsewhere = [self.device.type == "cpu" or worker["device"] != own for worker in workers]
+            if not self.group_allowed and any(elsewhere):
+                raise RunError(
+                    f"{PHASE}: rollout.weight_transfer=cuda_ipc needs the server on the trainer's own GPU ({own}); it is on "
+                    f"{workers}; use collective"
+                )
+            ranks.append([size + sum(elsewhere[:i]) if is_so else None for i, is_so in enumerate(elsewhere)])
+            size += sum(elsewhere)
+        self._shares_device = [None in of_server for of_server in ranks]
+        if size > 1:
+            died = await self._join(clients, ranks, size)
+        if not died:
+            self._members = members
+        return died
+
+    async def _join(self, clients: list[ServerClient], ranks: list[list[int | None]], size: int) -> dict[int, ServerDied]:
+        assert self._store is not None
+        key = f"{self._secret}/{self._num_meetings}"
+        meeting = Meeting(self.address, self._store.port, key, size, min(MEETING_TIMEOUT_S, self.timeout_s), self.timeout_s)
+
+        def join() -> None:
+            self._group = WeightGroup(self._store, meeting, 0, self.device)
+
+        arguments = [{"meeting": meeting.to_json(), "ranks": of_server} for of_server in ranks]
+        _, died = await self._ask(clients, "hetero_ppo_join", arguments, join)
+        return died
+
+    async def _send(self, clients: list[ServerClient], shard: Shard, *, is_first: bool) -> dict[int, ServerDied]:
+        """One shard to all; it stays where it is until every worker has said that it has it."""
+        arguments: list[dict[str, Any]] = []
+        for shares in self._shares_device:
+            # A handle for each receiver: opening it counts.
+            handle = IpcHandle.of(shard.data).to_json() if shares else None
+            arguments.append({"header": shard.header, "handle": handle, "is_first": is_first})
+
+        group = self._group
+        own_part = None if group is None else lambda: group.broadcast(shard.data)
+        _, died = await self._ask(clients, "hetero_ppo_receive", arguments, own_part)
+        return died
+
+    async def _ask(
+        self,
+        clients: list[ServerClient],
+        method: str,
+        arguments: list[dict[str, Any]],
+        own_part: Callable[[], None] | None = None,
+    ) -> tuple[list[list[dict[str, Any]]], dict[int, ServerDied]]:
+        """Calls a method of all servers' workers and does the trainer's part beside it; every part ends before this returns.
+
+        Returns:
+            Each server's answers, one per worker, and the servers that died.
+        """
+        calls = [
+            client.call_worker(PHASE, method, self.timeout_s, **own)
+            for client, own in zip(clients, arguments, strict=True)
+        ]
+        parts = calls if own_part is None else [*calls, asyncio.to_thread(own_part)]
+        results = await asyncio.gather(*parts, return_exceptions=True)
+        died = {index: result for index, result in enumerate(results) if isinstance(result, ServerDied)}
+        errors = [result for result in results if isinstance(result, BaseException)]
+        if errors and not died:  # a peer's death makes errors of the others too
+            if isinstance(errors[0], RunError):  # names the server
+                raise errors[0]
+            raise RunError(f"{PHASE}: {method}: the trainer's end: {errors[0]}") from errors[0]
+        return results[: len(clients)], died
+
+
+def weight_transport(kind: WeightTransfer, device: torch.device, timeout_s: float, address: str = LOOPBACK) -> WeightTransport:
+    """The one that the config names; ``auto`` is resolved before."""
+    if kind is WeightTransfer.shared_memory:
+        return SharedMemory()
+    return Broadcast(device, address, timeout_s, group_allowed=kind is WeightTransfer.collective)

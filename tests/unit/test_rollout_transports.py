@@ -1,0 +1,112 @@
+"""Weights on their way: groups of their own, handles as JSON, and what is left when a member fails."""
+
+from __future__ import annotations
+
+import json
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from hetero_ppo.config.derived import weight_transfer
+from hetero_ppo.config.schema import Dtype, RolloutConfig, WeightTransfer
+from hetero_ppo.rollout.cuda_ipc import IpcHandle
+from hetero_ppo.rollout.network import bound_socket, own_address
+from hetero_ppo.rollout.weight_group import Meeting, WeightGroup, join_store, map_shard, num_bytes, open_store
+from hetero_ppo.rollout.weight_sync import write_weights
+
+CPU = torch.device("cpu")
+HANDLE = IpcHandle(bytes(range(64)), 4096, 512, b"/torch_1_2", 3, b"\x00\xff" * 32, True)
+
+
+def test_auto_depends_on_devices_and_places() -> None:
+    def auto(one_node: bool, cuda: bool, **config: int | None) -> str:
+        return weight_transfer(RolloutConfig(**config), 4, one_node=one_node, cuda=cuda).value
+
+    assert auto(True, False) == "shared_memory" and auto(False, False) == "collective"
+    assert auto(True, True) == "cuda_ipc" and auto(True, True, tensor_parallel=2) == "collective"
+    assert auto(True, True, num_servers=None) == auto(False, True) == "collective"
+    asked = RolloutConfig(weight_transfer=WeightTransfer.shared_memory)
+    assert weight_transfer(asked, 4, one_node=True, cuda=True) is WeightTransfer.shared_memory
+
+
+def test_a_shard_is_the_bytes_of_its_file(tmp_path: Path) -> None:
+    tensors = {"a": torch.randn(3, 5), "b": torch.randn(7), "scalar": torch.tensor(2.0)}
+    files = write_weights(tmp_path / "w", iter(tensors.items()), "v1", Dtype.bf16)
+    shard = map_shard(files.paths[0])
+    assert shard.data.numel() == num_bytes(shard.header) == files.num_bytes
+    found = replace(shard, header=json.loads(json.dumps(shard.header))).tensors()
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensors[name].to(torch.bfloat16)) for name in tensors)
+
+
+def test_a_group_of_its_own_leaves_the_default_group_alone() -> None:
+    store = open_store("127.0.0.1", 10.0)
+    assert listening_only_on_loopback(store.port)
+    meeting = Meeting("127.0.0.1", store.port, "secret/1", 3, 10.0, 10.0)
+    arrived = {rank: torch.zeros(1000, dtype=torch.uint8) for rank in (1, 2)}
+
+    def member(rank: int) -> None:
+        WeightGroup(join_store(meeting), meeting, rank, CPU).broadcast(arrived[rank])
+
+    threads = [threading.Thread(target=member, args=(rank,)) for rank in arrived]
+    for thread in threads:
+        thread.start()
+    sent = torch.arange(1000).to(torch.uint8)
+    WeightGroup(store, meeting, 0, CPU).broadcast(sent)
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(data, sent) for data in arrived.values()) and not dist.is_initialized()
+
+
+def listening_only_on_loopback(port: int) -> bool:
+    rows = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]]
+    return {row[1] for row in rows if row[3] == "0A" and row[1].endswith(f":{port:04X}")} == {f"0100007F:{port:04X}"}
+
+
+def test_a_member_that_does_not_come_is_an_error_within_the_deadline() -> None:
+    store = open_store("127.0.0.1", 10.0)
+    with pytest.raises(RuntimeError, match="(?i)time"):
+        WeightGroup(store, Meeting("127.0.0.1", store.port, "secret/1", 2, 0.5, 10.0), 0, CPU)
+
+
+def test_the_address_is_that_of_the_route_or_of_the_interface() -> None:
+    assert own_address("127.0.0.1") == own_address("localhost") == own_address("example", "lo") == "127.0.0.1"
+    with pytest.raises(ValueError, match=r"rollout\.interface='none0' has no IPv4 address here.*'lo'"):
+        own_address("127.0.0.1", "none0")
+    with bound_socket("127.0.0.1") as bound:
+        assert bound.getsockname()[0] == "127.0.0.1"
+
+
+def test_a_handle_survives_json() -> None:
+    text = json.dumps(HANDLE.to_json())
+    assert IpcHandle.from_json(json.loads(text)) == HANDLE and "00ff00ff" in text
+
+
+def read_block(handle: str, answer: mp.SimpleQueue) -> None:
+    """In another process: the bytes that it sees."""
+    device = torch.device("cuda", 0)
+    data = IpcHandle.from_json(json.loads(handle)).open(device).cpu()
+    answer.put(data.tolist())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA IPC needs a GPU")
+def test_another_process_reads_the_block_where_it_is() -> None:
+    """A block with others around it in the allocator's segment; and its memory is free again afterwards."""
+    device = torch.device("cuda", 0)
+    before = torch.full((1000,), 7, dtype=torch.uint8, device=device)
+    block = torch.arange(3000, device=device).to(torch.uint8)
+    context = mp.get_context("spawn")
+    answer = context.SimpleQueue()
+    process = context.Process(target=read_block, args=(json.dumps(IpcHandle.of(block).to_json()), answer))
+    process.start()
+    assert answer.get() == block.tolist() and int(before.sum()) == 7000
+    process.join()
+    assert process.exitcode == 0
+    del block
+    torch.cuda.ipc_collect()
