@@ -75,14 +75,18 @@ class Block:
     wanted: bool = True  # on the device; the lanes work towards it
     moving: Future[None] | None = None  # the last move that was queued
 
+    def __post_init__(self) -> None:
+        # Made once: it follows the storage, whose memory comes and goes.
+        self._view = torch.empty(0, dtype=torch.uint8, device=self.storage.device).set_(self.storage)
+
     @property
     def on_device(self) -> bool:
         """True once its memory is there (it may still be on its way in)."""
         return self.storage.nbytes() > 0
 
     def device_view(self) -> Tensor:
-        """[num_bytes] uint8 of the device's memory."""
-        return torch.empty(0, dtype=torch.uint8, device=self.storage.device).set_(self.storage)
+        """[num_bytes] uint8 of the device's memory, while it is there."""
+        return self._view
 
 
 class RoleResidency:

@@ -32,7 +32,7 @@ FIRST = frozenset({Kind.params, Kind.grads})
 #: Blocks move in groups of about this size, or of a share of the largest turn where that is less: one by one, hundreds of small
 #: tensors cost as much in Python as their copies take; all at once, nothing would come in before all has left.
 GROUP_BYTES = 32 * 2**20
-GROUPS_OF_A_TURN = 32
+GROUPS_OF_A_TURN = 16
 
 
 @dataclass
@@ -328,7 +328,7 @@ class SharedDevice:
         if not pending:
             return
         start = time.perf_counter()
-        for move in pending:
+        for move in reversed(pending):  # the last one first: each wait is one wake-up, and the others are done by then
             move.result()
         end = time.perf_counter()
         self._cost.waited_s += end - start
@@ -386,15 +386,18 @@ class _Groups:
     def __init__(self, num_bytes: int) -> None:
         """``num_bytes``: of a group; a block that is larger is a group of its own."""
         self._limit = num_bytes
+        self._size = 0  # bytes of the last group
         self._groups: list[tuple[RoleResidency, list[Block]]] = []
 
     def add(self, residency: RoleResidency, block: Block) -> None:
         if self._groups:
             owner, blocks = self._groups[-1]
-            fits = sum(b.num_bytes for b in blocks) + block.num_bytes <= self._limit
+            fits = self._size + block.num_bytes <= self._limit
             if owner is residency and blocks[0].kind is block.kind and fits:
                 blocks.append(block)
+                self._size += block.num_bytes
                 return
+        self._size = block.num_bytes
         self._groups.append((residency, [block]))
 
     def take(self) -> list[tuple[RoleResidency, list[Block]]]:
