@@ -97,11 +97,12 @@ class Experience:
     old_log_probs: Tensor  # [B, T] float32
     ref_log_probs: Tensor  # [B, T] float32
     values: Tensor  # [B, T] float32, of the state before token t + 1
-    scores: Tensor  # [B] float32, raw reward-model or function scores
+    scores: Tensor  # [B] float32, raw: the reward model's, the function's, or their sum; NaN where there is none
     token_level_rewards: Tensor  # [B, T] float32, KL penalty and final score
     advantages: Tensor  # [B, T] float32, whitened
     returns: Tensor  # [B, T] float32
     tis_weights: Tensor | None = None  # [B, T] float32, truncated importance weights; None: no correction
+    score_parts: dict[str, Tensor] = field(default_factory=dict)  # what scores are made of, [B] float32 by name; {}: one score
     metrics: dict[str, float] = field(default_factory=dict)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -56,6 +58,18 @@ class RunningMoments:
         self.count = float(state["count"])
         self.mean = float(state["mean"])
         self.m2 = float(state["m2"])
+
+
+def mix_scores(parts: Sequence[tuple[float, Tensor]]) -> Tensor:
+    """Sum of weight x score, in float64 and rounded once.
+
+    Args:
+        parts: at least one (weight, [B] float32 scores); NaN where a part has none.
+
+    Returns:
+        [B] float32, NaN where any part is.
+    """
+    return torch.stack([weight * scores.double() for weight, scores in parts]).sum(dim=0).float()
 
 
 def normalise_scores(scores: Tensor, mean: float, var: float) -> Tensor:

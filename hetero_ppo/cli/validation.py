@@ -5,9 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from hetero_ppo.config.checks import check_config, check_paths
-from hetero_ppo.config.derived import config_roles, data_parallel_size, derive_ppo, derive_supervised
+from hetero_ppo.config.derived import (
+    config_reward_models,
+    config_roles,
+    data_parallel_size,
+    derive_ppo,
+    derive_supervised,
+)
 from hetero_ppo.config.load import AnyConfig, LoadedConfig, load_config
-from hetero_ppo.config.schema import PpoConfig, RewardSource, RmConfig, SftConfig
+from hetero_ppo.config.schema import PpoConfig, RmConfig, SftConfig
 from hetero_ppo.data.chat_template import TextEncoder, check_tokenizers, load_text_encoder
 from hetero_ppo.data.dataset import Dataset
 from hetero_ppo.data.preference import PreferenceExample, load_preferences
@@ -175,9 +181,8 @@ def _what_it_does(loaded: LoadedConfig) -> str:
     elif isinstance(config, RmConfig):
         work = f"train a reward model from {config.reward.model.path} on the pairs"
     else:
-        judge = config.reward.function
-        if config.reward.source is RewardSource.model and config.reward_model is not None:
-            judge = config.reward_model.model.path
+        judges = [role.model.path for role in config_reward_models(config).values()]
+        judge = " and ".join([*judges, *([config.reward.function] if config.reward.function is not None else [])])
         work = f"answer the prompts with {config.actor.model.path}, score them with {judge}, and train actor and critic"
     resume = f" It resumes from {config.checkpoint.load}." if config.checkpoint.load is not None else ""
     export = f" The trained model goes to {config.run.dir}/hf." if config.checkpoint.export_hf else ""

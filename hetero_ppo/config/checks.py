@@ -342,32 +342,24 @@ def check_reward_source(config: PpoConfig, world_size: int) -> None:
     reward = config.reward
     _require(reward.clip >= 0, "reward.clip", reward.clip, "0 (off) or a positive bound")
     _require(reward.golden_every >= 0, "reward.golden_every", reward.golden_every, "0 or a number of PPO steps")
-    if reward.source is RewardSource.function:
-        _require(
-            reward.function is not None,
-            "reward.source",
-            "function",
-            "set reward.function to package.module:function or path/to/file.py:function",
-        )
-        _require(
-            config.reward_model is None,
-            "reward.source",
-            "function",
-            "reward_model is set and would not be used; set reward_model=null, or reward.source=model",
-        )
+    source = reward.source.value
+    has_function, has_model = reward.function is not None, config.reward_model is not None
+    if reward.source is RewardSource.model:
+        fix = "reward.source is model, so it would not be used; set reward.source=mix or function, or reward.function=null"
+        _require(not has_function, "reward.function", reward.function, fix)
     else:
-        _require(
-            config.reward_model is not None,
-            "reward.source",
-            "model",
-            "set reward_model.model.path, or reward.source=function",
-        )
-        _require(
-            reward.function is None,
-            "reward.function",
-            reward.function,
-            "reward.source is model, so it would not be used; set reward.source=function, or reward.function=null",
-        )
+        fix = "set reward.function to package.module:function or path/to/file.py:function"
+        _require(has_function, "reward.source", source, fix)
+    if reward.source is RewardSource.function:
+        fix = "reward_model is set and would not be used; set reward_model=null, or reward.source=mix or model"
+        _require(not has_model, "reward.source", source, fix)
+    else:
+        _require(has_model, "reward.source", source, "set reward_model.model.path, or reward.source=function")
+    for field in ("model_weight", "function_weight"):
+        weight, name = vars(reward)[field], f"reward.{field}"
+        _require(math.isfinite(weight) and weight != 0, name, weight, "a finite number other than 0")
+        fix = f"reward.source is {source}, so it would not be used; set reward.source=mix, or leave it out"
+        _require(weight == 1 or reward.source is RewardSource.mix, name, weight, fix)
 
 
 def check_function_names(config: PpoConfig, world_size: int) -> None:

@@ -31,9 +31,12 @@ def config_roles(config: AnyConfig) -> dict[str, RoleConfig]:
     if isinstance(config, RmConfig):
         return {"reward": config.reward}
     roles: dict[str, RoleConfig] = {"actor": config.actor, "critic": config.critic, "reference": config.reference}
-    if config.reward_model is not None:
-        roles["reward_model"] = config.reward_model
-    return roles
+    return roles | config_reward_models(config)
+
+
+def config_reward_models(config: PpoConfig) -> dict[str, RoleConfig]:
+    """The roles of ``config_roles`` that score responses; empty where a function alone does."""
+    return {} if config.reward_model is None else {"reward_model": config.reward_model}
 
 
 def trained_roles(config: AnyConfig) -> dict[str, TrainedRoleConfig]:

@@ -56,8 +56,11 @@ class OverlongPrompts(str, Enum):
 
 
 class RewardSource(str, Enum):
+    """Where the score of a response comes from."""
+
     model = "model"
     function = "function"
+    mix = "mix"  # both: reward.model_weight x the model's score + reward.function_weight x the function's
 
 
 class RolloutEngineKind(str, Enum):
@@ -274,6 +277,8 @@ class RewardErrors(str, Enum):
 class RewardConfig:
     source: RewardSource = RewardSource.model
     function: str | None = None  # "package.module:function", or "path/to/file.py:function"
+    model_weight: float = 1.0  # with source mix, of the model's score; below 0 it is a cost
+    function_weight: float = 1.0  # with source mix, of the function's score
     timeout_s: float = 60.0  # of one call of the function
     on_error: RewardErrors = RewardErrors.stop
     clip: float = 10.0  # |score| is clipped to it; 0 switches clipping off

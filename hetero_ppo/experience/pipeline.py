@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from hetero_ppo.experience.generation import Generation
-from hetero_ppo.experience.stages import ExperienceMaker, Stage
+from hetero_ppo.experience.judges import Stage
+from hetero_ppo.experience.stages import ExperienceMaker
 from hetero_ppo.observability.timers import PhaseTimer
 from hetero_ppo.types import Chunk, Experience
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -23,11 +23,10 @@ from hetero_ppo.algorithms.rewards import (
 from hetero_ppo.algorithms.rollout_correction import mismatch_metrics, truncated_weights
 from hetero_ppo.config.schema import AlgorithmConfig, OldLogProbs, RewardConfig, RolloutCorrectionKind
 from hetero_ppo.distributed.statistics import global_masked_moments
-from hetero_ppo.engines.microbatches import sequence_ends
 from hetero_ppo.engines.model_engine import ModelEngine
-from hetero_ppo.engines.outputs import log_probs_output, scores_output, values_output
+from hetero_ppo.engines.outputs import log_probs_output, values_output
 from hetero_ppo.errors import RunError
-from hetero_ppo.reward.function import FunctionReward
+from hetero_ppo.experience.judges import FUNCTION_SCORES, Judges, Scores, Stage, part_metrics
 from hetero_ppo.types import Experience, Rollout
 
 
@@ -47,22 +46,6 @@ def state_values(engine: ModelEngine, rollout: Rollout) -> Tensor:
     return values.masked_fill(~rollout.response_mask, 0)
 
 
-def model_scores(engine: ModelEngine, rollout: Rollout) -> Tensor:
-    """[B] float32 scores of the reward model at the end of each sequence."""
-    wanted = sequence_ends(rollout.sequence_lengths, rollout.token_ids.shape[1])
-    return engine.forward(rollout.token_ids, rollout.sequence_lengths, scores_output, wanted)
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One forward of the experience."""
-
-    name: str
-    role: ModelEngine | None  # whose turn it needs; None: no role's
-    compute: Callable[[Rollout], Tensor]  # in the role's turn: [B, T] or [B] float32 of B rows
-    per_token: bool = True
-
-
 @dataclass
 class ExperienceMaker:
     """The stages, and what follows them. The engines are the PPO trainer's; their weights are those of the rollout."""
@@ -70,7 +53,7 @@ class ExperienceMaker:
     actor: ModelEngine
     critic: ModelEngine
     reference: ModelEngine
-    reward: ModelEngine | FunctionReward
+    judges: Judges
     algorithm: AlgorithmConfig
     reward_config: RewardConfig
     temperature: float
@@ -80,25 +63,13 @@ class ExperienceMaker:
     def stages(self) -> list[Stage]:
         """What an experience is made of, in the order of ``ppo_turns``: the critic comes last, being trained next."""
         stages = [
-            self._score_stage(),
+            *self.judges.stages(),
             Stage("ref_log_probs", self.reference, partial(policy_log_probs, self.reference, temperature=self.temperature)),
         ]
         if self.algorithm.old_log_probs is OldLogProbs.actor:
             compute = partial(policy_log_probs, self.actor, temperature=self.temperature)
             stages.append(Stage("old_log_probs", self.actor, compute))
         return [*stages, Stage("values", self.critic, partial(state_values, self.critic))]
-
-    def _score_stage(self) -> Stage:
-        if isinstance(self.reward, FunctionReward):
-            return Stage("scores", None, self.reward.score, per_token=False)
-        return Stage("scores", self.reward, partial(model_scores, self.reward), per_token=False)
-
-    def scores(self, rollout: Rollout, phase: str) -> Tensor:
-        """[B] float32 raw scores, from the reward model in a turn of its own, or from the reward function."""
-        if isinstance(self.reward, FunctionReward):
-            return self.reward.score(rollout)
-        with self.reward.on_device(phase=phase):
-            return model_scores(self.reward, rollout)
 
     def assemble(self, rollout: Rollout, computed: Mapping[str, Tensor]) -> Experience:
         """Rewards, generalised advantages, whitening. Every rank holds all rows, so no collective is needed.
@@ -113,11 +84,12 @@ class ExperienceMaker:
         """
         for name, tensor in computed.items():
             # A reward function leaves NaN where it failed, and reward.on_error=exclude.
-            may_lack = name == "scores" and isinstance(self.reward, FunctionReward)
+            may_lack = name == FUNCTION_SCORES
             if not bool((torch.isfinite(tensor) | (may_lack & tensor.isnan())).all()):
                 raise FloatingPointError(f"make experience: {name} has values that are not finite; see the rollout dump")
         algorithm = self.algorithm
-        scores, values, ref_log_probs = computed["scores"], computed["values"], computed["ref_log_probs"]
+        scored = self.judges.combine(computed)
+        scores, values, ref_log_probs = scored.total, computed["values"], computed["ref_log_probs"]
         old_log_probs = computed.get("old_log_probs", rollout.rollout_log_probs)  # no such stage: the engine's own
         if bool(scores.isnan().all()):
             raise RunError(f"reward.function {self.reward_config.function} has failed for every response of the step")
@@ -129,7 +101,7 @@ class ExperienceMaker:
             moments = global_masked_moments(advantages, mask, None)
             advantages = whiten(advantages, mask, moments.mean, moments.var)
         tis_weights, comparison = compare_with_engine(algorithm, rollout, old_log_probs, mask)
-        metrics = experience_metrics(rollout, scores, rewards, old_log_probs, ref_log_probs, self.kl_controller.coef)
+        metrics = experience_metrics(rollout, scored, rewards, old_log_probs, ref_log_probs, self.kl_controller.coef)
         return Experience(
             rollout=rollout,
             response_mask=mask,
@@ -137,6 +109,7 @@ class ExperienceMaker:
             ref_log_probs=ref_log_probs,
             values=values.masked_fill(~mask, 0),
             scores=scores,
+            score_parts=scored.parts,
             token_level_rewards=rewards,
             advantages=advantages,
             returns=returns,
@@ -195,7 +168,7 @@ def sequence_kl(log_probs: Tensor, ref_log_probs: Tensor, mask: Tensor) -> Tenso
 
 def experience_metrics(
     rollout: Rollout,
-    scores: Tensor,
+    scored: Scores,
     rewards: Tensor,
     old_log_probs: Tensor,
     ref_log_probs: Tensor,
@@ -205,14 +178,15 @@ def experience_metrics(
     mask = rollout.response_mask
     lengths = rollout.response_lengths.float()
     kl = sequence_kl(old_log_probs, ref_log_probs, mask)
-    has_score = ~scores.isnan()
-    scores = scores[has_score]
+    has_score = ~scored.total.isnan()
+    scores = scored.total[has_score]
     return {
         "reward/mean": float(scores.mean()),
         "reward/std": float(scores.std(correction=0)),
         "reward/min": float(scores.min()),
         "reward/max": float(scores.max()),
         "reward/num_excluded": float((~has_score).sum()),
+        **part_metrics(scored.parts),
         "reward/with_kl_mean": float(rewards[has_score].sum(dim=1).mean()),
         "kl/reference": float(kl.mean()),
         "kl/coef": kl_coef,

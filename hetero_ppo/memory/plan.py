@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hetero_ppo.config.derived import actor_generates, config_roles, overlaps_generation
+from hetero_ppo.config.derived import actor_generates, config_reward_models, config_roles, overlaps_generation
 from hetero_ppo.config.load import AnyConfig
 from hetero_ppo.config.schema import (
     OldLogProbs,
@@ -31,7 +31,7 @@ from hetero_ppo.memory.plan_activations import (
 )
 from hetero_ppo.memory.plan_engine import EnginePlan, plan_engine
 from hetero_ppo.memory.plan_storage import RoleStorage
-from hetero_ppo.memory.turns import Turn, ppo_turns
+from hetero_ppo.memory.turns import Turn, ppo_turns, score_phases
 from megatron_bridge.parameter_count import hf_tensor_sizes
 
 GIB = 2**30
@@ -177,7 +177,7 @@ def _turns(config: AnyConfig, roles: Mapping[str, RoleStorage]) -> list[Turn]:
     if not isinstance(config, PpoConfig):
         return [Turn("train", dict.fromkeys(roles, TRAINING))]
     turns = ppo_turns(
-        has_reward_model=config.reward_model is not None,
+        reward_models=list(config_reward_models(config)),
         actor_scores_old=config.algorithm.old_log_probs is OldLogProbs.actor,
         overlap=overlaps_generation(config),
         actor_generates=actor_generates(config),
@@ -242,7 +242,7 @@ class _PhasePlanner:
         if self.engine is not None and self.engine.sleeps and stage_beside and not self._next(index).engine_awake:
             # The last stage: while the engine is awake the next wave begins with it, and in the last wave the engine sleeps.
             engine, ahead = (engine, 0) if engine >= ahead else (0, ahead)
-        computing = computing_role(turn.phase, self.roles)
+        computing = computing_role(turn.phase, self.config)
         return PhasePlan(
             phase=turn.phase,
             computing=computing,
@@ -295,13 +295,13 @@ class _PhasePlanner:
         return forward_bytes(role.bridge, role.head, pp_rank, work)
 
 
-def computing_role(phase: str, roles: Mapping[str, RoleStorage]) -> str | None:
+def computing_role(phase: str, config: AnyConfig) -> str | None:
     """Whose forward or backward a phase is; None: the engine's."""
-    if phase == "train":
-        return next(iter(roles))
+    if not isinstance(config, PpoConfig):
+        return next(iter(config_roles(config)))
     return {
+        **score_phases(list(config_reward_models(config))),
         "rollout": None,
-        "scores": "reward_model",
         "ref_log_probs": "reference",
         "old_log_probs": "actor",
         "values": "critic",

@@ -37,7 +37,11 @@ class Sample:
     prompt: str
     response: str
     label: Any
-    score: float
+    score: float | None  # None: the reward function failed for it
+
+    @property
+    def score_text(self) -> str:
+        return "no score" if self.score is None else f"score {self.score:.2f}"
 
 
 @dataclass(frozen=True)
@@ -130,7 +134,7 @@ def read_evaluation(path: Path) -> Evaluation | None:
             response_length=float(raw["response_length"]),
             num_prompts=int(raw["num_prompts"]),
             samples=[
-                Sample(str(row["prompt"]), str(row["response"]), row["label"], float(row["score"]))
+                Sample(str(row["prompt"]), str(row["response"]), row["label"], None if row["score"] is None else float(row["score"]))
                 for row in raw["samples"]
             ],
         )

@@ -144,7 +144,7 @@ def _answer(name: str, sample: Sample) -> str:
     is_right = sample.label is not None and sample.response.strip() == str(sample.label).strip()
     return (
         f'<div class="answer{" right" if is_right else ""}"><div class="head"><span>{name}</span>'
-        f'<span class="chip">score {sample.score:.2f}</span></div>{escape(sample.response.strip() or "(empty)")}</div>'
+        f'<span class="chip">{sample.score_text}</span></div>{escape(sample.response.strip() or "(empty)")}</div>'
     )
 
 

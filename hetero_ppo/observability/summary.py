@@ -92,8 +92,8 @@ def _sample_lines(number: int, old: Sample, new: Sample) -> list[str]:
     lines = _wrapped(f"Sample {number}: ", old.prompt)
     if old.label is not None:
         lines += _wrapped("   right: ", old.label)
-    lines += _wrapped("  before: ", f"{old.response.strip() or '(empty)'}   [score {old.score:.2f}]")
-    return lines + _wrapped("   after: ", f"{new.response.strip() or '(empty)'}   [score {new.score:.2f}]")
+    lines += _wrapped("  before: ", f"{old.response.strip() or '(empty)'}   [{old.score_text}]")
+    return lines + _wrapped("   after: ", f"{new.response.strip() or '(empty)'}   [{new.score_text}]")
 
 
 def _wrapped(head: str, text: Any) -> list[str]:

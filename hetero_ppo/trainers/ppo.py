@@ -1,4 +1,4 @@
-"""Proximal policy optimisation from a reward model or a reward function."""
+"""Proximal policy optimisation from reward models, a reward function, or both."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class PpoTrainer:
         # An error here is raised at once, not when the engine is up: its guardian ends it with this process.
         self.device = ppo_setup.shared_device(config, self.trace)
         self.roles = ppo_setup.build_roles(config, run, self.batching, self.device)
-        self.golden = ppo_setup.build_golden_guard(config, run, self.roles)
+        self.golden = ppo_setup.build_golden_guards(config, run, self.roles)
         self.maker = ppo_setup.build_maker(config, self.roles, self.data)
         if starting is not None:
             starting.wait()
@@ -101,8 +101,8 @@ class PpoTrainer:
             self.sync_weights(self.start)
         if self.start == 0 or config.pipeline.chunk_size != 0:  # a size that a sweep found is the checkpoint's: the bits depend on it
             self.chunk_size = ppo_setup.chunk_size(config, self.run, self.data, self.batching, self.turns)
-        if self.golden is not None:
-            self.golden.check(self.start, first=True)
+        for golden in self.golden:
+            golden.check(self.start, first=True)
         if not self._continues_its_folder():
             self.evaluator.run_and_save("before", f"step{self.start}")
         if self.run.should_stop(self.start, self.total_steps):
@@ -122,8 +122,8 @@ class PpoTrainer:
                         metrics |= self.update_actor(experience, step)
                 with self.timer.phase("weight_sync"):
                     metrics |= self.sync_weights(step + 1)
-                if self.golden is not None:
-                    self.golden.check(step + 1)
+                for golden in self.golden:
+                    golden.check(step + 1)
                 self.maker.kl_controller.update(experience.metrics["kl/reference"], experience.rollout.batch_size)
                 metrics = {**experience.metrics, **metrics, **ppo_memory.memory_metrics(self.device)}
                 if config.train.eval_every and (step + 1) % config.train.eval_every == 0:

@@ -8,6 +8,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from hetero_ppo.config.schema import PpoConfig
 from hetero_ppo.experience.generation import collect_rollout
 from hetero_ppo.experience.rollouts import response_texts
@@ -31,6 +33,7 @@ class Evaluation:
     accuracy: float | None  # mean of train.eval_function over sampled answers; None without one
     greedy_accuracy: float | None  # the same at temperature 0
     reward: float  # mean raw score of the sampled answers
+    reward_parts: dict[str, float]  # means of what the scores are made of; {}: one score
     kl: float  # nats per response, to the reference
     response_length: float  # tokens
     num_prompts: int
@@ -69,7 +72,8 @@ class Evaluator:
             if self.check is not None:
                 greedy = dataclasses.replace(sampling, temperature=0.0, top_p=1.0, top_k=-1)
                 greedy_rollout = collect_rollout(engine, prompts, greedy, **about)
-        scores = self.maker.scores(rollout, "eval")
+        scored = self.maker.judges.score(rollout, "eval")
+        scores = scored.total
         with self.maker.actor.on_device(phase="eval"):
             log_probs = policy_log_probs(self.maker.actor, rollout, sampling.temperature)
         with self.maker.reference.on_device(phase="eval"):
@@ -83,6 +87,7 @@ class Evaluator:
             accuracy=accuracy,
             greedy_accuracy=greedy_accuracy,
             reward=float(scores[~scores.isnan()].mean()),
+            reward_parts={name: float(part[~part.isnan()].mean()) for name, part in scored.parts.items()},
             kl=float(sequence_kl(log_probs, ref_log_probs, rollout.response_mask).mean()),
             response_length=float(rollout.response_lengths.float().mean()),
             num_prompts=len(prompts),
@@ -119,6 +124,7 @@ class Evaluator:
             "eval/reward": evaluation.reward,
             "eval/kl": evaluation.kl,
             "eval/response_length": evaluation.response_length,
+            **{f"eval/reward/{name}": mean for name, mean in evaluation.reward_parts.items()},
         }
         return {name: value for name, value in values.items() if value is not None}
 
@@ -127,9 +133,15 @@ class Evaluator:
         if not (self.config.train.dump_rollouts and self.run_info.is_writer):
             return
         rollout = experience.rollout
-        extra = {
-            "score": [None if math.isnan(score) else score for score in experience.scores.tolist()],
+        extra: dict[str, list[Any]] = {
+            "score": score_column(experience.scores),
+            **{f"score_{name}": score_column(part) for name, part in experience.score_parts.items()},
             "prompt": rollout.prompt_texts,
             "response": response_texts(rollout, self.data.encoder.decode),
         }
         write_rollouts(self.run_info.dir / "rollouts", step, rollout, extra)
+
+
+def score_column(scores: Tensor) -> list[float | None]:
+    """[B] scores as JSON has them: None where there is none."""
+    return [None if math.isnan(score) else score for score in scores.tolist()]

@@ -16,6 +16,7 @@ from hetero_ppo.config.derived import (
     GOLDEN_TOKENS,
     PpoBatching,
     actor_generates,
+    config_reward_models,
     derive_ppo,
     max_model_len,
     num_servers,
@@ -23,7 +24,7 @@ from hetero_ppo.config.derived import (
     running_batch,
     weight_transfer,
 )
-from hetero_ppo.config.schema import OldLogProbs, PpoConfig, RewardSource
+from hetero_ppo.config.schema import OldLogProbs, PpoConfig
 from hetero_ppo.data.chat_template import TextEncoder, load_text_encoder, tokenizer_folder
 from hetero_ppo.data.collate import collate_prompts
 from hetero_ppo.data.dataset import Dataset
@@ -33,6 +34,7 @@ from hetero_ppo.engines.model_engine import ModelEngine
 from hetero_ppo.engines.outputs import log_probs_output
 from hetero_ppo.engines.shared_device import SharedDevice
 from hetero_ppo.engines.train_engine import TrainEngine
+from hetero_ppo.experience.judges import Judges
 from hetero_ppo.experience.mismatch import MismatchGuard
 from hetero_ppo.experience.stages import ExperienceMaker
 from hetero_ppo.memory.turns import ppo_turns
@@ -79,12 +81,12 @@ class PpoData:
 
 @dataclass(frozen=True)
 class Roles:
-    """The four models."""
+    """The models."""
 
     actor: TrainEngine
     critic: TrainEngine
     reference: ModelEngine
-    reward_model: ModelEngine | None  # None with a reward function
+    reward_models: list[ModelEngine]  # empty where a reward function alone scores
 
 
 @dataclass
@@ -201,7 +203,7 @@ def trace_recorder(config: PpoConfig, run: Run, start: int) -> TraceRecorder:
 def shared_device(config: PpoConfig, trace: TraceRecorder) -> SharedDevice:
     """The device that the roles take turns on, in the order of a PPO step."""
     turns = ppo_turns(
-        has_reward_model=config.reward.source is RewardSource.model,
+        reward_models=list(config_reward_models(config)),
         actor_scores_old=config.algorithm.old_log_probs is OldLogProbs.actor,
         overlap=overlaps_generation(config),
         actor_generates=actor_generates(config),
@@ -217,46 +219,41 @@ def build_roles(config: PpoConfig, run: Run, batching: PpoBatching, device: Shar
     describe_loaded(run, critic)
     reference = ModelEngine("reference", config.reference, "lm", device=device)
     describe_loaded(run, reference)
-    reward_model = None
-    if config.reward.source is RewardSource.model:
-        assert config.reward_model is not None  # check_reward_source
-        reward_model = ModelEngine("reward_model", config.reward_model, "score", device=device)
-        describe_loaded(run, reward_model)
-        if reward_model.load_report.initialised:
+    reward_models = []
+    for name, role in config_reward_models(config).items():
+        reward_models.append(ModelEngine(name, role, "score", device=device))
+        describe_loaded(run, reward_models[-1])
+        initialised = reward_models[-1].load_report.initialised
+        if initialised:
             raise ValueError(
-                f"reward_model.model.path is {config.reward_model.model.path}: the checkpoint has no score head "
-                f"({', '.join(reward_model.load_report.initialised)}); give the export of a reward-model run"
+                f"{name}.model.path is {role.model.path}: the checkpoint has no score head "
+                f"({', '.join(initialised)}); give the export of a reward-model run"
             )
-    return Roles(actor, critic, reference, reward_model)
+    return Roles(actor, critic, reference, reward_models)
 
 
-def build_golden_guard(config: PpoConfig, run: Run, roles: Roles) -> GoldenGuard | None:
-    """Of the reward model; None with a reward function, or where its scores cannot be compared, which is said."""
-    if roles.reward_model is None:
-        return None
-    guard, note = golden_guard(roles.reward_model, config.reward.golden_every)
-    run.say(note)
-    return guard
+def build_golden_guards(config: PpoConfig, run: Run, roles: Roles) -> list[GoldenGuard]:
+    """Of the reward models whose scores can be compared; which cannot is said."""
+    guards = []
+    for engine in roles.reward_models:
+        guard, note = golden_guard(engine, config.reward.golden_every)
+        run.say(note)
+        guards += [] if guard is None else [guard]
+    return guards
 
 
 def build_maker(config: PpoConfig, roles: Roles, data: PpoData) -> ExperienceMaker:
     """The stages over these roles."""
-    reward: ModelEngine | FunctionReward
-    if roles.reward_model is not None:
-        reward = roles.reward_model
-    else:
-        assert config.reward.function is not None  # check_reward_source
-        reward = FunctionReward(
-            config.reward.function,
-            data.encoder.decode,
-            timeout_s=config.reward.timeout_s,
-            on_error=config.reward.on_error,
+    reward, function = config.reward, None
+    if reward.function is not None:
+        function = FunctionReward(
+            reward.function, data.encoder.decode, timeout_s=reward.timeout_s, on_error=reward.on_error
         )
     return ExperienceMaker(
         actor=roles.actor,
         critic=roles.critic,
         reference=roles.reference,
-        reward=reward,
+        judges=Judges(roles.reward_models, function, reward),
         algorithm=config.algorithm,
         reward_config=config.reward,
         temperature=config.rollout.sampling.temperature,

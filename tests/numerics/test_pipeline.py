@@ -30,6 +30,7 @@ from hetero_ppo.engines.train_engine import TrainEngine
 from hetero_ppo.errors import RunError
 from hetero_ppo.experience.bank import RolloutBank
 from hetero_ppo.experience.generation import Generation, collect_rollout
+from hetero_ppo.experience.judges import Judges
 from hetero_ppo.experience.pipeline import Pipeline
 from hetero_ppo.experience.stages import ExperienceMaker
 from hetero_ppo.memory.kinds import FORWARD, Kind
@@ -144,7 +145,7 @@ class Roles:
 
     def __init__(self, model: Path, *, overlap: bool, old_log_probs: OldLogProbs = OldLogProbs.actor) -> None:
         schedule = ppo_turns(
-            has_reward_model=True, actor_scores_old=old_log_probs is OldLogProbs.actor, overlap=overlap
+            reward_models=["reward_model"], actor_scores_old=old_log_probs is OldLogProbs.actor, overlap=overlap
         )
         self.device = SharedDevice(ResidencyConfig(), schedule)
         trained = TrainedRoleConfig(model=ModelConfig(path=str(model)), micro_batch_size=3)
@@ -154,7 +155,7 @@ class Roles:
             actor=TrainEngine("actor", trained, "lm", 1, self.device),
             critic=self.critic,
             reference=ModelEngine("reference", plain, "lm", device=self.device),
-            reward=ModelEngine("reward_model", plain, "score", device=self.device),
+            judges=Judges([ModelEngine("reward_model", plain, "score", device=self.device)], None, RewardConfig()),
             algorithm=AlgorithmConfig(old_log_probs=old_log_probs),
             reward_config=RewardConfig(),
             temperature=1.0,

@@ -35,7 +35,7 @@ from hetero_ppo.types import AnswerInputs
 pytestmark = pytest.mark.usefixtures("world")
 
 VOCAB, ROWS, LENGTH = 96, 4, 12
-SCHEDULE = ppo_turns(has_reward_model=True, actor_scores_old=True)
+SCHEDULE = ppo_turns(reward_models=["reward_model"], actor_scores_old=True)
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ from hetero_ppo.algorithms.rewards import (
     RunningMoments,
     apply_truncation,
     clip_scores,
+    mix_scores,
     normalise_scores,
     token_level_rewards,
 )
@@ -19,6 +20,14 @@ def test_token_level_rewards_by_hand() -> None:
     kl = torch.tensor([[9.0, 1.0, 2.0, 9.0], [1.0, -1.0, 0.0, 4.0], [5.0, 5.0, 5.0, 5.0]])
     rewards = token_level_rewards(torch.tensor([10.0, -3.0, 7.0]), kl, MASK, kl_coef=0.5)
     assert rewards.tolist() == [[0.0, -0.5, 9.0, 0.0], [-0.5, 0.5, 0.0, -5.0], [0.0, 0.0, 0.0, 0.0]]
+
+
+def test_mixed_scores_by_hand() -> None:
+    model, function = torch.tensor([1.0, -2.0, 3.0]), torch.tensor([0.5, float("nan"), -1.0])
+    mixed = mix_scores([(2.0, model), (-1.0, function)])
+    assert mixed.dtype == torch.float32 and mixed[0] == 1.5 and mixed[1].isnan() and mixed[2] == 7.0
+    assert mix_scores([(1.0, torch.tensor([1.0])), (1.0, torch.tensor([2.0**-24]))]).item() == 1.0, "rounded once, to even"
+    assert mix_scores([(2.5, torch.tensor([2.0**-24])), (1.0, torch.tensor([1.0]))]).item() == 1.0 + 2.0**-23
 
 
 def test_clip_scores() -> None:

@@ -13,12 +13,15 @@ import torch.distributed as dist
 
 from hetero_ppo.algorithms.kl import build_kl_controller
 from hetero_ppo.algorithms.rewards import RunningMoments
-from hetero_ppo.config.schema import AlgorithmConfig, RewardConfig, RewardErrors
+from hetero_ppo.config.schema import AlgorithmConfig, RewardConfig, RewardErrors, RewardSource
 from hetero_ppo.errors import RunError
+from hetero_ppo.experience.judges import Judges
 from hetero_ppo.experience.stages import ExperienceMaker
 from hetero_ppo.reward.function import FunctionReward
+from hetero_ppo.trainers.ppo_evaluation import score_column
 from hetero_ppo.types import Rollout
 
+FUNCTION_ALONE = RewardConfig(source=RewardSource.function, normalise=True)
 FUNCTION = """
 import time
 
@@ -86,14 +89,14 @@ def test_or_leaves_the_response_out_and_scores_the_others(tmp_path: Path, label:
     assert scores[0] == 0.5 and math.isnan(scores[1]) and scores[2] == -2
 
 
-def maker_of(reward: FunctionReward) -> ExperienceMaker:
+def maker_of(reward: FunctionReward | None, config: RewardConfig = FUNCTION_ALONE) -> ExperienceMaker:
     nothing = SimpleNamespace(role="none")
-    config = RewardConfig(normalise=True)
+    models = [] if config.source is RewardSource.function else [SimpleNamespace(role="reward_model")]
     return ExperienceMaker(
         actor=nothing,
         critic=nothing,
         reference=nothing,
-        reward=reward,
+        judges=Judges(models, reward, config),
         algorithm=(algorithm := AlgorithmConfig()),
         reward_config=config,
         temperature=1.0,
@@ -113,7 +116,7 @@ def test_an_excluded_response_is_as_if_it_had_not_been(tmp_path: Path) -> None:
         values = torch.zeros(len(labels), 4)
         values[kept] = torch.randn(3, 4, generator=generator).masked_fill(~rollout.response_mask[:3], 0)
         zeros = torch.zeros(len(labels), 4)
-        computed = {"scores": reward.score(rollout), "values": values, "ref_log_probs": zeros, "old_log_probs": zeros}
+        computed = {"function_scores": reward.score(rollout), "values": values, "ref_log_probs": zeros, "old_log_probs": zeros}
         maker = maker_of(reward)
         made[name] = (maker.assemble(rollout, computed), kept, maker.score_moments.state_dict())
     (found, kept, moments), (expected, _, expected_moments) = made["with"], made["without"]
@@ -131,13 +134,33 @@ def test_a_function_that_fails_for_all_stops_the_run(tmp_path: Path) -> None:
     zeros = torch.zeros(2, 4)
     with pytest.raises(RunError, match="has failed for every response of the step"):
         maker_of(reward).assemble(
-            rollout, {"scores": reward.score(rollout), "values": zeros, "ref_log_probs": zeros, "old_log_probs": zeros}
+            rollout, {"function_scores": reward.score(rollout), "values": zeros, "ref_log_probs": zeros, "old_log_probs": zeros}
         )
 
 
-def test_a_score_that_is_not_finite_is_never_a_models(tmp_path: Path) -> None:
-    maker = maker_of(reward_of(tmp_path, RewardErrors.stop))
-    maker.reward = SimpleNamespace(role="reward_model")
+def test_a_mix_is_a_weighted_sum_and_lacks_what_the_function_lacks(tmp_path: Path) -> None:
+    config = RewardConfig(source=RewardSource.mix, model_weight=0.5, function_weight=-2.0, on_error=RewardErrors.exclude)
+    reward, zeros = reward_of(tmp_path, config.on_error), torch.zeros(3, 4)
+    rollout = rollout_of([1.0, "raise", -3.0])
+    maker = maker_of(reward, config)
+    assert [stage.name for stage in maker.stages()][:2] == ["function_scores", "scores"]
+    computed = {"scores": torch.tensor([4.0, 5.0, -6.0]), "function_scores": reward.score(rollout)}
+    found = maker.assemble(rollout, computed | {"values": zeros, "ref_log_probs": zeros, "old_log_probs": zeros})
+    assert found.scores[0] == 0.0 and found.scores[1].isnan() and found.scores[2] == 3.0
+    assert found.token_level_rewards[:, -1].tolist() == [0.0, 0.0, 3.0] and not found.response_mask[1].any()
+    expected = {
+        "reward/mean": 1.5,
+        "reward/num_excluded": 1.0,
+        "reward/model/mean": 1.0,
+        "reward/function/mean": -1.0,
+        "reward/function/std": 2.0,
+    }
+    assert {name: found.metrics[name] for name in expected} == expected
+    assert score_column(found.score_parts["function"]) == [1.0, None, -3.0]
+
+
+def test_a_score_that_is_not_finite_is_never_a_models() -> None:
+    maker = maker_of(None, RewardConfig())
     zeros = torch.zeros(1, 4)
     computed = {"scores": torch.tensor([math.nan]), "values": zeros, "ref_log_probs": zeros, "old_log_probs": zeros}
     with pytest.raises(FloatingPointError, match="scores has values that are not finite"):

@@ -1,0 +1,97 @@
+"""What scores responses: a reward model, a Python function, or both."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from torch import Tensor
+
+from hetero_ppo.algorithms.rewards import mix_scores
+from hetero_ppo.config.schema import RewardConfig, RewardSource
+from hetero_ppo.engines.microbatches import sequence_ends
+from hetero_ppo.engines.model_engine import ModelEngine
+from hetero_ppo.engines.outputs import scores_output
+from hetero_ppo.memory.turns import score_phases
+from hetero_ppo.reward.function import FunctionReward
+from hetero_ppo.types import Rollout
+
+#: Stage of the reward function; those of the models are named by ``memory.turns.score_phases``.
+FUNCTION_SCORES = "function_scores"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One forward of the experience."""
+
+    name: str
+    role: ModelEngine | None  # whose turn it needs; None: no role's
+    compute: Callable[[Rollout], Tensor]  # in the role's turn: [B, T] or [B] float32 of B rows
+    per_token: bool = True
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of B responses."""
+
+    total: Tensor  # [B] float32, NaN where the reward function has none
+    parts: dict[str, Tensor]  # what it is made of, [B] float32 by name; {} where it is one score
+
+
+@dataclass(frozen=True)
+class Judges:
+    """A run's reward models and its reward function, and how their scores become one."""
+
+    models: Sequence[ModelEngine]  # with score heads; empty: the function alone
+    function: FunctionReward | None
+    config: RewardConfig
+
+    def stages(self) -> list[Stage]:
+        """The function first: it needs no role, and the first model comes in meanwhile."""
+        stages = []
+        if self.function is not None:
+            stages.append(Stage(FUNCTION_SCORES, None, self.function.score, per_token=False))
+        for phase, engine in zip(self._phases, self.models, strict=True):
+            stages.append(Stage(phase, engine, partial(model_scores, engine), per_token=False))
+        return stages
+
+    @property
+    def _phases(self) -> list[str]:
+        return list(score_phases([engine.role for engine in self.models]))
+
+    def combine(self, computed: Mapping[str, Tensor]) -> Scores:
+        """One score of what the stages gave, by their names, [B] float32 each."""
+        if not self.models:
+            return Scores(computed[FUNCTION_SCORES], {})
+        model = computed[self._phases[0]]
+        if self.config.source is not RewardSource.mix:
+            return Scores(model, {})
+        function = computed[FUNCTION_SCORES]
+        total = mix_scores([(self.config.model_weight, model), (self.config.function_weight, function)])
+        return Scores(total, {"model": model, "function": function})
+
+    def score(self, rollout: Rollout, phase: str) -> Scores:
+        """Of a whole rollout, every model in a turn of its own. Collective over the world."""
+        computed = {}
+        for stage in self.stages():
+            turn = contextlib.nullcontext() if stage.role is None else stage.role.on_device(phase=phase)
+            with turn:
+                computed[stage.name] = stage.compute(rollout)
+        return self.combine(computed)
+
+
+def model_scores(engine: ModelEngine, rollout: Rollout) -> Tensor:
+    """[B] float32 scores of the reward model at the end of each sequence."""
+    wanted = sequence_ends(rollout.sequence_lengths, rollout.token_ids.shape[1])
+    return engine.forward(rollout.token_ids, rollout.sequence_lengths, scores_output, wanted)
+
+
+def part_metrics(parts: Mapping[str, Tensor]) -> dict[str, float]:
+    """Mean and population standard deviation of every part, rows without a score left out."""
+    metrics = {}
+    for name, scores in parts.items():
+        scores = scores[~scores.isnan()]
+        metrics |= {f"reward/{name}/mean": float(scores.mean()), f"reward/{name}/std": float(scores.std(correction=0))}
+    return metrics
