@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hetero_ppo.algorithms.masking import last_response_column
-from hetero_ppo.config.schema import TruncatedResponses
+from hetero_ppo.config.schema import EnsembleScore, TruncatedResponses
 
 #: Added to the running variance when scores are normalised: equal scores become zeros.
 NORMALISE_EPS = 1e-8
@@ -58,6 +58,29 @@ class RunningMoments:
         self.count = float(state["count"])
         self.mean = float(state["mean"])
         self.m2 = float(state["m2"])
+
+
+def ensemble_score(scores: Tensor, how: EnsembleScore, k: float) -> Tensor:
+    """One score of those that several reward models give.
+
+    Coste et al. 2023, "Reward Model Ensembles Help Mitigate Overoptimization" (mean, worst case, and an uncertainty-weighted
+    one that subtracts the variance); Eisenstein et al. 2023, "Helping or Herding? Reward Model Ensembles Mitigate but do
+    not Eliminate Reward Hacking" (mean, minimum, mean minus standard deviation). Computed in float64, rounded once.
+
+    Args:
+        scores: [M, B] float32 of M models.
+        how: ``reward.ensemble``.
+        k: with ``mean_minus_std``, population standard deviations that are subtracted.
+
+    Returns:
+        [B] float32.
+    """
+    if how == EnsembleScore.min:
+        return scores.min(dim=0).values
+    mean = scores.double().mean(dim=0)
+    if how == EnsembleScore.mean_minus_std:
+        mean = mean - k * scores.double().std(dim=0, correction=0)
+    return mean.float()
 
 
 def mix_scores(parts: Sequence[tuple[float, Tensor]]) -> Tensor:

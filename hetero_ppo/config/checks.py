@@ -27,6 +27,7 @@ from hetero_ppo.config.checks_rollout import (
 )
 from hetero_ppo.config.derived import (
     RESPONSES_FIELDS,
+    config_reward_models,
     config_roles,
     data_parallel_size,
     exact_quotient,
@@ -36,6 +37,7 @@ from hetero_ppo.config.derived import (
 from hetero_ppo.config.load import AnyConfig
 from hetero_ppo.config.require import require as _require
 from hetero_ppo.config.schema import (
+    EnsembleScore,
     KlController,
     OldLogProbs,
     PpoConfig,
@@ -343,7 +345,7 @@ def check_reward_source(config: PpoConfig, world_size: int) -> None:
     _require(reward.clip >= 0, "reward.clip", reward.clip, "0 (off) or a positive bound")
     _require(reward.golden_every >= 0, "reward.golden_every", reward.golden_every, "0 or a number of PPO steps")
     source = reward.source.value
-    has_function, has_model = reward.function is not None, config.reward_model is not None
+    has_function, has_model = reward.function is not None, bool(config_reward_models(config))
     if reward.source is RewardSource.model:
         fix = "reward.source is model, so it would not be used; set reward.source=mix or function, or reward.function=null"
         _require(not has_function, "reward.function", reward.function, fix)
@@ -351,15 +353,29 @@ def check_reward_source(config: PpoConfig, world_size: int) -> None:
         fix = "set reward.function to package.module:function or path/to/file.py:function"
         _require(has_function, "reward.source", source, fix)
     if reward.source is RewardSource.function:
-        fix = "reward_model is set and would not be used; set reward_model=null, or reward.source=mix or model"
+        fix = "reward_model is set and would not be used; set reward_model=null (reward_models=[]), or reward.source=mix or model"
         _require(not has_model, "reward.source", source, fix)
     else:
-        _require(has_model, "reward.source", source, "set reward_model.model.path, or reward.source=function")
+        fix = "set reward_model.model.path (reward_models for an ensemble), or reward.source=function"
+        _require(has_model, "reward.source", source, fix)
     for field in ("model_weight", "function_weight"):
         weight, name = vars(reward)[field], f"reward.{field}"
         _require(math.isfinite(weight) and weight != 0, name, weight, "a finite number other than 0")
         fix = f"reward.source is {source}, so it would not be used; set reward.source=mix, or leave it out"
         _require(weight == 1 or reward.source is RewardSource.mix, name, weight, fix)
+
+
+def check_ensemble(config: PpoConfig, world_size: int) -> None:
+    reward, size = config.reward, len(config.reward_models)
+    fix = "reward_model is set too; an ensemble's models all stand in reward_models, so set reward_model=null"
+    _require(size == 0 or config.reward_model is None, "reward_models", f"[{size} models]", fix)
+    _require(size != 1, "reward_models", "[1 model]", "an ensemble has two at least; give a single one as reward_model")
+    fix = "there is no ensemble; give reward_models, or leave it out"
+    _require(size > 0 or reward.ensemble is EnsembleScore.mean, "reward.ensemble", reward.ensemble.value, fix)
+    k, name = reward.ensemble_k, "reward.ensemble_k"
+    _require(math.isfinite(k) and k >= 0, name, k, "0 or more standard deviations")
+    fix = "it is used by reward.ensemble=mean_minus_std alone; set that, or leave it out"
+    _require(k == 1 or reward.ensemble is EnsembleScore.mean_minus_std, name, k, fix)
 
 
 def check_function_names(config: PpoConfig, world_size: int) -> None:
@@ -513,6 +529,7 @@ PPO_CHECKS: tuple[Callable[[PpoConfig, int], None], ...] = (
     check_trace,
     check_kl,
     check_reward_source,
+    check_ensemble,
     check_function_names,
     check_sampling,
     check_rollout_servers,

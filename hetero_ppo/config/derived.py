@@ -36,7 +36,9 @@ def config_roles(config: AnyConfig) -> dict[str, RoleConfig]:
 
 def config_reward_models(config: PpoConfig) -> dict[str, RoleConfig]:
     """The roles of ``config_roles`` that score responses; empty where a function alone does."""
-    return {} if config.reward_model is None else {"reward_model": config.reward_model}
+    if config.reward_model is not None:
+        return {"reward_model": config.reward_model}
+    return {f"reward_models.{number}": role for number, role in enumerate(config.reward_models)}
 
 
 def trained_roles(config: AnyConfig) -> dict[str, TrainedRoleConfig]:

@@ -1,7 +1,8 @@
 """YAML file and ``a.b=c`` overrides -> a typed configuration.
 
 The YAML names its schema with ``kind: sft|rm|ppo`` and may hold ``${oc.env:VAR}`` and ``${actor.model.path}``-like
-interpolations. An unknown key, a value of the wrong type and a missing mandatory field are each a ``ValueError`` that
+interpolations. A list of sections is written as a list, and its items are numbered from 0 in dotted names:
+``reward_models.0.model.path``. An unknown key, a value of the wrong type and a missing mandatory field are each a ``ValueError`` that
 says where it was written and what was meant.
 """
 
@@ -116,12 +117,17 @@ def _key_lines(tree: yaml.Node, prefix: str) -> Iterator[tuple[str, int]]:
             field = f"{prefix}{key.value}"
             yield field, key.start_mark.line + 1
             yield from _key_lines(value, f"{field}.")
+    elif isinstance(tree, yaml.SequenceNode):
+        for number, item in enumerate(tree.value):
+            yield f"{prefix}{number}", item.start_mark.line + 1
+            yield from _key_lines(item, f"{prefix}{number}.")
 
 
-def _missing(values: dict[str, Any], prefix: str) -> Iterator[str]:
+def _missing(values: dict[Any, Any], prefix: str) -> Iterator[str]:
     for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _missing(value, f"{prefix}{name}.")
+        if isinstance(value, (dict, list)):
+            items = value if isinstance(value, dict) else dict(enumerate(value))
+            yield from _missing(items, f"{prefix}{name}.")
         elif value == MISSING:
             yield prefix + name
 
@@ -163,16 +169,35 @@ def _leaves(
             raise ValueError(
                 f"{origin(field)}: unknown key {field!r}; {_suggestion(str(key), prefix, section, schema_class)}"
             )
-        nested = section_class(hints[key])
+        nested, item = section_class(hints[key]), item_class(hints[key])
         if nested is not None and isinstance(value, dict):
             if value:
                 yield from _leaves(value, nested, f"{field}.", origin, schema_class)
+        elif item is not None and isinstance(value, (dict, list)):
+            yield from _item_leaves(value, item, field, origin, schema_class)
         elif isinstance(value, dict):
             raise ValueError(
                 f"{origin(field)}: {field} takes one value ({_type_name(hints[key])}), not the keys {list(value)}"
             )
         else:
             yield field, value, hints[key]
+
+
+def _item_leaves(
+    values: dict[Any, Any] | list[Any], section: type, field: str, origin: Callable[[str], str], schema_class: type
+) -> Iterator[tuple[str, Any, Any]]:
+    """The same of a list of sections: all of it, or by number those items that an override changes."""
+    if isinstance(values, list):
+        yield field, [], list[section]  # type: ignore[valid-type]  # what was there goes
+        values = dict(enumerate(values))
+    for number, item in values.items():
+        name = f"{field}.{number}"
+        if not str(number).isdecimal():
+            raise ValueError(f"{origin(field)}: {name}: items of the list {field} are numbered from 0")
+        if not isinstance(item, dict) or not item:
+            keys = ", ".join(get_type_hints(section))
+            raise ValueError(f"{origin(field)}: {name} is a section with the keys {keys}; got the value {item!r}")
+        yield from _leaves(item, section, f"{name}.", origin, schema_class)
 
 
 def _suggestion(key: str, prefix: str, section: type, schema_class: type) -> str:
@@ -212,6 +237,12 @@ def section_class(hint: Any) -> type | None:
     return hint if dataclasses.is_dataclass(hint) else None
 
 
+def item_class(hint: Any) -> type | None:
+    """The dataclass of the items of a list of sections, or None for every other field."""
+    plain, _ = _strip_optional(hint)
+    return section_class(get_args(plain)[0]) if get_origin(plain) is list else None
+
+
 def enum_choices(hint: Any) -> list[str]:
     """Names of the members of an enum field; empty for other fields."""
     plain, _ = _strip_optional(hint)
@@ -222,6 +253,8 @@ def _type_name(hint: Any) -> str:
     plain, optional = _strip_optional(hint)
     if enum_choices(hint):
         name = "one of " + ", ".join(enum_choices(hint))
+    elif item_class(hint) is not None:
+        name = f"a list of sections with the keys {', '.join(get_type_hints(item_class(hint)))}"
     elif get_origin(plain) is list:
         name = f"a list of {get_args(plain)[0].__name__}"
     else:
@@ -236,7 +269,7 @@ def _assign(node: DictConfig, schema_class: type, field: str, value: Any, hint: 
             raise ValueError(f"{origin}: {field} is a section with the keys {keys}; got the value {value!r}")
     elif not _is_acceptable(value, _strip_optional(hint)[0]):
         raise ValueError(f"{origin}: {field}: {value!r} is not allowed; allowed: {_type_name(hint)}")
-    _open_optional_sections(node, schema_class, field)
+    _open_sections(node, schema_class, field, origin)
     try:
         OmegaConf.update(node, field, value, merge=False)
     except OmegaConfBaseException as error:
@@ -253,13 +286,25 @@ def _is_acceptable(value: Any, plain: Any) -> bool:
     return True
 
 
-def _open_optional_sections(node: DictConfig, schema_class: type, field: str) -> None:
-    """Give a section that is None by default its defaults before a field inside it is set."""
+def _open_sections(node: DictConfig, schema_class: type, field: str, origin: str) -> None:
+    """Give a section that is None by default, or an item that is one more, its defaults before a field inside it is set."""
     section: type = schema_class
     parts = field.split(".")
     for depth, name in enumerate(parts[:-1], start=1):
-        nested = section_class(get_type_hints(section)[name])
         prefix = ".".join(parts[:depth])
+        if name.isdecimal():  # an item of the list before it
+            items = OmegaConf.select(node, ".".join(parts[: depth - 1]))
+            if int(name) > len(items):
+                raise ValueError(f"{origin}: {field}: the list has {len(items)} items, the next one is number {len(items)}")
+            if int(name) == len(items):
+                items.append(OmegaConf.structured(section))
+            continue
+        hint = get_type_hints(section)[name]
+        item = item_class(hint)
+        if item is not None:
+            section = item
+            continue
+        nested = section_class(hint)
         if OmegaConf.select(node, prefix) is None:
             OmegaConf.update(node, prefix, OmegaConf.structured(nested))
         section = nested

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 
 from hetero_ppo.config import schema
 from hetero_ppo.config.redact import redact
-from hetero_ppo.config.load import DraftConfig, LoadedConfig, enum_choices, section_class
+from hetero_ppo.config.load import DraftConfig, LoadedConfig, enum_choices, item_class, section_class
 
 #: Column of the comments, counted in characters.
 COMMENT_COLUMN = 44
@@ -42,10 +42,16 @@ def _render_section(values: dict[str, Any], section: type, indent: str) -> Itera
     for field in dataclasses.fields(section):
         value = values[field.name]
         comment = _comment(section, field.name, hints[field.name])
-        nested = section_class(hints[field.name])
+        nested, item = section_class(hints[field.name]), item_class(hints[field.name])
         if isinstance(value, dict) and nested is not None:
             yield _with_comment(f"{indent}{field.name}:", comment)
             yield from _render_section(value, nested, indent + "  ")
+        elif value and item is not None:
+            yield _with_comment(f"{indent}{field.name}:", comment)
+            for one in value:
+                first, *rest = _render_section(one, item, indent + "    ")
+                yield f"{indent}  - {first.lstrip()}"
+                yield from rest
         else:
             text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=2**20)
             yield _with_comment(

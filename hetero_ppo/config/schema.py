@@ -266,6 +266,14 @@ class RolloutConfig:
     eval_sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
 
+class EnsembleScore(str, Enum):
+    """What becomes of the scores of reward_models (Coste et al. 2023; Eisenstein et al. 2023)."""
+
+    mean = "mean"
+    min = "min"  # the most sceptical of them
+    mean_minus_std = "mean_minus_std"  # mean - reward.ensemble_k x population standard deviation
+
+
 class RewardErrors(str, Enum):
     """What becomes of a response that the reward function raises for, hangs on, or gives no finite number for."""
 
@@ -279,6 +287,8 @@ class RewardConfig:
     function: str | None = None  # "package.module:function", or "path/to/file.py:function"
     model_weight: float = 1.0  # with source mix, of the model's score; below 0 it is a cost
     function_weight: float = 1.0  # with source mix, of the function's score
+    ensemble: EnsembleScore = EnsembleScore.mean  # of reward_models
+    ensemble_k: float = 1.0  # with ensemble mean_minus_std: standard deviations that are subtracted
     timeout_s: float = 60.0  # of one call of the function
     on_error: RewardErrors = RewardErrors.stop
     clip: float = 10.0  # |score| is clipped to it; 0 switches clipping off
@@ -388,6 +398,7 @@ class PpoConfig:
     critic: TrainedRoleConfig = field(default_factory=TrainedRoleConfig)
     reference: RoleConfig = field(default_factory=RoleConfig)
     reward_model: RoleConfig | None = None
+    reward_models: list[RoleConfig] = field(default_factory=list)  # an ensemble, in place of reward_model; each in its own layout
     reward: RewardConfig = field(default_factory=RewardConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)

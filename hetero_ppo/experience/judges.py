@@ -1,4 +1,4 @@
-"""What scores responses: a reward model, a Python function, or both."""
+"""What scores responses: a reward model or an ensemble of them, a Python function, or both."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 from torch import Tensor
 
-from hetero_ppo.algorithms.rewards import mix_scores
+from hetero_ppo.algorithms.rewards import ensemble_score, mix_scores
 from hetero_ppo.config.schema import RewardConfig, RewardSource
 from hetero_ppo.engines.microbatches import sequence_ends
 from hetero_ppo.engines.model_engine import ModelEngine
@@ -65,12 +66,18 @@ class Judges:
         """One score of what the stages gave, by their names, [B] float32 each."""
         if not self.models:
             return Scores(computed[FUNCTION_SCORES], {})
+        config, parts = self.config, {}
         model = computed[self._phases[0]]
-        if self.config.source is not RewardSource.mix:
-            return Scores(model, {})
+        if len(self.models) > 1:
+            members = torch.stack([computed[phase] for phase in self._phases])
+            parts = {f"model_{number}": scores for number, scores in enumerate(members)}
+            parts["ensemble_std"] = members.std(dim=0, correction=0)
+            model = ensemble_score(members, config.ensemble, config.ensemble_k)
+        if config.source is not RewardSource.mix:
+            return Scores(model, parts)
         function = computed[FUNCTION_SCORES]
-        total = mix_scores([(self.config.model_weight, model), (self.config.function_weight, function)])
-        return Scores(total, {"model": model, "function": function})
+        total = mix_scores([(config.model_weight, model), (config.function_weight, function)])
+        return Scores(total, {"model": model, "function": function, **parts})
 
     def score(self, rollout: Rollout, phase: str) -> Scores:
         """Of a whole rollout, every model in a turn of its own. Collective over the world."""

@@ -39,7 +39,7 @@ class Change:
             *path, last = name.split(".")
             section: Any = changed
             for part in path:
-                section = vars(section)[part]
+                section = section[int(part)] if isinstance(section, list) else vars(section)[part]
             assert last in vars(section), f"no field {name}"
             setattr(section, last, value)
         return changed

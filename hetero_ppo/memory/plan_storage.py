@@ -24,7 +24,7 @@ from megatron_bridge.parameter_count import LocalParameter, local_parameters
 FP32_BYTES = 4
 DTYPES = {Dtype.fp32: torch.float32, Dtype.bf16: torch.bfloat16}
 #: Head of every role, as the trainers build it. An SFT run's actor is an "actor", a reward-model run's model a "reward".
-HEADS = {"actor": "lm", "reference": "lm", "critic": "value", "reward": "score", "reward_model": "score"}
+HEADS = {"actor": "lm", "reference": "lm", "critic": "value", "reward": "score", "reward_model": "score", "reward_models": "score"}
 
 # Megatron-Core's alignment, in elements.
 _PARAMETER_START = 64
@@ -110,7 +110,7 @@ class RoleStorage:
 
     def __init__(self, name: str, config: RoleConfig, world_size: int) -> None:
         """Args:
-        name: a key of ``HEADS``.
+        name: a key of ``HEADS``, or a member ("reward_models.0") of one.
         config: of its ``model.path`` config.json alone is read.
         world_size: ranks.
 
@@ -119,7 +119,7 @@ class RoleStorage:
         """
         self.name = name
         self.config = config
-        self.head = HEADS[name]
+        self.head = HEADS[name.partition(".")[0]]
         self.trained = isinstance(config, TrainedRoleConfig)
         recompute = config.recompute if isinstance(config, TrainedRoleConfig) else None
         self.bridge: BridgeConfig = bridge_config(

@@ -16,6 +16,7 @@ LANE_COLOURS = {
     "critic": COLOURS[1],
     "reference": COLOURS[2],
     "reward_model": COLOURS[3],
+    "reward_models": COLOURS[3],
     ENGINE: COLOURS[4],
 }
 WAIT_COLOURS = {WAIT: COLOURS[5], WAIT_FOR_ENGINE: "#f4d9c6"}
@@ -91,7 +92,7 @@ def _draw_lane(axes: Axes, row: int, spans: list[Span], seconds: float, scale: f
             if span.lane != TRAINER:  # whose nested phases are the roles' turns
                 axes.broken_barh(*bar, facecolor=INK, alpha=0.35, linewidth=0)
             continue
-        role = str(span.args.get("role", span.lane))
+        role = str(span.args.get("role", span.lane)).partition(".")[0]  # of an ensemble all members
         colour = WAIT_COLOURS.get(span.name) or LANE_COLOURS.get(role, GREY)
         # The edge parts one span from the next, or keeps visible what is shorter than a dot.
         axes.broken_barh(*bar, facecolor=colour, edgecolor="white" if share > SHORT else colour, linewidth=0.6)

@@ -7,11 +7,12 @@ from hetero_ppo.algorithms.rewards import (
     RunningMoments,
     apply_truncation,
     clip_scores,
+    ensemble_score,
     mix_scores,
     normalise_scores,
     token_level_rewards,
 )
-from hetero_ppo.config.schema import TruncatedResponses
+from hetero_ppo.config.schema import EnsembleScore, TruncatedResponses
 
 MASK = torch.tensor([[False, True, True, False], [True, True, True, True], [False, False, False, False]])
 
@@ -20,6 +21,16 @@ def test_token_level_rewards_by_hand() -> None:
     kl = torch.tensor([[9.0, 1.0, 2.0, 9.0], [1.0, -1.0, 0.0, 4.0], [5.0, 5.0, 5.0, 5.0]])
     rewards = token_level_rewards(torch.tensor([10.0, -3.0, 7.0]), kl, MASK, kl_coef=0.5)
     assert rewards.tolist() == [[0.0, -0.5, 9.0, 0.0], [-0.5, 0.5, 0.0, -5.0], [0.0, 0.0, 0.0, 0.0]]
+
+
+def test_ensemble_scores_by_hand() -> None:
+    """Means 2 and -1; population variances ((1 - 2)^2 + (3 - 2)^2) / 2 = 1 and (4^2 + 4^2) / 2 = 16."""
+    scores = torch.tensor([[1.0, 3.0], [3.0, -5.0]])
+    assert ensemble_score(scores, EnsembleScore.mean, 1.0).tolist() == [2.0, -1.0]
+    assert ensemble_score(scores, EnsembleScore.min, 1.0).tolist() == [1.0, -5.0]
+    assert ensemble_score(scores, EnsembleScore.mean_minus_std, 0.5).tolist() == [1.5, -3.0]
+    alike = torch.tensor([[0.1], [0.1], [0.1]])
+    assert all(torch.equal(ensemble_score(alike, how, 2.0), alike[0]) for how in EnsembleScore)
 
 
 def test_mixed_scores_by_hand() -> None:

@@ -82,6 +82,52 @@ def test_an_optional_section_opens_with_its_defaults_and_closes_again(ppo: str) 
     assert "mandatory field not given: reward_model.model.path" in message(ppo, "reward_model.micro_batch_size=2")
 
 
+ENSEMBLE = PPO + """\
+reward_models:
+  - model: {path: a}
+    parallel: {tensor: 2}
+  - {model: {path: "${actor.model.path}", dtype: bf16}}
+"""
+
+
+def test_a_list_of_sections(tmp_path: Path) -> None:
+    path = write(tmp_path, ENSEMBLE)
+    loaded = load_config(path, ["reward_models.1.micro_batch_size=3", "reward_models.2.model.path=c"])
+    first, second, third = loaded.config.reward_models
+    assert (first.model.path, first.parallel.tensor, first.micro_batch_size) == ("a", 2, 8)
+    assert (second.model.path, second.model.dtype, second.micro_batch_size) == ("policy", Dtype.bf16, 3)
+    assert third.model.path == "c"
+    save_config(loaded, str(tmp_path / "saved.yaml"))
+    assert load_config(str(tmp_path / "saved.yaml"), []).config == loaded.config
+    assert load_config(path, ["reward_models=[]"]).config.reward_models == []
+    one = load_config(path, ["reward_models=[{model: {path: z}}]"]).config.reward_models
+    assert [role.model.path for role in one] == ["z"]
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("reward_models.4.model.path=c", "reward_models.4.model.path: the list has 2 items, the next one is number 2"),
+        ("reward_models.0.modle.path=c", "unknown key 'reward_models.0.modle'; did you mean 'reward_models.0.model'?"),
+        ("reward_models.x.model.path=c", "reward_models.x: items of the list reward_models are numbered from 0"),
+        ("reward_models=3", "allowed: a list of sections with the keys model, parallel"),
+        ("reward_models=[3]", "reward_models.0 is a section with the keys model, parallel"),
+        ("reward_models.0.model.dtype=x", "reward_models.0.model.dtype: 'x' is not allowed; allowed: one of fp32, bf16"),
+    ],
+)
+def test_a_wrong_item_is_named(tmp_path: Path, override: str, expected: str) -> None:
+    text = message(write(tmp_path, ENSEMBLE), override)
+    assert expected in text and f"override {override!r}" in text
+
+
+def test_a_wrong_line_of_an_item_is_named(tmp_path: Path) -> None:
+    assert "run.yaml:9: unknown key 'reward_models.0.paralel'" in message(
+        write(tmp_path, ENSEMBLE.replace("parallel", "paralel"))
+    )
+    lacking = write(tmp_path, ENSEMBLE.replace("path: a", "dtype: fp32"))
+    assert "mandatory field not given: reward_models.0.model.path" in message(lacking)
+
+
 @pytest.mark.parametrize(
     ("override", "expected"),
     [

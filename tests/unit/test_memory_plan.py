@@ -94,6 +94,25 @@ def test_qwen3_8b_on_paper() -> None:
     assert plan.host.total == 56 * (actor + critic) + 2 * 2 * 8_190_735_360
 
 
+def test_an_ensemble_takes_turns_and_each_member_is_counted() -> None:
+    """Two more judges, one of them in a layout of its own: DP 8, so whole on every rank."""
+    model = "model: {path: examples/memory/qwen3_8b, dtype: bf16}"
+    members = [f"{{{model}, parallel: {{tensor: {tensor}}}}}" for tensor in (2, 1, 2)]
+    config = config_of(QWEN, "reward_model=null", f"reward_models=[{', '.join(members)}]")
+    plan, single = (plan_memory(one, 8, device_bytes=DEVICE) for one in (config, config_of(QWEN)))
+    judge = held(single, "scores")["reward_model"][Kind.params]
+    whole = 2 * 7_568_409_600
+    names = [f"reward_models.{number}" for number in range(3)]
+    assert [role.name for role in plan.roles[3:]] == names
+    assert [phase.phase for phase in plan.phases][:5] == ["rollout", "scores_0", "scores_1", "scores_2", "ref_log_probs"]
+    assert held(plan, "rollout") == held(plan, "scores_0") == {names[0]: {Kind.params: judge}}
+    assert held(plan, "scores_1") == {names[1]: {Kind.params: whole}}
+    phases = {phase.phase: phase for phase in plan.phases}
+    assert (phases["scores_1"].computing, phases["scores_1"].copied_in, phases["scores_1"].copied_out) == (names[1], whole, 0)
+    assert phases["scores_0"].ahead == whole, "the next member comes in while this one computes"
+    assert [plan.host.pinned[name] for name in names] == [8 * judge, 8 * whole, 8 * judge]
+
+
 def test_llama3_70b_on_paper() -> None:
     """Actor TP 8 x PP 2 x DP 4. A layer: qkv (64 + 2 * 8) * 128 * 8192 = 83,886,080; output 67,108,864; gate and up
     469,762,048; down 234,881,024; norms 16,384. On a rank 855,638,016 / 8 + 16,384 = 106,971,136, times 40 layers
