@@ -15,6 +15,9 @@ from typing import Any
 
 from torch import Tensor
 
+#: A conversation: "role", "content", and what else a chat template reads.
+Messages = list[dict[str, Any]]
+
 
 @dataclass(frozen=True)
 class PromptBatch:
@@ -22,6 +25,7 @@ class PromptBatch:
 
     prompt_ids: list[list[int]]  # token ids, template applied, not padded
     prompt_texts: list[str]  # what the user asked, as the data has it
+    prompt_messages: list[Messages | None]  # what the template rendered; None without a template
     prompt_index: list[int]  # row of the dataset, stable over epochs
     labels: list[Any]  # whatever the label key holds, or None
     metadata: list[dict[str, Any]]
@@ -65,6 +69,7 @@ class Rollout:
     prompt_index: list[int]
     labels: list[Any]
     metadata: list[dict[str, Any]] = field(default_factory=list)
+    prompt_messages: list[Messages | None] = field(default_factory=list)  # what the template rendered; None without a template
     chunk_index: list[int] = field(default_factory=list)  # of every row, the chunk that it was complete in; [] in a chunk
     #: Of every row, (label, tokens) of older weights, oldest first; [] when no response can be resumed.
     earlier_versions: list[list[tuple[str, int]]] = field(default_factory=list)

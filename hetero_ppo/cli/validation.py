@@ -24,6 +24,7 @@ from hetero_ppo.memory.plan_limits import find_limits
 from hetero_ppo.memory.plan_text import summarise
 from hetero_ppo.engines.layouts import check_models_fit_layouts
 from hetero_ppo.reward.function import load_function
+from hetero_ppo.reward.re_encoding import load_re_encoders
 
 #: Around what the loss is on, in the printed sample.
 MASK_OPEN, MASK_CLOSE = "[[", "]]"
@@ -56,11 +57,12 @@ def print_validation(config_path: str, overrides: list[str], world_size: int) ->
     load = _loader(config)
     train = load(config.data.train, config.data, encoder)
     evaluation = None if config.data.eval is None else load(config.data.eval, config.data, encoder)
+    re_encoders = _re_encoders(config, encoder, [train, *([evaluation] if evaluation is not None else [])])
     batching = _batching(config, world_size, len(train))
 
     print(f"config       {loaded.source}, kind {loaded.kind}: all checks passed")
     print(_describe_encoder(encoder))
-    print(_describe_roles(config, world_size))
+    print("\n".join([_describe_roles(config, world_size), *re_encoders]))
     print(f"\ndata\n{_table([dataset for dataset in (train, evaluation) if dataset is not None])}")
     print(f"\nfirst example{_sample_legend(config)}\n{_indent(sample_text(encoder, train.examples[0]))}")
     print(f"\nbatching\n{_indent(batching)}")
@@ -74,6 +76,14 @@ def _check_functions(config: AnyConfig) -> None:
         for field, name in functions.items():
             if name is not None:
                 load_function(name, field)
+
+
+def _re_encoders(config: AnyConfig, encoder: TextEncoder, datasets: list[Dataset]) -> list[str]:
+    """A line for each reward model that reads texts anew; its template has been tried on the prompts."""
+    if not isinstance(config, PpoConfig):
+        return []
+    prompts = [example.messages for dataset in datasets for example in dataset.examples]
+    return [re_encoder.describe() for re_encoder in load_re_encoders(config, encoder, prompts).values()]
 
 
 def _loader(config: AnyConfig) -> Callable[..., Dataset]:

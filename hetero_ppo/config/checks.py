@@ -18,6 +18,7 @@ from hetero_ppo.config.checks_microbatches import (
     check_packing,
     check_pair_budget,
 )
+from hetero_ppo.config.checks_rewards import check_ensemble, check_re_encoding, check_reward_source
 from hetero_ppo.config.checks_rollout import (
     check_megatron_engine,
     check_over_sampling,
@@ -37,11 +38,9 @@ from hetero_ppo.config.derived import (
 from hetero_ppo.config.load import AnyConfig
 from hetero_ppo.config.require import require as _require
 from hetero_ppo.config.schema import (
-    EnsembleScore,
     KlController,
     OldLogProbs,
     PpoConfig,
-    RewardSource,
     RmConfig,
     RolloutCorrectionKind,
     SftConfig,
@@ -340,44 +339,6 @@ def check_kl(config: PpoConfig, world_size: int) -> None:
         _require(kl.horizon >= 1, "algorithm.kl.horizon", kl.horizon, "at least 1 sample")
 
 
-def check_reward_source(config: PpoConfig, world_size: int) -> None:
-    reward = config.reward
-    _require(reward.clip >= 0, "reward.clip", reward.clip, "0 (off) or a positive bound")
-    _require(reward.golden_every >= 0, "reward.golden_every", reward.golden_every, "0 or a number of PPO steps")
-    source = reward.source.value
-    has_function, has_model = reward.function is not None, bool(config_reward_models(config))
-    if reward.source is RewardSource.model:
-        fix = "reward.source is model, so it would not be used; set reward.source=mix or function, or reward.function=null"
-        _require(not has_function, "reward.function", reward.function, fix)
-    else:
-        fix = "set reward.function to package.module:function or path/to/file.py:function"
-        _require(has_function, "reward.source", source, fix)
-    if reward.source is RewardSource.function:
-        fix = "reward_model is set and would not be used; set reward_model=null (reward_models=[]), or reward.source=mix or model"
-        _require(not has_model, "reward.source", source, fix)
-    else:
-        fix = "set reward_model.model.path (reward_models for an ensemble), or reward.source=function"
-        _require(has_model, "reward.source", source, fix)
-    for field in ("model_weight", "function_weight"):
-        weight, name = vars(reward)[field], f"reward.{field}"
-        _require(math.isfinite(weight) and weight != 0, name, weight, "a finite number other than 0")
-        fix = f"reward.source is {source}, so it would not be used; set reward.source=mix, or leave it out"
-        _require(weight == 1 or reward.source is RewardSource.mix, name, weight, fix)
-
-
-def check_ensemble(config: PpoConfig, world_size: int) -> None:
-    reward, size = config.reward, len(config.reward_models)
-    fix = "reward_model is set too; an ensemble's models all stand in reward_models, so set reward_model=null"
-    _require(size == 0 or config.reward_model is None, "reward_models", f"[{size} models]", fix)
-    _require(size != 1, "reward_models", "[1 model]", "an ensemble has two at least; give a single one as reward_model")
-    fix = "there is no ensemble; give reward_models, or leave it out"
-    _require(size > 0 or reward.ensemble is EnsembleScore.mean, "reward.ensemble", reward.ensemble.value, fix)
-    k, name = reward.ensemble_k, "reward.ensemble_k"
-    _require(math.isfinite(k) and k >= 0, name, k, "0 or more standard deviations")
-    fix = "it is used by reward.ensemble=mean_minus_std alone; set that, or leave it out"
-    _require(k == 1 or reward.ensemble is EnsembleScore.mean_minus_std, name, k, fix)
-
-
 def check_function_names(config: PpoConfig, world_size: int) -> None:
     for field, name in (
         ("reward.function", config.reward.function),
@@ -455,8 +416,8 @@ def read_model_config(field: str, path: str) -> dict[str, Any]:
 
 def check_context_lengths(config: AnyConfig) -> None:
     """The longest sequence fits the positions that the model was made for (scaled RoPE is left to the user)."""
-    tokens, fields = longest_sequence(config)
     for name, role in config_roles(config).items():
+        tokens, fields = longest_sequence(config, name)
         model = read_model_config(f"{name}.model.path", role.model.path)
         scaling = model.get("rope_scaling") or model.get("rope_parameters") or {}
         if scaling.get("rope_type", scaling.get("type", "default")) == "default" and "max_position_embeddings" in model:
@@ -475,6 +436,9 @@ def check_data_files(config: AnyConfig) -> None:
         "data.eval": config.data.eval,
         "data.chat_template": config.data.chat_template,
     }
+    if isinstance(config, PpoConfig):
+        for name, role in config_reward_models(config).items():
+            files[f"{name}.re_encode.chat_template"] = role.re_encode and role.re_encode.chat_template
     for field, path in files.items():
         if path is not None:
             _require(os.path.isfile(path), field, path, f"no such file (current folder: {os.getcwd()})")
@@ -530,6 +494,7 @@ PPO_CHECKS: tuple[Callable[[PpoConfig, int], None], ...] = (
     check_kl,
     check_reward_source,
     check_ensemble,
+    check_re_encoding,
     check_function_names,
     check_sampling,
     check_rollout_servers,

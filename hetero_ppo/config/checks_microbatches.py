@@ -15,7 +15,7 @@ def check_micro_batches(config: AnyConfig, world_size: int) -> None:
         if isinstance(role, TrainedRoleConfig):
             budgets["forward_micro_batch_tokens"] = role.forward_micro_batch_tokens
         for field, tokens in budgets.items():
-            longest, fields = longest_sequence(config)
+            longest, fields = longest_sequence(config, name)
             require(
                 tokens is None or tokens >= longest,
                 f"{name}.{field}",

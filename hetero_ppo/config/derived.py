@@ -9,6 +9,7 @@ from hetero_ppo.config.load import AnyConfig
 from hetero_ppo.config.schema import (
     ParallelConfig,
     PpoConfig,
+    RewardRoleConfig,
     RmConfig,
     RoleConfig,
     RolloutConfig,
@@ -34,7 +35,7 @@ def config_roles(config: AnyConfig) -> dict[str, RoleConfig]:
     return roles | config_reward_models(config)
 
 
-def config_reward_models(config: PpoConfig) -> dict[str, RoleConfig]:
+def config_reward_models(config: PpoConfig) -> dict[str, RewardRoleConfig]:
     """The roles of ``config_roles`` that score responses; empty where a function alone does."""
     if config.reward_model is not None:
         return {"reward_model": config.reward_model}
@@ -79,8 +80,15 @@ def data_parallel_size(role: str, parallel: ParallelConfig, world_size: int) -> 
     return world_size // model_ranks
 
 
-def longest_sequence(config: AnyConfig) -> tuple[int, str]:
-    """Tokens of the longest sequence that is trained on, and the fields that say so."""
+def longest_sequence(config: AnyConfig, role: str | None = None) -> tuple[int, str]:
+    """Tokens of the longest sequence that is trained on, and the fields that say so.
+
+    Args:
+        role: as it reads them; None: the policy.
+    """
+    own = config_roles(config).get(role) if role is not None else None
+    if isinstance(own, RewardRoleConfig) and own.re_encode is not None:
+        return own.re_encode.max_tokens, f"{role}.re_encode.max_tokens"
     if isinstance(config, PpoConfig):
         tokens = config.data.max_prompt_tokens + config.rollout.sampling.max_tokens
         return tokens, "data.max_prompt_tokens + rollout.sampling.max_tokens"

@@ -161,6 +161,19 @@ class TrainedRoleConfig(RoleConfig):
 
 
 @dataclass
+class ReEncodeConfig:
+    """Texts are encoded anew for a reward model whose tokenizer or template is not the actor's."""
+
+    max_tokens: int = MISSING  # of prompt and response in the reward model's tokens; of a longer sequence the end is cut off and counted
+    chat_template: str | None = None  # Jinja file that replaces the template of its tokenizer
+
+
+@dataclass
+class RewardRoleConfig(RoleConfig):
+    re_encode: ReEncodeConfig | None = None  # None: it reads the actor's token ids
+
+
+@dataclass
 class DataConfig:
     train: str = MISSING  # .jsonl or .parquet file
     eval: str | None = None  # same format; None: no evaluation
@@ -397,8 +410,8 @@ class PpoConfig:
     actor: TrainedRoleConfig = field(default_factory=TrainedRoleConfig)
     critic: TrainedRoleConfig = field(default_factory=TrainedRoleConfig)
     reference: RoleConfig = field(default_factory=RoleConfig)
-    reward_model: RoleConfig | None = None
-    reward_models: list[RoleConfig] = field(default_factory=list)  # an ensemble, in place of reward_model; each in its own layout
+    reward_model: RewardRoleConfig | None = None
+    reward_models: list[RewardRoleConfig] = field(default_factory=list)  # an ensemble, in place of reward_model; each in its own layout
     reward: RewardConfig = field(default_factory=RewardConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -11,9 +12,9 @@ import jinja2
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hetero_ppo.config.checks import read_model_config
-from hetero_ppo.config.derived import config_roles
+from hetero_ppo.config.derived import config_reward_models, config_roles
 from hetero_ppo.config.load import AnyConfig
-from hetero_ppo.config.schema import DataConfig, ModelConfig
+from hetero_ppo.config.schema import DataConfig, ModelConfig, PpoConfig, RewardRoleConfig
 from hetero_ppo.data.reading import Message
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
@@ -30,9 +31,19 @@ class TextEncoder:
     source: str  # tokenizer folder
 
     @property
+    def fingerprint(self) -> str:
+        """sha256 of what makes ids of texts: vocabulary, end of sequence, prefix, template."""
+        parts = [sorted(self.tokenizer.get_vocab().items()), self.eos_token_id, self.prefix_ids, self.template]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    @property
     def template_hash(self) -> str:
         """sha256 of the template, "none" without one."""
         return "none" if self.template is None else hashlib.sha256(self.template.encode()).hexdigest()
+
+    def describe(self) -> str:
+        """Folder, size and fingerprint."""
+        return f"the tokenizer in {self.source} ({len(self.tokenizer)} tokens, sha256 {self.fingerprint[:12]})"
 
     def render(self, messages: list[Message], add_generation_prompt: bool) -> str:
         """The template's text for ``messages``; with ``add_generation_prompt`` up to where an answer begins.
@@ -97,6 +108,20 @@ def load_text_encoder(model: ModelConfig, data: DataConfig, role: str) -> TextEn
     return TextEncoder(tokenizer, template, prefix, tokenizer.eos_token_id, folder)
 
 
+def load_reward_encoder(role: RewardRoleConfig, data: DataConfig, name: str) -> TextEncoder:
+    """The tokenizer of a reward model that reads texts anew, with its own template; without one where the run has none.
+
+    Raises:
+        ValueError: as ``load_text_encoder``.
+    """
+    assert role.re_encode is not None
+    own = dataclasses.replace(data, chat_template=role.re_encode.chat_template)
+    try:
+        return load_text_encoder(role.model, own, name)
+    except ValueError as error:
+        raise ValueError(str(error).replace("data.chat_template", f"{name}.re_encode.chat_template")) from error
+
+
 def _choose_template(tokenizer: PreTrainedTokenizerBase, data: DataConfig, folder: str) -> str | None:
     if not data.apply_chat_template:
         if data.chat_template is not None:
@@ -127,26 +152,55 @@ def _choose_template(tokenizer: PreTrainedTokenizerBase, data: DataConfig, folde
 def check_tokenizers(config: AnyConfig) -> None:
     """Every role knows the tokens that the run's tokenizer makes, by the same ids.
 
-    Token ids go from role to role as they are; a critic or reward model of another vocabulary would read other words.
+    Token ids go from role to role as they are; a critic or reward model of another vocabulary would read other words. A reward
+    model may have texts encoded anew instead (``re_encode``).
 
     Raises:
-        ValueError: fewer embedding rows than tokens, another vocabulary, or another end-of-sequence token.
+        ValueError: fewer embedding rows than tokens; another vocabulary, end-of-sequence token, or template of a reward model; or
+            texts would be encoded anew for no reason.
     """
+    if isinstance(config, PpoConfig):
+        _check_reward_encoders(config)
     roles = config_roles(config)
     policy_name = next(iter(roles))  # the actor; the reward model in a reward-model run
     policy_folder = tokenizer_folder(roles[policy_name].model)
     policy = load_tokenizer(policy_folder, f"{policy_name}.model.path")
     for name, role in roles.items():
         field = f"{name}.model.path"
-        rows = read_model_config(field, role.model.path)["vocab_size"]
-        if len(policy) > rows:
-            raise ValueError(
-                f"{field}={role.model.path}: the model has {rows} embedding rows and the tokenizer in {policy_folder} "
-                f"{len(policy)} tokens; use the tokenizer that belongs to the model"
-            )
         folder = tokenizer_folder(role.model)
-        if not _same_folder(folder, policy_folder):
+        re_encodes = isinstance(role, RewardRoleConfig) and role.re_encode is not None
+        reader, source = (load_tokenizer(folder, field), folder) if re_encodes else (policy, policy_folder)
+        rows = read_model_config(field, role.model.path)["vocab_size"]
+        if len(reader) > rows:
+            raise ValueError(
+                f"{field}={role.model.path}: the model has {rows} embedding rows and the tokenizer in {source} "
+                f"{len(reader)} tokens; use the tokenizer that belongs to the model"
+            )
+        if not re_encodes and not _same_folder(folder, policy_folder):
             _check_same_vocabulary(policy, policy_folder, load_tokenizer(folder, field), folder, name)
+
+
+def _check_reward_encoders(config: PpoConfig) -> None:
+    """Texts are encoded anew where the reward model's ids would be others, and there alone."""
+    policy = load_text_encoder(config.actor.model, config.data, "actor")
+    for name, role in config_reward_models(config).items():
+        folder = tokenizer_folder(role.model)
+        if role.re_encode is not None:
+            if load_reward_encoder(role, config.data, name).fingerprint == policy.fingerprint:
+                raise ValueError(
+                    f"{name}.re_encode: the tokenizer and template in {folder} are those of {policy.source}, and ids that are "
+                    f"carried are exact; set {name}.re_encode=null"
+                )
+            continue
+        if _same_folder(folder, policy.source) or policy.template is None or config.data.chat_template is not None:
+            continue
+        template = load_tokenizer(folder, f"{name}.model.path").chat_template
+        if template is not None and template != policy.template:
+            raise ValueError(
+                f"{name}: the tokenizer in {folder} has another chat template than the one in {policy.source}, so prompts would look "
+                f"otherwise than {name} learned; set data.chat_template to the one that all were trained with, or "
+                f"{name}.re_encode.max_tokens to have texts encoded anew by its own"
+            )
 
 
 def _same_folder(one: str, other: str) -> bool:
@@ -168,10 +222,16 @@ def _check_same_vocabulary(
             f"{role}: the tokenizer in {other_folder} has another vocabulary than the one in {policy_folder}: "
             f"{len(differing)} tokens differ, for example {json.dumps(token, ensure_ascii=False)} is "
             f"{other_vocab.get(token, 'missing')} there and {policy_vocab.get(token, 'missing')} here. Roles exchange "
-            "token ids; use models of one tokenizer"
+            f"token ids; use models of one tokenizer{_way_out(role)}"
         )
     if policy.eos_token_id != other.eos_token_id:
         raise ValueError(
             f"{role}: the end-of-sequence token is {other.eos_token!r} in {other_folder} and {policy.eos_token!r} in "
-            f"{policy_folder}; sequences would end otherwise than {role} learned. Make eos_token the same in both"
+            f"{policy_folder}; sequences would end otherwise than {role} learned. Make eos_token the same in both{_way_out(role)}"
         )
+
+
+def _way_out(role: str) -> str:
+    if not role.startswith("reward_model"):
+        return ""
+    return f", or set {role}.re_encode.max_tokens: responses are then decoded and encoded anew with {role}'s tokenizer"

@@ -49,6 +49,7 @@ def collate_prompts(examples: Sequence[PromptExample]) -> PromptBatch:
     return PromptBatch(
         prompt_ids=[example.prompt_ids for example in examples],
         prompt_texts=[example.text for example in examples],
+        prompt_messages=[example.messages for example in examples],
         prompt_index=[example.index for example in examples],
         labels=[example.label for example in examples],
         metadata=[example.metadata for example in examples],

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from hetero_ppo.data.chat_template import TextEncoder
 from hetero_ppo.data.reading import Message, Row, excerpt
+from hetero_ppo.types import Messages
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,45 @@ def encode_sequences(encoder: TextEncoder, items: Sequence[PlainPair | Conversat
         else:
             encoded.append(_encode_conversation(encoder, item, texts, pieces))
     return encoded
+
+
+def encode_responses(
+    encoder: TextEncoder, items: Sequence[tuple[Messages | None, str, str, bool]]
+) -> list[list[int]]:
+    """Token ids of prompts with a response that a policy made, in one call of the tokenizer.
+
+    Of a finished response the ids are those that ``encode_sequences`` gives for the same conversation. One that is not
+    finished has no end-of-sequence token: its ids end with the last one of its text.
+
+    Args:
+        encoder: whose template and end-of-sequence token are used.
+        items: (messages of the prompt, text of the prompt, text of the response, finished?); the text is read where there is no template.
+
+    Raises:
+        ValueError: the template refuses the messages.
+    """
+    texts = []
+    for messages, prompt, response, _ in items:
+        if encoder.template is None:
+            texts += [prompt, response]
+            continue
+        assert messages is not None, "prompts of a run with a template have messages"
+        answered = [*messages, {"role": "assistant", "content": response}]
+        texts.append(encoder.render(messages, add_generation_prompt=True))
+        texts.append(encoder.render(answered, add_generation_prompt=False))
+    encoded = iter(encoder.encode(texts))
+    sequences = []
+    for *_, finished in items:
+        before, whole = next(encoded), next(encoded)
+        if encoder.template is None:
+            ids = [*encoder.prefix_ids, *before, *whole]
+        else:
+            # Of a tokenizer that merges over the border fewer ids are alike; where the answer ends is known all the same.
+            start = next((n for n, (a, b) in enumerate(zip(before, whole)) if a != b), min(len(before), len(whole)))
+            end = _answer_end(encoder, whole, start)
+            ids = whole[: end - 1] if end > start and whole[end - 1] == encoder.eos_token_id else whole[:end]
+        sequences.append([*ids, encoder.eos_token_id] if finished else ids)
+    return sequences
 
 
 def _texts(encoder: TextEncoder, item: PlainPair | Conversation) -> list[str]:

@@ -18,6 +18,7 @@ class PromptExample:
 
     prompt_ids: list[int]  # template applied, up to where the answer begins
     text: str  # what the user asked: the row's text, or its last message
+    messages: list[Message] | None  # what the template rendered; None without a template: the text is all
     label: Any  # whatever the label key holds, or None
     metadata: dict[str, Any]
     index: int  # row of the file, from 0; it stays the same when other rows are left out
@@ -49,6 +50,7 @@ def load_prompts(path: str, data: DataConfig, encoder: TextEncoder) -> Dataset[P
             PromptExample(
                 prefix + prompt_ids,
                 _question(row, data),
+                None if encoder.template is None else prompt_messages(row, prompt_field(row, data)),
                 row.values.get(data.label_key),
                 _metadata(row, data),
                 index_of[row.number],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -17,6 +17,7 @@ from hetero_ppo.engines.model_engine import ModelEngine
 from hetero_ppo.engines.outputs import scores_output
 from hetero_ppo.memory.turns import score_phases
 from hetero_ppo.reward.function import FunctionReward
+from hetero_ppo.reward.re_encoding import ReEncoder
 from hetero_ppo.types import Rollout
 
 #: Stage of the reward function; those of the models are named by ``memory.turns.score_phases``.
@@ -48,6 +49,7 @@ class Judges:
     models: Sequence[ModelEngine]  # with score heads; empty: the function alone
     function: FunctionReward | None
     config: RewardConfig
+    re_encoders: Mapping[str, ReEncoder] = field(default_factory=dict)  # by role, of models with a tokenizer of their own
 
     def stages(self) -> list[Stage]:
         """The function first: it needs no role, and the first model comes in meanwhile."""
@@ -55,7 +57,8 @@ class Judges:
         if self.function is not None:
             stages.append(Stage(FUNCTION_SCORES, None, self.function.score, per_token=False))
         for phase, engine in zip(self._phases, self.models, strict=True):
-            stages.append(Stage(phase, engine, partial(model_scores, engine), per_token=False))
+            compute = partial(model_scores, engine, self.re_encoders.get(engine.role))
+            stages.append(Stage(phase, engine, compute, per_token=False))
         return stages
 
     @property
@@ -70,7 +73,7 @@ class Judges:
         model = computed[self._phases[0]]
         if len(self.models) > 1:
             members = torch.stack([computed[phase] for phase in self._phases])
-            parts = {f"model_{number}": scores for number, scores in enumerate(members)}
+            parts = {part_name(engine.role): scores for engine, scores in zip(self.models, members, strict=True)}
             parts["ensemble_std"] = members.std(dim=0, correction=0)
             model = ensemble_score(members, config.ensemble, config.ensemble_k)
         if config.source is not RewardSource.mix:
@@ -86,13 +89,30 @@ class Judges:
             turn = contextlib.nullcontext() if stage.role is None else stage.role.on_device(phase=phase)
             with turn:
                 computed[stage.name] = stage.compute(rollout)
+        self.re_encoding_metrics()  # those of the next step are of its own responses
         return self.combine(computed)
 
+    def re_encoding_metrics(self) -> dict[str, float]:
+        """Of the responses that were encoded anew since the last call."""
+        return {
+            f"reward/re_encoded/{part_name(role)}/{metric}": value
+            for role, re_encoder in self.re_encoders.items()
+            for metric, value in re_encoder.collect().items()
+        }
 
-def model_scores(engine: ModelEngine, rollout: Rollout) -> Tensor:
+
+def part_name(role: str) -> str:
+    """ "model" for reward_model, "model_0" for reward_models.0."""
+    return "_".join(["model", *role.split(".")[1:]])
+
+
+def model_scores(engine: ModelEngine, re_encoder: ReEncoder | None, rollout: Rollout) -> Tensor:
     """[B] float32 scores of the reward model at the end of each sequence."""
-    wanted = sequence_ends(rollout.sequence_lengths, rollout.token_ids.shape[1])
-    return engine.forward(rollout.token_ids, rollout.sequence_lengths, scores_output, wanted)
+    if re_encoder is None:
+        token_ids, lengths = rollout.token_ids, rollout.sequence_lengths
+    else:
+        token_ids, lengths = re_encoder.encode(rollout)
+    return engine.forward(token_ids, lengths, scores_output, sequence_ends(lengths, token_ids.shape[1]))
 
 
 def part_metrics(parts: Mapping[str, Tensor]) -> dict[str, float]:

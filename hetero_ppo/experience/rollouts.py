@@ -52,6 +52,7 @@ def build_rollout(
         prompt_index=prompts.prompt_index,
         labels=prompts.labels,
         metadata=prompts.metadata,
+        prompt_messages=prompts.prompt_messages,
     )
 
 

@@ -114,7 +114,7 @@ class ExperienceMaker:
             advantages=advantages,
             returns=returns,
             tis_weights=tis_weights,
-            metrics=metrics | comparison,
+            metrics=metrics | comparison | self.judges.re_encoding_metrics(),
         )
 
     def _shape_scores(self, rollout: Rollout, scores: Tensor) -> tuple[Tensor, Tensor]:

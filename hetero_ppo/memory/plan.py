@@ -17,6 +17,7 @@ from hetero_ppo.config.schema import (
     OldLogProbs,
     PpoConfig,
     ResidencyConfig,
+    RewardRoleConfig,
     RmConfig,
     RoleConfig,
     TrainedRoleConfig,
@@ -321,6 +322,8 @@ def role_work(config: AnyConfig, role: RoleStorage, *, training: bool, on_cpu: b
         if training:
             per_rank, answer = algorithm.minibatch_size / role.dp_size, sampling.sampling.max_tokens
         length = config.data.max_prompt_tokens + answer
+        if isinstance(role.config, RewardRoleConfig) and role.config.re_encode is not None:
+            length = role.config.re_encode.max_tokens
     else:
         per_rank, length = config.train.global_batch_size / role.dp_size, config.data.max_sequence_tokens
     slice_elements = SLICE_ELEMENTS_CPU if on_cpu else SLICE_ELEMENTS_GPU

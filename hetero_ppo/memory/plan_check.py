@@ -164,7 +164,7 @@ def candidate_changes(config: AnyConfig, plan: MemoryPlan, limits: Limits, exces
             yield Change((("residency.offload", excess.place != "host"),))
         yield from _engine_changes(config, over, limits, excess)
     for name in dict.fromkeys(phase.computing for phase in over if phase.computing is not None):
-        yield from _activation_changes(name, roles[name], longest_sequence(config)[0])
+        yield from _activation_changes(name, roles[name], longest_sequence(config, name)[0])
     for name in sorted(concerned, key=lambda name: isinstance(roles[name], TrainedRoleConfig)):
         yield from _layout_changes(name, roles[name], plan.world_size)
 

@@ -48,7 +48,7 @@ class PartialBuffer:
 
     def __init__(self, over_sampling: float) -> None:
         self.over_sampling = over_sampling
-        self.prompts = PromptBatch([], [], [], [], [])
+        self.prompts = PromptBatch([], [], [], [], [], [])
         self.begun: list[Response | None] = []
 
     def __len__(self) -> int:

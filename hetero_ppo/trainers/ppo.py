@@ -44,6 +44,7 @@ class PpoTrainer:
         self.run = run
         ppo_memory.say_plan(config, run)
         self.data = ppo_setup.load_data(config, run)
+        re_encoders = ppo_setup.build_re_encoders(config, run, self.data)
         self.batching = ppo_setup.describe_batching(config, run, self.data)
         self.total_steps = self.batching.total_steps
         self.start = first_step(config.checkpoint, self.total_steps)
@@ -61,7 +62,7 @@ class PpoTrainer:
         self.device = ppo_setup.shared_device(config, self.trace)
         self.roles = ppo_setup.build_roles(config, run, self.batching, self.device)
         self.golden = ppo_setup.build_golden_guards(config, run, self.roles)
-        self.maker = ppo_setup.build_maker(config, self.roles, self.data)
+        self.maker = ppo_setup.build_maker(config, self.roles, self.data, re_encoders)
         if starting is not None:
             starting.wait()
         if actor_generates(config):

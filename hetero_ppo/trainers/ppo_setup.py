@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
@@ -41,6 +42,7 @@ from hetero_ppo.memory.turns import ppo_turns
 from hetero_ppo.observability.trace import TRACE_FOLDER, TraceRecorder
 from hetero_ppo.reward.function import FunctionReward
 from hetero_ppo.reward.golden import GoldenGuard, golden_guard
+from hetero_ppo.reward.re_encoding import ReEncoder, load_re_encoders
 from hetero_ppo.rollout.engine import VllmEngine
 from hetero_ppo.rollout.megatron import MegatronEngine
 from hetero_ppo.rollout.partial import PartialBuffer
@@ -242,7 +244,23 @@ def build_golden_guards(config: PpoConfig, run: Run, roles: Roles) -> list[Golde
     return guards
 
 
-def build_maker(config: PpoConfig, roles: Roles, data: PpoData) -> ExperienceMaker:
+def build_re_encoders(config: PpoConfig, run: Run, data: PpoData) -> dict[str, ReEncoder]:
+    """Of the reward models that read texts anew, by role, which is said.
+
+    Raises:
+        ValueError: a template does not take the prompts.
+    """
+    prompts = [example.messages for example in data.train.examples]
+    prompts += [] if data.eval_prompts is None else data.eval_prompts.prompt_messages
+    found = load_re_encoders(config, data.encoder, prompts)
+    for re_encoder in found.values():
+        run.say(re_encoder.describe())
+    return found
+
+
+def build_maker(
+    config: PpoConfig, roles: Roles, data: PpoData, re_encoders: Mapping[str, ReEncoder]
+) -> ExperienceMaker:
     """The stages over these roles."""
     reward, function = config.reward, None
     if reward.function is not None:
@@ -253,7 +271,7 @@ def build_maker(config: PpoConfig, roles: Roles, data: PpoData) -> ExperienceMak
         actor=roles.actor,
         critic=roles.critic,
         reference=roles.reference,
-        judges=Judges(roles.reward_models, function, reward),
+        judges=Judges(roles.reward_models, function, reward, re_encoders),
         algorithm=config.algorithm,
         reward_config=config.reward,
         temperature=config.rollout.sampling.temperature,

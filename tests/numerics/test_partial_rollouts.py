@@ -44,7 +44,7 @@ class Scripted:
 
 
 def next_prompts() -> PromptBatch:
-    return PromptBatch([[1], [2, 2], [3, 3, 3]], ["1", "2", "3"], [1, 2, 3], [None] * 3, [{}] * 3)
+    return PromptBatch([[1], [2, 2], [3, 3, 3]], ["1", "2", "3"], [None] * 3, [1, 2, 3], [None] * 3, [{}] * 3)
 
 
 def generation(engine: Scripted, buffer: PartialBuffer, version: str) -> Generation:

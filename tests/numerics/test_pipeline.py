@@ -62,7 +62,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def prompts() -> PromptBatch:
     ids = [[1 + (3 * i + j) % (VOCAB - 1) for j in range(2 + i)] for i in range(PROMPTS)]
-    return PromptBatch(ids, ["?"] * PROMPTS, list(range(PROMPTS)), [None] * PROMPTS, [{}] * PROMPTS)
+    return PromptBatch(ids, ["?"] * PROMPTS, [None] * PROMPTS, list(range(PROMPTS)), [None] * PROMPTS, [{}] * PROMPTS)
 
 
 @pytest.fixture(scope="module")

@@ -33,7 +33,8 @@ def counted(batch_size: int) -> Callable[[], PromptBatch]:
 
     def next_prompts() -> PromptBatch:
         rows = [next(handed_out) for _ in range(batch_size)]
-        return PromptBatch([[row] for row in rows], [f"{row}?" for row in rows], rows, [None] * batch_size, [{}] * batch_size)
+        texts, nothing = [f"{row}?" for row in rows], [None] * batch_size
+        return PromptBatch([[row] for row in rows], texts, nothing, rows, nothing, [{}] * batch_size)
 
     return next_prompts
 

@@ -1,0 +1,54 @@
+"""Rules of what scores responses."""
+
+from __future__ import annotations
+
+import math
+
+from hetero_ppo.config.derived import config_reward_models
+from hetero_ppo.config.require import require
+from hetero_ppo.config.schema import EnsembleScore, PpoConfig, RewardSource
+
+
+def check_reward_source(config: PpoConfig, world_size: int) -> None:
+    reward = config.reward
+    require(reward.clip >= 0, "reward.clip", reward.clip, "0 (off) or a positive bound")
+    require(reward.golden_every >= 0, "reward.golden_every", reward.golden_every, "0 or a number of PPO steps")
+    source = reward.source.value
+    has_function, has_model = reward.function is not None, bool(config_reward_models(config))
+    if reward.source is RewardSource.model:
+        fix = "reward.source is model, so it would not be used; set reward.source=mix or function, or reward.function=null"
+        require(not has_function, "reward.function", reward.function, fix)
+    else:
+        fix = "set reward.function to package.module:function or path/to/file.py:function"
+        require(has_function, "reward.source", source, fix)
+    if reward.source is RewardSource.function:
+        fix = "reward_model is set and would not be used; set reward_model=null (reward_models=[]), or reward.source=mix or model"
+        require(not has_model, "reward.source", source, fix)
+    else:
+        fix = "set reward_model.model.path (reward_models for an ensemble), or reward.source=function"
+        require(has_model, "reward.source", source, fix)
+    for field in ("model_weight", "function_weight"):
+        weight, name = vars(reward)[field], f"reward.{field}"
+        require(math.isfinite(weight) and weight != 0, name, weight, "a finite number other than 0")
+        fix = f"reward.source is {source}, so it would not be used; set reward.source=mix, or leave it out"
+        require(weight == 1 or reward.source is RewardSource.mix, name, weight, fix)
+
+
+def check_ensemble(config: PpoConfig, world_size: int) -> None:
+    reward, size = config.reward, len(config.reward_models)
+    fix = "reward_model is set too; an ensemble's models all stand in reward_models, so set reward_model=null"
+    require(size == 0 or config.reward_model is None, "reward_models", f"[{size} models]", fix)
+    require(size != 1, "reward_models", "[1 model]", "an ensemble has two at least; give a single one as reward_model")
+    fix = "there is no ensemble; give reward_models, or leave it out"
+    require(size > 0 or reward.ensemble is EnsembleScore.mean, "reward.ensemble", reward.ensemble.value, fix)
+    k, name = reward.ensemble_k, "reward.ensemble_k"
+    require(math.isfinite(k) and k >= 0, name, k, "0 or more standard deviations")
+    fix = "it is used by reward.ensemble=mean_minus_std alone; set that, or leave it out"
+    require(k == 1 or reward.ensemble is EnsembleScore.mean_minus_std, name, k, fix)
+
+
+def check_re_encoding(config: PpoConfig, world_size: int) -> None:
+    for name, role in config_reward_models(config).items():
+        if role.re_encode is not None:
+            tokens = role.re_encode.max_tokens
+            require(tokens >= 2, f"{name}.re_encode.max_tokens", tokens, "at least a prompt and an answer token")

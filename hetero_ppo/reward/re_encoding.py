@@ -1,0 +1,127 @@
+"""Rollouts for a reward model whose tokenizer or template is not the actor's: text decoded by one, encoded by the other, once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from hetero_ppo.config.derived import config_reward_models
+from hetero_ppo.config.schema import PpoConfig
+from hetero_ppo.data.chat_template import TextEncoder, load_reward_encoder
+from hetero_ppo.data.collate import pad_right
+from hetero_ppo.data.conversation import encode_responses
+from hetero_ppo.errors import RunError
+from hetero_ppo.types import Messages, Rollout
+
+
+class ReEncoder:
+    """Token ids of responses as one reward model reads them.
+
+    The prompt is rendered by the reward model's own template from its messages, or is its text where the run has no template. The
+    response is its text without the actor's special tokens; texts that the reward model's tokenizer would take for special tokens
+    of its own are taken out, or a response could end where it likes. A response that ended by itself ends with the reward
+    model's end-of-sequence token; one that was cut at its token limit has none, and is read at its last token. Of a sequence
+    over ``max_tokens`` the end is cut off, and it is read at the last token that is left. Every rank computes the same.
+    """
+
+    def __init__(self, role: str, encoder: TextEncoder, actor: TextEncoder, max_tokens: int) -> None:
+        """
+        Args:
+            role: the reward model's, for messages.
+            encoder: the reward model's tokenizer and template.
+            actor: the actor's.
+            max_tokens: of a sequence.
+        """
+        self.role = role
+        self.encoder = encoder
+        self.actor = actor
+        self.max_tokens = max_tokens
+        self._special = special_texts(encoder.tokenizer)
+        self._lengths: list[int] = []  # of all sequences since the last ``collect``, before they were cut
+
+    def describe(self) -> str:
+        """One line: from which tokenizer to which."""
+        return (
+            f"{self.role}: prompts and responses are decoded with {self.actor.describe()} and encoded anew with "
+            f"{self.encoder.describe()}, {self.max_tokens} tokens at most"
+        )
+
+    def encode(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
+        """([B, S] int64 ids, right-padded; [B] int64 lengths), as many rows as the rollout has.
+
+        Raises:
+            RunError: the template refuses a prompt's messages.
+        """
+        items = [self._item(rollout, row) for row in range(rollout.batch_size)]
+        try:
+            sequences = encode_responses(self.encoder, items)
+        except ValueError as error:
+            raise RunError(f"{self.role}.re_encode: {error}") from error
+        self._lengths += [len(ids) for ids in sequences]
+        return pad_right([ids[: self.max_tokens] for ids in sequences])
+
+    def _item(self, rollout: Rollout, row: int) -> tuple[Messages | None, str, str, bool]:
+        start, end = int(rollout.prompt_lengths[row]), int(rollout.sequence_lengths[row])
+        response = without(self.actor.decode(rollout.token_ids[row, start:end].tolist()), self._special)
+        return rollout.prompt_messages[row], rollout.prompt_texts[row], response, not bool(rollout.truncated[row])
+
+    def check_templates(self, prompts: Iterable[Messages | None]) -> None:
+        """Render a prompt of every order of roles that there is.
+
+        Raises:
+            ValueError: the template refuses one.
+        """
+        orders = {tuple(message["role"] for message in messages): messages for messages in prompts if messages is not None}
+        for messages in orders.values():
+            try:
+                encode_responses(self.encoder, [(messages, "", "Yes", True)])
+            except ValueError as error:
+                raise ValueError(f"{self.role}.re_encode: {error}; set {self.role}.re_encode.chat_template") from error
+
+    def collect(self) -> dict[str, float]:
+        """Mean length and number of cut sequences since the last call, and begin anew; {} where there were none."""
+        lengths, self._lengths = torch.tensor(self._lengths, dtype=torch.float64), []
+        if not len(lengths):
+            return {}
+        num_cut = (lengths > self.max_tokens).sum()
+        return {"length/mean": float(lengths.mean()), "num_cut": float(num_cut)}
+
+
+def load_re_encoders(
+    config: PpoConfig, actor: TextEncoder, prompts: Sequence[Messages | None]
+) -> dict[str, ReEncoder]:
+    """Of the reward models that read texts anew, by role.
+
+    Args:
+        config: checked.
+        actor: its tokenizer and template.
+        prompts: messages of every prompt of the run.
+
+    Raises:
+        ValueError: a reward model has no tokenizer or template, or one that does not take the prompts.
+    """
+    found = {}
+    for name, role in config_reward_models(config).items():
+        if role.re_encode is not None:
+            found[name] = ReEncoder(name, load_reward_encoder(role, config.data, name), actor, role.re_encode.max_tokens)
+            found[name].check_templates(prompts)
+    return found
+
+
+def special_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Texts that the tokenizer takes for special tokens, the longest first."""
+    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return sorted({*tokenizer.all_special_tokens, *added}, key=lambda text: (-len(text), text))
+
+
+def without(text: str, parts: list[str]) -> str:
+    """``text`` without any of the parts, nor what would become one by their leaving."""
+    before = None
+    while before != text:
+        before = text
+        for part in parts:
+            text = text.replace(part, "")
+    return text
