@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from chain import launch_all, read_metrics, write_data
+from re_encoding_cases import JUDGE_TEMPLATE
 
 NUM_STEPS = 3
 MAX_TOKENS = 12  # of a response
@@ -28,6 +29,12 @@ EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 
 MODELS = {"dense": ("qwen3", SIZES), "moe": ("qwen3_moe", {**SIZES, **EXPERTS})}
 AXES = ("tensor", "pipeline", "virtual_pipeline", "context", "expert", "sequence")
 
+#: A reward function.
+BREVITY = """
+def score(prompt, response, label, metadata):
+    return -len(response) / 8
+"""
+
 Layout = Mapping[str, object]
 
 
@@ -38,7 +45,13 @@ class PpoRuns:
     root: Path
 
     def command(
-        self, name: str, model: str, roles: Mapping[str, Layout], steps: int, load: str | None = None
+        self,
+        name: str,
+        model: str,
+        roles: Mapping[str, Layout],
+        steps: int,
+        load: str | None = None,
+        fields: Mapping[str, object] | None = None,
     ) -> list[str]:
         """Arguments of ``hetero-ppo`` for a run in ``<root>/<name>``.
 
@@ -47,8 +60,9 @@ class PpoRuns:
             roles: role -> fields of its layout, and other fields of the role ("optimizer.distributed").
             steps: PPO steps done in the end.
             load: the run to go on from.
+            fields: other fields of the config.
         """
-        overrides: dict[str, object] = {"run.dir": self.root / name, "train.steps": steps}
+        overrides: dict[str, object] = {"run.dir": self.root / name, "train.steps": steps, **(fields or {})}
         if load is not None:
             overrides["checkpoint.load"] = self.root / load
         for role, layout in roles.items():
@@ -98,6 +112,24 @@ def _save_models(root: Path, model: str, sizes: Mapping[str, int]) -> None:
     config = AutoConfig.for_model(model_type, vocab_size=vocab_size, pad_token_id=0, num_labels=1, **{**fields, **sizes})
     AutoModelForCausalLM.from_config(config).save_pretrained(root / model / "policy")
     AutoModelForSequenceClassification.from_config(config).save_pretrained(root / model / "scorer")
+
+
+def prepare_judge(root: Path) -> Path:
+    """A scorer of another size, family, vocabulary and template, beside its tokenizer; and a reward function."""
+    import torch
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    from hetero_ppo.data.tokenizer_training import read_texts, train_tokenizer
+
+    (root / "brevity.py").write_text(BREVITY)
+    folder = root / "judge"
+    texts = read_texts(root / "data" / "preference.jsonl", ["prompt", "chosen"])
+    tokenizer = train_tokenizer(texts, 280, folder, chat_template=JUDGE_TEMPLATE)
+    torch.manual_seed(1)
+    sizes = {**SIZES, "hidden_size": 52, "num_hidden_layers": 2, "vocab_size": len(tokenizer)}
+    config = AutoConfig.for_model("llama", pad_token_id=0, num_labels=1, **sizes)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+    return folder
 
 
 def _config(root: Path, model: str) -> dict[str, Any]:

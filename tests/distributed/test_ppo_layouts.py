@@ -4,11 +4,18 @@ last of them is done in another layout than the first.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import pytest
-from distributed.ppo_runs import NUM_STEPS, prepare
+from distributed.ppo_runs import NUM_STEPS, PpoRuns, prepare, prepare_judge
+
+from hetero_ppo.cli.main import main
+from hetero_ppo.rollout.replay import RolloutRecord, read_rollouts
 
 pytestmark = pytest.mark.slow
 
@@ -139,9 +146,13 @@ Metrics = dict[str, dict[int, dict[str, float]]]
 
 
 @pytest.fixture(scope="module")
-def metrics(tmp_path_factory: pytest.TempPathFactory) -> Metrics:
+def runs(tmp_path_factory: pytest.TempPathFactory) -> PpoRuns:
+    return prepare(tmp_path_factory.mktemp("ppo_layouts"))
+
+
+@pytest.fixture(scope="module")
+def metrics(runs: PpoRuns) -> Metrics:
     """One launch for each number of processes does all runs."""
-    runs = prepare(tmp_path_factory.mktemp("ppo_layouts"))
     found: Metrics = {}
     for processes in (2, 4, 1):  # those that are loaded come before those that load them
         chosen = {name: run for name, run in RUNS.items() if run.processes == processes}
@@ -149,6 +160,8 @@ def metrics(tmp_path_factory: pytest.TempPathFactory) -> Metrics:
             name: runs.command(folder_name(name), run.model, run.roles, run.steps, run.load and folder_name(run.load))
             for name, run in chosen.items()
         }
+        if processes == 2:
+            commands[JUDGES] = judges_command(runs)
         found |= runs.launch(processes, commands)
     return found
 
@@ -175,3 +188,63 @@ def test_the_runs_differ_from_step_to_step(metrics: Metrics) -> None:
     for model in ("dense", "moe"):
         values = [values["critic/vf_loss"] for values in metrics[f"{model} on one process"].values()]
         assert len({round(value, 4) for value in values}) == NUM_STEPS
+
+
+JUDGES = "judges"  # two reward models in layouts of their own, the second with a tokenizer of its own, and a function
+
+
+def judges_command(runs: PpoRuns) -> list[str]:
+    dense = {"model": {"path": str(runs.root / "dense" / "scorer"), "tokenizer": str(runs.root / "tokenizer")}}
+    other = {"model": {"path": str(prepare_judge(runs.root)), "dtype": "bf16"}, "re_encode": {"max_tokens": 160}}
+    fields: dict[str, object] = {
+        "reward_model": "null",
+        "reward_models": json.dumps([{**dense, "aligned": True, "parallel": TP2SP}, {**other, "aligned": True}]),
+        "reward.source": "mix",
+        "reward.function": f"{runs.root / 'brevity.py'}:score",
+        "reward.function_weight": 0.25,
+        "reward.ensemble": "mean_minus_std",
+        "reward.ensemble_k": 0.5,
+        "train.dump_rollouts": True,
+    }
+    return runs.command(JUDGES, "dense", {}, 1, fields=fields)
+
+
+def test_an_ensemble_and_a_function_mix(metrics: Metrics, runs: PpoRuns) -> None:
+    rows = read_rollouts(runs.root / JUDGES / "rollouts" / "step_000001.jsonl")
+    parts = {name: np.array([row.extra[name] for row in rows]) for name in rows[0].extra if name.startswith("score_")}
+    assert list(parts) == ["score_model", "score_function", "score_model_0", "score_model_1", "score_ensemble_std"]
+    members = np.stack([parts["score_model_0"], parts["score_model_1"]])
+    assert (parts["score_model"] == np.float32(members.mean(axis=0) - 0.5 * members.std(axis=0))).all()
+    assert parts["score_function"].tolist() == [np.float32(-len(row.extra["response"]) / 8) for row in rows]
+    mixed = np.float32(parts["score_model"] + 0.25 * parts["score_function"])
+    assert [row.extra["score"] for row in rows] == mixed.tolist()
+    logged = metrics[JUDGES][1]
+    for name in ("model", "function", "model_0", "model_1", "ensemble_std"):
+        assert logged[f"reward/{name}/mean"] == pytest.approx(parts[f"score_{name}"].mean(), rel=1e-5)
+    assert logged["reward/re_encoded/model_1/num_cut"] == 0 < logged["reward/re_encoded/model_1/length/mean"]
+    ledger = json.loads((runs.root / JUDGES / "memory_ledger.json").read_text())
+    assert {"reward_models.0"} == set(ledger["phases"]["scores_0"]) and {"reward_models.1"} == set(ledger["phases"]["scores_1"])
+    assert ledger["plan_error_pct"] == 0
+
+
+def test_scores_of_ppo_are_those_of_the_command_bit_for_bit(metrics: Metrics, runs: PpoRuns, tmp_path: Path) -> None:
+    """Ids of two tensor-parallel ranks, and texts that were encoded anew, by one process."""
+    rows = read_rollouts(runs.root / JUDGES / "rollouts" / "step_000001.jsonl")
+    ids = [{"token_ids": row.prompt_ids + row.response_ids} for row in rows]
+    assert scored(runs.root / "dense" / "scorer", ids, tmp_path, "fp32") == [row.extra["score_model_0"].hex() for row in rows]
+    ended = [row for row in rows if row.finish_reason == "stop" and row.extra["response"].strip()]
+    texts = [{"messages": conversation(row)} for row in ended]
+    assert len(ended) > 3
+    assert scored(runs.root / "judge", texts, tmp_path, "bf16") == [row.extra["score_model_1"].hex() for row in ended]
+
+
+def conversation(row: RolloutRecord) -> list[dict[str, str]]:
+    return [{"role": "user", "content": row.extra["prompt"]}, {"role": "assistant", "content": row.extra["response"]}]
+
+
+def scored(checkpoint: Path, rows: list[dict[str, Any]], folder: Path, dtype: str) -> list[str]:
+    data, out = folder / "rows.jsonl", folder / "scores.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["score", "--checkpoint", str(checkpoint), "--data", str(data), "--out", str(out), "--dtype", dtype]
+    assert main([*command, "--micro-batch-size", "3"]) == 0
+    return [json.loads(line)["score_hex"] for line in out.read_text().splitlines()]

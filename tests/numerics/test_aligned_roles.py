@@ -11,33 +11,20 @@ from pathlib import Path
 import pytest
 import torch
 from aligned_cases import LENGTHS, role_config, save_models, sequences
-from re_encoding_cases import JUDGE_TEMPLATE, rollout_of
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification
 
 from hetero_ppo.algorithms.losses import mean_metrics
 from hetero_ppo.cli.main import main
-from hetero_ppo.config.schema import (
-    AlgorithmConfig,
-    DataConfig,
-    ModelConfig,
-    ReEncodeConfig,
-    RewardRoleConfig,
-    TrainedRoleConfig,
-)
-from hetero_ppo.data.chat_template import load_reward_encoder, load_text_encoder
+from hetero_ppo.config.schema import AlgorithmConfig, TrainedRoleConfig
 from hetero_ppo.data.collate import pad_right
 from hetero_ppo.data.preference import PreferenceExample
-from hetero_ppo.data.tokenizer_training import train_tokenizer
 from hetero_ppo.distributed.groups import finish, initialise
 from hetero_ppo.engines.losses import actor_loss_fn
 from hetero_ppo.engines.model_engine import ModelEngine
 from hetero_ppo.engines.outputs import log_probs_output, values_output
 from hetero_ppo.engines.train_engine import TrainEngine
 from hetero_ppo.errors import RunError
-from hetero_ppo.experience.judges import model_scores
 from hetero_ppo.reward.golden import GOLDEN_FILE, GoldenGuard, golden_guard, make_golden, read_golden
-from hetero_ppo.reward.re_encoding import ReEncoder
 from hetero_ppo.types import PolicyInputs
 
 
@@ -169,39 +156,3 @@ def test_commands(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     data.write_text(json.dumps({"token_ids": [5, 131]}))
     assert main(["score", "--checkpoint", str(folder), "--data", str(data), "--out", str(out)]) == 2
     assert "line 1, field 'token_ids': has to be a list of token ids below 131" in capsys.readouterr().err
-
-
-def test_scores_of_texts_that_are_encoded_anew_are_those_of_the_command(
-    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A reward model with another vocabulary and template, in the run's micro-batches and in the command's."""
-    folder = tmp_path / "rm"
-    shutil.copytree(models / "qwen3-score", folder)
-    own = train_tokenizer(["the words in order are apple"] * 3, 270, folder, chat_template=JUDGE_TEMPLATE)
-    _widen_vocabulary(folder, len(own))
-    train_tokenizer(["apple pear plum sort these words"] * 3, 300, tmp_path / "actor")
-    data = DataConfig(train="unused.jsonl")
-    actor = load_text_encoder(ModelConfig(str(tmp_path / "actor")), data, "actor")
-    role = RewardRoleConfig(model=ModelConfig(str(folder)), re_encode=ReEncodeConfig(max_tokens=400))
-    re_encoder = ReEncoder("reward_model", load_reward_encoder(role, data, "reward_model"), actor, 400)
-    answers = ["apple pear plum", "plum", "pear, apple and " * 9, "\N{PEAR}", "no"]
-    prompts = [[{"role": "user", "content": f"sort these words: plum pear {n}"}] for n in range(len(answers))]
-    rollout = rollout_of(actor, [(prompt, answer, True) for prompt, answer in zip(prompts, answers)])
-    _one_rank(monkeypatch)
-    initialise(2.0)
-    config = dataclasses.replace(role_config(folder, "bf16", {}, aligned=True), micro_batch_size=3, packing=True)
-    scores = model_scores(ModelEngine("reward_model", config, "score"), re_encoder, rollout).tolist()
-    finish()
-    rows, out = tmp_path / "rows.jsonl", tmp_path / "scores.jsonl"
-    conversations = [[*prompt, {"role": "assistant", "content": answer}] for prompt, answer in zip(prompts, answers)]
-    rows.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in conversations))
-    command = ["score", "--checkpoint", str(folder), "--data", str(rows), "--out", str(out), "--dtype", "bf16"]
-    assert main(command) == 0
-    assert [json.loads(line)["score_hex"] for line in out.read_text().splitlines()] == [score.hex() for score in scores]
-    assert len(set(scores)) == len(scores)
-
-
-def _widen_vocabulary(folder: Path, size: int) -> None:
-    model = AutoModelForSequenceClassification.from_pretrained(folder)
-    model.resize_token_embeddings(size, mean_resizing=False)
-    model.save_pretrained(folder)
