@@ -14,6 +14,7 @@ COMMON = [
     "tokenizers",
     "safetensors",
     "numpy",
+    "packaging",
     "pyarrow",
     "tqdm",
     "tensorboard",

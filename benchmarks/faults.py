@@ -24,15 +24,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from faults_cases import Case, cases
+from faults_cases import HAPPENED, STEPS, Case, cases
 from ppo_step_inputs import ModelShape, Work, our_config, write_config, write_inputs
 
 ROOT = Path(__file__).resolve().parents[1]
-STEPS = 4
 #: Seconds within which a run that met its fault has to be over, start included.
 BOUND_S = 120.0
 MARK = "HETERO_PPO_FAULTS_MARK"
 SHAPE = ModelShape("tiny", 2, 64, 128, 4, 2, 64)
+#: Of the checkpoint whose stall is measured: two roles, 0.3 GB together.
+STALL_SHAPE = ModelShape("stall", 4, 512, 1536, 8, 4, 64)
+STALL_STEPS = 6
 WORK = Work(prompts_per_step=8, prompt_tokens=6, response_tokens=8, minibatch=4)
 
 
@@ -46,7 +48,7 @@ class Outcome:
     status: int
     steps_lost: int  # steps that were logged and had to be done again
     bytes_differing: int  # of checkpoint files and metrics after going on
-    end_s: float  # signals: from the signal to the end of the process; else the whole run
+    end_s: float  # to the end of all processes: from the fault or the signal, else from the start
     resume_s: float | None  # from the start of the resumed run to its first step
 
 
@@ -194,10 +196,12 @@ class Faults:
     def _finish(self, run: Run, case: Case, outcome: Outcome, expected: int) -> None:
         since = time.monotonic() if case.signals else run.started
         status = run.wait()
-        outcome.end_s = time.monotonic() - since
         clean = run.end()
+        outcome.end_s = time.monotonic() - since
         outcome.status = -1 if status is None else status
         text = run.log.read_text()
+        if HAPPENED in text:
+            outcome.end_s = time.time() - float(text.partition(HAPPENED)[2].split()[0])
         if status != expected:
             outcome.why = f"status {status}, not {expected}: {text[-300:]!r}"
         elif not clean:
@@ -213,7 +217,7 @@ class Faults:
             os.kill(run.ranks()[0] if case.to_rank else run.process.pid, case.signals[0])
         self._finish(run, case, outcome, case.status)
         if not outcome.why:
-            self._go_on(case, run_dir, outcome)
+            self._go_on(case, run_dir, outcome, *case.resumed)
 
     def _damage(self, case: Case, run_dir: Path, outcome: Outcome) -> None:
         assert case.damage is not None
@@ -275,7 +279,8 @@ class Faults:
             outcome.why = f"going on ended with {status}: {log.read_text()[-300:]!r}"
             return
         lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-        outcome.steps_lost = max(0, done - (json.loads(lines[before])["step"] - 1))
+        if len(lines) > before:  # else only what follows the last step was left to do
+            outcome.steps_lost = max(0, done - (json.loads(lines[before])["step"] - 1))
         outcome.bytes_differing = compare(run_dir, straight or self.straight[case.num_ranks], STEPS)
 
 
@@ -290,12 +295,35 @@ def disk_gb_s(folder: Path, num_bytes: int) -> float:
     return num_bytes / (time.perf_counter() - start) / 1e9
 
 
-def report(outcomes: list[Outcome], straight: Path, folder: Path) -> dict[str, Any]:
-    """The figures of the table."""
-    # A step's record has the seconds of the checkpoint before it.
-    stalls = [record["seconds"]["checkpoint"] for record in records(straight).values() if "checkpoint" in record["seconds"]]
-    saved = straight / "checkpoints" / f"iter_{STEPS:07d}"
+def measure_stall(folder: Path) -> dict[str, float]:
+    """Seconds that training stands still for one checkpoint of a model of some size, with ``async_save`` and without."""
+    folder.mkdir()
+    inputs = write_inputs(STALL_SHAPE, WORK, steps=STALL_STEPS, folder=folder)
+    figures: dict[str, float] = {}
+    for name, is_async in (("save_stall_s", "true"), ("save_stall_sync_s", "false")):
+        run_dir = folder / name
+        config = our_config(inputs, WORK, "fp32", STALL_STEPS, run_dir, micro_batch=4)
+        config["run"] |= {"threads": 1}
+        config["rollout"] = {"engine": "megatron", "max_num_seqs": 4, "sampling": config["rollout"]["sampling"]}
+        config["residency"] = {"offload": True}
+        config["checkpoint"] |= {"every": 2, "keep": 1}
+        write_config(config, folder / "ppo.yaml")
+        program = ["-m", "hetero_ppo.cli.main", "train", "--config", str(folder / "ppo.yaml"), f"checkpoint.async_save={is_async}"]
+        run = Run(program, 1, run_dir.with_suffix(".log"))
+        if run.wait() != 0 or not run.end():
+            raise RuntimeError(f"the run that measures the stall failed:\n{run.log.read_text()[-3000:]}")
+        # A step's record has the seconds of the checkpoint before it, and of the look in the step whether it is written.
+        seconds = [record["seconds"].get("checkpoint", 0.0) for record in records(run_dir).values()]
+        figures[name] = sum(seconds) / (STALL_STEPS // 2 - 1)  # the last one is in no record
+        figures[f"step_s_{name}"] = statistics.mean(record["seconds"]["total"] for record in records(run_dir).values())
+        saved = run_dir / "checkpoints" / f"iter_{STALL_STEPS:07d}"
     size = sum(path.stat().st_size for path in saved.rglob("*") if path.is_file())
+    figures |= {"save_gb": size / 1e9, "save_gb_s": size / figures["save_stall_sync_s"] / 1e9}
+    return figures | {"disk_gb_s": disk_gb_s(folder, size)}
+
+
+def report(outcomes: list[Outcome], stall: dict[str, float]) -> dict[str, Any]:
+    """The figures of the table."""
     stops = [o.end_s for o in outcomes if o.name in ("SIGTERM", "SIGUSR1")]
     resumes = [o.resume_s for o in outcomes if o.resume_s is not None]
     return {
@@ -304,10 +332,9 @@ def report(outcomes: list[Outcome], straight: Path, folder: Path) -> dict[str, A
         "bytes_differing_after_resume": sum(o.bytes_differing for o in outcomes),
         "steps_lost_max": max((o.steps_lost for o in outcomes), default=0),
         "resume_s_median": statistics.median(resumes) if resumes else None,
-        "save_stall_s": statistics.median(stalls) if stalls else None,
-        "save_gb_s": size / statistics.median(stalls) / 1e9 if stalls else None,
-        "disk_gb_s": disk_gb_s(folder, size),
         "sigterm_exit_s": max(stops) if stops else None,
+        "dead_rank_end_s": max((o.end_s for o in outcomes if o.name.startswith("kill rank")), default=None),
+        **stall,
     }
 
 
@@ -323,7 +350,7 @@ def main() -> None:
         faults = Faults(Path(name))
         outcomes = []
         try:
-            faults.run_straight(1)
+            stall = measure_stall(Path(name) / "stall")
             for number, case in enumerate(wanted):
                 outcome = faults.run(case, number)
                 outcomes.append(outcome)
@@ -331,7 +358,7 @@ def main() -> None:
         finally:  # interrupted: nothing stays behind
             for pid in (pid for run in RUNS for pid in run.left()):
                 os.kill(pid, signal.SIGKILL)
-        figures = report(outcomes, faults.straight[1], Path(name))
+        figures = report(outcomes, stall)
     if args.json is not None:
         args.json.write_text(json.dumps({**figures, "cases": [asdict(outcome) for outcome in outcomes]}, indent=1) + "\n")
     print(json.dumps(figures))

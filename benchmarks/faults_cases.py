@@ -12,12 +12,17 @@ from typing import Any
 
 from hetero_ppo.errors import EXIT_STOPPED, EXIT_STUCK
 
+#: Of every run that meets no fault, with a checkpoint after each.
+STEPS = 4
+#: In the output of a run, before the seconds since the epoch at which its fault happened.
+HAPPENED = "the fault happens at "
 PHASES = (
     *("rollout", "experience", "scores", "ref_log_probs", "old_log_probs", "values", "advantages"),
     *("train_critic", "train_actor", "weight_sync", "checkpoint"),
 )
 SAVING = {
-    "between the roles": ("call:hetero_ppo.engines.train_engine:TrainEngine.save", "critic"),
+    "between the roles' copies": ("call:hetero_ppo.engines.train_engine:TrainEngine.save", "critic"),
+    "in the writing thread": ("call:hetero_ppo.engines.role_snapshot:RoleSnapshot.write", None),
     "before the marker": ("call:hetero_ppo.checkpoint.manager:write_marker", None),
     "before the rename": ("call:hetero_ppo.checkpoint.manager:CheckpointManager._put_in_place", None),
     "before old ones go": ("call:hetero_ppo.checkpoint.manager:CheckpointManager._retire", None),
@@ -37,6 +42,7 @@ class Case:
     disk: str | None = None  # "full", "small", "limit" (of a file's size) or "read-only"
     num_ranks: int = 1
     overrides: tuple[str, ...] = ()
+    resumed: tuple[str, ...] = ()  # overrides of the run that goes on
     message: str = ""  # in the output, in any case
 
 
@@ -52,10 +58,18 @@ def cases() -> list[Case]:
         found.append(Case(f"kill in the {role}'s optimizer step", killed, point={"point": point, "logged": 1, "role": role}))
     for name, (point, role) in SAVING.items():
         found.append(Case(f"kill while saving, {name}", killed, point={"point": point, "logged": 2, "role": role}))
+    def in_flight(phase: str) -> dict[str, Any]:
+        return {"point": f"phase:{phase}", "logged": 2, "held": True}
+
+    export = {"point": "call:hetero_ppo.engines.train_engine:TrainEngine.export", "logged": STEPS}
+    exporting = ("checkpoint.export_hf=true",)
     two = {"point": "phase:train_actor", "logged": 1, "rank": 1}
     found += [
         Case("kill before any checkpoint", killed, point={"point": "phase:train_actor", "logged": 0}),
+        *(Case(f"kill in {phase}, a save in flight", killed, point=in_flight(phase)) for phase in ("rollout", "train_actor")),
+        Case("kill in the export", killed, point=export, overrides=exporting, resumed=exporting),
         Case("kill rank 1 of 2 in train_actor", killed, point=two, num_ranks=2),
+        Case("kill rank 1 of 2, a save in flight", killed, point={**in_flight("train_actor"), "rank": 1}, num_ranks=2),
         Case("kill rank 1 of 2 while saving", killed, point={**two, "point": "phase:checkpoint", "logged": 2}, num_ranks=2),
         Case(
             "hang in values",

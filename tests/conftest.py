@@ -20,15 +20,18 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> tiny_chain.Chain:
 
 @pytest.fixture(scope="session")
 def one_process(chain: tiny_chain.Chain, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs of one process that repeat parts of the chain: ``ppo_resumed``, ``sft_resumed``, ``log``."""
+    """Runs of one process that repeat parts of the chain: ``ppo_resumed``, ``sft_resumed``, ``sft_unexported``, ``log``."""
     root = tmp_path_factory.mktemp("one_process")
     ppo, sft = chain.run_dir("ppo"), chain.run_dir("sft")
     resume_ppo = {"checkpoint__load": root / "ppo_at_2", "train__replay_rollouts": ppo / "rollouts"}
     only_step(ppo, tiny_chain.CHECKPOINT_STEP, root / "ppo_at_2")
     only_step(sft, tiny_chain.SFT_CHECKPOINT_STEP, root / "sft_at_5")
+    unexported = root / "sft_unexported"
+    only_step(sft, tiny_chain.SFT_STEPS, unexported)
     commands = [
         chain.train_command("ppo", root / "ppo_resumed", **resume_ppo),
         chain.train_command("sft", root / "sft_resumed", checkpoint__load=root / "sft_at_5"),
+        chain.train_command("sft", unexported, checkpoint__load=unexported),
         ["!", *chain.train_command("ppo", root / "ppo_no_steps", checkpoint__load=ppo)],
         ["!", *chain.train_command("sft", root / "sft_no_steps", checkpoint__load=sft)],
     ]

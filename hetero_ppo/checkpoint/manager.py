@@ -8,12 +8,14 @@ roles of one step. ``latest_checkpointed_iteration.txt`` names the newest.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -21,37 +23,59 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from hetero_ppo.checkpoint.manifest import (
     COMPLETE,
+    files_of,
     find_fault,
     find_size_fault,
-    look_at_share,
+    look_at,
     settle_folder,
     write_marker,
     write_text,
 )
+from hetero_ppo.checkpoint.pending import PendingSave, share_file
 from hetero_ppo.checkpoint.random_state import random_state, set_random_state
 from hetero_ppo.checkpoint.version import code_version
 from hetero_ppo.config.schema import CheckpointConfig
+from hetero_ppo.engines.role_snapshot import RoleSnapshot
 from hetero_ppo.engines.train_engine import TrainEngine
 from hetero_ppo.errors import RunError
 
 LATEST = "latest_checkpointed_iteration.txt"
+#: Names the step whose weights ``<run.dir>/hf`` has; there as long as no newer checkpoint is.
+EXPORTED = "exported_iteration.txt"
 STATE = "trainer.json"
 BEING_WRITTEN = ".tmp"
 
 
 class CheckpointManager:
-    """Saves and loads all trained roles and the trainer's state together."""
+    """Saves and loads all trained roles and the trainer's state together. In a ``with`` block, which no writing thread survives."""
 
-    def __init__(self, run_dir: Path, config: CheckpointConfig) -> None:
+    def __init__(self, run_dir: Path, config: CheckpointConfig, *, timeout_s: float) -> None:
         """
         Args:
             run_dir: of this run, where ``config.yaml`` lies.
             config: what is kept.
+            timeout_s: seconds that a rank waits for its disk.
         """
         self.run_dir = run_dir
         self.root = run_dir / "checkpoints"
         self.config = config
+        self.timeout_s = timeout_s
+        self._pending: PendingSave | None = None
         self._version = code_version() if dist.get_rank() == 0 else ""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._pending is not None:  # the run fails: its ranks may not all be there to finish a checkpoint together
+            self._pending.abandon()
+
+    @property
+    def is_saving(self) -> bool:
+        """Whether a checkpoint is on its way to the disk; the same on every rank."""
+        return self._pending is not None
 
     def save(
         self,
@@ -60,8 +84,14 @@ class CheckpointManager:
         state: Mapping[str, Any],
         metrics: Mapping[str, float],
         files: Mapping[str, str] | None = None,
-    ) -> Path:
-        """Write one checkpoint; a reader sees all of it or none. Collective over the world.
+        *,
+        wait: bool,
+        then: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Save one checkpoint; a reader sees all of it or none. Collective over the world.
+
+        With ``checkpoint.async_save`` it is copied, and written while the run goes on: ``finish`` makes it complete. The one
+        before is complete first.
 
         Args:
             step: steps done.
@@ -69,20 +99,44 @@ class CheckpointManager:
             state: what the trainer needs to go on, as JSON.
             metrics: of the step; ``checkpoint.keep_best`` names one of them.
             files: name -> text of what else goes with the weights.
+            wait: until it is complete: nothing follows that it could be written beside.
+            then: called when it is complete.
 
         Raises:
-            RunError: it could not be written. What was saved before is as it was.
+            RunError: it, or the one before, could not be written. What was complete is as it was.
         """
+        self.finish(wait=True)
         folder = self.root / f"iter_{step:07d}"
         beside = folder.with_name(folder.name + BEING_WRITTEN)
-        try:
-            self._write(beside, step, engines, {**state, "metrics": dict(metrics)}, files or {})
+        with self._said_of(step):
+            snapshots = self._snapshot(beside, step, engines, {**state, "metrics": dict(metrics)}, files or {})
+            own = _rng_file(beside, dist.get_rank())
+            self._pending = PendingSave.begin(step, folder, beside, snapshots, then, own)
+        if wait or not self.config.async_save:
+            self.finish(wait=True)
+
+    def finish(self, *, wait: bool) -> None:
+        """Make the checkpoint that is being written complete, where there is one. Collective over the world.
+
+        Args:
+            wait: for its files; False: it stays as it is until all ranks have theirs.
+
+        Raises:
+            RunError: it could not be written, or not in time.
+        """
+        pending = self._pending
+        if pending is None or not (wait or pending.is_written_everywhere()):
+            return
+        with self._said_of(pending.step):
+            pending.wait(self.timeout_s)
+            for snapshot in pending.snapshots:
+                snapshot.finish()
             if dist.get_rank() == 0:
-                self._put_in_place(beside, folder, step)
-        except (OSError, CheckpointException) as error:
-            raise RunError(self._say_unwritable(step, error)) from error
+                write_marker(pending.beside, _manifest(pending.beside))
+                self._put_in_place(pending.beside, pending.folder, pending.step)
         dist.barrier()
-        return folder
+        self._pending = None
+        pending.then()
 
     def check_room(self, engines: Mapping[str, TrainEngine]) -> None:
         """A first checkpoint fits on the disk. Collective over the world; before the first step.
@@ -101,64 +155,62 @@ class CheckpointManager:
                 )
         dist.barrier()
 
-    def load(self, load_dir: Path, engines: Mapping[str, TrainEngine]) -> dict[str, Any]:
+    def load(self, load_dir: Path, engines: Mapping[str, TrainEngine], expected: Collection[str]) -> dict[str, Any]:
         """Restore a complete checkpoint of a run folder into the engines. Collective over the world.
+
+        Args:
+            load_dir: of the run that wrote it.
+            engines: trained roles by name.
+            expected: names in the trainer's state that the caller will read.
 
         Returns:
             The trainer's state, with ``step``.
 
         Raises:
-            ValueError: there is no complete checkpoint, it is damaged, or it lacks a role.
+            ValueError: there is no complete checkpoint, it is damaged, or it lacks a role or a part of the state.
         """
         folder = checkpoint_folder(load_dir, self.config.step)
         self._check_contents(folder)
+        state = _read_state(folder, {"step", "world_size", *expected})
         for role, engine in engines.items():
             if not (folder / role).is_dir():
                 raise ValueError(f"checkpoint {folder} has no role {role!r}: it was written by another kind of run")
             with engine.on_device(grads=True, optimizer=True, phase="load"):
                 engine.load(folder / role)
-        state = json.loads((folder / STATE).read_text())
         if state["world_size"] == dist.get_world_size():
             set_random_state(json.loads(_rng_file(folder, dist.get_rank()).read_text()))
         return state
 
-    def _write(
+    def _snapshot(
         self,
-        folder: Path,
+        beside: Path,
         step: int,
         engines: Mapping[str, TrainEngine],
         state: Mapping[str, Any],
         files: Mapping[str, str],
-    ) -> None:
-        rank, num_ranks = dist.get_rank(), dist.get_world_size()
-        if rank == 0:
-            shutil.rmtree(folder, ignore_errors=True)
+    ) -> list[RoleSnapshot]:
+        """Copy the roles, and write what is small."""
+        if dist.get_rank() == 0:
+            for left_by_a_killed_run in self.root.glob(f"iter_*{BEING_WRITTEN}*"):
+                remove = shutil.rmtree if left_by_a_killed_run.is_dir() else Path.unlink
+                remove(left_by_a_killed_run)
             for name in (*engines, "rng"):
-                (folder / name).mkdir(parents=True)
+                (beside / name).mkdir(parents=True)
         dist.barrier()
-        for role, engine in engines.items():
-            engine.save(folder / role)
-        _rng_file(folder, rank).write_text(json.dumps(random_state()))
-        if rank == 0:
-            about = {"step": step, "world_size": num_ranks, "code_version": self._version}
-            (folder / STATE).write_text(json.dumps({**about, **state}, indent=1))
+        snapshots = [engine.save(beside / role) for role, engine in engines.items()]
+        _rng_file(beside, dist.get_rank()).write_text(json.dumps(random_state()))
+        if dist.get_rank() == 0:
+            about = {"step": step, "world_size": dist.get_world_size(), "code_version": self._version}
+            (beside / STATE).write_text(json.dumps({**about, **state}, indent=1))
             for name, text in files.items():
-                (folder / name).write_text(text)
-            shutil.copyfile(self.run_dir / "config.yaml", folder / "config.yaml")
-        dist.barrier()
-        share = folder.with_name(f"{folder.name}.files_{rank:05d}")
-        share.write_text(json.dumps(look_at_share(folder, rank, num_ranks, settle=True)))
-        dist.barrier()
-        if rank == 0:
-            manifest: dict[str, tuple[int, int]] = {}
-            for path in sorted(folder.parent.glob(f"{folder.name}.files_*")):
-                manifest |= json.loads(path.read_text())
-                path.unlink()
-            write_marker(folder, manifest)
+                (beside / name).write_text(text)
+            shutil.copyfile(self.run_dir / "config.yaml", beside / "config.yaml")
+        return snapshots
 
     def _put_in_place(self, beside: Path, folder: Path, step: int) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         beside.rename(folder)
+        (self.root / EXPORTED).unlink(missing_ok=True)
         write_text(self.root / LATEST, str(step))
         settle_folder(self.root)
         self._retire(step)
@@ -184,10 +236,18 @@ class CheckpointManager:
         if bool(worst):
             raise ValueError(_say_damaged(folder, "another rank has found which file"))
 
-    def _say_unwritable(self, step: int, error: BaseException) -> str:
+    @contextlib.contextmanager
+    def _said_of(self, step: int) -> Iterator[None]:
+        """What goes wrong in the body is an error of the run that names the checkpoint."""
+        try:
+            yield
+        except (OSError, CheckpointException) as error:
+            raise RunError(self._say_unwritable(step, error)) from error
+
+    def _say_unwritable(self, step: int, error: OSError | CheckpointException) -> str:
         steps = ", ".join(str(_step_of(folder)) for folder in _complete(self.root)) or "none"
         return (
-            f"the checkpoint of step {step} could not be written below {self.root}: {_reason(error)}. Make room there, or choose another "
+            f"phase checkpoint: the checkpoint of step {step} could not be written below {self.root}: {_reason(error)}. Make room there, or choose another "
             f"run.dir. Complete checkpoints of this run: {steps}"
         )
 
@@ -226,7 +286,18 @@ def checkpoint_step(run_dir: Path, step: int | None) -> int:
     Raises:
         ValueError: there is none, or it is damaged.
     """
-    return int(json.loads((checkpoint_folder(run_dir, step) / STATE).read_text())["step"])
+    return int(_read_state(checkpoint_folder(run_dir, step), {"step"})["step"])
+
+
+def mark_exported(run_dir: Path, step: int) -> None:
+    """Note that the weights of the checkpoint of ``step``, the newest, are exported."""
+    write_text(run_dir / "checkpoints" / EXPORTED, str(step))
+
+
+def is_exported(run_dir: Path, step: int) -> bool:
+    """Whether the weights of the checkpoint of ``step`` are exported."""
+    path = run_dir / "checkpoints" / EXPORTED
+    return path.is_file() and path.read_text() == str(step)
 
 
 def best_checkpoint(folders: list[Path], metric: str) -> Path | None:
@@ -251,8 +322,30 @@ def _complete(root: Path) -> list[Path]:
     return sorted(folder for folder in found if not folder.name.endswith(BEING_WRITTEN))
 
 
+def _read_state(folder: Path, expected: Collection[str]) -> dict[str, Any]:
+    state = json.loads((folder / STATE).read_text())
+    missing = sorted(set(expected) - set(state))
+    if missing:
+        raise ValueError(
+            f"checkpoint {folder} has no {', '.join(missing)} in {STATE}: another version of this code wrote it "
+            f"({state.get('code_version', 'unknown')}). Go on with that version, or start a new run from its weights, "
+            "which 'hetero-ppo export' gives"
+        )
+    return state
+
+
 def _step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("iter_"))
+
+
+def _manifest(beside: Path) -> dict[str, tuple[int, int]]:
+    """Sizes and checksums of all files: what the ranks say of theirs, and of the small ones."""
+    manifest: dict[str, tuple[int, int]] = {}
+    for path in sorted(beside.parent.glob(share_file(beside, 0).name.replace("00000", "*"))):
+        manifest |= json.loads(path.read_text())
+        path.unlink()
+    others = {str(path.relative_to(beside)): path for path in files_of(beside)}
+    return manifest | {name: look_at(path, settle=True) for name, path in others.items() if name not in manifest}
 
 
 def _rng_file(folder: Path, rank: int) -> Path:

@@ -208,6 +208,7 @@ class RunConfig:
 @dataclass
 class CheckpointConfig:
     every: int = 0  # steps; 0: at the end alone
+    async_save: bool = True  # written while the run goes on, from a copy in host memory; False: the run stands still for it
     keep: int = 2  # newest checkpoints that are kept
     keep_best: str | None = None  # metric whose best checkpoint is kept beside them: the highest, with a leading "-" the lowest
     load: str | None = None  # run folder to resume from

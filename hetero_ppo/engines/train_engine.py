@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import queue
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.models.gpt import GPTModel
@@ -31,6 +29,7 @@ from hetero_ppo.engines.gradients import FirstGradients, clip_divisor, divide_gr
 from hetero_ppo.engines.microbatches import MicrobatchSize, pair_tokens, split, split_pairs
 from hetero_ppo.engines.model_engine import ModelEngine
 from hetero_ppo.engines.outputs import OutputFn
+from hetero_ppo.engines.role_snapshot import RoleSnapshot
 from hetero_ppo.engines.shared_device import SharedDevice
 from hetero_ppo.memory.kinds import TRAINING, Kind
 from hetero_ppo.types import Microbatch, PreferenceBatch
@@ -38,11 +37,8 @@ from megatron_bridge.model_provider import Head
 
 #: Rows of the buffer that metric sums are reduced in.
 MAX_METRICS = 64
-
-# Megatron-Core hands what its file writers report through a manager process, which asynchronous saves need. Saves are
-# synchronous here: a queue of this process does, without the seconds and the memory of one more process for every rank, which
-# would moreover outlive a rank that is killed.
-filesystem_async._results_queue = queue.Queue()
+#: What a checkpoint of a role holds beside tensors.
+COUNTS = ("steps_done", "skipped_in_a_row")
 
 
 @dataclass(frozen=True)
@@ -303,14 +299,20 @@ class TrainEngine(ModelEngine):
         kinds = self.residency.kinds - {Kind.grads}
         return sum(block.num_bytes for block in self.residency.blocks if block.kind in kinds) // self.groups.dp_cp.size()
 
-    def save(self, folder: Path) -> None:
-        """Write weights and optimizer with dist_checkpointing. Collective over the world.
+    def save(self, folder: Path) -> RoleSnapshot:
+        """Copy weights and optimizer for a checkpoint, from where they are. Collective over the world.
 
         Args:
             folder: there, and empty.
+
+        Returns:
+            The copy, which is to be written and finished. Whatever the role does next does not change it.
         """
         with self.device.for_saving(self.role):
-            dist_checkpointing.save(self._sharded_state_dict(is_loading=False), str(folder))
+            buffers = [buffer for chunk in self.models for buffer in chunk.buffers()]
+            tensors = [*buffers, *(tensor for tensors in self._tensors().values() for tensor in tensors)]
+            live = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+            return RoleSnapshot(self._sharded_state_dict(is_loading=False), folder, live)
 
     def load(self, folder: Path) -> None:
         """Read what ``save`` wrote, in this or another layout. Collective over the world; in a turn with the optimizer.
@@ -329,7 +331,10 @@ class TrainEngine(ModelEngine):
         self.optimizer.load_state_dict(state["optimizer"])
         for optimizer, before in moments:
             _keep_storages(optimizer.optimizer, before)
-        self.steps_done = int(state["steps_done"])
+        counts = [name for name in COUNTS if name not in state]
+        if counts:
+            raise ValueError(f"checkpoint {folder} has no {', '.join(counts)}: it was written by another version of this code")
+        self.steps_done, self.skipped_in_a_row = (int(state[name]) for name in COUNTS)
 
     def _check_kind_of_optimizer(self, folder: Path) -> None:
         """The distributed optimizer's state is stored in a form of its own, which Megatron-Core does not translate."""
@@ -346,7 +351,7 @@ class TrainEngine(ModelEngine):
         self._settle_parameters()
         weights = self._sharded_weights()
         optimizer = self.optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=self._sharding_metadata)
-        return {**weights, "optimizer": optimizer, "steps_done": self.steps_done}
+        return {**weights, "optimizer": optimizer, **dict(zip(COUNTS, (self.steps_done, self.skipped_in_a_row), strict=True))}
 
     def _optimizer_step(self, count: int) -> float | None:
         """MegatronOptimizer.step on the sum over ``count`` tokens, with a look at the norm of their mean before anything is written.

@@ -47,10 +47,10 @@ class PpoTrainer:
         re_encoders = ppo_setup.build_re_encoders(config, run, self.data)
         self.batching = ppo_setup.describe_batching(config, run, self.data)
         self.total_steps = self.batching.total_steps
-        self.start = first_step(config.checkpoint, self.total_steps)
+        self.start = first_step(config.checkpoint, run.dir, self.total_steps)
         self.trace = ppo_setup.trace_recorder(config, run, self.start)
         self.timer = PhaseTimer(platform.synchronize, self.trace, run.watchdog)
-        starting = ppo_setup.begin_engine(config, run, self.data, self.start)
+        starting = ppo_setup.begin_engine(config, run, self.data, min(self.start, self.total_steps - 1))
         self.engine = None if starting is None else starting.engine
         if sleeps(
             config.rollout, cuda=platform.HAS_CUDA
@@ -95,7 +95,7 @@ class PpoTrainer:
     def fit(self) -> None:
         """The algorithm (Schulman et al. 2017, algorithm 1; Ouyang et al. 2022, section 3.5)."""
         config = self.config
-        manager = CheckpointManager(self.run.dir, config.checkpoint)
+        manager = CheckpointManager(self.run.dir, config.checkpoint, timeout_s=60 * config.run.timeout_minutes)
         manager.check_room({"actor": self.roles.actor, "critic": self.roles.critic})
         self._resume(manager)
         if self.turns.needs_first_sync or self.start > 0:
@@ -108,13 +108,17 @@ class PpoTrainer:
             self.evaluator.run_and_save("before", f"step{self.start}")
         if self.run.should_stop(self.start, self.total_steps):
             self.run.stopped(self.start, is_saved=False)
-        with MetricsLogger(
-            self.run.dir, config.run, is_writer=self.run.is_writer, total_steps=self.total_steps
-        ) as logger:
+        with (
+            manager,
+            MetricsLogger(self.run.dir, config.run, is_writer=self.run.is_writer, total_steps=self.total_steps) as logger,
+        ):
             self.timer.collect()
             for step in progress(range(self.start, self.total_steps), description="PPO"):
                 self.trace.begin(step + 1)
                 experience = self.make_experience(step)
+                if manager.is_saving:
+                    with self.timer.phase("checkpoint"):
+                        manager.finish(wait=False)
                 note = self.guard.check(step + 1, experience.metrics)
                 with self.timer.phase("train_critic"):
                     metrics = self.update_critic(experience, step)
@@ -137,9 +141,10 @@ class PpoTrainer:
                 self.evaluator.dump_rollout(step + 1, experience)
                 due = config.checkpoint.every and (step + 1) % config.checkpoint.every == 0
                 stopping = self.run.should_stop(step + 1, self.total_steps)
-                if due or stopping or step + 1 == self.total_steps:
+                last = step + 1 == self.total_steps
+                if due or stopping or last:
                     with self.timer.phase("checkpoint"):
-                        self._save(manager, step + 1, metrics)
+                        self._save(manager, step + 1, metrics, wait=stopping or last)
                 if stopping:
                     self.run.stopped(step + 1)
         self.evaluator.run_and_save("after", f"step{self.total_steps}")
@@ -147,7 +152,7 @@ class PpoTrainer:
             self.turns.sleep()
             with self.actor.on_device(phase="export"):
                 self.actor.export(str(self.run.dir / "hf"))
-            self.run.say(f"exported the actor to {self.run.dir / 'hf'}")
+            self.run.exported("the actor ", self.total_steps)
 
     @property
     def actor(self) -> TrainEngine:
@@ -259,18 +264,22 @@ class PpoTrainer:
                     metrics["rollout/golden_log_prob_diff"] = self.engine.verify_sync(ids, log_probs)
         return metrics | self.turns.sync_metrics()
 
-    def _save(self, manager: CheckpointManager, step: int, metrics: dict[str, float]) -> None:
+    def _save(self, manager: CheckpointManager, step: int, metrics: dict[str, float], *, wait: bool) -> None:
         roles = {"actor": self.roles.actor, "critic": self.roles.critic}
         state = {**ppo_setup.trainer_state(self.data, self.maker, self.guard), "chunk_size": self.chunk_size}
-        manager.save(step, roles, state, metrics)
-        if self.bank is not None:
-            self.bank.forget(step)
+        bank = self.bank
+
+        def then() -> None:
+            if bank is not None:
+                bank.forget(step)
+
+        manager.save(step, roles, state, metrics, wait=wait, then=then)
 
     def _resume(self, manager: CheckpointManager) -> None:
         if self.config.checkpoint.load is None:
             return
         roles = {"actor": self.roles.actor, "critic": self.roles.critic}
-        state = manager.load(Path(self.config.checkpoint.load), roles)
+        state = manager.load(Path(self.config.checkpoint.load), roles, {*ppo_setup.STATE_NAMES, "chunk_size"})
         ppo_setup.load_trainer_state(state, self.data, self.maker, self.guard)
         self.chunk_size = int(state["chunk_size"])
         self.run.say(f"resumed PPO from {self.config.checkpoint.load} at step {self.start}")

@@ -308,6 +308,10 @@ def step_prompts(data: PpoData, config: PpoConfig, batching: PpoBatching) -> dic
     return {"prompts": prompts, "n": 1, "begun": data.waiting.begun[: len(prompts)], "wanted": wanted}
 
 
+#: What ``load_trainer_state`` reads.
+STATE_NAMES = ("prompts", "kl_controller", "score_moments", "waiting", "mismatch_guard")
+
+
 def trainer_state(data: PpoData, maker: ExperienceMaker, guard: MismatchGuard) -> dict[str, Any]:
     """What a PPO checkpoint holds beside the trained roles."""
     return {

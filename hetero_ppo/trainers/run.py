@@ -12,7 +12,7 @@ import numpy
 import torch
 import torch.distributed as dist
 
-from hetero_ppo.checkpoint.manager import checkpoint_step
+from hetero_ppo.checkpoint.manager import checkpoint_step, is_exported, mark_exported
 from hetero_ppo.config.load import LoadedConfig
 from hetero_ppo.config.render import save_config
 from hetero_ppo.config.schema import CheckpointConfig, RunConfig
@@ -45,6 +45,12 @@ class Run:
         A run that has done its last step goes on to what follows it.
         """
         return self.stop.agreed() and step < total_steps
+
+    def exported(self, what: str, step: int) -> None:
+        """Say and note that the weights of the last step are in ``<run.dir>/hf``."""
+        self.say(f"exported {what}to {self.dir / 'hf'}")
+        if self.is_writer:
+            mark_exported(self.dir, step)
 
     def stopped(self, step: int, *, is_saved: bool = True) -> NoReturn:
         """End the run on request.
@@ -97,8 +103,10 @@ def _set_threads(config: RunConfig) -> int:
     return threads
 
 
-def first_step(checkpoint: CheckpointConfig, total_steps: int) -> int:
+def first_step(checkpoint: CheckpointConfig, run_dir: Path, total_steps: int) -> int:
     """The step that a run begins with: 0, or that of the checkpoint it resumes from.
+
+    A run that was stopped after its last step, in the evaluation or the export, goes on with these: it begins at its last step.
 
     Raises:
         ValueError: there is no checkpoint, it is damaged, or it leaves nothing to do.
@@ -106,7 +114,9 @@ def first_step(checkpoint: CheckpointConfig, total_steps: int) -> int:
     if checkpoint.load is None:
         return 0
     step = checkpoint_step(Path(checkpoint.load), checkpoint.step)
-    if step >= total_steps:
+    is_own = Path(checkpoint.load).resolve() == run_dir.resolve()
+    has_to_export = is_own and checkpoint.export_hf and not is_exported(run_dir, step)
+    if step > total_steps or (step == total_steps and not has_to_export):
         raise ValueError(
             f"checkpoint.load={checkpoint.load}: it is at step {step} of {total_steps}, zero steps are left to do; "
             "raise train.steps (or train.epochs), or start anew without checkpoint.load"

@@ -74,12 +74,13 @@ class SupervisedTrainer(ABC):
 
     def fit(self) -> None:
         """Train, evaluate, save, export."""
-        manager = CheckpointManager(self.run.dir, self.checkpoint)
+        manager = CheckpointManager(self.run.dir, self.checkpoint, timeout_s=60 * self.run_config.timeout_minutes)
         manager.check_room({self.engine.role: self.engine})
-        start = first_step(self.checkpoint, self.total_steps)
+        start = first_step(self.checkpoint, self.run.dir, self.total_steps)
         self._resume(manager)
         timer = PhaseTimer(platform.synchronize, watchdog=self.run.watchdog)
         with (
+            manager,
             MetricsLogger(
                 self.run.dir, self.run_config, is_writer=self.run.is_writer, total_steps=self.total_steps
             ) as logger,
@@ -89,6 +90,9 @@ class SupervisedTrainer(ABC):
                 with timer.phase("train"):
                     result = self.step(self.sampler.next_global_batch())
                 values = self._train_metrics(result)
+                if manager.is_saving:
+                    with timer.phase("checkpoint"):
+                        manager.finish(wait=False)
                 last = step + 1 == self.total_steps
                 if last or (self.train.eval_every and (step + 1) % self.train.eval_every == 0):
                     with timer.phase("eval"):
@@ -98,17 +102,18 @@ class SupervisedTrainer(ABC):
                 if last or stopping or (self.checkpoint.every and (step + 1) % self.checkpoint.every == 0):
                     state = {"sampler": self.sampler.state_dict(), "template_sha256": self.template_hash}
                     with timer.phase("checkpoint"):
-                        manager.save(step + 1, {self.engine.role: self.engine}, state, values, self.weight_files())
+                        role = {self.engine.role: self.engine}
+                        manager.save(step + 1, role, state, values, self.weight_files(), wait=stopping or last)
                 if stopping:
                     self.run.stopped(step + 1)
         if self.checkpoint.export_hf:
             self.engine.export(str(self.run.dir / "hf"), files=self.weight_files())
-            self.run.say(f"exported to {self.run.dir / 'hf'}")
+            self.run.exported("", self.total_steps)
 
     def _resume(self, manager: CheckpointManager) -> None:
         if self.checkpoint.load is None:
             return
-        state: dict[str, Any] = manager.load(Path(self.checkpoint.load), {self.engine.role: self.engine})
+        state: dict[str, Any] = manager.load(Path(self.checkpoint.load), {self.engine.role: self.engine}, {"sampler"})
         self.sampler.load_state_dict(state["sampler"])
         self.run.say(f"resumed {self.engine.role} from {self.checkpoint.load} at step {state['step']}")
 

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,13 +90,15 @@ class RunningJob:
 
 
 @contextmanager
-def running(num_processes: int, command: list[str], run_dir: Path) -> Iterator[RunningJob]:
+def running(
+    num_processes: int, command: list[str], run_dir: Path, program: Sequence[str] = ("-m", "hetero_ppo.cli.main")
+) -> Iterator[RunningJob]:
     """Start a ``hetero-ppo`` command under the launcher; whatever the test does, nothing of it survives the block."""
     mark = uuid.uuid4().hex
     log = run_dir.with_suffix(".log")
     with log.open("w") as out:
         process = subprocess.Popen(
-            launch_command(num_processes, ["-m", "hetero_ppo.cli.main", *command]),
+            launch_command(num_processes, [*program, *command]),
             cwd=ROOT,
             env=environment(mark),
             stdout=out,

@@ -1,22 +1,27 @@
-"""A PPO run with vLLM that is killed while it generates goes on where it was, and ends as a run that never was killed."""
+"""A PPO run with vLLM that is killed while it generates, and while its last checkpoint is being written, goes on where it was, and
+ends as a run that never was killed."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from pathlib import Path
 
 import pytest
-from chain import BATCH, Chain, launch_all, launch_cli, read_metrics
+from chain import BATCH, ROOT, Chain, launch_all, launch_cli, read_metrics
 from e2e.processes import RunningJob, running, wait_for
 from e2e.test_resume import assert_same_weights, results
 
+from hetero_ppo.checkpoint.manager import checkpoint_step
 from hetero_ppo.rollout.replay import read_rollouts, step_path
 
 pytestmark = pytest.mark.slow
 
 START_S = 240.0
 CHUNK = 6
+#: The first checkpoint is written as ever, the second one never to its end; nothing else happens.
+HELD = {"point": "call:hetero_ppo.trainers.ppo:PpoTrainer.close", "logged": 2, "what": "hang", "held": True}
 
 
 def banked(run_dir: Path, step: int) -> int:
@@ -40,15 +45,19 @@ def test_killed_in_generation(chain: Chain, tmp_path: Path) -> None:
     run_dir, straight = tmp_path / "run", tmp_path / "straight"
     same = {"data__eval": "null", "train__eval_function": "null", "checkpoint__every": 1}
     longer = {"rollout__sampling__max_tokens": 24}
-    with running(1, chain.train_command("ppo", run_dir, train__steps=400, **same, **longer), run_dir) as job:
-        job.wait_steps(1, START_S)
+    command = chain.train_command("ppo", run_dir, train__steps=400, **same, **longer)
+    worker = [str(ROOT / "benchmarks" / "faults_worker.py"), json.dumps(HELD)]
+    with running(1, command, run_dir, worker) as job:
+        job.wait_steps(2, START_S)
         done = kill_in_generation(job, run_dir)
         job.process.wait(timeout=30)
     there = banked(run_dir, done)
+    assert done == 2 and checkpoint_step(run_dir, None) == 1
+    assert (run_dir / "checkpoints" / "iter_0000002.tmp").exists()
     steps = {"train__steps": done + 2}
     launch_cli(1, chain.train_command("ppo", run_dir, checkpoint__load=run_dir, **steps, **same, **longer))
     after = read_metrics(run_dir)
-    assert after[done + 1]["rollout/banked_share"] == there / BATCH
+    assert (after[done]["rollout/banked_share"], after[done + 1]["rollout/banked_share"]) == (1.0, there / BATCH)
     assert "rollout/banked_share" not in after[done + 2]
     chunks = [record.chunk for record in read_rollouts(step_path(run_dir / "rollouts", done + 1))]
     assert [chunks.count(chunk) for chunk in range(3)] == [CHUNK, CHUNK, BATCH - 2 * CHUNK]

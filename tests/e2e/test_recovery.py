@@ -64,7 +64,8 @@ def test_a_checkpoint_says_what_made_it(runs: Path) -> None:
     assert (folder / "config.yaml").read_text() == (runs / "straight" / "config.yaml").read_text()
     assert [path.name for path in (folder / "rng").iterdir()] == ["rank_00000.json"]
     names = sorted(path.name for path in folder.parent.iterdir())
-    assert names == ["iter_0000002", "iter_0000003", "latest_checkpointed_iteration.txt"]  # nothing half-written is left
+    # Nothing half-written is left.
+    assert names == ["exported_iteration.txt", "iter_0000002", "iter_0000003", "latest_checkpointed_iteration.txt"]
 
 
 @pytest.mark.parametrize(

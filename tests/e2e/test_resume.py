@@ -79,6 +79,14 @@ def test_the_ledger_of_a_run_is_its_plan(two_processes: Path, name: str) -> None
     assert max(in_use) <= record["device_limit_bytes"]
 
 
+def test_a_run_that_was_stopped_in_its_export_exports(chain: Chain, one_process: Path) -> None:
+    """Its last checkpoint is there, no step is left, and ``hf`` was not finished."""
+    run_dir = one_process / "sft_unexported"
+    assert_same_weights(run_dir / "hf", chain.export("sft"))
+    assert not (run_dir / "metrics.jsonl").exists()
+    assert (run_dir / "checkpoints" / "exported_iteration.txt").read_text() == str(SFT_STEPS)
+
+
 @pytest.mark.parametrize(("stage", "steps"), [("ppo", NUM_STEPS), ("sft", SFT_STEPS)])
 def test_nothing_left_to_do_is_an_error(chain: Chain, one_process: Path, stage: str, steps: int) -> None:
     text = (one_process / "log").read_text()

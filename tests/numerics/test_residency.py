@@ -280,34 +280,54 @@ def test_a_role_leaves_even_if_its_turn_is_the_next_but_one(model: Path) -> None
 
 
 def test_a_checkpoint_comes_straight_from_host_buffers(roles: Roles, tmp_path: Path) -> None:
-    """The same files' content from the device and from the host; the device stays as it was; it loads and goes on alike."""
+    """From the device and from the host, written while the role has trained on: it loads what was saved. The device stays as it was."""
+    folders = [tmp_path / "device", tmp_path / "host"]
+    for folder in folders:
+        folder.mkdir()
     roles.step()
     with roles.actor.on_device(grads=True, optimizer=True, phase="train_actor"):
-        (tmp_path / "device").mkdir()
-        roles.actor.save(tmp_path / "device")
+        snapshots = [roles.actor.save(folders[0])]
     roles.device.engine_turn("rollout")
     roles.device.settle()
     before = roles.device.ledger.look()[0]["actor"]
     assert sum(before.values()) == 0
-    (tmp_path / "host").mkdir()
-    roles.actor.save(tmp_path / "host")
+    snapshots.append(roles.actor.save(folders[1]))
     assert roles.device.ledger.look()[0]["actor"] == before
     following = roles.step()
-    for name in ("device", "host"):
-        other = Roles(
-            Path(roles.actor.config.model.path),
-            roles.actor.config.model.dtype,
-            roles.actor.train_config.optimizer.distributed,
-        )
-        with other.actor.on_device(grads=True, optimizer=True, phase="load"):
-            other.actor.load(tmp_path / name)
-        with other.actor.on_device(grads=True, optimizer=True, phase="train_actor"):
-            loss = other.train(other.actor)
-        with other.actor.on_device(phase="weight_sync"):
-            weights = [tensor.clone() for _, tensor in other.actor.stream_weights()]
-        assert torch.equal(loss, following[5])
-        assert all(torch.equal(one, two) for one, two in zip(weights, following[6:], strict=True))
-        other.close()
+    roles.device.engine_turn("rollout")
+    roles.device.settle()  # the host's buffers hold the next step's bytes
+    for snapshot in reversed(snapshots):
+        assert snapshot.write()
+        snapshot.finish()
+    for folder in folders:
+        assert_goes_on_alike(roles, folder, following)
+
+
+@pytest.mark.parametrize("name", ["fp32", "bf16 dist"])
+def test_what_a_role_that_stays_trains_on_is_not_in_its_checkpoint(name: str, model: Path, tmp_path: Path) -> None:
+    roles = Roles(model, *OPTIMIZERS[name], offload=False)
+    roles.step()
+    snapshot = roles.actor.save(tmp_path)
+    following = roles.step()
+    assert snapshot.write()
+    snapshot.finish()
+    assert_goes_on_alike(roles, tmp_path, following)
+    roles.close()
+
+
+def assert_goes_on_alike(roles: Roles, folder: Path, following: list[Tensor]) -> None:
+    """The actor that was saved takes the step that followed."""
+    config = roles.actor.train_config
+    other = Roles(Path(config.model.path), config.model.dtype, config.optimizer.distributed)
+    with other.actor.on_device(grads=True, optimizer=True, phase="load"):
+        other.actor.load(folder)
+    with other.actor.on_device(grads=True, optimizer=True, phase="train_actor"):
+        loss = other.train(other.actor)
+    with other.actor.on_device(phase="weight_sync"):
+        weights = [tensor.clone() for _, tensor in other.actor.stream_weights()]
+    assert torch.equal(loss, following[5])
+    assert all(torch.equal(one, two) for one, two in zip(weights, following[6:], strict=True))
+    other.close()
 
 
 def test_saving_inside_another_turn_is_an_error(roles: Roles, tmp_path: Path) -> None:

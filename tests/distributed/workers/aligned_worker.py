@@ -101,7 +101,9 @@ def checkpoint(model: Path, folder: Path) -> dict[str, bool]:
     if dist.get_rank() == 0:
         folder.mkdir()
     dist.barrier()
-    trained.save(folder)
+    snapshot = trained.save(folder)
+    assert snapshot.write()
+    snapshot.finish()
     loaded = ModelEngine("reward", role_config(model, "fp32", LAYOUTS["tp4"], aligned=False), "score")
     loaded.load_weights(folder)
     found = {name: tensor.clone() for name, tensor in loaded.stream_weights()}
