@@ -143,6 +143,12 @@ def run_chain(root: Path) -> Chain:
     return chain
 
 
+def golden_lines(chain: Chain) -> list[dict[str, Any]]:
+    """The pairs of the reward model's golden scores."""
+    lines = (chain.export("rm") / "golden_scores.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines[1:]]
+
+
 def write_data(folder: Path) -> None:
     """A small data set of the word-sort demo."""
     demo = _load_module(ROOT / "examples" / "word_sort" / "make_data.py")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,7 +43,8 @@ def one_process(chain: tiny_chain.Chain, tmp_path_factory: pytest.TempPathFactor
 @pytest.fixture(scope="session")
 def two_processes(chain: tiny_chain.Chain, one_process: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The recorded rollouts again on two processes: ``dp2``, ``resident`` (the same without turns),
-    ``mixed`` (actor TP 2, critic DP 2), ``resumed`` (DP 2). And ``megatron`` (DP 2), whose rollouts are its own actor's."""
+    ``mixed`` (actor TP 2, critic DP 2), ``resumed`` (DP 2). And ``megatron`` (DP 2), whose rollouts are its own actor's; and what
+    the commands on the reward model say in other layouts than it was trained in: ``pairs.html``, ``scores.jsonl``."""
     root = tmp_path_factory.mktemp("two_processes")
     replay = {"train__replay_rollouts": chain.run_dir("ppo") / "rollouts"}
     commands = [
@@ -53,6 +55,15 @@ def two_processes(chain: tiny_chain.Chain, one_process: Path, tmp_path_factory: 
         ),
         chain.train_command("ppo", root / "resumed", checkpoint__load=one_process / "ppo_at_2", **replay),
         chain.train_command("ppo", root / "megatron", rollout__engine="megatron", train__steps=MEGATRON_STEPS),
+    ]
+    reward_model = ["--checkpoint", str(chain.export("rm")), "--tensor", "2", "--sequence"]
+    pairs = ["--data", str(chain.data / "preference_eval.jsonl"), "--out", str(root / "pairs.html")]
+    ids = [pair["chosen_ids"] for pair in tiny_chain.golden_lines(chain)]
+    (root / "ids.jsonl").write_text("".join(json.dumps({"token_ids": one}) + "\n" for one in ids))
+    commands += [
+        ["verify", "rm", *reward_model],
+        ["eval", "rm", *reward_model, *pairs],
+        ["score", *reward_model, "--data", str(root / "ids.jsonl"), "--out", str(root / "scores.jsonl")],
     ]
     (root / "log").write_text(tiny_chain.launch_all(2, commands))
     return root

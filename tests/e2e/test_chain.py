@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from chain import BATCH, CHECKPOINT_STEP, NUM_STEPS, SFT_STEPS, Chain, read_metrics, run_in_session
+from chain import BATCH, CHECKPOINT_STEP, NUM_STEPS, SFT_STEPS, Chain, golden_lines, read_metrics, run_in_session
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -169,15 +169,16 @@ def test_golden_scores_go_with_the_reward_model(chain: Chain) -> None:
     assert f"reward_model: checked against {num_pairs} golden pairs" in (chain.root / "ppo.log").read_text()
 
 
-def test_accuracy_of_eval_rm_is_the_training_runs(chain: Chain, tmp_path: Path) -> None:
-    data = chain.data / "preference_eval.jsonl"
-    command = [sys.executable, "-m", "hetero_ppo.cli.main", "eval", "rm", "--checkpoint", str(chain.export("rm"))]
-    page = tmp_path / "pairs.html"
-    done = run_in_session([*command, "--data", str(data), "--out", str(page)], uuid.uuid4().hex, 120.0)
-    assert done.returncode == 0, done.stdout
+def test_the_reward_models_numbers_are_those_of_another_layout(chain: Chain, two_processes: Path) -> None:
+    """Trained and evaluated in one process; accuracy, scores and layers by two tensor-parallel ranks."""
+    text = (two_processes / "log").read_text()
     accuracy = read_metrics(chain.run_dir("rm"))[4]["eval/accuracy"]
-    assert f"accuracy {accuracy:.4%} (" in done.stdout
-    assert page.read_text().count("<svg") == 2
+    assert f"accuracy {accuracy:.4%} (" in text
+    assert (two_processes / "pairs.html").read_text().count("<svg") == 2
+    pairs = golden_lines(chain)
+    assert f"{2 * len(pairs)} scores of {len(pairs)} pairs have the same bits, and so have all 4 layers of 4 of them" in text
+    scores = [json.loads(line)["score_hex"] for line in (two_processes / "scores.jsonl").read_text().splitlines()]
+    assert scores == [pair["chosen_score"] for pair in pairs]
 
 
 def test_ppo_changed_the_actor(chain: Chain) -> None:
