@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,7 +130,7 @@ def bridge_config(
     _check_layout(hf, tensor, pipeline, virtual_pipeline, sequence)
     _check_experts(hf, moe, tensor, expert, sequence)
     if aligned:
-        _check_aligned(hf, moe, tensor, context)
+        _check_aligned(hf, moe, tensor, context, dtype)
         vocab_multiple *= VOCAB_PARTS // tensor
     parameters = rope_parameters(hf_config)
     inv_freq, attention_scaling = rope_frequencies(parameters, head_dim, hf["max_position_embeddings"])
@@ -295,9 +296,12 @@ def _check_layout(hf: dict[str, Any], tensor: int, pipeline: int, virtual_pipeli
         )
 
 
-def _check_aligned(hf: dict[str, Any], moe: bool, tensor: int, context: int) -> None:
+def _check_aligned(hf: dict[str, Any], moe: bool, tensor: int, context: int, dtype: torch.dtype) -> None:
+    has_triton = importlib.util.find_spec("triton") is not None
     reasons = {
-        "runs on CPUs alone: on CUDA it needs products whose bits do not depend on the layout": platform.HAS_CUDA,
+        # Triton's product of float32 matrices rounds them to TF32.
+        f"needs bf16 on CUDA, not {dtype}: its products would round float32": platform.HAS_CUDA and dtype != torch.bfloat16,
+        "needs Triton on CUDA, for Megatron-Core's batch-invariant kernels": platform.HAS_CUDA and not has_triton,
         f"has no mixture of experts (model_type {hf['model_type']!r})": moe,
         f"has no context parallelism (context {context})": context > 1,
         f"needs tensor parallelism 1, 2 or 4, not {tensor}": VOCAB_PARTS % tensor != 0,

@@ -149,7 +149,7 @@ class RoleConfig:
     micro_batch_size: int = 8  # sequences per forward on one data-parallel rank, where micro_batch_tokens is null
     micro_batch_tokens: int | None = None  # tokens per forward on one data-parallel rank, padding included; null: micro_batch_size
     packing: bool | None = None  # sequences lie one after the other, no padding is computed; null: on a CPU and with Transformer Engine, where context is 1
-    aligned: bool = False  # a forward's bits do not depend on batch, padding, micro-batches or layout (CPU)
+    aligned: bool = False  # a forward's bits do not depend on batch, padding, micro-batches or layout; on CUDA in bf16 alone
 
 
 @dataclass

@@ -17,6 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_bridge.aligned.rows import row_sums
+
 #: Elements of one float32 slice: 1 MiB stays in a CPU's cache, 256 MiB fills a GPU.
 _CHUNK_ELEMENTS_CPU = 1 << 18
 _CHUNK_ELEMENTS_GPU = 1 << 26
@@ -223,9 +225,9 @@ def _part_rows(
             shifted = _scaled(part[rows_of], temperature) - row_max[rows_of, None]
             part_sums[1, rows_of] = shifted.gather(1, columns[rows_of]).squeeze(1).masked_fill_(~owned[rows_of], 0)
             exp = shifted.exp()
-            part_sums[0, rows_of] = exp.sum(dim=1)
+            part_sums[0, rows_of] = row_sums(exp)
             if with_entropy:
-                part_sums[2, rows_of] = exp.mul_(shifted).sum(dim=1)
+                part_sums[2, rows_of] = row_sums(exp.mul_(shifted))
     if tp_group is not None and tp_group.size() > 1:
         whole = [torch.empty_like(sums) for _ in range(tp_group.size())]
         dist.all_gather(whole, sums, group=tp_group)

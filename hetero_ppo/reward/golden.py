@@ -23,12 +23,13 @@ from hetero_ppo.engines.model_engine import ModelEngine
 from hetero_ppo.engines.outputs import scores_output
 from hetero_ppo.errors import RunError
 from hetero_ppo.reward.layer_digests import layer_digests
+from megatron_bridge import platform
 
 GOLDEN_FILE = "golden_scores.jsonl"
 #: Pairs of a file, and of them those with digests of layers.
 NUM_PAIRS, NUM_TRACED = 64, 4
 #: Fields of the record on which bits depend. Equal scores are promised where they are equal.
-DECISIVE = ("dtype", "torch", "megatron_core", "cpu", "cpu_capability")
+DECISIVE = ("dtype", "torch", "megatron_core", "device", "cpu", "cpu_capability")
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ def record_of(engine: ModelEngine) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "megatron_core": version("megatron-core"),
+        "device": torch.cuda.get_device_name() if platform.HAS_CUDA else "cpu",
         "cpu": _cpu_model(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
     }
@@ -113,7 +115,7 @@ def read_golden(path: Path) -> Golden:
         try:
             content = json.loads(line)
             if golden is None:
-                golden = Golden(content["record"], [])
+                golden = Golden({"device": "cpu", **content["record"]}, [])  # older files were made on CPUs alone
                 continue
             del content["pair"]
             content["layers"] = [(name, value) for name, value in content["layers"]]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,20 +12,27 @@ from torch import Tensor
 
 from hetero_ppo.distributed.text import broadcast_json
 from hetero_ppo.engines.model_engine import ModelEngine
-from hetero_ppo.engines.outputs import scores_output
 from hetero_ppo.types import Microbatch
 
 
-def layer_digests(engine: ModelEngine, token_ids: list[int]) -> list[tuple[str, str]]:
+def layer_digests(
+    engine: ModelEngine, token_ids: list[int], neighbours: Sequence[list[int]] = (), num_columns: int = 0
+) -> list[tuple[str, str]]:
     """(layer, first 16 hex digits of the SHA-256 of its output's bytes), in the order of the forward. Collective.
 
     Args:
-        engine: with a score head, in a turn of its own where it shares a device.
+        engine: in a turn of its own where it shares a device.
         token_ids: one sequence.
+        neighbours: others of its micro-batch.
+        num_columns: that the micro-batch is padded to, where its longest sequence is not longer.
     """
-    length = len(token_ids)
-    padded = torch.zeros(1, engine.forward_size.padded(length), dtype=torch.int64)
-    padded[0, :length] = torch.tensor(token_ids)
+    length, rows = len(token_ids), [token_ids, *neighbours]
+    lengths = torch.tensor([len(row) for row in rows])
+    padded = torch.zeros(len(rows), engine.forward_size.padded(max(num_columns, int(lengths.max()))), dtype=torch.int64)
+    for number, row in enumerate(rows):
+        padded[number, : len(row)] = torch.tensor(row)
+    # Padding is computed where its outputs are asked for.
+    wanted = torch.ones_like(padded, dtype=torch.bool) if num_columns else None
     found: dict[int, tuple[str, str]] = {}
     sequence_parallel = engine.bridge.transformer.sequence_parallel
 
@@ -40,9 +47,7 @@ def layer_digests(engine: ModelEngine, token_ids: list[int]) -> list[tuple[str, 
     try:
         with torch.no_grad():
             engine.run_schedule(
-                [Microbatch(padded, torch.tensor([length]))],
-                lambda output, microbatch: scores_output(output, microbatch),
-                forward_only=True,
+                [Microbatch(padded, lengths, wanted=wanted)], lambda output, microbatch: output, forward_only=True
             )
     finally:
         for handle in handles:
@@ -79,4 +84,4 @@ def _whole(hidden: Tensor, tp_group: dist.ProcessGroup | None) -> Tensor:
 
 def digest(tensor: Tensor) -> str:
     """First 16 hex digits of the SHA-256 of a tensor's bytes."""
-    return hashlib.sha256(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
+    return hashlib.sha256(tensor.detach().contiguous().view(torch.uint8).cpu().numpy().tobytes()).hexdigest()[:16]

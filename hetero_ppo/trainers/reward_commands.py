@@ -23,8 +23,10 @@ from hetero_ppo.engines.model_engine import ModelEngine
 from hetero_ppo.engines.outputs import scores_output
 from hetero_ppo.errors import RunError
 from hetero_ppo.reward.golden import GOLDEN_FILE, check_golden, first_difference, read_golden
+from hetero_ppo.reward.self_check import check_alignment
 from hetero_ppo.trainers.export import single_process
 from hetero_ppo.trainers.run import end_run
+from megatron_bridge import platform
 
 TIMEOUT_MINUTES = 30.0
 
@@ -55,6 +57,10 @@ def reward_engine(args: argparse.Namespace) -> Iterator[ModelEngine]:
         engine = ModelEngine("reward_model", config, "score")
         if engine.load_report.initialised:
             raise ValueError(f"--checkpoint {checkpoint}: the model has no score head; give the export of a reward-model run")
+        if config.aligned and platform.HAS_CUDA:
+            proof = check_alignment(engine)
+            if dist.get_rank() == 0:
+                print(proof)
         yield engine
     finally:
         end_run()

@@ -17,6 +17,7 @@ from hetero_ppo.engines.train_engine import TrainEngine, TrainStepResult
 from hetero_ppo.observability.metrics import MetricsLogger
 from hetero_ppo.observability.progress import progress
 from hetero_ppo.observability.timers import PhaseTimer
+from hetero_ppo.reward.self_check import check_alignment
 from hetero_ppo.trainers.run import Run, first_step
 from hetero_ppo.types import StepMetrics
 from megatron_bridge import platform
@@ -143,9 +144,15 @@ def make_sampler(
 
 
 def describe_loaded(run: Run, engine: ModelEngine) -> None:
-    """Name every tensor that was initialised rather than loaded."""
+    """Name every tensor that was initialised rather than loaded; on CUDA an aligned role has to prove its bits. Collective.
+
+    Raises:
+        RunError: the role is aligned, and its bits depend on the batch.
+    """
     report = engine.load_report
     model = engine.config.model
     run.say(f"{engine.role}: {report.loaded} tensors loaded from {model.path}")
     for name in report.initialised:
         run.say(f"{engine.role}: {name} was INITIALISED (seed {model.init_seed}): the checkpoint has none")
+    if engine.config.aligned and platform.HAS_CUDA:
+        run.say(check_alignment(engine))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_bridge.aligned.products import batched_product
 from megatron_bridge.kernels import products_of, rotate
 
 #: Queries of a tile. Shapes are multiples of it, which leaves vector loops no remainder.
@@ -49,8 +50,8 @@ class _TiledAttention(torch.autograd.Function):
         with products_of(mixed.dtype):
             for end in range(TILE, padded + TILE, TILE):
                 query, key, value = _tile(rotated, inputs, end)
-                probs = _causal_softmax(torch.bmm(query * softmax_scale, key.transpose(1, 2)))
-                result[:, :, :, end - TILE : end] = torch.bmm(probs, value).view(b, g, r, TILE, d)
+                probs = _causal_softmax(batched_product(query * softmax_scale, key.transpose(1, 2)))
+                result[:, :, :, end - TILE : end] = batched_product(probs, value).view(b, g, r, TILE, d)
                 if ctx.needs_input_grad[0]:
                     kept.append(probs)
         ctx.save_for_backward(rotated, inputs, cos, sin, *kept)

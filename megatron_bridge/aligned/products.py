@@ -1,4 +1,8 @@
-"""Matrix products whose rows do not depend on how many rows there are, nor their columns on how many columns."""
+"""Matrix products whose rows do not depend on how many rows there are, nor their columns on how many columns.
+
+On CUDA they are Megatron-Core's batch-invariant kernel, in which one program makes a whole tile of the result, over all of the inner
+size and in one order, whatever the number of rows and columns.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+#: Matrices of a batched product on CUDA.
+BATCH = 16
 #: Rows of a product are a multiple of it. A BLAS chooses another kernel, with another order of additions, for a few rows (below 4 with
 #: one thread, below 16 with two); from there on kernels differ in how they cut rows and columns, not in a sum's order, which
 #: ``tests/numerics/test_aligned_kernels.py`` holds them to.
@@ -19,8 +25,29 @@ def product(inputs: Tensor, weight: Tensor) -> Tensor:
     return _Product.apply(inputs, weight)
 
 
+def batched_product(left: Tensor, right: Tensor) -> Tensor:
+    """[n, m, k] and [n, k, p] -> [n, m, p]. What a matrix gives does not depend on how many there are."""
+    return _bmm_in_batches(left, right) if left.is_cuda else torch.bmm(left, right)
+
+
+def _bmm_in_batches(left: Tensor, right: Tensor) -> Tensor:
+    """Every call of cuBLAS is for ``BATCH`` matrices, contiguous and filled up with zeros: m, k and p alone decide over its kernel."""
+    result = torch.empty(left.shape[0], left.shape[1], right.shape[2], dtype=left.dtype, device=left.device)
+    for start in range(0, left.shape[0], BATCH):
+        size = min(BATCH, left.shape[0] - start)
+        factors = [torch.zeros(BATCH, *factor.shape[1:], dtype=factor.dtype, device=factor.device) for factor in (left, right)]
+        for padded, factor in zip(factors, (left, right)):
+            padded[:size] = factor[start : start + size]
+        result[start : start + size] = torch.bmm(*factors)[:size]
+    return result
+
+
 def _rows_product(rows: Tensor, weight: Tensor) -> Tensor:
     """[m, k] and [n, k] -> [m, n]."""
+    if rows.is_cuda:
+        from megatron.core.transformer.custom_layers.batch_invariant_kernels import matmul_persistent  # needs Triton
+
+        return matmul_persistent(rows, weight.t())
     num_rows = rows.shape[0]
     rest = num_rows % ROWS
     if not rest:

@@ -3,7 +3,8 @@
 Two things part the bits of equal inputs in elementwise and row-wise kernels: a vector loop and its scalar remainder that compute a
 function differently, so that an element's bits depend on its offset; and a sum whose order depends on the shape of the whole
 tensor. So here functions are composed of operations that IEEE 754 rounds correctly (+, -, *, /, square root) and of ``exp``, which
-in torch is the same at every offset (``tests/numerics/test_aligned_kernels.py``); and sums run over contiguous rows.
+in torch is the same at every offset (``tests/numerics/test_aligned_kernels.py``); and sums run over contiguous rows. On CUDA one thread
+computes an element in the same way wherever it lies, and sums are Megatron-Core's batch-invariant kernel.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+import megatron_bridge.platform  # noqa: F401  before any module of Megatron-Core
 
 from megatron_bridge.kernels import rms_norm_backward
 
@@ -39,7 +42,7 @@ class _RmsNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         x = x.contiguous()
         x32 = x.float()
-        scale = (x32 * x32).sum(dim=-1, keepdim=True).div_(x.shape[-1]).add_(eps).rsqrt_()
+        scale = row_sums(x32 * x32).unsqueeze(-1).div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
         return (x32 * scale).mul_(weight.float()).to(x.dtype)
 
@@ -61,7 +64,7 @@ class _Swiglu(torch.autograd.Function):
         width = gate_and_up.shape[-1] // 2
         rows = gate_and_up.reshape(-1, 2 * width)
         result = torch.empty(rows.shape[0], width, dtype=rows.dtype, device=rows.device)
-        step = max(1, PIECE // width)
+        step = max(1, rows.shape[0] if rows.is_cuda else PIECE // width)
         scratch = torch.empty(2, step, width, dtype=torch.float32, device=rows.device)
         for start in range(0, rows.shape[0], step):
             piece = rows[start : start + step]
@@ -89,4 +92,17 @@ class _Swiglu(torch.autograd.Function):
 
 def row_dot(rows: Tensor, vector: Tensor) -> Tensor:
     """[..., hidden] and [hidden] -> [...] float32: products summed over each row."""
-    return (rows.contiguous().float() * vector.float()).sum(dim=-1)
+    return row_sums(rows.contiguous().float() * vector.float())
+
+
+def row_sums(rows: Tensor) -> Tensor:
+    """[..., n] contiguous -> [...]: sums over each row, in an order that depends on n alone.
+
+    torch's reductions on CUDA cut a row in as many parts as the number of rows leaves the device idle for; Megatron-Core's
+    batch-invariant mean has one program for a row.
+    """
+    if not rows.is_cuda:
+        return rows.sum(dim=-1)
+    from megatron.core.transformer.custom_layers.batch_invariant_kernels import mean_dim  # needs Triton
+
+    return mean_dim(rows, dim=-1).mul_(rows.shape[-1])

@@ -49,6 +49,12 @@ def test_products_do_not_depend_on_rows_and_columns(k: int, n: int, dtype: torch
             assert torch.equal(torch.cat(split, dim=1), result), (num_rows, parts)
 
 
+@pytest.mark.parametrize("n", [1, 16, 37])
+def test_batches_of_products_are_the_products(n: int) -> None:
+    left, right = torch.randn(n, 5, 12), torch.randn(n, 7, 12).transpose(1, 2)
+    assert torch.allclose(products._bmm_in_batches(left, right), torch.bmm(left, right), atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_do_not_depend_on_other_rows(dtype: torch.dtype) -> None:
     inputs, weight = torch.randn(900, 276).to(dtype), torch.randn(276).to(dtype)

@@ -25,6 +25,7 @@ from hetero_ppo.engines.outputs import log_probs_output, values_output
 from hetero_ppo.engines.train_engine import TrainEngine
 from hetero_ppo.errors import RunError
 from hetero_ppo.reward.golden import GOLDEN_FILE, GoldenGuard, golden_guard, make_golden, read_golden
+from hetero_ppo.reward.self_check import check_alignment
 from hetero_ppo.types import PolicyInputs
 
 
@@ -86,6 +87,32 @@ def test_values_of_training_and_of_forwards_are_equal_bits(world: None, models: 
         found.append(critic.forward(ids, lengths, values_output))
     for row, length in enumerate(LENGTHS):
         assert torch.equal(found[0][row, : length - 1], found[1][row, : length - 1])
+
+
+@pytest.mark.parametrize("head", ["score", "lm", "value"])
+@pytest.mark.parametrize("packing", [False, True])
+def test_an_aligned_role_passes_its_self_check_and_a_plain_one_does_not(
+    world: None, models: Path, head: str, packing: bool
+) -> None:
+    folder = models / ("qwen2-lm" if head == "lm" else "qwen3-score")
+    for aligned in (True, False):
+        config = dataclasses.replace(role_config(folder, "fp32", {}, aligned), micro_batch_size=3, packing=packing)
+        engine = ModelEngine("reward_model", config, head)
+        if aligned:
+            num_layers = 4
+            assert f"{7 * (3 * num_layers + 1)} outputs of layers have the same bits" in check_alignment(engine)
+        else:
+            with pytest.raises(RunError, match="the first layer whose output differs is the (layer [01]|final norm)"):
+                check_alignment(engine)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernels of aligned roles on CUDA need a GPU")
+@pytest.mark.parametrize("head", ["score", "lm"])
+def test_an_aligned_role_passes_its_self_check_on_cuda(world: None, models: Path, head: str) -> None:
+    folder = models / f"qwen3-{head}"
+    engine = ModelEngine("reward_model", role_config(folder, "bf16", {}, aligned=True), head)
+    check_alignment(engine)
 
 
 def _examples() -> list[PreferenceExample]:
