@@ -6,10 +6,12 @@ import importlib.util
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import uuid
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -108,6 +110,24 @@ def launch(
 def launch_cli(num_processes: int, command: Sequence[str], **kwargs: Any) -> subprocess.CompletedProcess[str]:
     """``launch`` of one ``hetero-ppo`` command."""
     return launch(num_processes, ["-m", "hetero_ppo.cli.main", *command], **kwargs)
+
+
+def launch_nodes(num_nodes: int, command: Sequence[str], *, timeout_s: float = 400.0) -> list[str]:
+    """One ``hetero-ppo`` command on several "nodes", which are launchers of one process each on this machine; what each printed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mark = uuid.uuid4().hex
+
+    def node(rank: int) -> str:
+        rendezvous = ["--nnodes", str(num_nodes), "--node-rank", str(rank), "--master-addr", "127.0.0.1", "--master-port", str(port)]
+        program = ["--nproc-per-node", "1", "-m", "hetero_ppo.cli.main", *command]
+        done = run_in_session([sys.executable, "-m", "hetero_ppo.cli.launcher", *rendezvous, *program], mark, timeout_s)
+        assert done.returncode == 0, f"node {rank}: exit status {done.returncode}:\n{done.stdout[-6000:]}"
+        return done.stdout
+
+    with ThreadPoolExecutor(num_nodes) as pool:
+        return list(pool.map(node, range(num_nodes)))
 
 
 def launch_all(num_processes: int, commands: Sequence[list[str]]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from hetero_ppo.config.derived import actor_generates, num_servers
+from hetero_ppo.config.derived import actor_generates, servers_of_nodes
 from hetero_ppo.config.require import require
 from hetero_ppo.config.schema import OldLogProbs, PpoConfig, RolloutEngineKind, SamplingConfig, WeightTransfer
 
@@ -55,7 +55,14 @@ def check_weight_transfer(config: PpoConfig, world_size: int) -> None:
         kind.value,
         "with rollout.engine=megatron the actor itself generates and there is nothing to transfer; leave it at auto",
     )
-    servers = num_servers(rollout, world_size)
+    counts = servers_of_nodes(rollout, world_size)
+    require(
+        kind is not WeightTransfer.shared_memory or not any(counts[1:]),
+        field,
+        kind.value,
+        f"servers read files of rank 0's node, and {sum(counts[1:])} of {sum(counts)} are on other nodes; use auto or collective",
+    )
+    servers = sum(counts)
     require(
         kind is not WeightTransfer.cuda_ipc or (servers == 1 and rollout.tensor_parallel == 1),
         field,

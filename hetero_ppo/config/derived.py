@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 
 from hetero_ppo.config.load import AnyConfig
@@ -277,6 +278,18 @@ def num_servers(rollout: RolloutConfig, world_size: int) -> int:
     if rollout.num_servers is not None:
         return rollout.num_servers
     return max(1, world_size // rollout.tensor_parallel)
+
+
+def num_nodes(world_size: int) -> int:
+    """Nodes of the run, each with as many ranks: from torchrun's LOCAL_WORLD_SIZE, without which it is one."""
+    return max(1, world_size // int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
+
+
+def servers_of_nodes(rollout: RolloutConfig, world_size: int) -> list[int]:
+    """vLLM servers of each node: as many on each, the first ones have one more where that leaves a rest."""
+    nodes = num_nodes(world_size)
+    each, rest = divmod(num_servers(rollout, world_size), nodes)
+    return [each + (node < rest) for node in range(nodes)]
 
 
 def weight_transfer(rollout: RolloutConfig, world_size: int, *, one_node: bool, cuda: bool) -> WeightTransfer:

@@ -258,7 +258,8 @@ class MismatchConfig:
 @dataclass
 class RolloutConfig:
     engine: RolloutEngineKind = RolloutEngineKind.vllm
-    num_servers: int | None = 1  # vLLM HTTP servers, all on rank 0's node; None: one for every tensor_parallel ranks
+    num_servers: int | None = 1  # vLLM HTTP servers, dealt over the nodes; None: one for every tensor_parallel ranks
+    interface: str | None = None  # network interface that nodes reach each other's servers by (eth0); None: the one to MASTER_ADDR
     dtype: Dtype | None = None  # engine dtype; None: the actor's
     max_num_seqs: int = 64  # running batch of one server; megatron: of one data-parallel rank of the actor
     kv_cache_mib: int = 256  # KV cache of one server (CPU); megatron: room for max_num_seqs longest sequences instead

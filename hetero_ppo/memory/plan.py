@@ -150,7 +150,10 @@ def plan_memory(
     residency = config.residency if isinstance(config, PpoConfig) else None
     ranks = range(world_size) if rank is None else [rank]
     turns = _turns(config, roles)
-    engine = plan_engine(config, roles["actor"], device_bytes, world_size) if isinstance(config, PpoConfig) else None
+    ranks_per_node = ranks_per_node or min(world_size, DEFAULT_RANKS_PER_NODE)
+    engine = None
+    if isinstance(config, PpoConfig):
+        engine = plan_engine(config, roles["actor"], device_bytes, world_size, ranks_per_node)
     copies = {number: _copies(turns, roles, number) for number in ranks}
     planner = _PhasePlanner(config, turns, roles, engine, on_cpu=device_bytes is None)
     phases = []
@@ -158,7 +161,6 @@ def plan_memory(
         fullest = max((planner.plan(index, number) for number in ranks), key=lambda phase: phase.total)
         out, back = max((copies[number][index] for number in ranks), key=sum)
         phases.append(PhasePlan(**{**vars(fullest), "copied_out": out, "copied_in": back}))
-    ranks_per_node = ranks_per_node or min(world_size, DEFAULT_RANKS_PER_NODE)
     host = _plan_host(roles, residency, engine, phases, world_size, ranks_per_node, on_cpu=device_bytes is None)
     return MemoryPlan(
         kind=config.kind,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from hetero_ppo.config.derived import actor_generates, max_model_len, num_servers
@@ -25,7 +26,7 @@ class EnginePlan:
     weights: int  # bytes of one device (GPU), or of one server (CPU)
     bytes_per_token: int  # of KV cache on one device
     weight_files: int  # bytes in shared memory at a weight sync: old and new version
-    host_bytes: int  # of all servers on a CPU
+    host_bytes: int  # of all servers of the fullest node on a CPU
     sleeps: bool  # gives the device back between rollouts
 
     @property
@@ -34,7 +35,9 @@ class EnginePlan:
         return max(0, (self.awake - self.weights) // self.bytes_per_token)
 
 
-def plan_engine(config: PpoConfig, actor: RoleStorage, device_bytes: int | None, world_size: int) -> EnginePlan | None:
+def plan_engine(
+    config: PpoConfig, actor: RoleStorage, device_bytes: int | None, world_size: int, ranks_per_node: int
+) -> EnginePlan | None:
     """The engine's bytes; None when recorded rollouts take its place.
 
     Args:
@@ -42,12 +45,13 @@ def plan_engine(config: PpoConfig, actor: RoleStorage, device_bytes: int | None,
         actor: whose weights the engine runs.
         device_bytes: memory of one device; None: a CPU.
         world_size: ranks of the run.
+        ranks_per_node: of them, over which servers are dealt.
     """
     if config.train.replay_rollouts is not None:
         return None
     if actor_generates(config):
         return _plan_own_engine(config, actor, device_bytes)
-    rollout = config.rollout
+    rollout, num_nodes = config.rollout, math.ceil(world_size / ranks_per_node)
     element = DTYPES[rollout.dtype or config.actor.model.dtype].itemsize
     whole = sum(hf_tensor_sizes(actor.bridge, actor.head).values()) * element
     dims, layers = actor.bridge.dims, actor.bridge.transformer.num_layers
@@ -56,7 +60,7 @@ def plan_engine(config: PpoConfig, actor: RoleStorage, device_bytes: int | None,
         weights=whole // rollout.tensor_parallel,
         bytes_per_token=2 * layers * dims.key * element // rollout.tensor_parallel,
         weight_files=2 * whole,
-        host_bytes=num_servers(rollout, world_size) * (whole + rollout.kv_cache_mib * MIB),
+        host_bytes=math.ceil(num_servers(rollout, world_size) / num_nodes) * (whole + rollout.kv_cache_mib * MIB),
         sleeps=device_bytes is not None and rollout.sleep is not False,
     )
 

@@ -15,7 +15,8 @@ import aiohttp
 from hetero_ppo.config.schema import SamplingConfig
 from hetero_ppo.errors import RunError
 from hetero_ppo.rollout.partial import ABORTED
-from hetero_ppo.rollout.server import SERVED_MODEL_NAME, VllmServer
+from hetero_ppo.rollout.nodes import AnyServer
+from hetero_ppo.rollout.server import SERVED_MODEL_NAME
 from hetero_ppo.types import Response
 
 HEALTH_TIMEOUT_S = 5.0
@@ -41,7 +42,7 @@ class ServerClient:
     log, when it answers with an error or not within its deadline.
     """
 
-    def __init__(self, server: VllmServer):
+    def __init__(self, server: AnyServer):
         self.server = server
         self._session: aiohttp.ClientSession | None = None
         self._watcher: asyncio.Task[None] | None = None
@@ -51,10 +52,14 @@ class ServerClient:
     async def open(self) -> None:
         self.num_opened += 1
         # No limit on connections: a request that waits for one would not be in the server's batch.
-        connector = aiohttp.UnixConnector(path=str(self.server.socket_path), limit=0, keepalive_timeout=15.0)
-        headers = {"Authorization": f"Bearer {self.server.api_key}"}
-        self._session = aiohttp.ClientSession(connector=connector, headers=headers)
+        self._session = self._new_session(limit=0, keepalive_timeout=15.0)
         self._dead = False
+
+    def _new_session(self, **options: Any) -> aiohttp.ClientSession:
+        """``options``: of its connector."""
+        path = self.server.endpoint.socket_path
+        connector = aiohttp.TCPConnector(**options) if path is None else aiohttp.UnixConnector(str(path), **options)
+        return aiohttp.ClientSession(connector=connector, headers={"Authorization": f"Bearer {self.server.api_key}"})
 
     async def close(self) -> None:
         if self._watcher is not None:
@@ -85,7 +90,7 @@ class ServerClient:
     async def healthy(self) -> bool:
         timeout = aiohttp.ClientTimeout(total=HEALTH_TIMEOUT_S)
         try:
-            async with self._session.get("http://server/health", timeout=timeout) as reply:
+            async with self._session.get(f"{self.server.endpoint.url}/health", timeout=timeout) as reply:
                 return reply.status == 200
         except (aiohttp.ClientError, OSError):  # TimeoutError is an OSError
             return False
@@ -97,8 +102,7 @@ class ServerClient:
         connections to close before it exits: they would wait for each other until the deadline.
         """
         # A connection for each look: a server that shuts down takes no new ones.
-        connector = aiohttp.UnixConnector(path=str(self.server.socket_path), force_close=True)
-        async with aiohttp.ClientSession(connector=connector) as session:
+        async with self._new_session(force_close=True) as session:
             while True:
                 await asyncio.sleep(WATCH_S)
                 if not await self._serves(session):
@@ -108,12 +112,11 @@ class ServerClient:
         self._dead = True
         await self._session.close()
 
-    @staticmethod
-    async def _serves(session: aiohttp.ClientSession) -> bool:
+    async def _serves(self, session: aiohttp.ClientSession) -> bool:
         """False when the server says that its engine is dead, or takes no connections. One that is only slow does serve."""
         timeout = aiohttp.ClientTimeout(total=HEALTH_TIMEOUT_S)
         try:
-            async with session.get("http://server/health", timeout=timeout) as reply:
+            async with session.get(f"{self.server.endpoint.url}/health", timeout=timeout) as reply:
                 return reply.status < 500
         except TimeoutError:
             return True
@@ -214,7 +217,7 @@ class ServerClient:
             raise ServerDied(f"{route}: the server takes no connections")
         timeout = aiohttp.ClientTimeout(total=timeout_s)
         try:
-            async with self._session.post(f"http://server{route}", json=body, timeout=timeout) as reply:
+            async with self._session.post(f"{self.server.endpoint.url}{route}", json=body, timeout=timeout) as reply:
                 status, text = reply.status, await reply.read()
         except TimeoutError:
             raise RunError(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import os
 import shutil
 import threading
 import time
@@ -23,13 +22,15 @@ from hetero_ppo.config.derived import weight_transfer
 from hetero_ppo.config.schema import Dtype, RolloutConfig, SamplingConfig, WeightTransfer
 from hetero_ppo.errors import RunError
 from hetero_ppo.observability.progress import progress
+from hetero_ppo.rollout.network import LOOPBACK
+from hetero_ppo.rollout.nodes import AnyServer, Cluster, remote_servers
 from hetero_ppo.rollout.requests import Requests
 from hetero_ppo.rollout.beam_search import BeamSearch, Expand, Hypothesis, run_search
 from hetero_ppo.rollout.partial import ABORTED
 from hetero_ppo.rollout.pool import Member, ServerPool, gather_all
-from hetero_ppo.rollout.server import MAX_LOG_PROBS, ServerSpec, VllmServer, server_threads, sleeps
+from hetero_ppo.rollout.server import MAX_LOG_PROBS, VllmServer, server_spec, shared_memory_dir, sleeps
 from hetero_ppo.rollout.transports import weight_transport
-from hetero_ppo.rollout.weight_sync import SyncStats, remove_weights, shared_memory_dir, write_weights
+from hetero_ppo.rollout.weight_sync import SyncStats, remove_weights, write_weights
 from hetero_ppo.types import OnResponse, Response
 
 T = TypeVar("T")
@@ -47,15 +48,21 @@ class EngineState(Enum):
     asleep = "asleep"
 
 
-def check_devices(config: RolloutConfig, num_devices: int | None) -> None:
-    """Raises ValueError when the servers of this node do not fit its GPUs, or need one. ``num_devices``: None on a CPU."""
-    needed = config.num_servers * config.tensor_parallel
+def check_devices(config: RolloutConfig, num_here: int, num_devices: int | None) -> None:
+    """Raises ValueError when the servers of this node do not fit its GPUs, or need one.
+
+    Args:
+        config: the ``rollout`` section.
+        num_here: servers on this node.
+        num_devices: GPUs of this node; None: it computes on its CPU.
+    """
+    needed = num_here * config.tensor_parallel
     if num_devices is None and config.weight_transfer is WeightTransfer.cuda_ipc:
         raise ValueError("rollout.weight_transfer=cuda_ipc: there is no GPU here; use auto, shared_memory or collective")
     if num_devices is not None and needed > num_devices:
         raise ValueError(
-            f"rollout.num_servers={config.num_servers} with rollout.tensor_parallel={config.tensor_parallel} needs {needed} GPUs; "
-            f"this node, where all servers are, has {num_devices}"
+            f"rollout.num_servers={config.num_servers} with rollout.tensor_parallel={config.tensor_parallel} needs {needed} GPUs on "
+            f"this node, for {num_here} servers; it has {num_devices}"
         )
 
 
@@ -100,9 +107,9 @@ def check_begun(begun: list[Response | None] | None, wanted: int | None, limits:
 
 
 class VllmEngine:
-    """vLLM servers on this node. A context manager; leaving it ends the servers, and so does any error but ValueError.
+    """vLLM servers, on this node and on others. A context manager; leaving it ends the servers, and so does any error but ValueError.
 
-    Use it from one rank per node. ``generate`` and ``sync_weights`` block; they may be called from different threads.
+    Use it from one rank of the run. ``generate`` and ``sync_weights`` block; they may be called from different threads.
 
     Args:
         config: the ``rollout`` section, with a number of servers.
@@ -114,6 +121,7 @@ class VllmEngine:
         initial_version: label of the weights in ``model_path``. None: the folder has config.json alone; the servers start with
             random weights and refuse to generate before the first sync.
         tokenizer_path: Hugging Face folder of the tokenizer, for stop strings; None: ``sampling.stop`` is refused.
+        cluster: the nodes of the run, where others have servers too; None: all are on this one.
     """
 
     def __init__(
@@ -127,25 +135,27 @@ class VllmEngine:
         eos_token_ids: list[int],
         initial_version: str | None = "initial",
         tokenizer_path: str | None = None,
+        cluster: Cluster | None = None,
     ):
         self.config = config
         self.is_collective = False
         self.dtype = dtype if config.dtype is None else config.dtype
         self.max_model_len = max_model_len
         self.eos_token_ids = eos_token_ids
-        self._spec = ServerSpec(
-            model_path=str(Path(model_path).resolve()),
+        self._cluster = cluster
+        self._num_here = config.num_servers if cluster is None else cluster.counts[cluster.node]
+        self._spec = server_spec(
+            config,
+            self._num_here,
+            model_path=model_path,
             dtype=self.dtype,
             max_model_len=max_model_len,
             load_weights=initial_version is not None,
-            cuda=torch.cuda.is_available(),
-            config=config,
-            threads=server_threads(config, len(os.sched_getaffinity(0))),
-            tokenizer_path=None if tokenizer_path is None else str(Path(tokenizer_path).resolve()),
+            tokenizer_path=tokenizer_path,
         )
         # Of this thread: start() may run in another one, whose current device is the first.
         self._device = torch.device("cuda", torch.cuda.current_device()) if self._spec.cuda else torch.device("cpu")
-        self._transfer = weight_transfer(config, 1, one_node=True, cuda=self._spec.cuda)
+        self._transfer = weight_transfer(config, 1, one_node=cluster is None, cuda=self._spec.cuda)
         self._log_dir = Path(run_dir).resolve() / "rollout"
         self._initial_version = initial_version
         self.last_sync: SyncStats | None = None  # None before the first sync
@@ -181,7 +191,7 @@ class VllmEngine:
         return hashlib.sha256(json.dumps(sorted(files.checksums.items())).encode()).hexdigest()
 
     @property
-    def servers(self) -> list[VllmServer]:
+    def servers(self) -> list[AnyServer]:
         return [member.server for member in self._started_pool().members]
 
     def start(self) -> None:
@@ -193,27 +203,27 @@ class VllmEngine:
         """
         if self._pool is not None:
             raise RuntimeError("the rollout engine is started already")
-        check_devices(self.config, torch.cuda.device_count() if self._spec.cuda else None)
+        check_devices(self.config, self._num_here, torch.cuda.device_count() if self._spec.cuda else None)
         self._private_dir = shared_memory_dir()
         try:
             servers = [
                 VllmServer(index, self._spec, self._private_dir, self._log_dir / f"server_{index}.log")
-                for index in range(self.config.num_servers)
+                for index in range(self._num_here)
             ]
         except ValueError:
+            shutil.rmtree(self._private_dir)
+            raise
+        address = LOOPBACK if self._cluster is None else self._cluster.address
+        transport = weight_transport(self._transfer, self._device, self.config.sync_timeout_s, address)
+        try:
+            others = [] if self._cluster is None else remote_servers(self._cluster, self.config.start_timeout_s)
+        except RunError:
             shutil.rmtree(self._private_dir)
             raise
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="rollout", daemon=True)
         self._thread.start()
-        self._pool = ServerPool(
-            servers,
-            self._initial_version,
-            weight_transport(self._transfer, self._device, self.config.sync_timeout_s),
-            max_restarts=self.config.max_restarts,
-            start_timeout_s=self.config.start_timeout_s,
-            sync_timeout_s=self.config.sync_timeout_s,
-        )
+        self._pool = ServerPool([*servers, *others], self.config, self._initial_version, transport)
         self._run(self._pool.start())
 
     def generate(
@@ -389,6 +399,16 @@ class VllmEngine:
         self._weights_dropped = False
         if previous is not None:
             remove_weights(previous)
+
+    def share_metrics(self) -> dict[str, float]:
+        """How requests were shared among servers since this was last asked; nothing where there is one."""
+        members = self._started_pool().members
+        answered = [member.num_answered for member in members]
+        for member in members:
+            member.num_answered = 0
+        if len(members) == 1 or sum(answered) == 0:
+            return {}
+        return {"rollout/least_server_share": min(answered) / sum(answered)}
 
     def prompt_log_probs(self, token_ids: list[int], server: int = 0) -> list[float]:
         """log p(token t + 1 | tokens 0..t) at temperature 1, for t = 0 .. len - 2, by one of the servers."""

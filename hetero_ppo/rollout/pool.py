@@ -1,16 +1,17 @@
-"""The servers of one node: started together, restarted when they die, given requests by load."""
+"""All servers of a run: started together, restarted when they die, given requests by load."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from hetero_ppo.config.schema import RolloutConfig
 from hetero_ppo.errors import RunError
 from hetero_ppo.rollout.client import ServerClient, ServerDied
-from hetero_ppo.rollout.server import VllmServer
+from hetero_ppo.rollout.nodes import AnyServer
 from hetero_ppo.rollout.transports import WeightTransport
 from hetero_ppo.rollout.weight_sync import WeightFiles, stage, swap
 
@@ -29,8 +30,9 @@ PAUSE_TIMEOUT_S = 5.0
 class Member:
     """A server, its client, and what the pool knows of it."""
 
-    server: VllmServer
+    server: AnyServer
     client: ServerClient
+    num_answered: int = 0  # requests, since somebody asked
     in_flight: int = 0
     restarts: int = 0
     starts: int = 0  # how often it has been started: tells whether somebody else has restarted it meanwhile
@@ -52,31 +54,25 @@ class ServerPool:
 
     Args:
         servers: not started yet.
+        config: the ``rollout`` section.
         initial_version: label of the weights in the model's folder; None when the servers start with random weights.
         transport: way of the weights into the servers.
-        max_restarts: of one server.
-        start_timeout_s: deadline of a start.
-        sync_timeout_s: deadline of a weight sync.
     """
 
     def __init__(
         self,
-        servers: list[VllmServer],
+        servers: Sequence[AnyServer],
+        config: RolloutConfig,
         initial_version: str | None,
         transport: WeightTransport,
-        *,
-        max_restarts: int,
-        start_timeout_s: float,
-        sync_timeout_s: float,
     ):
         self.members = [Member(server, ServerClient(server)) for server in servers]
         self.initial_version = initial_version
         self.transport = transport
         self.files: WeightFiles | None = None
-        self.max_restarts = max_restarts
-        self.start_timeout_s = start_timeout_s
-        self.sync_timeout_s = sync_timeout_s
-        config = servers[0].spec.config
+        self.max_restarts = config.max_restarts
+        self.start_timeout_s = config.start_timeout_s
+        self.sync_timeout_s = config.sync_timeout_s
         self.verify_sync = config.verify_sync
         self._slots = asyncio.Semaphore(QUEUE_FACTOR * config.max_num_seqs * len(servers))
 
@@ -167,9 +163,11 @@ class ServerPool:
             member = min(self.members, key=lambda m: m.in_flight)
             member.in_flight += 1
             try:
-                return await self.call(member, phase, lambda client: send(client, member))
+                answer = await self.call(member, phase, lambda client: send(client, member))
             finally:
                 member.in_flight -= 1
+            member.num_answered += 1
+            return answer
 
     async def load(self, files: WeightFiles) -> float:
         """Gives all servers new weights. They are checked by every server before the first one changes.

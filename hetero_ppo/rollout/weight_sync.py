@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -61,12 +60,6 @@ class SyncStats:
             "rollout/sync_gb_s": self.gb_s,
             "rollout/verify_s": self.checksum_s + self.golden_s,
         }
-
-
-def shared_memory_dir() -> Path:
-    """A new private directory, in shared memory where the machine has it."""
-    parent = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    return Path(tempfile.mkdtemp(prefix="hetero_ppo_", dir=parent))
 
 
 def _write_shard(path: Path, tensors: dict[str, Tensor]) -> dict[str, str]:

@@ -22,7 +22,7 @@ from hetero_ppo.observability.metrics import MetricsLogger
 from hetero_ppo.observability.progress import progress
 from hetero_ppo.observability.timers import PhaseTimer
 from hetero_ppo.rollout.server import sleeps
-from hetero_ppo.trainers import ppo_bank, ppo_memory, ppo_setup
+from hetero_ppo.trainers import ppo_bank, ppo_memory, ppo_nodes, ppo_setup
 from hetero_ppo.trainers.ppo_engine import EngineTurns
 from hetero_ppo.trainers.ppo_evaluation import Evaluator
 from hetero_ppo.trainers.run import Run, first_step
@@ -50,7 +50,9 @@ class PpoTrainer:
         self.start = first_step(config.checkpoint, run.dir, self.total_steps)
         self.trace = ppo_setup.trace_recorder(config, run, self.start)
         self.timer = PhaseTimer(platform.synchronize, self.trace, run.watchdog)
-        starting = ppo_setup.begin_engine(config, run, self.data, min(self.start, self.total_steps - 1))
+        cluster = ppo_nodes.meet(config, run)
+        self.node_servers = ppo_nodes.begin_servers(config, run, cluster)
+        starting = ppo_setup.begin_engine(config, run, self.data, min(self.start, self.total_steps - 1), cluster)
         self.engine = None if starting is None else starting.engine
         if sleeps(
             config.rollout, cuda=platform.HAS_CUDA
@@ -89,6 +91,8 @@ class PpoTrainer:
                 self.bank.end()
             if self.engine is not None:
                 self.engine.close()
+            if self.node_servers is not None:
+                self.node_servers.close()
         finally:  # a lane that still waits for room would keep the process
             self.device.close()
 

@@ -72,10 +72,14 @@ class EngineTurns:
         self._barrier()
 
     def sync_metrics(self) -> dict[str, float]:
-        """Seconds and rate of the last weight sync, and what its proofs took; nothing on ranks without the engine."""
+        """Seconds and rate of the last weight sync, what its proofs took, and how servers shared the requests since the one before.
+
+        Nothing on ranks without the engine.
+        """
         if self.engine is None or self.engine.last_sync is None:
             return {}
-        return self.engine.last_sync.metrics()
+        shares = self.engine.share_metrics() if isinstance(self.engine, VllmEngine) else {}
+        return self.engine.last_sync.metrics() | shares
 
     def at_work(self, name: str) -> contextlib.AbstractContextManager[Args]:
         """The engine's lane of the trace."""

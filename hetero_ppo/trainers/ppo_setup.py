@@ -26,7 +26,7 @@ from hetero_ppo.config.derived import (
     weight_transfer,
 )
 from hetero_ppo.config.schema import OldLogProbs, PpoConfig
-from hetero_ppo.data.chat_template import TextEncoder, load_text_encoder, tokenizer_folder
+from hetero_ppo.data.chat_template import TextEncoder, load_text_encoder
 from hetero_ppo.data.collate import collate_prompts
 from hetero_ppo.data.dataset import Dataset
 from hetero_ppo.data.prompts import PromptExample, load_prompts
@@ -45,10 +45,12 @@ from hetero_ppo.reward.golden import GoldenGuard, golden_guard
 from hetero_ppo.reward.re_encoding import ReEncoder, load_re_encoders
 from hetero_ppo.rollout.engine import VllmEngine
 from hetero_ppo.rollout.megatron import MegatronEngine
+from hetero_ppo.rollout.nodes import Cluster
 from hetero_ppo.rollout.partial import PartialBuffer
 from hetero_ppo.rollout.replay import ReplayEngine
 from hetero_ppo.rollout.server import sleeps
 from hetero_ppo.rollout.sweep import find_running_batch
+from hetero_ppo.trainers import ppo_nodes
 from hetero_ppo.trainers.ppo_engine import EngineTurns, RolloutEngine
 from hetero_ppo.trainers.run import Run
 from hetero_ppo.trainers.supervised import describe_loaded
@@ -152,18 +154,20 @@ def describe_batching(config: PpoConfig, run: Run, data: PpoData) -> PpoBatching
     return batching
 
 
-def begin_engine(config: PpoConfig, run: Run, data: PpoData, start: int) -> StartingEngine | None:
+def begin_engine(
+    config: PpoConfig, run: Run, data: PpoData, start: int, cluster: Cluster | None
+) -> StartingEngine | None:
     """The rollout engine on rank 0, being started; None on the other ranks, and on all where the actor generates itself.
 
     Args:
         start: PPO steps that are done already; recorded steps are counted from 1.
+        cluster: see ``ppo_nodes.meet``.
     """
     if not run.is_writer or actor_generates(config):
         return None
     if config.train.replay_rollouts is not None:
         return StartingEngine(ReplayEngine(Path(config.train.replay_rollouts), start + 1)).begin()
-    has_stops = bool(config.rollout.sampling.stop or config.rollout.eval_sampling.stop)
-    transfer = weight_transfer(config.rollout, run.world_size, one_node=True, cuda=platform.HAS_CUDA)
+    transfer = weight_transfer(config.rollout, run.world_size, one_node=cluster is None, cuda=platform.HAS_CUDA)
     run.say(f"weights get into the rollout servers by {transfer.value} (rollout.weight_transfer)")
     engine = VllmEngine(
         replace(config.rollout, num_servers=num_servers(config.rollout, run.world_size), weight_transfer=transfer),
@@ -174,7 +178,8 @@ def begin_engine(config: PpoConfig, run: Run, data: PpoData, start: int) -> Star
         eos_token_ids=[data.encoder.eos_token_id],
         # An engine that sleeps gets its first weights by a sync like all others, so that it can drop them.
         initial_version=None if sleeps(config.rollout, cuda=platform.HAS_CUDA) else "step0",
-        tokenizer_path=tokenizer_folder(config.actor.model) if has_stops else None,  # starting takes longer with one
+        tokenizer_path=ppo_nodes.servers_tokenizer(config),
+        cluster=cluster,
     )
     return StartingEngine(engine).begin()
 

@@ -1,6 +1,6 @@
 """PPO that waits for no straggler: unfinished responses are resumed, by the next step and by a run from a checkpoint.
 
-Its held-out answers end at a stop string, and its chunks are as large as a sweep says.
+That run is over two nodes, each with a rollout server. Its held-out answers end at a stop string, and its chunks are as large as a sweep says.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 
 import pytest
-from chain import Chain, launch_cli, read_metrics
+from chain import Chain, launch_cli, launch_nodes, read_metrics
 
 from hetero_ppo.rollout.replay import read_rollouts
 
@@ -41,8 +41,14 @@ def test_unfinished_responses_are_resumed(chain: Chain, tmp_path: Path) -> None:
     assert kept and all(begun["token_ids"] for begun in kept)
     assert len(waiting["begun"]) + 2 * WANTED == 3 * WANTED  # three batches of prompts were read
 
-    launch_cli(2, chain.train_command("ppo", run_dir, train__steps=3, checkpoint__load=run_dir, **OVERRIDES))
+    command = chain.train_command("ppo", run_dir, train__steps=3, checkpoint__load=run_dir, **OVERRIDES)
+    first, other = launch_nodes(2, [*command, "rollout.num_servers=null"])
+    assert "rollout servers on 2 nodes, [1, 1]; node 0 is reached at 127.0.0.1" in first
+    assert "weights get into the rollout servers by collective" in first and "rollout server" not in other
     metrics = read_metrics(run_dir)
+    assert 0.2 < metrics[3]["rollout/least_server_share"] <= 0.5  # both nodes' servers answered
+    log = (run_dir / "rollout" / "server_1.log").read_text()
+    assert "'host': '127.0.0.1'" in log and "'uds'" not in log
     assert metrics[1]["rollout/resumed_share"] == 0 and metrics[1]["rollout/weight_versions_max"] == 1
     records = read_rollouts(run_dir / "rollouts" / "step_000003.jsonl")
     assert len(records) == WANTED

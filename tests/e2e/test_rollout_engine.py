@@ -124,9 +124,11 @@ def test_the_server_answers_its_owner_alone(engine: VllmEngine) -> None:
     assert server.api_key.encode() not in Path(f"/proc/{server.process_group}/cmdline").read_bytes()
     connection = http.client.HTTPConnection("server", timeout=10)
     connection.sock = socket.socket(socket.AF_UNIX)
-    connection.sock.connect(str(server.socket_path))
-    connection.request("POST", "/inference/v1/generate", "{}", {"Content-Type": "application/json"})
-    assert connection.getresponse().status == 401
+    connection.sock.connect(str(server.endpoint.socket_path))
+    for route in ("/inference/v1/generate", "/collective_rpc", "/pause"):  # vLLM's own check leaves out the last two
+        connection.request("POST", route, "{}", {"Content-Type": "application/json"})
+        answer = connection.getresponse()
+        assert (answer.status, answer.read()) == (401, b"")
     connection.close()
 
 
@@ -153,7 +155,7 @@ def test_no_other_user_reaches_the_server(engine: VllmEngine) -> None:
     server = engine.servers[0]
     connect = "import socket, sys; socket.socket(socket.AF_UNIX).connect(sys.argv[1])"
     for user, error in ((65534, "PermissionError"), (0, "")):
-        command = ["python3", "-I", "-c", connect, str(server.socket_path)]
+        command = ["python3", "-I", "-c", connect, str(server.endpoint.socket_path)]
         done = subprocess.run(command, user=user, cwd="/", capture_output=True, text=True, check=False)
         assert (error in done.stderr) and (done.returncode == 0) == (error == "")
 

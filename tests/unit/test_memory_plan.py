@@ -184,7 +184,7 @@ def test_a_rank_of_its_own() -> None:
     assert plan.device_bytes is None and all(phase.engine == phase.reserve == 0 for phase in plan.phases)
     # On a CPU the device is host memory: the ranks' bytes count there, and the servers are processes beside them.
     assert plan.host.device_is_host == 8 * plan.peak.total
-    assert plan.host.engine == 2 * (2 * 70_553_706_496 + 256 * 2**20)
+    assert plan.host.engine == 2 * 70_553_706_496 + 256 * 2**20  # one of the two servers, dealt over eight nodes
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ async def ask_a_server_that_stops_answering(socket_dir: Path, status_of_the_dead
     await runner.setup()
     spec = ServerSpec("model", Dtype.fp32, 8, True, False, RolloutConfig(), 1)
     server = RunningServer(0, spec, socket_dir, socket_dir / "log")
-    site = web.UnixSite(runner, str(server.socket_path))
+    site = web.UnixSite(runner, str(server.endpoint.socket_path))
     await site.start()
     client = ServerClient(server)
     await client.open()

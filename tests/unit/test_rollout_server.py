@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import socket
 from pathlib import Path
 
 import pytest
 
-from hetero_ppo.config.derived import num_servers
-from hetero_ppo.config.schema import Dtype, RolloutConfig, SamplingConfig
+from hetero_ppo.config.derived import num_servers, servers_of_nodes
+from hetero_ppo.config.schema import Dtype, RolloutConfig, SamplingConfig, WeightTransfer
 from hetero_ppo.rollout.engine import VllmEngine, check_devices, check_prompts
 from hetero_ppo.rollout.requests import response_seed
-from hetero_ppo.rollout.server import ServerSpec, VllmServer, command_line, environment, server_threads
+from hetero_ppo.rollout.server import Endpoint, ServerSpec, VllmServer, command_line, environment, server_threads
+
+
+SOCKET = Endpoint(socket_path=Path("/run/0.sock"))
 
 
 def make_spec(cuda: bool = False, load_weights: bool = True, **config: int) -> ServerSpec:
@@ -23,7 +27,7 @@ def option(command: list[str], name: str) -> str:
 
 
 def test_cpu_command_line() -> None:
-    command = command_line(make_spec(kv_cache_mib=8), Path("/run/0.sock"))
+    command = command_line(make_spec(kv_cache_mib=8), SOCKET)
     assert option(command, "--uds") == "/run/0.sock" and "--port" not in command
     assert option(command, "--dtype") == "bfloat16"
     assert option(command, "--kv-cache-memory-bytes") == str(8 * 1024 * 1024)
@@ -33,8 +37,8 @@ def test_cpu_command_line() -> None:
 
 
 def test_servers_have_a_tokenizer_only_when_stop_strings_need_one() -> None:
-    assert "--skip-tokenizer-init" in command_line(make_spec(), Path("/run/0.sock"))
-    command = command_line(dataclasses.replace(make_spec(), tokenizer_path="/tokenizer"), Path("/run/0.sock"))
+    assert "--skip-tokenizer-init" in command_line(make_spec(), SOCKET)
+    command = command_line(dataclasses.replace(make_spec(), tokenizer_path="/tokenizer"), SOCKET)
     assert option(command, "--tokenizer") == "/tokenizer" and "--skip-tokenizer-init" not in command
     engine = VllmEngine(
         RolloutConfig(), model_path="m", dtype=Dtype.fp32, run_dir=Path("r"), max_model_len=64, eos_token_ids=[1]
@@ -44,12 +48,12 @@ def test_servers_have_a_tokenizer_only_when_stop_strings_need_one() -> None:
 
 
 def test_cuda_command_line_compiles_and_takes_a_share_of_the_device() -> None:
-    command = command_line(make_spec(cuda=True, load_weights=False, tensor_parallel=2), Path("/run/0.sock"))
+    command = command_line(make_spec(cuda=True, load_weights=False, tensor_parallel=2), SOCKET)
     assert option(command, "--gpu-memory-utilization") == "0.4" and option(command, "--tensor-parallel-size") == "2"
     assert "--enforce-eager" not in command and "--kv-cache-memory-bytes" not in command
     assert option(command, "--load-format") == "dummy"
     assert "--enable-sleep-mode" in command
-    assert "--enable-sleep-mode" not in command_line(make_spec(cuda=True, sleep=False), Path("/run/0.sock"))
+    assert "--enable-sleep-mode" not in command_line(make_spec(cuda=True, sleep=False), SOCKET)
 
 
 def test_torchrun_variables_do_not_reach_the_server() -> None:
@@ -72,17 +76,39 @@ def test_each_server_gets_its_own_devices() -> None:
 
 @pytest.mark.parametrize(("cores", "servers", "asked", "threads"), [(2, 1, None, 2), (16, 3, None, 5), (1, 2, None, 1), (2, 1, 1, 1)])
 def test_server_threads(cores: int, servers: int, asked: int | None, threads: int) -> None:
-    assert server_threads(RolloutConfig(num_servers=servers, server_threads=asked), cores) == threads
+    assert server_threads(RolloutConfig(server_threads=asked), cores, servers) == threads
 
 
 def test_a_server_for_every_rank_or_as_many_as_asked_for() -> None:
     assert [num_servers(RolloutConfig(num_servers=None, tensor_parallel=tp), 4) for tp in (1, 2, 4, 8)] == [4, 2, 1, 1]
     assert num_servers(RolloutConfig(num_servers=3), 4) == 3
-    config = RolloutConfig(num_servers=3, tensor_parallel=2)
-    check_devices(config, 6)
-    check_devices(config, None)
-    with pytest.raises(ValueError, match="num_servers=3 with rollout.tensor_parallel=2 needs 6 GPUs; this node.*has 4"):
-        check_devices(config, 4)
+    config = RolloutConfig(num_servers=5, tensor_parallel=2)
+    check_devices(config, 3, 6)
+    check_devices(config, 3, None)
+    with pytest.raises(ValueError, match="num_servers=5 with rollout.tensor_parallel=2 needs 6 GPUs on .* for 3 servers; it has 4"):
+        check_devices(config, 3, 4)
+    with pytest.raises(ValueError, match="rollout.weight_transfer=cuda_ipc: there is no GPU here"):
+        check_devices(RolloutConfig(weight_transfer=WeightTransfer.cuda_ipc), 1, None)
+
+
+def test_servers_are_dealt_over_the_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert servers_of_nodes(RolloutConfig(num_servers=3), 8) == [3]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert servers_of_nodes(RolloutConfig(), 8) == [1, 0, 0, 0]
+    assert servers_of_nodes(RolloutConfig(num_servers=None, tensor_parallel=2), 8) == [1, 1, 1, 1]
+    assert servers_of_nodes(RolloutConfig(num_servers=6), 8) == [2, 2, 1, 1]
+
+
+def test_a_server_of_another_node_listens_on_its_address_alone() -> None:
+    server = VllmServer(5, make_spec(), Path("/private"), Path("log"), place=1, address="127.0.0.1")
+    command = command_line(server.spec, server.endpoint)
+    assert option(command, "--host") == "127.0.0.1" and int(option(command, "--port")) > 0 and "--uds" not in command
+    assert server.name == f"rollout server 5 (127.0.0.1:{option(command, '--port')})"
+    assert option(command, "--middleware") == "hetero_ppo.rollout.server_token.RequireToken"
+    with socket.socket() as other:  # as vLLM binds the port that is kept for it
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        other.bind(("127.0.0.1", int(option(command, "--port"))))
+        other.listen()
 
 
 def test_a_path_too_long_for_a_socket_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,82 @@
+"""Servers of another node: rank 0's orders and what it hears, with a process that is no vLLM."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from hetero_ppo.config.schema import Dtype, RolloutConfig
+from hetero_ppo.errors import RunError
+from hetero_ppo.rollout import nodes, server
+from hetero_ppo.rollout.nodes import Cluster, NodeServers, RemoteServer, remote_servers
+from hetero_ppo.rollout.server import ServerSpec
+from hetero_ppo.rollout.weight_group import connect_store, open_store
+
+SPEC = ServerSpec("model", Dtype.fp32, 8, True, False, RolloutConfig(), 1)
+PROGRAM = "import os, time; print('here', os.environ['VLLM_API_KEY'], os.getpid(), flush=True); time.sleep(60)"
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_orders_and_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "command_line", lambda spec, endpoint: [sys.executable, "-c", PROGRAM])
+    monkeypatch.setattr(nodes, "POLL_S", 0.02)
+    store = open_store("127.0.0.1", 20.0)
+    rank_0 = Cluster(0, "127.0.0.1", [2, 1], dist.PrefixStore("secret", store))
+    other = Cluster(1, "127.0.0.1", [2, 1], dist.PrefixStore("secret", connect_store("127.0.0.1", store.port, 20.0)))
+    with pytest.raises(RunError, match="start: the first rank of node 1 did not announce its servers within 0 s"):
+        remote_servers(rank_0, 0.1)
+    on_node = NodeServers(other, SPEC, tmp_path)
+    try:
+        on_node.begin()
+        (remote,) = remote_servers(rank_0, 20.0)
+        log = tmp_path / "server_2.log"
+        assert remote.name == f"rollout server 2 on node 1 ({remote.endpoint})" and not remote.running
+        remote.spawn()
+        wait_until(lambda: log.exists() and f"here {remote.api_key}" in log.read_text())
+        assert remote.running and "still running; log on node 1" in remote.report()
+
+        os.kill(int(log.read_text().split()[2]), signal.SIGKILL)
+        remote.wait_exit(20.0)
+        assert not remote.running and "exit code 137 (SIGKILL)" in remote.report() and str(log) in remote.report()
+        remote.kill()
+        remote.spawn()
+        assert remote.running
+        remote.kill()
+        assert not remote.running
+        remote.spawn()
+    finally:
+        on_node.close()
+    assert not remote.running, "a server ends with its node's rank"
+    monkeypatch.setattr(nodes, "ANSWER_TIMEOUT_S", 0.1)
+    with pytest.raises(RunError, match="rollout server 2 on node 1 .*: the node's first rank did not start it"):
+        remote.spawn()
+
+
+def test_a_rank_0_that_is_gone_ends_the_servers_of_other_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "command_line", lambda spec, endpoint: [sys.executable, "-c", PROGRAM])
+    monkeypatch.setattr(nodes, "POLL_S", 0.02)
+    store = open_store("127.0.0.1", 20.0)
+    client = connect_store("127.0.0.1", store.port, 1.0)
+    on_node = NodeServers(Cluster(1, "127.0.0.1", [1, 1], client), SPEC, tmp_path)
+    on_node.begin()
+    RemoteServer(Cluster(0, "127.0.0.1", [1, 1], store), 1, 1, "", "", "").spawn()
+    assert on_node._servers[0].running
+    del store  # its port closes
+    on_node._thread.join(20.0)
+    assert not on_node._thread.is_alive() and not on_node._servers[0].running
+    on_node.close()
+    assert not on_node._private_dir.exists() and timedelta(0) < client.timeout
