@@ -22,6 +22,7 @@ from hetero_ppo.config.derived import weight_transfer
 from hetero_ppo.config.schema import Dtype, RolloutConfig, SamplingConfig, WeightTransfer
 from hetero_ppo.errors import RunError
 from hetero_ppo.observability.progress import progress
+from hetero_ppo.rollout.engine_checks import check_prompts, golden_difference, response_limits
 from hetero_ppo.rollout.network import LOOPBACK
 from hetero_ppo.rollout.nodes import AnyServer, Cluster, remote_servers
 from hetero_ppo.rollout.requests import Requests
@@ -34,10 +35,6 @@ from hetero_ppo.rollout.weight_sync import SyncStats, remove_weights, write_weig
 from hetero_ppo.types import OnResponse, Response
 
 T = TypeVar("T")
-
-#: max |difference| between the engine's and the trainer's log-probs of a golden prompt. bf16 has 8 bits of mantissa, and the two
-#: sides round at different places.
-SYNC_TOLERANCE = {Dtype.fp32: 1e-3, Dtype.bf16: 0.15}
 
 
 class EngineState(Enum):
@@ -64,30 +61,6 @@ def check_devices(config: RolloutConfig, num_here: int, num_devices: int | None)
             f"rollout.num_servers={config.num_servers} with rollout.tensor_parallel={config.tensor_parallel} needs {needed} GPUs on "
             f"this node, for {num_here} servers; it has {num_devices}"
         )
-
-
-def check_prompts(prompts: list[list[int]], max_tokens: list[int], max_model_len: int) -> None:
-    """Raises ValueError for a prompt that is empty, or too long for its response to fit.
-
-    Args:
-        prompts: token ids.
-        max_tokens: of each prompt's responses.
-        max_model_len: tokens that the engine takes, prompt and response together.
-    """
-    if not prompts:
-        raise ValueError("generate: no prompts")
-    if len(max_tokens) != len(prompts):
-        raise ValueError(f"generate: max_tokens has {len(max_tokens)} values for {len(prompts)} prompts")
-    for row, (prompt, limit) in enumerate(zip(prompts, max_tokens, strict=True)):
-        if not prompt:
-            raise ValueError(f"generate: prompt {row} has no tokens")
-        if limit < 1:
-            raise ValueError(f"generate: prompt {row} may have {limit} response tokens; at least one is needed")
-        if len(prompt) + limit > max_model_len:
-            raise ValueError(
-                f"generate: prompt {row} has {len(prompt)} tokens; with sampling.max_tokens={limit} that is more than "
-                f"the engine's {max_model_len} tokens (max_model_len)"
-            )
 
 
 def check_begun(begun: list[Response | None] | None, wanted: int | None, limits: list[int], n: int) -> None:
@@ -262,8 +235,7 @@ class VllmEngine:
             ValueError: a prompt is empty or too long, or there are stop strings and no tokenizer.
             RuntimeError: a server failed beyond ``max_restarts``; nothing is left running.
         """
-        limits = [sampling.max_tokens] * len(prompts) if max_tokens is None else max_tokens
-        check_prompts(prompts, limits, self.max_model_len)
+        limits = response_limits(prompts, sampling, max_tokens, self.max_model_len)
         if sampling.stop and self._spec.tokenizer_path is None:
             raise ValueError(f"generate: sampling.stop={sampling.stop} needs a tokenizer; give the engine tokenizer_path")
         check_begun(begun, wanted, limits, n)
@@ -439,24 +411,18 @@ class VllmEngine:
             RuntimeError: it is larger than ``verify_sync_tolerance``: the servers do not hold the trainer's weights. Nothing is
                 left running.
         """
-        tolerance = self.config.verify_sync_tolerance
-        if tolerance is None:
-            tolerance = SYNC_TOLERANCE[self.dtype]
         largest, start = 0.0, time.perf_counter()
         found = self._prompt_log_probs(token_ids, self._started_pool().members)
         if self.last_sync is not None:
             self.last_sync = replace(self.last_sync, golden_s=time.perf_counter() - start)
         for server, engine_log_probs in zip(self.servers, found, strict=True):
-            pairs = zip(engine_log_probs, log_probs, strict=True)
-            difference, position = max((abs(a - b), t) for t, (a, b) in enumerate(pairs))
-            if not difference <= tolerance:
-                version = self.version
+            what = f"weight sync {self.version!r}: {server.name}"
+            meaning = "the server does not hold the trainer's weights"
+            try:
+                difference = golden_difference(engine_log_probs, log_probs, self.config, self.dtype, what, meaning)
+            except RunError:
                 self.close()
-                raise RunError(
-                    f"weight sync {version!r}: {server.name} gives token {position + 1} of the golden prompt a log-prob of "
-                    f"{engine_log_probs[position]:.5f}, the trainer {log_probs[position]:.5f}; the difference exceeds "
-                    f"rollout.verify_sync_tolerance ({tolerance}): the server does not hold the trainer's weights"
-                )
+                raise
             largest = max(largest, difference)
         return largest
 

@@ -13,9 +13,8 @@ from torch import Tensor
 from hetero_ppo.config.schema import RolloutConfig, SamplingConfig
 from hetero_ppo.engines.generation import Completion, Decoder, Request
 from hetero_ppo.engines.model_engine import ModelEngine
-from hetero_ppo.errors import RunError
 from hetero_ppo.observability.progress import progress
-from hetero_ppo.rollout.engine import SYNC_TOLERANCE, check_prompts
+from hetero_ppo.rollout.engine_checks import golden_difference, response_limits
 from hetero_ppo.rollout.requests import response_seed
 from hetero_ppo.rollout.server import sleeps
 from hetero_ppo.rollout.weight_sync import SyncStats
@@ -119,8 +118,7 @@ class MegatronEngine:
         Raises:
             ValueError: a prompt is empty or too long, or there are stop strings and no tokenizer.
         """
-        limits = [sampling.max_tokens] * len(prompts) if max_tokens is None else max_tokens
-        check_prompts(prompts, limits, self.max_model_len)
+        limits = response_limits(prompts, sampling, max_tokens, self.max_model_len)
         if sampling.stop and self._decode is None:
             raise ValueError(f"generate: sampling.stop={sampling.stop} needs a tokenizer; give the engine decode")
         self._require_cache("generate")
@@ -204,19 +202,10 @@ class MegatronEngine:
         Raises:
             RuntimeError: it is larger than ``verify_sync_tolerance``: the engine does not compute what the trainer does.
         """
-        tolerance = self.config.verify_sync_tolerance
-        if tolerance is None:
-            tolerance = SYNC_TOLERANCE[self.actor.config.model.dtype]
-        found = self.prompt_log_probs(token_ids)
-        differences = (torch.tensor(found) - torch.tensor(log_probs)).abs().nan_to_num(nan=torch.inf)
-        difference, position = float(differences.max()), int(differences.argmax())
-        if difference > tolerance:
-            raise RunError(
-                f"weight sync {self.version!r}: the megatron engine gives token {position + 1} of the golden prompt a log-prob of "
-                f"{found[position]:.5f}, the trainer {log_probs[position]:.5f}; the difference exceeds "
-                f"rollout.verify_sync_tolerance ({tolerance}): the key-value cache does not give what a whole forward does"
-            )
-        return difference
+        what = f"weight sync {self.version!r}: the megatron engine"
+        meaning = "the key-value cache does not give what a whole forward does"
+        dtype = self.actor.config.model.dtype
+        return golden_difference(self.prompt_log_probs(token_ids), log_probs, self.config, dtype, what, meaning)
 
 
 def _share(

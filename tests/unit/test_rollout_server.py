@@ -10,7 +10,8 @@ import pytest
 
 from hetero_ppo.config.derived import num_servers, servers_of_nodes
 from hetero_ppo.config.schema import Dtype, RolloutConfig, SamplingConfig, WeightTransfer
-from hetero_ppo.rollout.engine import VllmEngine, check_devices, check_prompts
+from hetero_ppo.rollout.engine import VllmEngine, check_devices
+from hetero_ppo.rollout.engine_checks import check_prompts
 from hetero_ppo.rollout.requests import response_seed
 from hetero_ppo.rollout.server import Endpoint, ServerSpec, VllmServer, command_line, environment, server_threads
 
