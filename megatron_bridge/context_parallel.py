@@ -54,10 +54,8 @@ def whole_columns(tensor: Tensor, dim: int, cp_group: dist.ProcessGroup, *, sum_
     return torch.cat(in_order).movedim(0, dim)
 
 
-class ContextParallelAttention(MegatronModule):
-    """Causal attention of this rank's queries over right-padded sequences; real tokens never see padding, which lies to their
-    right. On a CPU bf16 inputs are attended to in fp32, as without context parallelism.
-    """
+class CoreAttention(MegatronModule):
+    """What Megatron-Core's self-attention builds from the layer spec: the scores, and the sums that they weigh."""
 
     def __init__(
         self,
@@ -75,6 +73,12 @@ class ContextParallelAttention(MegatronModule):
         self.tp_group = pg_collection.tp
         self.cp_group = pg_collection.cp
         self.softmax_scale = softmax_scale
+
+
+class ContextParallelAttention(CoreAttention):
+    """Causal attention of this rank's queries over right-padded sequences; real tokens never see padding, which lies to their
+    right. On a CPU bf16 inputs are attended to in fp32, as without context parallelism.
+    """
 
     def forward(
         self,

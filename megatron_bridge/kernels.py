@@ -87,19 +87,7 @@ class _Swiglu(torch.autograd.Function):
 
 
 def rotary_causal_attention(mixed: Tensor, cos: Tensor, sin: Tensor, softmax_scale: float) -> Tensor:
-    """Rotary embedding (Su et al. 2021) of queries and keys, then causal attention; the scores are a tensor.
-
-    The query heads of a group are rows of one product with the group's keys, so keys and values are never expanded.
-
-    Args:
-        mixed: [s, b, g, r + 2, d]: of each of g groups its r query heads, then the key, then the value.
-        cos: [s, d] float32, the halves of d equal ("rotate half"), times the attention scaling of YaRN.
-        sin: [s, d] float32, same.
-        softmax_scale: on the scores.
-
-    Returns:
-        [s, b, g * r * d] in the dtype of ``mixed``.
-    """
+    """``fused_attention.AttentionKernel``; the scores are a tensor."""
     return _RotaryCausalAttention.apply(mixed, cos, sin, softmax_scale)
 
 

@@ -8,7 +8,6 @@ on a CPU, the attention to short sequences.
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 from typing import Any
 
@@ -17,13 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_bridge import platform
-from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import _yarn_get_concentration_factor_from_config
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -31,35 +28,20 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_bridge.cached_attention import CachedSelfAttention
-from megatron_bridge.context_parallel import ContextParallelAttention, attend
+from megatron_bridge.context_parallel import ContextParallelAttention, CoreAttention, attend
+from megatron_bridge.fused_attention import FusedSelfAttention
 from megatron_bridge.kernels import rms_norm, rotary_causal_attention, swiglu
-from megatron_bridge.packing import Packing, attend_packed, by_group
+from megatron_bridge.packing import Packing, attend_packed
 
 HAS_TRANSFORMER_ENGINE: bool = platform.HAS_CUDA and importlib.util.find_spec("transformer_engine") is not None
 
 
-class SdpaCoreAttention(MegatronModule):
+class SdpaCoreAttention(CoreAttention):
     """Causal attention over right-padded sequences, no mask: real tokens never see padding, which lies to their right.
 
     On a CPU bf16 inputs are attended to in fp32: torch's bf16 CPU kernel is several times slower at the short lengths of
     CPU runs, and fp32 is the more exact of the two.
     """
-
-    def __init__(
-        self,
-        config: TransformerConfig,
-        layer_number: int,
-        attn_mask_type: AttnMaskType,
-        attention_type: str,
-        attention_dropout: float | None = None,
-        softmax_scale: float | None = None,
-        cp_comm_type: str | None = None,
-        pg_collection: ProcessGroupCollection | None = None,
-    ) -> None:
-        super().__init__(config=config)
-        assert pg_collection is not None, "process groups are arguments"
-        self.tp_group = pg_collection.tp
-        self.softmax_scale = softmax_scale
 
     def forward(
         self,
@@ -79,7 +61,7 @@ class SdpaCoreAttention(MegatronModule):
         return attend(query, key, value, self.softmax_scale)
 
 
-class ShortSequenceSelfAttention(CachedSelfAttention):
+class ShortSequenceSelfAttention(FusedSelfAttention):
     """Self-attention that in bf16 on a CPU keeps the scores of short sequences: faster there than kernels that never do.
 
     In float32 the core attention rounds as transformers does, to which float32 models are compared.
@@ -88,44 +70,12 @@ class ShortSequenceSelfAttention(CachedSelfAttention):
     #: Longer sequences go through the core attention. Scores take s * s * 4 bytes for each sequence, head and layer.
     MAX_SEQUENCE = 256
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None,
-        *args: Any,
-        rotary_pos_emb: Tensor | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        """[s, b, hidden] (a slice of s under sequence parallelism; packed, b is 1) -> ([s, b, hidden], no bias)."""
-        short = rotary_pos_emb is not None and rotary_pos_emb.shape[0] <= self.MAX_SEQUENCE
+    kernel = staticmethod(rotary_causal_attention)
+
+    def is_fused(self, hidden_states: Tensor, angles: Tensor) -> bool:
+        """Short, bf16, and on a CPU."""
         bf16_on_cpu = hidden_states.device.type == "cpu" and hidden_states.dtype == torch.bfloat16
-        cached = kwargs.get("inference_context") is not None
-        if cached or not (short and bf16_on_cpu):
-            return super().forward(hidden_states, attention_mask, *args, rotary_pos_emb=rotary_pos_emb, **kwargs)
-        groups, d = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
-        if self.config.qk_layernorm:
-            query, key, value = self.get_query_key_value_tensors(hidden_states, None)
-            query = query.unflatten(2, (groups, -1))
-            mixed = torch.cat((query, key.unsqueeze(3), value.unsqueeze(3)), dim=3)
-        else:
-            mixed = self.get_query_key_value_tensors(hidden_states, None, split_qkv=False)[0].unflatten(3, (-1, d))
-        cos, sin = rotation(rotary_pos_emb, _yarn_get_concentration_factor_from_config(self.config))
-        scale = self.config.softmax_scale or d**-0.5
-        packing: Packing | None = kwargs.get("packed_seq_params")
-        if packing is None:
-            return self.linear_proj(rotary_causal_attention(mixed, cos, sin, scale))
-
-        def attention(part: Tensor) -> Tensor:
-            return rotary_causal_attention(part, cos[: len(part)], sin[: len(part)], scale)
-
-        return self.linear_proj(by_group(attention, [mixed.squeeze(1)], packing).unsqueeze(1))
-
-
-@functools.lru_cache(maxsize=8)
-def rotation(angles: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    """Cosine and sine [s, d] of angles [s, 1, 1, d], the same tensor for all layers (Megatron-Core keeps it per length)."""
-    angles = angles[:, 0, 0].float()
-    return angles.cos() * scaling, angles.sin() * scaling
+        return bf16_on_cpu and angles.shape[0] <= self.MAX_SEQUENCE
 
 
 class RMSNorm(torch.nn.Module):

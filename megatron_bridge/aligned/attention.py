@@ -21,17 +21,7 @@ TILE = 64
 
 
 def rotary_causal_attention(mixed: Tensor, cos: Tensor, sin: Tensor, softmax_scale: float) -> Tensor:
-    """Rotary embedding (Su et al. 2021) of queries and keys, then causal attention from every sequence's first token on.
-
-    Args:
-        mixed: [s, b, g, r + 2, d]: of each of g groups its r query heads, then the key, then the value.
-        cos: [s, d] float32, the halves of d equal ("rotate half"), times the attention scaling of YaRN.
-        sin: [s, d] float32, same.
-        softmax_scale: on the scores.
-
-    Returns:
-        [s, b, g * r * d] in the dtype of ``mixed``.
-    """
+    """``fused_attention.AttentionKernel``, a tile of queries at a time."""
     return _TiledAttention.apply(mixed, cos, sin, softmax_scale)
 
 

@@ -10,13 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 import megatron_bridge.platform  # noqa: F401
 
 # isort: split
-from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import _yarn_get_concentration_factor_from_config
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.tensor_parallel import (
@@ -34,9 +32,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_bridge.aligned.attention import rotary_causal_attention
 from megatron_bridge.aligned.products import product
 from megatron_bridge.aligned.rows import rms_norm, swiglu
-from megatron_bridge.cached_attention import CachedSelfAttention
-from megatron_bridge.layers import RMSNorm, SdpaCoreAttention, SwiGlu, rotation
-from megatron_bridge.packing import Packing, by_group
+from megatron_bridge.fused_attention import FusedSelfAttention
+from megatron_bridge.layers import RMSNorm, SdpaCoreAttention, SwiGlu
 
 
 class AlignedColumnParallelLinear(ColumnParallelLinear):
@@ -92,41 +89,13 @@ class AlignedRowParallelLinear(ColumnParallelLinear):
         return all_to_all_hp2sp(output, group=self.tp_group).view(s // self.tp_group.size(), b, -1), None
 
 
-class AlignedSelfAttention(CachedSelfAttention):
+class AlignedSelfAttention(FusedSelfAttention):
     """Self-attention in tiles of queries. Its core attention, which comes with the spec, is not called.
 
     Through a key-value cache one token is attended to at a time, which is not aligned with a tile.
     """
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None,
-        *args: Any,
-        rotary_pos_emb: Tensor | None = None,
-        packed_seq_params: Packing | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        """[s, b, hidden] (a slice of s under sequence parallelism; packed, b is 1) -> ([s, b, hidden], no bias)."""
-        assert rotary_pos_emb is not None, "the supported families have rotary embeddings"
-        if kwargs.get("inference_context") is not None:
-            return super().forward(hidden_states, attention_mask, *args, rotary_pos_emb=rotary_pos_emb, **kwargs)
-        groups, d = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
-        if self.config.qk_layernorm:
-            query, key, value = self.get_query_key_value_tensors(hidden_states, None)
-            query = query.unflatten(2, (groups, -1))
-            mixed = torch.cat((query, key.unsqueeze(3), value.unsqueeze(3)), dim=3)
-        else:
-            mixed = self.get_query_key_value_tensors(hidden_states, None, split_qkv=False)[0].unflatten(3, (-1, d))
-        cos, sin = rotation(rotary_pos_emb, _yarn_get_concentration_factor_from_config(self.config))
-        scale = self.config.softmax_scale or d**-0.5
-
-        def attention(part: Tensor) -> Tensor:
-            return rotary_causal_attention(part, cos[: len(part)], sin[: len(part)], scale)
-
-        if packed_seq_params is None:
-            return self.linear_proj(attention(mixed))
-        return self.linear_proj(by_group(attention, [mixed.squeeze(1)], packed_seq_params).unsqueeze(1))
+    kernel = staticmethod(rotary_causal_attention)
 
 
 class AlignedRMSNorm(RMSNorm):

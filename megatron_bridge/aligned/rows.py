@@ -24,16 +24,7 @@ PIECE = 1 << 16
 
 
 def rms_norm(hidden_states: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Root-mean-square norm (Zhang and Sennrich 2019), float32 inside.
-
-    Args:
-        hidden_states: [..., hidden].
-        weight: [hidden].
-        eps: added to the mean square.
-
-    Returns:
-        [..., hidden] in the dtype of ``hidden_states``.
-    """
+    """``kernels.rms_norm``, aligned: [..., hidden] and [hidden] -> [..., hidden]."""
     return _RmsNorm.apply(hidden_states, weight, eps)
 
 
@@ -53,7 +44,7 @@ class _RmsNorm(torch.autograd.Function):
 
 
 def swiglu(gate_and_up: Tensor) -> Tensor:
-    """silu(gate) * up (Shazeer 2020), float32 inside: [..., 2 f], the gate first -> [..., f]."""
+    """``kernels.swiglu``, aligned, float32 inside: [..., 2 f], the gate first -> [..., f]."""
     return _Swiglu.apply(gate_and_up)
 
 
