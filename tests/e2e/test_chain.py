@@ -150,6 +150,18 @@ def test_trace_has_all_lanes(chain: Chain) -> None:
     assert all(0 <= span.start <= span.end <= trace.seconds + 1e-9 for span in trace.spans)
 
 
+def test_the_engine_takes_its_cache_back_after_the_sync(chain: Chain) -> None:
+    """Its weights are written beside the actor's parameters alone: the KV cache comes when the actor has left."""
+    trace = newest_trace(chain.run_dir("ppo"))
+    assert trace is not None
+    synced = next(span for span in trace.spans if (span.lane, span.name) == ("engine", "weight sync"))
+    turn = next(span for span in trace.spans if (span.lane, span.name) == ("actor", "weight_sync"))
+    woken = [span for span in trace.spans if span.lane == "engine" and span.name.startswith("wake")]
+    assert any(turn.start <= span.start <= span.end <= synced.start for span in woken if span.name == "wake for weights")
+    assert not any(turn.start <= span.start < turn.end for span in woken if span.name == "wake")
+    assert any(turn.end <= span.start for span in woken if span.name == "wake")
+
+
 def test_output_is_for_people(chain: Chain) -> None:
     """Batch arithmetic with units, tensors that were initialised, one line per step, and no warnings of libraries."""
     ppo, rm = ((chain.root / f"{stage}.log").read_text() for stage in ("ppo", "rm"))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from hetero_ppo.config.schema import (
 from hetero_ppo.engines.losses import sft_loss_fn
 from hetero_ppo.engines.model_engine import ModelEngine
 from hetero_ppo.engines.outputs import log_probs_output, scores_output, values_output
-from hetero_ppo.engines.residency import ResidencyError
+from hetero_ppo.engines.residency import Block, ResidencyError
 from hetero_ppo.engines.shared_device import SharedDevice
 from hetero_ppo.engines.train_engine import TrainEngine
 from hetero_ppo.memory.kinds import FORWARD, Kind
@@ -31,6 +32,7 @@ from hetero_ppo.memory.ledger import total
 from hetero_ppo.memory.turns import ppo_turns
 from hetero_ppo.observability.trace import COPY_IN, COPY_OUT, TraceRecorder, newest_trace
 from hetero_ppo.types import AnswerInputs
+from megatron_bridge.platform.copies import CopyLane
 
 pytestmark = pytest.mark.usefixtures("world")
 
@@ -166,14 +168,61 @@ def test_the_ledger_reads_the_storages(roles: Roles) -> None:
     assert set(roles.device.ledger.phases) == {turn.phase for turn in SCHEDULE}
 
 
+@pytest.mark.parametrize("overlap", [True, False])
+def test_one_role_comes_in_while_the_other_leaves(
+    model: Path, overlap: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The critic's last bytes do not leave before some of the actor's have come in, as far as anything comes in meanwhile."""
+    roles = Roles(model, Dtype.bf16, False, overlap=overlap)
+    critic, actor = (roles.device.roles[role] for role in ("critic", "actor"))
+    move_out, move_in, came_in = critic.move_out, actor.move_in, threading.Event()
+    left: list[Block] = []
+
+    def leave(blocks: Sequence[Block], lane: CopyLane) -> int:
+        if not left:
+            came_in.clear()  # what came ahead of the switch
+        left.extend(blocks)
+        if len(left) == len(critic.blocks):
+            assert came_in.wait(20.0 if overlap else 0.2) == overlap
+        return move_out(blocks, lane)
+
+    def come(blocks: Sequence[Block], lane: CopyLane) -> int:
+        came_in.set()
+        return move_in(blocks, lane)
+
+    with roles.critic.on_device(grads=True, optimizer=True, phase="train_critic"):
+        roles.train(roles.critic)
+        monkeypatch.setattr(critic, "move_out", leave)
+        monkeypatch.setattr(actor, "move_in", come)
+    with roles.actor.on_device(grads=True, optimizer=True, phase="train_actor"):
+        roles.train(roles.actor)
+    assert len(left) == len(critic.blocks) and came_in.is_set()
+    roles.close()
+
+
+def test_no_gradient_outlives_its_buffer(roles: Roles) -> None:
+    """What an optimizer hangs on its main parameters would hold device memory that no role accounts for."""
+    roles.step()
+    roles.device.engine_turn("idle")
+    roles.device.settle()
+    assert total(roles.device.ledger.look()[0]) == 0
+    for engine in (roles.actor, roles.critic):
+        assert all(parameter.grad is None for chunk in engine.models for parameter in chunk.parameters())
+        stepped = [p for group in engine.optimizer.param_groups for p in group["params"]]
+        assert stepped and all(parameter.grad is None for parameter in stepped)
+
+
 def test_memory_is_flat_over_twenty_cycles(roles: Roles) -> None:
+    """The same bytes, in host buffers that are where they were in the beginning."""
     looks = []
     for _ in range(20):
         roles.step()
         roles.device.engine_turn("rollout")
         roles.device.settle()
         device, host = roles.device.ledger.look()
-        looks.append((total(device), total(host), len(roles.device.roles["actor"].blocks)))
+        buffers = [block.host for role in roles.device.roles.values() for block in role.blocks if block.host is not None]
+        places = tuple(buffer.data_ptr() for buffer in buffers)
+        looks.append((total(device), total(host), len(roles.device.roles["actor"].blocks), places))
     assert len(set(looks[1:])) == 1, looks
 
 
