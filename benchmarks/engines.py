@@ -15,6 +15,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,11 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             pair = seconds(vllm, prompts, sampling), seconds(megatron, prompts, sampling)
             rounds += [pair] if index else []  # the first is a warm-up
     finish()
-    num_tokens = args.prompts * args.tokens
+    return summary(rounds, args.prompts * args.tokens)
+
+
+def summary(rounds: Sequence[tuple[float, float]], num_tokens: int) -> dict[str, float]:
+    """Medians over rounds of (seconds of vLLM, seconds of the actor), and of the ratio within a round."""
     return {
         "vllm_tokens_s": num_tokens / statistics.median(pair[0] for pair in rounds),
         "megatron_tokens_s": num_tokens / statistics.median(pair[1] for pair in rounds),
@@ -72,7 +77,8 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }
 
 
-def main() -> None:
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Those of the command line where none are given."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=SHAPES, default="2.4m")
     parser.add_argument("--dtype", choices=[dtype.value for dtype in Dtype], default="fp32")
@@ -81,7 +87,11 @@ def main() -> None:
     parser.add_argument("--running-batch", type=int, default=64, help="sequences that an engine decodes at once")
     parser.add_argument("--rounds", type=int, default=7, help="that count, after one for warm-up")
     parser.add_argument("--json", type=Path, help="file for the JSON object as well")
-    args = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    args = parse_arguments()
     with tempfile.TemporaryDirectory(prefix="engines-") as folder:
         result = run(args, Path(folder))
     settings = {name: value for name, value in vars(args).items() if name != "json"}

@@ -17,6 +17,7 @@ from hetero_ppo.config.schema import SCHEMAS
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+import engines
 import logprob_memory
 import make_experience
 import ppo_step
@@ -243,6 +244,14 @@ def test_log_probs_take_less_memory_than_the_plain_way() -> None:
     assert 0 < result["forward_ratio"] < 0.15
     assert logits <= result["ours_training_bytes"] < 0.35 * result["plain_training_bytes"]
     assert result["logprob_peak_ratio"] == max(result["forward_ratio"], result["training_ratio"])
+
+
+def test_engines_are_compared_within_a_round() -> None:
+    """The second round had half of the machine: both engines suffer, the ratio does not."""
+    found = engines.summary([(1.0, 2.0), (2.0, 4.0), (1.5, 3.0)], num_tokens=300)
+    assert found == {"vllm_tokens_s": 200.0, "megatron_tokens_s": 100.0, "megatron_over_vllm": 0.5}
+    args = engines.parse_arguments(["--prompts", "8", "--dtype", "bf16"])
+    assert (args.model, args.prompts, args.tokens, args.rounds, args.dtype) == ("2.4m", 8, 64, 7, "bf16")
 
 
 def test_alignment_counts_scores_and_bits_of_all_layouts_and_batchings() -> None:
