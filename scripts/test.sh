@@ -9,5 +9,6 @@ VENV=$VENV bash scripts/install.sh
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 # The tests make their own models and data; nothing may be fetched or reported.
 export HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1
-# Two tests at a time: most wait for a server or for other processes. WORKERS=0 runs them one by one.
-exec "$VENV/bin/python" -m pytest -n "${WORKERS:-2}" --dist loadfile "$@"
+# Two files at a time, since most wait for a server or for other processes, in the order of their folders: what starts processes
+# comes first, and short tests fill what is left in the end. WORKERS=0 runs all of them one by one.
+exec "$VENV/bin/python" -m pytest -n "${WORKERS:-2}" --dist loadfile --no-loadscope-reorder "$@"

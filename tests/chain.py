@@ -12,16 +12,19 @@ import sys
 import uuid
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from ranks import ENVIRONMENT, run_ranks
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKER = ROOT / "tests" / "commands_worker.py"
 #: In the environment of everything that a run starts, so that what it left can be found.
 MARK = "HETERO_PPO_TEST_MARK"
 
+STAGES = ("sft", "rm", "ppo")
 NUM_STEPS = 3
 CHECKPOINT_STEP = 2
 SFT_STEPS, SFT_CHECKPOINT_STEP = 8, 5
@@ -42,7 +45,11 @@ class Chain:
     """Where the chain's files lie. ``<stage>/hf`` is a stage's export, ``<stage>.log`` its output."""
 
     root: Path
-    configs: dict[str, Path] = field(default_factory=dict)  # stage -> YAML file
+
+    @property
+    def configs(self) -> dict[str, Path]:
+        """Stage -> YAML file."""
+        return {stage: self.root / f"{stage}.yaml" for stage in STAGES}
 
     @property
     def data(self) -> Path:
@@ -67,8 +74,7 @@ class Chain:
 def environment(mark: str) -> dict[str, str]:
     """Of a launched run: one thread a process, nothing fetched, and the mark."""
     outer = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "HETERO_PPO_"))}
-    quiet = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    return {**outer, **quiet, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", MARK: mark}
+    return {**outer, **ENVIRONMENT, "PYTHONUNBUFFERED": "1", MARK: mark}
 
 
 def launch_command(num_processes: int, program: Sequence[str]) -> list[str]:
@@ -131,8 +137,8 @@ def launch_nodes(num_nodes: int, command: Sequence[str], *, timeout_s: float = 4
 
 
 def launch_all(num_processes: int, commands: Sequence[list[str]]) -> str:
-    """Several ``hetero-ppo`` commands in one launch; their output."""
-    return launch(num_processes, [str(WORKER), json.dumps(commands)]).stdout
+    """Several ``hetero-ppo`` commands in one launch, without the launcher; their output."""
+    return run_ranks(num_processes, [str(WORKER), json.dumps(commands)])
 
 
 def read_metrics(run_dir: Path) -> dict[int, dict[str, float]]:
@@ -154,10 +160,8 @@ def run_chain(root: Path) -> Chain:
     model = ["init-model", *sizes.split(), "--tokenizer", str(root / "tokenizer"), "--out", str(chain.init)]
     assert main(model) == 0
     for stage, config in configs(chain).items():
-        path = root / f"{stage}.yaml"
-        path.write_text(json.dumps(config, indent=1))  # JSON is YAML
-        chain.configs[stage] = path
-    for stage in ("sft", "rm", "ppo"):
+        chain.configs[stage].write_text(json.dumps(config, indent=1))  # JSON is YAML
+    for stage in STAGES:
         done = launch_cli(1, ["train", "--config", str(chain.configs[stage])])
         (root / f"{stage}.log").write_text(done.stdout)
     return chain

@@ -1,6 +1,6 @@
-"""Several ``hetero-ppo`` command lines one after the other, in the processes of one torchrun: importing is most of a tiny run.
+"""Several ``hetero-ppo`` command lines one after the other, in the processes of one launch (``ranks.run_ranks``).
 
-    torchrun ... tests/commands_worker.py '[["train", "--config", ...], ["!", "train", ...], ...]'
+    commands_worker.py '[["train", "--config", ...], ["!", "train", ...], ...]'
 
 Ends with the largest exit status; a command whose first word is ``!`` has to end with status 2.
 """
@@ -17,15 +17,18 @@ from torch.distributed import TCPStore
 
 from hetero_ppo.cli.main import main
 
-#: torchrun's own store, which all ranks of the launch can reach.
-STORE = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=timedelta(minutes=2))
+RANK, WORLD_SIZE = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+#: Where ranks agree on the address of each command's world.
+STORE = TCPStore(
+    os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), WORLD_SIZE, RANK == 0, timedelta(minutes=2)
+)
 
 
 def free_port(number: int) -> int:
     """A port that is free now, on all ranks the same. Chosen for each command when its turn comes: the connections of the commands
     before it take ports, too.
     """
-    if os.environ["RANK"] == "0":
+    if RANK == 0:
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
             STORE.set(f"port {number}", str(listener.getsockname()[1]))
@@ -33,9 +36,7 @@ def free_port(number: int) -> int:
 
 
 def run(number: int, command: list[str]) -> int:
-    # A second world can't be made in torchrun's own store, which keeps the keys of the first one.
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port(number))}
-    os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "False", **address}
+    os.environ["MASTER_PORT"] = str(free_port(number))
     expected_to_fail = command[0] == "!"
     status = main(command[1:] if expected_to_fail else command)
     if expected_to_fail:
@@ -45,5 +46,9 @@ def run(number: int, command: list[str]) -> int:
 
 if __name__ == "__main__":
     statuses = [run(number, command) for number, command in enumerate(json.loads(sys.argv[1]))]
-    print(f"exit statuses: {statuses}", flush=True)
+    if RANK == 0:
+        print(f"exit statuses: {statuses}", flush=True)
+    STORE.set(f"done {RANK}", "")
+    if RANK == 0:  # the store is its
+        STORE.wait([f"done {rank}" for rank in range(WORLD_SIZE)])
     sys.exit(max(statuses))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import chain as tiny_chain
@@ -13,31 +15,48 @@ import pytest
 MEGATRON_STEPS = 2
 
 
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """The folder that ``make`` fills: by the first of pytest-xdist's processes that asks for it, while the others wait."""
+    base = factory.getbasetemp()
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    with root.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        made = root.with_suffix(".made")
+        if not made.exists():
+            assert not root.exists(), f"{root} could not be made; the first test that asked for it says why"
+            root.mkdir()
+            make(root)
+            made.touch()
+    return root
+
+
 @pytest.fixture(scope="session")
 def chain(tmp_path_factory: pytest.TempPathFactory) -> tiny_chain.Chain:
     """SFT, reward model and PPO with a real vLLM server; see tests/chain.py."""
-    return tiny_chain.run_chain(tmp_path_factory.mktemp("chain"))
+    return tiny_chain.Chain(made_once(tmp_path_factory, "chain", tiny_chain.run_chain))
 
 
 @pytest.fixture(scope="session")
 def one_process(chain: tiny_chain.Chain, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs of one process that repeat parts of the chain: ``ppo_resumed``, ``sft_resumed``, ``sft_unexported``, ``log``."""
-    root = tmp_path_factory.mktemp("one_process")
-    ppo, sft = chain.run_dir("ppo"), chain.run_dir("sft")
-    resume_ppo = {"checkpoint__load": root / "ppo_at_2", "train__replay_rollouts": ppo / "rollouts"}
-    only_step(ppo, tiny_chain.CHECKPOINT_STEP, root / "ppo_at_2")
-    only_step(sft, tiny_chain.SFT_CHECKPOINT_STEP, root / "sft_at_5")
-    unexported = root / "sft_unexported"
-    only_step(sft, tiny_chain.SFT_STEPS, unexported)
-    commands = [
-        chain.train_command("ppo", root / "ppo_resumed", **resume_ppo),
-        chain.train_command("sft", root / "sft_resumed", checkpoint__load=root / "sft_at_5"),
-        chain.train_command("sft", unexported, checkpoint__load=unexported),
-        ["!", *chain.train_command("ppo", root / "ppo_no_steps", checkpoint__load=ppo)],
-        ["!", *chain.train_command("sft", root / "sft_no_steps", checkpoint__load=sft)],
-    ]
-    (root / "log").write_text(tiny_chain.launch_all(1, commands))
-    return root
+
+    def make(root: Path) -> None:
+        ppo, sft = chain.run_dir("ppo"), chain.run_dir("sft")
+        resume_ppo = {"checkpoint__load": root / "ppo_at_2", "train__replay_rollouts": ppo / "rollouts"}
+        only_step(ppo, tiny_chain.CHECKPOINT_STEP, root / "ppo_at_2")
+        only_step(sft, tiny_chain.SFT_CHECKPOINT_STEP, root / "sft_at_5")
+        unexported = root / "sft_unexported"
+        only_step(sft, tiny_chain.SFT_STEPS, unexported)
+        commands = [
+            chain.train_command("ppo", root / "ppo_resumed", **resume_ppo),
+            chain.train_command("sft", root / "sft_resumed", checkpoint__load=root / "sft_at_5"),
+            chain.train_command("sft", unexported, checkpoint__load=unexported),
+            ["!", *chain.train_command("ppo", root / "ppo_no_steps", checkpoint__load=ppo)],
+            ["!", *chain.train_command("sft", root / "sft_no_steps", checkpoint__load=sft)],
+        ]
+        (root / "log").write_text(tiny_chain.launch_all(1, commands))
+
+    return made_once(tmp_path_factory, "one_process", make)
 
 
 @pytest.fixture(scope="session")
@@ -45,28 +64,30 @@ def two_processes(chain: tiny_chain.Chain, one_process: Path, tmp_path_factory: 
     """The recorded rollouts again on two processes: ``dp2``, ``resident`` (the same without turns),
     ``mixed`` (actor TP 2, critic DP 2), ``resumed`` (DP 2). And ``megatron`` (DP 2), whose rollouts are its own actor's; and what
     the commands on the reward model say in other layouts than it was trained in: ``pairs.html``, ``scores.jsonl``."""
-    root = tmp_path_factory.mktemp("two_processes")
-    replay = {"train__replay_rollouts": chain.run_dir("ppo") / "rollouts"}
-    commands = [
-        chain.train_command("ppo", root / "dp2", **replay),
-        chain.train_command("ppo", root / "resident", residency__offload=False, **replay),
-        chain.train_command(
-            "ppo", root / "mixed", actor__parallel__tensor=2, reward_model__parallel__tensor=2, **replay
-        ),
-        chain.train_command("ppo", root / "resumed", checkpoint__load=one_process / "ppo_at_2", **replay),
-        chain.train_command("ppo", root / "megatron", rollout__engine="megatron", train__steps=MEGATRON_STEPS),
-    ]
-    reward_model = ["--checkpoint", str(chain.export("rm")), "--tensor", "2", "--sequence"]
-    pairs = ["--data", str(chain.data / "preference_eval.jsonl"), "--out", str(root / "pairs.html")]
-    ids = [pair["chosen_ids"] for pair in tiny_chain.golden_lines(chain)]
-    (root / "ids.jsonl").write_text("".join(json.dumps({"token_ids": one}) + "\n" for one in ids))
-    commands += [
-        ["verify", "rm", *reward_model],
-        ["eval", "rm", *reward_model, *pairs],
-        ["score", *reward_model, "--data", str(root / "ids.jsonl"), "--out", str(root / "scores.jsonl")],
-    ]
-    (root / "log").write_text(tiny_chain.launch_all(2, commands))
-    return root
+
+    def make(root: Path) -> None:
+        replay = {"train__replay_rollouts": chain.run_dir("ppo") / "rollouts"}
+        commands = [
+            chain.train_command("ppo", root / "dp2", **replay),
+            chain.train_command("ppo", root / "resident", residency__offload=False, **replay),
+            chain.train_command(
+                "ppo", root / "mixed", actor__parallel__tensor=2, reward_model__parallel__tensor=2, **replay
+            ),
+            chain.train_command("ppo", root / "resumed", checkpoint__load=one_process / "ppo_at_2", **replay),
+            chain.train_command("ppo", root / "megatron", rollout__engine="megatron", train__steps=MEGATRON_STEPS),
+        ]
+        reward_model = ["--checkpoint", str(chain.export("rm")), "--tensor", "2", "--sequence"]
+        pairs = ["--data", str(chain.data / "preference_eval.jsonl"), "--out", str(root / "pairs.html")]
+        ids = [pair["chosen_ids"] for pair in tiny_chain.golden_lines(chain)]
+        (root / "ids.jsonl").write_text("".join(json.dumps({"token_ids": one}) + "\n" for one in ids))
+        commands += [
+            ["verify", "rm", *reward_model],
+            ["eval", "rm", *reward_model, *pairs],
+            ["score", *reward_model, "--data", str(root / "ids.jsonl"), "--out", str(root / "scores.jsonl")],
+        ]
+        (root / "log").write_text(tiny_chain.launch_all(2, commands))
+
+    return made_once(tmp_path_factory, "two_processes", make)
 
 
 def only_step(run_dir: Path, step: int, copy: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from aligned_cases import bits, results, role_config, save_models
-from torchrun import run_torchrun
+from ranks import run_ranks
 
 from hetero_ppo.engines.model_engine import ModelEngine
 
@@ -29,7 +29,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def report(models: Path) -> dict[str, Any]:
     """What one launch of four processes found."""
-    run_torchrun(4, [str(WORKER), str(models), str(models / "report.json")])
+    run_ranks(4, [str(WORKER), str(models), str(models / "report.json")])
     return json.loads((models / "report.json").read_text())
 
 

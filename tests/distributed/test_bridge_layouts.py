@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from bridge_models import CASES, hf_model, read_tensors, same_tensors, save_case, token_ids
+from ranks import run_ranks
 
 WORKER = Path(__file__).parent / "workers" / "bridge_worker.py"
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -39,25 +37,21 @@ LM_RUNS += [(case, layout) for case in MOE_CASES for layout in MOE_LAYOUTS]
 pytestmark = pytest.mark.slow
 
 
-def _jobs(folder: Path) -> list[dict[str, Any]]:
+def _jobs(folder: Path) -> dict[str, dict[str, Any]]:
     plan = [(case, "lm", "float32", layout) for case in LM_CASES for layout in LAYOUTS]
     plan += [("qwen3_tied", "score", "float32", layout) for layout in LAYOUTS]
     plan += [(case, "lm", "float32", layout) for case in MOE_CASES for layout in MOE_LAYOUTS]
     plan += [("llama_untied", "lm", "bfloat16", "tp2pp2")]
-    jobs = []
-    for case, head, dtype, layout in plan:
-        jobs.append(
-            {
-                "name": f"{case}-{head}-{dtype}-{layout}",
-                "case": case,
-                "checkpoint": str(folder / f"{case}-{head}"),
-                "out": str(folder / f"out-{case}-{head}-{dtype}-{layout}"),
-                "head": head,
-                "dtype": dtype,
-                "layout": {**LAYOUTS, **MOE_LAYOUTS}[layout],
-            }
-        )
-    return jobs
+    return {
+        f"{case}-{head}-{dtype}-{layout}": {
+            "checkpoint": str(folder / f"{case}-{head}"),
+            "out": str(folder / f"out-{case}-{head}-{dtype}-{layout}"),
+            "head": head,
+            "dtype": dtype,
+            "layout": {**LAYOUTS, **MOE_LAYOUTS}[layout],
+        }
+        for case, head, dtype, layout in plan
+    }
 
 
 @pytest.fixture(scope="module")
@@ -73,14 +67,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]
     content["weight_map"]["model.layers.3.extra.weight"] = content["weight_map"]["model.norm.weight"]
     index.write_text(json.dumps(content))
     jobs = _jobs(folder)
-    jobs.append({**jobs[0], "name": "broken", "checkpoint": str(broken), "out": str(folder / "out-broken")})
+    whole = next(iter(jobs.values()))
+    jobs["broken"] = {**whole, "checkpoint": str(broken), "out": str(folder / "out-broken")}
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4", str(WORKER)]
-    command += [str(folder / "jobs.json"), str(folder / "results.json")]
-    done = subprocess.run(
-        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240, check=False
-    )
-    assert done.returncode == 0, done.stderr[done.stderr.find("Traceback") :][:4000]
+    run_ranks(4, [str(WORKER), str(folder / "jobs.json"), str(folder / "results.json")])
     return folder, json.loads((folder / "results.json").read_text())
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from bridge_models import save_case
-from torchrun import run_torchrun
+from ranks import run_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -28,16 +28,19 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str
     folder = tmp_path_factory.mktemp("generation")
     for case in CASES:
         save_case(case, folder / case)
-    jobs: dict[int, list[dict[str, Any]]] = {1: [], 2: []}
-    for case in CASES:
-        jobs[1].append({"name": f"{case}-one", "layout": {}, "case": case})
-    for case, layout in RUNS:
-        jobs[2].append({"name": f"{case}-{layout}", "layout": LAYOUTS[layout], "case": case})
+
+    def job(case: str, layout: dict[str, Any]) -> dict[str, Any]:
+        return {"layout": layout, "checkpoint": str(folder / case), "prompts": PROMPTS}
+
+    jobs = {
+        1: {f"{case}-one": job(case, {}) for case in CASES},
+        2: {f"{case}-{layout}": job(case, LAYOUTS[layout]) for case, layout in RUNS},
+    }
     found: dict[str, list[dict[str, Any]]] = {}
     for num_processes, some in jobs.items():
         path, out = folder / f"jobs_{num_processes}.json", folder / f"results_{num_processes}.json"
-        path.write_text(json.dumps([{**job, "checkpoint": str(folder / job["case"]), "prompts": PROMPTS} for job in some]))
-        run_torchrun(num_processes, [WORKER, str(path), str(out)])
+        path.write_text(json.dumps(some))
+        run_ranks(num_processes, [WORKER, str(path), str(out)])
         found |= json.loads(out.read_text())
     return found
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed.torchrun import run_torchrun
+from ranks import run_ranks
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
 
 WORKER = str(Path(__file__).parent / "workers" / "layout_worker.py")
@@ -104,7 +104,7 @@ def measure(
 ) -> dict[str, Measured]:
     """One launch for all layouts."""
     jobs = {name: {**layout, "model": str(models[layout.get("model", "untied")])} for name, layout in layouts.items()}
-    run_torchrun(processes, [WORKER, json.dumps(jobs), str(folder / "out.json")])
+    run_ranks(processes, [WORKER, json.dumps(jobs), str(folder / "out.json")])
     return json.loads((folder / "out.json").read_text())
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from bridge_models import save_case
-from distributed.torchrun import run_torchrun
+from ranks import run_ranks
 
 WORKER = str(Path(__file__).parent / "workers" / "storage_worker.py")
 #: Two processes. 131 tokens: TP 2 pads the vocabulary; sizes of 20 and 48: the distributed optimizer pads parameters.
@@ -68,7 +68,8 @@ def weighed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str
             save_case(job["case"], path)
         jobs[name] = {**job, "role": role, "path": str(path)}
     out = folder / "out.json"
-    run_torchrun(2, [WORKER, json.dumps(jobs), str(out)])
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    run_ranks(2, [WORKER, str(folder / "jobs.json"), str(out)])
     return json.loads(out.read_text())
 
 

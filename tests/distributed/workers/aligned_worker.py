@@ -1,4 +1,4 @@
-"""Runs under torchrun: forwards of aligned and plain roles over layouts and batchings, compared in bits.
+"""On every rank: forwards of aligned and plain roles over layouts and batchings, compared in bits.
 
 usage: aligned_worker.py MODELS_FOLDER OUT_JSON
 """

@@ -1,20 +1,20 @@
-"""torchrun worker: load checkpoints in several layouts, run them, stream and save them.
+"""On every rank: load checkpoints in several layouts, run them, stream and save them.
 
-Usage: torchrun ... bridge_worker.py JOBS.json RESULTS.json. A job: name, checkpoint, out, head, dtype and the layout.
+Usage: see ``jobs.run_jobs``. A job: checkpoint, out, head, dtype and the layout.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from jobs import run_jobs
 
 from hetero_ppo.config.schema import ParallelConfig
-from hetero_ppo.distributed.groups import finish, initialise, role_groups
+from hetero_ppo.distributed.groups import role_groups
 from megatron_bridge.config_mapping import bridge_config, read_hf_config
 from megatron_bridge.export_hf import save_hf
 from megatron_bridge.import_hf import load_hf
@@ -55,18 +55,5 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    initialise(timeout_minutes=2)
-    results = {}
-    for job in json.loads(Path(sys.argv[1]).read_text()):
-        seen: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(seen, run_job(job))
-        results[job["name"]] = seen
-    if dist.get_rank() == 0:
-        Path(sys.argv[2]).write_text(json.dumps(results))
-    finish()
-
-
 if __name__ == "__main__":
-    main()
+    run_jobs(run_job)

@@ -1,20 +1,15 @@
-"""torchrun worker: the actor generates in several layouts.
+"""On every rank: the actor generates in several layouts.
 
-Usage: torchrun ... generation_worker.py JOBS.json RESULTS.json. A job: name, checkpoint, layout; every rank's answers come back.
+Usage: see ``jobs.run_jobs``. A job: checkpoint, layout; every rank's answers come back.
 """
 
 from __future__ import annotations
 
-import json
-import sys
-from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
+from jobs import run_jobs
 
 from hetero_ppo.config.schema import ModelConfig, ParallelConfig, RoleConfig, RolloutConfig, SamplingConfig
-from hetero_ppo.distributed.groups import finish, initialise
 from hetero_ppo.engines.model_engine import ModelEngine
 from hetero_ppo.rollout.megatron import MegatronEngine
 
@@ -36,18 +31,5 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
     return {"answers": [[vars(one) for one in group] for group in answers], "told": told, "golden": golden}
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    initialise(timeout_minutes=2)
-    results = {}
-    for job in json.loads(Path(sys.argv[1]).read_text()):
-        seen: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(seen, run_job(job))
-        results[job["name"]] = seen
-    if dist.get_rank() == 0:
-        Path(sys.argv[2]).write_text(json.dumps(results))
-    finish()
-
-
 if __name__ == "__main__":
-    main()
+    run_jobs(run_job)

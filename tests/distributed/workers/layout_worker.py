@@ -1,4 +1,4 @@
-"""Runs under torchrun: trains a language-model head and a scalar head for three steps in each of some layouts.
+"""On every rank: trains a language-model head and a scalar head for three steps in each of some layouts.
 
 usage: layout_worker.py LAYOUTS_JSON OUT_JSON
 """

@@ -1,23 +1,21 @@
-"""Runs under torchrun: builds a trained role in each of some layouts, does one optimizer step, and weighs what it holds.
+"""On every rank: builds a trained role in each of some layouts, does one optimizer step, and weighs what it holds.
 
-usage: storage_worker.py JOBS_JSON OUT_JSON. A job: role, path, dtype, distributed, overlap, bucket_size and the layout.
+Usage: see ``jobs.run_jobs``. A job: role, path, dtype, distributed, overlap, bucket_size and the layout.
 """
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from jobs import run_jobs
 from torch import Tensor
 
 import megatron_bridge.platform  # noqa: F401  before megatron.core
 from hetero_ppo.algorithms.losses import Loss
 from hetero_ppo.config.schema import DdpConfig, Dtype, ModelConfig, OptimizerConfig, ParallelConfig, TrainedRoleConfig
-from hetero_ppo.distributed.groups import finish, initialise
 from hetero_ppo.engines.train_engine import TrainEngine
 from hetero_ppo.memory.plan_activations import Work, kept_bytes
 from hetero_ppo.memory.plan_storage import HEADS, RoleStorage
@@ -25,20 +23,6 @@ from hetero_ppo.types import Microbatch
 
 #: Of a micro-batch.
 ROWS, LENGTH = 4, 64
-
-
-def main(jobs: str, out: str) -> None:
-    torch.set_num_threads(1)
-    initialise(2.0)
-    results: dict[str, Any] = {}
-    for name, job in json.loads(jobs).items():
-        seen: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(seen, measure(job))
-        results[name] = seen
-    if dist.get_rank() == 0:
-        with open(out, "w", encoding="utf-8") as file:
-            json.dump(results, file)
-    finish()
 
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:
@@ -120,4 +104,4 @@ def storage_bytes(tensors: Iterable[Tensor]) -> int:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    run_jobs(measure)
