@@ -304,7 +304,7 @@ class RewardConfig:
     function_weight: float = 1.0  # with source mix, of the function's score
     ensemble: EnsembleScore = EnsembleScore.mean  # of reward_models
     ensemble_k: float = 1.0  # with ensemble mean_minus_std: standard deviations that are subtracted
-    timeout_s: float = 60.0  # of one call of the function
+    timeout_s: float = 60.0  # of one call of the function, and of train.eval_function
     on_error: RewardErrors = RewardErrors.stop
     clip: float = 10.0  # |score| is clipped to it; 0 switches clipping off
     golden_every: int = 50  # PPO steps between checks of the reward model's golden scores; 0: at the start alone

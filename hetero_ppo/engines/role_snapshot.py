@@ -8,6 +8,7 @@ Megatron-Core's own writer; torch hands tensors to files without the interpreter
 
 from __future__ import annotations
 
+import os
 import queue
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,10 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from torch import Tensor
+
+
+#: As much as the small files of a role take.
+TRIED_BYTES = 1 << 16
 
 
 class RoleSnapshot:
@@ -28,10 +33,17 @@ class RoleSnapshot:
             state: sharded state dict.
             folder: there, and empty.
             live: addresses of the storages that training changes; tensors of others are taken as they are.
+
+        Raises:
+            OSError: the disk takes nothing.
         """
         # What the writer reports, it puts into this queue; one of its own for every save.
         filesystem_async._results_queue = self._reports = queue.Queue()
-        request = dist_checkpointing.save(state, str(folder), async_sharded_save=True)
+        try:
+            request = dist_checkpointing.save(state, str(folder), async_sharded_save=True)
+        except RuntimeError:  # torch.save's, of a small file: it says "iostream error" where the system has said why
+            _try_to_write(folder)
+            raise
         self._finish = request.finalize_fns
         self._transforms: list[Any] = []
         self._buckets: list[tuple[str, str, tuple[list[Any], list[tuple[Any, Tensor]]]]] = []
@@ -72,3 +84,13 @@ class RoleSnapshot:
         """
         for function in self._finish:
             function()
+
+
+def _try_to_write(folder: Path) -> None:
+    """Raises what the system says to a small file."""
+    path = folder / "written_to_see"
+    with path.open("wb") as file:
+        file.write(bytes(TRIED_BYTES))
+        file.flush()
+        os.fsync(file.fileno())
+    path.unlink()

@@ -80,7 +80,7 @@ class ExperienceMaker:
 
         Raises:
             FloatingPointError: a forward gave a NaN or an infinity.
-            RunError: the reward function has failed for every response.
+            RunError: the reward function has failed for every response, or no token is left to learn from.
         """
         for name, tensor in computed.items():
             # A reward function leaves NaN where it failed, and reward.on_error=exclude.
@@ -94,6 +94,11 @@ class ExperienceMaker:
         if bool(scores.isnan().all()):
             raise RunError(f"reward.function {self.reward_config.function} has failed for every response of the step")
         shaped, mask = self._shape_scores(rollout, scores)
+        if not bool(mask.any()):
+            raise RunError(
+                "make experience: no response of the step has a token to learn from: with algorithm.truncated=mask each one was "
+                "truncated or left out. Raise rollout.sampling.max_tokens, or choose algorithm.truncated=penalise or score"
+            )
         kl = kl_estimate(old_log_probs, ref_log_probs, algorithm.kl.estimator).masked_fill(~rollout.response_mask, 0)
         rewards = token_level_rewards(shaped, kl, mask, self.kl_controller.coef)
         advantages, returns = generalized_advantages(rewards, values, mask, algorithm.gamma, algorithm.lam)

@@ -57,7 +57,10 @@ class Evaluator:
         self.maker = maker
         self.turns = turns
         function = config.train.eval_function
-        self.check = None if function is None else FunctionReward(function, data.encoder.decode, "train.eval_function")
+        self.check = None
+        if function is not None:
+            timeout_s = config.reward.timeout_s
+            self.check = FunctionReward(function, data.encoder.decode, "train.eval_function", timeout_s=timeout_s)
 
     def run(self, version: str) -> Evaluation | None:
         """Sample and judge; None without held-out prompts, or when recorded rollouts are replayed. Collective."""

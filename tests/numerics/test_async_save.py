@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -112,26 +114,49 @@ def test_the_next_save_and_one_that_is_waited_for_leave_nothing_in_flight(
         assert not manager.is_saving and complete(tmp_path)[-1] == "iter_0000004"
 
 
+@contextmanager
+def file_size_limit(num_bytes: int) -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
 def test_a_fault_in_the_background_ends_the_run_and_the_last_good_one_stays(
     engines: dict[str, TrainEngine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with manager_of(tmp_path) as manager:
-        manager.save(1, engines, {}, {}, wait=True)
-        with held_writer(monkeypatch) as go_on:
-            manager.save(2, engines, {}, {}, wait=False)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (256, hard))
-            try:
-                go_on.set()
-                manager._pending.written.exception(ENOUGH_S)
-            finally:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        with pytest.raises(RunError, match=r"phase checkpoint: .*of step 2 could not be written .*too large.*of this run: 1$"):
-            manager.finish(wait=False)
-    assert checkpoint_step(tmp_path, None) == 1
-    with manager_of(tmp_path) as manager:  # a run that goes on removes what the other one left
-        manager.save(3, engines, {}, {}, wait=True)
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["iter_0000001", "iter_0000003", LATEST]
+    """A full disk (that of /dev/full), met by the thread that writes; then one that does not even take the small files."""
+    said = r"phase checkpoint: .*of step 2 could not be written .*{}.*of this run: 1$"
+    for fault, reason in (("full", "No space left on device"), ("limit", "File too large")):
+        run_dir = tmp_path / fault
+        run_dir.mkdir()
+        with manager_of(run_dir) as manager:
+            manager.save(1, engines, {}, {}, wait=True)
+            if fault == "full":
+                with held_writer(monkeypatch) as go_on:
+                    manager.save(2, engines, {}, {}, wait=False)
+                    manager._pending.snapshots[1].files[0].symlink_to("/dev/full")
+                    go_on.set()
+                    manager._pending.written.exception(ENOUGH_S)
+                with pytest.raises(RunError, match=said.format(reason)):
+                    manager.finish(wait=False)
+            else:
+                with file_size_limit(128), pytest.raises(RunError, match=said.format(reason)):
+                    manager.save(2, engines, {}, {}, wait=False)
+        assert checkpoint_step(run_dir, None) == 1
+        with manager_of(run_dir) as manager:  # a run that goes on removes what the other one left
+            manager.save(3, engines, {}, {}, wait=True)
+        assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["iter_0000001", "iter_0000003", LATEST]
+
+
+def test_a_disk_without_room_for_one_is_said_before_the_first_step(
+    engines: dict[str, TrainEngine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with manager_of(tmp_path) as manager, pytest.raises(ValueError, match=r"a checkpoint takes .* GiB and .* GiB are free there"):
+        manager.check_room(engines)
 
 
 def test_a_disk_that_does_not_answer_is_not_waited_for_forever(

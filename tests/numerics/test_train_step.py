@@ -76,9 +76,11 @@ def test_steps_with_a_gradient_that_is_not_finite_are_skipped_within_a_bound(tmp
     good = sft_loss_fn(VOCAB, engine.groups)
     ids, mask = torch.randint(0, VOCAB, (ROWS, LENGTH)), torch.ones(ROWS, LENGTH - 1, dtype=torch.bool)
 
+    factors = iter(("nan", "inf", "nan", "nan", "inf"))
+
     def bad(output: torch.Tensor, microbatch: Microbatch) -> Loss:
         loss = good(output, microbatch)
-        return dataclasses.replace(loss, loss=loss.loss * float("nan"))
+        return dataclasses.replace(loss, loss=loss.loss * float(next(factors)))
 
     def step(loss_fn: LossFn) -> TrainStepResult:
         return engine.train_step(
@@ -97,4 +99,24 @@ def test_steps_with_a_gradient_that_is_not_finite_are_skipped_within_a_bound(tmp
     before = state()
     with pytest.raises(FloatingPointError, match=r"number 3 in a row \(actor.optimizer.max_skipped_steps=2\)"):
         step(bad)
+    assert all(torch.equal(a, b) for a, b in zip(before, state(), strict=True))
+
+
+def test_a_minibatch_without_a_token_to_learn_from_changes_nothing(tmp_path: Path) -> None:
+    """All its responses are masked, as those of others are not: the step is counted, weights and moments stay, nothing is NaN."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "head_dim": 8}
+    config = Qwen3Config(vocab_size=VOCAB, num_attention_heads=2, num_key_value_heads=1, **sizes)
+    Qwen3ForCausalLM(config).save_pretrained(tmp_path)
+    engine = TrainEngine("actor", TrainedRoleConfig(ModelConfig(path=str(tmp_path))), "lm", 10)
+    ids, mask = torch.randint(0, VOCAB, (ROWS, LENGTH)), torch.zeros(ROWS, LENGTH - 1, dtype=torch.bool)
+
+    def state() -> list[torch.Tensor]:
+        return [tensor.clone() for kind in TRAINING - {Kind.grads} for tensor in engine._tensors()[kind]]
+
+    before = state()
+    parts = engine.microbatches(ids, torch.full((ROWS,), LENGTH), AnswerInputs(mask), range(ROWS))
+    result = engine.train_step(parts, sft_loss_fn(VOCAB, engine.groups))
+    assert (result.count, result.loss, result.grad_norm, result.is_skipped) == (0, 0.0, 0.0, False)
+    assert engine.steps_done == 1 and all(float(total) == 0 for total in result.metric_sums.values())
     assert all(torch.equal(a, b) for a, b in zip(before, state(), strict=True))

@@ -170,7 +170,9 @@ def test_roles_with_other_tokens_are_refused(work: Path, capsys: pytest.CaptureF
     assert "2 tokens differ" in message
 
     (work / "model" / "config.json").write_text(json.dumps(MODEL_CONFIG | {"vocab_size": 100}))
-    assert "the model has 100 embedding rows" in failure(capsys, "validate", "--config", "sft.yaml")
+    message = failure(capsys, "validate", "--config", "sft.yaml")
+    num_tokens = max(vocabulary.values()) + 1
+    assert f"actor.model.path=model: the model has 100 embedding rows and the tokenizer in model {num_tokens} tokens" in message
 
 
 def test_a_tokenizer_without_a_template_needs_a_choice(work: Path, capsys: pytest.CaptureFixture[str]) -> None:

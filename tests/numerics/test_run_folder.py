@@ -1,0 +1,40 @@
+"""A run folder that cannot be written is said before anything is built."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from hetero_ppo.config.load import load_config
+from hetero_ppo.trainers import run
+from hetero_ppo.trainers.stopping import StopRequests
+
+pytestmark = pytest.mark.usefixtures("world")
+
+
+def below_a_file(tmp_path: Path) -> Path:
+    (tmp_path / "file").write_text("")
+    return tmp_path / "file" / "run"
+
+
+def a_file(tmp_path: Path) -> Path:
+    (tmp_path / "run").write_text("")
+    return tmp_path / "run"
+
+
+def on_a_file_system_that_takes_no_folder(tmp_path: Path) -> Path:
+    return Path("/sys/hetero_ppo_run")  # not even root's
+
+
+@pytest.mark.parametrize("place", [below_a_file, a_file, on_a_file_system_that_takes_no_folder])
+def test_the_error_names_the_folder_and_the_reason(
+    place: Callable[[Path], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, config = place(tmp_path), tmp_path / "sft.yaml"
+    config.write_text(f"kind: sft\nrun: {{dir: {folder}}}\ndata: {{train: a.jsonl}}\nactor: {{model: {{path: m}}}}\n")
+    monkeypatch.setattr(run, "initialise", lambda minutes: None)  # the world is there
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    with pytest.raises(ValueError, match=rf"run.dir is '{folder}': cannot write there \(\w+[\w ]+\)"):
+        run.start_run(load_config(str(config), ["run.threads=1"]), StopRequests(1.0))
