@@ -148,7 +148,7 @@ def our_config(inputs: Inputs, work: Work, dtype: str, steps: int, run_dir: Path
         "actor": trained("actor"),
         "critic": trained("critic"),
         "reference": role("reference"),
-        "reward_model": role("reward"),
+        "reward_model": role("reward") | {"aligned": False},  # its peer promises no bits either
         "algorithm": {
             "ppo_epochs": 1,
             "rollout_batch_size": work.prompts_per_step,

@@ -2,7 +2,7 @@
 
 A small reward model is trained on pairs, then scores the held-out sequences under tensor parallelism 1, 2 and 4 and once more in a
 fresh process, in four batchings of three paddings each, in fp32 and bf16, with the aligned forward and with the plain one. All are
-compared with those of one process. Time is that of one forward in one process, of a model whose products are as large as the table
+compared with those of one process. Time is the processor's for one forward in one process, of a model whose products are as large as the table
 says, the two paths in turns.
 
     python benchmarks/rm_alignment.py --reviews <folder with positive.txt and negative.txt> --json alignment.json
@@ -51,7 +51,7 @@ from hetero_ppo.types import Microbatch
 VOCAB = 4096
 DTYPES = ("fp32", "bf16")
 #: name -> layers, hidden, MLP, heads, key-value heads
-SHAPES = {"tiny": (2, 52, 100, 4, 4), "10m": (4, 256, 768, 8, 4), "30m": (8, 512, 1536, 8, 4), "125m": (12, 768, 2048, 12, 4)}
+SHAPES = {"tiny": (2, 52, 100, 4, 4), "1m": (4, 128, 384, 4, 2), "10m": (4, 256, 768, 8, 4), "30m": (8, 512, 1536, 8, 4), "125m": (12, 768, 2048, 12, 4)}
 #: rows of a micro-batch, order
 BATCHINGS: dict[str, tuple[int, str]] = {
     "one row": (1, "as it comes"),
@@ -129,7 +129,7 @@ def role(model: str, dtype: str, aligned: bool, layout: dict[str, Any], rows: in
 
 def train(model: Path, out: Path, pairs: list[PreferenceExample], steps: int) -> None:
     """A reward model on random batches of 32 pairs, with the aligned forward."""
-    engine = TrainEngine("reward", role(str(model), "fp32", True, {}), "score", steps)
+    engine = TrainEngine("reward", role(str(model), "fp32", True, {"packing": True}), "score", steps)
     loss_fn, random_numbers = reward_loss_fn(RewardModelLossConfig()), random.Random(0)
     for _ in range(steps):
         batch = collate_preferences(random_numbers.sample(pairs, 32))
@@ -224,7 +224,7 @@ def pair_accuracy(model: Path, dtype: str, aligned: bool, pairs: list[Preference
 
 
 def forward_seconds(model: Path, dtype: str, args: argparse.Namespace) -> dict[str, float]:
-    """Median seconds of a forward of each path, the two in turns."""
+    """Median seconds of processor time of a forward of each path, the two in turns."""
     engines = {
         name: ModelEngine("reward", role(str(model), dtype, name == "aligned", {}, args.rows), "score")
         for name in ("aligned", "plain")
@@ -236,11 +236,22 @@ def forward_seconds(model: Path, dtype: str, args: argparse.Namespace) -> dict[s
     seconds: dict[str, list[float]] = {name: [] for name in engines}
     for repeat in range(args.repeats + 1):  # the first is not counted
         for name, engine in engines.items():
-            start = time.perf_counter()
+            start = time.process_time()  # of all threads: what else the machine does counts less
             engine.forward(ids, lengths, scores_output)
             if repeat:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(time.process_time() - start)
     return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def measure_time(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """The two paths' seconds alone, by dtype."""
+    save_model(args.timed_shape, folder / "timed")
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    initialise(10.0)
+    torch.set_num_threads(args.threads)
+    found = {dtype: forward_seconds(folder / "timed", dtype, args) for dtype in DTYPES}
+    finish()
+    return {dtype: {**seconds, "time_ratio": seconds["aligned"] / seconds["plain"]} for dtype, seconds in found.items()}
 
 
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -295,7 +306,7 @@ def print_table(result: dict[str, Any], args: argparse.Namespace) -> None:
             f"{found['time_ratio']:7.2f}{found['accuracy']['aligned']:11.3%}{found['accuracy']['plain']:8.3%}"
         )
     print(
-        f"aligned, plain: scores whose bits differ from those of one process. seconds: {args.rows} rows of {args.tokens // 2} to "
+        f"aligned, plain: scores whose bits differ from those of one process. seconds of processor time: {args.rows} rows of {args.tokens // 2} to "
         f"{args.tokens} tokens, model {args.timed_shape}, {args.threads} thread(s)."
     )
 
@@ -312,6 +323,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=256, help="longest row of the timed forward")
     parser.add_argument("--repeats", type=int, default=7, help="timed forwards of each path")
     parser.add_argument("--threads", type=int, default=1, help="of the timed forward")
+    parser.add_argument("--time-only", action="store_true", help="measure the forward's time and nothing else")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="file for everything that was measured")
     parser.add_argument("--job", help=argparse.SUPPRESS)
@@ -325,7 +337,11 @@ def main() -> None:
         return
     disable_progress_bar()
     with tempfile.TemporaryDirectory(prefix="rm-alignment-") as folder:
-        result = measure(args, Path(folder))
+        if args.time_only:
+            print(json.dumps(measure_time(args, Path(folder))))
+            return
+        start = time.perf_counter()
+        result = {**measure(args, Path(folder)), "minutes": (time.perf_counter() - start) / 60}
     figures = summary(result)
     print_table(result, args)
     if args.json:

@@ -104,7 +104,7 @@ def bridge_config(
     sequence: bool = False,
     recompute: str | None = None,
     vocab_multiple: int = 1,
-    aligned: bool = False,
+    aligned: bool | None = False,
 ) -> BridgeConfig:
     """Map a Hugging Face config to a layout.
 
@@ -116,7 +116,8 @@ def bridge_config(
         sequence: sequence parallelism over the tensor-parallel ranks.
         recompute: activation recomputation: None, "selective" (the MLP, or the experts) or "full" (every layer).
         vocab_multiple: the vocabulary is padded to a multiple of vocab_multiple x tensor rows.
-        aligned: build the layers of ``megatron_bridge.aligned``; the padded vocabulary is then the same for every ``tensor``.
+        aligned: build the layers of ``megatron_bridge.aligned``; the padded vocabulary is then the same for every ``tensor``. None: on
+            a CPU, where model and layout allow it.
 
     Raises:
         ValueError: a setting of the checkpoint or of the layout that is not supported, with its name and value.
@@ -129,8 +130,12 @@ def bridge_config(
     check_tensor_parallel(tensor, heads=heads, num_query_groups=groups, ffn=None if moe else hf["intermediate_size"])
     _check_layout(hf, tensor, pipeline, virtual_pipeline, sequence)
     _check_experts(hf, moe, tensor, expert, sequence)
+    refusal = _aligned_refusal(hf, moe, tensor, context, dtype)
+    if aligned and refusal is not None:
+        raise ValueError(f"aligned {refusal}; change that, or set aligned to false")
+    if aligned is None:
+        aligned = refusal is None and not platform.HAS_CUDA
     if aligned:
-        _check_aligned(hf, moe, tensor, context, dtype)
         vocab_multiple *= VOCAB_PARTS // tensor
     parameters = rope_parameters(hf_config)
     inv_freq, attention_scaling = rope_frequencies(parameters, head_dim, hf["max_position_embeddings"])
@@ -296,7 +301,8 @@ def _check_layout(hf: dict[str, Any], tensor: int, pipeline: int, virtual_pipeli
         )
 
 
-def _check_aligned(hf: dict[str, Any], moe: bool, tensor: int, context: int, dtype: torch.dtype) -> None:
+def _aligned_refusal(hf: dict[str, Any], moe: bool, tensor: int, context: int, dtype: torch.dtype) -> str | None:
+    """Why a role cannot be aligned; None: it can."""
     has_triton = importlib.util.find_spec("triton") is not None
     reasons = {
         # Triton's product of float32 matrices rounds them to TF32.
@@ -307,9 +313,7 @@ def _check_aligned(hf: dict[str, Any], moe: bool, tensor: int, context: int, dty
         f"needs tensor parallelism 1, 2 or 4, not {tensor}": VOCAB_PARTS % tensor != 0,
         f"divides hidden_size {hf['hidden_size']} over {tensor} tensor-parallel ranks": hf["hidden_size"] % tensor != 0,
     }
-    for reason, refused in reasons.items():
-        if refused:
-            raise ValueError(f"aligned {reason}; change that, or set aligned to false")
+    return next((reason for reason, refused in reasons.items() if refused), None)
 
 
 def _check_experts(hf: dict[str, Any], moe: bool, tensor: int, expert: int, sequence: bool) -> None:

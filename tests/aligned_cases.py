@@ -73,7 +73,7 @@ def microbatches(batching: str, multiple: int) -> Iterator[tuple[Row, Microbatch
         yield group, Microbatch(ids, torch.tensor([LENGTHS[row] for row in group]), wanted=wanted)
 
 
-def role_config(model: Path, dtype: str, layout: dict[str, Any], aligned: bool) -> TrainedRoleConfig:
+def role_config(model: Path, dtype: str, layout: dict[str, Any], aligned: bool | None) -> TrainedRoleConfig:
     """Args:
     layout: fields of ParallelConfig, and ``packing``.
     """

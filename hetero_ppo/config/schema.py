@@ -149,7 +149,7 @@ class RoleConfig:
     micro_batch_size: int = 8  # sequences per forward on one data-parallel rank, where micro_batch_tokens is null
     micro_batch_tokens: int | None = None  # tokens per forward on one data-parallel rank, padding included; null: micro_batch_size
     packing: bool | None = None  # sequences lie one after the other, no padding is computed; null: on a CPU and with Transformer Engine, where context is 1
-    aligned: bool = False  # a forward's bits do not depend on batch, padding, micro-batches or layout; on CUDA in bf16 alone
+    aligned: bool | None = False  # a forward's bits do not depend on batch, padding, micro-batches or layout; on CUDA in bf16 alone; null: on a CPU, where model and layout allow it
 
 
 @dataclass
@@ -170,7 +170,13 @@ class ReEncodeConfig:
 
 @dataclass
 class RewardRoleConfig(RoleConfig):
+    aligned: bool | None = None  # as of other roles; null: on a CPU, where model and layout allow it
     re_encode: ReEncodeConfig | None = None  # None: it reads the actor's token ids
+
+
+@dataclass
+class TrainedRewardConfig(TrainedRoleConfig):
+    aligned: bool | None = None  # as of other roles; null: on a CPU, where model and layout allow it. Aligned, checkpoints carry golden scores
 
 
 @dataclass
@@ -398,7 +404,7 @@ class RmConfig:
     kind: str = "rm"
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    reward: TrainedRoleConfig = field(default_factory=TrainedRoleConfig)
+    reward: TrainedRewardConfig = field(default_factory=TrainedRewardConfig)
     train: SupervisedTrainConfig = field(default_factory=SupervisedTrainConfig)
     loss: RewardModelLossConfig = field(default_factory=RewardModelLossConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -126,6 +126,7 @@ class RoleStorage:
             read_hf_config(config.model.path),
             dtype=DTYPES[config.model.dtype],
             recompute=recompute,
+            aligned=config.aligned,
             **vars(config.parallel),
         )
         self.dp_size = data_parallel_size(name, config.parallel, world_size)

@@ -213,16 +213,17 @@ def golden_guard(engine: ModelEngine, every: int) -> tuple[GoldenGuard | None, s
     """The guard of a role's checkpoint, or None where nothing can be promised; and a line that says which.
 
     Raises:
-        ValueError: the file cannot be read, or holds scores of another dtype than the role computes in.
+        ValueError: the file cannot be read, or holds scores of another dtype than a role computes in that is said to be aligned.
     """
     path = Path(engine.config.model.path) / GOLDEN_FILE
-    if not engine.config.aligned:
-        return None, f"{engine.role}: golden scores are not checked, {engine.role}.aligned is false"
+    if not engine.bridge.aligned:
+        why = "is false" if engine.config.aligned is False else "is null, and on CUDA, or for this model and layout, that means false"
+        return None, f"{engine.role}: golden scores are not checked, {engine.role}.aligned {why}"
     if not path.is_file():
         return None, f"{engine.role}: there are no golden scores to check, {path} does not exist"
     golden = read_golden(path)
     dtype = engine.config.model.dtype.value
-    if golden.record["dtype"] != dtype:
+    if golden.record["dtype"] != dtype and engine.config.aligned:
         raise ValueError(
             f"{engine.role}.model.dtype is {dtype}, but the golden scores in {path} were made in {golden.record['dtype']}: "
             f"set it to that, or {engine.role}.aligned to false"

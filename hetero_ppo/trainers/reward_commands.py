@@ -57,7 +57,7 @@ def reward_engine(args: argparse.Namespace) -> Iterator[ModelEngine]:
         engine = ModelEngine("reward_model", config, "score")
         if engine.load_report.initialised:
             raise ValueError(f"--checkpoint {checkpoint}: the model has no score head; give the export of a reward-model run")
-        if config.aligned and platform.HAS_CUDA:
+        if engine.bridge.aligned and platform.HAS_CUDA:
             proof = check_alignment(engine)
             if dist.get_rank() == 0:
                 print(proof)

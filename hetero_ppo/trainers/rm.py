@@ -49,7 +49,7 @@ class RewardModelTrainer(SupervisedTrainer):
 
     def weight_files(self) -> dict[str, str]:
         """Golden scores of held-out pairs, or of training pairs without those, where the forward is aligned."""
-        if not self.engine.config.aligned:
+        if not self.engine.bridge.aligned:
             return {}
         return {GOLDEN_FILE: make_golden(self.engine, (self.held_out or self.data).examples).text()}
 

@@ -154,5 +154,5 @@ def describe_loaded(run: Run, engine: ModelEngine) -> None:
     run.say(f"{engine.role}: {report.loaded} tensors loaded from {model.path}")
     for name in report.initialised:
         run.say(f"{engine.role}: {name} was INITIALISED (seed {model.init_seed}): the checkpoint has none")
-    if engine.config.aligned and platform.HAS_CUDA:
+    if engine.bridge.aligned and platform.HAS_CUDA:
         run.say(check_alignment(engine))

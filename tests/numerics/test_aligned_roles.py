@@ -128,7 +128,7 @@ def _with_golden(models: Path, folder: Path, dtype: str = "bf16") -> Path:
     return folder
 
 
-def _guard(folder: Path, dtype: str = "bf16", aligned: bool = True) -> tuple[GoldenGuard | None, str, ModelEngine]:
+def _guard(folder: Path, dtype: str = "bf16", aligned: bool | None = True) -> tuple[GoldenGuard | None, str, ModelEngine]:
     config = dataclasses.replace(role_config(folder, dtype, {}, aligned), micro_batch_size=5, packing=True)
     engine = ModelEngine("reward_model", config, "score")
     guard, note = golden_guard(engine, every=2)
@@ -152,6 +152,8 @@ def test_golden_scores_are_repeated_or_the_run_stops(world: None, models: Path, 
 
 def test_golden_scores_that_promise_nothing_are_said(world: None, models: Path, tmp_path: Path) -> None:
     folder = _with_golden(models, tmp_path / "rm")
+    guard, note, engine = _guard(folder, "fp32", aligned=None)  # aligned by default, and nothing was asked for
+    assert guard is None and engine.bridge.aligned and "made elsewhere (dtype: bf16 there, fp32 here)" in note
     assert "reward_model.aligned is false" in _guard(folder, aligned=False)[1]
     with pytest.raises(ValueError, match="reward_model.model.dtype is fp32, but .* were made in bf16"):
         _guard(folder, "fp32")

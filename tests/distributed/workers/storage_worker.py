@@ -31,6 +31,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         model=ModelConfig(path=job["path"], dtype=Dtype(job["dtype"])),
         parallel=ParallelConfig(**job["layout"]),
         micro_batch_size=ROWS,
+        aligned=job.get("aligned", False),
         optimizer=OptimizerConfig(distributed=job.get("distributed", False), grad_clip=0.0),
         ddp=DdpConfig(overlap_grad_reduce=job.get("overlap", False), bucket_size=job.get("bucket_size")),
     )
