@@ -78,9 +78,26 @@ RUNS: dict[str, Run] = {
         "moe",
         {"actor": PP2VPP2, "critic": {**PP2VPP2, "recompute": "full"}, "reference": {**PP2VPP2}},
     ),
+    "moe ep2, tp2sp, pp2, all resident": Run(
+        2,
+        "moe",
+        {"actor": {"expert": 2}, "critic": TP2SP, "reference": {"pipeline": 2}, "residency": {"offload": False}},
+        steps=2,
+    ),
     # --- four processes ---
     "tp2-pp2, tp2-dp2, pp2-dp2, dp4": Run(
         4, "dense", {"actor": TP2PP2, "critic": {"tensor": 2}, "reference": {"pipeline": 2}}
+    ),
+    "tp2-pp2, tp2-dp2, pp2-dp2, dp4, all resident": Run(
+        4,
+        "dense",
+        {
+            "actor": TP2PP2,
+            "critic": {"tensor": 2},
+            "reference": {"pipeline": 2},
+            "residency": {"offload": False},
+        },
+        steps=2,
     ),
     "dp4 distributed optimizer, tp2-pp2": Run(
         4, "dense", {"actor": GATHERED, "critic": TP2PP2, "reward_model": TP2PP2}, steps=2
@@ -134,6 +151,9 @@ RUNS: dict[str, Run] = {
 #: fp32 sums in another order: 1e-7 in most metrics of the first step, and what Adam makes of it in the weights of the later ones,
 #: since each of its steps divides by the gradient's own size. Metrics near 0 are means of terms that nearly cancel.
 TOLERANCE = {"rel": 1e-5, "abs": 2e-6}
+#: Losses and gradient norms that do not: relative alone.
+RELATIVE = {"rel": 1e-5, "abs": 0.0}
+OF_ONE_SIGN = ("actor/grad_norm", "actor/entropy", "actor/kl_loss", "critic/vf_loss", "critic/grad_norm")
 #: A difference of two sums of log-probs, each of about 40 nats a response: a millionth of one of them.
 KL_TOLERANCE = {"rel": 1e-5, "abs": 4e-5}
 COMPARED = (
@@ -179,8 +199,18 @@ def test_every_layout_takes_the_steps_of_one_process(metrics: Metrics, name: str
     assert list(metrics[name]) == list(range(first + 1, run.steps + 1))
     for step, values in metrics[name].items():
         for metric in COMPARED:
-            tolerance = KL_TOLERANCE if metric == "kl/reference" else TOLERANCE
+            tolerance = RELATIVE if metric in OF_ONE_SIGN else TOLERANCE
+            tolerance = KL_TOLERANCE if metric == "kl/reference" else tolerance
             assert values[metric] == pytest.approx(one[step][metric], **tolerance), (step, metric)
+
+
+@pytest.mark.parametrize("name", ["moe ep2, tp2sp, pp2", "tp2-pp2, tp2-dp2, pp2-dp2, dp4"])
+def test_turns_change_no_bit(metrics: Metrics, name: str) -> None:
+    turns, resident = metrics[name], metrics[f"{name}, all resident"]
+    for step, values in resident.items():
+        for metric in COMPARED:
+            assert values[metric] == turns[step][metric], (step, metric)
+        assert values["memory/to_device_gib"] == 0 < turns[step]["memory/to_device_gib"]
 
 
 def test_the_runs_differ_from_step_to_step(metrics: Metrics) -> None:

@@ -379,6 +379,19 @@ def assert_goes_on_alike(roles: Roles, folder: Path, following: list[Tensor]) ->
     other.close()
 
 
+def test_a_checkpoint_of_the_other_kind_of_optimizer_is_refused(model: Path, tmp_path: Path) -> None:
+    plain, distributed = (Roles(model, Dtype.fp32, kind) for kind in (False, True))
+    snapshot = plain.actor.save(tmp_path)
+    assert snapshot.write()
+    snapshot.finish()
+    message = "was written with actor.optimizer.distributed=false, .*; set actor.optimizer.distributed=false"
+    turn = distributed.actor.on_device(grads=True, optimizer=True, phase="load")
+    with pytest.raises(ValueError, match=message), turn:
+        distributed.actor.load(tmp_path)
+    for roles in (plain, distributed):
+        roles.close()
+
+
 def test_saving_inside_another_turn_is_an_error(roles: Roles, tmp_path: Path) -> None:
     wrong = pytest.raises(ResidencyError, match="actor: saving inside the turn of critic")
     with roles.critic.on_device(phase="values"), wrong:

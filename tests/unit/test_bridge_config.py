@@ -96,6 +96,7 @@ def test_unsupported_checkpoints(fields: dict[str, Any], message: str) -> None:
     ("layout", "message"),
     [
         ({"tensor": 8}, "tensor parallelism 8 exceeds num_key_value_heads 4"),
+        ({"tensor": 3}, "tensor parallelism 3"),
         ({"pipeline": 3}, "num_hidden_layers 4 is not a multiple of pipeline 3 x virtual_pipeline 1 = 3"),
         ({"pipeline": 2, "virtual_pipeline": 4}, "= 8 stages"),
         ({"virtual_pipeline": 2}, "virtual_pipeline 2 needs pipeline parallelism"),
@@ -111,15 +112,33 @@ def test_unsupported_layouts(layout: dict[str, Any], message: str) -> None:
         _bridge(layout)
 
 
+EXPERTS = {"model_type": "qwen3_moe", "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+
+
+@pytest.mark.parametrize(
+    ("layout", "fields", "message"),
+    [
+        ({"expert": 4}, {}, "num_experts 6 is not a multiple of expert parallelism 4; choose a divisor"),
+        ({"tensor": 2}, {}, "mixture of experts .*sequence"),
+        ({}, {"num_experts_per_tok": 7}, "num_experts_per_tok 7 exceeds num_experts 6"),
+        ({}, {"decoder_sparse_step": 2}, "decoder_sparse_step 2 is not supported for model_type 'qwen3_moe'"),
+        ({}, {"mlp_only_layers": [1]}, r"mlp_only_layers \[1\] is not supported"),
+        ({}, {"output_router_logits": True}, "output_router_logits True is not supported"),
+    ],
+)
+def test_unsupported_experts(layout: dict[str, Any], fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        _bridge(layout, **(EXPERTS | fields))
+
+
 def test_aligned_vocabulary_is_padded_alike_for_every_tensor_parallel_size() -> None:
     sizes = [_bridge({"tensor": size, "aligned": True}, vocab_size=1001).padded_vocab_size for size in (1, 2, 4)]
     assert sizes == [1004] * 3
 
 
 def test_aligned_refuses_experts_and_other_divisions() -> None:
-    moe = {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
     with pytest.raises(ValueError, match=r"aligned has no mixture of experts \(model_type 'qwen3_moe'\)"):
-        _bridge({"aligned": True}, **moe)
+        _bridge({"aligned": True}, **EXPERTS)
     heads = {"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 60}
     with pytest.raises(ValueError, match="aligned needs tensor parallelism 1, 2 or 4, not 3"):
         _bridge({"aligned": True, "tensor": 3}, **heads)

@@ -133,6 +133,9 @@ def test_llama3_70b_on_paper() -> None:
         Kind.main_params: critic // 16,
         Kind.moments: critic // 8,
     }
+    halved = plan_memory(config_of(LLAMA, "critic.parallel.tensor=2"), 64, device_bytes=DEVICE)
+    held_bytes = [sum(held(one, "train_critic")["critic"].values()) for one in (plan, halved)]
+    assert (held_bytes[0] - held_bytes[1]) / GIB == pytest.approx(21, abs=0.05)
     phases = {phase.phase: phase for phase in plan.phases}
     assert phases["train_actor"].rank >= 32  # the last stage's
     assert phases["rollout"].copied_out == 2 * actor
@@ -367,6 +370,9 @@ def test_the_command_says_what_is_wrong(capsys: pytest.CaptureFixture[str]) -> N
     assert captured.err.count("\n") == 1
     assert main(["plan", "--config", QWEN, "--world-size", "8", "residency.offload=false"]) == 2
     assert capsys.readouterr().err in (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
+    stages = ["actor.parallel.pipeline=8", "actor.parallel.tensor=1", "actor.parallel.sequence=false"]
+    assert main(["plan", "--config", QWEN, "--world-size", "8", *stages]) == 2
+    assert "in actor.parallel): num_hidden_layers 36 is not a multiple of pipeline 8" in capsys.readouterr().err
     assert main(["plan", "--config", QWEN, "--world-size", "8", "--device-gib", "-1"]) == 2
     assert "--device-gib is -1.0: a memory size in GiB is above 0" in capsys.readouterr().err
     assert main(["plan", "--config", QWEN, "--world-size", "8", "--figure", "plan.gif"]) == 2
