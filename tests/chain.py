@@ -162,8 +162,9 @@ def run_chain(root: Path) -> Chain:
     for stage, config in configs(chain).items():
         chain.configs[stage].write_text(json.dumps(config, indent=1))  # JSON is YAML
     for stage in STAGES:
-        done = launch_cli(1, ["train", "--config", str(chain.configs[stage])])
-        (root / f"{stage}.log").write_text(done.stdout)
+        command = ["train", "--config", str(chain.configs[stage])]
+        text = launch_all(1, [command]) if stage == "sft" else launch_cli(1, command).stdout
+        (root / f"{stage}.log").write_text(text)
     return chain
 
 

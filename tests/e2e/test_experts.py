@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from chain import launch_cli, read_metrics
+from chain import launch_all, read_metrics
 from distributed.ppo_runs import prepare
 
 pytestmark = pytest.mark.slow
@@ -18,7 +18,7 @@ def test_experts_reach_the_engine(tmp_path: Path) -> None:
     command = runs.command("live", "moe", roles, steps=2)
     rollout = {"kv_cache_mib": 32, "server_threads": 1, "max_num_seqs": 16}
     command += ["train.replay_rollouts=null", *(f"rollout.{name}={value}" for name, value in rollout.items())]
-    launch_cli(2, command)
+    launch_all(2, [command])
     metrics = read_metrics(tmp_path / "live")
     for step in (1, 2):
         assert metrics[step]["rollout/golden_log_prob_diff"] < 1e-4

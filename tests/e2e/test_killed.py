@@ -9,7 +9,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from chain import BATCH, ROOT, Chain, launch_all, launch_cli, read_metrics
+from chain import BATCH, ROOT, Chain, launch_all, read_metrics
 from e2e.processes import RunningJob, running, wait_for
 from e2e.test_resume import assert_same_weights, results
 
@@ -55,15 +55,15 @@ def test_killed_in_generation(chain: Chain, tmp_path: Path) -> None:
     assert done == 2 and checkpoint_step(run_dir, None) == 1
     assert (run_dir / "checkpoints" / "iter_0000002.tmp").exists()
     steps = {"train__steps": done + 2}
-    launch_cli(1, chain.train_command("ppo", run_dir, checkpoint__load=run_dir, **steps, **same, **longer))
+    resumed = chain.train_command("ppo", run_dir, checkpoint__load=run_dir, **steps, **same, **longer)
+    replay = {"train__replay_rollouts": run_dir / "rollouts", **same, **longer}
+    launch_all(1, [resumed, chain.train_command("ppo", straight, **steps, **replay)])
     after = read_metrics(run_dir)
     assert (after[done]["rollout/banked_share"], after[done + 1]["rollout/banked_share"]) == (1.0, there / BATCH)
     assert "rollout/banked_share" not in after[done + 2]
     chunks = [record.chunk for record in read_rollouts(step_path(run_dir / "rollouts", done + 1))]
     assert [chunks.count(chunk) for chunk in range(3)] == [CHUNK, CHUNK, BATCH - 2 * CHUNK]
 
-    replay = {"train__replay_rollouts": run_dir / "rollouts", **same, **longer}
-    launch_all(1, [chain.train_command("ppo", straight, **steps, **replay)])
     expected = results(straight)
     found = {step: {n: v for n, v in values.items() if n in expected[step]} for step, values in results(run_dir).items()}
     assert found == expected

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 
 import pytest
-from chain import Chain, launch_cli, launch_nodes, read_metrics
+from chain import Chain, launch_all, launch_nodes, read_metrics
 
 from hetero_ppo.rollout.replay import read_rollouts
 
@@ -31,7 +31,7 @@ OVERRIDES = {
 def test_unfinished_responses_are_resumed(chain: Chain, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     command = chain.train_command("ppo", run_dir, train__steps=2, **OVERRIDES)
-    assert "running batch   tokens/s   of the best" in launch_cli(1, command).stdout
+    assert "running batch   tokens/s   of the best" in launch_all(1, [command])
     answers = [sample["response"] for sample in json.loads((run_dir / "eval_after.json").read_text())["samples"]]
     assert any("a" in answer for answer in answers)
     assert all("a" not in answer or len(answer) - answer.index("a") <= LONGEST_TOKEN for answer in answers)

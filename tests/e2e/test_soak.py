@@ -7,7 +7,7 @@ from statistics import mean
 
 import pytest
 import torch
-from chain import Chain, launch_cli, read_metrics
+from chain import Chain, launch_all, read_metrics
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
@@ -18,7 +18,7 @@ STEPS = 20
 def test_with_no_learning_rate_engine_and_trainer_stay_together(chain: Chain, tmp_path: Path) -> None:
     """Twenty steps of rollouts, switches and weight syncs with the real engine, in fp32."""
     frozen = {"actor__optimizer__lr": 0, "critic__optimizer__lr": 0, "train__steps": STEPS}
-    launch_cli(1, chain.train_command("ppo", tmp_path / "soak", checkpoint__every=0, **frozen))
+    launch_all(1, [chain.train_command("ppo", tmp_path / "soak", checkpoint__every=0, **frozen)])
     steps = read_metrics(tmp_path / "soak")
     assert list(steps) == list(range(1, STEPS + 1))
     for step, values in steps.items():
