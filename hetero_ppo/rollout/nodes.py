@@ -14,6 +14,7 @@ import secrets
 import shutil
 import threading
 import time
+import weakref
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -91,6 +92,8 @@ class NodeServers:
     def __init__(self, cluster: Cluster, spec: ServerSpec, log_dir: Path):
         self._cluster = cluster
         self._private_dir = shared_memory_dir()
+        # Where the run ends before close(), and before a server's guardian could see to it.
+        self._remove_dir = weakref.finalize(self, shutil.rmtree, self._private_dir, ignore_errors=True)
         indices = range(cluster.first_index, cluster.first_index + cluster.counts[cluster.node])
         self._servers = [
             VllmServer(
@@ -117,7 +120,7 @@ class NodeServers:
         self._closed.set()
         if self._thread.ident is not None:
             self._thread.join()
-        shutil.rmtree(self._private_dir, ignore_errors=True)  # a server's guardian removes it too
+        self._remove_dir()
 
     def _follow(self) -> None:
         try:

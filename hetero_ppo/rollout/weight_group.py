@@ -125,7 +125,8 @@ class WeightGroup:
             from torch.distributed import ProcessGroupNCCL
 
             nccl = ProcessGroupNCCL.Options()
-            nccl._timeout = timeout
+            # torch ends the whole process at this one: the deadline of ``broadcast`` comes before it.
+            nccl._timeout = timedelta(seconds=2 * meeting.broadcast_timeout_s)
             self._group = ProcessGroupNCCL(prefixed, rank, meeting.size, nccl)
 
     def broadcast(self, data: Tensor) -> None:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from hetero_ppo.config.checks_rollout import check_weight_transfer
 from hetero_ppo.config.derived import num_servers, servers_of_nodes
-from hetero_ppo.config.schema import Dtype, RolloutConfig, SamplingConfig, WeightTransfer
+from hetero_ppo.config.schema import Dtype, PpoConfig, RolloutConfig, SamplingConfig, WeightTransfer
 from hetero_ppo.rollout.engine import VllmEngine, check_devices
 from hetero_ppo.rollout.engine_checks import check_prompts
 from hetero_ppo.rollout.requests import response_seed
@@ -98,6 +99,9 @@ def test_servers_are_dealt_over_the_nodes(monkeypatch: pytest.MonkeyPatch) -> No
     assert servers_of_nodes(RolloutConfig(), 8) == [1, 0, 0, 0]
     assert servers_of_nodes(RolloutConfig(num_servers=None, tensor_parallel=2), 8) == [1, 1, 1, 1]
     assert servers_of_nodes(RolloutConfig(num_servers=6), 8) == [2, 2, 1, 1]
+    config = PpoConfig(rollout=RolloutConfig(num_servers=6, weight_transfer=WeightTransfer.shared_memory))
+    with pytest.raises(ValueError, match="rollout.weight_transfer=shared_memory: .* and 4 of 6 are on other nodes; use auto"):
+        check_weight_transfer(config, 8)
 
 
 def test_a_server_of_another_node_listens_on_its_address_alone() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -72,6 +73,20 @@ def test_a_member_that_does_not_come_is_an_error_within_the_deadline() -> None:
     store = open_store("127.0.0.1", 10.0)
     with pytest.raises(RuntimeError, match="(?i)time"):
         WeightGroup(store, Meeting("127.0.0.1", store.port, "secret/1", 2, 0.5, 10.0), 0, CPU)
+
+
+def test_a_member_that_says_nothing_is_an_error_within_the_deadline() -> None:
+    store = open_store("127.0.0.1", 10.0)
+    meeting = Meeting("127.0.0.1", store.port, "secret/1", 2, 10.0, 0.5)
+    silent: list[WeightGroup] = []
+    thread = threading.Thread(target=lambda: silent.append(WeightGroup(join_store(meeting), meeting, 0, CPU)))
+    thread.start()
+    group = WeightGroup(store, meeting, 1, CPU)
+    thread.join()
+    start = time.monotonic()
+    with pytest.raises(RuntimeError, match="(?i)time"):
+        group.broadcast(torch.zeros(8, dtype=torch.uint8))
+    assert silent and time.monotonic() - start < 5
 
 
 def test_the_address_is_that_of_the_route_or_of_the_interface() -> None:
