@@ -303,10 +303,10 @@ def weight_transfer(rollout: RolloutConfig, world_size: int, *, one_node: bool, 
     """
     if rollout.weight_transfer is not WeightTransfer.auto:
         return rollout.weight_transfer
-    if not cuda:
-        return WeightTransfer.shared_memory if one_node else WeightTransfer.collective
-    shares_device = one_node and num_servers(rollout, world_size) == 1 and rollout.tensor_parallel == 1
-    return WeightTransfer.cuda_ipc if shares_device else WeightTransfer.collective
+    if not one_node:
+        return WeightTransfer.collective
+    shares_device = cuda and num_servers(rollout, world_size) == 1 and rollout.tensor_parallel == 1
+    return WeightTransfer.cuda_ipc if shares_device else WeightTransfer.shared_memory
 
 
 def running_batch(rollout: RolloutConfig, world_size: int) -> int:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from hetero_ppo.config.derived import actor_generates, max_model_len, num_servers
-from hetero_ppo.config.schema import PpoConfig
+from hetero_ppo.config.derived import actor_generates, max_model_len, num_servers, weight_transfer
+from hetero_ppo.config.schema import PpoConfig, WeightTransfer
 from hetero_ppo.memory.plan_storage import DTYPES, RoleStorage
 from megatron_bridge.parameter_count import hf_tensor_sizes
 
@@ -25,7 +25,7 @@ class EnginePlan:
     awake: int  # bytes of one device
     weights: int  # bytes of one device (GPU), or of one server (CPU)
     bytes_per_token: int  # of KV cache on one device
-    weight_files: int  # bytes in shared memory at a weight sync: old and new version
+    weight_files: int  # bytes in shared memory of rank 0's node at a weight sync: old and new version, and what servers received
     host_bytes: int  # of all servers of the fullest node on a CPU
     sleeps: bool  # gives the device back between rollouts
 
@@ -55,12 +55,16 @@ def plan_engine(
     element = DTYPES[rollout.dtype or config.actor.model.dtype].itemsize
     whole = sum(hf_tensor_sizes(actor.bridge, actor.head).values()) * element
     dims, layers = actor.bridge.dims, actor.bridge.transformer.num_layers
+    servers = num_servers(rollout, world_size)
+    one_node = num_nodes == 1 or servers == 1
+    transfer = weight_transfer(rollout, world_size, one_node=one_node, cuda=device_bytes is not None)
+    received = 0 if transfer is WeightTransfer.shared_memory else math.ceil(servers / num_nodes)
     return EnginePlan(
         awake=0 if device_bytes is None else int(rollout.gpu_memory_utilization * device_bytes),
         weights=whole // rollout.tensor_parallel,
         bytes_per_token=2 * layers * dims.key * element // rollout.tensor_parallel,
-        weight_files=2 * whole,
-        host_bytes=math.ceil(num_servers(rollout, world_size) / num_nodes) * (whole + rollout.kv_cache_mib * MIB),
+        weight_files=(2 + received) * whole,
+        host_bytes=math.ceil(servers / num_nodes) * (whole + rollout.kv_cache_mib * MIB),
         sleeps=device_bytes is not None and rollout.sleep is not False,
     )
 

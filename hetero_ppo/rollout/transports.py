@@ -1,8 +1,8 @@
 """Ways of the weights from the trainer into the servers' workers.
 
 Whatever the way, the tensors of the newest version lie in files in shared memory on the trainer's node (``weight_sync.py``): a server that is
-restarted, or wakes without a sync, gets them from there again. And whatever the way, they arrive in the worker's host memory, where
-names, shapes and checksums are compared before the old weights are touched.
+restarted, or wakes without a sync, gets them from there again. And whatever the way, they arrive in shared memory of the server's node,
+where names, shapes and checksums are compared before the old weights are touched.
 """
 
 from __future__ import annotations
@@ -54,16 +54,17 @@ class SharedMemory:
 
 
 class Broadcast:
-    """One shard after the other through the memory of the trainer's device, to all workers at the same time.
+    """One shard after the other through the memory of the trainer's device, to the first worker of every server at the same time.
 
     Workers on other devices, and all of them on CPUs, get it by a broadcast in a group of their own with the trainer. A worker on the
-    trainer's own GPU, which NCCL would not take twice, reads it where it is (CUDA IPC).
+    trainer's own GPU, which NCCL would not take twice, reads it where it is (CUDA IPC). Each passes it on to the others of its server
+    by a file in shared memory.
 
     Args:
         device: the trainer's: a CPU for gloo.
         address: of this node, that the workers reach; their meeting point listens there alone.
         timeout_s: deadline of a meeting, and of every shard.
-        group_allowed: False: all workers are on the trainer's own GPU, anything else is an error.
+        group_allowed: False: the servers are on the trainer's own GPU, anything else is an error.
     """
 
     reads_files = False
@@ -78,7 +79,7 @@ class Broadcast:
         self._group: WeightGroup | None = None
         self._members: list[tuple[int, int]] = []  # (server, its start) of the group
         self._num_meetings = 0
-        self._shares_device: list[bool] = []  # of each of the group's servers: one of its workers reads the trainer's memory
+        self._ranks: list[int | None] = []  # in the group, of each of its servers; None: it reads the trainer's memory
         self._lock = asyncio.Lock()
 
     async def deliver(self, clients: list[ServerClient], files: WeightFiles) -> dict[int, ServerDied]:
@@ -88,7 +89,7 @@ class Broadcast:
                 if died:
                     break
                 shard = await asyncio.to_thread(self._on_device, map_shard(path))
-                died = await self._send(clients, shard, is_first=index == 0)
+                died = await self._send(clients, shard, index)
             if self.device.type == "cuda":
                 torch.cuda.ipc_collect()  # what receivers have let go of
             if died:
@@ -109,23 +110,24 @@ class Broadcast:
         if died:
             return died
         own, size, ranks = device_id(self.device), 1, []
-        for workers in devices:
-            elsewhere = [self.device.type == "cpu" or worker["device"] != own for worker in workers]
-            if not self.group_allowed and any(elsewhere):
+        for client, workers in zip(clients, devices, strict=True):
+            device = workers[0]["device"]
+            elsewhere = self.device.type == "cpu" or device != own
+            if elsewhere and not self.group_allowed:
                 raise RunError(
-                    f"{PHASE}: rollout.weight_transfer=cuda_ipc needs the server on the trainer's own GPU ({own}); it is on "
-                    f"{workers}; use collective"
+                    f"{PHASE}: rollout.weight_transfer=cuda_ipc: {client.server.name} is on the device {device}, the trainer on {own}; "
+                    "use collective"
                 )
-            ranks.append([size + sum(elsewhere[:i]) if is_so else None for i, is_so in enumerate(elsewhere)])
-            size += sum(elsewhere)
-        self._shares_device = [None in of_server for of_server in ranks]
+            ranks.append(size if elsewhere else None)
+            size += elsewhere
+        self._ranks = ranks
         if size > 1:
             died = await self._join(clients, ranks, size)
         if not died:
             self._members = members
         return died
 
-    async def _join(self, clients: list[ServerClient], ranks: list[list[int | None]], size: int) -> dict[int, ServerDied]:
+    async def _join(self, clients: list[ServerClient], ranks: list[int | None], size: int) -> dict[int, ServerDied]:
         assert self._store is not None
         key = f"{self._secret}/{self._num_meetings}"
         meeting = Meeting(self.address, self._store.port, key, size, min(MEETING_TIMEOUT_S, self.timeout_s), self.timeout_s)
@@ -133,17 +135,17 @@ class Broadcast:
         def join() -> None:
             self._group = WeightGroup(self._store, meeting, 0, self.device)
 
-        arguments = [{"meeting": meeting.to_json(), "ranks": of_server} for of_server in ranks]
+        arguments = [{"meeting": meeting.to_json(), "rank": rank} for rank in ranks]
         _, died = await self._ask(clients, "hetero_ppo_join", arguments, join)
         return died
 
-    async def _send(self, clients: list[ServerClient], shard: Shard, *, is_first: bool) -> dict[int, ServerDied]:
-        """One shard to all; it stays where it is until every worker has said that it has it."""
+    async def _send(self, clients: list[ServerClient], shard: Shard, index: int) -> dict[int, ServerDied]:
+        """One shard to all; it stays where it is until every server has said that it has it."""
         arguments: list[dict[str, Any]] = []
-        for shares in self._shares_device:
+        for rank in self._ranks:
             # A handle for each receiver: opening it counts.
-            handle = IpcHandle.of(shard.data).to_json() if shares else None
-            arguments.append({"header": shard.header, "handle": handle, "is_first": is_first})
+            handle = IpcHandle.of(shard.data).to_json() if rank is None else None
+            arguments.append({"header": shard.header, "handle": handle, "index": index})
 
         group = self._group
         own_part = None if group is None else lambda: group.broadcast(shard.data)

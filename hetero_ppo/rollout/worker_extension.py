@@ -9,8 +9,11 @@ the engine's parameters then hold with these checksums.
 
 from __future__ import annotations
 
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -73,6 +76,22 @@ def repack_experts(model: torch.nn.Module) -> None:
             layer.quant_method.moe_kernel = None
 
 
+@dataclass(frozen=True)
+class ArrivedShard:
+    """A received shard in a file of the server's own temporary directory: in shared memory, one copy for all of its workers."""
+
+    header: dict[str, Any]
+    path: Path
+
+    def map(self) -> Tensor:
+        """[bytes] uint8; the file is made where it is not."""
+        return torch.from_file(str(self.path), shared=True, size=num_bytes(self.header), dtype=torch.uint8)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Views of the file's bytes, by name."""
+        return Shard(self.header, self.map()).tensors()
+
+
 def _read_files(paths: list[str]) -> dict[str, Tensor]:
     """Views of the files' bytes, by tensor name."""
     tensors: dict[str, Tensor] = {}
@@ -91,50 +110,56 @@ class WeightReceiver:
     #: What the first sync found: building the model's skeleton takes longer than checking the tensors.
     hetero_ppo_expected: tuple[dict[str, list[int]], set[str]] | None = None
 
-    #: The group that shards are broadcast in; None: there is none, or this worker shares the trainer's device.
+    #: The group that shards are broadcast in; None: there is none, or this worker is no member.
     hetero_ppo_group: WeightGroup | None = None
-    hetero_ppo_arrived: dict[str, Tensor] | None = None  # of the shards that were received
+    hetero_ppo_arrived: tuple[ArrivedShard, ...] = ()
 
     def hetero_ppo_device(self) -> dict[str, Any]:
         """Where this worker computes, see ``cuda_ipc.device_id``."""
         return {"device": device_id(self.device)}
 
-    def hetero_ppo_join(self, meeting: dict[str, Any], ranks: list[int | None]) -> dict[str, Any]:
-        """Joins the group of the trainer and the workers, in place of the one that it was in.
-
-        Args:
-            meeting: a ``Meeting`` as JSON.
-            ranks: in the group, of each tensor-parallel rank of this server; None: it is no member.
-        """
-        self.hetero_ppo_group = None
-        where, rank = Meeting(**meeting), ranks[self.hetero_ppo_rank]
-        if rank is not None:
-            self.hetero_ppo_group = WeightGroup(join_store(where), where, rank, self.device)
-        return {}
-
     @property
     def hetero_ppo_rank(self) -> int:
-        """Tensor-parallel rank."""
+        """Tensor-parallel rank. Rank 0 receives for all of the server."""
         from vllm.distributed import get_tensor_model_parallel_rank
 
         return get_tensor_model_parallel_rank()
 
-    def hetero_ppo_receive(self, header: dict[str, Any], handle: dict[str, Any] | None, is_first: bool) -> dict[str, Any]:
-        """Takes one shard into host memory: by a broadcast, or without a group from the trainer's memory on the same device.
+    def hetero_ppo_join(self, meeting: dict[str, Any], rank: int | None) -> dict[str, Any]:
+        """Joins the group of the trainer and one worker of each server, in place of the one that it was in.
+
+        Args:
+            meeting: a ``Meeting`` as JSON.
+            rank: of this server's member in the group; None: it has none.
+        """
+        self.hetero_ppo_group = None
+        if rank is not None and self.hetero_ppo_rank == 0:
+            where = Meeting(**meeting)
+            self.hetero_ppo_group = WeightGroup(join_store(where), where, rank, self.device)
+        return {}
+
+    def hetero_ppo_receive(self, header: dict[str, Any], handle: dict[str, Any] | None, index: int) -> dict[str, Any]:
+        """Takes one shard into a file that all of the server's workers read: by a broadcast, or from the trainer's device memory.
 
         Args:
             header: its tensors, as in a safetensors file.
-            handle: an ``IpcHandle`` as JSON; read where this worker is in no group.
-            is_first: what came before is dropped.
+            handle: an ``IpcHandle`` as JSON, for a server that has no member in the group.
+            index: of the shard, from 0; with 0 what came before is forgotten.
         """
-        if self.hetero_ppo_group is not None:
-            data = torch.empty(num_bytes(header), dtype=torch.uint8, device=self.device)
-            self.hetero_ppo_group.broadcast(data)
-        else:
-            data = IpcHandle.from_json(handle).open(self.device)
-        # From a device a copy, and complete when it returns: the trainer's memory may then be used for something else.
-        tensors = Shard(header, data.cpu()).tensors()
-        self.hetero_ppo_arrived = tensors if is_first else self.hetero_ppo_arrived | tensors
+        shard = ArrivedShard(header, Path(tempfile.gettempdir()) / f"hetero_ppo_shard_{index}")
+        self.hetero_ppo_arrived = (*(self.hetero_ppo_arrived if index else ()), shard)
+        if self.hetero_ppo_rank == 0:
+            shard.path.unlink(missing_ok=True)  # not overwritten: the last version may still be mapped
+            data = shard.map()
+            if self.hetero_ppo_group is None:
+                # Complete when it returns: the trainer's memory may then be used for something else.
+                data.copy_(IpcHandle.from_json(handle).open(self.device))
+            elif self.device.type == "cpu":
+                self.hetero_ppo_group.broadcast(data)
+            else:
+                on_device = torch.empty_like(data, device=self.device)
+                self.hetero_ppo_group.broadcast(on_device)
+                data.copy_(on_device)
         return {}
 
     def hetero_ppo_stage_weights(self, paths: list[str] | None) -> dict[str, Any]:
@@ -144,9 +169,10 @@ class WeightReceiver:
             ``{"problems": [...], "checksums": {name: checksum}, "verify_s": seconds}``, the last of them for the checksums;
             tensors are kept for ``hetero_ppo_load_staged`` when there is no problem.
         """
-        tensors, self.hetero_ppo_arrived = self.hetero_ppo_arrived or {}, None
         if paths is not None:
             tensors = _read_files(paths)
+        else:
+            tensors = {name: tensor for shard in self.hetero_ppo_arrived for name, tensor in shard.tensors().items()}
         if self.hetero_ppo_expected is None:
             self.hetero_ppo_expected = expected_shapes(self.model_config.hf_config)
         problems = find_problems(tensors, *self.hetero_ppo_expected)
@@ -173,6 +199,9 @@ class WeightReceiver:
         tensors, self.hetero_ppo_staged = self.hetero_ppo_staged, None
         if tensors is None:
             raise RuntimeError("no weights are staged: call hetero_ppo_stage_weights first")
+        for shard in self.hetero_ppo_arrived:  # all workers have mapped them; the last one to let go frees the memory
+            shard.path.unlink(missing_ok=True)
+        self.hetero_ppo_arrived = ()
         if not verify:
             self._hetero_ppo_load(tensors)
             return {"wrong": [], "unread": [], "verify_s": 0.0}

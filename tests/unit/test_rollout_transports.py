@@ -28,11 +28,11 @@ def test_auto_depends_on_devices_and_places() -> None:
     def auto(one_node: bool, cuda: bool, **config: int | None) -> str:
         return weight_transfer(RolloutConfig(**config), 4, one_node=one_node, cuda=cuda).value
 
-    assert auto(True, False) == "shared_memory" and auto(False, False) == "collective"
-    assert auto(True, True) == "cuda_ipc" and auto(True, True, tensor_parallel=2) == "collective"
-    assert auto(True, True, num_servers=None) == auto(False, True) == "collective"
-    asked = RolloutConfig(weight_transfer=WeightTransfer.shared_memory)
-    assert weight_transfer(asked, 4, one_node=True, cuda=True) is WeightTransfer.shared_memory
+    assert auto(True, False) == "shared_memory" and auto(False, False) == auto(False, True) == "collective"
+    assert auto(True, True) == "cuda_ipc"
+    assert auto(True, True, tensor_parallel=2) == auto(True, True, num_servers=None) == "shared_memory"
+    asked = RolloutConfig(weight_transfer=WeightTransfer.collective)
+    assert weight_transfer(asked, 4, one_node=True, cuda=True) is WeightTransfer.collective
 
 
 def test_a_shard_is_the_bytes_of_its_file(tmp_path: Path) -> None:
