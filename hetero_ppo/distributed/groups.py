@@ -35,7 +35,8 @@ def initialise(timeout_minutes: float) -> None:
         raise RuntimeError(f"{', '.join(missing)} not set: start this run with torchrun, or with scripts/train_*.sh")
     if platform.HAS_CUDA:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group(platform.distributed_backend(), timeout=timedelta(minutes=timeout_minutes))
+    _made.timeout = timedelta(minutes=timeout_minutes)
+    dist.init_process_group(platform.distributed_backend(), timeout=_made.timeout)
     # Scratch memory of sequence-parallel all-gathers; the one thing in parallel_state that is not a group.
     parallel_state._set_global_memory_buffer()
 
@@ -53,6 +54,7 @@ class _Made:
     """Groups of one world: ranks of every group of a division -> this rank's group."""
 
     world: dist.ProcessGroup | None = None
+    timeout: timedelta | None = None  # of collectives; torch gives a new group its own default, not that of the world
     groups: dict[tuple[tuple[int, ...], ...], dist.ProcessGroup | None] = field(default_factory=dict)
 
     def forget(self) -> None:
@@ -76,7 +78,7 @@ def _group(division: Sequence[Sequence[int]]) -> dist.ProcessGroup | None:
         _made.world = dist.group.WORLD
     key = tuple(tuple(ranks) for ranks in division)
     if key not in _made.groups:
-        groups = {ranks: dist.new_group(list(ranks)) for ranks in key}
+        groups = {ranks: dist.new_group(list(ranks), timeout=_made.timeout) for ranks in key}
         _made.groups[key] = next((group for ranks, group in groups.items() if dist.get_rank() in ranks), None)
     return _made.groups[key]
 

@@ -51,6 +51,10 @@ class PhaseTimer:
         start = self._now()
         try:
             yield
+        except BaseException:
+            if self._watchdog is not None:
+                self._watchdog.note_failure(path)
+            raise
         finally:
             end = self._now()
             self._seconds[path] = self._seconds.get(path, 0.0) + end - start

@@ -32,6 +32,7 @@ class Watchdog:
         self.rank = rank
         self.timeout_s = timeout_s
         self.peers_dump_s = peers_dump_s
+        self.failed_in = ""  # the innermost phase that an error has ended; empty: none
         self._phase = ""
         self._since = time.monotonic()
         self._is_over = False
@@ -56,6 +57,10 @@ class Watchdog:
         """The process is in this phase from now on; an empty name is outside of all."""
         with self._changed:
             self._phase, self._since = phase, time.monotonic()
+
+    def note_failure(self, phase: str) -> None:
+        """An error ends this phase, and then those around it."""
+        self.failed_in = self.failed_in or phase
 
     def _watch(self) -> None:
         assert self.timeout_s is not None

@@ -9,7 +9,7 @@ from hetero_ppo.config.checks import check_config, check_paths
 from hetero_ppo.config.load import LoadedConfig, load_config
 from hetero_ppo.config.versions import check_versions
 from hetero_ppo.data.chat_template import check_tokenizers
-from hetero_ppo.errors import StoppedOnRequest
+from hetero_ppo.errors import RunError, StoppedOnRequest
 
 if TYPE_CHECKING:
     from hetero_ppo.trainers.run import Run
@@ -58,6 +58,7 @@ def _fit(loaded: LoadedConfig, run: Run) -> None:
 
 def _train(loaded: LoadedConfig, world_size: int, stop: StopRequests) -> None:
     # Imported now: a bad config is said before Megatron-Core is loaded.
+    from hetero_ppo.distributed.lost_peer import describe_lost_peer
     from hetero_ppo.engines.layouts import check_models_fit_layouts
     from hetero_ppo.memory.plan_check import check_fits
     from hetero_ppo.trainers.run import end_run, leave_together, start_run
@@ -71,5 +72,10 @@ def _train(loaded: LoadedConfig, world_size: int, stop: StopRequests) -> None:
     except StoppedOnRequest:
         leave_together()  # torchrun ends a rank that still closes its engine when another one has ended
         raise
+    except RuntimeError as error:
+        text = describe_lost_peer(error, run.watchdog.failed_in, loaded.config.run.timeout_minutes)
+        if text is None:
+            raise
+        raise RunError(text) from error
     finally:
         end_run()

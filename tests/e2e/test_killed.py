@@ -18,7 +18,7 @@ from hetero_ppo.rollout.replay import read_rollouts, step_path
 
 pytestmark = pytest.mark.slow
 
-START_S = 240.0
+START_S, SOON_S = 240.0, 60.0
 CHUNK = 6
 #: The first checkpoint is written as ever, the second one never to its end; nothing else happens.
 HELD = {"point": "call:hetero_ppo.trainers.ppo:PpoTrainer.close", "logged": 2, "what": "hang", "held": True}
@@ -31,13 +31,13 @@ def banked(run_dir: Path, step: int) -> int:
 
 
 def kill_in_generation(job: RunningJob, run_dir: Path) -> int:
-    """SIGKILL to all of it when some responses of a step are there, and some are not. Returns the steps done."""
+    """SIGKILL to the rank when some responses of a step are there, and some are not. Returns the steps done."""
     while True:
         wait_for(lambda: 2 <= banked(run_dir, job.steps_done()) < BATCH, "a step half generated", START_S)
         done = job.steps_done()
         if 2 <= banked(run_dir, done) < BATCH:
-            for pid in job.processes:
-                os.kill(pid, signal.SIGKILL)
+            (rank,) = set(job.find("faults_worker.py")) - set(job.find("hetero_ppo.cli.launcher"))
+            os.kill(rank, signal.SIGKILL)
             return done
 
 
@@ -50,7 +50,9 @@ def test_killed_in_generation(chain: Chain, tmp_path: Path) -> None:
     with running(1, command, run_dir, worker) as job:
         job.wait_steps(2, START_S)
         done = kill_in_generation(job, run_dir)
-        job.process.wait(timeout=30)
+        assert job.wait_end(SOON_S) == 128 + signal.SIGKILL, job.text[-3000:]
+        assert job.text.splitlines()[-1] == "error: rank 0 was ended by SIGKILL (signal 9)"
+        job.assert_nothing_is_left()
     there = banked(run_dir, done)
     assert done == 2 and checkpoint_step(run_dir, None) == 1
     assert (run_dir / "checkpoints" / "iter_0000002.tmp").exists()
