@@ -7,8 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from hetero_ppo.cli.main import main
 from hetero_ppo.config import versions
+from hetero_ppo.config.load import load_config
 from hetero_ppo.config.redact import redact
+from hetero_ppo.config.render import save_config
+from hetero_ppo.trainers import launch
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted(
@@ -93,8 +97,19 @@ def test_secrets_are_redacted(text: str, expected: str) -> None:
     assert redact(text) == expected
 
 
+def test_printed_and_saved_configs_are_redacted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, secret = tmp_path / "sft.yaml", "s3://ann:pa55@host/rows.jsonl"
+    path.write_text("kind: sft\nrun: {dir: run}\ndata: {train: a.jsonl}\nactor: {model: {path: m}}\n")
+    save_config(load_config(str(path), [f"data.train={secret}"]), tmp_path / "saved.yaml")
+    assert main(["config", "--config", str(path), f"data.train={secret}"]) == 0
+    for text in ((tmp_path / "saved.yaml").read_text(), capsys.readouterr().out):
+        assert "train: s3://REDACTED@host/rows.jsonl" in text and "pa55" not in text
+
+
 def test_what_is_installed_is_new_enough_and_an_old_package_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     versions.check_versions()
     monkeypatch.setattr(versions, "version", lambda package: "2.5.1")
     with pytest.raises(ValueError, match=r"torch 2.5.1 has a known hole \(CVE-2025-32434: .*install torch>=2.6.0"):
         versions.check_versions()
+    with pytest.raises(ValueError, match="CVE-2025-32434"):  # a run says it before it reads anything
+        launch.main("nothing.yaml", [])
