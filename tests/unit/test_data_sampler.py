@@ -39,16 +39,19 @@ def test_minibatches_hold_the_same_rows_for_any_number_of_ranks(size: int) -> No
         assert sorted(together) == sorted(whole[part * 8 : (part + 1) * 8])
 
 
-def test_resuming_continues_the_same_stream_on_another_number_of_ranks() -> None:
+@pytest.mark.parametrize(("done", "place"), [(3, (1, 5)), (7, (4, 0))])
+def test_resuming_continues_the_same_stream_on_another_number_of_ranks(done: int, place: tuple[int, int]) -> None:
+    """In the middle of an epoch, over whose end the stream goes, and at the end of one."""
     straight = sampler(num_rows=7)
-    expected = [straight.next_batch() for _ in range(6)]
+    expected = [straight.next_batch() for _ in range(done + 4)]
     first = sampler(num_rows=7)
-    for _ in range(3):
+    for _ in range(done):
         first.next_batch()
+    assert (first.epoch, first.position) == place
     resumed = [sampler(num_rows=7, rank=rank, size=2) for rank in range(2)]
     for one in resumed:
         one.load_state_dict(first.state_dict())
-    for batch in expected[3:]:
+    for batch in expected[done:]:
         shares = [one.next_batch() for one in resumed]
         assert [row for pair in zip(*shares, strict=True) for row in pair] == batch
 
