@@ -99,11 +99,12 @@ class HostPlan:
     pinned: Mapping[str, int]  # role -> buffers of what leaves the device
     weight_files: int  # the engine's weights on their way, in shared memory: the old version and the new one
     engine: int  # the servers' weights and KV cache, on a CPU
+    checkpoint: int  # of the trained roles, copied before it is written
     device_is_host: int  # what the ranks hold "on the device", when the device is the CPU
 
     @property
     def total(self) -> int:
-        return sum(self.pinned.values()) + self.weight_files + self.engine + self.device_is_host
+        return sum(self.pinned.values()) + self.weight_files + self.engine + self.checkpoint + self.device_is_host
 
 
 @dataclass(frozen=True)
@@ -369,10 +370,12 @@ def _plan_host(
         by_node = [{name: _host_bytes(role, node) for name, role in roles.items()} for node in nodes]
         pinned = max(by_node, key=lambda sizes: sum(sizes.values()))
     fullest = max(phase.total for phase in phases)
+    trained = [role for role in roles.values() if role.trained]
     return HostPlan(
         pinned=pinned,
         weight_files=0 if engine is None else engine.weight_files,
         engine=engine.host_bytes if engine is not None and on_cpu else 0,
+        checkpoint=max(sum(role.checkpoint_bytes(rank) for rank in node for role in trained) for node in nodes),
         device_is_host=fullest * len(nodes[0]) if on_cpu else 0,
     )
 

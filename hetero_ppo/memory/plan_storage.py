@@ -157,6 +157,27 @@ class RoleStorage:
             self._bytes[place] = {kind: size for kind, size in self._count(place).items() if size}
         return self._bytes[place]
 
+    def checkpoint_bytes(self, rank: int) -> int:
+        """What the rank writes of a checkpoint of a trained role: the first of those that hold the same does."""
+        assert isinstance(self.config, TrainedRoleConfig)
+        place, optimizer = self.place(rank), self.config.optimizer
+        total = 0
+        for chunk in self.parameters[place.pp_rank]:
+            for parameter in chunk:
+                if (place.expert_shard_rank if parameter.expert else place.shard_rank) == 0:
+                    total += parameter.numel * self.element_bytes
+                    total += 0 if optimizer.distributed else parameter.numel * self._optimizer_bytes
+        if optimizer.distributed:
+            # Its main parameters are saved whether they are tensors of their own (bf16) or shards of the parameters (fp32).
+            shards = self.bytes_by_kind(rank).get(Kind.moments, 0) // (2 * FP32_BYTES)
+            total += shards * 3 * FP32_BYTES
+        return total
+
+    @property
+    def _optimizer_bytes(self) -> int:
+        """Of a parameter: moments, and a main parameter where it is not fp32 itself."""
+        return 2 * FP32_BYTES + (FP32_BYTES if self.element_bytes < FP32_BYTES else 0)
+
     def _count(self, place: Place) -> dict[Kind, int]:
         chunks = self.parameters[place.pp_rank]
         numel = sum(parameter.numel for chunk in chunks for parameter in chunk)

@@ -29,6 +29,7 @@ from hetero_ppo.engines.shared_device import SharedDevice
 from hetero_ppo.engines.train_engine import TrainEngine
 from hetero_ppo.memory.kinds import FORWARD, Kind
 from hetero_ppo.memory.ledger import total
+from hetero_ppo.memory.plan_storage import RoleStorage
 from hetero_ppo.memory.turns import ppo_turns
 from hetero_ppo.observability.trace import COPY_IN, COPY_OUT, TraceRecorder, newest_trace
 from hetero_ppo.types import AnswerInputs
@@ -342,6 +343,8 @@ def test_a_checkpoint_comes_straight_from_host_buffers(roles: Roles, tmp_path: P
     assert sum(before.values()) == 0
     snapshots.append(roles.actor.save(folders[1]))
     assert roles.device.ledger.look()[0]["actor"] == before
+    planned = RoleStorage("actor", roles.actor.train_config, 1).checkpoint_bytes(0)
+    assert [snapshot.num_bytes for snapshot in snapshots] == [planned] * 2
     following = roles.step()
     roles.device.engine_turn("rollout")
     roles.device.settle()  # the host's buffers hold the next step's bytes
