@@ -147,7 +147,8 @@ def plan_memory(
     Raises:
         ValueError: a config.json that is missing or not supported, a layout that does not fit model or world.
     """
-    roles = {name: RoleStorage(name, role, world_size) for name, role in config_roles(config).items()}
+    on_cpu = device_bytes is None
+    roles = {name: RoleStorage(name, role, world_size, on_cpu=on_cpu) for name, role in config_roles(config).items()}
     residency = config.residency if isinstance(config, PpoConfig) else None
     ranks = range(world_size) if rank is None else [rank]
     turns = _turns(config, roles)
@@ -156,13 +157,13 @@ def plan_memory(
     if isinstance(config, PpoConfig):
         engine = plan_engine(config, roles["actor"], device_bytes, world_size, ranks_per_node)
     copies = {number: _copies(turns, roles, number) for number in ranks}
-    planner = _PhasePlanner(config, turns, roles, engine, on_cpu=device_bytes is None)
+    planner = _PhasePlanner(config, turns, roles, engine, on_cpu=on_cpu)
     phases = []
     for index in range(len(turns)):
         fullest = max((planner.plan(index, number) for number in ranks), key=lambda phase: phase.total)
         out, back = max((copies[number][index] for number in ranks), key=sum)
         phases.append(PhasePlan(**{**vars(fullest), "copied_out": out, "copied_in": back}))
-    host = _plan_host(roles, residency, engine, phases, world_size, ranks_per_node, on_cpu=device_bytes is None)
+    host = _plan_host(roles, residency, engine, phases, world_size, ranks_per_node, on_cpu=on_cpu)
     return MemoryPlan(
         kind=config.kind,
         world_size=world_size,

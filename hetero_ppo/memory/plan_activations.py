@@ -45,6 +45,7 @@ class LayerWidths:
     context: int  # context-parallel ranks
     element: int  # bytes
     qk_norm: bool
+    aligned: bool = False  # attention in tiles, fp32 inside
     num_experts: int = 0  # 0: a dense MLP
     experts_per_token: int = 0
 
@@ -66,19 +67,26 @@ class LayerWidths:
             context=config.context_parallel_size,
             element=config.params_dtype.itemsize,
             qk_norm=config.qk_layernorm,
+            aligned=bridge.aligned,
             num_experts=config.num_moe_experts or 0,
             experts_per_token=config.moe_router_topk if moe else 0,
         )
 
     def norm(self) -> float:
-        """Bytes per token of one RMSNorm: its input, what it gives, one fp32 scale; in fp32 the normalised input too."""
+        """Bytes per token of one RMSNorm: its input, what it gives, one fp32 scale; in fp32 the normalised input too, if not aligned."""
         return (self.element * (2 * self.hidden) + self._normalised(self.hidden) + FP32_BYTES) / self.hidden_parts
 
     def _normalised(self, width: int) -> int:
-        return FP32_BYTES * width if self.element == FP32_BYTES else 0
+        return FP32_BYTES * width if self.element == FP32_BYTES and not self.aligned else 0
 
     def attention(self) -> float:
-        """Bytes per token: the qkv product (values are a view of it), rotated queries and keys, output, softmax scale."""
+        """Bytes per token: the qkv product (values are a view of it), rotated queries and keys, output, softmax scale.
+
+        In an aligned role fp32 copies of the qkv product and of what is rotated, and the output.
+        """
+        if self.aligned:
+            tiles = FP32_BYTES * (2 * self.query + 3 * self.key) + self.element * self.query
+            return tiles + (self._qk_norm() if self.qk_norm else 0)
         kept = self.query + 2 * self.key + self.query + self.key + self.query
         if self.context > 1:  # keys and values of all ranks; the output is put together from two chunks
             kept = 3 * self.query + 2 * self.key * self.context
@@ -87,21 +95,22 @@ class LayerWidths:
         return self.element * kept + scale + (self._qk_norm() if self.qk_norm else 0)
 
     def _qk_norm(self) -> int:
-        # The keys' input is a view of the qkv product, the queries' is a copy; what comes out is rotated and goes.
+        # The keys' input is a view of the qkv product, which an aligned role does not keep; the queries' is a copy; what comes
+        # out is rotated and goes.
         return (
-            self.element * self.query
+            self.element * (self.query + (self.key if self.aligned else 0))
             + self._normalised(self.query + self.key)
             + FP32_BYTES * (self.heads + self.groups)
         )
 
     def mlp(self) -> float:
-        """Bytes per token: gate and up, silu(gate), and the product. What "selective" recomputes.
+        """Bytes per token: gate and up, silu(gate), if not aligned, and the product. What "selective" recomputes.
 
         With experts, for every expert of a token: gate and up, the product, the token's copy, its weight and two indices; and
         the router's map. Tokens are taken to spread evenly over the ranks' experts.
         """
         if not self.num_experts:
-            return 4 * self.ffn * self.element
+            return (3 if self.aligned else 4) * self.ffn * self.element
         routed = self.experts_per_token * (
             3 * self.ffn * self.element + self.element * (self.hidden + 1) + FP32_BYTES + 2 * INDEX_BYTES
         )
@@ -113,8 +122,8 @@ class LayerWidths:
         return 3 * self.ffn * self.element * copies
 
     def rope(self, length: int) -> int:
-        """Bytes per micro-batch: cosine and sine, for queries and for keys."""
-        return 4 * self.head_dim * length * self.element
+        """Bytes per micro-batch: cosine and sine, for queries and for keys; in an aligned role all layers keep the same."""
+        return 0 if self.aligned else 4 * self.head_dim * length * self.element
 
     def layer(self, rows: int, length: int, recompute: str | None) -> float:
         """Bytes that a layer keeps from its forward to its backward, of [rows, length] tokens on this rank."""

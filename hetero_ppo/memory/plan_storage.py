@@ -108,11 +108,12 @@ def _padded(value: int, multiple: int) -> int:
 class RoleStorage:
     """A role in its layout over the ranks of a run; nothing is built."""
 
-    def __init__(self, name: str, config: RoleConfig, world_size: int) -> None:
+    def __init__(self, name: str, config: RoleConfig, world_size: int, *, on_cpu: bool = True) -> None:
         """Args:
         name: a key of ``HEADS``, or a member ("reward_models.0") of one.
         config: of its ``model.path`` config.json alone is read.
         world_size: ranks.
+        on_cpu: of the run; the plan may be made elsewhere.
 
         Raises:
             ValueError: no such file, a model or layout that is not supported, a layout that does not divide the world.
@@ -126,7 +127,7 @@ class RoleStorage:
             read_hf_config(config.model.path),
             dtype=DTYPES[config.model.dtype],
             recompute=recompute,
-            aligned=config.aligned,
+            aligned=config.aligned if on_cpu or config.aligned is not None else False,
             **vars(config.parallel),
         )
         self.dp_size = data_parallel_size(name, config.parallel, world_size)

@@ -16,6 +16,9 @@ from torch.autograd.function import once_differentiable
 from megatron_bridge.aligned.products import batched_product
 from megatron_bridge.kernels import products_of, rotate
 
+#: Tokens of the longest sequence whose probabilities are kept for the backward; of longer ones they are computed anew, since their
+#: size grows with the square.
+KEPT = 256
 #: Queries of a tile. Shapes are multiples of it, which leaves vector loops no remainder.
 TILE = 64
 
@@ -40,9 +43,9 @@ class _TiledAttention(torch.autograd.Function):
         with products_of(mixed.dtype):
             for end in range(TILE, padded + TILE, TILE):
                 query, key, value = _tile(rotated, inputs, end)
-                probs = _causal_softmax(batched_product(query * softmax_scale, key.transpose(1, 2)))
+                probs = _probabilities(query, key, softmax_scale)
                 result[:, :, :, end - TILE : end] = batched_product(probs, value).view(b, g, r, TILE, d)
-                if ctx.needs_input_grad[0]:
+                if ctx.needs_input_grad[0] and padded <= KEPT:
                     kept.append(probs)
         ctx.save_for_backward(rotated, inputs, cos, sin, *kept)
         ctx.softmax_scale = softmax_scale
@@ -61,8 +64,9 @@ class _TiledAttention(torch.autograd.Function):
         grad_out[:, :, :, :s] = grad.view(s, b, g, r, d).permute(1, 2, 3, 0, 4)
         grad_inputs, grad_rotated = torch.zeros_like(inputs), torch.zeros_like(rotated)
         with products_of(ctx.dtype):
-            for end, probs in zip(range(TILE, padded + TILE, TILE), kept):
+            for end in range(TILE, padded + TILE, TILE):
                 query, key, value = _tile(rotated, inputs, end)
+                probs = kept[end // TILE - 1] if kept else _probabilities(query, key, ctx.softmax_scale)
                 tile_grad = grad_out[:, :, :, end - TILE : end].reshape(b * g, r * TILE, d)
                 grad_inputs[:, :, r + 1, :end] += torch.bmm(probs.transpose(1, 2), tile_grad).view(b, g, end, d)
                 grad_probs = torch.bmm(tile_grad, value.transpose(1, 2))
@@ -96,6 +100,11 @@ def _tile(rotated: Tensor, inputs: Tensor, end: int) -> tuple[Tensor, Tensor, Te
 def _future(device: torch.device) -> Tensor:
     """[TILE, TILE] bool: the keys of a tile that come after each of its queries."""
     return torch.ones(TILE, TILE, dtype=torch.bool, device=device).triu_(1)
+
+
+def _probabilities(query: Tensor, key: Tensor, softmax_scale: float) -> Tensor:
+    """[n, r * TILE, d] queries of a tile and [n, end, d] keys -> [n, r * TILE, end]."""
+    return _causal_softmax(batched_product(query * softmax_scale, key.transpose(1, 2)))
 
 
 def _causal_softmax(scores: Tensor) -> Tensor:

@@ -88,7 +88,10 @@ def test_attention_does_not_depend_on_padding_neighbours_and_groups(r: int, d: i
                 assert torch.equal(result, whole[:length, row, group].flatten(2)), (length, row, group)
 
 
-def test_gradients_are_those_of_the_plain_functions() -> None:
+@pytest.mark.parametrize("kept", [0, 256])
+def test_gradients_are_those_of_the_plain_functions(kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With attention's probabilities kept, and computed anew."""
+    monkeypatch.setattr(attention, "KEPT", kept)
     weight = torch.randn(40)
     cases: list[tuple[Callable[..., Tensor], Callable[..., Tensor], list[Tensor]]] = [
         (lambda x, w: rows.rms_norm(x, w, 1e-6), lambda x, w: F.rms_norm(x, (40,), w, 1e-6), [torch.randn(7, 40), weight]),

@@ -21,6 +21,7 @@ from hetero_ppo.memory.plan_activations import (
     microbatches_in_flight,
     training_bytes,
 )
+from megatron_bridge.aligned import attention
 from megatron_bridge.config_mapping import BridgeConfig, bridge_config
 from megatron_bridge.layers import ShortSequenceSelfAttention
 from megatron_bridge.model_provider import build_model
@@ -85,6 +86,15 @@ def test_a_bf16_layer(case: str, groups: Any, monkeypatch: pytest.MonkeyPatch) -
     on_a_gpu = 2 * (query + 2 * key) + 2 * (query + key) + 2 * query
     grown = kept_bytes(four, groups) - kept_bytes(two, groups)
     assert grown == 2 * (widths.layer(ROWS, LENGTH, None) + ROWS * LENGTH * (on_a_cpu - on_a_gpu))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", ["llama_untied", "qwen3_tied"])
+def test_an_aligned_layer(case: str, dtype: torch.dtype, groups: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "KEPT", 0)  # as in longer sequences
+    two, four = (bridge_of(case, dtype, None, num_layers, aligned=True) for num_layers in (2, 4))
+    grown = kept_bytes(four, groups) - kept_bytes(two, groups)
+    assert grown == 2 * LayerWidths.of(four).layer(ROWS, LENGTH, None)
 
 
 def test_pipeline_stages_hold_fewer_microbatches_towards_the_end() -> None:
