@@ -355,9 +355,9 @@ def test_a_checkpoint_comes_straight_from_host_buffers(roles: Roles, tmp_path: P
         assert_goes_on_alike(roles, folder, following)
 
 
-@pytest.mark.parametrize("name", ["fp32", "bf16 dist"])
-def test_what_a_role_that_stays_trains_on_is_not_in_its_checkpoint(name: str, model: Path, tmp_path: Path) -> None:
-    roles = Roles(model, *OPTIMIZERS[name], offload=False)
+def test_what_a_role_that_stays_trains_on_is_not_in_its_checkpoint(model: Path, tmp_path: Path) -> None:
+    """Of fp32 parameters Megatron-Core's own plan has no copy: each has a storage of its own."""
+    roles = Roles(model, *OPTIMIZERS["fp32"], offload=False)
     roles.step()
     snapshot = roles.actor.save(tmp_path)
     following = roles.step()
