@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -154,6 +155,23 @@ def test_a_malformed_line_is_named(work: Path, capsys: pytest.CaptureFixture[str
     assert "data.jsonl, line 65: not valid JSON" in failure(capsys, "validate", "--config", "sft.yaml")
 
 
+def test_a_reward_model_with_another_template_is_refused_or_reads_texts_anew(
+    work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(work / "model", work / "judge")
+    message = failure(capsys, "validate", "--config", "ppo.yaml", "reward_model.re_encode.max_tokens=99")
+    assert "reward_model.re_encode: the tokenizer and template in model are those of model" in message
+    template = work / "judge" / "chat_template.jinja"
+    assert template.is_file()
+    template.write_text("{% for message in messages %}{{ message['content'] }}{{ eos_token }}{% endfor %}")
+    judge = ("validate", "--config", "ppo.yaml", "reward_model.model.path=judge")
+    assert "reward_model: the tokenizer in judge has another chat template" in failure(capsys, *judge)
+    assert main([*judge, "reward_model.re_encode.max_tokens=99"]) == 0
+    template.write_text("{{ raise_exception('no') }}")
+    message = failure(capsys, *judge, "reward_model.re_encode.max_tokens=99")
+    assert "reward_model.re_encode: the chat template does not take messages of the roles user" in message
+
+
 def test_roles_with_other_tokens_are_refused(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = work / "other"
     tokenizer_files = {path.name: path.read_bytes() for path in (work / "model").iterdir()}
@@ -167,7 +185,10 @@ def test_roles_with_other_tokens_are_refused(work: Path, capsys: pytest.CaptureF
     (other / "tokenizer.json").write_text(json.dumps(description))
     message = failure(capsys, "validate", "--config", "ppo.yaml", "reward_model.model.path=other")
     assert "reward_model: the tokenizer in other has another vocabulary" in message
-    assert "2 tokens differ" in message
+    assert "2 tokens differ" in message and "or set reward_model.re_encode.max_tokens" in message
+    assert main(["validate", "--config", "ppo.yaml", "reward_model.model.path=other", "reward_model.re_encode.max_tokens=99"]) == 0
+    said = "reward_model: prompts and responses are decoded with the tokenizer in model (310 tokens, sha256 "
+    assert said in capsys.readouterr().out
 
     (work / "model" / "config.json").write_text(json.dumps(MODEL_CONFIG | {"vocab_size": 100}))
     message = failure(capsys, "validate", "--config", "sft.yaml")
