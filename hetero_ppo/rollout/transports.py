@@ -146,7 +146,6 @@ class Broadcast:
             # A handle for each receiver: opening it counts.
             handle = IpcHandle.of(shard.data).to_json() if rank is None else None
             arguments.append({"header": shard.header, "handle": handle, "index": index})
-
         group = self._group
         own_part = None if group is None else lambda: group.broadcast(shard.data)
         _, died = await self._ask(clients, "hetero_ppo_receive", arguments, own_part)
