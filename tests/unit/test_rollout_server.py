@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import socket
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,8 @@ import pytest
 from hetero_ppo.config.checks_rollout import check_weight_transfer
 from hetero_ppo.config.derived import num_servers, servers_of_nodes
 from hetero_ppo.config.schema import Dtype, PpoConfig, RolloutConfig, SamplingConfig, WeightTransfer
+from hetero_ppo.errors import RunError
+from hetero_ppo.rollout import server as server_module
 from hetero_ppo.rollout.engine import VllmEngine, check_devices
 from hetero_ppo.rollout.engine_checks import check_prompts
 from hetero_ppo.rollout.requests import response_seed
@@ -114,6 +118,22 @@ def test_a_server_of_another_node_listens_on_its_address_alone() -> None:
         other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         other.bind(("127.0.0.1", int(option(command, "--port"))))
         other.listen()
+
+
+def test_a_server_that_ends_while_starting_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As vLLM ends when it cannot load a model, in less time."""
+    program = "import sys; print('a line of the log', flush=True); sys.exit('OSError: no config.json')"
+    monkeypatch.setattr(server_module, "command_line", lambda spec, endpoint: [sys.executable, "-c", program])
+    engine = VllmEngine(
+        RolloutConfig(), model_path=str(tmp_path), dtype=Dtype.fp32, run_dir=tmp_path, max_model_len=64, eos_token_ids=[1]
+    )
+    with pytest.raises(RunError) as caught:
+        engine.start()
+    text = str(caught.value)
+    assert re.match(r"start: rollout server 0 \(unix:.*\) ended while starting .*exit code 1; log: .*server_0.log; its last", text)
+    assert text.endswith("    a line of the log\n    OSError: no config.json")
+    with pytest.raises(RuntimeError, match="not running"):
+        engine.generate([[2]], SamplingConfig(max_tokens=4), n=1, seed=0)
 
 
 def test_a_path_too_long_for_a_socket_is_refused(tmp_path: Path) -> None:
