@@ -9,6 +9,7 @@ shows its traceback; ``--traceback`` shows it for all.
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 
@@ -36,6 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: without the program's name; None: those of the process.
     """
     args = build_parser().parse_args(arguments)
+    gc.disable()  # until a run begins: the objects of imported modules stay, and are looked through again and again for garbage
     try:
         args.run(args)
     except (ValueError, FileNotFoundError) as error:
@@ -52,6 +54,8 @@ def main(arguments: list[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(stopped, file=sys.stderr, flush=True)
         return EXIT_STOPPED
+    finally:
+        gc.enable()
     return 0
 
 
