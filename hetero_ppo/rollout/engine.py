@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import shutil
 import threading
 import time
 from collections.abc import Coroutine, Iterator
@@ -25,11 +24,12 @@ from hetero_ppo.observability.progress import progress
 from hetero_ppo.rollout.engine_checks import check_prompts, golden_difference, response_limits
 from hetero_ppo.rollout.network import LOOPBACK
 from hetero_ppo.rollout.nodes import AnyServer, Cluster, remote_servers
+from hetero_ppo.rollout.private_dir import PrivateDir
 from hetero_ppo.rollout.requests import Requests
 from hetero_ppo.rollout.beam_search import BeamSearch, Expand, Hypothesis, run_search
 from hetero_ppo.rollout.partial import ABORTED
 from hetero_ppo.rollout.pool import Member, ServerPool, gather_all
-from hetero_ppo.rollout.server import MAX_LOG_PROBS, VllmServer, server_spec, shared_memory_dir, sleeps
+from hetero_ppo.rollout.server import MAX_LOG_PROBS, VllmServer, server_spec, sleeps
 from hetero_ppo.rollout.transports import weight_transport
 from hetero_ppo.rollout.weight_sync import SyncStats, remove_weights, write_weights
 from hetero_ppo.types import OnResponse, Response
@@ -139,7 +139,7 @@ class VllmEngine:
         self._pool: ServerPool | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
-        self._private_dir: Path | None = None
+        self._private_dir: PrivateDir | None = None
 
     def __enter__(self) -> Self:
         self.start()
@@ -177,21 +177,21 @@ class VllmEngine:
         if self._pool is not None:
             raise RuntimeError("the rollout engine is started already")
         check_devices(self.config, self._num_here, torch.cuda.device_count() if self._spec.cuda else None)
-        self._private_dir = shared_memory_dir()
+        self._private_dir = PrivateDir()
         try:
             servers = [
-                VllmServer(index, self._spec, self._private_dir, self._log_dir / f"server_{index}.log")
+                VllmServer(index, self._spec, self._private_dir.path, self._log_dir / f"server_{index}.log")
                 for index in range(self._num_here)
             ]
         except ValueError:
-            shutil.rmtree(self._private_dir)
+            self._private_dir.remove()
             raise
         address = LOOPBACK if self._cluster is None else self._cluster.address
         transport = weight_transport(self._transfer, self._device, self.config.sync_timeout_s, address)
         try:
             others = [] if self._cluster is None else remote_servers(self._cluster, self.config.start_timeout_s)
         except RunError:
-            shutil.rmtree(self._private_dir)
+            self._private_dir.remove()
             raise
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="rollout", daemon=True)
@@ -359,7 +359,7 @@ class VllmEngine:
         pool = self._started_pool()
         self._num_syncs += 1
         start = time.perf_counter()
-        files = write_weights(self._private_dir / f"weights_{self._num_syncs}", tensors, version, self.dtype)
+        files = write_weights(self._private_dir.path / f"weights_{self._num_syncs}", tensors, version, self.dtype)
         written = time.perf_counter()
         previous = pool.files
         try:
@@ -437,7 +437,7 @@ class VllmEngine:
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
             self._loop.close()
-            shutil.rmtree(self._private_dir)
+            self._private_dir.remove()
 
     def _started_pool(self) -> ServerPool:
         if self._pool is None:

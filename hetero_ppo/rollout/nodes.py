@@ -11,10 +11,8 @@ import contextlib
 import json
 import logging
 import secrets
-import shutil
 import threading
 import time
-import weakref
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -26,7 +24,8 @@ import torch.distributed as dist
 from hetero_ppo.distributed.text import broadcast_json
 from hetero_ppo.errors import RunError
 from hetero_ppo.rollout.network import own_address
-from hetero_ppo.rollout.server import STOP_GRACE_S, Endpoint, ServerSpec, VllmServer, shared_memory_dir
+from hetero_ppo.rollout.private_dir import PrivateDir
+from hetero_ppo.rollout.server import STOP_GRACE_S, Endpoint, ServerSpec, VllmServer
 from hetero_ppo.rollout.weight_group import connect_store, open_store
 
 log = logging.getLogger(__name__)
@@ -91,13 +90,11 @@ class NodeServers:
 
     def __init__(self, cluster: Cluster, spec: ServerSpec, log_dir: Path):
         self._cluster = cluster
-        self._private_dir = shared_memory_dir()
-        # Where the run ends before close(), and before a server's guardian could see to it.
-        self._remove_dir = weakref.finalize(self, shutil.rmtree, self._private_dir, ignore_errors=True)
+        self._private_dir = PrivateDir()
         indices = range(cluster.first_index, cluster.first_index + cluster.counts[cluster.node])
         self._servers = [
             VllmServer(
-                index, spec, self._private_dir, log_dir / f"server_{index}.log", place=place, address=cluster.address
+                index, spec, self._private_dir.path, log_dir / f"server_{index}.log", place=place, address=cluster.address
             )
             for place, index in enumerate(indices)
         ]
@@ -120,7 +117,7 @@ class NodeServers:
         self._closed.set()
         if self._thread.ident is not None:
             self._thread.join()
-        self._remove_dir()
+        self._private_dir.remove()
 
     def _follow(self) -> None:
         try:

@@ -13,7 +13,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,12 +90,6 @@ class ServerSpec:
     config: RolloutConfig
     threads: int  # OMP threads (CPU)
     tokenizer_path: str | None = None  # for stop strings; None: the servers know token ids alone
-
-
-def shared_memory_dir() -> Path:
-    """A new private directory, in shared memory where the machine has it."""
-    parent = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    return Path(tempfile.mkdtemp(prefix="hetero_ppo_", dir=parent))
 
 
 def sleeps(config: RolloutConfig, *, cuda: bool) -> bool:

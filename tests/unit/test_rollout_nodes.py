@@ -79,4 +79,4 @@ def test_a_rank_0_that_is_gone_ends_the_servers_of_other_nodes(tmp_path: Path, m
     on_node._thread.join(20.0)
     assert not on_node._thread.is_alive() and not on_node._servers[0].running
     on_node.close()
-    assert not on_node._private_dir.exists() and timedelta(0) < client.timeout
+    assert not on_node._private_dir.path.exists() and timedelta(0) < client.timeout

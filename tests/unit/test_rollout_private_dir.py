@@ -1,0 +1,53 @@
+"""Directories of runs in shared memory: a killed run's goes with the next one's start, a living one's stays."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from hetero_ppo.rollout.private_dir import LOCK, PREFIX, PrivateDir, remove_left_behind
+
+MAKE_ONE = "import sys; from hetero_ppo.rollout.private_dir import PrivateDir; d = PrivateDir(); print(d.path, flush=True); {}"
+
+
+def make(then: str) -> tuple[subprocess.Popen[str], Path]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", MAKE_ONE.format(then)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    return process, Path(process.stdout.readline().strip())
+
+
+def test_a_killed_runs_directory_is_removed_by_the_next_one() -> None:
+    process, path = make("sys.stdin.read()")
+    assert path.name.startswith(PREFIX) and path.stat().st_mode & 0o777 == 0o700
+    (path / "weights_1").mkdir()
+    PrivateDir().remove()
+    assert path.exists()  # its process lives
+    process.kill()
+    process.communicate()
+    assert path.exists()
+    own = PrivateDir()
+    assert not path.exists() and own.path.exists()
+    own.remove()
+    own.remove()
+    assert not own.path.exists()
+
+
+def test_the_end_of_the_interpreter_removes_it() -> None:
+    process, path = make("sys.exit(3)")
+    process.communicate()
+    assert process.returncode == 3 and not path.exists()
+
+
+def test_what_is_not_a_runs_directory_stays(tmp_path: Path) -> None:
+    without_lock, other = tmp_path / f"{PREFIX}new", tmp_path / "other"
+    for folder in (without_lock, other):
+        folder.mkdir()
+    (other / LOCK).touch()
+    (tmp_path / f"{PREFIX}left").mkdir()
+    (tmp_path / f"{PREFIX}left" / LOCK).touch()
+    remove_left_behind(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == [f"{PREFIX}new", "other"]
