@@ -120,8 +120,7 @@ class FunctionReward:
         """[B] float32 scores of the responses; with ``on_error=exclude`` NaN where there is none. Collective over the world.
 
         Raises:
-            ValueError: the function gave something that is not a finite number.
-            RunError: it raised, or did not end in time.
+            RunError: the function raised, did not end in time, or gave something that is not a finite number.
         """
         scores = torch.zeros(rollout.batch_size, dtype=torch.float32)
         if dist.get_rank() == 0:
@@ -149,4 +148,4 @@ class FunctionReward:
             return float(score)
         if self.on_error is RewardErrors.exclude:
             return math.nan
-        raise ValueError(f"{self.field} {self.spec} gave {score!r} {about}: it must return a finite number")
+        raise RunError(f"{self.field} {self.spec} gave {score!r} {about}: it must return a finite number")

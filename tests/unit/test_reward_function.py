@@ -64,21 +64,20 @@ def reward_of(tmp_path: Path, on_error: RewardErrors) -> FunctionReward:
 
 
 BAD = {
-    "raise": (RunError, r"failed for dataset row 11 \(response 'answer'\): KeyError: 'no such word'"),
-    "hang": (RunError, r"failed for dataset row 11 .*TimeoutError: it did not end within reward.timeout_s=0.3"),
-    "nan": (ValueError, r"gave nan for dataset row 11 .*must return a finite number"),
-    "infinite": (ValueError, "gave inf for dataset row 11"),
-    "text": (ValueError, r"gave '1.0' for dataset row 11"),
-    "list": (ValueError, r"gave \[1.0, 2.0\] for dataset row 11"),
-    "none": (ValueError, "gave None for dataset row 11"),
+    "raise": r"failed for dataset row 11 \(response 'answer'\): KeyError: 'no such word'",
+    "hang": r"failed for dataset row 11 .*TimeoutError: it did not end within reward.timeout_s=0.3",
+    "nan": r"gave nan for dataset row 11 .*must return a finite number",
+    "infinite": "gave inf for dataset row 11",
+    "text": r"gave '1.0' for dataset row 11",
+    "list": r"gave \[1.0, 2.0\] for dataset row 11",
+    "none": "gave None for dataset row 11",
 }
 
 
 @pytest.mark.parametrize("label", BAD)
 def test_a_fault_stops_the_run_naming_the_response(tmp_path: Path, label: str) -> None:
-    kind, message = BAD[label]
     start = time.monotonic()
-    with pytest.raises(kind, match=message):
+    with pytest.raises(RunError, match=BAD[label]):
         reward_of(tmp_path, RewardErrors.stop).score(rollout_of([1.0, label]))
     assert time.monotonic() - start < 4
 
