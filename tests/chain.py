@@ -17,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ranks import ENVIRONMENT, run_ranks
+from ranks import ENVIRONMENT, outer_environment, run_ranks
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKER = ROOT / "tests" / "commands_worker.py"
@@ -73,8 +73,7 @@ class Chain:
 
 def environment(mark: str) -> dict[str, str]:
     """Of a launched run: one thread a process, nothing fetched, and the mark."""
-    outer = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "HETERO_PPO_"))}
-    return {**outer, **ENVIRONMENT, "PYTHONUNBUFFERED": "1", MARK: mark}
+    return {**outer_environment(), **ENVIRONMENT, "PYTHONUNBUFFERED": "1", MARK: mark}
 
 
 def launch_command(num_processes: int, program: Sequence[str]) -> list[str]:

@@ -53,14 +53,23 @@ def run_ranks(num_processes: int, program: Sequence[str], *, timeout_s: float = 
     return text
 
 
+def outer_environment() -> dict[str, str]:
+    """That of the tests, less what is about this process: of pytest, and of the world that a command in it may have joined."""
+    world = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name not in world and not name.startswith(("PYTEST_", "HETERO_PPO_"))
+    }
+
+
 @functools.cache
 def _server() -> subprocess.Popen[str]:
     """Started by the first test of this process that needs it; ends with this process."""
-    outer = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "HETERO_PPO_"))}
     server = subprocess.Popen(
         [sys.executable, "-W", "ignore", __file__],
         cwd=ROOT,
-        env={**outer, **ENVIRONMENT},
+        env={**outer_environment(), **ENVIRONMENT},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

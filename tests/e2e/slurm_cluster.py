@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ranks import outer_environment
+
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol")
 #: A low partition whose jobs are preempted by those of a high one: they get the signal of --signal, and 90 s.
@@ -63,7 +65,7 @@ class SlurmCluster:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.env = {**os.environ, "SLURM_CONF": str(root / "slurm.conf")}
+        self.env = {**outer_environment(), "SLURM_CONF": str(root / "slurm.conf")}
 
     def call(self, *command: str, **env: str) -> str:
         """Output of a Slurm command."""
