@@ -148,17 +148,22 @@ def measure_lengths(bench: Bench, lengths: list[int], rounds: int) -> dict[str, 
         for name, value in zip(seconds, (generate, first, forwards, serial, pipelined), strict=True):
             seconds[name].append(value)
         rate.append(generate / made.metrics["rollout/generate_s"])
-    return summary(seconds, rate, identical, lengths, made.metrics)
+    return summary(seconds, rate, identical, lengths, bench.chunk_size, made.metrics)
 
 
 def summary(
-    seconds: dict[str, list[float]], rate: list[float], identical: bool, lengths: list[int], last: dict[str, float]
+    seconds: dict[str, list[float]],
+    rate: list[float],
+    identical: bool,
+    lengths: list[int],
+    chunk_size: int,
+    last: dict[str, float],
 ) -> dict[str, Any]:
     """Medians, and ratios within a round."""
-    num_chunks = last["pipeline/num_chunks"]
+    chunk_share = min(1.0, chunk_size / len(lengths))  # a whole chunk's
 
     def ideal(generate: float, first: float, forwards: float) -> float:
-        fill = forwards / num_chunks if generate >= forwards else first
+        fill = forwards * chunk_share if generate >= forwards else first
         return max(generate, forwards) + fill
 
     rounds = list(zip(*seconds.values(), strict=True))
@@ -170,7 +175,7 @@ def summary(
         "pipelined_over_serial": statistics.median(row[4] / row[3] for row in rounds),
         "generation_rate_ratio": statistics.median(rate),
         "identical_to_serial": identical,
-        "num_chunks": num_chunks,
+        "num_chunks": last["pipeline/num_chunks"],
         "num_waves": last["pipeline/num_waves"],
         "response_tokens": sum(lengths),
         "longest_response": max(lengths),

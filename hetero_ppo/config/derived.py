@@ -20,6 +20,8 @@ from hetero_ppo.config.schema import (
     WeightTransfer,
 )
 
+#: Responses below which the last chunk of a step is not cut: forwards of fewer rows are slower by the row.
+SMALLEST_CUT = 16
 #: Tokens of the sequence that the engine and the trainer are compared on after every weight sync.
 GOLDEN_TOKENS = 64
 #: How error messages name the number of responses per PPO step.
@@ -163,7 +165,7 @@ class PpoBatching:
                 self.responses_per_rank,
                 "responses per PPO step, on one data-parallel rank of the actor",
             ),
-            ("chunks", math.ceil(self.responses_per_step / self.chunk_size), f"of {self.chunk_size} responses per PPO step"),
+            ("chunks", len(chunk_sizes(self.responses_per_step, self.chunk_size)), f"of up to {self.chunk_size} responses per PPO step"),
             ("minibatches", self.minibatches_per_epoch, f"per PPO epoch, {self.ppo_epochs} PPO epochs per step"),
             ("PPO steps", self.total_steps, f"{passes:.2f} passes over the prompts"),
             ("critic warm-up", self.critic_warmup_steps, "PPO steps that train the critic alone"),
@@ -271,6 +273,22 @@ def chunk_size(config: PpoConfig, world_size: int) -> int:
     """Responses of a chunk of the pipeline, over all ranks."""
     responses = config.algorithm.rollout_batch_size * config.algorithm.samples_per_prompt
     return min(config.pipeline.chunk_size or running_batch(config.rollout, world_size), responses)
+
+
+def chunk_sizes(num_responses: int, chunk_size: int) -> list[int]:
+    """Responses of each chunk, in the order of completion. The last of several is cut again: its responses, which are the longest,
+    complete one by one, and those that are there need not wait for the very last.
+
+    Args:
+        num_responses: of a step, at least 1.
+        chunk_size: of a whole chunk.
+    """
+    sizes = [chunk_size] * ((num_responses - 1) // chunk_size)
+    rest = num_responses - sum(sizes)
+    while sizes and rest >= 2 * SMALLEST_CUT:
+        sizes.append(rest // 2)
+        rest -= rest // 2
+    return [*sizes, rest]
 
 
 def num_servers(rollout: RolloutConfig, world_size: int) -> int:

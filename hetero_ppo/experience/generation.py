@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hetero_ppo.config.derived import chunk_sizes
 from hetero_ppo.config.schema import SamplingConfig
 from hetero_ppo.distributed.text import broadcast_json
 from hetero_ppo.errors import RunError
@@ -56,7 +58,7 @@ class Generation:
         n: responses per prompt; row p * n + j of the rollout is response j of prompt p.
         seed: of this rollout.
         version: label of the weights that the engine holds.
-        chunk_size: responses of a chunk; the last one may have fewer.
+        chunk_size: responses of a chunk; the last ones have fewer (``derived.chunk_sizes``).
         max_tokens: response tokens of each prompt; None: ``sampling.max_tokens`` for all.
         begun: for each response (p * n + j) what there is of it, or None. None: nothing was begun.
         wanted: rows of the rollout; they are the responses that are complete first, in the order of completion. The others are
@@ -87,7 +89,6 @@ class Generation:
         self.sampling = sampling
         self.n = n
         self.version = version
-        self.chunk_size = chunk_size
         self.num_rows = len(prompts) * n if wanted is None else wanted
         self.seconds = 0.0  # of the engine, on rank 0
         self._arguments: dict[str, Any] = {"n": n, "seed": seed, "max_tokens": max_tokens, "on_response": self._note}
@@ -114,6 +115,7 @@ class Generation:
             self._complete.append((len(self._complete) if self._partial else place, place, response))
         # What every rank has been told, by row.
         self._num_told = 0
+        self._sizes = chunk_sizes(self.num_rows, chunk_size)  # of the chunks that were not handed out
         self._num_chunks = 0
         width = sampling.max_tokens if max_tokens is None else max(max_tokens)
         self._lengths = torch.zeros(self.num_rows, dtype=torch.int64)
@@ -164,8 +166,8 @@ class Generation:
             self._share_origins(rows, fresh)
         self._num_told += int(count)
         chunks = []
-        for start in range(0, int(count), self.chunk_size):
-            taken = sorted(rows[start : start + self.chunk_size].tolist())
+        for part in rows.split(self._take_sizes(int(count))):
+            taken = sorted(part.tolist())
             for row in taken:
                 self._chunk_of[row] = self._num_chunks
             chunks.append(Chunk(self._num_chunks, taken, self._rollout_of(taken)))
@@ -229,20 +231,29 @@ class Generation:
     def _wait(self, wait_for_all: bool) -> list[tuple[int, int, Response]]:
         """What completes the next chunks. Whole chunks alone, but for the rest at the end."""
         with self._changed:
-            wanted = self.num_rows if wait_for_all else min(self._num_told + self.chunk_size, self.num_rows)
+            wanted = self.num_rows if wait_for_all else self._num_told + self._sizes[0]
             start = time.perf_counter()
             self._changed.wait_for(lambda: len(self._complete) >= wanted or self._error is not None)
             self._trace.add(TRAINER, WAIT_FOR_ENGINE, start, time.perf_counter())
             self._raise_error()
             fresh = self._complete[self._num_told :]
-        if self._num_told + len(fresh) < self.num_rows:
-            fresh = fresh[: len(fresh) // self.chunk_size * self.chunk_size]
+        fresh = fresh[: sum(self._whole_sizes(len(fresh)))]
         begun = self._begun or []
         made_now = [response for _, place, response in fresh if not begun or response is not begun[place]]
         stale = sorted({response.weight_version for response in made_now} - {self.version})
         if stale:
             raise RunError(f"rollout: answers made by weights {stale}, the actor is at {self.version!r}: sync was lost")
         return fresh
+
+    def _whole_sizes(self, num_responses: int) -> list[int]:
+        """Of the next chunks that so many responses complete."""
+        ends = list(itertools.accumulate(self._sizes))
+        return self._sizes[: sum(end <= num_responses for end in ends)]
+
+    def _take_sizes(self, num_responses: int) -> list[int]:
+        taken = self._whole_sizes(num_responses)
+        del self._sizes[: len(taken)]
+        return taken
 
     def _raise_error(self) -> None:
         if self._error is not None:

@@ -14,6 +14,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from hetero_ppo.algorithms.kl import FixedKlController
 from hetero_ppo.algorithms.rewards import RunningMoments
+from hetero_ppo.config import derived
 from hetero_ppo.config.schema import (
     AlgorithmConfig,
     ModelConfig,
@@ -232,6 +233,21 @@ def test_the_cut_into_chunks_changes_no_value(model: Path, prompts: PromptBatch,
         for name, value in tensors(whole).items():
             torch.testing.assert_close(tensors(cut)[name], value, atol=2e-6, rtol=1e-5, msg=name)
     roles.device.close()
+
+
+def test_parts_of_the_last_chunk_are_handed_out_as_they_complete(
+    prompts: PromptBatch, recorded: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(derived, "SMALLEST_CUT", 1)
+    engine = Paced(recorded)
+    generation = Generation(engine, prompts, SAMPLING, n=SAMPLES, seed=0, version="step0", chunk_size=CHUNK).start()
+    rows = []
+    for more in (5, 3, 1, 1):
+        for _ in range(more):
+            engine.may.release()
+        rows += [chunk.rows for chunk in generation.next_chunks()]
+    assert rows == [*CHUNKS[:2], [5], [4]] and generation.finished
+    assert [generation.rollout().chunk_index[row] for row in (1, 0, 5, 4)] == [0, 1, 2, 3]
 
 
 def test_rows_keep_their_place(prompts: PromptBatch, recorded: Path) -> None:

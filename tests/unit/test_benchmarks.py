@@ -291,3 +291,12 @@ def test_no_sync_is_said_not_measured() -> None:
     ) | {"identical_to_serial": True, "num_chunks": 2, "num_waves": 1, "response_tokens": 64}
     none = {**dict.fromkeys(make_experience.SYNC_FIGURES), "sync_none": "the actor itself generates"}
     assert make_experience.table({"fixed": row}, none).endswith("weight sync: none, the actor itself generates")
+
+
+def test_the_ideal_ends_with_the_forwards_of_one_whole_chunk() -> None:
+    """4 chunks of 64: a quarter of the forwards after generation, however the last chunk is cut; forwards alone wait for the first chunk."""
+    metrics = {"pipeline/num_chunks": 6.0, "pipeline/num_waves": 5.0}
+    seconds = {"generate": [4.0, 1.0], "first": [1.0, 0.5], "forwards": [2.0, 2.0], "serial": [6.0, 3.0], "pipelined": [4.95, 2.75]}
+    found = make_experience.summary(seconds, [0.9, 1.0], True, [8] * 256, 64, metrics)
+    assert found["ideal_s"] == (4.5 + 2.5) / 2
+    assert found["pipelined_over_ideal"] == pytest.approx((4.95 / 4.5 + 2.75 / 2.5) / 2)

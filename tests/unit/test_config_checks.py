@@ -9,7 +9,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from hetero_ppo.config.checks import check_config, check_paths
-from hetero_ppo.config.derived import config_roles, data_parallel_size, derive_ppo, derive_supervised
+from hetero_ppo.config.derived import chunk_sizes, config_roles, data_parallel_size, derive_ppo, derive_supervised
 from hetero_ppo.config.load import AnyConfig, load_config
 from hetero_ppo.config.schema import RolloutCorrectionKind
 from hetero_ppo.experience.mismatch import mismatch_bounds
@@ -313,3 +313,18 @@ def test_a_run_of_zero_steps_is_an_error(tmp_path: Path) -> None:
         derive_supervised(config_of(tmp_path, "sft"), 1, 0)
     with pytest.raises(ValueError, match="the run has 1 PPO steps"):
         derive_ppo(config_of(tmp_path, "ppo", "algorithm.critic_warmup_steps=1"), 1, 64)
+
+
+@pytest.mark.parametrize(
+    ("num_responses", "size", "expected"),
+    [
+        (256, 64, [64, 64, 64, 32, 16, 16]),
+        (100, 64, [64, 18, 18]),
+        (90, 64, [64, 26]),
+        (64, 64, [64]),  # a single chunk has nothing to overlap with
+        (10, 4, [4, 4, 2]),
+        (3, 8, [3]),
+    ],
+)
+def test_the_last_chunk_of_several_is_cut(num_responses: int, size: int, expected: list[int]) -> None:
+    assert chunk_sizes(num_responses, size) == expected
