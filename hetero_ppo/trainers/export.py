@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from hetero_ppo.checkpoint.manager import checkpoint_folder
@@ -32,7 +34,12 @@ def run(args: argparse.Namespace) -> None:
     if role not in roles:
         raise ValueError(f"--role {role}: this run trains {', '.join(roles)}")
     folder = checkpoint_folder(Path(args.run_dir), args.step)
-    single_process()
+    with single_process():
+        _export(config, role, folder, args.out)
+    print(f"exported {role} of {folder} to {args.out}")
+
+
+def _export(config: SftConfig | RmConfig | PpoConfig, role: str, checkpoint: Path, out: str) -> None:
     # Megatron-Core takes seconds to import: after the checks.
     from hetero_ppo.distributed.groups import initialise
     from hetero_ppo.engines.model_engine import ModelEngine
@@ -41,15 +48,14 @@ def run(args: argparse.Namespace) -> None:
 
     initialise(config.run.timeout_minutes)
     try:
-        role_config, head = roles[role]
+        role_config, head = _roles(config)[role]
         role_config.parallel = ParallelConfig()
         engine = ModelEngine(role, role_config, head)
-        engine.load_weights(folder / role)
-        golden = folder / GOLDEN_FILE
-        engine.export(args.out, files={GOLDEN_FILE: golden.read_text(encoding="utf-8")} if golden.is_file() else None)
+        engine.load_weights(checkpoint / role)
+        golden = checkpoint / GOLDEN_FILE
+        engine.export(out, files={GOLDEN_FILE: golden.read_text(encoding="utf-8")} if golden.is_file() else None)
     finally:
         end_run()
-    print(f"exported {role} of {folder} to {args.out}")
 
 
 def _roles(config: SftConfig | RmConfig | PpoConfig) -> dict[str, tuple]:
@@ -60,11 +66,19 @@ def _roles(config: SftConfig | RmConfig | PpoConfig) -> dict[str, tuple]:
     return {"actor": (config.actor, "lm"), "critic": (config.critic, "value")}
 
 
-def single_process() -> None:
-    """A world of this process alone, on a port that the kernel chooses."""
+@contextmanager
+def single_process() -> Iterator[None]:
+    """A world of this process alone, on a port that the kernel chooses; afterwards the environment is as it was."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    os.environ.update(
-        RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
+    world = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    world["MASTER_PORT"] = str(port)
+    before = {name: os.environ[name] for name in world if name in os.environ}
+    os.environ.update(world)
+    try:
+        yield
+    finally:
+        for name in world:
+            del os.environ[name]
+        os.environ.update(before)

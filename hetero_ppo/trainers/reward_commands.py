@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -49,21 +49,24 @@ def reward_engine(args: argparse.Namespace) -> Iterator[ModelEngine]:
         micro_batch_size=args.micro_batch_size,
         aligned=not args.plain,
     )
-    if "RANK" not in os.environ:
-        single_process()
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_WORLD_SIZE"])))
-    initialise(TIMEOUT_MINUTES)
-    try:
-        engine = ModelEngine("reward_model", config, "score")
-        if engine.load_report.initialised:
-            raise ValueError(f"--checkpoint {checkpoint}: the model has no score head; give the export of a reward-model run")
-        if engine.bridge.aligned and platform.HAS_CUDA:
-            proof = check_alignment(engine)
-            if dist.get_rank() == 0:
-                print(proof)
-        yield engine
-    finally:
-        end_run()
+    with nullcontext() if "RANK" in os.environ else single_process():
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_WORLD_SIZE"])))
+        initialise(TIMEOUT_MINUTES)
+        try:
+            yield _build(config, checkpoint)
+        finally:
+            end_run()
+
+
+def _build(config: RoleConfig, checkpoint: Path) -> ModelEngine:
+    engine = ModelEngine("reward_model", config, "score")
+    if engine.load_report.initialised:
+        raise ValueError(f"--checkpoint {checkpoint}: the model has no score head; give the export of a reward-model run")
+    if engine.bridge.aligned and platform.HAS_CUDA:
+        proof = check_alignment(engine)
+        if dist.get_rank() == 0:
+            print(proof)
+    return engine
 
 
 def _golden_dtype(checkpoint: Path) -> str:

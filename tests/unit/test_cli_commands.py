@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from data_fixtures import chatml_tokenizer, write_jsonl
 
 from hetero_ppo.cli import config as config_command
 from hetero_ppo.cli.main import build_parser, main
+from hetero_ppo.trainers.export import single_process
 
 #: The keys of a config.json that the checks and the memory plan read.
 MODEL_CONFIG = {
@@ -227,3 +229,13 @@ def test_every_command_is_there_and_help_imports_nothing_heavy() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
     ).stdout
     assert printed.strip() == "set()"
+
+
+def test_a_world_of_one_process_leaves_the_environment_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    before = dict(os.environ)
+    with pytest.raises(ValueError, match="of the command"), single_process():
+        assert os.environ["LOCAL_WORLD_SIZE"] == "1" and int(os.environ["MASTER_PORT"]) > 0
+        raise ValueError("of the command")
+    assert dict(os.environ) == before

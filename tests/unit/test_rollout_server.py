@@ -98,6 +98,7 @@ def test_a_server_for_every_rank_or_as_many_as_asked_for() -> None:
 
 
 def test_servers_are_dealt_over_the_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     assert servers_of_nodes(RolloutConfig(num_servers=3), 8) == [3]
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert servers_of_nodes(RolloutConfig(), 8) == [1, 0, 0, 0]
