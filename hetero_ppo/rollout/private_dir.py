@@ -47,12 +47,12 @@ def _remove(path: Path, lock: BinaryIO, owner: int) -> None:
 
 def remove_left_behind(parent: Path) -> None:
     """Remove this user's directories below ``parent`` whose process is gone."""
-    for path in parent.glob(f"{PREFIX}*/{LOCK}"):
+    for folder in parent.glob(f"{PREFIX}*"):
         try:
-            if path.stat().st_uid != os.getuid():
+            if folder.stat().st_uid != os.getuid():  # other users' cannot be looked into
                 continue
-            with path.open("rb") as lock:
+            with (folder / LOCK).open("rb") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(path.parent, ignore_errors=True)
-        except (BlockingIOError, FileNotFoundError):  # in use; removed meanwhile by somebody else
+                shutil.rmtree(folder, ignore_errors=True)
+        except (BlockingIOError, FileNotFoundError, NotADirectoryError):  # in use; removed meanwhile; no run's directory
             continue

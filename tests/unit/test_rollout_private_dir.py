@@ -49,5 +49,6 @@ def test_what_is_not_a_runs_directory_stays(tmp_path: Path) -> None:
     (other / LOCK).touch()
     (tmp_path / f"{PREFIX}left").mkdir()
     (tmp_path / f"{PREFIX}left" / LOCK).touch()
+    (tmp_path / f"{PREFIX}file").touch()
     remove_left_behind(tmp_path)
-    assert sorted(os.listdir(tmp_path)) == [f"{PREFIX}new", "other"]
+    assert sorted(os.listdir(tmp_path)) == [f"{PREFIX}file", f"{PREFIX}new", "other"]
