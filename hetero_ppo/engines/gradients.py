@@ -16,37 +16,47 @@ CLIP_EPS = 1e-6
 
 
 class FirstGradients:
-    """A parameter's first gradient of a step overwrites its buffer, later ones are added: nothing has to be zeroed before.
+    """Adds the gradients of a step's micro-batches up; the first one overwrites the buffer, so that nothing has to be zeroed before.
 
-    Megatron-Core adds a gradient from a hook on the node that accumulates it, which runs after the hook here, and leaves it alone
-    where ``grad_added_to_main_grad`` is set.
+    It takes the place of Megatron-Core's hooks, which hang on the nodes that accumulate gradients. torch makes new nodes when a
+    parameter's ``data`` moves between devices, as it does for a checkpoint from host memory, and the old ones' hooks never run again.
+    A hook of the parameter itself stays.
     """
 
     def __init__(self, chunks: Sequence[DistributedDataParallel]) -> None:
+        """Args:
+        chunks: Wrapped model chunks of this rank. Their own hooks are taken off.
+        """
+        self._chunk_of = {p: chunk for chunk in chunks for p in chunk.module.parameters() if p.requires_grad}
         self._chunks = chunks
-        self._parameters = [p for chunk in chunks for p in chunk.module.parameters() if p.requires_grad]
         self._written: set[Tensor] = set()
-        for parameter in self._parameters:
-            # Of tied embeddings Megatron-Core would add the gradient all the same, for kernels that write it to the buffer themselves.
-            parameter.zero_out_wgrad = False
+        for chunk in chunks:
+            chunk.grad_accs.clear()  # nothing else holds the nodes: they end here, and their hooks with them
+        for parameter in self._chunk_of:
             parameter.register_post_accumulate_grad_hook(self._take)
 
     def begin(self) -> None:
-        """Before the first backward of a step."""
+        """Prepare for the first backward of a step."""
         self._written.clear()
         for chunk in self._chunks:
             for group in (*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups):
                 group.reset()
 
     def _take(self, parameter: Tensor) -> None:
-        parameter.grad_added_to_main_grad = parameter not in self._written
-        if parameter.grad_added_to_main_grad:
+        assert parameter.grad is not None
+        if parameter in self._written:
+            parameter.main_grad.add_(parameter.grad)
+        else:
             self._written.add(parameter)
             parameter.main_grad.copy_(parameter.grad)
+        parameter.grad = None
+        chunk = self._chunk_of[parameter]
+        if chunk.ddp_config.overlap_grad_reduce:
+            chunk.param_to_bucket_group[parameter].register_grad_ready(parameter, chunk.force_all_reduce)
 
     def end(self) -> None:
-        """After the last backward: parameters that no gradient came to (experts without tokens) have one of 0."""
-        for parameter in self._parameters:
+        """Give parameters that no gradient came to (experts without tokens) one of 0, after the last backward."""
+        for parameter in self._chunk_of:
             if parameter not in self._written:
                 parameter.main_grad.zero_()
 

@@ -47,8 +47,9 @@ class Adam(torch.optim.Optimizer):
                 if "exp_avg" not in self.state[p]:
                     self.state[p]["exp_avg"] = torch.zeros_like(p)
                     self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
-            # The functional form increments the counters that it is given, one tensor for each parameter.
-            steps = [torch.tensor(float(group["step"] - 1)) for _ in params]
+            # The functional form increments the counters that it is given, one tensor for each parameter. They lie where the
+            # parameters do: the fused CUDA kernel reads their addresses without asking.
+            steps = torch.full((len(params),), float(group["step"] - 1), device=params[0].device).unbind()
             update = functional_adamw if self.adam_w_mode else functional_adam
             update(
                 params,
@@ -56,7 +57,7 @@ class Adam(torch.optim.Optimizer):
                 [self.state[p]["exp_avg"] for p in params],
                 [self.state[p]["exp_avg_sq"] for p in params],
                 [],
-                steps,
+                list(steps),
                 foreach=False,
                 fused=True,
                 capturable=False,
