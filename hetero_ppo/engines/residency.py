@@ -156,7 +156,8 @@ class RoleResidency:
     def move_out(self, blocks: Sequence[Block], lane: CopyLane) -> int:
         """Copy blocks to the host where the host's copy is old, and release their memory. Returns the bytes copied."""
         old = [block for block in blocks if block.host is not None and block.is_dirty]
-        lane.copy([(block.host, block.device_view()) for block in old if block.host is not None])
+        with lane.at_work():
+            lane.copy([(block.host, block.device_view()) for block in old if block.host is not None])
         for block in old:
             block.is_dirty = False
         for block in blocks:
@@ -166,13 +167,14 @@ class RoleResidency:
     def move_in(self, blocks: Sequence[Block], lane: CopyLane) -> int:
         """Allocate the blocks' memory and fill it, gradients with zeros. Returns the bytes copied."""
         pairs = []
-        for block in blocks:
-            block.storage.resize_(block.num_bytes)
-            if block.host is None:
-                block.device_view().zero_()
-            else:
-                pairs.append((block.device_view(), block.host))
-        lane.copy(pairs)
+        with lane.at_work():
+            for block in blocks:
+                block.storage.resize_(block.num_bytes)
+                if block.host is None:
+                    block.device_view().zero_()
+                else:
+                    pairs.append((block.device_view(), block.host))
+            lane.copy(pairs)
         return sum(source.numel() for _, source in pairs)
 
     def pin(self) -> None:

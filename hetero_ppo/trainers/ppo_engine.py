@@ -14,12 +14,14 @@ import torch.distributed as dist
 
 from hetero_ppo.config.schema import RolloutConfig
 from hetero_ppo.engines.shared_device import SharedDevice
+from hetero_ppo.errors import RunError
 from hetero_ppo.observability.trace import ENGINE, Args
 from hetero_ppo.rollout.engine import VllmEngine
 from hetero_ppo.rollout.megatron import MegatronEngine
 from hetero_ppo.rollout.replay import ReplayEngine
 from hetero_ppo.rollout.server import sleeps
 from megatron_bridge import platform
+from megatron_bridge.platform.copies import describe_device_memory, release_cached_memory
 
 RolloutEngine = VllmEngine | ReplayEngine | MegatronEngine
 
@@ -51,17 +53,17 @@ class EngineTurns:
     def wake(self) -> None:
         """Roles leave, the engine takes its weights and KV cache."""
         self.device.engine_turn("rollout")
-        self._barrier()
+        self._make_room()
         if self.engine is not None:
-            with self.at_work("wake"):
+            with self.at_work("wake"), self._naming_memory():
                 self.engine.wake()
 
     def wake_for_sync(self) -> None:
         """Inside the actor's turn: the engine takes the memory of its weights alone, to be written anew."""
         self.device.wait_for_room()
-        self._barrier()
+        self._make_room()
         if self.engine is not None:
-            with self.at_work("wake for weights"):
+            with self.at_work("wake for weights"), self._naming_memory():
                 self.engine.wake(weights_only=True)
 
     def sleep(self) -> None:
@@ -84,6 +86,23 @@ class EngineTurns:
     def at_work(self, name: str) -> contextlib.AbstractContextManager[Args]:
         """The engine's lane of the trace."""
         return self.device.trace.span(ENGINE, name)
+
+    def _make_room(self) -> None:
+        """Give what the roles have left to the driver, on all ranks: the engine is another process, and takes it from there."""
+        if self._shares_memory:
+            release_cached_memory()
+        self._barrier()
+
+    @contextlib.contextmanager
+    def _naming_memory(self) -> Iterator[None]:
+        """Add to an error what rank 0's device has left."""
+        try:
+            yield
+        except RunError as error:
+            memory = describe_device_memory()
+            if not memory:
+                raise
+            raise RunError(f"{error}; {memory}. See rollout.gpu_memory_utilization and `hetero-ppo plan`") from error
 
     def _barrier(self) -> None:
         if self._shares_memory:

@@ -7,7 +7,8 @@ events is the same, which is what the tests of everything above are run on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
@@ -49,6 +50,24 @@ def allocated_bytes() -> int | None:
     return torch.cuda.memory_allocated() if platform.HAS_CUDA else None
 
 
+def release_cached_memory() -> None:
+    """Give memory that torch keeps for later back to the driver, so that another process can have it; nothing to do on a CPU."""
+    if platform.HAS_CUDA:
+        torch.cuda.empty_cache()
+
+
+def describe_device_memory() -> str:
+    """Return what the driver has left of this rank's device and what this process holds of it, for an error; "" on a CPU."""
+    if not platform.HAS_CUDA:
+        return ""
+    free, total = torch.cuda.mem_get_info()
+    allocated, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+    return (
+        f"{free / 2**30:.2f} of {total / 2**30:.2f} GiB are free on device {torch.cuda.current_device()}; this rank holds "
+        f"{reserved / 2**30:.2f} GiB, of which tensors take {allocated / 2**30:.2f}"
+    )
+
+
 def computation_done() -> Callable[[], None]:
     """Mark the end of what the calling thread has queued on the device; the result waits for it, from any thread."""
     if not platform.HAS_CUDA:
@@ -63,7 +82,12 @@ def _nothing() -> None:
 
 
 class CopyLane:
-    """Copies in one direction, in order, behind the back of the calling thread."""
+    """Copies in one direction, in order, behind the back of the calling thread.
+
+    On CUDA a lane's stream never waits for the computation's. What leaves was computed: its task waits for ``computation_done``. What
+    comes in gets memory of the lane's own: torch keeps memory apart by the stream that it was allocated on, so no queued kernel
+    reads or writes it, and activations never take a part of it.
+    """
 
     def __init__(self, name: str) -> None:
         self._stream = torch.cuda.Stream() if platform.HAS_CUDA else None
@@ -79,20 +103,20 @@ class CopyLane:
         """Queue a task; what it raises is raised by the future's ``result``."""
         return self._threads.submit(task)
 
-    def copy(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Inside a task: copy (target, source) pairs and wait until all are done.
-
-        Memory that the default stream just gave is written after its last use.
-        """
+    @contextlib.contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Allocate, copy and fill on the lane's stream; all of it is done when the body has ended. Inside a task."""
         if self._stream is None:
-            for target, source in pairs:
-                target.copy_(source)
+            yield
             return
-        self._stream.wait_stream(torch.cuda.default_stream())
         with torch.cuda.stream(self._stream):
-            for target, source in pairs:
-                target.copy_(source, non_blocking=True)
+            yield
         self._stream.synchronize()
+
+    def copy(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Copy (target, source) pairs. Inside ``at_work``."""
+        for target, source in pairs:
+            target.copy_(source, non_blocking=self._stream is not None)
 
     def close(self) -> None:
         """Finish what is queued and end the thread."""

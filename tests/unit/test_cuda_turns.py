@@ -1,0 +1,132 @@
+"""The turns of roles and generator on a recording ``torch.cuda``: who waits for whom, and what the driver has left when vLLM wakes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from cuda_rig import COPY_RATE, VirtualCuda
+
+from hetero_ppo.config.schema import ResidencyConfig, RolloutConfig
+from hetero_ppo.engines.residency import RoleResidency
+from hetero_ppo.engines.shared_device import SharedDevice
+from hetero_ppo.errors import RunError
+from hetero_ppo.memory.kinds import TRAINING, Kind
+from hetero_ppo.memory.turns import ppo_turns
+from hetero_ppo.trainers import ppo_engine
+from hetero_ppo.trainers.ppo_engine import EngineTurns
+
+UNIT = 1 << 12  # bytes of one tensor
+TENSORS = 32  # of each kind
+TRAINED = (Kind.params, Kind.grads, Kind.main_params, Kind.moments)
+TURN = len(TRAINED) * TENSORS * UNIT  # bytes of a trained role
+ACTIVATIONS = TURN // 4
+GENERATOR, WEIGHTS = TURN, TURN // 4  # bytes that vLLM takes to generate, and of them its weights'
+TOTAL = TURN + ACTIVATIONS + WEIGHTS  # of the device: it holds a training turn, or a rollout, not both
+
+
+@dataclass
+class Generator:
+    """Takes memory of the device as vLLM does from another process, out of what the driver has left."""
+
+    cuda: VirtualCuda
+    held: int = 0
+    last_sync: None = None
+    wakes: list[str] = field(default_factory=list)
+
+    def wake(self, *, weights_only: bool = False) -> None:
+        self.wakes.append("weights" if weights_only else "all")
+        self.held = WEIGHTS if weights_only else GENERATOR
+        if self.cuda.reserved + self.held > self.cuda.total:
+            raise RunError(f"wake: no memory ({self.cuda.reserved} + {self.held} of {self.cuda.total})")
+
+    def sleep(self) -> None:
+        self.held = 0
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> VirtualCuda:
+    cuda = VirtualCuda(TOTAL)
+    cuda.install(monkeypatch)
+    monkeypatch.setattr(ppo_engine.dist, "barrier", lambda: None)
+    return cuda
+
+
+@pytest.fixture
+def device(cuda: VirtualCuda) -> Iterator[SharedDevice]:
+    device = SharedDevice(ResidencyConfig(), ppo_turns(reward_models=[], actor_scores_old=True))
+    for role in ("critic", "actor"):
+        device.add(_role(role, TRAINED))
+    device.add(_role("reference", (Kind.params,)))
+    cuda.empty_cache()
+    yield device
+    device.close()
+
+
+def _role(name: str, kinds: tuple[Kind, ...]) -> RoleResidency:
+    tensors = {kind: [torch.zeros(UNIT, dtype=torch.uint8) for _ in range(TENSORS)] for kind in kinds}
+    return RoleResidency(name, tensors, [], lambda: None)
+
+
+def _train(device: SharedDevice, cuda: VirtualCuda, role: str, seconds: float) -> tuple[float, float]:
+    """A training turn whose kernels are queued at once; (begin, end) of them."""
+    with device.turn(role, TRAINING, f"train_{role}"):
+        device.require(role, TRAINING, "training")
+        times = cuda.kernel(seconds, ACTIVATIONS)
+        device.roles[role].mark_changed(TRAINING)
+    return times
+
+
+def test_the_generator_finds_room_at_every_wake(device: SharedDevice, cuda: VirtualCuda) -> None:
+    generator: Any = Generator(cuda)
+    turns = EngineTurns(generator, device, RolloutConfig())
+    for _ in range(3):
+        with turns.generating():
+            assert cuda.reserved + GENERATOR <= cuda.total
+        _train(device, cuda, "critic", 1.0)
+        _train(device, cuda, "actor", 1.0)
+        with device.turn("actor", frozenset({Kind.params}), "weight_sync"):
+            turns.wake_for_sync()
+            assert cuda.reserved + WEIGHTS <= cuda.total
+        turns.sleep()
+    assert generator.wakes == ["all", "weights"] * 3
+
+
+def test_a_wake_without_room_says_what_the_device_holds(device: SharedDevice, cuda: VirtualCuda) -> None:
+    generator: Any = Generator(cuda)
+    cuda.total = GENERATOR // 2
+    with pytest.raises(
+        RunError, match=r"wake: no memory.*GiB are free on device 0; this rank holds .*gpu_memory_utilization"
+    ):
+        EngineTurns(generator, device, RolloutConfig()).wake()
+
+
+def test_what_comes_ahead_does_not_wait_for_queued_kernels(device: SharedDevice, cuda: VirtualCuda) -> None:
+    """A whole turn of kernels is queued when the next role's parameters begin to come in: they have come long before its end."""
+    _train(device, cuda, "critic", 1.0)  # both roles' bytes have a copy in host memory that is old
+    _train(device, cuda, "actor", 1.0)
+    device.settle()
+    cuda.waits.clear()
+    cuda.copies.clear()
+    long = 100 * TURN / COPY_RATE
+    cuda.total = 2 * TOTAL  # room for what comes ahead
+    device.limit = 2 * TURN
+    with device.turn("critic", frozenset({Kind.params}), "values", then={"actor": frozenset({Kind.params})}):
+        _, end = cuda.kernel(long)
+        device._wait(device.roles["actor"].blocks)
+    into_actor = [copy for copy in cuda.copies if copy.stream == "stream 1"]
+    assert into_actor and all(copy.end < end for copy in into_actor)
+    assert not [pair for pair in cuda.waits if pair[1] == "default"]
+
+
+def test_what_leaves_was_computed_before_it_is_copied(device: SharedDevice, cuda: VirtualCuda) -> None:
+    _, computed = _train(device, cuda, "critic", 5.0)
+    cuda.copies.clear()
+    _train(device, cuda, "actor", 1.0)
+    device.settle()
+    out = [copy for copy in cuda.copies if copy.stream == "stream 2"]
+    assert sum(copy.num_bytes for copy in out) >= 3 * TENSORS * UNIT  # gradients are not copied
+    assert all(copy.begin >= computed for copy in out)
