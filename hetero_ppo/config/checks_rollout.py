@@ -100,12 +100,12 @@ def check_megatron_engine(config: PpoConfig, world_size: int) -> None:
             "with rollout.engine=megatron the actor generates in its own layout, which is tensor and data parallelism alone; "
             "set it to 1, or rollout.engine to vllm",
         )
-    for field in ("num_servers", "tensor_parallel"):
+    for field, unset in (("num_servers", None), ("tensor_parallel", 1)):
         require(
-            vars(rollout)[field] == 1,
+            vars(rollout)[field] in (1, unset),
             f"rollout.{field}",
             vars(rollout)[field],
-            "rollout.engine=megatron has no servers, and divides the model as actor.parallel.tensor says; leave it at 1",
+            "rollout.engine=megatron has no servers, and divides the model as actor.parallel.tensor says; leave it out",
         )
     require(
         config.pipeline.chunk_size != 0,

@@ -310,21 +310,17 @@ def servers_of_nodes(rollout: RolloutConfig, world_size: int) -> list[int]:
     return [each + (node < rest) for node in range(nodes)]
 
 
-def weight_transfer(rollout: RolloutConfig, world_size: int, *, one_node: bool, cuda: bool) -> WeightTransfer:
-    """How weights get into the servers: what the config says, or for ``auto`` what the places allow.
+def weight_transfer(rollout: RolloutConfig, *, one_node: bool) -> WeightTransfer:
+    """Return how weights get into the servers: as the config says, or for ``auto`` as the places allow.
 
     Args:
-        rollout: its section.
-        world_size: ranks of the run.
-        one_node: all servers are on rank 0's node.
-        cuda: trainer and servers compute on GPUs.
+        rollout: Section of the config.
+        one_node: Whether all servers are on rank 0's node.
     """
     if rollout.weight_transfer is not WeightTransfer.auto:
         return rollout.weight_transfer
-    if not one_node:
-        return WeightTransfer.collective
-    shares_device = cuda and num_servers(rollout, world_size) == 1 and rollout.tensor_parallel == 1
-    return WeightTransfer.cuda_ipc if shares_device else WeightTransfer.shared_memory
+    # One GPU's server reads files too: cuda_ipc makes two more crossings between host and device, and a second file.
+    return WeightTransfer.shared_memory if one_node else WeightTransfer.collective
 
 
 def running_batch(rollout: RolloutConfig, world_size: int) -> int:

@@ -204,6 +204,7 @@ class RunConfig:
     seed: int = 42
     log_every: int = 1  # steps
     threads: int | None = None  # CPU threads per rank; None: cores / local ranks
+    deterministic: bool = True  # on CUDA: kernels and collectives that give the same bits twice; False: faster ones. A CPU always does
     tensorboard: bool = True
     wandb_project: str | None = None  # Weights & Biases, when installed
     timeout_minutes: float = 30.0  # deadline of a collective
@@ -264,7 +265,7 @@ class MismatchConfig:
 @dataclass
 class RolloutConfig:
     engine: RolloutEngineKind = RolloutEngineKind.vllm
-    num_servers: int | None = 1  # vLLM HTTP servers, dealt over the nodes; None: one for every tensor_parallel ranks
+    num_servers: int | None = None  # vLLM HTTP servers, dealt over the nodes; None: one for every tensor_parallel ranks
     interface: str | None = None  # network interface that nodes reach each other's servers by (eth0); None: the one to MASTER_ADDR
     dtype: Dtype | None = None  # engine dtype; None: the actor's
     max_num_seqs: int = 64  # running batch of one server; megatron: of one data-parallel rank of the actor

@@ -57,7 +57,7 @@ def plan_engine(
     dims, layers = actor.bridge.dims, actor.bridge.transformer.num_layers
     servers = num_servers(rollout, world_size)
     one_node = num_nodes == 1 or servers == 1
-    transfer = weight_transfer(rollout, world_size, one_node=one_node, cuda=device_bytes is not None)
+    transfer = weight_transfer(rollout, one_node=one_node)
     received = 0 if transfer is WeightTransfer.shared_memory else math.ceil(servers / num_nodes)
     return EnginePlan(
         awake=0 if device_bytes is None else int(rollout.gpu_memory_utilization * device_bytes),

@@ -116,7 +116,8 @@ class VllmEngine:
         self.max_model_len = max_model_len
         self.eos_token_ids = eos_token_ids
         self._cluster = cluster
-        self._num_here = config.num_servers if cluster is None else cluster.counts[cluster.node]
+        # A run has replaced null by a number (derived.num_servers); an engine without a run has one server.
+        self._num_here = (config.num_servers or 1) if cluster is None else cluster.counts[cluster.node]
         self._spec = server_spec(
             config,
             self._num_here,
@@ -128,7 +129,7 @@ class VllmEngine:
         )
         # Of this thread: start() may run in another one, whose current device is the first.
         self._device = torch.device("cuda", torch.cuda.current_device()) if self._spec.cuda else torch.device("cpu")
-        self._transfer = weight_transfer(config, 1, one_node=cluster is None, cuda=self._spec.cuda)
+        self._transfer = weight_transfer(config, one_node=cluster is None)
         self._log_dir = Path(run_dir).resolve() / "rollout"
         self._initial_version = initial_version
         self.last_sync: SyncStats | None = None  # None before the first sync

@@ -167,7 +167,7 @@ def begin_engine(
         return None
     if config.train.replay_rollouts is not None:
         return StartingEngine(ReplayEngine(Path(config.train.replay_rollouts), start + 1)).begin()
-    transfer = weight_transfer(config.rollout, run.world_size, one_node=cluster is None, cuda=platform.HAS_CUDA)
+    transfer = weight_transfer(config.rollout, one_node=cluster is None)
     run.say(f"weights get into the rollout servers by {transfer.value} (rollout.weight_transfer)")
     engine = VllmEngine(
         replace(config.rollout, num_servers=num_servers(config.rollout, run.world_size), weight_transfer=transfer),

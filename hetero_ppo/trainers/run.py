@@ -21,6 +21,7 @@ from hetero_ppo.errors import StoppedOnRequest
 from hetero_ppo.observability.watchdog import Watchdog
 from hetero_ppo.trainers.stopping import StopRequests
 from megatron_bridge import platform
+from megatron_bridge.platform.determinism import set_deterministic
 from megatron_bridge.layers import HAS_TRANSFORMER_ENGINE
 
 
@@ -73,6 +74,7 @@ def start_run(loaded: LoadedConfig, stop: StopRequests) -> Run:
         ValueError: the run folder cannot be written.
     """
     config: RunConfig = loaded.config.run
+    kept = set_deterministic(os.environ) if platform.HAS_CUDA and config.deterministic else {}
     initialise(config.timeout_minutes)
     threads = _set_threads(config)
     random.seed(config.seed)
@@ -92,6 +94,10 @@ def start_run(loaded: LoadedConfig, stop: StopRequests) -> Run:
         f"{loaded.kind} run in {run.dir}: {run.world_size} rank(s) on {platform.device().type}, "
         f"{threads} CPU thread(s) each, Megatron-Core with the {spec} layer spec"
     )
+    for name, value in kept.items():
+        run.say(f"warning: {name}={value} is set outside of the run: two runs may differ in bits (run.deterministic)")
+    if platform.HAS_CUDA and not config.deterministic:
+        run.say("run.deterministic=false: two runs may differ in bits, and so may a resumed one")
     dist.barrier()
     return run
 

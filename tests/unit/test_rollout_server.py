@@ -86,7 +86,7 @@ def test_server_threads(cores: int, servers: int, asked: int | None, threads: in
 
 
 def test_a_server_for_every_rank_or_as_many_as_asked_for() -> None:
-    assert [num_servers(RolloutConfig(num_servers=None, tensor_parallel=tp), 4) for tp in (1, 2, 4, 8)] == [4, 2, 1, 1]
+    assert [num_servers(RolloutConfig(tensor_parallel=tp), 4) for tp in (1, 2, 4, 8)] == [4, 2, 1, 1]
     assert num_servers(RolloutConfig(num_servers=3), 4) == 3
     config = RolloutConfig(num_servers=5, tensor_parallel=2)
     check_devices(config, 3, 6)
@@ -101,8 +101,8 @@ def test_servers_are_dealt_over_the_nodes(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     assert servers_of_nodes(RolloutConfig(num_servers=3), 8) == [3]
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert servers_of_nodes(RolloutConfig(), 8) == [1, 0, 0, 0]
-    assert servers_of_nodes(RolloutConfig(num_servers=None, tensor_parallel=2), 8) == [1, 1, 1, 1]
+    assert servers_of_nodes(RolloutConfig(num_servers=1), 8) == [1, 0, 0, 0]
+    assert servers_of_nodes(RolloutConfig(tensor_parallel=2), 8) == [1, 1, 1, 1]
     assert servers_of_nodes(RolloutConfig(num_servers=6), 8) == [2, 2, 1, 1]
     config = PpoConfig(rollout=RolloutConfig(num_servers=6, weight_transfer=WeightTransfer.shared_memory))
     with pytest.raises(ValueError, match="rollout.weight_transfer=shared_memory: .* and 4 of 6 are on other nodes; use auto"):
