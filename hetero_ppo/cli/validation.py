@@ -82,8 +82,7 @@ def _re_encoders(config: AnyConfig, encoder: TextEncoder, datasets: list[Dataset
     """A line for each reward model that reads texts anew; its template has been tried on the prompts."""
     if not isinstance(config, PpoConfig):
         return []
-    prompts = [example.messages for dataset in datasets for example in dataset.examples]
-    return [re_encoder.describe() for re_encoder in load_re_encoders(config, encoder, prompts).values()]
+    return [re_encoder.describe() for re_encoder in load_re_encoders(config, encoder, datasets).values()]
 
 
 def _loader(config: AnyConfig) -> Callable[..., Dataset]:
@@ -102,8 +101,8 @@ def _describe_encoder(encoder: TextEncoder) -> str:
     if encoder.template is not None:
         template = f"sha256 {encoder.template_hash[:12]}, {len(encoder.template)} characters"
     return (
-        f"tokenizer    {encoder.source}: {len(tokenizer)} tokens, end of sequence {tokenizer.eos_token!r} = "
-        f"{encoder.eos_token_id}\ntemplate     {template}"
+        f"tokenizer    {encoder.source}: {len(tokenizer)} tokens\n"
+        f"ends         {' or '.join(map(str, encoder.end_tokens))}\ntemplate     {template}"
     )
 
 
@@ -154,7 +153,8 @@ def _table(datasets: list[Dataset]) -> str:
         for line in lines
     ]
     unit = f"p50, p95, longest and limit ({datasets[0].report.limit_field}) in tokens"
-    return _indent("\n".join([*text, unit]))
+    notes = [note for dataset in datasets for note in dataset.report.notes]
+    return _indent("\n".join([*text, unit, *notes]))
 
 
 def sample_text(encoder: TextEncoder, example: SftExample | PreferenceExample | PromptExample) -> str:

@@ -190,6 +190,7 @@ class DataConfig:
     rejected_key: str = "rejected"
     label_key: str = "label"
     metadata_key: str = "metadata"
+    tools_key: str = "tools"  # tools that the messages may call, for the chat template: a list, or its JSON as text
     chat_template: str | None = None  # Jinja file that replaces the tokenizer's template
     apply_chat_template: bool = True  # False: prompt and answer are tokenised as they stand and concatenated
     max_prompt_tokens: int = 512
@@ -249,7 +250,7 @@ class SamplingConfig:
     top_k: int = -1  # -1: all
     max_tokens: int = 128  # response tokens
     ignore_eos: bool = False
-    stop_token_ids: list[int] = field(default_factory=list)  # beside the tokenizer's end-of-sequence token
+    stop_token_ids: list[int] = field(default_factory=list)  # beside those that end a sequence (tokenizer, config.json, generation_config.json)
     stop: list[str] = field(default_factory=list)  # texts; the token that completes one is the response's last
 
 

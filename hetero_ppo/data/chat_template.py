@@ -7,6 +7,8 @@ import hashlib
 import json
 import os
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import jinja2
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -15,7 +17,10 @@ from hetero_ppo.config.checks import read_model_config
 from hetero_ppo.config.derived import config_reward_models, config_roles
 from hetero_ppo.config.load import AnyConfig
 from hetero_ppo.config.schema import DataConfig, ModelConfig, PpoConfig, RewardRoleConfig
+from hetero_ppo.data.continuation import adds_prefix, encode_continuation
+from hetero_ppo.data.end_tokens import EndToken, find_end_tokens
 from hetero_ppo.data.reading import Message
+from hetero_ppo.data.tokenizer_checks import check_embedding_rows, check_end_tokens
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
@@ -27,8 +32,24 @@ class TextEncoder:
     tokenizer: PreTrainedTokenizerBase
     template: str | None  # Jinja source; None: prompts and answers are tokenised as they stand
     prefix_ids: list[int]  # what plain text starts with: the begin-of-sequence token where the tokenizer adds one
-    eos_token_id: int
+    eos_token_id: int  # what is written after an answer that the template does not end
     source: str  # tokenizer folder
+    end_tokens: tuple[EndToken, ...] = ()  # all that end a sequence
+
+    @property
+    def end_token_ids(self) -> list[int]:
+        """Ids that end a sequence, the tokenizer's own first."""
+        return list(dict.fromkeys([self.eos_token_id, *(token.token_id for token in self.end_tokens)]))
+
+    @cached_property
+    def written_end_ids(self) -> frozenset[int]:
+        """Those of them that a template may write to end an answer: not an ordinary token that a model's config names."""
+        added = self.tokenizer.added_tokens_decoder
+        return frozenset(token_id for token_id in self.end_token_ids if token_id == self.eos_token_id or token_id in added)
+
+    def describe_ends(self) -> str:
+        """One line: which tokens end a sequence, and where that is written."""
+        return f"a sequence ends with {' or '.join(map(str, self.end_tokens))}"
 
     @property
     def fingerprint(self) -> str:
@@ -45,24 +66,49 @@ class TextEncoder:
         """Folder, size and fingerprint."""
         return f"the tokenizer in {self.source} ({len(self.tokenizer)} tokens, sha256 {self.fingerprint[:12]})"
 
-    def render(self, messages: list[Message], add_generation_prompt: bool) -> str:
+    def render(
+        self, messages: list[Message], add_generation_prompt: bool, tools: list[dict[str, Any]] | None = None
+    ) -> str:
         """The template's text for ``messages``; with ``add_generation_prompt`` up to where an answer begins.
 
         Raises:
-            ValueError: the template refuses the messages.
+            ValueError: the template refuses the messages, or does not read the tools.
         """
+        assert self.template is not None
+        if tools is not None and "tools" not in self.template:
+            raise ValueError("the chat template does not read tools, so the model would not see them; set data.chat_template to one that does")
         try:
             text = self.tokenizer.apply_chat_template(
-                messages, chat_template=self.template, add_generation_prompt=add_generation_prompt, tokenize=False
+                messages,
+                tools=tools,
+                chat_template=self.template,
+                add_generation_prompt=add_generation_prompt,
+                tokenize=False,
             )
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, TypeError) as error:
             roles = ", ".join(message["role"] for message in messages)
             raise ValueError(f"the chat template does not take messages of the roles {roles}: {error}") from error
         return text
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Token ids of each text, nothing added before or after it."""
+        if not texts:
+            return []
         return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+
+    def encode_continuations(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of each text as a continuation of another one: without the space that a tokenizer puts before a beginning.
+
+        Raises:
+            ValueError: the tokenizer does not let the two be told apart.
+        """
+        if not self._adds_prefix:
+            return self.encode(texts)
+        return [encode_continuation(self.encode, text) for text in texts]
+
+    @cached_property
+    def _adds_prefix(self) -> bool:
+        return adds_prefix(self.encode)
 
     def decode(self, token_ids: list[int]) -> str:
         """Text of ``token_ids``, special tokens left out."""
@@ -105,7 +151,8 @@ def load_text_encoder(model: ModelConfig, data: DataConfig, role: str) -> TextEn
     template = _choose_template(tokenizer, data, folder)
     own_ids = tokenizer("")["input_ids"]
     prefix = [tokenizer.bos_token_id] if tokenizer.bos_token_id in own_ids else []
-    return TextEncoder(tokenizer, template, prefix, tokenizer.eos_token_id, folder)
+    ends = find_end_tokens(tokenizer, model.path)
+    return TextEncoder(tokenizer, template, prefix, tokenizer.eos_token_id, folder, ends)
 
 
 def load_reward_encoder(role: RewardRoleConfig, data: DataConfig, name: str) -> TextEncoder:
@@ -156,7 +203,7 @@ def check_tokenizers(config: AnyConfig) -> None:
     model may have texts encoded anew instead (``re_encode``).
 
     Raises:
-        ValueError: fewer embedding rows than tokens; another vocabulary, end-of-sequence token, or template of a reward model; or
+        ValueError: a token id, or one that ends a sequence, that has no embedding row; another vocabulary, end-of-sequence token, or template of a reward model; or
             texts would be encoded anew for no reason.
     """
     if isinstance(config, PpoConfig):
@@ -165,17 +212,14 @@ def check_tokenizers(config: AnyConfig) -> None:
     policy_name = next(iter(roles))  # the actor; the reward model in a reward-model run
     policy_folder = tokenizer_folder(roles[policy_name].model)
     policy = load_tokenizer(policy_folder, f"{policy_name}.model.path")
+    check_end_tokens(config, policy, policy_name)
     for name, role in roles.items():
         field = f"{name}.model.path"
         folder = tokenizer_folder(role.model)
         re_encodes = isinstance(role, RewardRoleConfig) and role.re_encode is not None
         reader, source = (load_tokenizer(folder, field), folder) if re_encodes else (policy, policy_folder)
         rows = read_model_config(field, role.model.path)["vocab_size"]
-        if len(reader) > rows:
-            raise ValueError(
-                f"{field}={role.model.path}: the model has {rows} embedding rows and the tokenizer in {source} "
-                f"{len(reader)} tokens; use the tokenizer that belongs to the model"
-            )
+        check_embedding_rows(reader, source, f"{field}={role.model.path}", rows)
         if not re_encodes and not _same_folder(folder, policy_folder):
             _check_same_vocabulary(policy, policy_folder, load_tokenizer(folder, field), folder, name)
 

@@ -1,18 +1,22 @@
 """Prompts with answers -> one token sequence that knows which of its tokens are answers.
 
-With a chat template the conversation is rendered again and again: up to where each answer begins, and through its end.
-The token ids of each of these have to be a prefix of the whole conversation's. This makes the masks exact to the token,
-and guarantees that the prompt ids of training are those that generation starts from. A template that rewrites earlier
-turns, or a tokenizer that merges over the border of a turn, is an error and not a mask that is off by a few tokens.
+With a chat template the conversation is rendered again and again: up to where each answer begins, and through its end. Each of
+these texts has to be the beginning of the next one, or where an answer is cannot be told. Token ids grow from text to text: the
+ids of the longer text where they begin with those of the shorter one, and otherwise the ids so far with those of the rest behind
+them. So no token lies over the border of an answer, as in generation, where a model's tokens come after the prompt's. The
+ids of a prompt depend on its own messages alone: SFT, preference pairs, PPO and reward models that read texts again all take
+the same steps, and agree.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from hetero_ppo.data.chat_template import TextEncoder
-from hetero_ppo.data.reading import Message, Row, excerpt
+from hetero_ppo.data.excerpts import excerpt
+from hetero_ppo.data.reading import TURN_KEYS, Message, Row, is_learned
 from hetero_ppo.types import Messages
 
 
@@ -33,14 +37,16 @@ class Conversation:
     field: str  # for error messages
     messages: list[Message]
     first_answer: int  # index into messages; earlier assistant messages belong to the prompt
+    not_learned: frozenset[int] = frozenset()  # indices of answers that take no part in the loss
+    tools: list[dict[str, Any]] | None = None
 
 
 @dataclass(frozen=True)
 class EncodedSequence:
-    """Token ids that end with the end-of-sequence token."""
+    """Token ids that end with a token that ends a sequence."""
 
     token_ids: list[int]
-    answer_spans: list[tuple[int, int]]  # [start, end) of each answer, its end-of-sequence token included
+    answer_spans: list[tuple[int, int]]  # [start, end) of each answer that is learned, its end-of-sequence token included
 
     @property
     def prompt_length(self) -> int:
@@ -48,35 +54,108 @@ class EncodedSequence:
         return self.answer_spans[0][0]
 
 
-def conversation(row: Row, field: str, messages: list[Message], first_answer: int) -> Conversation:
+@dataclass(frozen=True)
+class Cut:
+    """A place in the text of a conversation where tokens begin anew: an answer's beginning or its end."""
+
+    text: str  # all that is before it
+    answer: int | None = None  # index of the message whose answer begins here
+    ends: int | None = None  # index of the message whose answer ends here
+
+
+@dataclass
+class GrowingIds:
+    """Token ids of a text that becomes longer and longer."""
+
+    encoder: TextEncoder
+    text: str = ""
+    ids: list[int] = field(default_factory=list)
+
+    def extend(self, text: str, whole_ids: list[int]) -> None:
+        """Go on to ``text``, which begins with the present one.
+
+        Args:
+            text: Longer text.
+            whole_ids: Its token ids as one text.
+        """
+        if whole_ids[: len(self.ids)] == self.ids:
+            self.ids = whole_ids
+        else:
+            self.ids = self.ids + self.encoder.encode_continuations([text[len(self.text) :]])[0]
+        self.text = text
+
+
+def conversation(
+    row: Row, field: str, messages: list[Message], first_answer: int, tools: list[dict[str, Any]] | None = None
+) -> Conversation:
     """Check that there is an answer to learn from.
 
     Raises:
-        ValueError: the last message is not the assistant's, or nothing comes before the first answer.
+        ValueError: the last message is not the assistant's, nothing comes before the first answer, or no answer is in the loss.
     """
     if messages[-1]["role"] != "assistant":
         raise row.error(field, f"the last message has to be the assistant's, it is the {messages[-1]['role']}'s")
     if messages[0]["role"] == "assistant":
         raise row.error(field, "the first message is the assistant's; an answer needs a prompt before it")
-    return Conversation(row, field, messages, first_answer)
+    answers = [place for place in range(first_answer, len(messages)) if messages[place]["role"] == "assistant"]
+    not_learned = frozenset(place for place in answers if not is_learned(messages[place]))
+    if len(not_learned) == len(answers):
+        raise row.error(field, "every answer has weight 0 or train false, so there is nothing to learn; leave the row out")
+    shown = [{key: value for key, value in message.items() if key not in TURN_KEYS} for message in messages]
+    return Conversation(row, field, shown, first_answer, not_learned, tools)
 
 
 def encode_sequences(encoder: TextEncoder, items: Sequence[PlainPair | Conversation]) -> list[EncodedSequence]:
-    """Token ids and answer spans of each item, in one call of the tokenizer.
+    """Token ids and answer spans of each item, in few calls of the tokenizer.
 
     Raises:
         ValueError: names the row whose rendering is not a prefix of the whole, or that the template refuses.
     """
-    texts_of = [_texts(encoder, item) for item in items]
-    ids = iter(encoder.encode([text for texts in texts_of for text in texts]))
+    pairs = iter(_encode_pairs(encoder, [item for item in items if isinstance(item, PlainPair)]))
+    cuts_of = [[] if isinstance(item, PlainPair) else _cuts_of_row(encoder, item) for item in items]
+    ids = iter(encoder.encode([cut.text for cuts in cuts_of for cut in cuts]))
     encoded = []
-    for item, texts in zip(items, texts_of, strict=True):
-        pieces = [next(ids) for _ in texts]
+    for item, cuts in zip(items, cuts_of, strict=True):
         if isinstance(item, PlainPair):
-            encoded.append(_encode_pair(encoder, pieces[0], pieces[1]))
+            sequence = next(pairs)
         else:
-            encoded.append(_encode_conversation(encoder, item, texts, pieces))
+            sequence = _encode_conversation(encoder, item, cuts, [next(ids) for _ in cuts])
+        check_begin(encoder, item.row, sequence.token_ids)
+        encoded.append(sequence)
     return encoded
+
+
+@dataclass(frozen=True)
+class Context:
+    """Messages up to where a model answers."""
+
+    row: Row
+    field: str  # for error messages
+    messages: list[Message]
+    tools: list[dict[str, Any]] | None = None
+
+
+def encode_contexts(encoder: TextEncoder, items: Sequence[Context]) -> list[list[int]]:
+    """Token ids of prompts up to where the answer begins, in one call of the tokenizer.
+
+    Raises:
+        ValueError: names the row whose messages the template refuses.
+    """
+    cuts_of = []
+    for item in items:
+        try:
+            cuts_of.append(_cuts(encoder, item.messages, item.tools, None))
+        except ValueError as error:
+            raise item.row.error(item.field, str(error)) from error
+    ids = iter(encoder.encode([cut.text for cuts in cuts_of for cut in cuts]))
+    contexts = []
+    for item, cuts in zip(items, cuts_of, strict=True):
+        try:
+            contexts.append(_grow(encoder, cuts, [next(ids) for _ in cuts])[-1])
+        except ValueError as error:
+            raise item.row.error(item.field, str(error)) from error
+        check_begin(encoder, item.row, contexts[-1])
+    return contexts
 
 
 def encode_responses(
@@ -94,91 +173,177 @@ def encode_responses(
     Raises:
         ValueError: the template refuses the messages.
     """
-    texts = []
-    for messages, prompt, response, _ in items:
-        if encoder.template is None:
-            texts += [prompt, response]
-            continue
-        assert messages is not None, "prompts of a run with a template have messages"
-        answered = [*messages, {"role": "assistant", "content": response}]
-        texts.append(encoder.render(messages, add_generation_prompt=True))
-        texts.append(encoder.render(answered, add_generation_prompt=False))
-    encoded = iter(encoder.encode(texts))
-    sequences = []
-    for *_, finished in items:
-        before, whole = next(encoded), next(encoded)
-        if encoder.template is None:
-            ids = [*encoder.prefix_ids, *before, *whole]
-        else:
-            # Of a tokenizer that merges over the border fewer ids are alike; where the answer ends is known all the same.
-            start = next((n for n, (a, b) in enumerate(zip(before, whole)) if a != b), min(len(before), len(whole)))
-            end = _answer_end(encoder, whole, start)
-            ids = whole[: end - 1] if end > start and whole[end - 1] == encoder.eos_token_id else whole[:end]
-        sequences.append([*ids, encoder.eos_token_id] if finished else ids)
+    if encoder.template is None:
+        befores = encoder.encode([prompt for _, prompt, _, _ in items])
+        afters = encoder.encode_continuations([response for _, _, response, _ in items])
+        return [
+            [*encoder.prefix_ids, *before, *after, *([encoder.eos_token_id] if finished else [])]
+            for (*_, finished), before, after in zip(items, befores, afters, strict=True)
+        ]
+    ends, sequences = encoder.written_end_ids, []
+    for (*_, finished), (before, after) in zip(items, _render_responses(encoder, items), strict=True):
+        end = _answer_end(ends, after, 0)
+        ended = end > 0 and after[end - 1] in ends
+        ids = [*before, *(after[: end - 1] if ended else after[:end])]
+        sequences.append([*ids, after[end - 1] if ended else encoder.eos_token_id] if finished else ids)
     return sequences
 
 
-def _texts(encoder: TextEncoder, item: PlainPair | Conversation) -> list[str]:
-    """Plain: prompt, answer. Conversation: for each answer the text before it and the text through it."""
-    if isinstance(item, PlainPair):
-        return [item.prompt, item.answer]
+def _render_responses(
+    encoder: TextEncoder, items: Sequence[tuple[Messages | None, str, str, bool]]
+) -> list[tuple[list[int], list[int]]]:
+    """(ids before the response, ids of the response and of what the template writes after it)."""
+    cuts_of = []
+    for messages, _, response, _ in items:
+        assert messages is not None, "prompts of a run with a template have messages"
+        answered = [*messages, {"role": "assistant", "content": response}]
+        cuts_of.append(_cuts(encoder, answered, None, len(messages)))
+    ids = iter(encoder.encode([cut.text for cuts in cuts_of for cut in cuts]))
+    pairs = []
+    for cuts in cuts_of:
+        pieces = [next(ids) for _ in cuts]
+        if cuts[-1].text.startswith(cuts[-2].text):
+            *_, before, whole = _grow(encoder, cuts, pieces)
+            pairs.append((before, whole[len(before) :]))
+        else:  # the template writes the prompt otherwise once an answer follows, which begins where the two part
+            before, whole = pieces[-2:]
+            start = next((n for n, (a, b) in enumerate(zip(before, whole)) if a != b), min(len(before), len(whole)))
+            pairs.append((whole[:start], whole[start:]))
+    return pairs
+
+
+def check_begin(encoder: TextEncoder, row: Row, token_ids: list[int]) -> None:
+    """Raise ValueError where a sequence has two begin-of-sequence tokens: the template's, or the text's, and the tokenizer's."""
+    bos = encoder.tokenizer.bos_token_id
+    if bos is not None and token_ids[:2] == [bos, bos]:
+        raise ValueError(
+            f"{row.place}: the sequence begins with {encoder.tokenizer.bos_token!r} twice; take it out of the text, or let the "
+            "template write it once"
+        )
+
+
+def _cuts_of_row(encoder: TextEncoder, item: Conversation) -> list[Cut]:
+    """The cuts of a conversation whose learned answers can all be told.
+
+    Raises:
+        ValueError: the template refuses the messages, or writes them otherwise once later ones follow.
+    """
     try:
-        return list(_renderings(encoder, item))
+        cuts = _cuts(encoder, item.messages, item.tools, item.first_answer)
     except ValueError as error:
         raise item.row.error(item.field, str(error)) from error
+    whole = cuts[-1].text
+    for cut in cuts:
+        if not whole.startswith(cut.text):
+            raise item.row.error(
+                item.field,
+                "where an answer begins and ends cannot be told from the chat template's text: the template writes earlier turns "
+                f"differently once later ones follow (it wrote {excerpt(cut.text[-60:])!r}); set data.chat_template to one that keeps "
+                "them as they are",
+            )
+    return cuts
 
 
-def _renderings(encoder: TextEncoder, item: Conversation) -> Iterator[str]:
-    for position in range(item.first_answer, len(item.messages)):
-        if item.messages[position]["role"] == "assistant":
-            yield encoder.render(item.messages[:position], add_generation_prompt=True)
-            yield encoder.render(item.messages[: position + 1], add_generation_prompt=False)
+def _cuts(
+    encoder: TextEncoder, messages: Messages, tools: list[dict[str, Any]] | None, first_answer: int | None
+) -> list[Cut]:
+    """Where answers begin and end, in order; the last one is the end of the whole text.
+
+    Args:
+        encoder: Whose template renders.
+        messages: A conversation that ends with an answer, or a prompt.
+        tools: What the messages may call.
+        first_answer: Index of the first message that is an answer. Cuts of earlier ones are left out where the template writes
+            these otherwise later. None: all messages are a prompt.
+    """
+    found = list(_renderings(encoder, messages, tools, first_answer))
+    if first_answer is None:
+        context = found[-1].text
+    else:
+        context = next(cut.text for cut in found if cut.answer is not None and cut.answer >= first_answer)
+    cuts = []
+    for cut in found:
+        place = cut.answer if cut.answer is not None else cut.ends
+        of_prompt = place is not None and (first_answer is None or place < first_answer)
+        if not of_prompt or context.startswith(cut.text):
+            cuts.append(cut)
+    return cuts
 
 
-def _encode_pair(encoder: TextEncoder, prompt_ids: list[int], answer_ids: list[int]) -> EncodedSequence:
-    prompt_ids = encoder.prefix_ids + prompt_ids
-    token_ids = prompt_ids + answer_ids + [encoder.eos_token_id]
-    return EncodedSequence(token_ids, [(len(prompt_ids), len(token_ids))])
+def _renderings(
+    encoder: TextEncoder, messages: Messages, tools: list[dict[str, Any]] | None, first_answer: int | None
+) -> Iterator[Cut]:
+    for place, message in enumerate(messages):
+        if message["role"] != "assistant" or place == 0:
+            continue
+        try:
+            before = encoder.render(messages[:place], True, tools)
+            through = encoder.render(messages[: place + 1], False, tools)
+        except ValueError:
+            if first_answer is not None and place >= first_answer:
+                raise
+            continue  # the template takes the whole prompt, and not this part of it
+        yield Cut(before, answer=place)
+        yield Cut(through, ends=place)
+    if first_answer is None:
+        yield Cut(encoder.render(messages, True, tools))
+
+
+def _grow(encoder: TextEncoder, cuts: Sequence[Cut], pieces: Sequence[list[int]]) -> list[list[int]]:
+    """The ids before every cut; each begins with the one before it."""
+    growing, grown = GrowingIds(encoder), []
+    for cut, ids in zip(cuts, pieces, strict=True):
+        growing.extend(cut.text, ids)
+        grown.append(growing.ids)
+    return grown
+
+
+def _encode_pairs(encoder: TextEncoder, items: Sequence[PlainPair]) -> list[EncodedSequence]:
+    prompts = encoder.encode([item.prompt for item in items])
+    wholes = iter(encoder.encode([item.answer for item in items if not item.prompt]))
+    try:
+        answers = iter(encoder.encode_continuations([item.answer for item in items if item.prompt]))
+    except ValueError as error:
+        raise ValueError(f"{items[0].row.path}: {error}") from error
+    encoded = []
+    for item, prompt in zip(items, prompts, strict=True):
+        answer = next(answers) if item.prompt else next(wholes)
+        ended = bool(answer) and answer[-1] in encoder.written_end_ids
+        prompt_ids = encoder.prefix_ids + prompt
+        token_ids = prompt_ids + answer + ([] if ended else [encoder.eos_token_id])
+        encoded.append(EncodedSequence(token_ids, [(len(prompt_ids), len(token_ids))]))
+    return encoded
 
 
 def _encode_conversation(
-    encoder: TextEncoder, item: Conversation, texts: list[str], pieces: list[list[int]]
+    encoder: TextEncoder, item: Conversation, cuts: list[Cut], pieces: list[list[int]]
 ) -> EncodedSequence:
-    whole = pieces[-1]
-    for text, piece in zip(texts, pieces, strict=True):
-        if whole[: len(piece)] != piece:
-            raise _not_a_prefix(item, texts[-1], text)
-    spans = []
-    for before, through in zip(pieces[::2], pieces[1::2], strict=True):
-        spans.append((len(before), _answer_end(encoder, through, len(before))))
-    start, end = spans[-1]
+    try:
+        grown = _grow(encoder, cuts, pieces)
+    except ValueError as error:
+        raise item.row.error(item.field, str(error)) from error
+    ends = encoder.written_end_ids
+    starts = {cut.answer: len(ids) for cut, ids in zip(cuts, grown, strict=True) if cut.answer is not None}
+    spans = {}
+    for cut, ids in zip(cuts, grown, strict=True):
+        if cut.ends is not None and cut.ends >= item.first_answer:
+            spans[cut.ends] = (starts[cut.ends], _answer_end(ends, ids, starts[cut.ends]))
+    last = max(spans)
+    start, end = spans[last]
     # what a template writes after the end-of-sequence token (ChatML: a line break) is never generated
-    token_ids = whole[:end]
-    if token_ids[-1] != encoder.eos_token_id:
+    token_ids = grown[-1][:end]
+    if token_ids[-1] not in ends:
         token_ids = token_ids + [encoder.eos_token_id]
-    spans[-1] = (start, len(token_ids))
-    return EncodedSequence(token_ids, spans)
+    spans[last] = (start, len(token_ids))
+    learned = [span for place, span in sorted(spans.items()) if place not in item.not_learned]
+    if any(start == end for start, end in learned):
+        raise item.row.error(item.field, "the chat template writes nothing for an answer, so there is nothing to learn from it")
+    return EncodedSequence(token_ids, learned)
 
 
-def _answer_end(encoder: TextEncoder, ids: list[int], start: int) -> int:
+def _answer_end(ends: set[int], ids: list[int], start: int) -> int:
     """One past the answer's end-of-sequence token; the end of ``ids`` where the template writes none."""
     for position in range(len(ids) - 1, start - 1, -1):
-        if ids[position] == encoder.eos_token_id:
+        if ids[position] in ends:
             return position + 1
     return len(ids)
-
-
-def _not_a_prefix(item: Conversation, whole: str, part: str) -> ValueError:
-    if whole.startswith(part):
-        cause = (
-            f"the tokenizer merges over the border after {part[-20:]!r}; end each turn of the template with a special "
-            "token or white space"
-        )
-    else:
-        cause = (
-            f"the template writes earlier turns differently once later ones follow (it wrote {excerpt(part[-60:])!r}); "
-            "set data.chat_template to one that keeps them as they are"
-        )
-    return item.row.error(
-        item.field, f"where an answer begins and ends cannot be told from the chat template's tokens: {cause}"
-    )

@@ -9,9 +9,13 @@ from hetero_ppo.config.schema import DataConfig
 from hetero_ppo.data.chat_template import TextEncoder
 from hetero_ppo.data.conversation import Conversation, PlainPair, conversation, encode_sequences
 from hetero_ppo.data.dataset import Dataset, encode_in_blocks, make_dataset
-from hetero_ppo.data.prompts import prompt_messages
-from hetero_ppo.data.reading import Message, Row, read_rows
+from hetero_ppo.data.file_notes import file_notes
+from hetero_ppo.data.prompts import prompt_messages, refuse_tools
+from hetero_ppo.data.reading import Message, Row, iter_rows
 from hetero_ppo.data.sft import answer_messages
+
+#: Options that name the fields of a row.
+KEYS = ("prompt_key", "chosen_key", "rejected_key", "tools_key")
 
 
 @dataclass(frozen=True)
@@ -55,17 +59,19 @@ def load_preferences(path: str, data: DataConfig, encoder: TextEncoder) -> Datas
 
     return make_dataset(
         path,
-        encode_in_blocks(read_rows(path), encode),
+        encode_in_blocks(path, iter_rows(path), encode),
         data.max_sequence_tokens,
         "data.max_sequence_tokens",
         data.overlong_prompts,
         lambda example: example.chosen_ids == example.rejected_ids,
+        lambda facts: file_notes(facts, data, KEYS, encoder.template),
     )
 
 
 def _pair(row: Row, data: DataConfig, with_template: bool) -> list[PlainPair | Conversation]:
     fields = (data.chosen_key, data.rejected_key)
     if not with_template:
+        refuse_tools(row, data)
         prompt = row.text(data.prompt_key) if row.has(data.prompt_key) else ""
         return [PlainPair(row, prompt, row.text(field)) for field in fields]
     answers = [answer_messages(row, field) for field in fields]
@@ -74,6 +80,7 @@ def _pair(row: Row, data: DataConfig, with_template: bool) -> list[PlainPair | C
     else:
         prompt_of = [_common_prompt(row, data, answers)] * 2
     items = []
+    tools = row.tools(data.tools_key)
     for field, prompt, answer in zip(fields, prompt_of, answers, strict=True):
         if answer[0]["role"] != "assistant":
             if answer[: len(prompt)] != prompt:
@@ -81,7 +88,7 @@ def _pair(row: Row, data: DataConfig, with_template: bool) -> list[PlainPair | C
             answer = answer[len(prompt) :]
         if not answer or answer[0]["role"] != "assistant":
             raise row.error(field, "what follows the prompt has to begin with an assistant message")
-        items.append(conversation(row, field, prompt + answer, len(prompt)))
+        items.append(conversation(row, field, prompt + answer, len(prompt), tools))
     return items
 
 

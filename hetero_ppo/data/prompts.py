@@ -8,8 +8,13 @@ from typing import Any
 
 from hetero_ppo.config.schema import DataConfig
 from hetero_ppo.data.chat_template import TextEncoder
+from hetero_ppo.data.conversation import Context, check_begin, encode_contexts
 from hetero_ppo.data.dataset import Dataset, encode_in_blocks, make_dataset
-from hetero_ppo.data.reading import Message, Row, read_rows
+from hetero_ppo.data.file_notes import LabelTypes, file_notes
+from hetero_ppo.data.reading import Message, Row, iter_rows
+
+#: Options that name the fields of a row.
+KEYS = ("prompt_key", "messages_key", "tools_key", "label_key", "metadata_key")
 
 
 @dataclass(frozen=True)
@@ -22,6 +27,7 @@ class PromptExample:
     label: Any  # whatever the label key holds, or None
     metadata: dict[str, Any]
     index: int  # row of the file, from 0; it stays the same when other rows are left out
+    tools: list[dict[str, Any]] | None = None  # what the messages may call
 
     @property
     def num_tokens(self) -> int:
@@ -40,45 +46,62 @@ def load_prompts(path: str, data: DataConfig, encoder: TextEncoder) -> Dataset[P
     Raises:
         FileNotFoundError, ValueError: names file, line and field.
     """
-    rows = read_rows(path)
-    index_of = {row.number: index for index, row in enumerate(rows)}
+    labels = LabelTypes(data)
 
     def encode(block: Sequence[Row]) -> list[PromptExample]:
-        ids = encoder.encode([_prompt_text(row, data, encoder) for row in block])
-        prefix = encoder.prefix_ids if encoder.template is None else []
-        return [
-            PromptExample(
-                prefix + prompt_ids,
-                _question(row, data),
-                None if encoder.template is None else prompt_messages(row, prompt_field(row, data)),
-                row.values.get(data.label_key),
-                _metadata(row, data),
-                index_of[row.number],
-            )
-            for row, prompt_ids in zip(block, ids, strict=True)
-        ]
+        ids = _encode_prompts(block, data, encoder)
+        examples = [_example(row, data, encoder, prompt_ids) for row, prompt_ids in zip(block, ids, strict=True)]
+        labels.add(example.label for example in examples)
+        return examples
 
     return make_dataset(
         path,
-        encode_in_blocks(rows, encode),
+        encode_in_blocks(path, iter_rows(path), encode),
         data.max_prompt_tokens,
         "data.max_prompt_tokens",
         data.overlong_prompts,
         lambda example: False,
+        lambda facts: [*labels.notes(facts), *file_notes(facts, data, KEYS, encoder.template)],
     )
 
 
-def _prompt_text(row: Row, data: DataConfig, encoder: TextEncoder) -> str:
-    field = prompt_field(row, data)
+def _example(row: Row, data: DataConfig, encoder: TextEncoder, prompt_ids: list[int]) -> PromptExample:
+    messages = None if encoder.template is None else prompt_messages(row, prompt_field(row, data))
+    return PromptExample(
+        prompt_ids,
+        _question(row, data),
+        messages,
+        row.get(data.label_key),
+        _metadata(row, data),
+        row.index,
+        None if messages is None else row.tools(data.tools_key),
+    )
+
+
+def _encode_prompts(block: Sequence[Row], data: DataConfig, encoder: TextEncoder) -> list[list[int]]:
     if encoder.template is None:
-        return row.text(field)
+        for row in block:
+            refuse_tools(row, data)
+        ids = encoder.encode([row.text(prompt_field(row, data)) for row in block])
+        ids = [encoder.prefix_ids + prompt_ids for prompt_ids in ids]
+        for row, prompt_ids in zip(block, ids, strict=True):
+            check_begin(encoder, row, prompt_ids)
+        return ids
+    return encode_contexts(encoder, [_context(row, data) for row in block])
+
+
+def _context(row: Row, data: DataConfig) -> Context:
+    field = prompt_field(row, data)
     messages = prompt_messages(row, field)
     if messages[-1]["role"] == "assistant":
         raise row.error(field, "the last message is the assistant's; a prompt ends with what the model has to answer")
-    try:
-        return encoder.render(messages, add_generation_prompt=True)
-    except ValueError as error:
-        raise row.error(field, str(error)) from error
+    return Context(row, field, messages, row.tools(data.tools_key))
+
+
+def refuse_tools(row: Row, data: DataConfig) -> None:
+    """Raise ValueError where a row of a run without a template has tools."""
+    if row.tools(data.tools_key) is not None:
+        raise row.error(data.tools_key, "tools are written by a chat template, and data.apply_chat_template is false")
 
 
 def _question(row: Row, data: DataConfig) -> str:

@@ -2,28 +2,56 @@
 
 from __future__ import annotations
 
-import json
-import os
-from dataclasses import dataclass
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
-import pyarrow
-import pyarrow.parquet
+from hetero_ppo.data.excerpts import excerpt
+from hetero_ppo.data.files import read_objects
+from hetero_ppo.data.strict_json import parse_json
 
 #: One chat message: ``role``, ``content``, and whatever else the template reads.
 Message = dict[str, Any]
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
+#: Roles whose messages may be empty: a tool may have found nothing.
+MAY_BE_EMPTY = ("system", "developer", "tool")
+#: Keys of a message that say whether SFT learns from it.
+TURN_KEYS = ("weight", "train")
+#: Keys that other trainers read for the same purpose.
+FOREIGN_TURN_KEYS = ("training", "loss", "loss_weight", "loss_mask", "mask")
 
-#: Characters of a bad value that an error shows.
-EXCERPT_LENGTH = 60
 
+@dataclass
+class FileFacts:
+    """What was seen of a file while its rows were used."""
 
-def excerpt(value: object) -> str:
-    """The start of ``value`` on one line."""
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    text = " ".join(text.split())
-    return text if len(text) <= EXCERPT_LENGTH else text[: EXCERPT_LENGTH - 3] + "..."
+    path: str
+    num_rows: int = 0
+    columns: Counter[str] = field(default_factory=Counter)  # key -> rows in which it is not null; nested keys with dots
+    found: set[str] = field(default_factory=set)  # fields that a row had when it was asked for them
+    message_keys: set[str] = field(default_factory=set)  # of all messages that were used, beside role and content
+
+    def add(self, values: dict[str, Any]) -> None:
+        """Count a row and its keys."""
+        self.num_rows += 1
+        self.columns.update(key for key, value in values.items() if value is not None)
+        for key, value in values.items():
+            if isinstance(value, dict):
+                self.columns.update(f"{key}.{inner}" for inner, item in value.items() if item is not None)
+
+    @property
+    def unread_columns(self) -> list[str]:
+        """Top-level keys that some row has and nothing has asked for."""
+        read = {name for found in self.found for name in (found, found.partition(".")[0])}
+        return sorted(key for key in self.columns if "." not in key and key not in read)
+
+    def known_keys(self, limit: int = 12) -> str:
+        """The keys that rows have, for error messages."""
+        keys = sorted(self.columns)
+        return ", ".join(keys[:limit]) + (f" and {len(keys) - limit} more" if len(keys) > limit else "") or "none"
 
 
 @dataclass(frozen=True)
@@ -33,6 +61,8 @@ class Row:
     path: str
     number: int  # line of a JSONL file, row of a parquet file; both from 1
     values: dict[str, Any]
+    facts: FileFacts | None = None  # of its file
+    index: int = 0  # of all rows of the file, from 0
 
     @property
     def place(self) -> str:
@@ -42,9 +72,39 @@ class Row:
         """The error to raise about one field of this row."""
         return ValueError(f"{self.place}, field {field!r}: {problem}")
 
+    def get(self, field: str) -> Any:
+        """Return the field, or None where it is missing or null. ``a.b`` is the key b of the object a, unless there is a key a.b.
+
+        Raises:
+            ValueError: a value that JSON does not have.
+        """
+        value: Any = self.values.get(field)
+        if field not in self.values:
+            value = self.values
+            for name in field.split("."):
+                value = value.get(name) if isinstance(value, dict) else None
+        if value is not None:
+            if self.facts is not None:
+                self.facts.found.add(field)
+            if not isinstance(value, str) and self.path.endswith(".parquet"):
+                self._check_is_json(field, value)
+        return value
+
+    def _check_is_json(self, field: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for key, item in value.items():
+                self._check_is_json(f"{field}.{key}", item)
+        elif isinstance(value, list):
+            for position, item in enumerate(value):
+                self._check_is_json(f"{field}[{position}]", item)
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise self.error(field, f"is {value}; a missing value has to be null")
+        elif not isinstance(value, (str, int, float, bool, type(None))):
+            raise self.error(field, f"is of the type {type(value).__name__}, which JSON does not have; store text or a number")
+
     def has(self, field: str) -> bool:
         """Whether the field is there; null, and what parquet stores for a missing value, is not."""
-        return self.values.get(field) is not None
+        return self.get(field) is not None
 
     def value(self, field: str) -> Any:
         """The field.
@@ -52,11 +112,12 @@ class Row:
         Raises:
             ValueError: missing or null.
         """
-        if not self.has(field):
+        value = self.get(field)
+        if value is None:
             problem = "is null" if field in self.values else "is missing"
             fields = ", ".join(self.values) or "none"
             raise self.error(field, f"{problem}; the row has: {fields} (data.*_key says which field is which)")
-        return self.values[field]
+        return value
 
     def text(self, field: str) -> str:
         """A string with something in it.
@@ -71,8 +132,30 @@ class Row:
             raise self.error(field, f"is empty: {value!r}")
         return value
 
-    def messages(self, field: str) -> list[Message]:
-        """A list of chat messages, each with a known role and non-empty text.
+    def tools(self, field: str) -> list[dict[str, Any]] | None:
+        """The tools that the messages may call: a list of objects, or its JSON as text; None without any.
+
+        Raises:
+            ValueError: anything else.
+        """
+        value = self.get(field)
+        if isinstance(value, str):
+            try:
+                value = parse_json(value) if value.strip() else None
+            except ValueError as error:
+                raise self.error(field, str(error)) from error
+        if value is None or value == []:
+            return None
+        if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+            raise self.error(field, f"expected a list of tools, each an object (JSON schema), got {excerpt(value)}")
+        return value
+
+    def messages(self, field: str, *, with_turn_keys: bool = False) -> list[Message]:
+        """A list of chat messages, each with a known role and text.
+
+        Args:
+            field: Key of the list.
+            with_turn_keys: Whether messages may say if SFT learns from them (``TURN_KEYS``).
 
         Raises:
             ValueError: anything else.
@@ -80,76 +163,68 @@ class Row:
         value = self.value(field)
         if not isinstance(value, list) or not value:
             raise self.error(field, f"expected a list of messages, got {type(value).__name__}: {excerpt(value)}")
-        return [self._message(field, position, message) for position, message in enumerate(value)]
+        return [self._message(field, position, message, with_turn_keys) for position, message in enumerate(value)]
 
-    def _message(self, field: str, position: int, message: Any) -> Message:
+    def _message(self, field: str, position: int, message: Any, with_turn_keys: bool) -> Message:
         name = f"{field}[{position}]"
         if not isinstance(message, dict):
             raise self.error(name, f"expected an object with role and content, got {excerpt(message)}")
+        # parquet gives every message of a column the same keys, null where a message has none
+        message = {key: item for key, item in message.items() if item is not None}
+        calls_tools = message.get("role") == "assistant" and bool(message.get("tool_calls"))
+        if calls_tools:
+            message = {"content": "", **message}  # what APIs write as null
         for key in ("role", "content"):
             if not isinstance(message.get(key), str):
                 raise self.error(name, f"{key!r} has to be text, got {excerpt(message)}")
         if message["role"] not in ROLES:
             raise self.error(name, f"unknown role {message['role']!r}; known: {', '.join(ROLES)}")
-        if not message["content"].strip():
+        self._check_turn_keys(name, message, with_turn_keys)
+        may_be_empty = calls_tools or message["role"] in MAY_BE_EMPTY or (with_turn_keys and not is_learned(message))
+        if not message["content"].strip() and not may_be_empty:
             raise self.error(name, f"the {message['role']} message is empty")
-        # parquet gives every message of a column the same keys, null where a message has none
-        return {key: item for key, item in message.items() if item is not None}
+        if self.facts is not None:
+            self.facts.message_keys.update(message.keys() - {"role", "content", *TURN_KEYS})
+        return message
+
+    def _check_turn_keys(self, name: str, message: Message, allowed: bool) -> None:
+        for key in FOREIGN_TURN_KEYS:
+            if key in message:
+                raise self.error(f"{name}.{key}", "is not read; SFT leaves a turn out of the loss with weight 0 or train false")
+        for key in TURN_KEYS:
+            if key not in message:
+                continue
+            value = message[key]
+            if not allowed:
+                raise self.error(f"{name}.{key}", "would not be used: SFT alone learns from turns of a conversation; leave it out")
+            if value not in (0, 1) or not isinstance(value, (bool, int, float)):
+                raise self.error(f"{name}.{key}", f"is {excerpt(value)}; a turn is in the loss (1, true) or not (0, false)")
+            if value and message["role"] != "assistant":
+                raise self.error(f"{name}.{key}", f"is {excerpt(value)}; the loss is on assistant messages alone")
+        if len({bool(message[key]) for key in TURN_KEYS if key in message}) > 1:
+            raise self.error(name, f"weight {message['weight']} and train {message['train']} contradict each other")
 
 
-def read_rows(path: str) -> list[Row]:
-    """All rows of a ``.jsonl`` or ``.parquet`` file; blank lines of a JSONL file are skipped.
+def is_learned(message: Message) -> bool:
+    """Whether SFT learns from an assistant message: neither ``weight`` nor ``train`` says no."""
+    return all(message.get(key, 1) for key in TURN_KEYS)
+
+
+def iter_rows(path: str) -> Iterator[Row]:
+    """Yield the rows of a ``.jsonl`` or ``.parquet`` file one by one; blank lines of a JSONL file are skipped.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: unknown ending, unreadable file, a line that is not a JSON object in UTF-8, or no row at all.
     """
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"data file {path!r} does not exist (current folder: {os.getcwd()})")
-    if path.endswith(".jsonl"):
-        rows = _read_jsonl(path)
-    elif path.endswith(".parquet"):
-        rows = _read_parquet(path)
-    else:
-        raise ValueError(f"{path}: a data file ends in .jsonl (one JSON object per line) or .parquet")
-    if not rows:
+    facts = FileFacts(path)
+    for number, values in read_objects(path):
+        facts.add(values)
+        yield Row(path, number, values, facts, facts.num_rows - 1)
+    if facts.num_rows == 0:
         raise ValueError(f"{path}: the file has no rows")
-    return rows
 
 
-def _read_jsonl(path: str) -> list[Row]:
-    rows = []
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")  # the byte order mark that Windows editors write
-            if line.strip():
-                rows.append(Row(path, number, _parse_line(path, number, line)))
-    return rows
-
-
-def _parse_line(path: str, number: int, line: bytes) -> dict[str, Any]:
-    place = f"{path}, line {number}"
-    try:
-        text = line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        shown = excerpt(line.decode("utf-8", errors="backslashreplace"))
-        raise ValueError(f"{place}: not UTF-8 at byte {error.start + 1}: {shown}; convert the file to UTF-8") from error
-    try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{place}: not valid JSON ({error.msg} at column {error.colno}): {excerpt(text)}; "
-            "a .jsonl file has one JSON object on every line"
-        ) from error
-    if isinstance(values, dict):
-        return values
-    raise ValueError(f"{place}: expected a JSON object, got {type(values).__name__}: {excerpt(text)}")
-
-
-def _read_parquet(path: str) -> list[Row]:
-    try:
-        records = pyarrow.parquet.read_table(path).to_pylist()
-    except pyarrow.ArrowException as error:
-        raise ValueError(f"{path}: not a readable parquet file: {excerpt(str(error))}") from error
-    return [Row(path, number, values) for number, values in enumerate(records, start=1)]
+def read_rows(path: str) -> list[Row]:
+    """All of ``iter_rows``."""
+    return list(iter_rows(path))

@@ -15,8 +15,12 @@ from hetero_ppo.data.conversation import (
     encode_sequences,
 )
 from hetero_ppo.data.dataset import Dataset, encode_in_blocks, make_dataset
-from hetero_ppo.data.prompts import prompt_messages
-from hetero_ppo.data.reading import Row, read_rows
+from hetero_ppo.data.file_notes import file_notes
+from hetero_ppo.data.prompts import prompt_messages, refuse_tools
+from hetero_ppo.data.reading import Row, iter_rows
+
+#: Options that name the fields of a row.
+KEYS = ("messages_key", "prompt_key", "completion_key", "tools_key")
 
 
 @dataclass(frozen=True)
@@ -51,11 +55,12 @@ def load_sft(path: str, data: DataConfig, encoder: TextEncoder) -> Dataset[SftEx
 
     return make_dataset(
         path,
-        encode_in_blocks(read_rows(path), encode),
+        encode_in_blocks(path, iter_rows(path), encode),
         data.max_sequence_tokens,
         "data.max_sequence_tokens",
         data.overlong_prompts,
         lambda example: False,
+        lambda facts: file_notes(facts, data, KEYS, encoder.template),
     )
 
 
@@ -65,6 +70,7 @@ def _example(sequence: EncodedSequence) -> SftExample:
 
 def _item(row: Row, data: DataConfig, with_template: bool) -> PlainPair | Conversation:
     if not with_template:
+        refuse_tools(row, data)
         if row.has(data.messages_key) and not row.has(data.completion_key):
             raise row.error(
                 data.messages_key,
@@ -72,20 +78,28 @@ def _item(row: Row, data: DataConfig, with_template: bool) -> PlainPair | Conver
                 f"{data.prompt_key!r} and {data.completion_key!r}",
             )
         return PlainPair(row, row.text(data.prompt_key), row.text(data.completion_key))
+    tools = row.tools(data.tools_key)
     if row.has(data.messages_key):
-        return conversation(row, data.messages_key, row.messages(data.messages_key), first_answer=0)
+        messages = row.messages(data.messages_key, with_turn_keys=True)
+        return conversation(row, data.messages_key, messages, 0, tools)
     if not row.has(data.prompt_key):
         row.value(data.messages_key)  # raises: the row has neither of the two forms
     prompt = prompt_messages(row, data.prompt_key)
-    return conversation(row, data.completion_key, prompt + answer_messages(row, data.completion_key), len(prompt))
+    answer = answer_messages(row, data.completion_key, with_turn_keys=True)
+    return conversation(row, data.completion_key, prompt + answer, len(prompt), tools)
 
 
-def answer_messages(row: Row, field: str) -> list[dict]:
+def answer_messages(row: Row, field: str, *, with_turn_keys: bool = False) -> list[dict]:
     """An answer as messages: text becomes one assistant message.
+
+    Args:
+        row: Row of the data file.
+        field: Key of the answer.
+        with_turn_keys: Whether messages may say if SFT learns from them.
 
     Raises:
         ValueError: neither text nor messages.
     """
     if isinstance(row.value(field), list):
-        return row.messages(field)
+        return row.messages(field, with_turn_keys=with_turn_keys)
     return [{"role": "assistant", "content": row.text(field)}]

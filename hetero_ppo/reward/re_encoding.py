@@ -13,6 +13,8 @@ from hetero_ppo.config.schema import PpoConfig
 from hetero_ppo.data.chat_template import TextEncoder, load_reward_encoder
 from hetero_ppo.data.collate import pad_right
 from hetero_ppo.data.conversation import encode_responses
+from hetero_ppo.data.dataset import Dataset
+from hetero_ppo.data.prompts import PromptExample
 from hetero_ppo.errors import RunError
 from hetero_ppo.types import Messages, Rollout
 
@@ -91,23 +93,29 @@ class ReEncoder:
 
 
 def load_re_encoders(
-    config: PpoConfig, actor: TextEncoder, prompts: Sequence[Messages | None]
+    config: PpoConfig, actor: TextEncoder, datasets: Sequence[Dataset[PromptExample]]
 ) -> dict[str, ReEncoder]:
     """Of the reward models that read texts anew, by role.
 
     Args:
         config: checked.
         actor: its tokenizer and template.
-        prompts: messages of every prompt of the run.
+        datasets: Prompts of the run, held-out ones too.
 
     Raises:
-        ValueError: a reward model has no tokenizer or template, or one that does not take the prompts.
+        ValueError: a reward model has no tokenizer or template, or one that does not take the prompts; prompts have tools.
     """
     found = {}
     for name, role in config_reward_models(config).items():
         if role.re_encode is not None:
             found[name] = ReEncoder(name, load_reward_encoder(role, config.data, name), actor, role.re_encode.max_tokens)
-            found[name].check_templates(prompts)
+            found[name].check_templates(example.messages for data in datasets for example in data.examples)
+            for data in datasets:
+                if any(example.tools is not None for example in data.examples):
+                    raise ValueError(
+                        f"{data.report.path}: rows have tools, which are not encoded again for {name}; use a reward model of the actor's "
+                        f"tokenizer and set {name}.re_encode=null"
+                    )
     return found
 
 

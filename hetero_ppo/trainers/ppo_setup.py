@@ -64,6 +64,7 @@ class PpoData:
 
     encoder: TextEncoder
     train: Dataset[PromptExample]
+    held_out: Dataset[PromptExample] | None
     eval_prompts: PromptBatch | None
     sampler: ResumableSampler
     waiting: PartialBuffer  # with over-sampling: prompts that were read, and what was begun of their responses
@@ -128,9 +129,10 @@ def load_data(config: PpoConfig, run: Run) -> PpoData:
         ValueError: bad data.
     """
     encoder = load_text_encoder(config.actor.model, config.data, "actor")
+    run.say(encoder.describe_ends())
     train = load_prompts(config.data.train, config.data, encoder)
     run.say(train.report.describe())
-    eval_prompts = None
+    held_out = eval_prompts = None
     if config.data.eval is not None:
         held_out = load_prompts(config.data.eval, config.data, encoder)
         run.say(held_out.report.describe())
@@ -144,7 +146,7 @@ def load_data(config: PpoConfig, run: Run) -> PpoData:
         shuffle=config.data.shuffle,
         fingerprint=train.fingerprint,
     )
-    return PpoData(encoder, train, eval_prompts, sampler, PartialBuffer(config.rollout.over_sampling))
+    return PpoData(encoder, train, held_out, eval_prompts, sampler, PartialBuffer(config.rollout.over_sampling))
 
 
 def describe_batching(config: PpoConfig, run: Run, data: PpoData) -> PpoBatching:
@@ -175,7 +177,7 @@ def begin_engine(
         dtype=config.actor.model.dtype,
         run_dir=run.dir,
         max_model_len=max_model_len(config),
-        eos_token_ids=[data.encoder.eos_token_id],
+        eos_token_ids=data.encoder.end_token_ids,
         # An engine that sleeps gets its first weights by a sync like all others, so that it can drop them.
         initial_version=None if sleeps(config.rollout, cuda=platform.HAS_CUDA) else "step0",
         tokenizer_path=ppo_nodes.servers_tokenizer(config),
@@ -190,7 +192,7 @@ def engine_of_actor(config: PpoConfig, data: PpoData, actor: ModelEngine) -> Meg
         config.rollout,
         actor,
         max_model_len=max_model_len(config),
-        eos_token_ids=[data.encoder.eos_token_id],
+        eos_token_ids=data.encoder.end_token_ids,
         initial_version="step0",
         decode=data.encoder.decode,
     )
@@ -255,9 +257,7 @@ def build_re_encoders(config: PpoConfig, run: Run, data: PpoData) -> dict[str, R
     Raises:
         ValueError: a template does not take the prompts.
     """
-    prompts = [example.messages for example in data.train.examples]
-    prompts += [] if data.eval_prompts is None else data.eval_prompts.prompt_messages
-    found = load_re_encoders(config, data.encoder, prompts)
+    found = load_re_encoders(config, data.encoder, [data.train, *([] if data.held_out is None else [data.held_out])])
     for re_encoder in found.values():
         run.say(re_encoder.describe())
     return found

@@ -27,6 +27,7 @@ class RewardModelTrainer(SupervisedTrainer):
 
     def __init__(self, config: RmConfig, run: Run) -> None:
         encoder = load_text_encoder(config.reward.model, config.data, "reward")
+        run.say(encoder.describe_ends())
         self.data = load_preferences(config.data.train, config.data, encoder)
         run.say(self.data.report.describe())
         self.held_out: Dataset[PreferenceExample] | None = None

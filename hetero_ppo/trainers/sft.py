@@ -25,6 +25,7 @@ class SftTrainer(SupervisedTrainer):
 
     def __init__(self, config: SftConfig, run: Run) -> None:
         encoder = load_text_encoder(config.actor.model, config.data, "actor")
+        run.say(encoder.describe_ends())
         self.data = load_sft(config.data.train, config.data, encoder)
         run.say(self.data.report.describe())
         self.held_out: Dataset[SftExample] | None = None

@@ -195,7 +195,7 @@ def test_roles_with_other_tokens_are_refused(work: Path, capsys: pytest.CaptureF
     (work / "model" / "config.json").write_text(json.dumps(MODEL_CONFIG | {"vocab_size": 100}))
     message = failure(capsys, "validate", "--config", "sft.yaml")
     num_tokens = max(vocabulary.values()) + 1
-    assert f"actor.model.path=model: the model has 100 embedding rows and the tokenizer in model {num_tokens} tokens" in message
+    assert f"actor.model.path=model: the model has 100 embedding rows, and the tokenizer in model has {num_tokens} tokens" in message
 
 
 def test_a_tokenizer_without_a_template_needs_a_choice(work: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
+import decimal
+import gzip
 from pathlib import Path
 
 import pyarrow
@@ -35,12 +38,64 @@ def test_parquet_drops_the_null_keys_that_a_column_of_messages_gets(tmp_path: Pa
         (b'{"a": 1}\n{"a": "\xff"}\n', r"line 2: not UTF-8 at byte 8: .*xff.*convert the file"),
         (b'{"a": 1}\n[1, 2]\n', r"line 2: expected a JSON object, got list: \[1, 2\]"),
         (b"\n\n", "the file has no rows"),
+        (b"", "the file has no rows"),
+        (b'{"a": 1}\n{"b": {"k": 1, "k": 2}}', "line 2: the key 'k' is there twice in one object"),
+        (b'{"a": 1}\n{"a": NaN}', "line 2: NaN is no JSON value"),
+        (b'{"a": 1}\n{"a": -Infinity}', "line 2: -Infinity is no JSON value"),
+        (b'{"a": 1}\n{"a": 1e999}', "line 2: the number 1e999 is too large"),
+        (b'{"a": 1}\n{"a": ' + b"1" * 5000 + b"}", "line 2: a number of 5000 digits"),
+        (b'{"a": ' + b"[" * 200_000, "line 1: nested too deeply"),
+        (b'{"a": "\\ud83d\\ude00"}\n{"a": [{"b": "x\\uD83d"}]}', r"line 2: field 'a\[0\]\.b': character 2 is half of a surrogate pair"),
+        (b'{"a\\udc00": 1}', "line 1: field 'a.*half of a surrogate pair"),
+        (gzip.compress(b'{"a": 1}'), "compressed with gzip; unpack it"),
+        (b"PAR1....", "is a parquet file; give it a name that ends in .parquet"),
+        ('{"a": 1}'.encode("utf-16"), "is text in UTF-16"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
     ],
 )
 def test_malformed_jsonl_names_the_line(tmp_path: Path, content: bytes, message: str) -> None:
     file = tmp_path / "bad.jsonl"
     file.write_bytes(content)
     with pytest.raises(ValueError, match=r"bad\.jsonl.*" + message):
+        read_rows(str(file))
+
+
+def test_lines_may_end_as_on_windows_and_be_long(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(b'{"a": "one"}\r\n\r\n{"a": "' + b"x" * 3_000_000 + b'"}\r\n')
+    assert [(row.number, len(row.text("a"))) for row in read_rows(str(file))] == [(1, 3), (3, 3_000_000)]
+
+
+def test_parquet_values_are_what_a_jsonl_file_would_hold(tmp_path: Path) -> None:
+    file = tmp_path / "a.parquet"
+    calls = [[{"arguments": {"city": "Oslo"}}], [{"arguments": {"zone": "CET", "day": 1}}]]
+    columns = {
+        "calls": calls,
+        "map": pyarrow.array([[("a", 1), ("b", None)], None], pyarrow.map_(pyarrow.string(), pyarrow.int64())),
+        "day": [datetime.date(2024, 2, 29), None],
+        "time": [datetime.datetime(2024, 2, 29, 12, 30), None],
+        "price": pyarrow.array([decimal.Decimal("4.50"), decimal.Decimal("4.00")], pyarrow.decimal128(5, 2)),
+        "kind": pyarrow.array(["x", "y"]).dictionary_encode(),
+        "bytes": [b"ab", None],
+        "number": [float("nan"), 1.0],
+        "nested": [{"score": [float("inf")]}, None],
+    }
+    pyarrow.parquet.write_table(pyarrow.table(columns), file)
+    first, second = read_rows(str(file))
+    assert [first.value("calls"), second.value("calls")] == calls
+    assert first.value("map") == {"a": 1} and second.get("map") is None
+    assert (first.value("day"), first.value("time"), first.value("price")) == ("2024-02-29", "2024-02-29T12:30:00", 4.5)
+    assert first.text("kind") == "x"
+    for field, problem in {"bytes": "type bytes", "number": "is nan", "nested": "is inf"}.items():
+        with pytest.raises(ValueError, match=rf"a\.parquet, row 1, field '{field}.*{problem}"):
+            first.value(field)
+
+
+def test_parquet_text_that_is_not_utf8_names_its_row(tmp_path: Path) -> None:
+    file = tmp_path / "a.parquet"
+    broken = pyarrow.array([b"ok", b"\xff"]).cast(pyarrow.binary()).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": broken}), file)
+    with pytest.raises(ValueError, match=r"a\.parquet, row 2, field 'prompt': .*utf-8"):
         read_rows(str(file))
 
 
@@ -83,6 +138,8 @@ def test_a_field_that_is_not_text(value: object, message: str) -> None:
             r"field 'm\[1\]': unknown role 'bot'; known",
         ),
         ([{"role": "assistant", "content": ""}], "the assistant message is empty"),
+        ([{"role": "assistant", "content": "a", "weight": 0}], r"'m\[0\]\.weight': would not be used"),
+        ([{"role": "assistant", "content": "a", "loss_mask": 0}], r"'m\[0\]\.loss_mask': is not read"),
     ],
 )
 def test_messages_that_are_not_messages(value: object, message: str) -> None:

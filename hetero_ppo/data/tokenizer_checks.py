@@ -1,0 +1,61 @@
+"""Token ids that a model has no embedding row for."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedTokenizerBase
+
+from hetero_ppo.config.checks import read_model_config
+from hetero_ppo.config.derived import config_roles
+from hetero_ppo.config.load import AnyConfig
+from hetero_ppo.config.schema import PpoConfig
+from hetero_ppo.data.end_tokens import find_end_tokens
+
+
+def check_embedding_rows(tokenizer: PreTrainedTokenizerBase, source: str, model: str, rows: int) -> None:
+    """Check that every token of a tokenizer has an embedding row.
+
+    Args:
+        tokenizer: Tokenizer whose ids the model reads.
+        source: Its folder.
+        model: Option that names the model, and its value.
+        rows: ``vocab_size`` of the model.
+
+    Raises:
+        ValueError: an id that is too large.
+    """
+    beyond = {token_id: token for token, token_id in tokenizer.get_vocab().items() if token_id >= rows}
+    if beyond:
+        token_id = max(beyond)
+        raise ValueError(
+            f"{model}: the model has {rows} embedding rows, and the tokenizer in {source} has {len(tokenizer)} tokens, of which "
+            f"{len(beyond)} have an id beyond them, for example {beyond[token_id]!r} = {token_id}; use the tokenizer that belongs to the "
+            "model, or resize the model's embeddings"
+        )
+
+
+def check_end_tokens(config: AnyConfig, tokenizer: PreTrainedTokenizerBase, role: str) -> None:
+    """Check that the policy can sample every token that ends a sequence.
+
+    Args:
+        config: Configuration of the run.
+        tokenizer: Tokenizer of the policy.
+        role: The policy's name.
+
+    Raises:
+        ValueError: an id without an embedding row.
+    """
+    path = config_roles(config)[role].model.path
+    rows = read_model_config(f"{role}.model.path", path)["vocab_size"]
+    for end in find_end_tokens(tokenizer, path):
+        if end.token_id >= rows:
+            raise ValueError(
+                f"{role}.model.path={path}: the end of a sequence {end} has no embedding row, of which the model has {rows}; correct "
+                f"eos_token_id in {', '.join(end.sources)}"
+            )
+    if isinstance(config, PpoConfig):
+        for name in ("sampling", "eval_sampling"):
+            for token_id in vars(config.rollout)[name].stop_token_ids:
+                if token_id >= rows:
+                    raise ValueError(
+                        f"rollout.{name}.stop_token_ids: {token_id} has no embedding row, of which {role}.model.path={path} has {rows}"
+                    )
