@@ -8,7 +8,6 @@ on a CPU, the attention to short sequences.
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from megatron_bridge import platform
 from megatron.core.models.gpt.gpt_layer_specs import (
+    HAVE_TE,
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
@@ -33,7 +33,8 @@ from megatron_bridge.fused_attention import FusedSelfAttention
 from megatron_bridge.kernels import rms_norm, rotary_causal_attention, swiglu
 from megatron_bridge.packing import Packing, attend_packed
 
-HAS_TRANSFORMER_ENGINE: bool = platform.HAS_CUDA and importlib.util.find_spec("transformer_engine") is not None
+#: Megatron-Core could import Transformer Engine, and there is a device for it.
+HAS_TRANSFORMER_ENGINE: bool = platform.HAS_CUDA and HAVE_TE
 
 
 class SdpaCoreAttention(CoreAttention):

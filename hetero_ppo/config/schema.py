@@ -274,6 +274,7 @@ class RolloutConfig:
     gpu_memory_utilization: float = 0.4  # share of the device (GPU)
     server_threads: int | None = None  # OMP threads of one server (CPU); None: cores / servers, at least 1
     tensor_parallel: int = 1  # GPUs per server
+    batch_invariant: bool = False  # on GPUs: vLLM's kernels whose bits do not depend on the batch (VLLM_BATCH_INVARIANT=1); slower
     sleep: bool | None = None  # the engine gives its device memory back while the trainer computes; None: on GPUs
     start_timeout_s: float = 240.0
     request_timeout_s: float = 600.0

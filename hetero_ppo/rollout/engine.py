@@ -21,6 +21,7 @@ from hetero_ppo.config.derived import weight_transfer
 from hetero_ppo.config.schema import Dtype, RolloutConfig, SamplingConfig, WeightTransfer
 from hetero_ppo.errors import RunError
 from hetero_ppo.observability.progress import progress
+from hetero_ppo.rollout.compute_mode import check_compute_mode
 from hetero_ppo.rollout.engine_checks import check_prompts, golden_difference, response_limits
 from hetero_ppo.rollout.network import LOOPBACK
 from hetero_ppo.rollout.nodes import AnyServer, Cluster, remote_servers
@@ -56,6 +57,8 @@ def check_devices(config: RolloutConfig, num_here: int, num_devices: int | None)
     needed = num_here * config.tensor_parallel
     if num_devices is None and config.weight_transfer is WeightTransfer.cuda_ipc:
         raise ValueError("rollout.weight_transfer=cuda_ipc: there is no GPU here; use auto, shared_memory or collective")
+    if num_devices is None and config.batch_invariant:
+        raise ValueError("rollout.batch_invariant=True: it is for GPUs, and there is none here; leave it out")
     if num_devices is not None and needed > num_devices:
         raise ValueError(
             f"rollout.num_servers={config.num_servers} with rollout.tensor_parallel={config.tensor_parallel} needs {needed} GPUs on "
@@ -178,6 +181,8 @@ class VllmEngine:
         if self._pool is not None:
             raise RuntimeError("the rollout engine is started already")
         check_devices(self.config, self._num_here, torch.cuda.device_count() if self._spec.cuda else None)
+        if self._spec.cuda:
+            check_compute_mode()
         self._private_dir = PrivateDir()
         try:
             servers = [

@@ -180,6 +180,9 @@ def environment(
         first = place * spec.config.tensor_parallel
         wanted = range(first, first + spec.config.tensor_parallel)
         env["CUDA_VISIBLE_DEVICES"] = ",".join(str(i) if visible is None else visible[i] for i in wanted)
+        env["VLLM_BATCH_INVARIANT"] = str(int(spec.config.batch_invariant))
+        # The model runner that vLLM takes on a CPU, too: sampler, seeds and log-probs are then the code that the tests run.
+        env.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
     else:
         # One process fewer, and no compilation (20 s at the first request that asks for log-probs, and a C++ compiler).
         env |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TORCH_COMPILE_DISABLE": "1"}

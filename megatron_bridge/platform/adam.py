@@ -7,7 +7,6 @@ and ``exp_avg_sq`` alone in the state. The arithmetic is torch's own functional 
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 from collections.abc import Callable, Iterable
 
@@ -75,22 +74,17 @@ class Adam(torch.optim.Optimizer):
         return loss
 
 
-def has_fused_adam() -> bool:
-    """True where Transformer Engine or NVIDIA's apex brings FusedAdam. PyPI's ``apex`` is another project: no optimizers."""
-    if importlib.util.find_spec("transformer_engine") is not None:
-        return True
-    if importlib.util.find_spec("apex") is None:
-        return False
-    return importlib.util.find_spec("apex.optimizers") is not None
-
-
 def install_if_needed() -> None:
-    """Make Megatron-Core build this Adam where it has no fused one."""
-    if has_fused_adam():
-        return
+    """Make Megatron-Core build this Adam where it fell back to torch's own.
+
+    Whether it did is asked of Megatron-Core: a package that is there, but whose optimizers it could not import (a Transformer Engine
+    of another torch, PyPI's ``apex``, which is another project), brings no fused Adam.
+    """
     from megatron.core import optimizer
     from megatron.core.optimizer import distrib_optimizer
 
+    if not optimizer.USING_PYTORCH_OPTIMIZER:
+        return
     optimizer.Adam = Adam
     optimizer.USING_PYTORCH_OPTIMIZER = False
     distrib_optimizer.Adam = Adam

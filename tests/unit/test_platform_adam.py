@@ -38,3 +38,20 @@ def test_steps_are_those_of_torch() -> None:
             optimizer.step()
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("fell_back", [True, False])
+def test_adam_takes_torchs_place_alone(fell_back: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packages that are there, but whose optimizers Megatron-Core could not import, bring no fused Adam."""
+    from megatron.core import optimizer
+    from megatron.core.optimizer import distrib_optimizer
+
+    fused = type("FusedAdam", (), {})
+    for module in (optimizer, distrib_optimizer):
+        monkeypatch.setattr(module, "Adam", fused)
+    monkeypatch.setattr(optimizer, "USING_PYTORCH_OPTIMIZER", fell_back)
+    monkeypatch.setattr(distrib_optimizer, "HAVE_APEX_OR_TE", not fell_back)
+    adam.install_if_needed()
+    expected = Adam if fell_back else fused
+    assert optimizer.Adam is distrib_optimizer.Adam is expected
+    assert not optimizer.USING_PYTORCH_OPTIMIZER and distrib_optimizer.HAVE_APEX_OR_TE

@@ -80,6 +80,19 @@ def test_each_server_gets_its_own_devices() -> None:
     assert env["CUDA_VISIBLE_DEVICES"] == "2,3"
 
 
+def test_gpus_run_the_model_runner_that_a_cpu_has() -> None:
+    for inherited, value in (({}, "0"), ({"VLLM_USE_V2_MODEL_RUNNER": "1"}, "1")):
+        env = environment(make_spec(cuda=True), 0, Path("/private"), "key", inherited)
+        assert env["VLLM_USE_V2_MODEL_RUNNER"] == value
+    assert "VLLM_USE_V2_MODEL_RUNNER" not in environment(make_spec(), 0, Path("/private"), "key", {})
+
+
+def test_batch_invariance_is_asked_for_by_a_variable() -> None:
+    for wanted, value in ((True, "1"), (False, "0")):  # whatever the user's shell has
+        spec = make_spec(cuda=True, batch_invariant=wanted)
+        assert environment(spec, 0, Path("/private"), "key", {"VLLM_BATCH_INVARIANT": "x"})["VLLM_BATCH_INVARIANT"] == value
+
+
 @pytest.mark.parametrize(("cores", "servers", "asked", "threads"), [(2, 1, None, 2), (16, 3, None, 5), (1, 2, None, 1), (2, 1, 1, 1)])
 def test_server_threads(cores: int, servers: int, asked: int | None, threads: int) -> None:
     assert server_threads(RolloutConfig(server_threads=asked), cores, servers) == threads
@@ -93,6 +106,9 @@ def test_a_server_for_every_rank_or_as_many_as_asked_for() -> None:
     check_devices(config, 3, None)
     with pytest.raises(ValueError, match="num_servers=5 with rollout.tensor_parallel=2 needs 6 GPUs on .* for 3 servers; it has 4"):
         check_devices(config, 3, 4)
+    with pytest.raises(ValueError, match="rollout.batch_invariant=True: it is for GPUs, and there is none"):
+        check_devices(RolloutConfig(batch_invariant=True), 1, None)
+    check_devices(RolloutConfig(batch_invariant=True), 1, 1)
     with pytest.raises(ValueError, match="rollout.weight_transfer=cuda_ipc: there is no GPU here"):
         check_devices(RolloutConfig(weight_transfer=WeightTransfer.cuda_ipc), 1, None)
 
