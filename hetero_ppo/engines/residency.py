@@ -73,6 +73,7 @@ class Block:
     host: Tensor | None = None  # [num_bytes] uint8 of the role's arena; None for gradients
     is_dirty: bool = True  # the device's bytes are newer than the host's
     wanted: bool = True  # on the device; the lanes work towards it
+    arriving: bool = False  # it has been given its room on the device, and is being copied there
     moving: Future[None] | None = None  # the last move that was queued
 
     def __post_init__(self) -> None:

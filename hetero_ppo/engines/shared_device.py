@@ -255,8 +255,13 @@ class SharedDevice:
         lane, before = self._lanes[1], _moves_of(blocks)
 
         def task() -> None:
+            # A block that still waits for room gives up. Its move is not waited for: it may stand behind one that wants the very
+            # room which this lane makes.
+            with self._changed:
+                self._changed.wait_for(lambda: not any(block.arriving for block in blocks))
             for move in before:
-                move.result()
+                if move.done():
+                    move.result()  # raises what went wrong in it
             leaving = [block for block in blocks if block.on_device]
             if not leaving:
                 return
@@ -295,10 +300,18 @@ class SharedDevice:
                 admitted = coming()
                 if not admitted:
                     return
+                for block in admitted:
+                    block.arriving = True
                 self._use(sum(block.num_bytes for block in admitted))
-            with self._traced(COPY_IN, residency, admitted) as args:
-                copied = residency.move_in(admitted, lane)
-                args["bytes"] = copied
+            try:
+                with self._traced(COPY_IN, residency, admitted) as args:
+                    copied = residency.move_in(admitted, lane)
+                    args["bytes"] = copied
+            finally:
+                with self._changed:
+                    for block in admitted:
+                        block.arriving = False
+                    self._changed.notify_all()
             with self._changed:
                 self._cost.bytes_in += copied
 

@@ -329,6 +329,36 @@ def test_a_role_leaves_even_if_its_turn_is_the_next_but_one(model: Path) -> None
     assert roles.device.peak_bytes <= roles.device.limit
 
 
+def test_a_turn_that_is_left_out_does_not_stand_in_the_way(roles: Roles) -> None:
+    """The critic warms up: after its training the actor's gradients and optimizer wait for room, and are not wanted any more."""
+
+    def two_steps() -> None:
+        for _ in range(2):
+            with roles.critic.on_device(grads=True, optimizer=True, phase="train_critic"):
+                roles.train(roles.critic)
+            with roles.actor.on_device(phase="weight_sync"):
+                roles.log_probs(roles.actor)
+            roles.device.engine_turn("rollout")
+        roles.device.settle()
+
+    thread = threading.Thread(target=two_steps, daemon=True)
+    thread.start()
+    thread.join(60.0)
+    assert not thread.is_alive(), "the lanes wait for each other"
+    assert roles.device.peak_bytes <= roles.device.limit
+    roles.step()
+
+
+def test_the_next_role_is_on_its_way_before_its_turn(roles: Roles) -> None:
+    """Its parameters come in during the turn before, as the schedule says, where there is room beside that turn's own."""
+    order = ((roles.reward, "scores"), (roles.reference, "ref_log_probs"), (roles.actor, "old_log_probs"), (roles.critic, "values"))
+    for (engine, phase), (following, _) in itertools.pairwise(order):
+        with engine.on_device(phase=phase):
+            roles.device.settle()
+            device, _ = following.residency.bytes_by_kind()
+            assert device[Kind.params] == following.residency.num_bytes(FORWARD), following.role
+
+
 def test_a_checkpoint_comes_straight_from_host_buffers(roles: Roles, tmp_path: Path) -> None:
     """From the device and from the host, written while the role has trained on: it loads what was saved. The device stays as it was."""
     folders = [tmp_path / "device", tmp_path / "host"]
