@@ -21,6 +21,7 @@ from hetero_ppo.errors import StoppedOnRequest
 from hetero_ppo.observability.watchdog import Watchdog
 from hetero_ppo.trainers.stopping import StopRequests
 from megatron_bridge import platform
+from megatron_bridge.platform.compiler import check_compiler
 from megatron_bridge.platform.determinism import set_deterministic
 from megatron_bridge.layers import HAS_TRANSFORMER_ENGINE
 
@@ -74,6 +75,8 @@ def start_run(loaded: LoadedConfig, stop: StopRequests) -> Run:
         ValueError: the run folder cannot be written.
     """
     config: RunConfig = loaded.config.run
+    if platform.HAS_CUDA:
+        check_compiler()
     kept = set_deterministic(os.environ) if platform.HAS_CUDA and config.deterministic else {}
     initialise(config.timeout_minutes)
     threads = _set_threads(config)

@@ -111,7 +111,7 @@ def _square_loss(output: Tensor, microbatch: Any) -> Any:
     from hetero_ppo.algorithms.losses import Loss
 
     loss = values_output(output, microbatch).square().sum()
-    return Loss(loss, torch.tensor(float(microbatch.inputs.mask.sum())), {"loss": loss.detach().double()})
+    return Loss(loss, microbatch.inputs.mask.sum().float(), {"loss": loss.detach().double()})
 
 
 OPTIMIZERS = {

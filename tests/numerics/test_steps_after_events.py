@@ -105,7 +105,7 @@ class Role:
 
 def _square_loss(output: Tensor, microbatch: Microbatch) -> Loss:
     loss = values_output(output, microbatch).square().sum()
-    return Loss(loss, torch.tensor(float(microbatch.inputs.mask.sum())), {"loss": loss.detach().double()})
+    return Loss(loss, microbatch.inputs.mask.sum().float(), {"loss": loss.detach().double()})
 
 
 def save(role: Role, folder: Path) -> None:
