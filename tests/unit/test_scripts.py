@@ -225,8 +225,10 @@ def test_slurm_dry_runs(tmp_path: Path) -> None:
     save_step(tmp_path, 7)
     command = dry_run("slurm/ppo.sbatch", RUN_DIR=str(tmp_path), VENV="/env")
     assert command[-2:] == [f"run.dir={tmp_path}", f"checkpoint.load={tmp_path}"]
-    command = dry_run("slurm/ppo_multinode.sbatch", RUN_DIR="runs/mine", NNODES="4", SLURM_JOB_ID="40123", VENV="/env")
+    cluster = {"NNODES": "4", "SLURM_JOB_ID": "40123", "SLURM_CPUS_ON_NODE": "96"}
+    command = dry_run("slurm/ppo_multinode.sbatch", RUN_DIR="runs/mine", VENV="/env", **cluster)
     assert command[:5] == ["srun", "--nodes", "4", "--ntasks", "4"]
+    assert command[command.index("--cpus-per-task") + 1] == "96"
     assert command[command.index("--master-port") + 1] == str(20000 + 40123 % 20000)
     done = run_script("slurm/ppo.sbatch", DRY_RUN="1")
     assert done.returncode == 1 and "RUN_DIR=<folder that all nodes see> is needed" in done.stderr
@@ -236,3 +238,4 @@ def test_slurm_dry_runs(tmp_path: Path) -> None:
 def test_slurm_options_come_before_the_first_command(path: Path) -> None:
     head = path.read_text().split("\nset -euo")[0]
     assert "#SBATCH --signal=B:USR1@300" in head and "#SBATCH --requeue" in head
+    assert "#SBATCH --exclusive" in head and "#SBATCH --mem=0" in head  # whole nodes: all GPUs and CPUs
