@@ -400,12 +400,20 @@ def _prepare(channel: int, dump: int, parent: int) -> None:
     for number in STOP_SIGNALS:
         signal.signal(number, _ignore)
 
+    masks: list[set[int]] = []
+
     def in_child() -> None:
         os.close(channel)  # the parent knows by it that this process has ended
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, masks.pop())
 
-    os.register_at_fork(after_in_child=in_child)
+    os.register_at_fork(
+        # A signal to the child is kept until the child has a handler of its own.
+        before=lambda: masks.append(signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)),
+        after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_SETMASK, masks.pop()),
+        after_in_child=in_child,
+    )
     try:
         Path("/proc/self/oom_score_adj").write_text("1000")  # rather this process than the trainer
     except OSError:
