@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ from hetero_ppo.config.schema import PpoConfig
 from hetero_ppo.experience.generation import collect_rollout
 from hetero_ppo.experience.rollouts import response_texts
 from hetero_ppo.experience.stages import ExperienceMaker, policy_log_probs, sequence_kl
+from hetero_ppo.observability.json_text import json_text
 from hetero_ppo.reward.function import FunctionReward
 from hetero_ppo.rollout.replay import write_rollouts
 from hetero_ppo.trainers.ppo_engine import EngineTurns
@@ -111,7 +111,7 @@ class Evaluator:
         self.run_info.say(f"{name} PPO, {evaluation.num_prompts} held-out prompts: {shown}")
         if self.run_info.is_writer:
             path = self.run_info.dir / f"eval_{name}.json"
-            path.write_text(json.dumps(dataclasses.asdict(evaluation), indent=1))
+            path.write_text(json_text(dataclasses.asdict(evaluation), indent=1))
 
     @staticmethod
     def metrics(evaluation: Evaluation | None) -> dict[str, float]:
