@@ -255,6 +255,10 @@ class FunctionPool:
         self._loop.call_soon_threadsafe(self._take, ticket, made)
         return ticket
 
+    def processes(self) -> list[int]:
+        """Return the process ids of the workers."""
+        return [worker.process.pid for worker in list(self._workers)]
+
     def cancel(self, ticket: Ticket) -> None:
         """Take a ticket's calls out of the queue."""
         self._loop.call_soon_threadsafe(self._drop, ticket)

@@ -272,7 +272,7 @@ pool.open()
 ticket = pool.submit([(["", "", "sleep", {}], (row,)) for row in range(2)], 2)
 while len(pool._workers) < 2 or not all(worker.under_way for worker in pool._workers):
     pass
-print(*(worker.process.pid for worker in pool._workers), flush=True)
+print(*pool.processes(), flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
