@@ -317,6 +317,22 @@ def test_out_of_schedule_turns_take_the_place_of_what_came_ahead(roles: Roles) -
     assert roles.device.peak_bytes <= roles.device.limit
 
 
+def test_a_turn_that_is_left_out_holds_nothing_up(roles: Roles) -> None:
+    """While the critic is warmed up the actor is not trained: what has begun to come in for that gives way to the weight sync."""
+
+    def steps() -> None:
+        for _ in range(5):
+            with roles.critic.on_device(grads=True, optimizer=True, phase="train_critic"):
+                roles.train(roles.critic)
+            with roles.actor.on_device(phase="weight_sync"):
+                roles.log_probs(roles.actor)
+
+    thread = threading.Thread(target=steps, daemon=True)
+    thread.start()
+    thread.join(60)
+    assert not thread.is_alive(), "the copies wait for each other"
+
+
 def test_a_role_leaves_even_if_its_turn_is_the_next_but_one(model: Path) -> None:
     """Two roles in turns, each the one ahead of the other: what is here for later may not stand in the way."""
     roles = Roles(model, Dtype.bf16, False)
