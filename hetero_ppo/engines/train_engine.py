@@ -13,7 +13,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.models.gpt import GPTModel
-from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer
@@ -144,22 +144,24 @@ class TrainEngine(ModelEngine):
 
     def _build_optimizer(self) -> MegatronOptimizer:
         config: OptimizerConfig = self.train_config.optimizer
+        megatron_config = MegatronOptimizerConfig(
+            optimizer="adam",
+            lr=config.lr,
+            min_lr=config.min_lr,
+            weight_decay=config.weight_decay,
+            adam_beta1=config.beta1,
+            adam_beta2=config.beta2,
+            adam_eps=config.eps,
+            clip_grad=config.grad_clip,
+            bf16=self.config.model.dtype is Dtype.bf16,
+            params_dtype=self.bridge.transformer.params_dtype,
+            use_distributed_optimizer=config.distributed,
+            overlap_param_gather=self.train_config.ddp.overlap_param_gather,
+        )
         optimizer = get_megatron_optimizer(
-            MegatronOptimizerConfig(
-                optimizer="adam",
-                lr=config.lr,
-                min_lr=config.min_lr,
-                weight_decay=config.weight_decay,
-                adam_beta1=config.beta1,
-                adam_beta2=config.beta2,
-                adam_eps=config.eps,
-                clip_grad=config.grad_clip,
-                bf16=self.config.model.dtype is Dtype.bf16,
-                params_dtype=self.bridge.transformer.params_dtype,
-                use_distributed_optimizer=config.distributed,
-                overlap_param_gather=self.train_config.ddp.overlap_param_gather,
-            ),
+            megatron_config,
             self.chunks,
+            config_overrides=get_standard_config_overrides(megatron_config),
             use_gloo_process_groups=False,
             pg_collection=self.groups,
         )
@@ -273,7 +275,7 @@ class TrainEngine(ModelEngine):
             chunk.train()
         self.gradients.begin()
         self.optimizer.zero_grad()
-        learning_rate = self._set_learning_rate()
+        learning_rate = self._set_rates()
 
         def last_stage(output: Tensor, microbatch: Microbatch) -> tuple[Tensor, Tensor, Loss]:
             result = loss_fn(output, microbatch)
@@ -375,10 +377,16 @@ class TrainEngine(ModelEngine):
         self.optimizer.step_with_ready_grads()
         return grad_norm
 
-    def _set_learning_rate(self) -> float:
-        learning_rate = lr_at(self.steps_done, self.train_config.optimizer, self.total_steps)
+    def _set_rates(self) -> float:
+        """Set learning rate and weight decay of every group of parameters, as Megatron-Core's scheduler would. Returns the former.
+
+        Norm weights and biases are in a group of their own, whose ``wd_mult`` is 0.
+        """
+        config = self.train_config.optimizer
+        learning_rate = lr_at(self.steps_done, config, self.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
+            group["weight_decay"] = config.weight_decay * (1.0 if config.decay_norms_and_biases else group["wd_mult"])
         return learning_rate
 
     def _reduce(self, outputs: list[Loss]) -> tuple[float, int, dict[str, Tensor]]:
