@@ -34,6 +34,8 @@ from megatron_bridge.rope import install_rope
 
 #: "lm" predicts tokens; "value" (critic) and "score" (reward model) give one number a token.
 Head = Literal["lm", "value", "score"]
+#: How a scalar head starts that no checkpoint has: at zero, or drawn from N(0, 1 / (hidden + 1)).
+HeadInit = Literal["zero", "normal"]
 
 
 class RoleModel(GPTModel):
@@ -136,12 +138,18 @@ class _Rows(torch.autograd.Function):
 class ScalarHead(MegatronModule):
     """hidden -> 1, in place of the output layer. Replicated over the tensor-parallel ranks, computed in fp32.
 
-    Its weights start from N(0, 1 / (hidden + 1)), the reward head of Stiennon et al. 2020, drawn from ``seed`` so that
-    every layout starts from the same numbers.
+    Its weights start at zero, or from N(0, 1 / (hidden + 1)), the reward head of Stiennon et al. 2020, drawn from ``seed`` so
+    that every layout starts from the same numbers.
     """
 
     def __init__(
-        self, config: TransformerConfig, groups: ProcessGroupCollection, seed: int, *, aligned: bool = False
+        self,
+        config: TransformerConfig,
+        groups: ProcessGroupCollection,
+        seed: int,
+        *,
+        init: HeadInit,
+        aligned: bool = False,
     ) -> None:
         super().__init__(config=config)
         self.tp_group = groups.tp
@@ -149,6 +157,8 @@ class ScalarHead(MegatronModule):
         self.sequence_parallel = config.sequence_parallel  # the input is a slice of the sequence
         generator = torch.Generator().manual_seed(seed)
         weight = torch.randn(1, config.hidden_size, generator=generator) / (config.hidden_size + 1) ** 0.5
+        if init == "zero":
+            weight.zero_()
         self.weight = torch.nn.Parameter(weight.to(dtype=config.params_dtype, device=platform.device()))
 
     def forward(
@@ -178,7 +188,12 @@ class ScalarHead(MegatronModule):
 
 
 def build_model(
-    bridge: BridgeConfig, groups: ProcessGroupCollection, *, head: Head = "lm", init_seed: int = 1234
+    bridge: BridgeConfig,
+    groups: ProcessGroupCollection,
+    *,
+    head: Head = "lm",
+    init_seed: int = 1234,
+    head_init: HeadInit = "normal",
 ) -> list[GPTModel]:
     """The model chunks of this rank: one, or one for each virtual pipeline stage.
 
@@ -187,6 +202,7 @@ def build_model(
         groups: the role's process groups; their sizes are the layout's.
         head: what the last stage computes.
         init_seed: seed of a scalar head, which no checkpoint may have.
+        head_init: how that head starts.
 
     Returns:
         GPTModels in virtual-stage order, on this rank's device, weights not yet loaded.
@@ -196,12 +212,18 @@ def build_model(
     seeds = {"tp_rank": groups.tp.rank(), "ep_rank": groups.ep.rank(), "etp_rank": groups.expt_tp.rank()}
     tensor_parallel.model_parallel_cuda_manual_seed(init_seed, force_reset_rng=True, **seeds)
     return [
-        _build_chunk(bridge, groups, head, init_seed, stage) for stage in ([None] if stages is None else range(stages))
+        _build_chunk(bridge, groups, head, init_seed, head_init, stage)
+        for stage in ([None] if stages is None else range(stages))
     ]
 
 
 def _build_chunk(
-    bridge: BridgeConfig, groups: ProcessGroupCollection, head: Head, init_seed: int, vp_stage: int | None
+    bridge: BridgeConfig,
+    groups: ProcessGroupCollection,
+    head: Head,
+    init_seed: int,
+    head_init: HeadInit,
+    vp_stage: int | None,
 ) -> GPTModel:
     config = bridge.transformer
     vp_size = config.virtual_pipeline_model_parallel_size
@@ -224,7 +246,7 @@ def _build_chunk(
     )
     install_rope(chunk, bridge)
     if post_process and head != "lm":
-        chunk.output_layer = ScalarHead(config, groups, init_seed, aligned=bridge.aligned)
+        chunk.output_layer = ScalarHead(config, groups, init_seed, init=head_init, aligned=bridge.aligned)
     elif post_process and bridge.aligned:
         chunk.output_layer = aligned_output_layer(config, chunk)
         chunk.setup_embeddings_and_output_layer()

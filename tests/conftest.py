@@ -11,6 +11,7 @@ from pathlib import Path
 
 import chain as tiny_chain
 import pytest
+from ranks import run_ranks
 
 
 MEGATRON_STEPS = 2
@@ -97,6 +98,23 @@ def two_processes(chain: tiny_chain.Chain, one_process: Path, tmp_path_factory: 
         (root / "log").write_text(tiny_chain.launch_all(2, commands))
 
     return made_once(tmp_path_factory, "two_processes", make)
+
+
+@pytest.fixture(scope="session")
+def reference_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs that tests/reference compares with steps in plain torch, in several layouts; see reference/configurations.py."""
+
+    def make(root: Path) -> None:
+        from reference import configurations
+
+        configurations.prepare(root)
+        for processes in (1, 2):
+            files = configurations.config_files(root, processes)
+            if files:
+                commands = json.dumps([["train", "--config", str(file)] for file in files])
+                run_ranks(processes, [str(configurations.WORKER), commands])
+
+    return made_once(tmp_path_factory, "reference", make)
 
 
 def only_step(run_dir: Path, step: int, copy: Path) -> None:

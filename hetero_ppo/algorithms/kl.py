@@ -15,33 +15,55 @@ K3_MAX_LOG_RATIO = 20.0
 MAX_RELATIVE_ERROR = 0.2
 
 
-def kl_estimate(log_probs: Tensor, ref_log_probs: Tensor, estimator: KlEstimator) -> Tensor:
+#: The value of k3 with the gradient of k2.
+K3_PLUS = KlEstimator["k3+"]
+
+
+def kl_estimate(log_probs: Tensor, ref_log_probs: Tensor, estimator: KlEstimator, clamp: float | None) -> Tensor:
     """Estimate KL(policy || reference) of each token from the probability of the sampled token alone.
 
     With r = reference / policy at a token that the policy sampled (Schulman 2020, "Approximating KL divergence"):
     ``k1 = -log r`` (unbiased, may be negative), ``k2 = (log r)^2 / 2`` (biased, not negative) and
     ``k3 = r - 1 - log r`` (unbiased, not negative).
 
-    In k3 alone, log r is clamped to at most 20, so that a token which the policy has all but ruled out gives a large
-    finite number with no gradient instead of an overflow. Nothing is clamped from below: there k3 is linear in log r.
+    ``k3+`` has the value of k3 and the gradient of k2, ``-log r``, whose expectation is the gradient of the KL itself; that of k3
+    is not (its expectation is the gradient of KL(reference || policy)).
+
+    ``clamp`` bounds the estimate of a token, whatever the estimator, and there is no gradient beyond. k3+ keeps the gradient of
+    k2 there: a token that has moved far is pulled back by its distance. Without a clamp, k3 grows with r, and log r is
+    clamped to at most 20 so that a token which the policy has all but ruled out gives a finite number instead of an overflow.
 
     Args:
         log_probs: [B, T] float, of the policy, in nats.
         ref_log_probs: [B, T] float, of the reference.
-        estimator: k1, k2 or k3.
+        estimator: k1, k2, k3 or k3+.
+        clamp: largest absolute value in nats, ``algorithm.kl.clamp``; None: no bound.
 
     Returns:
         [B, T] float, nats; differentiable in both inputs.
     """
     log_ratio = ref_log_probs - log_probs
+    if estimator == K3_PLUS:
+        gradient = 0.5 * log_ratio.square()
+        return gradient + (_bounded(_k3(log_ratio), clamp) - gradient).detach()
     if estimator == KlEstimator.k1:
-        return -log_ratio
-    if estimator == KlEstimator.k2:
-        return 0.5 * log_ratio.square()
-    if estimator == KlEstimator.k3:
-        log_ratio = log_ratio.clamp(max=K3_MAX_LOG_RATIO)
-        return log_ratio.expm1() - log_ratio
-    raise ValueError(f"KL estimator {estimator!r} is unknown: set algorithm.kl.estimator to k1, k2 or k3")
+        estimate = -log_ratio
+    elif estimator == KlEstimator.k2:
+        estimate = 0.5 * log_ratio.square()
+    elif estimator == KlEstimator.k3:
+        estimate = _k3(log_ratio)
+    else:
+        raise ValueError(f"KL estimator {estimator!r} is unknown: set algorithm.kl.estimator to k1, k2, k3 or k3+")
+    return _bounded(estimate, clamp)
+
+
+def _k3(log_ratio: Tensor) -> Tensor:
+    log_ratio = log_ratio.clamp(max=K3_MAX_LOG_RATIO)
+    return log_ratio.expm1() - log_ratio
+
+
+def _bounded(estimate: Tensor, clamp: float | None) -> Tensor:
+    return estimate if clamp is None else estimate.clamp(-clamp, clamp)
 
 
 class FixedKlController:

@@ -184,6 +184,7 @@ def kl_loss(
     ref_log_probs: Tensor,
     mask: Tensor,
     estimator: KlEstimator,
+    clamp: float | None,
     kl_loss_coef: float,
     denominator: float,
 ) -> Loss:
@@ -194,6 +195,7 @@ def kl_loss(
         ref_log_probs: [b, t] float.
         mask: [b, t] bool.
         estimator: see ``kl_estimate``. The gradient of k1 is 0 in expectation: it regularises nothing here.
+        clamp: see ``kl_estimate``.
         kl_loss_coef: weight. The metric is without it.
         denominator: tokens of the global minibatch.
 
@@ -201,7 +203,7 @@ def kl_loss(
         ValueError: ``denominator`` is not positive.
     """
     _check_denominator(denominator)
-    kl = kl_estimate(log_probs.masked_fill(~mask, 0), ref_log_probs.masked_fill(~mask, 0), estimator)
+    kl = kl_estimate(log_probs.masked_fill(~mask, 0), ref_log_probs.masked_fill(~mask, 0), estimator, clamp)
     loss = kl_loss_coef * masked_mean(kl, mask, denominator)
     return _with_sums(loss, mask, {"actor/kl_loss": kl})
 

@@ -36,7 +36,7 @@ def mismatch_metrics(old_log_probs: Tensor, rollout_log_probs: Tensor, mask: Ten
         "rollout/log_prob_diff_mean": float(difference.abs().mean()),
         "rollout/log_prob_diff_max": float(difference.abs().max()),
         "rollout/ratio_outside_share": float((~inside).double().mean()),
-        "rollout/mismatch_kl": float(kl_estimate(engine, trainer, KlEstimator.k3).mean()),
+        "rollout/mismatch_kl": float(kl_estimate(engine, trainer, KlEstimator.k3, clamp=None).mean()),
     }
 
 

@@ -18,7 +18,7 @@ from hetero_ppo.config.checks_microbatches import (
     check_packing,
     check_pair_budget,
 )
-from hetero_ppo.config.checks_reward_function import check_function_calls
+from hetero_ppo.config.checks_numerics import check_head_init, check_kl_clamp, check_same_distribution
 from hetero_ppo.config.checks_rewards import check_ensemble, check_re_encoding, check_reward_source
 from hetero_ppo.config.checks_rollout import (
     check_megatron_engine,
@@ -34,6 +34,7 @@ from hetero_ppo.config.derived import (
     data_parallel_size,
     exact_quotient,
     longest_sequence,
+    passes,
     trained_roles,
 )
 from hetero_ppo.config.load import AnyConfig
@@ -194,6 +195,8 @@ def check_run(config: AnyConfig, world_size: int) -> None:
     _require(run.timeout_minutes > 0, "run.timeout_minutes", run.timeout_minutes, "more than 0 minutes")
     phase = run.phase_timeout_minutes
     _require(phase is None or phase > 0, "run.phase_timeout_minutes", phase, "more than 0 minutes, or null")
+    if isinstance(config, PpoConfig):
+        _require(config.reward.timeout_s > 0, "reward.timeout_s", config.reward.timeout_s, "more than 0 seconds")
     _require(run.stop_within_s > 0, "run.stop_within_s", run.stop_within_s, "more than 0 seconds")
     _require(checkpoint.every >= 0, "checkpoint.every", checkpoint.every, "0 (at the end alone) or a number of steps")
     _require(checkpoint.keep >= 1, "checkpoint.keep", checkpoint.keep, "at least the newest checkpoint is kept")
@@ -256,15 +259,17 @@ def check_rollout_batch(config: PpoConfig, world_size: int) -> None:
     algorithm = config.algorithm
     for field in ("rollout_batch_size", "samples_per_prompt", "minibatch_size", "ppo_epochs"):
         _require(vars(algorithm)[field] >= 1, f"algorithm.{field}", vars(algorithm)[field], "at least 1")
+    for field in ("critic_epochs", "critic_minibatch_size"):
+        own = vars(algorithm)[field]
+        _require(own is None or own >= 1, f"algorithm.{field}", own, "at least 1, or null for the actor's")
     responses = algorithm.rollout_batch_size * algorithm.samples_per_prompt
-    exact_quotient(responses, algorithm.minibatch_size, RESPONSES_FIELDS, "algorithm.minibatch_size")
     for name, role in config_roles(config).items():
         ranks = data_parallel_size(name, role.parallel, world_size)
         exact_quotient(responses, ranks, RESPONSES_FIELDS, f"the data-parallel size of {name}")
         if name in trained_roles(config):
-            exact_quotient(
-                algorithm.minibatch_size, ranks, "algorithm.minibatch_size", f"the data-parallel size of {name}"
-            )
+            of_role = passes(algorithm, name)
+            exact_quotient(responses, of_role.minibatch_size, RESPONSES_FIELDS, of_role.size_field)
+            exact_quotient(of_role.minibatch_size, ranks, of_role.size_field, f"the data-parallel size of {name}")
 
 
 def check_objective(config: PpoConfig, world_size: int) -> None:
@@ -468,6 +473,7 @@ COMMON_CHECKS: tuple[Callable[[AnyConfig, int], None], ...] = (
     check_virtual_pipeline,
     check_micro_batches,
     check_packing,
+    check_head_init,
     check_optimizers,
     check_overlap_param_gather,
     check_recompute,
@@ -491,11 +497,12 @@ PPO_CHECKS: tuple[Callable[[PpoConfig, int], None], ...] = (
     check_critic_warmup,
     check_trace,
     check_kl,
+    check_kl_clamp,
+    check_same_distribution,
     check_reward_source,
     check_ensemble,
     check_re_encoding,
     check_function_names,
-    check_function_calls,
     check_sampling,
     check_rollout_servers,
     check_weight_transfer,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from hetero_ppo.config.load import AnyConfig
 from hetero_ppo.config.schema import (
+    AlgorithmConfig,
     ParallelConfig,
     PpoConfig,
     RewardRoleConfig,
@@ -99,6 +100,25 @@ def longest_sequence(config: AnyConfig, role: str | None = None) -> tuple[int, s
 
 
 @dataclass(frozen=True)
+class Passes:
+    """How often a trained role goes over the rollout batch of a PPO step, and in what minibatches."""
+
+    epochs: int
+    minibatch_size: int  # responses per optimizer step, over all ranks
+    size_field: str  # that gives it
+
+
+def passes(algorithm: AlgorithmConfig, role: str) -> Passes:
+    """Return the passes of ``actor`` or ``critic``: the critic's are the actor's where it has none of its own."""
+    epochs, size = algorithm.ppo_epochs, algorithm.minibatch_size
+    if role == "critic":
+        epochs = epochs if algorithm.critic_epochs is None else algorithm.critic_epochs
+        if algorithm.critic_minibatch_size is not None:
+            return Passes(epochs, algorithm.critic_minibatch_size, "algorithm.critic_minibatch_size")
+    return Passes(epochs, size, "algorithm.minibatch_size")
+
+
+@dataclass(frozen=True)
 class RoleBatching:
     """How one trained role cuts its optimizer steps."""
 
@@ -145,8 +165,10 @@ class PpoBatching:
     responses_per_step: int  # over all ranks
     responses_per_rank: int  # per PPO step on one data-parallel rank of the actor
     chunk_size: int  # responses that go through the forwards together, over all ranks
-    minibatches_per_epoch: int  # optimizer steps in one pass over the rollout batch
-    ppo_epochs: int  # passes over the rollout batch
+    minibatches_per_epoch: int  # optimizer steps of the actor in one pass over the rollout batch
+    ppo_epochs: int  # passes of the actor over the rollout batch
+    critic_minibatches_per_epoch: int  # the same of the critic
+    critic_epochs: int
     total_steps: int  # PPO steps
     critic_warmup_steps: int  # PPO steps that train the critic alone
     actor: RoleBatching
@@ -167,10 +189,17 @@ class PpoBatching:
             ),
             ("chunks", len(chunk_sizes(self.responses_per_step, self.chunk_size)), f"of up to {self.chunk_size} responses per PPO step"),
             ("minibatches", self.minibatches_per_epoch, f"per PPO epoch, {self.ppo_epochs} PPO epochs per step"),
+            *self._critic_rows(),
             ("PPO steps", self.total_steps, f"{passes:.2f} passes over the prompts"),
             ("critic warm-up", self.critic_warmup_steps, "PPO steps that train the critic alone"),
         ]
         return _aligned(rows + _role_rows(self.actor, "responses") + _role_rows(self.critic, "responses"))
+
+    def _critic_rows(self) -> list[tuple[str, int, str]]:
+        own = (self.critic_minibatches_per_epoch, self.critic_epochs)
+        if own == (self.minibatches_per_epoch, self.ppo_epochs):
+            return []
+        return [("critic minibatches", own[0], f"per critic epoch, {own[1]} critic epochs per step")]
 
 
 def _role_rows(role: RoleBatching, unit: str) -> list[tuple[str, int, str]]:
@@ -233,23 +262,27 @@ def derive_ppo(config: PpoConfig, world_size: int, num_prompts: int) -> PpoBatch
     """
     algorithm, train = config.algorithm, config.train
     responses = algorithm.rollout_batch_size * algorithm.samples_per_prompt
-    minibatches = exact_quotient(responses, algorithm.minibatch_size, RESPONSES_FIELDS, "algorithm.minibatch_size")
+    minibatches = {
+        name: exact_quotient(responses, own.minibatch_size, RESPONSES_FIELDS, own.size_field)
+        for name in ("actor", "critic")
+        for own in [passes(algorithm, name)]
+    }
     steps = total_steps(train.steps, train.epochs, num_prompts, algorithm.rollout_batch_size, config.data.train)
     if algorithm.critic_warmup_steps >= steps:
         raise ValueError(
             f"algorithm.critic_warmup_steps={algorithm.critic_warmup_steps}: the run has {steps} PPO steps, so the "
             "actor would never be trained; warm up for fewer steps, or raise train.steps or train.epochs"
         )
-    per_step = algorithm.ppo_epochs * minibatches
-    roles = {
-        name: _role_batching(
-            name, role, world_size, algorithm.minibatch_size, "algorithm.minibatch_size", per_step, per_step * trained
+    roles = {}
+    for name, role, trained in (
+        ("actor", config.actor, steps - algorithm.critic_warmup_steps),
+        ("critic", config.critic, steps),
+    ):
+        own = passes(algorithm, name)
+        per_step = own.epochs * minibatches[name]
+        roles[name] = _role_batching(
+            name, role, world_size, own.minibatch_size, own.size_field, per_step, per_step * trained
         )
-        for name, role, trained in (
-            ("actor", config.actor, steps - algorithm.critic_warmup_steps),
-            ("critic", config.critic, steps),
-        )
-    }
     responses_per_rank = exact_quotient(
         responses, roles["actor"].data_parallel_size, RESPONSES_FIELDS, "the data-parallel size of actor"
     )
@@ -260,8 +293,10 @@ def derive_ppo(config: PpoConfig, world_size: int, num_prompts: int) -> PpoBatch
         responses_per_step=responses,
         responses_per_rank=responses_per_rank,
         chunk_size=chunk_size(config, world_size),
-        minibatches_per_epoch=minibatches,
+        minibatches_per_epoch=minibatches["actor"],
         ppo_epochs=algorithm.ppo_epochs,
+        critic_minibatches_per_epoch=minibatches["critic"],
+        critic_epochs=passes(algorithm, "critic").epochs,
         total_steps=steps,
         critic_warmup_steps=algorithm.critic_warmup_steps,
         actor=roles["actor"],

@@ -21,6 +21,13 @@ class Dtype(str, Enum):
     bf16 = "bf16"
 
 
+class HeadInit(str, Enum):
+    """How the scalar head of a critic or a reward model starts where its checkpoint has none."""
+
+    zero = "zero"
+    normal = "normal"  # N(0, 1 / (hidden + 1)), from model.init_seed (Stiennon et al. 2020)
+
+
 class LrSchedule(str, Enum):
     constant = "constant"
     linear = "linear"
@@ -33,6 +40,7 @@ class KlEstimator(str, Enum):
     k1 = "k1"
     k2 = "k2"
     k3 = "k3"
+    locals()["k3+"] = "k3+"  # the value of k3, the gradient of k2; configs name members, and this name is no identifier
 
 
 class KlController(str, Enum):
@@ -115,7 +123,8 @@ class ModelConfig:
     path: str = MISSING  # Hugging Face checkpoint folder: config.json and *.safetensors
     tokenizer: str | None = None  # tokenizer folder; default: path
     dtype: Dtype = Dtype.fp32
-    init_seed: int = 1234  # seed of a scalar head that the checkpoint lacks
+    head_init: HeadInit | None = None  # of a scalar head that the checkpoint lacks; null: zero for the critic, normal for a reward model
+    init_seed: int = 1234  # seed of such a head, with head_init normal
 
 
 @dataclass
@@ -124,7 +133,8 @@ class OptimizerConfig:
     min_lr: float = 0.0
     lr_schedule: LrSchedule = LrSchedule.constant
     warmup_steps: int = 0  # optimizer steps
-    weight_decay: float = 0.0
+    weight_decay: float = 0.0  # decoupled (AdamW); norm weights and biases are left out
+    decay_norms_and_biases: bool = False  # weight_decay shrinks norm weights and biases too
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
@@ -313,10 +323,7 @@ class RewardConfig:
     function_weight: float = 1.0  # with source mix, of the function's score
     ensemble: EnsembleScore = EnsembleScore.mean  # of reward_models
     ensemble_k: float = 1.0  # with ensemble mean_minus_std: standard deviations that are subtracted
-    timeout_s: float = 60.0  # seconds that one call of the function, or of train.eval_function, may take
-    workers: int | None = None  # processes that call the function (train.eval_function has as many); None: derived, printed
-    batch: int | None = None  # responses of one call; the function then gets lists and returns as many numbers. None: one
-    concurrency: int | None = None  # calls at once in one process, of an `async def` function; None: 64
+    timeout_s: float = 60.0  # of one call of the function, and of train.eval_function
     on_error: RewardErrors = RewardErrors.stop
     clip: float = 10.0  # |score| is clipped to it; 0 switches clipping off
     golden_every: int = 50  # PPO steps between checks of the reward model's golden scores; 0: at the start alone
@@ -332,6 +339,7 @@ class KlConfig:
     horizon: int = 10_000  # adaptive: samples (Ziegler et al. 2019, section 2.2)
     loss_coef: float = 0.0  # weight of the KL in the actor's loss
     loss_estimator: KlEstimator = KlEstimator.k3
+    clamp: float | None = 10.0  # nats: a token's estimate, of the penalty and of the loss, is clamped to [-clamp, clamp]; null: none
 
 
 @dataclass
@@ -349,15 +357,17 @@ class AlgorithmConfig:
     lam: float = 0.95
     clip_ratio: float = 0.2
     dual_clip: float | None = None  # c > 1 of dual-clip PPO (Ye et al. 2020); None: off
-    value_clip: float | None = 0.2  # |value - old value| beyond which the value loss is clipped; None: off
+    value_clip: float | None = None  # |value - old value| beyond which the value loss is clipped, in units of the reward; None: off
     entropy_coef: float = 0.0
     old_log_probs: OldLogProbs = OldLogProbs.actor
     rollout_correction: RolloutCorrectionConfig = field(default_factory=RolloutCorrectionConfig)
     whiten_advantages: bool = True  # over the whole rollout batch and all ranks
-    ppo_epochs: int = 1
+    ppo_epochs: int = 1  # passes over the rollout batch
     rollout_batch_size: int = 64  # prompts per PPO step, over all ranks
     samples_per_prompt: int = 1
     minibatch_size: int = 16  # responses per optimizer step, over all ranks
+    critic_epochs: int | None = None  # passes of the critic over the rollout batch; null: ppo_epochs
+    critic_minibatch_size: int | None = None  # responses per optimizer step of the critic, over all ranks; null: minibatch_size
     critic_warmup_steps: int = 0  # PPO steps that train the critic alone
     truncated: TruncatedResponses = TruncatedResponses.score
     truncation_score: float = -1.0  # with truncated: penalise
@@ -370,7 +380,6 @@ class PpoTrainConfig:
     epochs: int = 1  # passes over the prompts
     eval_every: int = 0  # PPO steps; 0: before the first and after the last alone
     eval_function: str | None = None  # held-out check of an answer; same form as reward.function
-    eval_batch: int | None = None  # answers of one call of eval_function, as reward.batch; None: one
     dump_rollouts: bool = True  # <run.dir>/rollouts/step_*.jsonl
     trace_every: int = 50  # PPO steps between traces in <run.dir>/trace, beside the first two; 0: none
     replay_rollouts: str | None = None  # take token ids from this folder's rollouts instead of an engine

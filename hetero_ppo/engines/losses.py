@@ -77,9 +77,10 @@ def actor_loss_fn(
             inputs.tis_weights,
         )
         loss = loss + entropy_bonus(entropy, inputs.mask, config.entropy_coef, SUM)
-        if config.kl.loss_coef:
+        kl = config.kl
+        if kl.loss_coef:
             loss = loss + kl_loss(
-                log_probs, inputs.ref_log_probs, inputs.mask, config.kl.loss_estimator, config.kl.loss_coef, SUM
+                log_probs, inputs.ref_log_probs, inputs.mask, kl.loss_estimator, kl.clamp, kl.loss_coef, SUM
             )
         return loss
 

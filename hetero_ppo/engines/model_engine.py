@@ -26,7 +26,7 @@ from megatron.core.pipeline_parallel.schedules import (
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from hetero_ppo.config.schema import Dtype, ResidencyConfig, RoleConfig
+from hetero_ppo.config.schema import Dtype, HeadInit, ModelConfig, ResidencyConfig, RoleConfig
 from hetero_ppo.distributed.groups import is_last_stage, last_stage_rank, role_groups
 from hetero_ppo.engines.layouts import role_bridge
 from hetero_ppo.engines.microbatches import (
@@ -72,9 +72,21 @@ def build_role(role: str, config: RoleConfig, head: Head, recompute: str | None 
     """Create the groups, the model and its weights. Collective over the world."""
     bridge = role_bridge(config, recompute)
     groups = role_groups(role, config.parallel)
-    chunks = build_model(bridge, groups, head=head, init_seed=config.model.init_seed)
+    chunks = build_model(
+        bridge, groups, head=head, init_seed=config.model.init_seed, head_init=head_init(config.model, head).value
+    )
     report = load_hf(chunks, bridge, config.model.path, groups, head=head)
     return RoleModel(chunks, bridge, groups, report)
+
+
+def head_init(model: ModelConfig, head: Head) -> HeadInit:
+    """Return how the scalar head starts where the checkpoint has none.
+
+    A critic's starts at zero: values of 0 explain none of the returns' variance, values at random add their own to it.
+    """
+    if model.head_init is not None:
+        return model.head_init
+    return HeadInit.zero if head == "value" else HeadInit.normal
 
 
 class ModelEngine:

@@ -92,19 +92,15 @@ class ExperienceMaker:
         scores, values, ref_log_probs = scored.total, computed["values"], computed["ref_log_probs"]
         old_log_probs = computed.get("old_log_probs", rollout.rollout_log_probs)  # no such stage: the engine's own
         if bool(scores.isnan().all()):
-            assert self.judges.function is not None
-            last = self.judges.function.last_failure  # of rank 0
-            raise RunError(
-                f"reward.function {self.reward_config.function} has failed for every response of the step"
-                + (f"; the last time: {last}" if last else "")
-            )
+            raise RunError(f"reward.function {self.reward_config.function} has failed for every response of the step")
         shaped, mask = self._shape_scores(rollout, scores)
         if not bool(mask.any()):
             raise RunError(
                 "make experience: no response of the step has a token to learn from: with algorithm.truncated=mask each one was "
                 "truncated or left out. Raise rollout.sampling.max_tokens, or choose algorithm.truncated=penalise or score"
             )
-        kl = kl_estimate(old_log_probs, ref_log_probs, algorithm.kl.estimator).masked_fill(~rollout.response_mask, 0)
+        kl = kl_estimate(old_log_probs, ref_log_probs, algorithm.kl.estimator, algorithm.kl.clamp)
+        kl = kl.masked_fill(~rollout.response_mask, 0)
         rewards = token_level_rewards(shaped, kl, mask, self.kl_controller.coef)
         advantages, returns = generalized_advantages(rewards, values, mask, algorithm.gamma, algorithm.lam)
         if algorithm.whiten_advantages:
@@ -124,7 +120,7 @@ class ExperienceMaker:
             advantages=advantages,
             returns=returns,
             tis_weights=tis_weights,
-            metrics=metrics | comparison | self.judges.metrics(),
+            metrics=metrics | comparison | self.judges.re_encoding_metrics(),
         )
 
     def _shape_scores(self, rollout: Rollout, scores: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hetero_ppo.config.derived import actor_generates, config_reward_models, config_roles, overlaps_generation
+from hetero_ppo.config.derived import (
+    actor_generates,
+    config_reward_models,
+    config_roles,
+    overlaps_generation,
+    passes,
+)
 from hetero_ppo.config.load import AnyConfig
 from hetero_ppo.config.schema import (
     OldLogProbs,
@@ -324,7 +330,8 @@ def role_work(config: AnyConfig, role: RoleStorage, *, training: bool, on_cpu: b
         per_rank = algorithm.rollout_batch_size * algorithm.samples_per_prompt / role.dp_size
         answer = max(sampling.sampling.max_tokens, sampling.eval_sampling.max_tokens)
         if training:
-            per_rank, answer = algorithm.minibatch_size / role.dp_size, sampling.sampling.max_tokens
+            per_rank = passes(algorithm, role.name).minibatch_size / role.dp_size
+            answer = sampling.sampling.max_tokens
         length = config.data.max_prompt_tokens + answer
         if isinstance(role.config, RewardRoleConfig) and role.config.re_encode is not None:
             length = role.config.re_encode.max_tokens

@@ -15,8 +15,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from hetero_ppo.observability.json_text import json_text
-
 Args = dict[str, int | str]
 
 TRAINER, ENGINE, COPY_IN, COPY_OUT = "trainer", "engine", "copy in", "copy out"
@@ -133,7 +131,7 @@ class TraceRecorder:
         assert self._folder is not None  # is_due
         path = self._folder / f"step_{step:07d}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json_text(chrome_trace(trace)), encoding="utf-8")
+        path.write_text(json.dumps(chrome_trace(trace)), encoding="utf-8")
         return path
 
     @contextmanager

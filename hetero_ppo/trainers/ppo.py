@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from hetero_ppo.algorithms.losses import add_metric_sums, mean_metrics
 from hetero_ppo.checkpoint.manager import CheckpointManager
-from hetero_ppo.config.derived import actor_generates
+from hetero_ppo.config.derived import actor_generates, passes
 from hetero_ppo.config.schema import PpoConfig
 from hetero_ppo.engines.losses import actor_loss_fn, critic_loss_fn
 from hetero_ppo.engines.train_engine import LossFn, TrainEngine, TrainStepResult
@@ -22,7 +22,8 @@ from hetero_ppo.observability.metrics import MetricsLogger
 from hetero_ppo.observability.progress import progress
 from hetero_ppo.observability.timers import PhaseTimer
 from hetero_ppo.rollout.server import sleeps
-from hetero_ppo.trainers import ppo_bank, ppo_functions, ppo_memory, ppo_nodes, ppo_setup
+from hetero_ppo.trainers import ppo_bank, ppo_memory, ppo_nodes, ppo_setup
+from hetero_ppo.trainers.ppo_critic import describe_first_values
 from hetero_ppo.trainers.ppo_engine import EngineTurns
 from hetero_ppo.trainers.ppo_evaluation import Evaluator
 from hetero_ppo.trainers.run import Run, first_step
@@ -44,7 +45,6 @@ class PpoTrainer:
         self.run = run
         ppo_memory.say_plan(config, run)
         self.data = ppo_setup.load_data(config, run)
-        self.functions = ppo_functions.open_functions(config, run, self.data.encoder)
         re_encoders = ppo_setup.build_re_encoders(config, run, self.data)
         self.batching = ppo_setup.describe_batching(config, run, self.data)
         self.total_steps = self.batching.total_steps
@@ -62,11 +62,10 @@ class PpoTrainer:
                 starting.wait().sleep()
             dist.barrier()
         # An error here is raised at once, not when the engine is up: its guardian ends it with this process.
-        self.functions.check(run)
         self.device = ppo_setup.shared_device(config, self.trace)
         self.roles = ppo_setup.build_roles(config, run, self.batching, self.device)
         self.golden = ppo_setup.build_golden_guards(config, run, self.roles)
-        self.maker = ppo_setup.build_maker(config, self.roles, self.functions.reward, re_encoders)
+        self.maker = ppo_setup.build_maker(config, self.roles, self.data, re_encoders)
         if starting is not None:
             starting.wait()
         if actor_generates(config):
@@ -76,7 +75,7 @@ class PpoTrainer:
         self.bank = ppo_bank.open_bank(config, run, self.engine, resumes=self._continues_its_folder())
         self.chunk_size = self.batching.chunk_size
         self.pipeline = Pipeline(self.maker, config.pipeline.overlap)
-        self.evaluator = Evaluator(config, run, self.data, self.maker, self.turns, self.functions.evaluation)
+        self.evaluator = Evaluator(config, run, self.data, self.maker, self.turns)
 
     def __enter__(self) -> Self:
         return self
@@ -89,7 +88,6 @@ class PpoTrainer:
     def close(self) -> None:
         """End the rollout engine and its processes, and give the host buffers back."""
         try:
-            self.functions.close()
             if self.bank is not None:
                 self.bank.end()
             if self.engine is not None:
@@ -143,6 +141,8 @@ class PpoTrainer:
                         metrics |= self.evaluator.metrics(self.evaluator.run(f"step{step + 1}"))
                 self.trace.end()
                 logger.log(StepMetrics(step + 1, metrics, self.timer.collect(), note))
+                if step == 0:
+                    self.run.say(describe_first_values(metrics["critic/vf_explained_var"]))
                 if step == self.start:
                     ppo_memory.say_ledger(config, self.run, self.device)
                 self.evaluator.dump_rollout(step + 1, experience)
@@ -219,8 +219,10 @@ class PpoTrainer:
         """All epochs of minibatches of one role; its metrics, over all of them."""
         rollout = experience.rollout
         results: list[TrainStepResult] = []
-        with engine.on_device(grads=True, optimizer=True, phase=f"train_{name}"):
-            for rows in self._minibatches(rollout.batch_size, step):
+        # Without the actor's training the weight sync comes next.
+        then = ["actor"] if step < self.config.algorithm.critic_warmup_steps else None
+        with engine.on_device(grads=True, optimizer=True, phase=f"train_{name}", then=then):
+            for rows in self._minibatches(name, rollout.batch_size, step):
                 parts = engine.microbatches(rollout.token_ids, rollout.sequence_lengths, inputs, rows)
                 results.append(engine.train_step(parts, loss_fn))
         count = sum(result.count for result in results)
@@ -234,14 +236,14 @@ class PpoTrainer:
         metrics[f"{name}/lr"] = results[-1].learning_rate
         return metrics
 
-    def _minibatches(self, num_rows: int, step: int) -> list[list[int]]:
-        """Rows of every minibatch of the step, the same on every rank and for both roles."""
-        algorithm = self.config.algorithm
+    def _minibatches(self, name: str, num_rows: int, step: int) -> list[list[int]]:
+        """Rows of every minibatch of the step, the same on every rank, and for both roles where their passes are alike."""
+        own = passes(self.config.algorithm, name)
         generator = torch.Generator().manual_seed(self.config.run.seed * 7_919 + step)
         minibatches = []
-        for _ in range(algorithm.ppo_epochs):
+        for _ in range(own.epochs):
             order = torch.randperm(num_rows, generator=generator).tolist()
-            size = algorithm.minibatch_size
+            size = own.minibatch_size
             minibatches += [order[start : start + size] for start in range(0, num_rows, size)]
         return minibatches
 

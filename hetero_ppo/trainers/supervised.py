@@ -9,10 +9,10 @@ from typing import Any, TypeVar
 from hetero_ppo.algorithms.losses import mean_metrics
 from hetero_ppo.checkpoint.manager import CheckpointManager
 from hetero_ppo.config.derived import SupervisedBatching
-from hetero_ppo.config.schema import CheckpointConfig, DataConfig, RunConfig, SupervisedTrainConfig
+from hetero_ppo.config.schema import CheckpointConfig, DataConfig, HeadInit, RunConfig, SupervisedTrainConfig
 from hetero_ppo.data.dataset import Dataset, Example
 from hetero_ppo.data.sampler import ResumableSampler
-from hetero_ppo.engines.model_engine import ModelEngine
+from hetero_ppo.engines.model_engine import ModelEngine, head_init
 from hetero_ppo.engines.train_engine import TrainEngine, TrainStepResult
 from hetero_ppo.observability.metrics import MetricsLogger
 from hetero_ppo.observability.progress import progress
@@ -153,6 +153,7 @@ def describe_loaded(run: Run, engine: ModelEngine) -> None:
     model = engine.config.model
     run.say(f"{engine.role}: {report.loaded} tensors loaded from {model.path}")
     for name in report.initialised:
-        run.say(f"{engine.role}: {name} was INITIALISED (seed {model.init_seed}): the checkpoint has none")
+        start = "at zero" if head_init(model, engine.head) is HeadInit.zero else f"at random, seed {model.init_seed}"
+        run.say(f"{engine.role}: {name} was INITIALISED ({start}): the checkpoint has none")
     if engine.bridge.aligned and platform.HAS_CUDA:
         run.say(check_alignment(engine))

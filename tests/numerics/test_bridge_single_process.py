@@ -105,6 +105,8 @@ def test_scalar_head_from_a_language_model(case: str, groups: Any, tmp_path: Pat
     assert report.loaded == len(read_tensors(source).keys() - {"lm_head.weight"})
     fresh = build_model(bridge, groups, head="score", init_seed=1234)
     assert torch.equal(chunks[0].output_layer.weight, fresh[0].output_layer.weight)
+    zero = build_model(bridge, groups, head="score", init_seed=1234, head_init="zero")
+    assert chunks[0].output_layer.weight.all() and not zero[0].output_layer.weight.any()
     save_hf(chunks, bridge, groups, tmp_path / "out", source_dir=source, head="score")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["architectures"] == [
         bridge.family.sequence_classifier

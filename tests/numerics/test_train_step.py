@@ -7,15 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from safetensors.torch import load_file
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from hetero_ppo.config.schema import ModelConfig, OptimizerConfig, TrainedRoleConfig
+from hetero_ppo.config.schema import Dtype, HeadInit, ModelConfig, OptimizerConfig, TrainedRoleConfig
 from hetero_ppo.engines.gradients import clip_divisor
 from hetero_ppo.engines.losses import sft_loss_fn
 from hetero_ppo.algorithms.losses import Loss
 from hetero_ppo.engines.train_engine import LossFn, TrainEngine, TrainStepResult
 from hetero_ppo.memory.kinds import TRAINING, Kind
 from hetero_ppo.types import AnswerInputs, Microbatch
+from megatron_bridge.model_provider import Head
 
 pytestmark = pytest.mark.usefixtures("world")
 
@@ -65,6 +67,61 @@ def test_three_steps_of_several_micro_batches(tmp_path: Path, clip: float, distr
     expected = dict(reference.named_parameters())
     for name, weight in engine.stream_weights():
         torch.testing.assert_close(weight, expected[name].detach(), rtol=1e-4, atol=1e-5, msg=f"{name}: {{}}".format)
+
+
+@pytest.mark.parametrize("everywhere", [False, True])
+@pytest.mark.parametrize(("dtype", "distributed"), [(Dtype.fp32, False), (Dtype.bf16, True)])
+@pytest.mark.parametrize("family", ["biases", "experts"])
+def test_weight_decay_leaves_norms_and_biases_alone(
+    tmp_path: Path, family: str, dtype: Dtype, distributed: bool, everywhere: bool
+) -> None:
+    """With gradients of 0 decay is all that a step does: to matrices alone, or to everything; experts and the router too."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    sizes |= {"vocab_size": VOCAB, "num_attention_heads": 2, "num_key_value_heads": 1}
+    experts = {"moe_intermediate_size": 24, "num_experts": 2, "num_experts_per_tok": 1, "head_dim": 8}
+    model: torch.nn.Module = Qwen2ForCausalLM(Qwen2Config(**sizes))
+    if family == "experts":
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **experts))
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            torch.nn.init.ones_(parameter)
+    model.save_pretrained(tmp_path)
+    options = {"lr": 0.5, "weight_decay": 0.25, "distributed": distributed, "decay_norms_and_biases": everywhere}
+    role = TrainedRoleConfig(ModelConfig(path=str(tmp_path), dtype=dtype), optimizer=OptimizerConfig(**options))
+    engine = TrainEngine("actor", role, "lm", 10)
+    plain = sft_loss_fn(VOCAB, engine.groups)
+
+    def nothing(output: torch.Tensor, microbatch: Microbatch) -> Loss:
+        loss = plain(output, microbatch)
+        return dataclasses.replace(loss, loss=0 * loss.loss)
+
+    ids, mask = torch.randint(0, VOCAB, (ROWS, LENGTH)), torch.ones(ROWS, LENGTH - 1, dtype=torch.bool)
+    parts = engine.microbatches(ids, torch.full((ROWS,), LENGTH), AnswerInputs(mask), range(ROWS))
+    engine.train_step(parts, nothing)
+    before = load_file(tmp_path / "model.safetensors")
+    weights = dict(engine.stream_weights())
+    assert any(("experts" if family == "experts" else ".bias") in name for name in weights)
+    for name, weight in weights.items():
+        factor = 0.875 if everywhere or weight.dim() > 1 else 1.0
+        tolerance = {"rtol": 1e-2, "atol": 0.0} if dtype is Dtype.bf16 else {"rtol": 1e-5, "atol": 0.0}
+        torch.testing.assert_close(weight.float(), factor * before[name], **tolerance, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("head", "start", "is_zero"),
+    [("value", None, True), ("score", None, False), ("value", HeadInit.normal, False), ("score", HeadInit.zero, True)],
+)
+def test_a_critic_without_a_head_starts_at_zero(
+    tmp_path: Path, head: Head, start: HeadInit | None, is_zero: bool
+) -> None:
+    """A reward model's starts at random; ``model.head_init`` changes either."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "head_dim": 8}
+    config = Qwen3Config(vocab_size=VOCAB, num_attention_heads=2, num_key_value_heads=1, **sizes)
+    Qwen3ForCausalLM(config).save_pretrained(tmp_path)
+    role = TrainedRoleConfig(ModelConfig(path=str(tmp_path), head_init=start))
+    engine = TrainEngine("critic" if head == "value" else "reward", role, head, 10)
+    assert bool(dict(engine.stream_weights())["score.weight"].any()) is not is_zero
 
 
 def test_the_divisor_clips() -> None:

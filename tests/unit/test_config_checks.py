@@ -28,10 +28,6 @@ def config_of(folder: Path, kind: str, *overrides: str) -> AnyConfig:
     return load_config(str(path), list(overrides)).config
 
 
-#: A run whose function alone scores.
-FUNCTION = ["reward.source=function", "reward_model=null", "reward.function=a:b"]
-
-
 @pytest.mark.parametrize("kind", ["sft", "rm", "ppo"])
 @pytest.mark.parametrize("world_size", [1, 2, 8])
 def test_the_defaults_pass(tmp_path: Path, kind: str, world_size: int) -> None:
@@ -71,6 +67,24 @@ def test_the_defaults_pass(tmp_path: Path, kind: str, world_size: int) -> None:
             "algorithm.minibatch_size = 2 is not a multiple of the data-parallel size of actor = 4",
         ),
         (["algorithm.minibatch_size=2", "actor.parallel.tensor=2"], "the data-parallel size of critic = 4"),
+        (["algorithm.critic_minibatch_size=24"], "is not a multiple of algorithm.critic_minibatch_size = 24"),
+        (["algorithm.critic_minibatch_size=2"], "algorithm.critic_minibatch_size = 2 is not .* the data-parallel size of critic = 4"),
+        (["algorithm.critic_epochs=0"], "algorithm.critic_epochs=0: at least 1, or null for the actor's"),
+        (["algorithm.kl.clamp=0"], "algorithm.kl.clamp=0"),
+        (["reference.model.head_init=zero"], "reference.model.head_init=zero: only the critic"),
+        (["reward_model.model.head_init=normal"], "reward_model.model.head_init=normal: only the critic"),
+        (
+            ["rollout.sampling.top_p=0.9", "algorithm.rollout_correction.kind=truncated"],
+            "rollout.sampling.top_p=0.9: .*no importance weight; .*top_p=1, or algorithm.rollout_correction.kind=none",
+        ),
+        (
+            ["rollout.sampling.top_k=50", "algorithm.rollout_correction.kind=truncated"],
+            "rollout.sampling.top_k=50: .*top_k=-1, or algorithm.rollout_correction.kind=none",
+        ),
+        (
+            ["rollout.sampling.top_p=0.9", "algorithm.old_log_probs=rollout"],
+            "rollout.sampling.top_p=0.9: .*algorithm.old_log_probs=actor",
+        ),
         (["algorithm.rollout_batch_size=0"], "algorithm.rollout_batch_size=0"),
         (["algorithm.dual_clip=1"], "dual-clip PPO needs c > 1"),
         (["algorithm.value_clip=0"], "algorithm.value_clip=0"),
@@ -96,15 +110,6 @@ def test_the_defaults_pass(tmp_path: Path, kind: str, world_size: int) -> None:
         (["reward_model=null"], "set reward_model.model.path"),
         (["reward.source=function", "reward_model=null", "reward.function=score"], "package.module:function"),
         (["train.eval_function=a:b"], "set data.eval"),
-        (["reward.timeout_s=0"], "reward.timeout_s=0.0: a number of seconds above 0"),
-        (["reward.timeout_s=.inf"], "reward.timeout_s=inf: a number of seconds above 0"),
-        (["reward.workers=4"], "reward.workers=4: reward.function or train.eval_function is not set"),
-        (["reward.concurrency=4"], "reward.concurrency=4: reward.function or train.eval_function is not set"),
-        ([*FUNCTION, "reward.workers=0"], "reward.workers=0: at least 1, or null"),
-        ([*FUNCTION, "reward.concurrency=0"], "reward.concurrency=0: at least 1, or null"),
-        ([*FUNCTION, "reward.batch=0"], "reward.batch=0: at least 1, or null"),
-        ([*FUNCTION, "train.eval_batch=2"], "train.eval_batch=2: train.eval_function is not set"),
-        (["data.eval=e.jsonl", "train.eval_function=a:b", "reward.batch=2"], "reward.batch=2: reward.function is not set"),
         (["rollout.sampling.temperature=0"], "rollout.sampling.temperature=0"),
         (["rollout.eval_sampling.temperature=-1"], "rollout.eval_sampling.temperature=-1"),
         (["rollout.sampling.top_p=0"], "rollout.sampling.top_p=0"),
@@ -295,6 +300,28 @@ def test_ppo_batching_by_hand(tmp_path: Path) -> None:
     assert batching.responses_per_rank == 48
     lines = batching.describe().splitlines()
     assert "responses per step       96  responses per PPO step, over all ranks" in lines
+    assert not any(line.startswith("critic minibatches") for line in lines)
+
+
+def test_the_critic_has_passes_of_its_own(tmp_path: Path) -> None:
+    """64 responses: the actor does 2 epochs of 2 minibatches, the critic 3 of 4."""
+    own = ["algorithm.minibatch_size=32", "algorithm.ppo_epochs=2", "algorithm.critic_minibatch_size=16"]
+    config = config_of(tmp_path, "ppo", *own, "algorithm.critic_epochs=3", "train.steps=5", "critic.micro_batch_size=3")
+    check_config(config, 2)
+    batching = derive_ppo(config, world_size=2, num_prompts=100)
+    assert (batching.actor.total_optimizer_steps, batching.critic.total_optimizer_steps) == (5 * 2 * 2, 5 * 3 * 4)
+    assert (batching.actor.batch_per_rank, batching.critic.batch_per_rank, batching.critic.micro_batches) == (16, 8, 3)
+    lines = [" ".join(line.split()) for line in batching.describe().splitlines()]
+    assert "minibatches 2 per PPO epoch, 2 PPO epochs per step" in lines
+    assert "critic minibatches 4 per critic epoch, 3 critic epochs per step" in lines
+
+
+@pytest.mark.parametrize(("estimator", "found"), [("k3+", "k3+"), ("k1", "k1")])
+def test_every_estimator_has_its_name_in_a_config(tmp_path: Path, estimator: str, found: str) -> None:
+    config = config_of(tmp_path, "ppo", f"algorithm.kl.estimator={estimator}", f"algorithm.kl.loss_estimator={estimator}")
+    assert config.algorithm.kl.estimator.value == config.algorithm.kl.loss_estimator.value == found
+    with pytest.raises(ValueError, match=r"algorithm.kl.estimator.*k3\+"):
+        config_of(tmp_path, "ppo", "algorithm.kl.estimator=k4")
 
 
 def test_supervised_batching_by_hand(tmp_path: Path) -> None:

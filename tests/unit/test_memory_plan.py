@@ -257,6 +257,15 @@ def test_a_budget_of_tokens_is_planned_as_the_rows_that_fill_it() -> None:
     assert of_tokens["old_log_probs"] == pytest.approx(2 * of_rows["old_log_probs"], rel=0.3)
 
 
+def test_the_critic_is_planned_with_minibatches_of_its_own() -> None:
+    """One response a rank, where the actor's minibatches make micro-batches of several."""
+    both = ([], ["algorithm.critic_minibatch_size=8"])
+    plans = [plan_memory(config_of(QWEN, "critic.micro_batch_size=4", *own), 8, device_bytes=DEVICE) for own in both]
+    usual, small = ({phase.phase: phase.activations for phase in plan.phases} for plan in plans)
+    assert small["train_critic"] < 0.7 * usual["train_critic"]
+    assert small["train_actor"] == usual["train_actor"]
+
+
 def test_supervised_runs_have_one_phase(tmp_path: Path) -> None:
     for kind, role, head in (("sft", "actor", 151_936 * 4096), ("rm", "reward", 4096)):
         path = tmp_path / f"{kind}.yaml"
