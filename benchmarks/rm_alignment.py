@@ -198,7 +198,7 @@ def launch(
     job.write_text(json.dumps({"model": str(model), "sequences": sequences, "out": str(out)}))
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
     subprocess.run([*command, f"--nproc-per-node={processes}", __file__, "--job", str(job)], check=True, env={**os.environ, "PYTHONWARNINGS": "ignore"})
-    return torch.load(out)
+    return torch.load(out, weights_only=True)
 
 
 def compare(by_world: dict[str, dict[str, dict[str, Tensor]]], path: str) -> dict[str, int]:

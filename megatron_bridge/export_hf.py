@@ -21,7 +21,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_bridge.config_mapping import BridgeConfig, read_hf_config
-from megatron_bridge.hf_checkpoint import INDEX_FILE, SINGLE_FILE, tensor_names
+from megatron_bridge.hf_checkpoint import INDEX_FILE, SINGLE_FILE, check_links, tensor_names
 from megatron_bridge.stream import stream_hf
 
 _EMBEDDING = "model.embed_tokens.weight"
@@ -70,6 +70,8 @@ def save_hf(
         ValueError: unknown head, no checkpoint in source_dir, or chunks and groups that are not of the bridge's layout.
     """
     # Every rank looks at the source before the first collective: an error there must not leave the others waiting.
+    for folder in {source_dir, tokenizer_dir or source_dir}:
+        check_links(Path(folder))
     dtype = dtype or bridge.transformer.params_dtype
     config = exported_config(read_hf_config(source_dir), bridge.family.architecture(head), head, dtype)
     tied_twice = head == "lm" and bridge.tie_word_embeddings and _LM_HEAD in tensor_names(source_dir)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any, Self
 
@@ -14,6 +14,8 @@ from torch import Tensor
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+#: Of the files of a folder that are read, or copied into an export.
+READ_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt")
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 
 
@@ -40,7 +42,7 @@ class HfCheckpoint:
     """All tensors of a checkpoint folder, one file or several with an index. Use as a context manager.
 
     Raises:
-        ValueError: no safetensors, an index that names a file or a tensor that is not there, or a damaged file.
+        ValueError: no safetensors, an index that names a file or a tensor that is not there, a damaged file, or a link out of the folder.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -49,6 +51,7 @@ class HfCheckpoint:
         self._open: dict[Path, Any] = {}
         self.tensors: dict[str, TensorInfo] = {}
         try:
+            check_links(self.path)
             self._read_headers()
         except BaseException:
             self._stack.close()
@@ -57,7 +60,7 @@ class HfCheckpoint:
     def _read_headers(self) -> None:
         index = self.path / INDEX_FILE
         if index.is_file():
-            weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            weight_map = _weight_map(index)
             for file in sorted(set(weight_map.values())):
                 self._read_header(self.path / file, listed_in=index)
             for name, file in weight_map.items():
@@ -73,6 +76,7 @@ class HfCheckpoint:
     def _read_header(self, file: Path, listed_in: Path | None) -> None:
         if not file.is_file():
             raise ValueError(f"{listed_in}: lists {file.name}, but there is no such file; complete the download")
+        _check_stays_inside(file, self.path)
         try:
             handle = self._stack.enter_context(safe_open(file, framework="pt"))
         except SafetensorError as error:
@@ -100,6 +104,47 @@ class HfCheckpoint:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stack.close()
+
+
+def check_links(folder: Path) -> None:
+    """Refuse links among a checkpoint folder's files that lead out of it: an export copies some of the files, and may be published.
+
+    Links into a Hugging Face cache (``models--<name>/blobs/<hash>``) stay allowed: a cache's snapshot folder consists of them, and so
+    do folders that old versions of its client made.
+
+    Args:
+        folder: Folder of a model or a tokenizer.
+
+    Raises:
+        ValueError: A file is elsewhere; the link is named.
+    """
+    for file in sorted(folder.glob("*")):
+        if file.suffix in READ_SUFFIXES and file.is_symlink():
+            _check_stays_inside(file, folder)
+
+
+def _check_stays_inside(file: Path, folder: Path) -> None:
+    found = file.resolve()
+    is_blob = found.parent.name == "blobs" and found.parent.parent.name.startswith("models--")
+    if not is_blob and not found.is_relative_to(folder.resolve()):
+        raise ValueError(f"{file} is a link to {found}, out of the checkpoint folder; copy the file there if it belongs to the model")
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor name -> file name of an index.
+
+    Raises:
+        ValueError: it is no index, or names a file outside of its folder.
+    """
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files = {str(PurePosixPath(file)) for file in weight_map.values()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index}: no index of safetensors files ({error!r}); download it again") from error
+    for file in sorted(files):
+        if PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts:
+            raise ValueError(f"{index}: lists {file!r}, which is not in the checkpoint folder; do not use this checkpoint")
+    return weight_map
 
 
 def tensor_names(path: str | Path) -> set[str]:

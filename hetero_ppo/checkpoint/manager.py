@@ -26,6 +26,7 @@ from hetero_ppo.checkpoint.manifest import (
     files_of,
     find_fault,
     find_size_fault,
+    has_own_checksum,
     look_at,
     settle_folder,
     write_marker,
@@ -228,6 +229,8 @@ class CheckpointManager:
                 shutil.rmtree(folder)
 
     def _check_contents(self, folder: Path) -> None:
+        if dist.get_rank() == 0 and not has_own_checksum(folder):
+            print(f"checkpoint {folder}: an older version wrote it, without a checksum of its list of files ({COMPLETE})", flush=True)
         fault = find_fault(folder, dist.get_rank(), dist.get_world_size())
         worst = torch.tensor([int(fault is not None)])
         dist.all_reduce(worst, op=dist.ReduceOp.MAX)
@@ -274,6 +277,20 @@ def checkpoint_folder(run_dir: Path, step: int | None) -> Path:
     if fault is not None:
         raise ValueError(_say_damaged(folder, fault))
     return folder
+
+
+def check_contents(folder: Path) -> None:
+    """Compare all files of a checkpoint with its manifest, in one process.
+
+    Args:
+        folder: of the checkpoint (``checkpoint_folder``).
+
+    Raises:
+        ValueError: A file differs.
+    """
+    fault = find_fault(folder, 0, 1)
+    if fault is not None:
+        raise ValueError(_say_damaged(folder, fault))
 
 
 def checkpoint_step(run_dir: Path, step: int | None) -> int:

@@ -1,11 +1,17 @@
-"""What a checkpoint consists of: the size and CRC-32 of every file, written last, and checked before anything is read."""
+"""What a checkpoint consists of: the size and CRC-32 of every file, written last, and checked before anything is read.
+
+Checksums find what a disk or a copy did to the files. They do not prove who wrote them: reading a checkpoint must be safe without them
+(``engines/role_reading.py``).
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import zlib
-from pathlib import Path
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
 
 #: The marker of a complete checkpoint; it holds the manifest.
 COMPLETE = "COMPLETE"
@@ -15,7 +21,7 @@ BLOCK = 1 << 22
 
 def files_of(folder: Path) -> list[Path]:
     """All files of a checkpoint but the marker, in the order of their names."""
-    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != COMPLETE)
+    return sorted(path for path in folder.rglob("*") if path != folder / COMPLETE and not _is_folder(path))
 
 
 def look_at(path: Path, *, settle: bool) -> tuple[int, int]:
@@ -43,7 +49,7 @@ def look_at_share(folder: Path, rank: int, num_ranks: int, *, settle: bool) -> d
 
 def write_marker(folder: Path, manifest: dict[str, tuple[int, int]]) -> None:
     """Make the checkpoint complete."""
-    write_text(folder / COMPLETE, json.dumps({"files": manifest}))
+    write_text(folder / COMPLETE, json.dumps({"files": manifest, "sha256": _digest(manifest)}))
     for inner in (*(path for path in folder.rglob("*") if path.is_dir()), folder):
         settle_folder(inner)
 
@@ -52,17 +58,29 @@ def read_marker(folder: Path) -> dict[str, tuple[int, int]]:
     """The manifest.
 
     Raises:
-        ValueError: the marker is not what ``write_marker`` writes.
+        ValueError: the marker is not what ``write_marker`` writes, or names a file outside of the folder.
     """
+    path = folder / COMPLETE
     try:
-        files = json.loads((folder / COMPLETE).read_text())["files"]
-        return {name: (int(size), int(crc)) for name, (size, crc) in files.items()}
+        marker = json.loads(path.read_text())
+        manifest = {name: (int(size), int(crc)) for name, (size, crc) in marker["files"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{folder / COMPLETE} is not readable: the checkpoint is damaged, or of another version") from error
+        raise ValueError(f"{path} is not readable: the checkpoint is damaged, or of another version") from error
+    if "sha256" in marker and marker["sha256"] != _digest(manifest):
+        raise ValueError(f"{path} is damaged: its own checksum (SHA-256) does not fit its list of files")
+    outside = [name for name in manifest if not _is_inside(name)]
+    if outside:
+        raise ValueError(f"{path} names {outside[0]!r}, which is not a file of the checkpoint: do not use what wrote this list")
+    return manifest
+
+
+def has_own_checksum(folder: Path) -> bool:
+    """Whether the marker has a checksum of itself; older versions wrote none. For a marker that ``read_marker`` accepts."""
+    return "sha256" in json.loads((folder / COMPLETE).read_text())
 
 
 def find_size_fault(folder: Path) -> str | None:
-    """What is wrong with a checkpoint by the sizes of its files alone; None: nothing."""
+    """What is wrong with a checkpoint by the names and sizes of its files alone; None: nothing."""
     try:
         manifest = read_marker(folder)
     except ValueError as error:
@@ -74,6 +92,11 @@ def find_size_fault(folder: Path) -> str | None:
         found = path.stat().st_size
         if found != size:
             return f"{path} has {found} bytes, and had {size} when it was written"
+    for path in files_of(folder):
+        if path.is_symlink():
+            return f"{path} is a link; put what it names there instead (cp -rL copies a folder so)"
+        if path.relative_to(folder).as_posix() not in manifest:
+            return f"{path} does not belong to it, {COMPLETE} does not name it; move it out of the folder"
     return None
 
 
@@ -106,3 +129,18 @@ def settle_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _digest(manifest: Mapping[str, tuple[int, int]]) -> str:
+    """SHA-256 of the list of files, in whatever order it is."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a name of the manifest stays in the folder: relative, and without a step up."""
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts and path.as_posix() == name and name not in (".", COMPLETE)
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()

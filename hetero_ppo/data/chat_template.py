@@ -8,6 +8,7 @@ import json
 import os
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -21,6 +22,7 @@ from hetero_ppo.data.continuation import adds_prefix, encode_continuation
 from hetero_ppo.data.end_tokens import EndToken, find_end_tokens
 from hetero_ppo.data.reading import Message
 from hetero_ppo.data.tokenizer_checks import check_embedding_rows, check_end_tokens
+from megatron_bridge.hf_checkpoint import check_links
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
@@ -129,6 +131,7 @@ def load_tokenizer(folder: str, field: str) -> PreTrainedTokenizerBase:
     if not any(os.path.isfile(os.path.join(folder, name)) for name in TOKENIZER_FILES):
         raise ValueError(f"{field}={folder}: the folder has no tokenizer ({', '.join(TOKENIZER_FILES)})")
     try:
+        check_links(Path(folder))
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"{field}={folder}: the tokenizer cannot be loaded: {' '.join(str(error).split())}") from error

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.pipeline_parallel.schedules import (
@@ -41,6 +40,7 @@ from hetero_ppo.engines.microbatches import (
 from hetero_ppo.engines.model_input import ModelInput, in_place, model_inputs
 from hetero_ppo.engines.outputs import OutputFn
 from hetero_ppo.engines.residency import RoleResidency
+from hetero_ppo.engines.role_reading import load_role
 from hetero_ppo.engines.shared_device import SharedDevice
 from hetero_ppo.memory.kinds import FORWARD, OPTIMIZER, Kind
 from hetero_ppo.types import Microbatch
@@ -372,7 +372,7 @@ class ModelEngine:
         """The weights alone of what ``TrainEngine.save`` wrote, in this or another layout. Collective over the world."""
         self.device.require(self.role, FORWARD, "loading its weights")
         self.residency.mark_changed(FORWARD)
-        self._take_weights(dist_checkpointing.load(self._sharded_weights(), str(folder)))
+        self._take_weights(load_role(self._sharded_weights(), folder))
 
     def export(
         self, out_dir: str, *, tokenizer_dir: str | None = None, files: Mapping[str, str] | None = None

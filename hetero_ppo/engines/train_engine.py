@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.models.gpt import GPTModel
@@ -29,6 +28,7 @@ from hetero_ppo.engines.gradients import FirstGradients, clip_divisor, divide_gr
 from hetero_ppo.engines.microbatches import MicrobatchSize, pair_tokens, split, split_pairs
 from hetero_ppo.engines.model_engine import ModelEngine
 from hetero_ppo.engines.outputs import OutputFn
+from hetero_ppo.engines.role_reading import load_role, tensor_names
 from hetero_ppo.engines.role_snapshot import RoleSnapshot
 from hetero_ppo.engines.shared_device import SharedDevice
 from hetero_ppo.memory.kinds import TRAINING, Kind
@@ -325,7 +325,7 @@ class TrainEngine(ModelEngine):
         self.device.require(self.role, TRAINING & self.residency.kinds, "loading a checkpoint")
         self._check_kind_of_optimizer(folder)
         self.residency.mark_changed(TRAINING)
-        state = dist_checkpointing.load(self._sharded_state_dict(is_loading=True), str(folder))
+        state = load_role(self._sharded_state_dict(is_loading=True), folder)
         self._take_weights(state)
         moments = [
             (o, {p: dict(values) for p, values in o.optimizer.state.items()}) for o in self._optimizers if o.optimizer
@@ -340,8 +340,7 @@ class TrainEngine(ModelEngine):
 
     def _check_kind_of_optimizer(self, folder: Path) -> None:
         """The distributed optimizer's state is stored in a form of its own, which Megatron-Core does not translate."""
-        names = dist_checkpointing.load_tensors_metadata(str(folder))
-        saved = any(name.startswith("optimizer.state.param.") for name in names)
+        saved = any(name.startswith("optimizer.state.param.") for name in tensor_names(folder))
         if saved != self.train_config.optimizer.distributed:
             field = f"{self.role}.optimizer.distributed"
             raise ValueError(

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from hetero_ppo.checkpoint.manager import checkpoint_folder
+from hetero_ppo.checkpoint.manager import check_contents, checkpoint_folder
 from hetero_ppo.config.load import load_config
 from hetero_ppo.config.schema import ParallelConfig, PpoConfig, RmConfig, SftConfig
 
@@ -34,6 +34,7 @@ def run(args: argparse.Namespace) -> None:
     if role not in roles:
         raise ValueError(f"--role {role}: this run trains {', '.join(roles)}")
     folder = checkpoint_folder(Path(args.run_dir), args.step)
+    check_contents(folder)
     with single_process():
         _export(config, role, folder, args.out)
     print(f"exported {role} of {folder} to {args.out}")

@@ -12,8 +12,8 @@ import numpy
 import pytest
 import torch
 
-from hetero_ppo.checkpoint.manager import best_checkpoint, checkpoint_folder, checkpoint_step
-from hetero_ppo.checkpoint.manifest import COMPLETE, find_fault, look_at_share, read_marker, write_marker
+from hetero_ppo.checkpoint.manager import best_checkpoint, check_contents, checkpoint_folder, checkpoint_step
+from hetero_ppo.checkpoint.manifest import COMPLETE, find_fault, has_own_checksum, look_at_share, read_marker, write_marker
 from hetero_ppo.checkpoint.random_state import random_state, set_random_state
 from hetero_ppo.checkpoint.version import code_version
 
@@ -47,6 +47,24 @@ def scribble(folder: Path) -> None:
     (folder / COMPLETE).write_text("{")
 
 
+def edit_marker(folder: Path) -> None:
+    (folder / COMPLETE).write_text((folder / COMPLETE).read_text().replace("25600", "25601"))
+
+
+def add(folder: Path) -> None:
+    (folder / "actor" / COMPLETE).write_text("of another folder")
+
+
+def link(folder: Path) -> None:
+    (folder / "trainer.json").rename(folder.parent / "elsewhere.json")
+    (folder / "trainer.json").symlink_to(folder.parent / "elsewhere.json")
+
+
+def link_folder(folder: Path) -> None:
+    (folder / "actor").rename(folder.parent / "elsewhere")
+    (folder / "actor").symlink_to(folder.parent / "elsewhere")
+
+
 @pytest.mark.parametrize(
     ("damage", "fault"),
     [
@@ -54,6 +72,10 @@ def scribble(folder: Path) -> None:
         (flip, r"weights has other contents than were written"),
         (remove, r"trainer.json is missing"),
         (scribble, r"COMPLETE is not readable"),
+        (edit_marker, r"COMPLETE is damaged: its own checksum"),
+        (add, r"actor/COMPLETE does not belong to it, COMPLETE does not name it; move it out of the folder"),
+        (link, r"trainer.json is a link"),
+        (link_folder, r"actor is a link"),
     ],
 )
 def test_damage_is_named(tmp_path: Path, damage: Callable[[Path], None], fault: str) -> None:
@@ -63,6 +85,26 @@ def test_damage_is_named(tmp_path: Path, damage: Callable[[Path], None], fault: 
     damage(folder)
     found = [text for text in (find_fault(folder, rank, 2) for rank in range(2)) if text is not None]
     assert found and all(re.search(fault, text) for text in found)
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "actor/../../outside", "actor/../trainer.json", "."])
+def test_names_in_the_manifest_do_not_leave_the_folder(tmp_path: Path, name: str) -> None:
+    folder = write_checkpoint(tmp_path, 3)
+    (folder.parent / "outside").write_text("")
+    write_marker(folder, {**read_marker(folder), name: (0, 0)})
+    with pytest.raises(ValueError, match=rf"COMPLETE names '{re.escape(name)}', which is not a file of the checkpoint"):
+        checkpoint_folder(tmp_path, None)
+
+
+def test_a_marker_of_an_older_version_has_no_checksum_of_itself(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path, 3)
+    assert has_own_checksum(folder)
+    (folder / COMPLETE).write_text(json.dumps({"files": read_marker(folder)}))
+    assert not has_own_checksum(folder) and checkpoint_folder(tmp_path, None) == folder
+    check_contents(folder)
+    flip(folder)
+    with pytest.raises(ValueError, match=r"iter_0000003 is damaged: .*weights has other contents"):
+        check_contents(folder)
 
 
 def test_the_last_good_checkpoint_is_offered(tmp_path: Path) -> None:

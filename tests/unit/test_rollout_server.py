@@ -39,7 +39,8 @@ def test_cpu_command_line() -> None:
     assert option(command, "--kv-cache-memory-bytes") == str(8 * 1024 * 1024)
     assert option(command, "--generation-config") == "vllm"
     assert option(command, "--logprobs-mode") == "processed_logprobs"
-    assert "--enforce-eager" in command and "--gpu-memory-utilization" not in command and "--load-format" not in command
+    assert "--enforce-eager" in command and "--gpu-memory-utilization" not in command
+    assert option(command, "--load-format") == "safetensors"  # never pickled weights
 
 
 def test_servers_have_a_tokenizer_only_when_stop_strings_need_one() -> None:

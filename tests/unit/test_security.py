@@ -16,15 +16,18 @@ from hetero_ppo.trainers import launch
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted(
-    path for folder in ("hetero_ppo", "megatron_bridge", "examples") for path in (ROOT / folder).rglob("*.py")
+    path for folder in ("hetero_ppo", "megatron_bridge", "examples", "benchmarks", "scripts") for path in (ROOT / folder).rglob("*.py")
 )
 #: Calls that unpickle, or run text.
 FORBIDDEN_CALLS = {
     *("eval", "exec", "__import__"),
     *("all_gather_object", "gather_object", "broadcast_object_list", "scatter_object_list", "send_object_list"),
-    *("yaml.load", "yaml.unsafe_load", "os.system", "numpy.load"),
+    *("yaml.load", "yaml.unsafe_load", "os.system", "numpy.load", "pickle.load", "pickle.loads"),
 }
 FORBIDDEN_MODULES = {"pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib"}
+
+#: The one source that may use ``pickle``: it unpickles with a list of allowed classes (``numerics/test_hostile_checkpoint.py``).
+UNPICKLES = ROOT / "hetero_ppo" / "engines" / "role_reading.py"
 
 
 def dotted(node: ast.expr) -> str:
@@ -57,7 +60,7 @@ def faults(source: str) -> list[str]:
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_no_source_unpickles_or_runs_text(path: Path) -> None:
-    assert faults(path.read_text()) == []
+    assert faults(path.read_text()) == (["pickle"] if path == UNPICKLES else [])
 
 
 @pytest.mark.parametrize(
