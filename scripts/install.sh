@@ -11,7 +11,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 PYTORCH_CPU_INDEX=${PYTORCH_CPU_INDEX:-https://download.pytorch.org/whl/cpu}
-TORCH_CPU="torch==2.13.0+cpu"
+TORCH_CPU=requirements/torch-cpu.lock
 
 suitable() {
     "$1" -c 'import sys; sys.exit(not ((3, 11) <= sys.version_info[:2] < (3, 14)))' 2>/dev/null
@@ -45,29 +45,41 @@ pip() {
     "$VENV/bin/python" -m pip --disable-pip-version-check "$@"
 }
 
-# torch comes without its dependencies here: the lock has them.
+# What a lock names and no more, of the files that it has hashes of.
+install_locked() {
+    pip install --no-deps --require-hashes "$@"
+}
+
 install_torch_cpu() {
-    local log
+    local log torch
+    torch=$(grep -o '^torch==[^ ]*' "$TORCH_CPU")
+    say "installing $torch"
     log=$(mktemp)
-    if pip install --no-deps "$TORCH_CPU" >"$log" 2>&1; then
+    if install_locked -r "$TORCH_CPU" >"$log" 2>&1; then
         rm -f "$log"
         return
     fi
-    say "$TORCH_CPU is not on the configured package indexes; trying $PYTORCH_CPU_INDEX"
-    if ! pip install --no-deps --index-url "$PYTORCH_CPU_INDEX" "$TORCH_CPU"; then
+    say "$torch is not on the configured package indexes, or is another file there; trying $PYTORCH_CPU_INDEX"
+    if ! install_locked --index-url "$PYTORCH_CPU_INDEX" -r "$TORCH_CPU"; then
         cat "$log" >&2
         rm -f "$log"
-        die "$TORCH_CPU could not be installed, neither from the configured indexes (first messages) nor from \
+        die "$torch could not be installed, neither from the configured indexes (first messages) nor from \
 $PYTORCH_CPU_INDEX. Set PYTORCH_CPU_INDEX to an index that has it, or PIP_FIND_LINKS to a folder with its wheel"
     fi
     rm -f "$log"
 }
 
+# The lines of one package of the lock.
+locked() {
+    sed -n "/^$1==/,/[^\\\\]\$/p" requirements/cpu.lock
+}
+
 install_cpu() {
-    say "installing $TORCH_CPU"
     install_torch_cpu
     say "installing $(grep -c '==' requirements/cpu.lock) pinned packages (requirements/cpu.lock)"
-    pip install -qq --no-deps -r requirements/cpu.lock
+    # First what builds a package that has no wheel: pip would fetch a newer one for the build, and look at no hash of it.
+    install_locked -qq -r <(locked setuptools)
+    install_locked -qq --no-build-isolation -r requirements/cpu.lock
     # Left by an earlier `pip install -e .[cpu]`: their CUDA builds break every model load of vLLM beside a CPU torch.
     pip uninstall --quiet --yes torchvision torchaudio torchcodec 2>/dev/null
     # The lock has setuptools, so no second copy of it has to be fetched for the build.

@@ -15,6 +15,7 @@ import sys
 
 from hetero_ppo.cli import config, export, init_model, plan, report, reward_model, tokenizer, train, validate
 from hetero_ppo.cli.ranks import say_error
+from hetero_ppo.config.versions import check_versions
 from hetero_ppo.errors import EXIT_STOPPED, RunError, StoppedOnRequest
 
 SUBCOMMANDS = (config, validate, plan, train, export, report, reward_model, tokenizer, init_model)
@@ -39,6 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = build_parser().parse_args(arguments)
     gc.disable()  # until a run begins: the objects of imported modules stay, and are looked through again and again for garbage
     try:
+        check_versions()
         args.run(args)
     except (ValueError, FileNotFoundError) as error:
         if args.traceback:

