@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch import Tensor
 
 import megatron_bridge.platform  # noqa: F401
@@ -21,8 +21,9 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_bridge.config_mapping import BridgeConfig, read_hf_config
-from megatron_bridge.hf_checkpoint import INDEX_FILE, SINGLE_FILE, check_links, tensor_names
+from megatron_bridge.hf_checkpoint import INDEX_FILE, SINGLE_FILE, check_links, tensor_names, write_safetensors
 from megatron_bridge.stream import stream_hf
+from megatron_bridge.weight_plan import exported_entries
 
 _EMBEDDING = "model.embed_tokens.weight"
 _LM_HEAD = "lm_head.weight"
@@ -146,7 +147,7 @@ def _write_weights(
     size = total = 0
 
     def flush() -> None:
-        save_file(shard, folder / f"{len(files)}.safetensors", metadata={"format": "pt"})
+        write_safetensors(shard, folder / f"{len(files)}.safetensors")
         files.append(list(shard))
         shard.clear()
 
@@ -169,6 +170,12 @@ def _write_weights(
         weight_map |= dict.fromkeys(names, file)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def export_bytes(bridge: BridgeConfig, head: str, dtype: torch.dtype) -> int:
+    """Size in bytes of an export's tensors."""
+    shapes = (hf.shape(bridge.dims) for entry in exported_entries(bridge, head) for hf in entry.rule.hf)
+    return sum(map(math.prod, shapes)) * dtype.itemsize
 
 
 def _copy_files(names: Iterable[str], source: Path, target: Path) -> None:

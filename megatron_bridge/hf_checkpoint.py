@@ -1,15 +1,20 @@
-"""The safetensors files of a Hugging Face checkpoint: what they hold, and reading parts of it."""
+"""The safetensors files of a Hugging Face checkpoint: what they hold, reading parts of it, and writing one."""
 
 from __future__ import annotations
 
 import json
-from contextlib import ExitStack
+import os
+import re
+import stat
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any, Self
 
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 SINGLE_FILE = "model.safetensors"
@@ -145,6 +150,34 @@ def _weight_map(index: Path) -> dict[str, str]:
         if PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts:
             raise ValueError(f"{index}: lists {file!r}, which is not in the checkpoint folder; do not use this checkpoint")
     return weight_map
+
+
+def write_safetensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write one file that its folder's other readers can read, as the umask says; the library's own files are 0600.
+
+    Raises:
+        OSError: The system refused.
+    """
+    with system_errors():
+        save_file(tensors, path, metadata={"format": "pt"})
+    set_default_rights(path)
+
+
+@contextmanager
+def system_errors() -> Iterator[None]:
+    """Raise the system's error where safetensors gives it as text alone."""
+    try:
+        yield
+    except SafetensorError as error:
+        found = re.search(r"os error (\d+)", str(error))
+        if found is None:
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
+
+
+def set_default_rights(path: Path) -> None:
+    """Give a file that was made through a temporary one (0600) the rights that the umask leaves, as its new folder shows them."""
+    path.chmod(stat.S_IMODE(path.parent.stat().st_mode) & 0o666)
 
 
 def tensor_names(path: str | Path) -> set[str]:

@@ -36,6 +36,7 @@ from hetero_ppo.checkpoint.pending import PendingSave, share_file
 from hetero_ppo.checkpoint.random_state import random_state, set_random_state
 from hetero_ppo.checkpoint.version import code_version
 from hetero_ppo.config.schema import CheckpointConfig
+from hetero_ppo.disk import free_text, size_text
 from hetero_ppo.engines.role_snapshot import RoleSnapshot
 from hetero_ppo.engines.train_engine import TrainEngine
 from hetero_ppo.errors import RunError
@@ -62,6 +63,7 @@ class CheckpointManager:
         self.config = config
         self.timeout_s = timeout_s
         self._pending: PendingSave | None = None
+        self._num_bytes = 0  # of this rank's part of the last one
         self._version = code_version() if dist.get_rank() == 0 else ""
 
     def __enter__(self) -> Self:
@@ -109,6 +111,7 @@ class CheckpointManager:
         self.finish(wait=True)
         folder = self.root / f"iter_{step:07d}"
         beside = folder.with_name(folder.name + BEING_WRITTEN)
+        self._num_bytes = sum(engine.checkpoint_bytes for engine in engines.values())
         with self._said_of(step):
             snapshots = self._snapshot(beside, step, engines, {**state, "metrics": dict(metrics)}, files or {})
             own = _rng_file(beside, dist.get_rank())
@@ -250,8 +253,8 @@ class CheckpointManager:
     def _say_unwritable(self, step: int, error: OSError | CheckpointException) -> str:
         steps = ", ".join(str(_step_of(folder)) for folder in _complete(self.root)) or "none"
         return (
-            f"phase checkpoint: the checkpoint of step {step} could not be written below {self.root}: {_reason(error)}. Make room there, or choose another "
-            f"run.dir. Complete checkpoints of this run: {steps}"
+            f"phase checkpoint: the checkpoint of step {step} could not be written below {self.root}: {_reason(error)}; this rank's part "
+            f"takes {size_text(self._num_bytes)}; {free_text(self.root)}. Make room there, or choose another run.dir. Complete checkpoints of this run: {steps}"
         )
 
 

@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hetero_ppo.disk import writing
+
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
@@ -46,13 +48,17 @@ def run(args: argparse.Namespace) -> None:
     from transformers import AutoModelForCausalLM
 
     from hetero_ppo.data.chat_template import load_tokenizer
+    from megatron_bridge.hf_checkpoint import set_default_rights, system_errors
 
     tokenizer = load_tokenizer(str(args.tokenizer), "--tokenizer")
     config = model_config(args, tokenizer)
     torch.manual_seed(args.seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.save_pretrained(args.out)
-    tokenizer.save_pretrained(args.out)
+    with writing(Path(args.out), "model", 4 * model.num_parameters(), "choose another --out"), system_errors():
+        model.save_pretrained(args.out)
+        tokenizer.save_pretrained(args.out)
+    for path in Path(args.out).glob("*.safetensors"):
+        set_default_rights(path)
     print(
         f"{args.out}: {args.family}, {model.num_parameters():,} parameters, {config.vocab_size} embedding rows for "
         f"{len(tokenizer)} tokens, seed {args.seed}"

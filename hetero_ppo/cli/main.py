@@ -12,10 +12,12 @@ import argparse
 import gc
 import os
 import sys
+from pathlib import Path
 
 from hetero_ppo.cli import config, export, init_model, plan, report, reward_model, tokenizer, train, validate
 from hetero_ppo.cli.ranks import say_error
 from hetero_ppo.config.versions import check_versions
+from hetero_ppo.disk import describe, takes_no_more
 from hetero_ppo.errors import EXIT_STOPPED, RunError, StoppedOnRequest
 
 SUBCOMMANDS = (config, validate, plan, train, export, report, reward_model, tokenizer, init_model)
@@ -51,6 +53,11 @@ def main(arguments: list[str] | None = None) -> int:
         if args.traceback:
             raise
         say_error(str(error))
+        return 1
+    except OSError as error:  # of a file that nobody has a name for: a full disk is no fault of ours
+        if args.traceback or not takes_no_more(error):
+            raise
+        say_error(describe(error, None if error.filename is None else Path(error.filename), "a file"))
         return 1
     except StoppedOnRequest as stopped:
         if os.environ.get("RANK", "0") == "0":

@@ -26,6 +26,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from hetero_ppo.config.schema import Dtype, HeadInit, ModelConfig, ResidencyConfig, RoleConfig
+from hetero_ppo.disk import writing
 from hetero_ppo.distributed.groups import is_last_stage, last_stage_rank, role_groups
 from hetero_ppo.engines.layouts import role_bridge
 from hetero_ppo.engines.microbatches import (
@@ -46,7 +47,7 @@ from hetero_ppo.memory.kinds import FORWARD, OPTIMIZER, Kind
 from hetero_ppo.types import Microbatch
 from megatron_bridge import platform
 from megatron_bridge.config_mapping import VOCAB_PARTS, BridgeConfig
-from megatron_bridge.export_hf import save_hf
+from megatron_bridge.export_hf import export_bytes, save_hf
 from megatron_bridge.import_hf import LoadReport, load_hf
 from megatron_bridge.layers import HAS_TRANSFORMER_ENGINE
 from megatron_bridge.model_provider import Head, build_model
@@ -377,18 +378,25 @@ class ModelEngine:
     def export(
         self, out_dir: str, *, tokenizer_dir: str | None = None, files: Mapping[str, str] | None = None
     ) -> None:
-        """Write a Hugging Face checkpoint, and ``files`` (name -> text) into its folder. Collective."""
+        """Write a Hugging Face checkpoint, and ``files`` (name -> text) into its folder. Collective.
+
+        Raises:
+            RunError: The disk takes no more. What was there before is there still.
+        """
         self.device.require(self.role, FORWARD, "an export")
-        save_hf(
-            self.models,
-            self.bridge,
-            self.groups,
-            out_dir,
-            source_dir=self.config.model.path,
-            tokenizer_dir=tokenizer_dir or self.config.model.tokenizer,
-            head=self.head,
-            files=files,
-        )
+        num_bytes = export_bytes(self.bridge, self.head, self.bridge.transformer.params_dtype)
+        remedy = "export elsewhere: hetero-ppo export --run <run.dir> --out <folder>"
+        with writing(Path(out_dir), f"export of {self.role} to", num_bytes, remedy):
+            save_hf(
+                self.models,
+                self.bridge,
+                self.groups,
+                out_dir,
+                source_dir=self.config.model.path,
+                tokenizer_dir=tokenizer_dir or self.config.model.tokenizer,
+                head=self.head,
+                files=files,
+            )
 
 
 def broadcast_tensor(tensor: Tensor | None, source: int, group: dist.ProcessGroup) -> Tensor:

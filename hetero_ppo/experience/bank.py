@@ -2,19 +2,27 @@
 
 One file for each PPO step since the last checkpoint. A resumed run comes to the same weights, seeds and prompts, which is what a
 file's key says; under another key its responses are not those of this run and are dropped.
+
+Every line begins with the CRC-32 of its JSON. Damaged lines are dropped, counted and printed, and the rest is used: the engine is asked
+for what is missing. So are lines of older versions, which had no checksum.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import threading
-from dataclasses import asdict, replace
+import zlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from io import FileIO
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from hetero_ppo.disk import writing
 from hetero_ppo.types import Response
+
+REMEDY = "choose another run.dir, or set rollout.bank=false"
 
 
 def bank_key(**parts: Any) -> str:
@@ -28,11 +36,13 @@ class RolloutBank:
     Args:
         folder: made when it is needed.
         resumes: keep what a run before left there; False: it is a new run, and that is removed.
+        say: Prints a line for the user.
     """
 
-    def __init__(self, folder: Path, *, resumes: bool) -> None:
+    def __init__(self, folder: Path, *, resumes: bool, say: Callable[[str], None] = print) -> None:
         self.folder = folder
-        self._file: IO[str] | None = None
+        self._say = say
+        self._file: FileIO | None = None
         self._lock = threading.Lock()
         if not resumes:
             self.forget(None)
@@ -45,26 +55,37 @@ class RolloutBank:
             key: of the step (``bank_key``).
 
         Returns:
-            (place, response) of what is there under this key, in the order of completion.
+            (place, response) of what is there under this key and undamaged, in the order of completion.
+
+        Raises:
+            RunError: The disk takes no more.
         """
         self.end()
-        self.folder.mkdir(parents=True, exist_ok=True)
         path = self._path(step)
-        banked, intact = _read(path, key) if path.exists() else ([], 0)
-        with self._lock:
-            self._file = path.open("r+" if intact else "w", encoding="utf-8")
-            if intact:  # a line that a kill has cut goes
-                self._file.truncate(intact)
-                self._file.seek(0, os.SEEK_END)
-            else:
-                self._write({"key": key})
-        return banked
+        found = _read(path, key) if path.exists() else _Found([], [], None)
+        if found.fault is not None:
+            self._say(f"bank of responses: {path}: {found.fault}; the engine is asked for them again")
+        with self._lock, writing(path, "bank of responses", remedy=REMEDY):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            # Written again, so that a line that a kill has cut, or that is damaged, is there no more.
+            beside = path.with_suffix(".partial")
+            with beside.open("wb") as file:
+                file.writelines(line + b"\n" for line in found.lines or [_line({"key": key})])
+            beside.rename(path)
+            self._file = path.open("ab", buffering=0)
+        return found.banked
 
     def add(self, place: int, response: Response) -> None:
-        """Write one response; from any thread. It survives the process, if not the machine."""
-        with self._lock:
-            if self._file is not None:
-                self._write({"place": place, "response": asdict(response)})
+        """Write one response; from any thread. It survives the process, if not the machine.
+
+        Raises:
+            RunError: The disk takes no more.
+        """
+        line = _line({"place": place, "response": asdict(response)}) + b"\n"
+        with self._lock, writing(self.folder, "bank of responses", len(line), REMEDY):
+            rest = memoryview(line)
+            while self._file is not None and rest:
+                rest = rest[self._file.write(rest) :]
 
     def end(self) -> None:
         """Close the step's file."""
@@ -79,29 +100,55 @@ class RolloutBank:
         Args:
             done: PPO steps of that checkpoint; None: all files.
         """
-        for path in self.folder.glob("step_*.jsonl"):
+        for path in self.folder.glob("step_*"):
             if done is None or int(path.stem.removeprefix("step_")) < done:
                 path.unlink()
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step_{step:06d}.jsonl"
 
-    def _write(self, record: dict[str, Any]) -> None:
-        """The caller holds the lock."""
-        assert self._file is not None
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+
+@dataclass(frozen=True)
+class _Found:
+    """What a file holds."""
+
+    lines: list[bytes]  # the key's and those of ``banked``; none when the key is another
+    banked: list[tuple[int, Response]]
+    fault: str | None  # what is damaged in it, for the user
 
 
-def _read(path: Path, key: str) -> tuple[list[tuple[int, Response]], int]:
-    """(place, response) of a file, and how many of its bytes are whole lines; nothing and 0 when the key is another."""
-    lines = path.read_bytes().splitlines(keepends=True)
-    whole = [line for line in lines if line.endswith(b"\n")]
-    if not whole or json.loads(whole[0]) != {"key": key}:
-        return [], 0
-    banked = []
-    for record in map(json.loads, whole[1:]):
-        response = Response(**record["response"])
-        earlier = tuple((label, count) for label, count in response.earlier)
-        banked.append((record["place"], replace(response, earlier=earlier)))
-    return banked, sum(map(len, whole))
+def _line(record: dict[str, Any]) -> bytes:
+    text = json.dumps(record).encode()
+    return b"%08x %s" % (zlib.crc32(text), text)
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    """The record of a line; None when it is damaged."""
+    checksum, _, text = line.partition(b" ")
+    return json.loads(text) if checksum == b"%08x" % zlib.crc32(text) else None
+
+
+def _read(path: Path, key: str) -> _Found:
+    whole = path.read_bytes().split(b"\n")[:-1]  # what follows the last line's end, a kill has cut
+    if not whole:
+        return _Found([], [], None)
+    first = _record(whole[0])
+    if first is None:
+        is_older = whole[0].startswith(b"{")
+        what = "an older version wrote it, without checksums" if is_older else "its first line, which says whose responses they are, is damaged"
+        return _Found([], [], f"{what}: its {len(whole) - 1} responses are dropped")
+    if first != {"key": key}:
+        return _Found([], [], None)
+    lines, banked = [whole[0]], []
+    for line in whole[1:]:
+        record = _record(line)
+        if record is not None:
+            lines.append(line)
+            banked.append((record["place"], _response(record["response"])))
+    num_damaged = len(whole) - len(lines)
+    return _Found(lines, banked, f"{num_damaged} of {len(whole) - 1} responses are damaged and dropped" if num_damaged else None)
+
+
+def _response(values: dict[str, Any]) -> Response:
+    earlier = tuple((label, count) for label, count in values["earlier"])
+    return Response(**{**values, "earlier": earlier})

@@ -17,6 +17,7 @@ from typing import Any, Self
 from tqdm import tqdm
 
 from hetero_ppo.config.schema import RunConfig
+from hetero_ppo.disk import writing
 from hetero_ppo.observability.timers import TOTAL
 from hetero_ppo.types import StepMetrics
 
@@ -139,12 +140,14 @@ class MetricsLogger:
             return
         if self._closed:
             raise ValueError(f"MetricsLogger is closed; the record of step {record.step} cannot be written")
+        line = json.dumps(json_record(record, time.time()), allow_nan=False) + "\n"
         # Opened for each record: once a step costs nothing, and a killed run loses nothing.
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(json_record(record, time.time()), allow_nan=False) + "\n")
+        with writing(self._path, f"metrics of step {record.step}", len(line)), self._path.open("a", encoding="utf-8") as file:
+            file.write(line)
         if self._tensorboard is not None:
-            for name, value in _flat(record).items():
-                self._tensorboard.add_scalar(name, value, record.step)
+            with writing(self._path.parent / "tensorboard", f"metrics of step {record.step}"):
+                for name, value in _flat(record).items():
+                    self._tensorboard.add_scalar(name, value, record.step)
         if self._wandb is not None:
             self._wandb.log(_flat(record), step=record.step)
         if self._is_due(record):

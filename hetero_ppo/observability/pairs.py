@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from hetero_ppo.disk import writing
 from hetero_ppo.observability.figures import COLOURS, GREY, STYLE, svg_text
 from hetero_ppo.observability.report import PAGE
 from hetero_ppo.observability.report import STYLE as PAGE_STYLE
@@ -82,9 +83,10 @@ def write_pair_page(found: PairStatistics, out: Path, subtitle: str) -> Path:
         plots = [("Calibration", _calibration(found)), ("Margins", _margins(found))]
     figures = "".join(f'<div class="card"><h3>{title}</h3>{svg}</div>' for title, svg in plots)
     body = f'<section class="tiles">{cards}</section><h2>Plots</h2><div class="figures">{figures}</div>'
-    out.parent.mkdir(parents=True, exist_ok=True)
     page = PAGE.substitute(title="Reward model on pairs", subtitle=escape(subtitle), style=PAGE_STYLE, body=body)
-    out.write_text(page, encoding="utf-8")
+    with writing(out, "plots", len(page), "choose another --out"):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(page, encoding="utf-8")
     return out
 
 

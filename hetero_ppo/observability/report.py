@@ -11,6 +11,7 @@ from html import escape
 from pathlib import Path
 from string import Template
 
+from hetero_ppo.disk import writing
 from hetero_ppo.observability.figures import group_figures, phase_means
 from hetero_ppo.observability.gantt import gantt_svg
 from hetero_ppo.observability.records import Evaluation, RunRecord, Sample, read_run
@@ -102,11 +103,10 @@ def build_report(run_paths: Sequence[Path], out: Path, title: str | None = None)
     body = [_comparison_section(run, named=len(compared) > 1) for run in compared]
     body.append(_overview(runs))
     body += [_run_section(run) for run in runs]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(
-        PAGE.substitute(title=escape(heading), subtitle=escape(subtitle), style=STYLE, body="\n".join(body)),
-        encoding="utf-8",
-    )
+    page = PAGE.substitute(title=escape(heading), subtitle=escape(subtitle), style=STYLE, body="\n".join(body))
+    with writing(out, "report", len(page), "choose another --out"):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(page, encoding="utf-8")
     return out
 
 

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from hetero_ppo.disk import writing
+
 Args = dict[str, int | str]
 
 TRAINER, ENGINE, COPY_IN, COPY_OUT = "trainer", "engine", "copy in", "copy out"
@@ -119,7 +121,7 @@ class TraceRecorder:
         """Write what was recorded since ``begin``, and record no more. The file; None when the step was not due.
 
         Raises:
-            OSError: the file cannot be written.
+            RunError: The disk takes no more.
         """
         with self._lock:
             step, self._step = self._step, None
@@ -130,8 +132,10 @@ class TraceRecorder:
             trace = StepTrace(step, self._rank, now - self._began, _since(self._began, spans))
         assert self._folder is not None  # is_due
         path = self._folder / f"step_{step:07d}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(chrome_trace(trace)), encoding="utf-8")
+        text = json.dumps(chrome_trace(trace))
+        with writing(path, f"trace of step {step}", len(text)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
         return path
 
     @contextmanager

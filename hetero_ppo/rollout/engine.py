@@ -32,7 +32,7 @@ from hetero_ppo.rollout.partial import ABORTED
 from hetero_ppo.rollout.pool import Member, ServerPool, gather_all
 from hetero_ppo.rollout.server import MAX_LOG_PROBS, VllmServer, server_spec, sleeps
 from hetero_ppo.rollout.transports import weight_transport
-from hetero_ppo.rollout.weight_sync import SyncStats, remove_weights, write_weights
+from hetero_ppo.rollout.weight_sync import SyncStats, check_room_for_another, remove_weights, write_weights
 from hetero_ppo.types import OnResponse, Response
 
 T = TypeVar("T")
@@ -368,6 +368,8 @@ class VllmEngine:
         files = write_weights(self._private_dir.path / f"weights_{self._num_syncs}", tensors, version, self.dtype)
         written = time.perf_counter()
         previous = pool.files
+        if previous is None:
+            check_room_for_another(files)
         try:
             checksum_s = self._run(pool.load(files))
         except ValueError:

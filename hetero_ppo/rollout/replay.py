@@ -18,6 +18,7 @@ from typing import Any, Self
 from torch import Tensor
 
 from hetero_ppo.config.schema import SamplingConfig
+from hetero_ppo.disk import writing
 from hetero_ppo.rollout.weight_sync import SyncStats
 from hetero_ppo.types import OnResponse, Response, Rollout
 
@@ -88,14 +89,15 @@ def _older(rollout: Rollout, row: int) -> dict[str, Any]:
 
 def write_records(directory: Path, step: int, records: Sequence[RolloutRecord]) -> Path:
     """Writes one step's file; it appears when it is complete, and replaces an older one of the same step."""
-    directory.mkdir(parents=True, exist_ok=True)
     path = step_path(directory, step)
     partial = path.with_suffix(".partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        for record in records:
-            line = {name: value for name, value in vars(record).items() if name != "extra"} | record.extra
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    os.replace(partial, path)
+    with writing(path, f"rollouts of step {step}", remedy="choose another run.dir, or set train.dump_rollouts=false"):
+        directory.mkdir(parents=True, exist_ok=True)
+        with open(partial, "w", encoding="utf-8") as file:
+            for record in records:
+                line = {name: value for name, value in vars(record).items() if name != "extra"} | record.extra
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        os.replace(partial, path)
     return path
 
 

@@ -332,4 +332,6 @@ class VllmServer:
 def _signal_name(code: int) -> str:
     if code <= 128 or code - 128 not in signal.valid_signals():
         return ""
-    return f" ({signal.Signals(code - 128).name})"
+    name = signal.Signals(code - 128)
+    full = "; shared memory was full: make /dev/shm larger, docker run --shm-size" if name is signal.SIGBUS else ""
+    return f" ({name.name}{full})"

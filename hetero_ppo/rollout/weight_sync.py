@@ -20,10 +20,13 @@ import torch
 from torch import Tensor
 
 from hetero_ppo.config.schema import Dtype
+from hetero_ppo.disk import free_text, size_text, writing
 from hetero_ppo.errors import RunError
 from hetero_ppo.rollout.client import ServerClient
 from hetero_ppo.rollout.tensor_bytes import tensor_bytes, tensor_checksum
 
+#: Where there is no room for weights.
+SHM_REMEDY = "make it larger (docker run --shm-size, mount -o remount,size=): two versions of the weights lie there during a sync"
 SHARD_BYTES = 512 * 2**20
 TORCH_DTYPE = {Dtype.fp32: torch.float32, Dtype.bf16: torch.bfloat16}
 SAFETENSORS_DTYPE = {torch.float32: "F32", torch.bfloat16: "BF16"}
@@ -79,7 +82,8 @@ def _write_shard(path: Path, tensors: dict[str, Tensor]) -> dict[str, str]:
         offset = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with ThreadPoolExecutor(max_workers=1) as pool, open(path, "xb", opener=_private_opener) as file:
+    full_disk = writing(path, "weights for the rollout servers", 8 + len(text) + offset, SHM_REMEDY)
+    with ThreadPoolExecutor(max_workers=1) as pool, full_disk, open(path, "xb", opener=_private_opener) as file:
         checksums = pool.map(tensor_checksum, tensors.values())  # beside the writing; both release the GIL
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
@@ -140,6 +144,20 @@ def _write_shards(
     if shard:
         flush()
     return shards, num_bytes
+
+
+def check_room_for_another(files: WeightFiles) -> None:
+    """Refuse to go on from the first sync when the next one, which leaves these files until it is done, would find no room.
+
+    Raises:
+        RunError: There is not as much free as these files take.
+    """
+    folder = files.paths[0].parent
+    if shutil.disk_usage(folder).free < files.num_bytes:
+        raise RunError(
+            f"the next weights for the rollout servers will not fit beside {folder}: a version takes {size_text(files.num_bytes)}; "
+            f"{free_text(folder)}. Make room there, or {SHM_REMEDY}"
+        )
 
 
 def remove_weights(files: WeightFiles) -> None:

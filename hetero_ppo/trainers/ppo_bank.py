@@ -22,7 +22,7 @@ def open_bank(config: PpoConfig, run: Run, engine: RolloutEngine | None, *, resu
     """
     if not (run.is_writer and isinstance(engine, VllmEngine) and config.rollout.bank and config.checkpoint.every):
         return None
-    return RolloutBank(run.dir / FOLDER, resumes=resumes)
+    return RolloutBank(run.dir / FOLDER, resumes=resumes, say=run.say)
 
 
 def begin_step(

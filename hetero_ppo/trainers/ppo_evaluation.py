@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from hetero_ppo.config.schema import PpoConfig
+from hetero_ppo.disk import writing
 from hetero_ppo.experience.generation import collect_rollout
 from hetero_ppo.experience.rollouts import response_texts
 from hetero_ppo.experience.stages import ExperienceMaker, policy_log_probs, sequence_kl
@@ -114,7 +115,8 @@ class Evaluator:
         self.run_info.say(f"{name} PPO, {evaluation.num_prompts} held-out prompts: {shown}")
         if self.run_info.is_writer:
             path = self.run_info.dir / f"eval_{name}.json"
-            path.write_text(json.dumps(dataclasses.asdict(evaluation), indent=1))
+            with writing(path, "evaluation"):
+                path.write_text(json.dumps(dataclasses.asdict(evaluation), indent=1))
 
     @staticmethod
     def metrics(evaluation: Evaluation | None) -> dict[str, float]:

@@ -7,6 +7,7 @@ import json
 import torch.distributed as dist
 
 from hetero_ppo.config.schema import PpoConfig
+from hetero_ppo.disk import writing
 from hetero_ppo.engines.shared_device import SharedDevice
 from hetero_ppo.memory.ledger import total
 from hetero_ppo.memory.plan import GIB, plan_memory
@@ -63,7 +64,8 @@ def say_ledger(config: PpoConfig, run: Run, device: SharedDevice) -> None:
             for entry in device.ledger.entries
         ],
     }
-    (run.dir / LEDGER_FILE).write_text(json.dumps(record, indent=1))
+    with writing(run.dir / LEDGER_FILE, "ledger of memory"):
+        (run.dir / LEDGER_FILE).write_text(json.dumps(record, indent=1))
 
 
 def memory_metrics(device: SharedDevice) -> dict[str, float]:

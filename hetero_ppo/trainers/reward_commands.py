@@ -18,6 +18,7 @@ from hetero_ppo.data.collate import collate_preferences, pad_right
 from hetero_ppo.data.preference import load_preferences
 from hetero_ppo.data.reading import read_rows
 from hetero_ppo.data.sft import load_sft
+from hetero_ppo.disk import writing
 from hetero_ppo.distributed.groups import initialise
 from hetero_ppo.engines.model_engine import ModelEngine
 from hetero_ppo.engines.outputs import scores_output
@@ -90,8 +91,9 @@ def score(args: argparse.Namespace) -> None:
                 {"row": row, "num_tokens": int(length), "score": value, "score_hex": value.hex()}
                 for row, (length, value) in enumerate(zip(lengths, scores, strict=True))
             ]
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+            with writing(args.out, "scores", remedy="choose another --out"):
+                args.out.parent.mkdir(parents=True, exist_ok=True)
+                args.out.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
             print(f"{len(lines)} scores in {args.out}, mean {sum(scores) / len(scores):.6f}")
 
 

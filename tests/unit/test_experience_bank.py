@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+from dataclasses import asdict
 from pathlib import Path
 
 from hetero_ppo.experience.bank import RolloutBank, bank_key
@@ -17,11 +20,57 @@ def test_what_was_added_is_there_after_a_kill(tmp_path: Path) -> None:
     bank.add(4, ONE)
     bank.add(0, RESUMED)
     path = tmp_path / "step_000003.jsonl"
-    path.write_bytes(path.read_bytes() + b'{"place": 1, "resp')  # the process ended inside a line
+    path.write_bytes(path.read_bytes() + b'0a1b2c3d {"place": 1, "resp')  # the process ended inside a line
     bank = RolloutBank(tmp_path, resumes=True)
     assert bank.begin(3, "key") == [(4, ONE), (0, RESUMED)]
     bank.add(1, ONE)
     assert bank.begin(3, "key") == [(4, ONE), (0, RESUMED), (1, ONE)]
+
+
+def flip(path: Path, position: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    path.write_bytes(data)
+
+
+def test_damaged_lines_are_dropped_and_counted_and_the_rest_is_used(tmp_path: Path) -> None:
+    """A bit in a token, in a log-prob, in a checksum, in a line's end, in the key: each costs its line, and nothing wrong is used."""
+    said: list[str] = []
+    bank = RolloutBank(tmp_path, resumes=False, say=said.append)
+    bank.begin(3, "key")
+    for place in range(6):
+        bank.add(place, ONE)
+    path = tmp_path / "step_000003.jsonl"
+    intact = path.read_bytes()
+    starts = [0, *(i + 1 for i, byte in enumerate(intact) if byte == ord("\n"))]  # of the key's line, of place 0, ...
+    for position, lost in [
+        (intact.index(b"[5, 6]", starts[2]) + 1, {1}),
+        (intact.index(b"-2.5", starts[3]) + 3, {2}),
+        (starts[4], {3}),
+        (starts[5] - 1, {3, 4}),  # two lines are one
+    ]:
+        path.write_bytes(intact)
+        flip(path, position)
+        expected = [(place, ONE) for place in range(6) if place not in lost]
+        assert bank.begin(3, "key") == expected
+        assert re.search(r"step_000003.jsonl: 1 of \d responses are damaged and dropped", said.pop())
+        bank.add(min(lost), RESUMED)  # the engine has answered again
+        assert bank.begin(3, "key") == [*expected, (min(lost), RESUMED)] and not said
+    path.write_bytes(intact)
+    flip(path, 2)
+    assert bank.begin(3, "key") == []
+    assert "its first line, which says whose responses they are, is damaged: its 6 responses are dropped" in said.pop()
+
+
+def test_lines_of_an_older_version_have_no_checksum_and_are_not_used(tmp_path: Path) -> None:
+    said: list[str] = []
+    lines = [{"key": "key"}, {"place": 0, "response": asdict(ONE)}]
+    (tmp_path / "step_000003.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    bank = RolloutBank(tmp_path, resumes=True, say=said.append)
+    assert bank.begin(3, "key") == []
+    assert "an older version wrote it, without checksums: its 1 responses are dropped" in said.pop()
+    bank.add(0, ONE)
+    assert bank.begin(3, "key") == [(0, ONE)] and not said
 
 
 def test_responses_of_another_key_are_dropped(tmp_path: Path) -> None:

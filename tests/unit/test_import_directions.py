@@ -14,6 +14,7 @@ PACKAGES = ("hetero_ppo", "megatron_bridge")
 #: A package imports from its own tier or below. Packages of one tier may use each other as long as there is no cycle.
 TIERS = {
     "errors": 0,
+    "disk": 0,
     "config": 0,
     "types": 1,
     "algorithms": 2,
