@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import shutil
+import stat
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -149,6 +151,26 @@ def test_a_fault_in_the_background_ends_the_run_and_the_last_good_one_stays(
         with manager_of(run_dir) as manager:  # a run that goes on removes what the other one left
             manager.save(3, engines, {}, {}, wait=True)
         assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["iter_0000001", "iter_0000003", LATEST]
+
+
+def test_an_export_has_the_rights_of_the_umask_and_one_on_a_full_disk_leaves_the_old_one(
+    engines: dict[str, TrainEngine], tmp_path: Path
+) -> None:
+    engine, out, before = engines["actor"], tmp_path / "hf", os.umask(0o027)
+    try:
+        with engine.on_device(phase="export"):
+            engine.export(str(out))
+    finally:
+        os.umask(before)
+    assert {path.name: stat.S_IMODE(path.stat().st_mode) for path in out.iterdir()} == dict.fromkeys(
+        ("config.json", "generation_config.json", "model.safetensors"), 0o640
+    )
+    weights = (out / "model.safetensors").read_bytes()
+    size = (len(weights) - 8 - int.from_bytes(weights[:8], "little")) / 1024
+    message = rf"export of actor to {out} could not be written: .*ulimit -f.*it takes {size:.4g} KiB; .* hetero-ppo export --run"
+    with file_size_limit(4000), pytest.raises(RunError, match=message), engine.on_device(phase="export"):
+        engine.export(str(out))
+    assert (out / "model.safetensors").read_bytes() == weights and [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
 def test_a_disk_without_room_for_one_is_said_before_the_first_step(

@@ -1,0 +1,217 @@
+"""A long PPO run under load: whether memory, file descriptors and threads stay flat, and whether every response arrives.
+
+    python benchmarks/load.py --json load.json
+    python benchmarks/load.py --steps 40 --rows 400 --engine megatron
+
+A random model answers 2,000 of 10,000 prompts a step, with a KV cache that holds a part of the running batch, so that vLLM preempts. All
+of a run is on: roles take turns on the device, checkpoints, the bank, rollout dumps, TensorBoard. After every step the resident memory,
+file descriptors and threads of all processes are counted. The slope is that of a least-squares line through the steps after a warm-up;
+growths are last tenth against first. A response is lost when its row is not in the step's dump, or not of the length that was asked for.
+The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import signal
+import statistics
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from faults import Run
+from ppo_step_inputs import ModelShape, Work, our_config, write_config, write_inputs
+
+SHAPE = ModelShape("load", 2, 64, 128, 2, 1, 64)
+#: A block of vLLM's KV cache on a CPU has 128 tokens: a response that grows over a block's end needs another one, and
+#: with none free a sequence is preempted.
+PROMPT_TOKENS, RESPONSE_TOKENS = 112, 32
+KV_CACHE_MIB = 1
+MAX_NUM_SEQS = 64
+SAMPLE_EVERY_S = 0.2
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What the processes of a run hold, by what they are (``rank``, ``engine``, ...)."""
+
+    step: int
+    rss: dict[str, int]  # bytes
+    fds: dict[str, int]
+    threads: dict[str, int]
+
+
+def kind_of(pid: int) -> str:
+    """What a process of a run is, by its command line and name."""
+    command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    name = Path(f"/proc/{pid}/comm").read_text().strip()
+    for text, kind in (("VLLM", "engine"), ("launcher", "launcher"), ("guardian", "guardian"), ("api_server", "server")):
+        if text in name or text in command:
+            return kind
+    return "rank" if "hetero_ppo.cli.main" in command else "other"
+
+
+def usage(run: Run, step: int) -> Usage:
+    """Count what all living processes of the run hold."""
+    rss, fds, threads = Counter[str](), Counter[str](), Counter[str]()
+    for pid in run.left():
+        try:
+            kind = kind_of(pid)
+            status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+            num_fds = len(os.listdir(f"/proc/{pid}/fd"))
+        except OSError:  # it ended meanwhile
+            continue
+        rss[kind] += int(status.get("VmRSS", "0 kB").split()[0]) * 1024
+        fds[kind] += num_fds
+        threads[kind] += int(status["Threads"])
+    return Usage(step, dict(rss), dict(fds), dict(threads))
+
+
+def slope(xs: Sequence[float], ys: Sequence[float]) -> float:
+    """Slope of the least-squares line."""
+    return statistics.linear_regression(xs, ys).slope
+
+
+def growth(values: Sequence[int]) -> float:
+    """Median of the last tenth less that of the first."""
+    tenth = max(1, len(values) // 10)
+    return statistics.median(values[-tenth:]) - statistics.median(values[:tenth])
+
+
+def warm_up_of(num_steps: int) -> int:
+    """Steps that are left out: caches and pools fill in them."""
+    return min(50, max(3, num_steps // 5))
+
+
+def figures_of(samples: Sequence[Usage], warm_up: int) -> dict[str, Any]:
+    """Slopes and growths of what was counted after the warm-up."""
+    kept = [sample for sample in samples if sample.step > warm_up]
+    steps = [float(sample.step) for sample in kept]
+    kinds = sorted({kind for sample in kept for kind in sample.rss})
+
+    def mib_per_100(values: list[int]) -> float:
+        return round(100 * slope(steps, [value / MIB for value in values]), 3)
+
+    return {
+        "rss_growth_mb_per_100_steps": mib_per_100([sum(sample.rss.values()) for sample in kept]),
+        "rss_growth_by_process": {kind: mib_per_100([sample.rss.get(kind, 0) for sample in kept]) for kind in kinds},
+        "rss_mb": {kind: round(kept[-1].rss.get(kind, 0) / MIB, 1) for kind in kinds},
+        "fd_growth": growth([sum(sample.fds.values()) for sample in kept]),
+        "thread_growth": growth([sum(sample.threads.values()) for sample in kept]),
+    }
+
+
+def lost_rows(path: Path, num_rows: int) -> int:
+    """Rows of a step that its dump lacks, has twice, or has at another length."""
+    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    whole = {record["prompt_index"] for record in records if len(record["response_ids"]) == RESPONSE_TOKENS}
+    return num_rows - len(whole) + max(0, len(records) - num_rows)
+
+
+class Load:
+    """One run in a folder."""
+
+    def __init__(self, folder: Path, args: argparse.Namespace) -> None:
+        self.args = args
+        self.run_dir = folder / "run"
+        work = Work(args.rows, PROMPT_TOKENS, RESPONSE_TOKENS, minibatch=max(1, args.rows // 4))
+        inputs = write_inputs(SHAPE, work, steps=args.prompts // args.rows, folder=folder)
+        config = our_config(inputs, work, "fp32", args.steps, self.run_dir, micro_batch=min(64, work.minibatch))
+        config["run"] |= {"tensorboard": True, "threads": 1}
+        config["train"] |= {"dump_rollouts": True}
+        config["checkpoint"] |= {"every": max(2, args.steps // 4), "keep": 1}
+        config["residency"] = {"offload": True}
+        rollout = config["rollout"] | {"max_num_seqs": min(MAX_NUM_SEQS, args.rows)}
+        if args.engine == "megatron":
+            rollout = {"engine": "megatron", **{name: rollout[name] for name in ("max_num_seqs", "sampling", "eval_sampling")}}
+        else:
+            rollout |= {"num_servers": 1, "server_threads": 1, "kv_cache_mib": KV_CACHE_MIB}
+        config["rollout"] = rollout
+        self.config = folder / "ppo.yaml"
+        write_config(config, self.config)
+
+    def run(self, log: Path) -> dict[str, Any]:
+        """Run to the end, or to the end of the minutes, and give the figures."""
+        program = ["-m", "hetero_ppo.cli.main", "train", "--config", str(self.config)]
+        run = Run(program, self.args.ranks, log)
+        try:
+            samples = list(self._samples(run))
+        finally:
+            for pid in run.left() if run.process.poll() is None else ():
+                os.kill(pid, signal.SIGKILL)
+            run.process.wait()
+        if len(samples) <= warm_up_of(self.args.steps) + 2:
+            raise RuntimeError(f"the run came to {len(samples)} steps, too few for a slope:\n{log.read_text()[-3000:]}")
+        dumps = sorted((self.run_dir / "rollouts").glob("step_*.jsonl"))[: len(samples)]
+        records = [json.loads(line) for line in (self.run_dir / "metrics.jsonl").read_text().splitlines()]
+        missing = (len(samples) - len(dumps)) * self.args.rows
+        return {
+            **figures_of(samples, warm_up_of(self.args.steps)),
+            "rows_lost": missing + sum(lost_rows(path, self.args.rows) for path in dumps),
+            "steps": len(samples),
+            "rows": self.args.rows,
+            "engine": self.args.engine,
+            "step_s": round(statistics.median(record["seconds"]["total"] for record in records), 2),
+            **self._cache(),
+        }
+
+    def _samples(self, run: Run) -> Iterator[Usage]:
+        """One for every step as it is logged."""
+        seen, path = 0, self.run_dir / "metrics.jsonl"
+        until = run.started + 60 * self.args.minutes
+        while run.process.poll() is None and time.monotonic() < until:
+            num_steps = path.read_bytes().count(b"\n") if path.exists() else 0
+            if num_steps > seen:
+                seen = num_steps
+                yield usage(run, seen)
+            time.sleep(SAMPLE_EVERY_S)
+        if run.process.poll() not in (None, 0):
+            raise RuntimeError(f"the run ended with status {run.process.returncode}:\n{run.log.read_text()[-3000:]}")
+
+    def _cache(self) -> dict[str, int]:
+        """Tokens that vLLM's KV cache holds, and those of a full running batch: with fewer than these it has to preempt."""
+        text = "".join(path.read_text(errors="replace") for path in self.run_dir.rglob("*.log"))
+        found = re.search(r"KV cache size: ([\d,]+) tokens", text)
+        if found is None:
+            return {}
+        batch = min(MAX_NUM_SEQS, self.args.rows) * (PROMPT_TOKENS + RESPONSE_TOKENS)
+        return {"kv_cache_tokens": int(found[1].replace(",", "")), "batch_tokens": batch}
+
+
+def parse_args(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--rows", type=int, default=2000, help="responses of a step")
+    parser.add_argument("--prompts", type=int, default=10_000, help="prompts in the file; a multiple of --rows")
+    parser.add_argument("--engine", choices=("vllm", "megatron"), default="vllm")
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--minutes", type=float, default=600.0, help="end the run after so long; the figures are of the steps until then")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    args = parser.parse_args(arguments)
+    if args.prompts % args.rows:
+        parser.error(f"--prompts {args.prompts} is no multiple of --rows {args.rows}: a step would have prompts of two epochs")
+    return args
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = parse_args(arguments)
+    with tempfile.TemporaryDirectory(prefix="hetero_ppo_load_") as name:
+        figures = Load(Path(name), args).run(Path(name) / "log")
+    if args.json is not None:
+        args.json.write_text(json.dumps(figures, indent=1) + "\n")
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()
