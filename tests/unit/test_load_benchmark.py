@@ -53,8 +53,9 @@ def test_rows_that_are_missing_twice_or_short_are_lost(tmp_path: Path) -> None:
 
 def test_the_counts_are_those_of_living_processes() -> None:
     held = [os.open("/dev/null", os.O_RDONLY) for _ in range(7)]
-    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=held)
+    child = subprocess.Popen([sys.executable, "-c", "print(flush=True); input()"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=held)
     try:
+        assert child.stdout is not None and child.stdout.readline()
         found = load.usage(SimpleNamespace(left=lambda: [child.pid, 2**22 - 1]), step=3)
         assert found.step == 3 and found.fds == {"other": 3 + 7} and found.threads == {"other": 1}
         assert 2**20 < found.rss["other"] < 2**28
