@@ -11,14 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from bridge_models import save_case
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from hetero_ppo.checkpoint.manager import CheckpointManager
 from hetero_ppo.checkpoint.manifest import COMPLETE, look_at_share, read_marker, write_marker
-from hetero_ppo.config.schema import CheckpointConfig, ModelConfig, OptimizerConfig, TrainedRoleConfig
+from hetero_ppo.config.schema import CheckpointConfig, Dtype, ModelConfig, OptimizerConfig, TrainedRoleConfig
 from hetero_ppo.engines.model_engine import ModelEngine
 from hetero_ppo.engines.train_engine import TrainEngine
+from megatron_bridge.model_provider import Head
 
 pytestmark = pytest.mark.usefixtures("world")
 
@@ -130,3 +132,30 @@ def test_a_checkpoint_of_an_older_version_is_loaded_and_said(
         (folder / COMPLETE).write_text(json.dumps({"files": read_marker(folder)}))
         manager.load(tmp_path, {"actor": actor}, ())
     assert f"checkpoint {folder}: an older version wrote it, without a checksum of its list of files" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype", "distributed", "head"),
+    [
+        ("qwen3_tied", Dtype.fp32, False, "lm"),
+        ("llama_untied", Dtype.bf16, True, "value"),
+        ("qwen3_moe_untied", Dtype.bf16, True, "lm"),
+        ("qwen3_moe_tied", Dtype.fp32, False, "score"),
+    ],
+)
+def test_honest_checkpoints_of_every_kind_load(tmp_path: Path, case: str, dtype: Dtype, distributed: bool, head: Head) -> None:
+    source = save_case(case, tmp_path / "source")
+    config = TrainedRoleConfig(ModelConfig(path=str(source), dtype=dtype), optimizer=OptimizerConfig(distributed=distributed))
+    (tmp_path / "config.yaml").write_text("kind: sft\n")
+    engine = TrainEngine("actor", config, head, 100)
+    before = {name: tensor.clone() for name, tensor in engine.stream_weights()}
+    with CheckpointManager(tmp_path, CheckpointConfig(), timeout_s=60.0) as manager:
+        manager.save(1, {"actor": engine}, {}, {}, wait=True)
+        for chunk in engine.models:
+            for parameter in chunk.parameters():
+                parameter.data.zero_()
+        manager.load(tmp_path, {"actor": engine}, ())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in engine.stream_weights())
+    weights_alone = ModelEngine("actor", config, head)
+    weights_alone.load_weights(tmp_path / "checkpoints" / "iter_0000001" / "actor")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights_alone.stream_weights())
