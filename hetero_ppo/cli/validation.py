@@ -23,7 +23,8 @@ from hetero_ppo.memory.plan_check import check_fits
 from hetero_ppo.memory.plan_limits import find_limits
 from hetero_ppo.memory.plan_text import summarise
 from hetero_ppo.engines.layouts import check_models_fit_layouts
-from hetero_ppo.reward.function import load_function
+from hetero_ppo.reward.function import try_function
+from hetero_ppo.reward.function_pool import FunctionSpec
 from hetero_ppo.reward.re_encoding import load_re_encoders
 
 #: Around what the loss is on, in the printed sample.
@@ -50,7 +51,7 @@ def print_validation(config_path: str, overrides: list[str], world_size: int) ->
     check_paths(config)
     check_tokenizers(config)
     check_models_fit_layouts(config)
-    _check_functions(config)
+    functions = _try_functions(config)
     memory = summarise(check_fits(config, world_size), find_limits(config))
     policy, role = next(iter(config_roles(config).items()))
     encoder = load_text_encoder(role.model, config.data, policy)
@@ -62,7 +63,7 @@ def print_validation(config_path: str, overrides: list[str], world_size: int) ->
 
     print(f"config       {loaded.source}, kind {loaded.kind}: all checks passed")
     print(_describe_encoder(encoder))
-    print("\n".join([_describe_roles(config, world_size), *re_encoders]))
+    print("\n".join([_describe_roles(config, world_size), *re_encoders, *functions]))
     print(f"\ndata\n{_table([dataset for dataset in (train, evaluation) if dataset is not None])}")
     print(f"\nfirst example{_sample_legend(config)}\n{_indent(sample_text(encoder, train.examples[0]))}")
     print(f"\nbatching\n{_indent(batching)}")
@@ -70,12 +71,19 @@ def print_validation(config_path: str, overrides: list[str], world_size: int) ->
     print(f"\n{_what_it_does(loaded)}")
 
 
-def _check_functions(config: AnyConfig) -> None:
-    if isinstance(config, PpoConfig):
-        functions = {"reward.function": config.reward.function, "train.eval_function": config.train.eval_function}
-        for field, name in functions.items():
-            if name is not None:
-                load_function(name, field)
+def _try_functions(config: AnyConfig) -> list[str]:
+    """A line for each Python function; it has been imported in a worker process, as in a run."""
+    if not isinstance(config, PpoConfig):
+        return []
+    reward, train = config.reward, config.train
+    return [
+        try_function(FunctionSpec(name, field, reward.timeout_s, reward.workers, batch, reward.concurrency))
+        for field, name, batch in (
+            ("reward.function", reward.function, reward.batch),
+            ("train.eval_function", train.eval_function, train.eval_batch),
+        )
+        if name is not None
+    ]
 
 
 def _re_encoders(config: AnyConfig, encoder: TextEncoder, datasets: list[Dataset]) -> list[str]:

@@ -19,6 +19,7 @@ from hetero_ppo.config.checks_microbatches import (
     check_pair_budget,
 )
 from hetero_ppo.config.checks_numerics import check_head_init, check_kl_clamp, check_same_distribution
+from hetero_ppo.config.checks_reward_function import check_function_calls
 from hetero_ppo.config.checks_rewards import check_ensemble, check_re_encoding, check_reward_source
 from hetero_ppo.config.checks_rollout import (
     check_megatron_engine,
@@ -195,8 +196,6 @@ def check_run(config: AnyConfig, world_size: int) -> None:
     _require(run.timeout_minutes > 0, "run.timeout_minutes", run.timeout_minutes, "more than 0 minutes")
     phase = run.phase_timeout_minutes
     _require(phase is None or phase > 0, "run.phase_timeout_minutes", phase, "more than 0 minutes, or null")
-    if isinstance(config, PpoConfig):
-        _require(config.reward.timeout_s > 0, "reward.timeout_s", config.reward.timeout_s, "more than 0 seconds")
     _require(run.stop_within_s > 0, "run.stop_within_s", run.stop_within_s, "more than 0 seconds")
     _require(checkpoint.every >= 0, "checkpoint.every", checkpoint.every, "0 (at the end alone) or a number of steps")
     _require(checkpoint.keep >= 1, "checkpoint.keep", checkpoint.keep, "at least the newest checkpoint is kept")
@@ -503,6 +502,7 @@ PPO_CHECKS: tuple[Callable[[PpoConfig, int], None], ...] = (
     check_ensemble,
     check_re_encoding,
     check_function_names,
+    check_function_calls,
     check_sampling,
     check_rollout_servers,
     check_weight_transfer,

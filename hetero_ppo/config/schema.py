@@ -323,7 +323,10 @@ class RewardConfig:
     function_weight: float = 1.0  # with source mix, of the function's score
     ensemble: EnsembleScore = EnsembleScore.mean  # of reward_models
     ensemble_k: float = 1.0  # with ensemble mean_minus_std: standard deviations that are subtracted
-    timeout_s: float = 60.0  # of one call of the function, and of train.eval_function
+    timeout_s: float = 60.0  # seconds that one call of the function, or of train.eval_function, may take
+    workers: int | None = None  # processes that call the function (train.eval_function has as many); None: derived, printed
+    batch: int | None = None  # responses of one call; the function then gets lists and returns as many numbers. None: one
+    concurrency: int | None = None  # calls at once in one process, of an `async def` function; None: 64
     on_error: RewardErrors = RewardErrors.stop
     clip: float = 10.0  # |score| is clipped to it; 0 switches clipping off
     golden_every: int = 50  # PPO steps between checks of the reward model's golden scores; 0: at the start alone
@@ -380,6 +383,7 @@ class PpoTrainConfig:
     epochs: int = 1  # passes over the prompts
     eval_every: int = 0  # PPO steps; 0: before the first and after the last alone
     eval_function: str | None = None  # held-out check of an answer; same form as reward.function
+    eval_batch: int | None = None  # answers of one call of eval_function, as reward.batch; None: one
     dump_rollouts: bool = True  # <run.dir>/rollouts/step_*.jsonl
     trace_every: int = 50  # PPO steps between traces in <run.dir>/trace, beside the first two; 0: none
     replay_rollouts: str | None = None  # take token ids from this folder's rollouts instead of an engine

@@ -16,7 +16,7 @@ from hetero_ppo.engines.microbatches import sequence_ends
 from hetero_ppo.engines.model_engine import ModelEngine
 from hetero_ppo.engines.outputs import scores_output
 from hetero_ppo.memory.turns import score_phases
-from hetero_ppo.reward.function import FunctionReward
+from hetero_ppo.reward.function import FunctionReward, PendingScores
 from hetero_ppo.reward.re_encoding import ReEncoder
 from hetero_ppo.types import Rollout
 
@@ -32,6 +32,7 @@ class Stage:
     role: ModelEngine | None  # whose turn it needs; None: no role's
     compute: Callable[[Rollout], Tensor]  # in the role's turn: [B, T] or [B] float32 of B rows
     per_token: bool = True
+    begin: Callable[[Rollout], PendingScores] | None = None  # starts it elsewhere, in parallel with other stages; None: it cannot
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,8 @@ class Judges:
         """The function first: it needs no role, and the first model comes in meanwhile."""
         stages = []
         if self.function is not None:
-            stages.append(Stage(FUNCTION_SCORES, None, self.function.score, per_token=False))
+            function = self.function
+            stages.append(Stage(FUNCTION_SCORES, None, function.score, per_token=False, begin=function.start))
         for phase, engine in zip(self._phases, self.models, strict=True):
             compute = partial(model_scores, engine, self.re_encoders.get(engine.role))
             stages.append(Stage(phase, engine, compute, per_token=False))
@@ -84,17 +86,21 @@ class Judges:
 
     def score(self, rollout: Rollout, phase: str) -> Scores:
         """Of a whole rollout, every model in a turn of its own. Collective over the world."""
-        computed = {}
-        for stage in self.stages():
-            turn = contextlib.nullcontext() if stage.role is None else stage.role.on_device(phase=phase)
-            with turn:
-                computed[stage.name] = stage.compute(rollout)
-        self.re_encoding_metrics()  # those of the next step are of its own responses
+        computed, stages = {}, self.stages()
+        pending = {stage.name: stage.begin(rollout) for stage in stages if stage.begin is not None}
+        for stage in stages:
+            if stage.name not in pending:
+                turn = contextlib.nullcontext() if stage.role is None else stage.role.on_device(phase=phase)
+                with turn:
+                    computed[stage.name] = stage.compute(rollout)
+        computed |= {name: scores.result() for name, scores in pending.items()}
+        self.metrics()  # those of the next step are of its own responses
         return self.combine(computed)
 
-    def re_encoding_metrics(self) -> dict[str, float]:
-        """Of the responses that were encoded anew since the last call."""
-        return {
+    def metrics(self) -> dict[str, float]:
+        """Return what was counted since the last call: failures of the function, and responses that were encoded again."""
+        failures = {} if self.function is None else self.function.collect()
+        return failures | {
             f"reward/re_encoded/{part_name(role)}/{metric}": value
             for role, re_encoder in self.re_encoders.items()
             for metric, value in re_encoder.collect().items()

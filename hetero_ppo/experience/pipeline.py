@@ -2,7 +2,8 @@
 
 Forwards of a finished chunk run beside the generation of the next ones. Chunks that are complete when the trainer looks form a
 wave: every role takes one turn in it and runs its forward over each of the wave's chunks. The next wave goes through the roles
-backwards, so that it begins with the role that is on the device already.
+backwards, so that it begins with the role that is on the device already. A reward function's workers get a chunk as soon as it is
+complete; their scores are waited for after the last wave.
 
 The serial twin (``overlap=False``) waits for the last response, and all chunks are one wave. Both run the same forwards over the
 same chunks, so their tensors have the same bits.
@@ -22,6 +23,7 @@ from hetero_ppo.experience.generation import Generation
 from hetero_ppo.experience.judges import Stage
 from hetero_ppo.experience.stages import ExperienceMaker
 from hetero_ppo.observability.timers import PhaseTimer
+from hetero_ppo.reward.function import PendingScores
 from hetero_ppo.types import Chunk, Experience
 
 
@@ -54,6 +56,9 @@ class Pipeline:
         """
         stages = self.maker.stages()
         collected = _Collected(generation, stages)
+        elsewhere = [(stage, stage.begin) for stage in stages if stage.begin is not None and self.overlap]
+        stages = [stage for stage in stages if stage.begin is None or not self.overlap]
+        pending: list[tuple[Stage, Chunk, PendingScores]] = []
         self.waves = []
         forward_s = 0.0
         while not generation.finished:
@@ -63,8 +68,12 @@ class Pipeline:
                     when_generated()
             start = time.perf_counter()
             with timer.phase("experience"):
+                pending += [(stage, chunk, begin(chunk.rollout)) for chunk in chunks for stage, begin in elsewhere]
                 self._run_wave(stages, chunks, collected, timer, is_last=generation.finished)
             forward_s += time.perf_counter() - start
+        for stage, chunk, scores in pending:
+            with timer.phase("experience"), timer.phase(stage.name):
+                collected.take(stage, chunk, scores.result())
         with timer.phase("experience"), timer.phase("advantages"):
             experience = self.maker.assemble(generation.rollout(), collected.tensors)
         experience.metrics.update(self._metrics(generation, forward_s))

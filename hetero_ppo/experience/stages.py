@@ -92,7 +92,12 @@ class ExperienceMaker:
         scores, values, ref_log_probs = scored.total, computed["values"], computed["ref_log_probs"]
         old_log_probs = computed.get("old_log_probs", rollout.rollout_log_probs)  # no such stage: the engine's own
         if bool(scores.isnan().all()):
-            raise RunError(f"reward.function {self.reward_config.function} has failed for every response of the step")
+            assert self.judges.function is not None
+            last = self.judges.function.last_failure  # of rank 0
+            raise RunError(
+                f"reward.function {self.reward_config.function} has failed for every response of the step"
+                + (f"; the last time: {last}" if last else "")
+            )
         shaped, mask = self._shape_scores(rollout, scores)
         if not bool(mask.any()):
             raise RunError(
@@ -120,7 +125,7 @@ class ExperienceMaker:
             advantages=advantages,
             returns=returns,
             tis_weights=tis_weights,
-            metrics=metrics | comparison | self.judges.re_encoding_metrics(),
+            metrics=metrics | comparison | self.judges.metrics(),
         )
 
     def _shape_scores(self, rollout: Rollout, scores: Tensor) -> tuple[Tensor, Tensor]:

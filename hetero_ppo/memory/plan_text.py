@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from hetero_ppo.memory.kinds import Kind
 from hetero_ppo.memory.plan import GIB, MemoryPlan, PhasePlan
 from hetero_ppo.memory.plan_engine import EnginePlan
 from hetero_ppo.memory.plan_limits import Limits
+from hetero_ppo.observability.json_text import json_text
 
 BAR_CELLS = 24
 _EIGHTHS = " ▏▎▍▌▋▊▉"
@@ -235,6 +235,6 @@ def write_json(plan: MemoryPlan, limits: Limits, path: str) -> None:
         ValueError: it cannot be written.
     """
     try:
-        Path(path).write_text(json.dumps(plan_values(plan, limits), indent=2) + "\n", encoding="utf-8")
+        Path(path).write_text(json_text(plan_values(plan, limits), indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise ValueError(f"--json {path}: cannot be written ({error.strerror})") from error

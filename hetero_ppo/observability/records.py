@@ -129,7 +129,7 @@ def read_evaluation(path: Path) -> Evaluation | None:
         return Evaluation(
             accuracy=None if raw["accuracy"] is None else float(raw["accuracy"]),
             greedy_accuracy=None if raw["greedy_accuracy"] is None else float(raw["greedy_accuracy"]),
-            reward=float(raw["reward"]),
+            reward=math.nan if raw["reward"] is None else float(raw["reward"]),  # the function failed for every answer
             kl=float(raw["kl"]),
             response_length=float(raw["response_length"]),
             num_prompts=int(raw["num_prompts"]),

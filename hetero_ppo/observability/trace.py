@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hetero_ppo.disk import writing
+from hetero_ppo.observability.json_text import json_text
 
 Args = dict[str, int | str]
 
@@ -132,7 +133,7 @@ class TraceRecorder:
             trace = StepTrace(step, self._rank, now - self._began, _since(self._began, spans))
         assert self._folder is not None  # is_due
         path = self._folder / f"step_{step:07d}.json"
-        text = json.dumps(chrome_trace(trace))
+        text = json_text(chrome_trace(trace))
         with writing(path, f"trace of step {step}", len(text)):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")

@@ -1,4 +1,8 @@
-"""Ends a process whose phase does not get on, and leaves the stacks of all its threads."""
+"""Ends a process whose phase does not get on, and leaves the stacks of all its threads.
+
+A thread of Python's does it, unless another thread never gives the GIL back (a regex, a loop in C). Then a thread of
+faulthandler's, which needs no GIL, writes the stacks to stderr and ends the process with status 1.
+"""
 
 from __future__ import annotations
 
@@ -15,23 +19,37 @@ from hetero_ppo.errors import EXIT_STUCK
 
 #: From the dump to the end of the process: peers that wait for this one get to dump theirs before torchrun ends them.
 PEERS_DUMP_S = 3.0
+#: Seconds that the watchdog's thread gets to end the process before faulthandler's does, which needs no GIL.
+GIL_S = 10.0
+#: sys.stderr may be somebody's replacement without a descriptor.
+STDERR = 2
 
 
 class Watchdog:
     """Counts the time since a phase began, or since one inside it began or ended. Outside of phases nothing counts."""
 
-    def __init__(self, folder: Path, rank: int, timeout_s: float | None, *, peers_dump_s: float = PEERS_DUMP_S) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        rank: int,
+        timeout_s: float | None,
+        *,
+        peers_dump_s: float = PEERS_DUMP_S,
+        gil_s: float = GIL_S,
+    ) -> None:
         """
         Args:
             folder: where ``stacks_rank<r>.txt`` is written.
             rank: of this process.
             timeout_s: seconds without a change of phase after which the process ends; None: never.
             peers_dump_s: seconds from the dump to the end.
+            gil_s: Seconds beyond all that, after which faulthandler ends the process.
         """
         self.path = folder / f"stacks_rank{rank}.txt"
         self.rank = rank
         self.timeout_s = timeout_s
         self.peers_dump_s = peers_dump_s
+        self.gil_s = gil_s
         self.failed_in = ""  # the innermost phase that an error has ended; empty: none
         self._phase = ""
         self._since = time.monotonic()
@@ -52,11 +70,27 @@ class Watchdog:
             self._changed.notify()
         if self._thread.is_alive():
             self._thread.join()
+            faulthandler.cancel_dump_traceback_later()
 
     def note(self, phase: str) -> None:
         """The process is in this phase from now on; an empty name is outside of all."""
         with self._changed:
             self._phase, self._since = phase, time.monotonic()
+            self._arm()
+
+    def progress(self) -> None:
+        """The phase gets on, though none begins or ends in it."""
+        self.note(self._phase)
+
+    def _arm(self) -> None:
+        """Let faulthandler's thread count from now on, too."""
+        if self.timeout_s is None or self._is_over:
+            return
+        if self._phase:
+            limit_s = self.timeout_s + self.peers_dump_s + self.gil_s
+            faulthandler.dump_traceback_later(limit_s, exit=True, file=STDERR)
+        else:
+            faulthandler.cancel_dump_traceback_later()
 
     def note_failure(self, phase: str) -> None:
         """An error ends this phase, and then those around it."""

@@ -1,15 +1,13 @@
-"""Scores from a Python function instead of a reward model, which may raise, hang, or give what is no score."""
+"""Scores from a Python function instead of a reward model, which may raise, hang, crash, or give what is no score."""
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import math
-import queue
-import sys
-import threading
+import time
+import weakref
+from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,79 +15,36 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hetero_ppo.config.schema import RewardErrors
+from hetero_ppo.distributed.text import broadcast_json
 from hetero_ppo.errors import RunError
+from hetero_ppo.reward.function_pool import Failure, FailureKind, FunctionPool, FunctionSpec, LoadedFunction, Ticket
 from hetero_ppo.types import Rollout
 
-#: (prompt text, response text, label, metadata) -> score
-RewardFunction = Callable[[str, str, Any, dict[str, Any]], float]
+#: Seconds between two reports of progress while a batch is scored.
+PROGRESS_S = 10.0
+#: Failures by their number in a broadcast; 0 is a score.
+KINDS = tuple(FailureKind)
 
 
-def load_function(spec: str, field: str) -> RewardFunction:
-    """Import ``package.module:function`` or ``path/to/file.py:function``.
+@dataclass
+class PendingScores:
+    """Scores of a rollout that workers compute; ``result`` waits for them."""
 
-    Args:
-        spec: the config value.
-        field: the config field that holds it, for messages.
+    reward: FunctionReward
+    rollout: Rollout
+    ticket: Ticket | None  # on rank 0
 
-    Raises:
-        ValueError: no such file, module or function.
-    """
-    target, _, name = spec.rpartition(":")
-    if not target:
-        raise ValueError(f"{field} is {spec!r}: write it as package.module:function or path/to/file.py:function")
-    if target.endswith(".py"):
-        path = Path(target)
-        if not path.is_file():
-            raise ValueError(f"{field} is {spec!r}: no file {path}")
-        # Named by its path: its stem may be another module's name.
-        module_spec = importlib.util.spec_from_file_location(str(path.resolve()), path)
-        assert module_spec is not None and module_spec.loader is not None
-        module = importlib.util.module_from_spec(module_spec)
-        sys.modules[module_spec.name] = module  # dataclasses look up the module that defines them
-        module_spec.loader.exec_module(module)
-    else:
-        try:
-            module = importlib.import_module(target)
-        except ModuleNotFoundError as error:
-            raise ValueError(f"{field} is {spec!r}: no module {error.name!r}") from error
-    if not callable(vars(module).get(name)):
-        raise ValueError(f"{field} is {spec!r}: {target} has no function {name!r}")
-    return vars(module)[name]
+    def result(self) -> Tensor:
+        """Return [B] float32 scores; with ``on_error=exclude`` NaN where there is none. Collective over the world.
 
-
-class _Caller:
-    """Calls the function in a thread, which is left behind when a call does not end."""
-
-    def __init__(self, function: RewardFunction) -> None:
-        self._function = function
-        self._calls: queue.SimpleQueue[tuple[Any, ...]] | None = None
-
-    def __call__(self, arguments: tuple[Any, ...], timeout_s: float) -> Any:
-        """What the function gives; raises what it raises, or TimeoutError."""
-        if self._calls is None:
-            self._calls, self._answers = queue.SimpleQueue(), queue.SimpleQueue[tuple[Any, Exception | None]]()
-            work = (self._calls, self._answers)
-            threading.Thread(target=self._work, args=work, name="reward-function", daemon=True).start()
-        self._calls.put(arguments)
-        try:
-            score, error = self._answers.get(timeout=timeout_s)
-        except queue.Empty:
-            self._calls = None  # the next call gets a thread of its own
-            raise TimeoutError(f"it did not end within reward.timeout_s={timeout_s:g}") from None
-        if error is not None:
-            raise error
-        return score
-
-    def _work(self, calls: queue.SimpleQueue[tuple[Any, ...]], answers: queue.SimpleQueue[tuple[Any, Any]]) -> None:
-        while True:
-            try:
-                answers.put((self._function(*calls.get()), None))
-            except Exception as error:  # noqa: BLE001  the caller raises it
-                answers.put((None, error))
+        Raises:
+            RunError: The function raised, did not end in time, crashed, or gave something that is not a finite number.
+        """
+        return self.reward.finish(self)
 
 
 class FunctionReward:
-    """Calls the function on rank 0 and hands the scores to every rank, so that they cannot differ between ranks."""
+    """Calls the function in worker processes of rank 0 and hands the scores to every rank, so that they cannot differ between ranks."""
 
     def __init__(
         self,
@@ -97,55 +52,209 @@ class FunctionReward:
         decode: Callable[[list[int]], str],
         field: str = "reward.function",
         *,
-        timeout_s: float = math.inf,
+        timeout_s: float,
         on_error: RewardErrors = RewardErrors.stop,
+        workers: int | None = None,
+        batch: int | None = None,
+        concurrency: int | None = None,
+        progress: Callable[[], None] = lambda: None,
     ) -> None:
         """
         Args:
-            spec: where the function is, ``load_function``.
-            decode: token ids to text.
-            field: the config field that holds ``spec``, for messages.
-            timeout_s: of one call; infinity: the call is made in the caller's thread.
-            on_error: what becomes of a response without a score.
+            spec: Where the function is: ``package.module:function`` or ``path/to/file.py:function``.
+            decode: Token ids to text.
+            field: The config field that holds ``spec``, for messages.
+            timeout_s: Seconds that one call may take.
+            on_error: What becomes of a response without a score.
+            workers: Number of worker processes at most; None: derived.
+            batch: Number of responses of a call, which gets lists then; None: one response a call.
+            concurrency: Number of calls at once in one worker, of an ``async def`` function; None: derived.
+            progress: Called on every rank while scores are waited for.
         """
-        self.spec = spec
-        self.field = field
-        self.timeout_s = timeout_s
+        self.spec = FunctionSpec(spec, field, timeout_s, workers, batch, concurrency)
         self.on_error = on_error
-        self._function = load_function(spec, field)
-        self._caller = _Caller(self._function)
+        self.last_failure = ""
         self._decode = decode
+        self._progress = progress
+        self._pool: FunctionPool | None = None
+        self._counts: Counter[FailureKind] = Counter()
+        self._reported: set[FailureKind] = set()
 
-    def score(self, rollout: Rollout) -> Tensor:
-        """[B] float32 scores of the responses; with ``on_error=exclude`` NaN where there is none. Collective over the world.
+    def open(self) -> None:
+        """Start the first worker, on rank 0. Returns at once."""
+        if self._pool is None and dist.get_rank() == 0:
+            self._pool = FunctionPool(self.spec, _say)
+            weakref.finalize(self, self._pool.close)
+            self._pool.open()
+
+    def check(self) -> None:
+        """Wait until the function is imported. Collective over the world.
 
         Raises:
-            RunError: the function raised, did not end in time, or gave something that is not a finite number.
+            ValueError: It cannot be imported or called so, or ``concurrency`` is set and the function is not ``async def``.
         """
-        scores = torch.zeros(rollout.batch_size, dtype=torch.float32)
-        if dist.get_rank() == 0:
-            scores = torch.tensor([self._score_row(rollout, row) for row in range(rollout.batch_size)])
+        self.open()
+        problem = ""
+        if self._pool is not None:
+            try:
+                check_concurrency(self.spec, self._pool.loaded())
+            except ValueError as error:
+                problem = str(error)
         if dist.get_world_size() > 1:
-            dist.broadcast(scores, 0)
+            problem = broadcast_json(problem, 0)
+        if problem:
+            self.close()
+            raise ValueError(problem)
+
+    def describe(self) -> str:
+        """Return a line about how the function is called. On rank 0."""
+        assert self._pool is not None
+        return describe(self.spec, self._pool.loaded())
+
+    def close(self) -> None:
+        """End the workers. Safe to call twice."""
+        if self._pool is not None:
+            self._pool.close()
+
+    def score(self, rollout: Rollout) -> Tensor:
+        """Return [B] float32 scores of the responses, as ``PendingScores.result`` does. Collective over the world."""
+        return self.start(rollout).result()
+
+    def start(self, rollout: Rollout) -> PendingScores:
+        """Hand the responses to the workers. Returns at once."""
+        self.open()
+        return PendingScores(self, rollout, None if self._pool is None else self._submit(self._pool, rollout))
+
+    def _submit(self, pool: FunctionPool, rollout: Rollout) -> Ticket:
+        columns: tuple[list[Any], ...] = (
+            rollout.prompt_texts,
+            [self._response(rollout, row) for row in range(rollout.batch_size)],
+            rollout.labels,
+            rollout.metadata,
+        )
+        rows = range(rollout.batch_size)
+        if self.spec.batch is None:
+            calls = [([column[row] for column in columns], (row,)) for row in rows]
+        else:
+            parts = [rows[start : start + self.spec.batch] for start in range(0, len(rows), self.spec.batch)]
+            calls = [([[column[row] for row in part] for column in columns], part) for part in parts]
+        try:
+            return pool.submit(calls, rollout.batch_size)
+        except TypeError as error:
+            raise RunError(f"{self.spec.field} {self.spec.spec}: in a label or in metadata {error}") from error
+
+    def _response(self, rollout: Rollout, row: int) -> str:
+        start, end = int(rollout.prompt_lengths[row]), int(rollout.sequence_lengths[row])
+        return self._decode(rollout.token_ids[row, start:end].tolist())
+
+    def finish(self, pending: PendingScores) -> Tensor:
+        """Wait for the scores of a ``start``; see ``PendingScores.result``."""
+        stops = self.on_error is RewardErrors.stop
+        is_over, problem, notes = False, "", []
+        while not is_over:
+            self._progress()
+            if pending.ticket is not None:
+                try:
+                    is_over = pending.ticket.wait(PROGRESS_S, until_failure=stops)
+                except RunError as error:
+                    is_over, problem = True, str(error)
+            if dist.get_world_size() > 1:
+                status = torch.tensor([int(is_over)])
+                dist.broadcast(status, 0)
+                is_over = bool(status)
+        scores = torch.full((pending.rollout.batch_size,), math.nan)
+        kinds = torch.zeros(pending.rollout.batch_size, dtype=torch.int64)
+        if pending.ticket is not None and not problem:
+            for row, outcome in enumerate(pending.ticket.outcomes):
+                if isinstance(outcome, float):
+                    scores[row] = outcome
+                elif outcome is not None:
+                    kinds[row] = 1 + KINDS.index(outcome.kind)
+                    text = self._describe_failure(pending.rollout, row, outcome)
+                    problem = problem or (text if stops else "")
+                    notes += [outcome.traceback] if stops and outcome.traceback else []
+                    self._report(outcome.kind, text)
+            if problem:
+                pending.ticket.cancel()
+        if dist.get_world_size() > 1:
+            problem = broadcast_json(problem, 0)
+            for tensor in (scores, kinds):
+                dist.broadcast(tensor, 0)
+        if problem:
+            error = RunError(problem)
+            for note in notes[:1]:
+                error.add_note(note)
+            raise error
+        self._counts.update(KINDS[kind - 1] for kind in kinds.tolist() if kind)
         return scores
 
-    def _score_row(self, rollout: Rollout, row: int) -> float:
-        start, end = int(rollout.prompt_lengths[row]), int(rollout.sequence_lengths[row])
-        ids = rollout.token_ids[row].tolist()
-        response = self._decode(ids[start:end])
-        arguments = (rollout.prompt_texts[row], response, rollout.labels[row], rollout.metadata[row])
+    def _describe_failure(self, rollout: Rollout, row: int, failure: Failure) -> str:
+        response = self._response(rollout, row)
         about = f"for dataset row {rollout.prompt_index[row]} (response {response[:80]!r})"
-        try:
-            score = self._function(*arguments) if self.timeout_s == math.inf else self._caller(arguments, self.timeout_s)
-        except Exception as error:
-            if self.on_error is RewardErrors.exclude:
-                return math.nan
-            raise RunError(
-                f"{self.field} {self.spec} failed {about}: {type(error).__name__}: {error}. "
-                "With reward.on_error=exclude such responses are left out and counted"
-            ) from error
-        if isinstance(score, (int, float)) and math.isfinite(score):
-            return float(score)
-        if self.on_error is RewardErrors.exclude:
-            return math.nan
-        raise RunError(f"{self.field} {self.spec} gave {score!r} {about}: it must return a finite number")
+        named = f"{self.spec.field} {self.spec.spec}"
+        advice = "With reward.on_error=exclude such responses are left out and counted"
+        if failure.kind is FailureKind.bad_score:
+            needed = "a finite number" if self.spec.batch is None else "a finite number for every response"
+            detail = f"{failure.detail}; " if failure.detail else ""
+            text = f"{named} gave {failure.text} {about}: {detail}it must return {needed}, for example float(score)"
+        else:
+            text = f"{named} failed {about}: {failure.text}"
+        return f"{text}. {advice}" if self.on_error is RewardErrors.stop else text
+
+    def _report(self, kind: FailureKind, text: str) -> None:
+        self.last_failure = text
+        if self.on_error is RewardErrors.exclude and kind not in self._reported:
+            self._reported.add(kind)
+            _say(f"{text}. The response is left out; further ones are counted in {_metric(kind)}")
+
+    def collect(self) -> dict[str, float]:
+        """Return the number of responses without a score since the last call, by kind; {} where a failure stops the run."""
+        if self.on_error is RewardErrors.stop:
+            return {}
+        counts, self._counts = self._counts, Counter()
+        return {_metric(kind): float(counts[kind]) for kind in KINDS}
+
+
+def _metric(kind: FailureKind) -> str:
+    return f"reward/function/num_{kind.value}"
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def check_concurrency(spec: FunctionSpec, loaded: LoadedFunction) -> None:
+    """Raise ValueError when ``concurrency`` is set for a function that it does not bear on."""
+    if spec.concurrency is not None and not loaded.is_async:
+        raise ValueError(
+            f"reward.concurrency is {spec.concurrency}, but {spec.field} {spec.spec} is no `async def`, so that a worker makes one "
+            "call at a time: leave it out, or set reward.workers"
+        )
+
+
+def describe(spec: FunctionSpec, loaded: LoadedFunction) -> str:
+    """Return a line about how a function is called."""
+    rows = "one response a call" if spec.batch is None else f"up to {spec.batch} responses a call"
+    at_once = f", {loaded.concurrency} calls at once in each" if loaded.is_async else ""
+    source = "derived" if spec.num_workers is None else "reward.workers"
+    return (
+        f"{spec.field} {spec.spec}: {rows}, {spec.timeout_s:g} s at most; up to {loaded.num_workers} worker "
+        f"process{'' if loaded.num_workers == 1 else 'es'} ({source}){at_once}"
+    )
+
+
+def try_function(spec: FunctionSpec) -> str:
+    """Import a function in a worker, as a run does, and return the line about how it would be called.
+
+    Raises:
+        ValueError: It cannot be imported or called so.
+    """
+    start = time.monotonic()
+    pool = FunctionPool(spec, _say)
+    pool.open()
+    try:
+        loaded = pool.loaded()
+        check_concurrency(spec, loaded)
+        return f"{describe(spec, loaded)}; imported in {time.monotonic() - start:.1f} s"
+    finally:
+        pool.close()

@@ -8,6 +8,7 @@ difference can be traced to the layer that it begins in.
 from __future__ import annotations
 
 import json
+import os
 import platform as python_platform
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -29,7 +30,14 @@ GOLDEN_FILE = "golden_scores.jsonl"
 #: Pairs of a file, and of them those with digests of layers.
 NUM_PAIRS, NUM_TRACED = 64, 4
 #: Fields of the record on which bits depend. Equal scores are promised where they are equal.
-DECISIVE = ("dtype", "torch", "megatron_core", "device", "cpu", "cpu_capability")
+DECISIVE = ("dtype", "torch", "megatron_core", "device", "cpu", "cpu_capability", "cpu_flags", "kernel_limits")
+#: Instructions of a CPU that decide which kernels oneDNN and MKL choose, as /proc/cpuinfo names them.
+CPU_FLAGS = (
+    *("avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16", "avx512_fp16", "avx_vnni"),
+    *("amx_tile", "amx_bf16", "amx_int8", "amx_fp16"),
+)
+#: Variables that limit what these libraries use.
+KERNEL_LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR")
 
 
 @dataclass(frozen=True)
@@ -54,14 +62,16 @@ class Golden:
         """JSON lines."""
         lines: list[dict[str, Any]] = [{"record": self.record}]
         lines += [{"pair": number, **vars(pair)} for number, pair in enumerate(self.pairs)]
-        return "".join(json.dumps(line) + "\n" for line in lines)
+        return "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
 
     def made_elsewhere(self, engine: ModelEngine) -> list[str]:
-        """What differs between the record and here of what bits depend on: "cpu: X there, Y here"."""
+        """Return what differs between the record and here of what bits depend on: "cpu: X there, Y here".
+
+        What an older file does not record cannot differ.
+        """
         here = record_of(engine)
-        return [
-            f"{name}: {self.record[name]} there, {here[name]} here" for name in DECISIVE if self.record[name] != here[name]
-        ]
+        names = [name for name in DECISIVE if name in self.record and self.record[name] != here[name]]
+        return [f"{name}: {_shown(self.record[name])} there, {_shown(here[name])} here" for name in names]
 
 
 def record_of(engine: ModelEngine) -> dict[str, Any]:
@@ -77,6 +87,8 @@ def record_of(engine: ModelEngine) -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if platform.HAS_CUDA else "cpu",
         "cpu": _cpu_model(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cpu_flags": _cpu_flags(),
+        "kernel_limits": {name: os.environ[name] for name in KERNEL_LIMITS if name in os.environ},
     }
 
 
@@ -169,11 +181,28 @@ def _where(engine: ModelEngine, golden: Golden) -> str:
 
 
 def _cpu_model() -> str:
-    """As /proc/cpuinfo names it, or the machine's architecture where there is no such file."""
+    """The name of the CPU, or the machine's architecture where the kernel does not say."""
+    return _cpu_info("model name") or python_platform.machine()
+
+
+def _cpu_flags() -> list[str]:
+    """Those of ``CPU_FLAGS`` that the CPU has. A hypervisor may hide some, and the CPU's name with them."""
+    found = _cpu_info("flags").split()
+    return [flag for flag in CPU_FLAGS if flag in found]
+
+
+def _cpu_info(name: str) -> str:
+    """A field of the first core in /proc/cpuinfo; empty where there is none."""
     file = Path("/proc/cpuinfo")
     lines = file.read_text().splitlines() if file.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else python_platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == name), "")
+
+
+def _shown(value: Any) -> str:
+    """A value of the record as a message shows it."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name}={setting}" for name, setting in value.items()) or "none"
+    return " ".join(value) or "none" if isinstance(value, list) else str(value)
 
 
 #: Pairs that a running PPO computes anew each time, others the next time.

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from hetero_ppo.config.schema import SamplingConfig
 from hetero_ppo.disk import writing
+from hetero_ppo.observability.json_text import json_text
 from hetero_ppo.rollout.weight_sync import SyncStats
 from hetero_ppo.types import OnResponse, Response, Rollout
 
@@ -96,7 +97,7 @@ def write_records(directory: Path, step: int, records: Sequence[RolloutRecord]) 
         with open(partial, "w", encoding="utf-8") as file:
             for record in records:
                 line = {name: value for name, value in vars(record).items() if name != "extra"} | record.extra
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                file.write(json_text(line, ensure_ascii=False) + "\n")
         os.replace(partial, path)
     return path
 

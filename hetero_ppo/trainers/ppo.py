@@ -22,7 +22,7 @@ from hetero_ppo.observability.metrics import MetricsLogger
 from hetero_ppo.observability.progress import progress
 from hetero_ppo.observability.timers import PhaseTimer
 from hetero_ppo.rollout.server import sleeps
-from hetero_ppo.trainers import ppo_bank, ppo_memory, ppo_nodes, ppo_setup
+from hetero_ppo.trainers import ppo_bank, ppo_functions, ppo_memory, ppo_nodes, ppo_setup
 from hetero_ppo.trainers.ppo_critic import describe_first_values
 from hetero_ppo.trainers.ppo_engine import EngineTurns
 from hetero_ppo.trainers.ppo_evaluation import Evaluator
@@ -45,6 +45,7 @@ class PpoTrainer:
         self.run = run
         ppo_memory.say_plan(config, run)
         self.data = ppo_setup.load_data(config, run)
+        self.functions = ppo_functions.open_functions(config, run, self.data.encoder)
         re_encoders = ppo_setup.build_re_encoders(config, run, self.data)
         self.batching = ppo_setup.describe_batching(config, run, self.data)
         self.total_steps = self.batching.total_steps
@@ -62,10 +63,11 @@ class PpoTrainer:
                 starting.wait().sleep()
             dist.barrier()
         # An error here is raised at once, not when the engine is up: its guardian ends it with this process.
+        self.functions.check(run)
         self.device = ppo_setup.shared_device(config, self.trace)
         self.roles = ppo_setup.build_roles(config, run, self.batching, self.device)
         self.golden = ppo_setup.build_golden_guards(config, run, self.roles)
-        self.maker = ppo_setup.build_maker(config, self.roles, self.data, re_encoders)
+        self.maker = ppo_setup.build_maker(config, self.roles, self.functions.reward, re_encoders)
         if starting is not None:
             starting.wait()
         if actor_generates(config):
@@ -75,7 +77,7 @@ class PpoTrainer:
         self.bank = ppo_bank.open_bank(config, run, self.engine, resumes=self._continues_its_folder())
         self.chunk_size = self.batching.chunk_size
         self.pipeline = Pipeline(self.maker, config.pipeline.overlap)
-        self.evaluator = Evaluator(config, run, self.data, self.maker, self.turns)
+        self.evaluator = Evaluator(config, run, self.data, self.maker, self.turns, self.functions.evaluation)
 
     def __enter__(self) -> Self:
         return self
@@ -88,6 +90,7 @@ class PpoTrainer:
     def close(self) -> None:
         """End the rollout engine and its processes, and give the host buffers back."""
         try:
+            self.functions.close()
             if self.bank is not None:
                 self.bank.end()
             if self.engine is not None:

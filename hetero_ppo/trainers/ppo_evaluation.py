@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from hetero_ppo.disk import writing
 from hetero_ppo.experience.generation import collect_rollout
 from hetero_ppo.experience.rollouts import response_texts
 from hetero_ppo.experience.stages import ExperienceMaker, policy_log_probs, sequence_kl
+from hetero_ppo.observability.json_text import json_text
 from hetero_ppo.reward.function import FunctionReward
 from hetero_ppo.rollout.replay import write_rollouts
 from hetero_ppo.trainers.ppo_engine import EngineTurns
@@ -51,17 +51,14 @@ class Evaluator:
         data: PpoData,
         maker: ExperienceMaker,
         turns: EngineTurns,
+        check: FunctionReward | None,
     ) -> None:
         self.config = config
         self.run_info = run
         self.data = data
         self.maker = maker
         self.turns = turns
-        function = config.train.eval_function
-        self.check = None
-        if function is not None:
-            timeout_s = config.reward.timeout_s
-            self.check = FunctionReward(function, data.encoder.decode, "train.eval_function", timeout_s=timeout_s)
+        self.check = check
 
     def run(self, version: str) -> Evaluation | None:
         """Sample and judge; None without held-out prompts, or when recorded rollouts are replayed. Collective."""
@@ -76,16 +73,16 @@ class Evaluator:
             if self.check is not None:
                 greedy = dataclasses.replace(sampling, temperature=0.0, top_p=1.0, top_k=-1)
                 greedy_rollout = collect_rollout(engine, prompts, greedy, **about)
+        # Their workers score while the models do.
+        checked = [answers for answers in (rollout, greedy_rollout) if answers is not None and self.check is not None]
+        checks = [self.check.start(answers) for answers in checked]
         scored = self.maker.judges.score(rollout, "eval")
         scores = scored.total
         with self.maker.actor.on_device(phase="eval"):
             log_probs = policy_log_probs(self.maker.actor, rollout, sampling.temperature)
         with self.maker.reference.on_device(phase="eval"):
             ref_log_probs = policy_log_probs(self.maker.reference, rollout, sampling.temperature)
-        accuracy = greedy_accuracy = None
-        if self.check is not None and greedy_rollout is not None:
-            accuracy = float(self.check.score(rollout).mean())
-            greedy_accuracy = float(self.check.score(greedy_rollout).mean())
+        accuracy, greedy_accuracy = [float(scores.result().mean()) for scores in checks] or (None, None)
         answers = response_texts(rollout, self.data.encoder.decode)
         return Evaluation(
             accuracy=accuracy,
@@ -116,7 +113,7 @@ class Evaluator:
         if self.run_info.is_writer:
             path = self.run_info.dir / f"eval_{name}.json"
             with writing(path, "evaluation"):
-                path.write_text(json.dumps(dataclasses.asdict(evaluation), indent=1))
+                path.write_text(json_text(dataclasses.asdict(evaluation), indent=1))
 
     @staticmethod
     def metrics(evaluation: Evaluation | None) -> dict[str, float]:

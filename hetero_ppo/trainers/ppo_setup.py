@@ -264,19 +264,14 @@ def build_re_encoders(config: PpoConfig, run: Run, data: PpoData) -> dict[str, R
 
 
 def build_maker(
-    config: PpoConfig, roles: Roles, data: PpoData, re_encoders: Mapping[str, ReEncoder]
+    config: PpoConfig, roles: Roles, function: FunctionReward | None, re_encoders: Mapping[str, ReEncoder]
 ) -> ExperienceMaker:
-    """The stages over these roles."""
-    reward, function = config.reward, None
-    if reward.function is not None:
-        function = FunctionReward(
-            reward.function, data.encoder.decode, timeout_s=reward.timeout_s, on_error=reward.on_error
-        )
+    """The stages over these roles, and over the reward function."""
     return ExperienceMaker(
         actor=roles.actor,
         critic=roles.critic,
         reference=roles.reference,
-        judges=Judges(roles.reward_models, function, reward, re_encoders),
+        judges=Judges(roles.reward_models, function, config.reward, re_encoders),
         algorithm=config.algorithm,
         reward_config=config.reward,
         temperature=config.rollout.sampling.temperature,

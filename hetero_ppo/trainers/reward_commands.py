@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -86,6 +87,7 @@ def score(args: argparse.Namespace) -> None:
     with reward_engine(args) as engine:
         ids, lengths = pad_right(_sequences(args, engine))
         scores = engine.forward(ids, lengths, scores_output).tolist()
+        _check_finite(args, {f"row {row}": value for row, value in enumerate(scores)})
         if dist.get_rank() == 0:
             lines = [
                 {"row": row, "num_tokens": int(length), "score": value, "score_hex": value.hex()}
@@ -93,8 +95,19 @@ def score(args: argparse.Namespace) -> None:
             ]
             with writing(args.out, "scores", remedy="choose another --out"):
                 args.out.parent.mkdir(parents=True, exist_ok=True)
-                args.out.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+                args.out.write_text("".join(json.dumps(line, allow_nan=False) + "\n" for line in lines), encoding="utf-8")
             print(f"{len(lines)} scores in {args.out}, mean {sum(scores) / len(scores):.6f}")
+
+
+def _check_finite(args: argparse.Namespace, scores: Mapping[str, float]) -> None:
+    """Raise FloatingPointError when a score is NaN or infinite; names the first and the number of them. The same on every rank."""
+    bad = {where: score for where, score in scores.items() if not math.isfinite(score)}
+    if bad:
+        where, score = next(iter(bad.items()))
+        raise FloatingPointError(
+            f"{args.data}, {where}, counted from 0: the score is {score} ({len(bad)} of {len(scores)} scores are not finite). Either "
+            f"{args.checkpoint} has weights that are not finite, or the forward overflows: try --dtype fp32"
+        )
 
 
 def _sequences(args: argparse.Namespace, engine: ModelEngine) -> list[list[int]]:
@@ -126,6 +139,8 @@ def evaluate(args: argparse.Namespace) -> None:
         batch = collate_preferences(pairs.examples)
         chosen = engine.forward(batch.chosen_ids, batch.chosen_lengths, scores_output)
         rejected = engine.forward(batch.rejected_ids, batch.rejected_lengths, scores_output)
+        for side, scores in (("chosen", chosen), ("rejected", rejected)):
+            _check_finite(args, {f"pair {pair}, {side} answer": score for pair, score in enumerate(scores.tolist())})
         if dist.get_rank() == 0:
             found = pair_statistics(chosen.tolist(), rejected.tolist())
             print(pairs.report.describe())
@@ -148,10 +163,18 @@ def verify(args: argparse.Namespace) -> None:
         raise ValueError(f"--checkpoint {args.checkpoint}: has no {GOLDEN_FILE}; a run with reward.aligned writes it")
     golden = read_golden(file)
     with reward_engine(args) as engine:
-        elsewhere = golden.made_elsewhere(engine)
+        elsewhere = "; ".join(golden.made_elsewhere(engine))
         if elsewhere and dist.get_rank() == 0:
-            print(f"made elsewhere, so bits may differ: {'; '.join(elsewhere)}")
-        check_golden(engine, golden, file, range(len(golden.pairs)))
+            print(f"made elsewhere, so bits may differ: {elsewhere}")
+        try:
+            check_golden(engine, golden, file, range(len(golden.pairs)))
+        except RunError as error:
+            if not elsewhere:
+                raise
+            raise RunError(
+                f"{error}. That says nothing against the model: the scores were made elsewhere ({elsewhere}), and equal bits are "
+                "promised on like machines alone"
+            ) from error
         traced = [(number, pair) for number, pair in enumerate(golden.pairs) if pair.layers]
         for number, pair in traced:
             layer = first_difference(engine, pair)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from aligned_cases import LENGTHS, role_config, save_models, sequences
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hetero_ppo.algorithms.losses import mean_metrics
@@ -26,6 +29,7 @@ from hetero_ppo.engines.train_engine import TrainEngine
 from hetero_ppo.errors import RunError
 from hetero_ppo.reward.golden import GOLDEN_FILE, GoldenGuard, golden_guard, make_golden, read_golden
 from hetero_ppo.reward.self_check import check_alignment
+from hetero_ppo.trainers import reward_commands
 from hetero_ppo.types import PolicyInputs
 
 
@@ -159,10 +163,18 @@ def test_golden_scores_that_promise_nothing_are_said(world: None, models: Path, 
         _guard(folder, "fp32")
     lines = (folder / GOLDEN_FILE).read_text().splitlines()
     record = json.loads(lines[0])
-    record["record"]["cpu"] = "abacus"
-    (folder / GOLDEN_FILE).write_text("\n".join([json.dumps(record), *lines[1:]]))
-    guard, note, _ = _guard(folder)
-    assert guard is None and "cpu: abacus there" in note
+    for field, value, shown in (
+        ("cpu", "abacus", "cpu: abacus there"),
+        ("cpu_flags", ["avx2", "amx_bf16"], "cpu_flags: avx2 amx_bf16 there, "),
+        ("kernel_limits", {"ONEDNN_MAX_CPU_ISA": "AVX2"}, "kernel_limits: ONEDNN_MAX_CPU_ISA=AVX2 there, none here"),
+    ):
+        changed = {"record": {**record["record"], field: value}}
+        (folder / GOLDEN_FILE).write_text("\n".join([json.dumps(changed), *lines[1:]]))
+        guard, note, _ = _guard(folder)
+        assert guard is None and shown in note
+    older = {name: value for name, value in record["record"].items() if name not in ("cpu_flags", "kernel_limits")}
+    (folder / GOLDEN_FILE).write_text("\n".join([json.dumps({"record": older}), *lines[1:]]))
+    assert _guard(folder)[0] is not None
     (folder / GOLDEN_FILE).write_text("\n".join([*lines[:3], "{}"]))
     with pytest.raises(ValueError, match="golden_scores.jsonl, line 4: not a line of golden scores"):
         _guard(folder)
@@ -185,3 +197,35 @@ def test_commands(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     data.write_text(json.dumps({"token_ids": [5, 131]}))
     assert main(["score", "--checkpoint", str(folder), "--data", str(data), "--out", str(out)]) == 2
     assert "line 1, field 'token_ids': has to be a list of token ids below 131" in capsys.readouterr().err
+
+    # Another limit of oneDNN, where other bits are no fault of the model's.
+    lines = (folder / GOLDEN_FILE).read_text().splitlines()
+    pair = json.loads(lines[1]) | {"chosen_score": (0.125).hex()}
+    (folder / GOLDEN_FILE).write_text("\n".join([lines[0], json.dumps(pair), *lines[2:]]))
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    assert main(["verify", "rm", "--checkpoint", str(folder)]) == 1
+    captured = capsys.readouterr()
+    assert "made elsewhere, so bits may differ: kernel_limits: none there, ONEDNN_MAX_CPU_ISA=AVX2 here" in captured.out
+    assert "pair 0: the chosen score is 0x1" in captured.err and "That says nothing against the model" in captured.err
+
+
+def test_scores_that_are_not_finite_are_errors(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "rm"
+    shutil.copytree(models / "qwen3-score", folder)
+    weights = load_file(folder / "model.safetensors")
+    # A token that no other row has.
+    weights["model.embed_tokens.weight"][7] = math.nan
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    data, out = tmp_path / "rows.jsonl", tmp_path / "scores.jsonl"
+    data.write_text("".join(json.dumps({"token_ids": ids}) + "\n" for ids in ([5, 6], [8, 7, 9], [7])))
+    assert main(["score", "--checkpoint", str(folder), "--data", str(data), "--out", str(out)]) == 1
+    assert f"{data}, row 1, counted from 0: the score is nan (2 of 3 scores are not finite)" in capsys.readouterr().err
+    assert not out.exists()
+    pairs = [PreferenceExample([5, 6], [5, 8], 1), PreferenceExample([5, 9], [5, 7], 1)]
+    report = SimpleNamespace(describe=lambda: "")
+    monkeypatch.setattr(reward_commands, "load_text_encoder", lambda *arguments: None)
+    monkeypatch.setattr(reward_commands, "load_preferences", lambda *arguments: SimpleNamespace(examples=pairs, report=report))
+    assert main(["eval", "rm", "--checkpoint", str(folder), "--data", str(data)]) == 1
+    assert f"{data}, pair 1, rejected answer, counted from 0: the score is nan (1 of 2 scores are not finite)" in capsys.readouterr().err

@@ -21,6 +21,7 @@ from hetero_ppo.config.schema import (
     OldLogProbs,
     ResidencyConfig,
     RewardConfig,
+    RewardSource,
     RoleConfig,
     SamplingConfig,
     TrainedRoleConfig,
@@ -37,6 +38,7 @@ from hetero_ppo.experience.stages import ExperienceMaker
 from hetero_ppo.memory.kinds import FORWARD, Kind
 from hetero_ppo.memory.turns import ppo_turns
 from hetero_ppo.observability.timers import PhaseTimer
+from hetero_ppo.reward.function import FunctionReward
 from hetero_ppo.rollout.replay import ReplayEngine, RolloutRecord, write_records
 from hetero_ppo.types import Experience, OnResponse, PromptBatch, Response, Rollout
 
@@ -223,6 +225,42 @@ def test_overlapped_and_serial_give_the_same_bits(
     for roles in (overlapped, serial):
         assert roles.critic.residency.bytes_by_kind()[0][Kind.params] == roles.critic.residency.num_bytes(FORWARD)
         roles.device.close()
+
+
+FUNCTION = """
+import os, time
+
+def score(prompt, response, label, metadata):
+    while not os.path.exists({gate!r}):
+        time.sleep(0.01)
+    return len(response)
+"""
+
+
+def test_a_reward_function_scores_while_the_engine_and_the_models_are_at_work(
+    model: Path, prompts: PromptBatch, recorded: Path, tmp_path: Path
+) -> None:
+    """No call ends before the last response is there, and the same bits as one after the other."""
+    gate = tmp_path / "gate"
+    (tmp_path / "reward.py").write_text(FUNCTION.format(gate=str(gate)))
+    made = []
+    for overlap in (True, False):
+        roles = Roles(model, overlap=overlap)
+        reward = FunctionReward(f"{tmp_path}/reward.py:score", lambda ids: "x" * len(ids), timeout_s=30.0, workers=2)
+        roles.maker.judges = Judges(roles.maker.judges.models, reward, RewardConfig(source=RewardSource.mix))
+        engine = Paced(recorded)
+        let_waves_happen(roles, engine)
+        if not overlap:
+            engine.may.release(len(ORDER))
+        arguments: dict[str, Any] = {"n": SAMPLES, "seed": 0, "version": "step0", "chunk_size": CHUNK}
+        roles.device.engine_turn("rollout")
+        generation = Generation(engine, prompts, SAMPLING, **arguments).start()
+        made.append(roles.pipeline.make(generation, PhaseTimer(), when_generated=gate.touch))
+        assert len(roles.pipeline.waves) == (3 if overlap else 1)
+        reward.close()
+        roles.device.close()
+    assert differing(*made) == []
+    assert made[0].score_parts["function"].tolist() == made[0].rollout.response_lengths.tolist()
 
 
 def test_the_cut_into_chunks_changes_no_value(model: Path, prompts: PromptBatch, recorded: Path) -> None:

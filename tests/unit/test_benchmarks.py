@@ -23,6 +23,7 @@ import make_experience
 import ppo_step
 import ppo_step_inputs as inputs_module
 import ppo_step_report as report_module
+import reward_workers
 import rm_alignment
 import torch
 from peers import environment
@@ -300,3 +301,10 @@ def test_the_ideal_ends_with_the_forwards_of_one_whole_chunk() -> None:
     found = make_experience.summary(seconds, [0.9, 1.0], True, [8] * 256, 64, metrics)
     assert found["ideal_s"] == (4.5 + 2.5) / 2
     assert found["pipelined_over_ideal"] == pytest.approx((4.95 / 4.5 + 2.75 / 2.5) / 2)
+
+
+def test_reward_workers_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reward_workers, "EMPTY_CALLS", 130)
+    found = reward_workers.measure(rows=4, judge_s=0.01, workers=2)
+    names = {"judge_s_1_workers", "judge_s_2_workers", "judge_s_async", "empty_calls_per_s_worker", "worker_start_s", "worker_rss_mib"}
+    assert names <= set(found) and all(value > 0 for value in found.values())

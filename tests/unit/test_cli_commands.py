@@ -27,6 +27,8 @@ MODEL_CONFIG = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
+#: Overrides of a run without a reward model.
+BY_FUNCTION = ["reward_model=null", "reward.source=function"]
 
 
 @pytest.fixture
@@ -47,6 +49,14 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "rm.yaml").write_text(f"kind: rm\n{common}reward: {role}\n")
     roles = "".join(f"{name}: {role}\n" for name in ("actor", "critic", "reference", "reward_model"))
     (tmp_path / "ppo.yaml").write_text(f"kind: ppo\n{common}{roles}")
+    (tmp_path / "helper.py").write_text("def length(text): return float(len(text))\n")
+    (tmp_path / "length.py").write_text(
+        "from helper import length\n"
+        "def score(prompts, responses, labels, metadata): return [length(response) for response in responses]\n"
+        "def short(response): return 1.0\n"
+        "async def wait(prompt, response, label, metadata): return 1.0\n"
+    )
+    (tmp_path / "broken.py").write_text("def score(prompt, response, label, metadata)\n    return 1.0\n")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -124,7 +134,7 @@ def test_a_model_that_does_not_fit_its_layout(
 
 
 @pytest.mark.parametrize(
-    ("overrides", "message"),
+    "case",
     [
         (["actor.optimzer.lr=3"], "did you mean 'actor.optimizer'?"),
         (["data.train=nothing.jsonl"], "data.train=nothing.jsonl: no such file"),
@@ -133,14 +143,28 @@ def test_a_model_that_does_not_fit_its_layout(
         (["data.max_prompt_tokens=1000"], "max_position_embeddings 1024"),
         (["algorithm.minibatch_size=48"], "the nearest multiple is 48 or 96"),
         (["algorithm.critic_warmup_steps=1"], "the run has 1 PPO steps, so the actor would never be trained"),
-        (["reward_model=null", "reward.source=function", "reward.function=no_such_module:score"], "no module"),
+        ([*BY_FUNCTION, "reward.function=no_such_module:score"], "no module"),
+        ([*BY_FUNCTION, "reward.function=broken.py:score"], "SyntaxError: expected ':' (", "broken.py:1)"),
+        ([*BY_FUNCTION, "reward.function=length.py:score", "reward.concurrency=2"], "reward.concurrency is 2, but"),
+        (["train.eval_function=length.py:short"], "train.eval_function is 'length.py:short': it takes (response)"),
         (["data.chat_template=template.jinja"], "data.chat_template=template.jinja: no such file"),
     ],
 )
 def test_each_mistake_is_one_clear_line(
-    work: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], message: str
+    work: Path, capsys: pytest.CaptureFixture[str], case: tuple[list[str], ...]
 ) -> None:
-    assert message in failure(capsys, "validate", "--config", "ppo.yaml", *overrides)
+    overrides, *messages = case
+    printed = failure(capsys, "validate", "--config", "ppo.yaml", *overrides)
+    assert [message for message in messages if message not in printed] == [], printed
+
+
+def test_validate_imports_the_functions_as_a_run_does(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    functions = ["reward.function=length.py:score", "train.eval_function=length.py:wait"]
+    options = ["reward.batch=8", "reward.workers=3"]
+    assert main(["validate", "--config", "ppo.yaml", *BY_FUNCTION, *functions, *options]) == 0
+    printed = capsys.readouterr().out
+    assert "reward.function length.py:score: up to 8 responses a call, 60 s at most; up to 3 worker processes (reward.workers)" in printed
+    assert "train.eval_function length.py:wait: one response a call, 60 s at most; up to 3 worker processes (reward.workers), 64" in printed
 
 
 @pytest.mark.parametrize("command", ["validate", "train"])

@@ -28,6 +28,10 @@ def config_of(folder: Path, kind: str, *overrides: str) -> AnyConfig:
     return load_config(str(path), list(overrides)).config
 
 
+#: A run whose function alone scores.
+FUNCTION = ["reward.source=function", "reward_model=null", "reward.function=a:b"]
+
+
 @pytest.mark.parametrize("kind", ["sft", "rm", "ppo"])
 @pytest.mark.parametrize("world_size", [1, 2, 8])
 def test_the_defaults_pass(tmp_path: Path, kind: str, world_size: int) -> None:
@@ -110,6 +114,15 @@ def test_the_defaults_pass(tmp_path: Path, kind: str, world_size: int) -> None:
         (["reward_model=null"], "set reward_model.model.path"),
         (["reward.source=function", "reward_model=null", "reward.function=score"], "package.module:function"),
         (["train.eval_function=a:b"], "set data.eval"),
+        (["reward.timeout_s=0"], "reward.timeout_s=0.0: a number of seconds above 0"),
+        (["reward.timeout_s=.inf"], "reward.timeout_s=inf: a number of seconds above 0"),
+        (["reward.workers=4"], "reward.workers=4: reward.function or train.eval_function is not set"),
+        (["reward.concurrency=4"], "reward.concurrency=4: reward.function or train.eval_function is not set"),
+        ([*FUNCTION, "reward.workers=0"], "reward.workers=0: at least 1, or null"),
+        ([*FUNCTION, "reward.concurrency=0"], "reward.concurrency=0: at least 1, or null"),
+        ([*FUNCTION, "reward.batch=0"], "reward.batch=0: at least 1, or null"),
+        ([*FUNCTION, "train.eval_batch=2"], "train.eval_batch=2: train.eval_function is not set"),
+        (["data.eval=e.jsonl", "train.eval_function=a:b", "reward.batch=2"], "reward.batch=2: reward.function is not set"),
         (["rollout.sampling.temperature=0"], "rollout.sampling.temperature=0"),
         (["rollout.eval_sampling.temperature=-1"], "rollout.eval_sampling.temperature=-1"),
         (["rollout.sampling.top_p=0"], "rollout.sampling.top_p=0"),

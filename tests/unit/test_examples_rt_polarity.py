@@ -16,7 +16,7 @@ from hetero_ppo.data.preference import load_preferences
 from hetero_ppo.data.prompts import load_prompts
 from hetero_ppo.data.sft import load_sft
 from hetero_ppo.data.tokenizer_training import train_tokenizer
-from hetero_ppo.reward.function import load_function
+from hetero_ppo.reward.function_worker import load_function
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "rt_polarity"
 sys.path.insert(0, str(EXAMPLE))

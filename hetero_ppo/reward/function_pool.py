@@ -1,0 +1,524 @@
+"""Worker processes that call a user's function: several at a time, each call with a deadline, replaced when they die.
+
+    caller's thread                      thread "function-workers"                     processes
+    submit(calls) -> Ticket  ------->    queue -> a worker with a free slot  ------>   function_worker.py
+    Ticket.wait()            <-------    outcome of every row                <------   answer, deadline or death
+
+Workers are started as calls wait for one, up to the pool's number. A worker whose call is not done in time is killed with everything
+that it started; so is what is left of one that died. A call of an ``async def`` function that was under way with others in a
+worker that died is made again, alone, so that the one to blame is found.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import itertools
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from hetero_ppo.errors import RunError
+from hetero_ppo.reward import function_worker
+
+#: Seconds that the import of the function's module may take.
+START_LIMIT_S = 300.0
+#: Seconds that calls wait for a worker before more workers are started: all where no call ended meanwhile, else as many again.
+GROW_S = 0.1
+#: Seconds that an ``async def`` call has beyond its deadline to be cancelled in its worker, before that is killed.
+CANCEL_S = 1.0
+#: Seconds for a dump of the stack, and for the exit status of a process whose socket has closed.
+DUMP_S, EXIT_S = 0.5, 2.0
+#: Variables of torchrun. A library that finds them in a worker would join the trainer's world.
+TORCHRUN_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+TORCHRUN_PREFIXES = ("TORCHELASTIC_", "GROUP_", "ROLE_")
+
+
+class FailureKind(str, Enum):
+    """Why a response has no score."""
+
+    error = "error"  # the function raised
+    timeout = "timeout"
+    crash = "crash"  # the function ended its process
+    bad_score = "bad_score"  # it returned something that is not a finite number
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What became of a call that gave no score."""
+
+    kind: FailureKind
+    text: str  # the error; of a bad score the value
+    detail: str = ""  # of a bad score what is wrong with it
+    traceback: str = ""
+
+
+@dataclass(frozen=True)
+class FunctionSpec:
+    """A function and how it is called."""
+
+    spec: str  # "package.module:function", or "path/to/file.py:function"
+    field: str  # of the config, for messages
+    timeout_s: float  # of one call
+    num_workers: int | None = None  # at most; None: derived
+    batch: int | None = None  # responses of a call; None: one, and the function gets no lists
+    concurrency: int | None = None  # calls at once in a worker, of an async def function; None: derived
+
+
+@dataclass(frozen=True)
+class LoadedFunction:
+    """What the first worker said about the function."""
+
+    is_async: bool
+    sources: dict[str, str]  # digests of the user's files, by file
+    num_workers: int
+    concurrency: int
+
+
+#: Calls at once in a worker of an ``async def`` function. They wait for something else, so they need no core each.
+DEFAULT_CONCURRENCY = 64
+
+
+def default_workers(is_async: bool) -> int:
+    """Number of workers at most: a process for every core, between 4 and 16; one where a worker makes many calls at once."""
+    return 1 if is_async else max(4, min(16, len(os.sched_getaffinity(0))))
+
+
+class Ticket:
+    """Outcomes of the rows of one ``submit``, in the order of the rows."""
+
+    def __init__(self, num_rows: int, pool: FunctionPool) -> None:
+        self.outcomes: list[float | Failure | None] = [None] * num_rows
+        self._pool = pool
+        self._left = num_rows
+        self._problem: RunError | None = None
+        self._changed = threading.Condition()
+
+    def wait(self, timeout_s: float, *, until_failure: bool) -> bool:
+        """Wait until every row has an outcome, or the first one has failed. False: nothing of it happened within ``timeout_s``.
+
+        Raises:
+            RunError: The pool cannot make calls any more.
+        """
+
+        def is_over() -> bool:
+            failed = until_failure and any(isinstance(outcome, Failure) for outcome in self.outcomes)
+            return self._left == 0 or failed or self._problem is not None
+
+        with self._changed:
+            over = self._changed.wait_for(is_over, timeout_s)
+            if self._problem is not None:
+                raise self._problem
+        return over
+
+    def cancel(self) -> None:
+        """Make no more of the calls that have not begun."""
+        self._pool.cancel(self)
+
+    def settle(self, row: int, outcome: float | Failure) -> None:
+        """File a row's outcome."""
+        with self._changed:
+            self.outcomes[row] = outcome
+            self._left -= 1
+            self._changed.notify_all()
+
+    def give_up(self, problem: RunError) -> None:
+        """Raise the problem where the outcomes are waited for."""
+        with self._changed:
+            self._problem = problem
+            self._changed.notify_all()
+
+
+@dataclass(eq=False)
+class _Call:
+    number: int
+    order: bytes  # for the worker
+    rows: Sequence[int]  # of the ticket
+    ticket: Ticket
+    is_alone: bool = False  # no other call may be under way in its worker
+
+    def fail(self, failure: Failure) -> None:
+        for row in self.rows:
+            self.ticket.settle(row, failure)
+
+
+@dataclass(eq=False)
+class _Worker:
+    process: subprocess.Popen[bytes]
+    socket: socket.socket
+    dump: io.FileIO  # its stacks, in memory
+    writer: asyncio.StreamWriter | None = None
+    is_ready: bool = False
+    under_way: dict[int, _Call] = field(default_factory=dict)  # by id
+    timers: dict[int, asyncio.TimerHandle] = field(default_factory=dict)
+    overdue: str | None = None  # where it was when its time was over
+
+    @property
+    def is_exclusive(self) -> bool:
+        return any(call.is_alone for call in self.under_way.values())
+
+    def has_ended(self) -> bool:
+        """Whether the process has ended. It is not reaped: its group's number cannot be another's before that."""
+        return os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None
+
+    def kill(self) -> None:
+        """End the worker and every process of its group."""
+        try:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+
+    def place_in_dump(self) -> str:
+        """The user's line in the dump of its stack, or nothing."""
+        if self.dump.closed:
+            return ""
+        return function_worker.place_in_dump(os.pread(self.dump.fileno(), 1 << 16, 0).decode(errors="replace"))
+
+    def clear_dump(self) -> None:
+        if not self.dump.closed:
+            self.dump.truncate(0)
+
+
+class FunctionPool:
+    """Makes calls of one function in worker processes. ``open``, ``loaded`` and then any number of ``submit``; ``close`` ends it."""
+
+    def __init__(self, function: FunctionSpec, say: Callable[[str], None]) -> None:
+        """
+        Args:
+            function: What is called, and how.
+            say: Prints a line for the user.
+        """
+        self.function = function
+        self._say = say
+        self._loaded: LoadedFunction | None = None
+        self._load_error: ValueError | None = None
+        self._load_ended = threading.Event()
+        self._started = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._numbers = itertools.count()
+        # Of the pool's own thread:
+        self._workers: list[_Worker] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._queue: deque[_Call] = deque()
+        self._tickets: weakref.WeakSet[Ticket] = weakref.WeakSet()
+        self._grows: asyncio.TimerHandle | None = None
+        self._num_answered = 0
+        self._is_closing = False
+        self._problem: RunError | None = None
+
+    # --- any thread ---
+
+    def open(self) -> None:
+        """Start the first worker, which imports the function's module. Returns at once."""
+        # A worker ends with the thread that started it (PR_SET_PDEATHSIG), so this thread lives as long as the pool.
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._main()), name="function-workers", daemon=True)
+        self._thread.start()
+        self._started.wait()
+
+    def loaded(self) -> LoadedFunction:
+        """Wait until the first worker has imported the function.
+
+        Raises:
+            ValueError: It cannot be imported or called; names the config field, file and line.
+        """
+        self._load_ended.wait()
+        if self._load_error is not None:
+            raise self._load_error
+        assert self._loaded is not None
+        return self._loaded
+
+    def submit(self, calls: Sequence[tuple[list[Any], Sequence[int]]], num_rows: int) -> Ticket:
+        """Queue calls.
+
+        Args:
+            calls: Of each its arguments and the rows that its scores belong to.
+            num_rows: Number of rows of all calls.
+
+        Raises:
+            TypeError: An argument is of a type that cannot be handed over.
+        """
+        ticket, made = Ticket(num_rows, self), []
+        for arguments, rows in calls:
+            number = next(self._numbers)
+            order = function_worker.frame({"id": number, "arguments": arguments})
+            made.append(_Call(number, order, rows, ticket))
+        self._loop.call_soon_threadsafe(self._take, ticket, made)
+        return ticket
+
+    def processes(self) -> list[int]:
+        """Return the process ids of the workers."""
+        return [worker.process.pid for worker in list(self._workers)]
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Take a ticket's calls out of the queue."""
+        self._loop.call_soon_threadsafe(self._drop, ticket)
+
+    def close(self) -> None:
+        """Kill the workers. Safe to call twice."""
+        if self._thread is not None and self._thread.is_alive() and self._thread is not threading.current_thread():
+            self._loop.call_soon_threadsafe(self._closing.set)
+            self._thread.join()
+
+    # --- the pool's thread ---
+
+    async def _main(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._loop.set_exception_handler(self._on_bug)
+        self._closing = asyncio.Event()
+        self._started.set()
+        self._start_worker()
+        await self._closing.wait()
+        self._is_closing = True
+        for worker in self._workers:
+            worker.kill()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _take(self, ticket: Ticket, calls: list[_Call]) -> None:
+        if self._problem is not None:
+            ticket.give_up(self._problem)
+            return
+        self._queue.extend(calls)
+        self._tickets.add(ticket)
+        self._dispatch()
+
+    def _drop(self, ticket: Ticket) -> None:
+        self._queue = deque(call for call in self._queue if call.ticket is not ticket)
+        self._tickets.discard(ticket)
+
+    def _dispatch(self) -> None:
+        """Give queued calls to workers with a free slot; start more workers when calls have to wait."""
+        while self._queue:
+            worker = self._free_worker(self._queue[0])
+            if worker is None:
+                break
+            self._send(worker, self._queue.popleft())
+        if not self._queue or self._is_closing or self._loaded is None:
+            return
+        if not self._workers:
+            self._start_worker()
+        elif self._grows is None and len(self._workers) < self._loaded.num_workers:
+            self._grows = self._loop.call_later(GROW_S, self._grow, self._num_answered)
+
+    def _free_worker(self, call: _Call) -> _Worker | None:
+        slots = self._loaded.concurrency if self._loaded is not None and not call.is_alone else 1
+        for worker in self._workers:
+            if worker.is_ready and worker.overdue is None and len(worker.under_way) < slots and not worker.is_exclusive:
+                return worker
+        return None
+
+    def _grow(self, num_answered: int) -> None:
+        self._grows = None
+        assert self._loaded is not None
+        room = self._loaded.num_workers - len(self._workers)
+        is_slow = self._num_answered == num_answered
+        for _ in range(min(room, len(self._queue), room if is_slow else max(1, len(self._workers)))):
+            self._start_worker()
+        self._dispatch()
+
+    def _send(self, worker: _Worker, call: _Call) -> None:
+        assert worker.writer is not None
+        worker.under_way[call.number] = call
+        worker.writer.write(call.order)
+        assert self._loaded is not None
+        limit_s = self.function.timeout_s + (CANCEL_S if self._loaded.is_async else 0.0)
+        worker.timers[call.number] = self._loop.call_later(limit_s, self._end_of_time, worker, call.number)
+
+    def _start_worker(self) -> None:
+        ours, theirs = socket.socketpair()
+        dump = io.FileIO(os.memfd_create("stacks"), "r+")
+        environment = {
+            name: value
+            for name, value in os.environ.items()
+            if name not in TORCHRUN_VARIABLES and not name.startswith(TORCHRUN_PREFIXES)
+        }
+        script = Path(function_worker.__file__)
+        with theirs:
+            arguments = [str(number) for number in (theirs.fileno(), dump.fileno(), os.getpid())]
+            process = subprocess.Popen(
+                [sys.executable, "-u", "-P", str(script), *arguments],
+                stdin=subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(), dump.fileno()),
+                env={"OMP_NUM_THREADS": "1", **environment},
+                start_new_session=True,  # a terminal's Ctrl-C goes to the trainer, which decides
+            )
+        worker = _Worker(process, ours, dump)
+        self._workers.append(worker)
+        self._spawn(self._live(worker))
+
+    def _spawn(self, work: Any) -> None:
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._finished)
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if task.exception() is not None:
+            self._loop.call_exception_handler({"message": "a worker's task", "exception": task.exception()})
+
+    def _on_bug(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """Nobody may wait for outcomes that a fault of this module has lost."""
+        loop.default_exception_handler(context)
+        self._give_up(f"its workers cannot be served: {context.get('exception') or context['message']}")
+
+    async def _live(self, worker: _Worker) -> None:
+        """A worker from its start to its end."""
+        reader, worker.writer = await asyncio.open_connection(sock=worker.socket)
+        order = {
+            "spec": self.function.spec,
+            "field": self.function.field,
+            "is_batch": self.function.batch is not None,
+            "timeout_s": self.function.timeout_s,
+            "sys_path": [str(entry) for entry in sys.path],
+        }
+        try:
+            worker.writer.write(function_worker.frame(order))
+            async with asyncio.timeout(START_LIMIT_S):
+                hello = await self._read(reader)
+            if self._accept(hello):
+                worker.is_ready = True
+                self._dispatch()
+                while True:
+                    self._answered(worker, await self._read(reader))
+            worker.kill()
+        except TimeoutError:
+            place = await self._where(worker)
+            worker.kill()
+            self._give_up(f"its module was not imported within {START_LIMIT_S:g} s{f' ({place})' if place else ''}")
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        await self._bury(worker)
+
+    @staticmethod
+    async def _read(reader: asyncio.StreamReader) -> dict[str, Any]:
+        header = await reader.readexactly(4)
+        return function_worker.parse(await reader.readexactly(function_worker.frame_length(header)))
+
+    def _accept(self, hello: dict[str, Any]) -> bool:
+        """Whether the worker may get calls: it loaded the function, from the files that the first one loaded."""
+        if "load_error" in hello:
+            self._give_up(hello["load_error"], hello["traceback"])
+            return False
+        if self._loaded is None:
+            spec, is_async = self.function, hello["is_async"]
+            self._loaded = LoadedFunction(
+                is_async,
+                hello["sources"],
+                spec.num_workers or default_workers(is_async),
+                (spec.concurrency or DEFAULT_CONCURRENCY) if is_async else 1,
+            )
+            self._load_ended.set()
+            return True
+        sources = self._loaded.sources
+        changed = [file for file, digest in hello["sources"].items() if sources.get(file, digest) != digest]
+        if changed:
+            self._give_up(
+                f"{', '.join(changed)} has changed since the run began, and a worker that starts now would score by other rules. "
+                "Undo the change; the run goes on from its last checkpoint"
+            )
+        return not changed
+
+    def _answered(self, worker: _Worker, answer: dict[str, Any]) -> None:
+        call = worker.under_way.pop(answer["id"])
+        worker.timers.pop(answer["id"]).cancel()
+        self._num_answered += 1
+        if "error" in answer:
+            call.fail(Failure(FailureKind.error, answer["error"], traceback=answer["traceback"]))
+        elif "timeout" in answer:
+            call.fail(self._too_late(answer["timeout"]))
+        elif "bad" in answer:
+            call.fail(Failure(FailureKind.bad_score, *answer["bad"]))
+        else:
+            for row, score in zip(call.rows, answer["scores"], strict=True):
+                call.ticket.settle(row, score if isinstance(score, float) else Failure(FailureKind.bad_score, *score))
+        self._dispatch()
+
+    def _too_late(self, place: str) -> Failure:
+        where = f" (it was at {place})" if place else ""
+        text = f"TimeoutError: it did not end within reward.timeout_s={self.function.timeout_s:g}{where}"
+        return Failure(FailureKind.timeout, text)
+
+    def _end_of_time(self, worker: _Worker, number: int) -> None:
+        self._spawn(self._kill_overdue(worker, number))
+
+    async def _kill_overdue(self, worker: _Worker, number: int) -> None:
+        place = await self._where(worker)  # an answer that came meanwhile counts
+        if number in worker.under_way and worker.overdue is None:
+            worker.overdue = place
+            worker.kill()
+        else:
+            worker.clear_dump()
+
+    async def _where(self, worker: _Worker) -> str:
+        """The user's line that a worker is at, or nothing."""
+        worker.clear_dump()
+        worker.process.send_signal(function_worker.DUMP_SIGNAL)
+        place, tries = "", 0
+        while not place and tries < DUMP_S / 0.01 and not worker.dump.closed:
+            await asyncio.sleep(0.01)
+            place, tries = worker.place_in_dump(), tries + 1
+        return place
+
+    async def _bury(self, worker: _Worker) -> None:
+        """End what is left of a worker, and say what became of its calls."""
+        waited_s = 0.0
+        while not worker.has_ended() and waited_s < EXIT_S and worker.overdue is None:
+            await asyncio.sleep(0.01)
+            waited_s += 0.01
+        worker.kill()
+        status = worker.process.wait()
+        how = _describe_end(status, worker.place_in_dump())
+        assert worker.writer is not None
+        worker.writer.close()
+        worker.dump.close()
+        self._workers.remove(worker)
+        for timer in worker.timers.values():
+            timer.cancel()
+        if self._is_closing or self._problem is not None or self._load_error is not None:
+            return
+        if not worker.is_ready:
+            self._give_up(f"its worker {how} while it imported the module")
+        elif len(worker.under_way) > 1:
+            again = list(worker.under_way.values())
+            for call in again:
+                call.is_alone = True
+            self._queue.extendleft(reversed(again))
+        elif worker.under_way:
+            (call,) = worker.under_way.values()
+            late = worker.overdue is not None
+            call.fail(self._too_late(worker.overdue or "") if late else Failure(FailureKind.crash, f"its worker {how}"))
+        else:
+            self._say(f"{self.function.field}: a worker {how} between two calls; another takes its place")
+        self._dispatch()
+
+    def _give_up(self, text: str, traceback: str = "") -> None:
+        """Make no calls any more."""
+        about = text if text.startswith(self.function.field) else f"{self.function.field} is {self.function.spec!r}: {text}"
+        if self._loaded is None:
+            self._load_error = ValueError(about)
+            if traceback:
+                self._load_error.add_note(traceback)
+            self._load_ended.set()
+        self._problem = RunError(about)
+        for ticket in self._tickets:
+            ticket.give_up(self._problem)
+        self._queue.clear()
+
+
+def _describe_end(status: int, place: str) -> str:
+    """How a worker ended, by its return code: "was ended by SIGSEGV (at file:line in function)"."""
+    where = f" (at {place})" if place else ""
+    if status >= 0:
+        return f"ended with exit status {status}{where}"
+    name = signal.Signals(-status).name
+    why = "; the kernel does so when memory is exhausted" if -status == signal.SIGKILL else ""
+    return f"was ended by {name}{where}{why}"

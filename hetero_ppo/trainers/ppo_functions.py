@@ -1,0 +1,60 @@
+"""The Python functions of a PPO run: reward.function and train.eval_function, in their worker processes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hetero_ppo.config.schema import PpoConfig
+from hetero_ppo.data.chat_template import TextEncoder
+from hetero_ppo.reward.function import FunctionReward
+from hetero_ppo.trainers.run import Run
+
+
+@dataclass(frozen=True)
+class PpoFunctions:
+    """The functions that a run has; None where the config names none."""
+
+    reward: FunctionReward | None
+    evaluation: FunctionReward | None
+
+    def check(self, run: Run) -> None:
+        """Wait until the functions are imported, and print how they are called. Collective over the world.
+
+        Raises:
+            ValueError: One cannot be imported or called; names the config field, file and line.
+        """
+        for function in self._all:
+            function.check()
+            if run.is_writer:
+                run.say(function.describe())
+
+    def close(self) -> None:
+        """End the worker processes."""
+        for function in self._all:
+            function.close()
+
+    @property
+    def _all(self) -> list[FunctionReward]:
+        return [function for function in (self.reward, self.evaluation) if function is not None]
+
+
+def open_functions(config: PpoConfig, run: Run, encoder: TextEncoder) -> PpoFunctions:
+    """Start a worker of each function on rank 0; they import the functions' modules while the run goes on to load."""
+    reward, train = config.reward, config.train
+    common = {
+        "timeout_s": reward.timeout_s,
+        "workers": reward.workers,
+        "concurrency": reward.concurrency,
+        "progress": run.watchdog.progress,
+    }
+    functions = PpoFunctions(
+        None
+        if reward.function is None
+        else FunctionReward(reward.function, encoder.decode, on_error=reward.on_error, batch=reward.batch, **common),
+        None
+        if train.eval_function is None
+        else FunctionReward(train.eval_function, encoder.decode, "train.eval_function", batch=train.eval_batch, **common),
+    )
+    for function in functions._all:
+        function.open()
+    return functions
