@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -15,6 +15,17 @@ from megatron_bridge.platform.adam import Adam
 CLIP_EPS = 1e-6
 
 
+class Ddp(DistributedDataParallel):
+    """Megatron-Core's wrapper with hooks that do nothing: ``FirstGradients`` adds the gradients up.
+
+    The nodes that they hang on cannot all be made to end: an fp32 role's distributed optimizer holds views of the parameters, and
+    these their nodes.
+    """
+
+    def _make_backward_post_hook(self, param: torch.nn.Parameter) -> Callable[..., None]:
+        return lambda *unused: None
+
+
 class FirstGradients:
     """Adds the gradients of a step's micro-batches up; the first one overwrites the buffer, so that nothing has to be zeroed before.
 
@@ -23,15 +34,13 @@ class FirstGradients:
     A hook of the parameter itself stays.
     """
 
-    def __init__(self, chunks: Sequence[DistributedDataParallel]) -> None:
+    def __init__(self, chunks: Sequence[Ddp]) -> None:
         """Args:
-        chunks: Wrapped model chunks of this rank. Their own hooks are taken off.
+        chunks: Wrapped model chunks of this rank.
         """
         self._chunk_of = {p: chunk for chunk in chunks for p in chunk.module.parameters() if p.requires_grad}
         self._chunks = chunks
         self._written: set[Tensor] = set()
-        for chunk in chunks:
-            chunk.grad_accs.clear()  # nothing else holds the nodes: they end here, and their hooks with them
         for parameter in self._chunk_of:
             parameter.register_post_accumulate_grad_hook(self._take)
 

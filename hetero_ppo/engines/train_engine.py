@@ -24,7 +24,7 @@ from hetero_ppo.algorithms.schedules import lr_at
 from hetero_ppo.config.schema import Dtype, OptimizerConfig, TrainedRoleConfig
 from hetero_ppo.distributed.text import broadcast_text
 from hetero_ppo.distributed.groups import is_last_stage, last_stage_rank
-from hetero_ppo.engines.gradients import FirstGradients, clip_divisor, divide_gradients
+from hetero_ppo.engines.gradients import Ddp, FirstGradients, clip_divisor, divide_gradients
 from hetero_ppo.engines.microbatches import MicrobatchSize, pair_tokens, split, split_pairs
 from hetero_ppo.engines.model_engine import ModelEngine
 from hetero_ppo.engines.outputs import OutputFn
@@ -138,7 +138,7 @@ class TrainEngine(ModelEngine):
             bucket_size=config.ddp.bucket_size,
         )
         # Buckets after the first chunk's are reduced while earlier chunks still compute: no need to cut them.
-        return DistributedDataParallel(
+        return Ddp(
             self.bridge.transformer, ddp, chunk, disable_bucketing=index > 0, pg_collection=self.groups
         )
 

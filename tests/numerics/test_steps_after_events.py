@@ -40,6 +40,7 @@ OPTIMIZERS = {
     "fp32": (Dtype.fp32, False, False),
     "bf16": (Dtype.bf16, False, False),
     "fp32 distributed": (Dtype.fp32, True, False),
+    "fp32 distributed, overlapped": (Dtype.fp32, True, True),
     "bf16 distributed, overlapped": (Dtype.bf16, True, True),
 }
 
