@@ -158,9 +158,10 @@ class MetricsLogger:
     def close(self) -> None:
         """Flush and close all files. Safe to call twice."""
         self._closed = True
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-            self._tensorboard = None
+        tensorboard, self._tensorboard = self._tensorboard, None
+        if tensorboard is not None:
+            with writing(self._path.parent / "tensorboard", "the last metrics"):
+                tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
             self._wandb = None

@@ -17,6 +17,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from hetero_ppo.checkpoint.manager import CheckpointManager
 from hetero_ppo.checkpoint.manifest import COMPLETE, look_at_share, read_marker, write_marker
+from hetero_ppo.cli.main import main
 from hetero_ppo.config.schema import CheckpointConfig, Dtype, ModelConfig, OptimizerConfig, TrainedRoleConfig
 from hetero_ppo.engines.model_engine import ModelEngine
 from hetero_ppo.engines.train_engine import TrainEngine
@@ -132,6 +133,21 @@ def test_a_checkpoint_of_an_older_version_is_loaded_and_said(
         (folder / COMPLETE).write_text(json.dumps({"files": read_marker(folder)}))
         manager.load(tmp_path, {"actor": actor}, ())
     assert f"checkpoint {folder}: an older version wrote it, without a checksum of its list of files" in capfd.readouterr().out
+
+
+def test_an_export_looks_at_the_contents_first(
+    actor: TrainEngine, role: TrainedRoleConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It takes the weights alone, and needs no more of the run than its configuration."""
+    (tmp_path / "config.yaml").write_text(f"kind: sft\nrun: {{dir: r}}\ndata: {{train: d}}\nactor: {{model: {{path: {role.model.path}}}}}\n")
+    with CheckpointManager(tmp_path, CheckpointConfig(), timeout_s=60.0) as manager:
+        manager.save(1, {"actor": actor}, {}, {}, wait=True)
+    path = tmp_path / "checkpoints" / "iter_0000001" / "actor" / "__0_0.distcp"
+    data = bytearray(path.read_bytes())
+    data[-200] ^= 1
+    path.write_bytes(data)
+    assert main(["export", "--run", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert f"{path} has other contents than were written (CRC-32)" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
