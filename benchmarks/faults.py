@@ -27,6 +27,8 @@ from typing import Any
 from faults_cases import HAPPENED, STEPS, Case, cases
 from ppo_step_inputs import ModelShape, Work, our_config, write_config, write_inputs
 
+from hetero_ppo.observability.jsonl import whole_lines
+
 ROOT = Path(__file__).resolve().parents[1]
 #: Seconds within which a run that met its fault has to be over, start included.
 BOUND_S = 120.0
@@ -128,7 +130,7 @@ class Run:
 def records(run_dir: Path) -> dict[int, dict[str, Any]]:
     """Step -> its record; the later one of a step that was done twice."""
     path = run_dir / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = whole_lines(path) if path.exists() else []
     return {record["step"]: record for record in map(json.loads, lines)}
 
 
@@ -266,11 +268,14 @@ class Faults:
         saved = [path for path in (run_dir / "checkpoints").glob("iter_*/COMPLETE") if not path.parent.name.endswith(".tmp")]
         load = [f"checkpoint.load={run_dir}"] if saved and latest.parent.exists() else []
         log = run_dir.with_name(run_dir.name + "_resumed.log")
-        before = len((run_dir / "metrics.jsonl").read_text().splitlines()) if done else 0
+        since = time.time()
+
+        def new_steps() -> list[int]:
+            return [step for step, record in records(run_dir).items() if record["time"] > since]
+
         run = Run(self.program(run_dir, *load, *overrides), case.num_ranks, log)
         while run.process.poll() is None:
-            path = run_dir / "metrics.jsonl"
-            if path.exists() and len(path.read_text().splitlines()) > before:
+            if new_steps():
                 outcome.resume_s = time.monotonic() - run.started
                 break
             time.sleep(0.05)
@@ -278,9 +283,8 @@ class Faults:
         if not run.end() or status != 0:
             outcome.why = f"going on ended with {status}: {log.read_text()[-300:]!r}"
             return
-        lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-        if len(lines) > before:  # else only what follows the last step was left to do
-            outcome.steps_lost = max(0, done - (json.loads(lines[before])["step"] - 1))
+        if new_steps():  # else only what follows the last step was left to do
+            outcome.steps_lost = max(0, done - (new_steps()[0] - 1))
         outcome.bytes_differing = compare(run_dir, straight or self.straight[case.num_ranks], STEPS)
 
 

@@ -39,7 +39,7 @@ from hetero_ppo.experience.generation import Generation
 from hetero_ppo.experience.pipeline import Pipeline
 from hetero_ppo.observability.timers import PhaseTimer
 from hetero_ppo.trainers.ppo import PpoTrainer
-from hetero_ppo.trainers.run import end_run, start_run
+from hetero_ppo.trainers.run import start_run
 from hetero_ppo.trainers.stopping import StopRequests
 from hetero_ppo.types import Experience, OnResponse, PromptBatch, Response, Rollout
 from megatron_bridge import platform
@@ -278,22 +278,19 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     os.environ.update(world | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"})
     if not platform.HAS_CUDA:
         pin_to(cores[1])  # the server is started from here
-    current = start_run(loaded, StopRequests(loaded.config.run.stop_within_s))
-    try:
-        with PpoTrainer(loaded.config, current) as trainer:
-            if not platform.HAS_CUDA:
-                pin_to(cores[0])
-            if trainer.turns.needs_first_sync:
-                trainer.sync_weights(0)
-            bench = Bench(trainer, trainer.data.next_prompts(), trainer.batching.chunk_size)
-            found = {}
-            for kind in ("fixed", "long_tailed"):
-                lengths = draw_lengths(kind, args.prompts, args.longest, seed=5)
-                found[kind] = measure_lengths(bench, lengths, args.rounds)
-                print(f"{kind}: {json.dumps(found[kind])}", flush=True)
-            sync = measure_sync(trainer, args.rounds)
-    finally:
-        end_run()
+    stop = StopRequests(loaded.config.run.stop_within_s)
+    with start_run(loaded, stop) as current, PpoTrainer(loaded.config, current) as trainer:
+        if not platform.HAS_CUDA:
+            pin_to(cores[0])
+        if trainer.turns.needs_first_sync:
+            trainer.sync_weights(0)
+        bench = Bench(trainer, trainer.data.next_prompts(), trainer.batching.chunk_size)
+        found = {}
+        for kind in ("fixed", "long_tailed"):
+            lengths = draw_lengths(kind, args.prompts, args.longest, seed=5)
+            found[kind] = measure_lengths(bench, lengths, args.rounds)
+            print(f"{kind}: {json.dumps(found[kind])}", flush=True)
+        sync = measure_sync(trainer, args.rounds)
     return {"lengths": found, **sync}
 
 

@@ -6,6 +6,7 @@
 #
 # Environment: SEED (0), RUN_DIR (runs/gsm8k), HELD_OUT (128; questions of the test file), VENV, NPROC_PER_NODE (see common.sh).
 # A pretrained model instead: CONFIG=configs/ppo/gsm8k.yaml bash scripts/train_ppo.sh data.train=... actor.model.path=... etc.
+# A second call begins anew in the same folder.
 set -euo pipefail
 CALLER=$PWD
 # shellcheck source=scripts/common.sh
@@ -30,7 +31,7 @@ train() {
     shift
     say "$kind"
     CONFIG=configs/$kind/gsm8k.yaml VENV=$VENV bash "scripts/train_$kind.sh" \
-        "data.train=$DATA_DIR/train.jsonl" "run.seed=$SEED" "$@"
+        "data.train=$DATA_DIR/train.jsonl" "run.seed=$SEED" run.overwrite=true "$@"
 }
 
 mkdir -p "$RUN_DIR"

@@ -48,14 +48,20 @@ if [[ ! -f $marker && -d $RUN_DIR && -n $(ls -A "$RUN_DIR") ]]; then
     die "RUN_DIR=$RUN_DIR holds files that no quick start made; choose another folder or remove it"
 fi
 
+# Until this script and all that it starts have ended: a second one would clear the folder under it.
+hold_run_dir() {
+    mkdir -p "$RUN_DIR"
+    exec 9>>"$marker"
+    flock --nonblock 9 || die "a quick start is working in RUN_DIR=$RUN_DIR; wait for its end, or choose another folder"
+}
+
 clear_run_dir() {
     rm -rf "$RUN_DIR"/{data,tokenizer,init,sft,rm,ppo}
-    mkdir -p "$RUN_DIR"
-    touch "$marker"
 }
 
 data=$RUN_DIR/data
 
+[[ ${DRY_RUN:-0} = 1 ]] || hold_run_dir
 stage "install" env VENV="$VENV" bash scripts/install.sh
 [[ ${DRY_RUN:-0} = 1 ]] || clear_run_dir
 stage "data" "$VENV/bin/python" examples/word_sort/make_data.py --out "$data" --seed "$SEED"

@@ -5,6 +5,7 @@
 #   bash scripts/rt_polarity.sh <folder with positive.txt and negative.txt> [config overrides of all three trainings]
 #
 # Environment: SEED (0; of split, weights, sampling), RUN_DIR (runs/rt_polarity), VENV, NPROC_PER_NODE (see common.sh).
+# A second call begins anew in the same folder.
 set -euo pipefail
 CALLER=$PWD
 # shellcheck source=scripts/common.sh
@@ -25,7 +26,7 @@ train() {
     local kind=$1
     shift
     say "$kind"
-    CONFIG=configs/$kind/rt_polarity.yaml VENV=$VENV bash "scripts/train_$kind.sh" "run.seed=$SEED" "$@"
+    CONFIG=configs/$kind/rt_polarity.yaml VENV=$VENV bash "scripts/train_$kind.sh" "run.seed=$SEED" run.overwrite=true "$@"
 }
 
 "$VENV/bin/python" examples/rt_polarity/prepare.py --data "$DATA_DIR" --out "$RUN_DIR/data" --seed "$SEED"

@@ -6,6 +6,7 @@ import fcntl
 import gc
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -48,7 +49,8 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> tiny_chain.Chain:
 
 @pytest.fixture(scope="session")
 def one_process(chain: tiny_chain.Chain, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs of one process that repeat parts of the chain: ``ppo_resumed``, ``sft_resumed``, ``sft_unexported``, ``log``."""
+    """Runs of one process that repeat parts of the chain: ``ppo_resumed``, ``sft_resumed``, ``sft_unexported``, ``sft_gone_back``
+    (to its first checkpoint, in its folder), ``log``."""
 
     def make(root: Path) -> None:
         ppo, sft = chain.run_dir("ppo"), chain.run_dir("sft")
@@ -57,10 +59,17 @@ def one_process(chain: tiny_chain.Chain, tmp_path_factory: pytest.TempPathFactor
         only_step(sft, tiny_chain.SFT_CHECKPOINT_STEP, root / "sft_at_5")
         unexported = root / "sft_unexported"
         only_step(sft, tiny_chain.SFT_STEPS, unexported)
+        gone_back = root / "sft_gone_back"
+        shutil.copytree(sft, gone_back)
+        with (gone_back / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 9, "met')  # as a kill leaves it
+        go_back = {"checkpoint__load": gone_back, "checkpoint__step": tiny_chain.SFT_CHECKPOINT_STEP}
         commands = [
             chain.train_command("ppo", root / "ppo_resumed", **resume_ppo),
             chain.train_command("sft", root / "sft_resumed", checkpoint__load=root / "sft_at_5"),
             chain.train_command("sft", unexported, checkpoint__load=unexported),
+            chain.train_command("sft", gone_back, **go_back),
+            ["!", *chain.train_command("sft", sft)],
             ["!", *chain.train_command("ppo", root / "ppo_no_steps", checkpoint__load=ppo)],
             ["!", *chain.train_command("sft", root / "sft_no_steps", checkpoint__load=sft)],
         ]

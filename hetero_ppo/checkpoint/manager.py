@@ -46,22 +46,28 @@ LATEST = "latest_checkpointed_iteration.txt"
 EXPORTED = "exported_iteration.txt"
 STATE = "trainer.json"
 BEING_WRITTEN = ".tmp"
+#: Run of a checkpoint whose version of this code named none.
+UNNAMED = "unnamed"
 
 
 class CheckpointManager:
     """Saves and loads all trained roles and the trainer's state together. In a ``with`` block, which no writing thread survives."""
 
-    def __init__(self, run_dir: Path, config: CheckpointConfig, *, timeout_s: float) -> None:
+    def __init__(
+        self, run_dir: Path, config: CheckpointConfig, *, timeout_s: float, about: Mapping[str, Any] | None = None
+    ) -> None:
         """
         Args:
             run_dir: of this run, where ``config.yaml`` lies.
             config: what is kept.
             timeout_s: seconds that a rank waits for its disk.
+            about: What every checkpoint says of its run, as JSON: ``run_id``, and more. Checkpoints of other runs are left alone.
         """
         self.run_dir = run_dir
         self.root = run_dir / "checkpoints"
         self.config = config
         self.timeout_s = timeout_s
+        self.about = {"run_id": UNNAMED, **(about or {})}
         self._pending: PendingSave | None = None
         self._num_bytes = 0  # of this rank's part of the last one
         self._version = code_version() if dist.get_rank() == 0 else ""
@@ -205,7 +211,7 @@ class CheckpointManager:
         _rng_file(beside, dist.get_rank()).write_text(json.dumps(random_state()))
         if dist.get_rank() == 0:
             about = {"step": step, "world_size": dist.get_world_size(), "code_version": self._version}
-            (beside / STATE).write_text(json.dumps({**about, **state}, indent=1))
+            (beside / STATE).write_text(json.dumps({**about, **self.about, **state}, indent=1))
             for name, text in files.items():
                 (beside / name).write_text(text)
             shutil.copyfile(self.run_dir / "config.yaml", beside / "config.yaml")
@@ -220,8 +226,9 @@ class CheckpointManager:
         self._retire(step)
 
     def _retire(self, step: int) -> None:
-        """Keep the newest, and the best by ``checkpoint.keep_best``. Later ones are of a run that was gone back from."""
-        complete = _complete(self.root)
+        """Keep the newest of this run, and its best by ``checkpoint.keep_best``. Later ones are of a run that was gone back from."""
+        own = (self.about["run_id"], None)  # a damaged state says nothing, and this run began in a folder without checkpoints
+        complete = [folder for folder in _complete(self.root) if run_id_of(folder) in own]
         until_now = [folder for folder in complete if _step_of(folder) <= step]
         kept = set(until_now[-self.config.keep :])
         if self.config.keep_best is not None:
@@ -294,6 +301,24 @@ def check_contents(folder: Path) -> None:
     fault = find_fault(folder, 0, 1)
     if fault is not None:
         raise ValueError(_say_damaged(folder, fault))
+
+
+def complete_checkpoints(run_dir: Path) -> dict[int, Path]:
+    """Return the complete checkpoints of a run folder, which need not exist, by step, the oldest first."""
+    return {_step_of(folder): folder for folder in _complete(run_dir / "checkpoints")}
+
+
+def run_id_of(folder: Path) -> str | None:
+    """Return which run wrote a checkpoint; None where that cannot be read."""
+    try:
+        return str(json.loads((folder / STATE).read_text()).get("run_id", UNNAMED))
+    except (OSError, ValueError):
+        return None
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """Return the trainer's state in a complete checkpoint, with ``step``."""
+    return _read_state(folder, {"step"})
 
 
 def checkpoint_step(run_dir: Path, step: int | None) -> int:

@@ -26,6 +26,8 @@ from hetero_ppo.engines.layouts import check_models_fit_layouts
 from hetero_ppo.reward.function import try_function
 from hetero_ppo.reward.function_pool import FunctionSpec
 from hetero_ppo.reward.re_encoding import load_re_encoders
+from hetero_ppo.runtime.resume import read_resume
+from hetero_ppo.runtime.run_folder import check_folder
 
 #: Around what the loss is on, in the printed sample.
 MASK_OPEN, MASK_CLOSE = "[[", "]]"
@@ -51,6 +53,8 @@ def print_validation(config_path: str, overrides: list[str], world_size: int) ->
     check_paths(config)
     check_tokenizers(config)
     check_models_fit_layouts(config)
+    resume = read_resume(loaded)
+    check_folder(loaded)
     functions = _try_functions(config)
     memory = summarise(check_fits(config, world_size), find_limits(config))
     policy, role = next(iter(config_roles(config).items()))
@@ -68,6 +72,8 @@ def print_validation(config_path: str, overrides: list[str], world_size: int) ->
     print(f"\nfirst example{_sample_legend(config)}\n{_indent(sample_text(encoder, train.examples[0]))}")
     print(f"\nbatching\n{_indent(batching)}")
     print(f"\nmemory (hetero-ppo plan says more)\n{_indent(memory)}")
+    if resume is not None:
+        print(f"\ncheckpoint\n{_indent(resume.describe())}")
     print(f"\n{_what_it_does(loaded)}")
 
 

@@ -33,8 +33,10 @@ def render_yaml(config: LoadedConfig | DraftConfig) -> str:
 def save_config(config: LoadedConfig, path: str) -> None:
     """Write the resolved configuration to ``path``, without secrets."""
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    with open(path, "w", encoding="utf-8") as file:
+    partial = f"{path}.partial"  # a run that is killed here leaves the old file, or the new one
+    with open(partial, "w", encoding="utf-8") as file:
         file.write(redact(render_yaml(config)))
+    os.replace(partial, path)
 
 
 def _render_section(values: dict[str, Any], section: type, indent: str) -> Iterator[str]:

@@ -212,6 +212,7 @@ class DataConfig:
 @dataclass
 class RunConfig:
     dir: str = MISSING  # everything a run writes lies below
+    overwrite: bool = False  # a run from the beginning removes what an earlier one left in dir; False: it does not start there
     seed: int = 42
     log_every: int = 1  # steps
     threads: int | None = None  # CPU threads per rank; None: cores / local ranks
@@ -231,6 +232,7 @@ class CheckpointConfig:
     keep_best: str | None = None  # metric whose best checkpoint is kept beside them: the highest, with a leading "-" the lowest
     load: str | None = None  # run folder to resume from
     step: int | None = None  # of the checkpoint to load; null: the newest
+    allow_changes: list[str] = field(default_factory=list)  # fields, or sections, of the objective that may differ from the checkpoint's
     export_hf: bool = True  # write <run.dir>/hf when training ends
 
 

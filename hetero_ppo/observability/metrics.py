@@ -95,15 +95,23 @@ def non_finite(values: dict[str, float]) -> dict[str, str]:
 class MetricsLogger:
     """Writes records on one rank; on the others every method does nothing.
 
-    ``<run_dir>/metrics.jsonl`` is appended to, so a resumed run goes on in the same file; a step that is repeated after a
-    resume appears twice and the later record holds. The console prints every ``config.log_every`` steps, and always
+    ``<run_dir>/metrics.jsonl`` is appended to, so a resumed run goes on in the same file, from which records of later steps were taken
+    (runtime/later_steps.py). The console prints every ``config.log_every`` steps, and always
     the first and the last step and a record with an evaluation, a note, or a value that is not finite; the files get every
     record.
 
     Raises ValueError on the writer when ``config.wandb_project`` is set and wandb is not installed.
     """
 
-    def __init__(self, run_dir: Path, config: RunConfig, *, is_writer: bool, total_steps: int | None = None) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        config: RunConfig,
+        *,
+        is_writer: bool,
+        total_steps: int | None = None,
+        first_step: int = 1,
+    ) -> None:
         self._is_writer = is_writer
         self._log_every = max(1, config.log_every)
         self._total_steps = total_steps
@@ -121,7 +129,9 @@ class MetricsLogger:
             # Imported here: it takes a second, which the other ranks need not spend.
             from torch.utils.tensorboard import SummaryWriter
 
-            self._tensorboard = SummaryWriter(log_dir=str(run_dir / "tensorboard"), flush_secs=10)
+            # TensorBoard hides what an earlier process wrote of these steps.
+            purge = first_step if first_step > 1 else None
+            self._tensorboard = SummaryWriter(log_dir=str(run_dir / "tensorboard"), flush_secs=10, purge_step=purge)
 
     def __enter__(self) -> Self:
         return self

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hetero_ppo.observability.jsonl import whole_lines
 from hetero_ppo.observability.metrics import METRICS_FILE
 from hetero_ppo.observability.timers import TOTAL
 from hetero_ppo.observability.trace import StepTrace, newest_trace
@@ -82,7 +83,7 @@ class RunRecord:
 def read_run(path: Path) -> RunRecord:
     """Read a run folder, or a metrics.jsonl file (then its folder).
 
-    A step that appears twice (a run resumed from before it) counts with its later record.
+    A step that appears twice counts with its later record; a last line that a kill has cut does not count.
 
     Raises ValueError naming the file and line of what is missing or malformed.
     """
@@ -157,7 +158,7 @@ def _read_metrics(path: Path) -> dict[int, dict[str, Any]]:
             f"{path}: no such file. --run takes a run's folder (run.dir of its config) or its {METRICS_FILE}"
         )
     records: dict[int, dict[str, Any]] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(whole_lines(path), start=1):
         try:
             row = json.loads(line)
             record = records.setdefault(int(row["step"]), {"metrics": {}, "seconds": {}, "notes": []})

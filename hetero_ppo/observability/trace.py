@@ -17,6 +17,7 @@ from typing import Any
 
 from hetero_ppo.disk import writing
 from hetero_ppo.observability.json_text import json_text
+from hetero_ppo.observability.jsonl import write_whole
 
 Args = dict[str, int | str]
 
@@ -136,7 +137,7 @@ class TraceRecorder:
         text = json_text(chrome_trace(trace))
         with writing(path, f"trace of step {step}", len(text)):
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8")
+            write_whole(path, text)
         return path
 
     @contextmanager

@@ -69,21 +69,19 @@ def _train(loaded: LoadedConfig, world_size: int, stop: StopRequests) -> None:
     from hetero_ppo.distributed.lost_peer import describe_lost_peer
     from hetero_ppo.engines.layouts import check_models_fit_layouts
     from hetero_ppo.memory.plan_check import check_fits
-    from hetero_ppo.trainers.run import end_run, leave_together, start_run
+    from hetero_ppo.trainers.run import leave_together, start_run
 
     check_models_fit_layouts(loaded.config)
     check_fits(loaded.config, world_size)
-    run = start_run(loaded, stop)
-    try:
-        with run.watchdog:
-            _fit(loaded, run)
-    except StoppedOnRequest:
-        leave_together()  # torchrun ends a rank that still closes its engine when another one has ended
-        raise
-    except RuntimeError as error:
-        text = describe_lost_peer(error, run.watchdog.failed_in, loaded.config.run.timeout_minutes)
-        if text is None:
+    with start_run(loaded, stop) as run:
+        try:
+            with run.watchdog:
+                _fit(loaded, run)
+        except StoppedOnRequest:
+            leave_together()  # torchrun ends a rank that still closes its engine when another one has ended
             raise
-        raise RunError(text) from error
-    finally:
-        end_run()
+        except RuntimeError as error:
+            text = describe_lost_peer(error, run.watchdog.failed_in, loaded.config.run.timeout_minutes)
+            if text is None:
+                raise
+            raise RunError(text) from error

@@ -74,7 +74,7 @@ class PpoTrainer:
             self.engine = ppo_setup.engine_of_actor(config, self.data, self.roles.actor)
         self.guard = MismatchGuard(mismatch_bounds(config), config.rollout.mismatch.patience)
         self.turns = EngineTurns(self.engine, self.device, config.rollout)
-        self.bank = ppo_bank.open_bank(config, run, self.engine, resumes=self._continues_its_folder())
+        self.bank = ppo_bank.open_bank(config, run, self.engine, resumes=self.run.continues_its_folder)
         self.chunk_size = self.batching.chunk_size
         self.pipeline = Pipeline(self.maker, config.pipeline.overlap)
         self.evaluator = Evaluator(config, run, self.data, self.maker, self.turns, self.functions.evaluation)
@@ -103,7 +103,9 @@ class PpoTrainer:
     def fit(self) -> None:
         """The algorithm (Schulman et al. 2017, algorithm 1; Ouyang et al. 2022, section 3.5)."""
         config = self.config
-        manager = CheckpointManager(self.run.dir, config.checkpoint, timeout_s=60 * config.run.timeout_minutes)
+        manager = CheckpointManager(
+            self.run.dir, config.checkpoint, timeout_s=60 * config.run.timeout_minutes, about=self.run.about
+        )
         manager.check_room({"actor": self.roles.actor, "critic": self.roles.critic})
         self._resume(manager)
         if self.turns.needs_first_sync or self.start > 0:
@@ -112,13 +114,20 @@ class PpoTrainer:
             self.chunk_size = ppo_setup.chunk_size(config, self.run, self.data, self.batching, self.turns)
         for golden in self.golden:
             golden.check(self.start, first=True)
-        if not self._continues_its_folder():
+        if not self.run.continues_its_folder:
             self.evaluator.run_and_save("before", f"step{self.start}")
         if self.run.should_stop(self.start, self.total_steps):
             self.run.stopped(self.start, is_saved=False)
+        self.run.forget_later_steps(self.start, config.train.replay_rollouts)
         with (
             manager,
-            MetricsLogger(self.run.dir, config.run, is_writer=self.run.is_writer, total_steps=self.total_steps) as logger,
+            MetricsLogger(
+                self.run.dir,
+                config.run,
+                is_writer=self.run.is_writer,
+                total_steps=self.total_steps,
+                first_step=self.start + 1,
+            ) as logger,
         ):
             self.timer.collect()
             for step in progress(range(self.start, self.total_steps), description="PPO"):
@@ -295,8 +304,3 @@ class PpoTrainer:
         ppo_setup.load_trainer_state(state, self.data, self.maker, self.guard)
         self.chunk_size = int(state["chunk_size"])
         self.run.say(f"resumed PPO from {self.config.checkpoint.load} at step {self.start}")
-
-    def _continues_its_folder(self) -> bool:
-        """True when the folder has an evaluation of the policy before any PPO, which is to stay."""
-        load = self.config.checkpoint.load
-        return load is not None and Path(load).resolve() == self.run.dir.resolve()

@@ -15,6 +15,7 @@ from hetero_ppo.experience.generation import collect_rollout
 from hetero_ppo.experience.rollouts import response_texts
 from hetero_ppo.experience.stages import ExperienceMaker, policy_log_probs, sequence_kl
 from hetero_ppo.observability.json_text import json_text
+from hetero_ppo.observability.jsonl import write_whole
 from hetero_ppo.reward.function import FunctionReward
 from hetero_ppo.rollout.replay import write_rollouts
 from hetero_ppo.trainers.ppo_engine import EngineTurns
@@ -113,7 +114,7 @@ class Evaluator:
         if self.run_info.is_writer:
             path = self.run_info.dir / f"eval_{name}.json"
             with writing(path, "evaluation"):
-                path.write_text(json_text(dataclasses.asdict(evaluation), indent=1))
+                write_whole(path, json_text(dataclasses.asdict(evaluation), indent=1))
 
     @staticmethod
     def metrics(evaluation: Evaluation | None) -> dict[str, float]:

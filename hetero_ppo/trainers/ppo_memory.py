@@ -12,6 +12,7 @@ from hetero_ppo.memory.plan import GIB, plan_memory
 from hetero_ppo.memory.plan_check import check_fits
 from hetero_ppo.memory.plan_compare import compare
 from hetero_ppo.observability.json_text import json_text
+from hetero_ppo.observability.jsonl import write_whole
 from hetero_ppo.observability.records import LEDGER_FILE
 from hetero_ppo.trainers.run import Run
 
@@ -64,7 +65,7 @@ def say_ledger(config: PpoConfig, run: Run, device: SharedDevice) -> None:
         ],
     }
     with writing(run.dir / LEDGER_FILE, "ledger of memory"):
-        (run.dir / LEDGER_FILE).write_text(json_text(record, indent=1))
+        write_whole(run.dir / LEDGER_FILE, json_text(record, indent=1))
 
 
 def memory_metrics(device: SharedDevice) -> dict[str, float]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy
 import torch
@@ -17,8 +20,12 @@ from hetero_ppo.config.load import LoadedConfig
 from hetero_ppo.config.render import save_config
 from hetero_ppo.config.schema import CheckpointConfig, RunConfig
 from hetero_ppo.distributed.groups import finish, initialise
+from hetero_ppo.distributed.text import broadcast_json
 from hetero_ppo.errors import StoppedOnRequest
 from hetero_ppo.observability.watchdog import Watchdog
+from hetero_ppo.runtime.later_steps import forget_later_steps
+from hetero_ppo.runtime.resume import Beginning, Resume, beginning, read_resume
+from hetero_ppo.runtime.run_folder import CONFIG_FILE, claimed_folder
 from hetero_ppo.trainers.stopping import StopRequests
 from megatron_bridge import platform
 from megatron_bridge.platform.compiler import check_compiler
@@ -35,6 +42,18 @@ class Run:
     world_size: int
     stop: StopRequests
     watchdog: Watchdog
+    beginning: Beginning
+    resume: Resume | None  # what it goes on from; None: it is a run from the beginning
+
+    @property
+    def continues_its_folder(self) -> bool:
+        """Whether the folder has this run's earlier files, which are to stay."""
+        return self.resume is not None and self.resume.is_own_folder
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What every checkpoint says of its run."""
+        return {"run_id": self.beginning.run_id, "begun": self.beginning.begun.isoformat()}
 
     def say(self, text: str) -> None:
         """Print once for the run."""
@@ -47,6 +66,17 @@ class Run:
         A run that has done its last step goes on to what follows it.
         """
         return self.stop.agreed() and step < total_steps
+
+    def forget_later_steps(self, step: int, replayed: str | None = None) -> None:
+        """Where the run goes on in its folder, remove what that says of steps after ``step``; on one rank, before the next step.
+
+        Args:
+            step: Steps done.
+            replayed: Folder of rollouts that the run answers from.
+        """
+        if self.is_writer and self.continues_its_folder:
+            for line in forget_later_steps(self.dir, step, replayed=None if replayed is None else Path(replayed)):
+                self.say(line)
 
     def exported(self, what: str, step: int) -> None:
         """Say and note that the weights of the last step are in ``<run.dir>/hf``."""
@@ -68,41 +98,72 @@ class Run:
         raise StoppedOnRequest(f"stopped on request at step {step}, before another was done: there is nothing new to save")
 
 
-def start_run(loaded: LoadedConfig, stop: StopRequests) -> Run:
-    """Join the world, set seeds and threads, make the run folder and save the resolved config in it.
+@contextlib.contextmanager
+def start_run(loaded: LoadedConfig, stop: StopRequests) -> Iterator[Run]:
+    """Join the world, set seeds and threads, and hold the run folder, with the resolved config in it, for the block.
 
     Raises:
-        ValueError: the run folder cannot be written.
+        ValueError: The run folder cannot be written, is in use, or holds results of another run; or there is no checkpoint to go on
+            from, or it is of another objective.
     """
     config: RunConfig = loaded.config.run
     if platform.HAS_CUDA:
         check_compiler()
     kept = set_deterministic(os.environ) if platform.HAS_CUDA and config.deterministic else {}
     initialise(config.timeout_minutes)
-    threads = _set_threads(config)
-    random.seed(config.seed)
-    numpy.random.seed(config.seed)
-    torch.manual_seed(config.seed)
-    minutes = config.phase_timeout_minutes
-    watchdog = Watchdog(Path(config.dir), dist.get_rank(), None if minutes is None else 60 * minutes)
-    run = Run(Path(config.dir), dist.get_rank() == 0, dist.get_world_size(), stop, watchdog)
-    if run.is_writer:
+    with contextlib.ExitStack() as stack:
+        stack.callback(end_run)
+        threads = _set_threads(config)
+        random.seed(config.seed)
+        numpy.random.seed(config.seed)
+        torch.manual_seed(config.seed)
+        minutes = config.phase_timeout_minutes
+        watchdog = Watchdog(Path(config.dir), dist.get_rank(), None if minutes is None else 60 * minutes)
+        resume = read_resume(loaded)
+        dist.barrier()  # rank 0 may now replace what the others have read
+        said, begun = _claim_folder(loaded, resume, stack)
+        run = Run(Path(config.dir), dist.get_rank() == 0, dist.get_world_size(), stop, watchdog, begun, resume)
+        spec = "Transformer Engine" if HAS_TRANSFORMER_ENGINE else "local"
+        run.say(
+            f"{loaded.kind} run in {run.dir}: {run.world_size} rank(s) on {platform.device().type}, "
+            f"{threads} CPU thread(s) each, Megatron-Core with the {spec} layer spec"
+        )
+        for name, value in kept.items():
+            run.say(f"warning: {name}={value} is set outside of the run: two runs may differ in bits (run.deterministic)")
+        if platform.HAS_CUDA and not config.deterministic:
+            run.say("run.deterministic=false: two runs may differ in bits, and so may a resumed one")
+        for line in [*said, *([] if resume is None else [resume.describe()])]:
+            run.say(line)
+        dist.barrier()
+        yield run
+
+
+def _claim_folder(loaded: LoadedConfig, resume: Resume | None, stack: contextlib.ExitStack) -> tuple[list[str], Beginning]:
+    """Return (what rank 0 did to the folder, in words; which run this is). Collective over the world.
+
+    Args:
+        loaded: Configuration, which goes into the folder.
+        resume: What the run goes on from.
+        stack: Holds the folder on rank 0.
+
+    Raises:
+        ValueError: On every rank, what rank 0 has found.
+    """
+    found: dict[str, Any] = {"error": "", "said": [], "run_id": "", "begun": ""}
+    if dist.get_rank() == 0:
+        folder, begun = Path(loaded.config.run.dir), beginning(resume)
+        found |= {"run_id": begun.run_id, "begun": begun.begun.isoformat()}
         try:
-            run.dir.mkdir(parents=True, exist_ok=True)
-            save_config(loaded, run.dir / "config.yaml")
+            found["said"] = stack.enter_context(claimed_folder(loaded))
+            save_config(loaded, folder / CONFIG_FILE)
+        except ValueError as error:
+            found["error"] = str(error)
         except OSError as error:
-            raise ValueError(f"run.dir is {config.dir!r}: cannot write there ({error.strerror})") from error
-    spec = "Transformer Engine" if HAS_TRANSFORMER_ENGINE else "local"
-    run.say(
-        f"{loaded.kind} run in {run.dir}: {run.world_size} rank(s) on {platform.device().type}, "
-        f"{threads} CPU thread(s) each, Megatron-Core with the {spec} layer spec"
-    )
-    for name, value in kept.items():
-        run.say(f"warning: {name}={value} is set outside of the run: two runs may differ in bits (run.deterministic)")
-    if platform.HAS_CUDA and not config.deterministic:
-        run.say("run.deterministic=false: two runs may differ in bits, and so may a resumed one")
-    dist.barrier()
-    return run
+            found["error"] = f"run.dir is {str(folder)!r}: cannot write there ({error.strerror})"
+    found = broadcast_json(found, 0)
+    if found["error"]:
+        raise ValueError(found["error"])
+    return found["said"], Beginning(found["run_id"], datetime.fromisoformat(found["begun"]))
 
 
 def _set_threads(config: RunConfig) -> int:

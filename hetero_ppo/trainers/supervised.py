@@ -75,15 +75,22 @@ class SupervisedTrainer(ABC):
 
     def fit(self) -> None:
         """Train, evaluate, save, export."""
-        manager = CheckpointManager(self.run.dir, self.checkpoint, timeout_s=60 * self.run_config.timeout_minutes)
+        manager = CheckpointManager(
+            self.run.dir, self.checkpoint, timeout_s=60 * self.run_config.timeout_minutes, about=self.run.about
+        )
         manager.check_room({self.engine.role: self.engine})
         start = first_step(self.checkpoint, self.run.dir, self.total_steps)
         self._resume(manager)
         timer = PhaseTimer(platform.synchronize, watchdog=self.run.watchdog)
+        self.run.forget_later_steps(start)
         with (
             manager,
             MetricsLogger(
-                self.run.dir, self.run_config, is_writer=self.run.is_writer, total_steps=self.total_steps
+                self.run.dir,
+                self.run_config,
+                is_writer=self.run.is_writer,
+                total_steps=self.total_steps,
+                first_step=start + 1,
             ) as logger,
             progress(range(start, self.total_steps), description=f"{self.engine.role} training") as steps,
         ):

@@ -12,10 +12,18 @@ die() {
     exit 1
 }
 
-# Step of the newest checkpoint; 0 without one.
+# Step of the newest complete checkpoint; 0 without one. The marker says that it is complete: the tracker file
+# (latest_checkpointed_iteration.txt) may name one that was removed or damaged since, or be lost itself.
 saved_step() {
-    local latest=$RUN_DIR/checkpoints/latest_checkpointed_iteration.txt
-    if [[ -f $latest ]]; then cat "$latest"; else echo 0; fi
+    local marker step newest=0
+    for marker in "$RUN_DIR"/checkpoints/iter_*/COMPLETE; do
+        step=${marker%/COMPLETE}
+        step=${step##*/iter_}
+        # iter_0000010.tmp is half written, and without any the pattern stands for itself.
+        [[ -f $marker && $step =~ ^[0-9]+$ ]] || continue
+        ((10#$step <= newest)) || newest=$((10#$step))
+    done
+    echo "$newest"
 }
 
 # Counts the starts of this run folder since its newest checkpoint, and gives up when it is too many.

@@ -19,6 +19,8 @@ from hetero_ppo.config.load import load_config
 from hetero_ppo.reward.golden import GOLDEN_FILE
 from hetero_ppo.observability.trace import LANES, newest_trace
 from hetero_ppo.rollout.replay import RolloutRecord, read_rollouts, recorded_steps
+from hetero_ppo.runtime.folder_lock import LOCK_FILE
+from hetero_ppo.runtime.run_folder import OTHERS, RESULTS
 
 pytestmark = pytest.mark.slow
 
@@ -125,6 +127,8 @@ def test_forwards_begin_before_generation_ends(chain: Chain) -> None:
 
 def test_layout_of_a_run_folder(chain: Chain) -> None:
     run_dir = chain.run_dir("ppo")
+    known = {path.name for pattern in (*RESULTS, *OTHERS, LOCK_FILE) for path in run_dir.glob(pattern)}
+    assert {path.name for path in run_dir.iterdir()} == known, "run_folder.py has to know what a run writes"
     checkpoints = run_dir / "checkpoints"
     assert (checkpoints / "latest_checkpointed_iteration.txt").read_text() == str(NUM_STEPS)
     for step in (CHECKPOINT_STEP, NUM_STEPS):

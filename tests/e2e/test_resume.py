@@ -87,6 +87,26 @@ def test_a_run_that_was_stopped_in_its_export_exports(chain: Chain, one_process:
     assert (run_dir / "checkpoints" / "exported_iteration.txt").read_text() == str(SFT_STEPS)
 
 
+def test_a_run_that_goes_back_in_its_folder_has_every_step_once(chain: Chain, one_process: Path) -> None:
+    straight, run_dir = chain.run_dir("sft"), one_process / "sft_gone_back"
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, SFT_STEPS + 1))
+    assert results(run_dir) == results(straight)
+    folders = [run_dir / "checkpoints" / f"iter_{step:07d}" for step in (SFT_CHECKPOINT_STEP, SFT_STEPS)]
+    first, last = (json.loads((folder / "trainer.json").read_text()) for folder in folders)
+    assert (last["run_id"], last["begun"]) == (first["run_id"], first["begun"])
+    assert_same_weights(run_dir / "hf", straight / "hf")
+    text = (one_process / "log").read_text()
+    assert "metrics.jsonl: 3 records of steps after 5, which are done again, removed, a last line that a kill had cut removed" in text
+
+
+def test_a_second_run_in_a_used_folder_is_refused(chain: Chain, one_process: Path) -> None:
+    run_dir, text = chain.run_dir("sft"), (one_process / "log").read_text()
+    steps = f"{SFT_CHECKPOINT_STEP}, {SFT_STEPS}"
+    assert f"error: run.dir is '{run_dir}', which holds results of another run: checkpoints of the steps {steps}" in text
+    assert set(read_metrics(run_dir)) == set(range(1, SFT_STEPS + 1)) and chain.export("sft").is_dir()
+
+
 @pytest.mark.parametrize(("stage", "steps"), [("ppo", NUM_STEPS), ("sft", SFT_STEPS)])
 def test_nothing_left_to_do_is_an_error(chain: Chain, one_process: Path, stage: str, steps: int) -> None:
     text = (one_process / "log").read_text()

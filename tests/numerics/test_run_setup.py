@@ -39,9 +39,11 @@ def test_a_run_folder_that_cannot_be_written_is_named_with_the_reason(
     folder, config = place(tmp_path), tmp_path / "sft.yaml"
     config.write_text(f"kind: sft\nrun: {{dir: {folder}}}\ndata: {{train: a.jsonl}}\nactor: {{model: {{path: m}}}}\n")
     monkeypatch.setattr(run, "initialise", lambda minutes: None)  # the world is there
+    monkeypatch.setattr(run, "end_run", lambda: None)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
-    with pytest.raises(ValueError, match=rf"run.dir is '{folder}': cannot write there \(\w+[\w ]+\)"):
-        run.start_run(load_config(str(config), ["run.threads=1"]), StopRequests(1.0))
+    started = run.start_run(load_config(str(config), ["run.threads=1"]), StopRequests(1.0))
+    with pytest.raises(ValueError, match=rf"run.dir is '{folder}': cannot write there \(\w+[\w ]+\)"), started:
+        pass
 
 
 def test_the_deadline_of_a_run_is_that_of_every_group() -> None:

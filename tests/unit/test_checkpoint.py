@@ -12,10 +12,18 @@ import numpy
 import pytest
 import torch
 
-from hetero_ppo.checkpoint.manager import best_checkpoint, check_contents, checkpoint_folder, checkpoint_step
+from hetero_ppo.checkpoint.manager import (
+    CheckpointManager,
+    best_checkpoint,
+    check_contents,
+    checkpoint_folder,
+    checkpoint_step,
+    complete_checkpoints,
+)
 from hetero_ppo.checkpoint.manifest import COMPLETE, find_fault, has_own_checksum, look_at_share, read_marker, write_marker
 from hetero_ppo.checkpoint.random_state import random_state, set_random_state
 from hetero_ppo.checkpoint.version import code_version
+from hetero_ppo.config.schema import CheckpointConfig
 
 
 def write_checkpoint(run_dir: Path, step: int, **metrics: float) -> Path:
@@ -149,3 +157,16 @@ def test_random_generators_come_back() -> None:
 
 def test_the_code_version_names_the_package() -> None:
     assert code_version().split()[0].count(".") >= 1
+
+
+def test_retention_leaves_checkpoints_of_other_runs_alone(tmp_path: Path, world: None) -> None:
+    """Only what says that this run wrote it is removed."""
+    ours, theirs = {"run_id": "a"}, {"run_id": "b"}
+    for step, about in {2: theirs, 4: ours, 6: {}, 8: ours, 10: ours, 12: ours}.items():
+        state = tmp_path / "checkpoints" / f"iter_{step:07d}" / "trainer.json"
+        state.parent.mkdir(parents=True)
+        state.write_text(json.dumps({"step": step, "metrics": {}, **about}))
+        (state.parent / COMPLETE).touch()
+    manager = CheckpointManager(tmp_path, CheckpointConfig(keep=1), timeout_s=1.0, about=ours)
+    manager._retire(10)  # 12 is of this run, before it went back
+    assert sorted(complete_checkpoints(tmp_path)) == [2, 6, 10]

@@ -27,6 +27,7 @@ TIERS = {
     "checkpoint": 3,
     "data": 3,
     "experience": 4,
+    "runtime": 4,
     "trainers": 5,
     "cli": 6,
 }

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import shlex
@@ -179,6 +180,15 @@ def test_quickstart_leaves_a_folder_alone_that_it_did_not_make(tmp_path: Path) -
     assert [path.name for path in tmp_path.iterdir()] == ["sft"]  # before anything was installed
 
 
+def test_quickstart_leaves_the_folder_of_a_running_one_alone(tmp_path: Path) -> None:
+    (tmp_path / "sft").mkdir()
+    with (tmp_path / ".quickstart").open("w") as marker:
+        fcntl.flock(marker, fcntl.LOCK_EX)
+        done = run_script("quickstart.sh", RUN_DIR=str(tmp_path), VENV=str(tmp_path / "env"))
+    assert done.returncode == 1 and f"a quick start is working in RUN_DIR={tmp_path}" in done.stderr
+    assert (tmp_path / "sft").is_dir() and not (tmp_path / "env").exists()
+
+
 def test_quickstart_refuses_a_seed_that_is_none(tmp_path: Path) -> None:
     done = run_script("quickstart.sh", SEED="one", RUN_DIR=str(tmp_path / "run"), VENV=str(tmp_path / "env"))
     assert done.returncode == 1 and "SEED=one: must be a whole number" in done.stderr
@@ -205,8 +215,12 @@ start "$@"
 
 
 def save_step(run_dir: Path, step: int) -> None:
-    (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
-    (run_dir / "checkpoints" / "latest_checkpointed_iteration.txt").write_text(str(step))
+    """A checkpoint, and a half-written one after it. The tracker file names one that is not there."""
+    for name in (f"iter_{step:07d}", f"iter_{step + 1:07d}.tmp"):
+        (run_dir / "checkpoints" / name).mkdir(parents=True, exist_ok=True)
+        (run_dir / "checkpoints" / name / "COMPLETE").touch()
+    (run_dir / "checkpoints" / f"iter_{step + 2:07d}").mkdir(exist_ok=True)
+    (run_dir / "checkpoints" / "latest_checkpointed_iteration.txt").write_text(str(step + 2))
 
 
 def test_slurm_a_stopped_job_is_requeued_until_it_makes_no_progress(tmp_path: Path) -> None:

@@ -1,0 +1,170 @@
+"""What a run takes over from the checkpoint that it goes on from, and what of its own configuration differs."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hetero_ppo.checkpoint.manager import UNNAMED, checkpoint_folder, complete_checkpoints, read_state, run_id_of
+from hetero_ppo.config.load import LoadedConfig
+from hetero_ppo.config.on_resume import OnResume
+from hetero_ppo.observability.records import CONFIG_FILE
+from hetero_ppo.runtime.changes import Change, compare, is_named
+
+
+@dataclass(frozen=True)
+class Resume:
+    """The checkpoint that a run goes on from."""
+
+    folder: Path
+    step: int
+    run_id: str  # of the run that wrote it
+    is_own_folder: bool  # it lies in the folder of this run
+    begun: datetime | None  # when that run began, local time; None: its version did not note it
+    inputs: dict[str, str] | None  # digests of what it was made from; None: its version did not note them
+    changes: list[Change] = field(default_factory=list)  # fields with other values than the checkpoint's
+    note: str | None = None  # why the configurations cannot be compared, for the user
+
+    def has_changed(self, name: str) -> bool:
+        """Whether a field has another value than the checkpoint's."""
+        return any(change.field == name for change in self.changes)
+
+    def describe(self) -> str:
+        """Return every difference, a line each."""
+        if self.note is not None:
+            return self.note
+        if not self.changes:
+            return f"the configuration is that of {self.folder}"
+        lines = [f"  {change.describe()}" for change in self.changes]
+        return "\n".join([f"the configuration differs from that of {self.folder}:", *lines])
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """Which run this is, and when it began."""
+
+    run_id: str
+    begun: datetime  # local time
+
+
+def read_resume(loaded: LoadedConfig) -> Resume | None:
+    """Return what a run goes on from; None for a run from the beginning. Nothing is changed.
+
+    Raises:
+        ValueError: There is no such checkpoint; the configuration changes what it must not; or checkpoints of another run would be
+            taken for newer ones.
+    """
+    config = loaded.config
+    if config.checkpoint.load is None:
+        return None
+    load_dir, own = Path(config.checkpoint.load), Path(config.run.dir)
+    folder = checkpoint_folder(load_dir, config.checkpoint.step)
+    state = read_state(folder)
+    is_own = load_dir.resolve() == own.resolve()
+    begun = state.get("begun")
+    saved, note = _saved_config(folder, load_dir)
+    if saved is not None:
+        _check_kind(saved, loaded, folder)
+    found = Resume(
+        folder=folder,
+        step=int(state["step"]),
+        run_id=str(state.get("run_id", UNNAMED)),
+        is_own_folder=is_own,
+        begun=None if begun is None else datetime.fromisoformat(begun).replace(tzinfo=None),
+        inputs=state.get("inputs"),
+        changes=[] if saved is None else compare(saved, loaded),
+        note=note,
+    )
+    check_changes(found, config.checkpoint.allow_changes)
+    if is_own:
+        _check_later_ones(found, own)
+    return found
+
+
+def beginning(resume: Resume | None) -> Beginning:
+    """Return which run this is: the one of the checkpoint when it goes on in its folder, else a new one.
+
+    A run keeps the date of the first of those that it goes on from, which a chat template may print.
+    """
+    now = datetime.now().replace(microsecond=0)
+    if resume is None:
+        return Beginning(uuid.uuid4().hex, now)
+    run_id = resume.run_id if resume.is_own_folder else uuid.uuid4().hex
+    return Beginning(run_id, resume.begun or now)
+
+
+def check_changes(resume: Resume, allowed: Collection[str]) -> None:
+    """Check that no change is one that a checkpoint cannot take, or that has to be named.
+
+    Args:
+        resume: With its changes.
+        allowed: ``checkpoint.allow_changes``.
+
+    Raises:
+        ValueError: Names every refused field with both values.
+    """
+    form = [change for change in resume.changes if change.rule is OnResume.form]
+    if form:
+        raise ValueError(
+            f"checkpoint.load: {resume.folder} is stored in another form than this run reads: {_list(form)}. Set "
+            f"{', '.join(f'{change.field}={change.old}' for change in form)}"
+        )
+    refused = [
+        change for change in resume.changes if change.rule is OnResume.objective and not is_named(change.field, allowed)
+    ]
+    if refused:
+        names = ",".join(change.field for change in refused)
+        raise ValueError(
+            f"checkpoint.load: this run has another objective than {resume.folder}: {_list(refused)}. Set the old values, or, where "
+            f"the change is meant, checkpoint.allow_changes=[{names}]"
+        )
+
+
+def _list(changes: list[Change]) -> str:
+    return "; ".join(change.describe().partition(" (")[0] for change in changes)
+
+
+def _saved_config(folder: Path, run_dir: Path) -> tuple[dict[str, Any] | None, str | None]:
+    """Return (values of the checkpoint's configuration, None), or (None, why there are none)."""
+    for path in (folder / CONFIG_FILE, run_dir / CONFIG_FILE):
+        if not path.is_file():
+            continue
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError):
+            values = None
+        if isinstance(values, dict) and "kind" in values:
+            return values, None
+    return None, (
+        f"{folder} has no readable {CONFIG_FILE}, and neither has {run_dir}: this run's configuration cannot be compared with the "
+        "checkpoint's"
+    )
+
+
+def _check_kind(saved: dict[str, Any], loaded: LoadedConfig, folder: Path) -> None:
+    if saved["kind"] != loaded.kind:
+        raise ValueError(
+            f"checkpoint.load: {folder} is of a run of kind {saved['kind']!r}, this one is of kind {loaded.kind!r}; to train on from "
+            "its weights give its export (hf) as a model.path"
+        )
+
+
+def _check_later_ones(resume: Resume, run_dir: Path) -> None:
+    """Raise ValueError where the folder has later checkpoints of another run: they would be taken for newer ones of this one."""
+    foreign = [
+        folder
+        for step, folder in complete_checkpoints(run_dir).items()
+        if step > resume.step and run_id_of(folder) not in (resume.run_id, None)
+    ]
+    if foreign:
+        names = ", ".join(folder.name for folder in foreign)
+        raise ValueError(
+            f"checkpoint.load: {run_dir / 'checkpoints'} has later checkpoints of another run than {resume.folder.name}: {names}. "
+            "Move them elsewhere, or go on in a folder of its own (run.dir)"
+        )

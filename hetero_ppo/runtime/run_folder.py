@@ -1,0 +1,242 @@
+"""How a run takes possession of its folder.
+
+A run that goes on in its own folder (``checkpoint.load`` names ``run.dir``) finds its files there. Every other run begins its folder, and
+needs one without results. What it does about those of an earlier run:
+
+=========================================================  =====================================================
+the earlier run left                                       this run
+=========================================================  =====================================================
+checkpoints, an export, metrics, rollouts or a bank        is refused, or with ``run.overwrite`` removes them all
+the same, but no checkpoint and no export, and had the     begins again, as a run that goes on from step 0 would;
+same configuration                                         the earlier files are moved to ``ended_<n>``
+its configuration and logs alone                           replaces them
+=========================================================  =====================================================
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+import yaml
+
+from hetero_ppo.checkpoint.manager import complete_checkpoints
+from hetero_ppo.config.load import LoadedConfig
+from hetero_ppo.config.on_resume import OnResume, leaves
+from hetero_ppo.config.schema import SCHEMAS
+from hetero_ppo.observability.metrics import METRICS_FILE
+from hetero_ppo.observability.records import CONFIG_FILE
+from hetero_ppo.runtime.changes import compare, config_values
+from hetero_ppo.runtime.folder_lock import FolderLock, find_holder
+
+
+#: Results: what a run cannot make again without training.
+RESULTS = ("checkpoints", METRICS_FILE, "rollouts", "bank", "hf")
+#: What else a run writes, as patterns. The batch scripts' FINISHED is of the run that has finished.
+OTHERS = (
+    *(CONFIG_FILE, "eval_before.json", "eval_after.json", "memory_ledger.json", "report.html", "FINISHED"),
+    *("trace", "tensorboard", "rollout", "stacks_rank*.txt", ".hf.partial", ".hf.old"),
+)
+
+
+class Start(Enum):
+    """How a run begins its folder."""
+
+    new = "there is nothing of an earlier run"
+    goes_on = "the folder is that of the checkpoint"
+    again = "the same run ended here before its first checkpoint"
+    overwrites = "run.overwrite"
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a folder holds of an earlier run."""
+
+    steps: list[int]  # of complete checkpoints
+    is_exported: bool
+    num_logged: int  # lines of metrics.jsonl
+    num_rollouts: int  # files
+    num_banked: int  # files
+
+    def __bool__(self) -> bool:
+        return bool(self.steps or self.is_exported or self.num_logged or self.num_rollouts or self.num_banked)
+
+    @property
+    def is_saved(self) -> bool:
+        """Whether there are weights of it."""
+        return bool(self.steps) or self.is_exported
+
+    def describe(self) -> str:
+        """Return a list in words."""
+        steps = ", ".join(map(str, self.steps))
+        parts = [f"checkpoints of the steps {steps}"] if self.steps else []
+        parts += ["an export (hf)"] if self.is_exported else []
+        parts += [f"{METRICS_FILE} ({self.num_logged} lines)"] if self.num_logged else []
+        parts += [f"rollouts of {self.num_rollouts} steps"] if self.num_rollouts else []
+        parts += ["a bank of responses"] if self.num_banked else []
+        return ", ".join(parts)
+
+
+def find_results(folder: Path) -> Results:
+    """Return what a run folder, which need not exist, holds of an earlier run."""
+    metrics, exported = folder / METRICS_FILE, folder / "hf"
+    return Results(
+        list(complete_checkpoints(folder)),
+        exported.is_dir() and any(exported.iterdir()),
+        len(metrics.read_bytes().splitlines()) if metrics.is_file() else 0,
+        len(list((folder / "rollouts").glob("step_*.jsonl"))),
+        len(list((folder / "bank").glob("step_*.jsonl"))),
+    )
+
+
+def choose_start(loaded: LoadedConfig) -> Start:
+    """Return how a run begins its folder; nothing is changed.
+
+    Raises:
+        ValueError: The folder holds results of another run, or would lose what this run reads.
+    """
+    folder = Path(loaded.config.run.dir)
+    load = loaded.config.checkpoint.load
+    if load is not None and is_same_folder(load, folder):
+        return Start.goes_on
+    results = find_results(folder)
+    if not results:
+        return Start.new
+    if loaded.config.run.overwrite:
+        start = Start.overwrites
+    elif not results.is_saved and _is_same_run(loaded, folder / CONFIG_FILE):
+        start = Start.again
+    else:
+        raise ValueError(_describe_refusal(folder, results))
+    _check_reads_nothing(loaded, folder, start)
+    return start
+
+
+def check_folder(loaded: LoadedConfig) -> Start:
+    """As ``choose_start``, of a folder in which no run is working now.
+
+    Raises:
+        ValueError: A run is working there, or as ``choose_start``.
+    """
+    holder = find_holder(Path(loaded.config.run.dir))
+    if holder is not None:
+        raise ValueError(holder)
+    return choose_start(loaded)
+
+
+@contextlib.contextmanager
+def claimed_folder(loaded: LoadedConfig) -> Iterator[list[str]]:
+    """Hold the run folder for this process, and make it ready for the run. On one rank.
+
+    Yields:
+        Lines for the user: what was done.
+
+    Raises:
+        ValueError: As ``check_folder``, or the folder cannot be written.
+    """
+    folder = Path(loaded.config.run.dir)
+    with contextlib.ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context(FolderLock(folder))
+            said = [] if lock.note is None else [lock.note]
+            said += prepare(loaded)
+        except OSError as error:
+            raise ValueError(f"run.dir is {str(folder)!r}: cannot write there ({error.strerror})") from error
+        yield said
+
+
+def prepare(loaded: LoadedConfig) -> list[str]:
+    """Make a folder ready that this process holds; return what was done, in words."""
+    folder = Path(loaded.config.run.dir)
+    start, results = choose_start(loaded), find_results(folder)
+    if start is Start.goes_on:
+        return []
+    if start is Start.again and results.num_logged:
+        target = _set_aside(folder)
+        text = f"run.dir is {str(folder)!r}: the same run ended there before its first checkpoint ({results.describe()})"
+        return [f"{text}. It begins again, and what it left is in {target}"]
+    removed = _remove(folder) if start in (Start.overwrites, Start.again) or (folder / CONFIG_FILE).is_file() else []
+    if start is Start.overwrites:
+        return [f"run.overwrite: removed from {folder}: {', '.join(removed)} ({results.describe()})"]
+    return []
+
+
+def is_same_folder(one: str | Path, other: str | Path) -> bool:
+    """Whether two paths name one folder."""
+    return Path(one).resolve() == Path(other).resolve()
+
+
+def _is_same_run(loaded: LoadedConfig, config_file: Path) -> bool:
+    try:
+        saved = yaml.safe_load(config_file.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError):
+        return False
+    if not isinstance(saved, dict) or saved.get("kind") != loaded.kind:
+        return False
+    harmless = (OnResume.start, OnResume.operation)
+    return all(change.rule in harmless for change in compare(saved, loaded))
+
+
+def _describe_refusal(folder: Path, results: Results) -> str:
+    ways = ["choose another run.dir", "remove these files with run.overwrite=true"]
+    if results.steps:
+        ways.insert(0, f"go on with that run: checkpoint.load={folder}")
+    return (
+        f"run.dir is {str(folder)!r}, which holds results of another run: {results.describe()}. This run would mix its files with them: "
+        f"{', or '.join(ways)}"
+    )
+
+
+def _check_reads_nothing(loaded: LoadedConfig, folder: Path, start: Start) -> None:
+    """Raise ValueError where the run reads what it would remove."""
+    gone = [path.resolve() for path in _written(folder)]
+    config = SCHEMAS[loaded.kind]
+    for field, value in leaves(config_values(loaded), config):
+        if field in ("run.dir", "checkpoint.load") or not isinstance(value, str):
+            continue
+        path = Path(value if os.path.exists(value) else value.rpartition(":")[0])
+        if path != Path() and path.exists() and any(path.resolve().is_relative_to(one) for one in gone):
+            what = "run.overwrite would remove" if start is Start.overwrites else "a run that begins again would move"
+            raise ValueError(
+                f"{field}={value}: {what} it with the earlier files of run.dir={folder}; choose another run.dir"
+            )
+
+
+def _written(folder: Path) -> list[Path]:
+    """Files and folders that a run wrote, results first."""
+    names = [folder / name for name in RESULTS]
+    return [path for path in names if os.path.lexists(path)] + [
+        path for pattern in OTHERS for path in sorted(folder.glob(pattern))
+    ]
+
+
+def _remove(folder: Path) -> list[str]:
+    removed = _written(folder)
+    for path in removed:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    return [path.name for path in removed]
+
+
+def _set_aside(folder: Path) -> Path:
+    """Move what an unsaved run wrote into a folder of its own; half-written checkpoints are of no use."""
+    number = 1
+    while (folder / f"ended_{number}").exists():
+        number += 1
+    target = folder / f"ended_{number}"
+    target.mkdir()
+    if (folder / "checkpoints").is_dir():
+        shutil.rmtree(folder / "checkpoints")
+    for path in _written(folder):
+        path.rename(target / path.name)
+    return target
+
+
