@@ -25,9 +25,11 @@ from hetero_ppo.memory.plan_text import summarise
 from hetero_ppo.engines.layouts import check_models_fit_layouts
 from hetero_ppo.reward.function import try_function
 from hetero_ppo.reward.function_pool import FunctionSpec
-from hetero_ppo.reward.re_encoding import load_re_encoders
-from hetero_ppo.runtime.resume import read_resume
+from hetero_ppo.reward.re_encoding import ReEncoder, load_re_encoders
+from hetero_ppo.runtime.inputs import check_inputs
+from hetero_ppo.runtime.resume import beginning, read_resume
 from hetero_ppo.runtime.run_folder import check_folder
+from hetero_ppo.trainers.run_inputs import text_inputs
 
 #: Around what the loss is on, in the printed sample.
 MASK_OPEN, MASK_CLOSE = "[[", "]]"
@@ -58,22 +60,24 @@ def print_validation(config_path: str, overrides: list[str], world_size: int) ->
     functions = _try_functions(config)
     memory = summarise(check_fits(config, world_size), find_limits(config))
     policy, role = next(iter(config_roles(config).items()))
-    encoder = load_text_encoder(role.model, config.data, policy)
+    encoder = load_text_encoder(role.model, config.data, policy, beginning(resume).begun)
     load = _loader(config)
     train = load(config.data.train, config.data, encoder)
     evaluation = None if config.data.eval is None else load(config.data.eval, config.data, encoder)
     re_encoders = _re_encoders(config, encoder, [train, *([evaluation] if evaluation is not None else [])])
+    same = check_inputs(resume, text_inputs(config, resume, encoder, train, re_encoders))
     batching = _batching(config, world_size, len(train))
 
     print(f"config       {loaded.source}, kind {loaded.kind}: all checks passed")
     print(_describe_encoder(encoder))
-    print("\n".join([_describe_roles(config, world_size), *re_encoders, *functions]))
+    re_encoded = [one.describe() for one in re_encoders.values()]
+    print("\n".join([_describe_roles(config, world_size), *re_encoded, *functions]))
     print(f"\ndata\n{_table([dataset for dataset in (train, evaluation) if dataset is not None])}")
     print(f"\nfirst example{_sample_legend(config)}\n{_indent(sample_text(encoder, train.examples[0]))}")
     print(f"\nbatching\n{_indent(batching)}")
     print(f"\nmemory (hetero-ppo plan says more)\n{_indent(memory)}")
     if resume is not None:
-        print(f"\ncheckpoint\n{_indent(resume.describe())}")
+        print("\n".join(["\ncheckpoint", *map(_indent, [resume.describe(), *same])]))
     print(f"\n{_what_it_does(loaded)}")
 
 
@@ -92,11 +96,11 @@ def _try_functions(config: AnyConfig) -> list[str]:
     ]
 
 
-def _re_encoders(config: AnyConfig, encoder: TextEncoder, datasets: list[Dataset]) -> list[str]:
-    """A line for each reward model that reads texts anew; its template has been tried on the prompts."""
+def _re_encoders(config: AnyConfig, encoder: TextEncoder, datasets: list[Dataset]) -> dict[str, ReEncoder]:
+    """Those of the reward models that read texts anew, by role; their templates have been tried on the prompts."""
     if not isinstance(config, PpoConfig):
-        return []
-    return [re_encoder.describe() for re_encoder in load_re_encoders(config, encoder, datasets).values()]
+        return {}
+    return load_re_encoders(config, encoder, datasets)
 
 
 def _loader(config: AnyConfig) -> Callable[..., Dataset]:

@@ -20,6 +20,7 @@ from hetero_ppo.config.checks_microbatches import (
 )
 from hetero_ppo.config.checks_numerics import check_head_init, check_kl_clamp, check_same_distribution
 from hetero_ppo.config.checks_reward_function import check_function_calls
+from hetero_ppo.config.checks_resume import check_allowed_changes
 from hetero_ppo.config.checks_rewards import check_ensemble, check_re_encoding, check_reward_source
 from hetero_ppo.config.checks_rollout import (
     check_megatron_engine,
@@ -481,6 +482,7 @@ COMMON_CHECKS: tuple[Callable[[AnyConfig, int], None], ...] = (
     check_run,
     check_there_are_steps,
     check_eval,
+    check_allowed_changes,
 )
 SUPERVISED_CHECKS: tuple[Callable[[SftConfig | RmConfig, int], None], ...] = (
     check_global_batch,

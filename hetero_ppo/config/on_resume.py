@@ -6,9 +6,10 @@ A section's own entry decides for all fields below it; ``OnResume.section`` leav
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from enum import Enum
-from typing import Any, get_type_hints
+from functools import cache
+from typing import Any, get_args, get_type_hints
 
 from hetero_ppo.config import schema
 from hetero_ppo.config.load import item_class, section_class
@@ -225,6 +226,7 @@ TABLE: dict[type, dict[str, OnResume]] = {
 }
 del S, START, OPERATION, APPLIED, OBJECTIVE, FORM, CONTENT
 
+hints_of = cache(get_type_hints)
 #: Sections of roles that a run trains; the others are frozen.
 TRAINED = (schema.TrainedRoleConfig, schema.TrainedRewardConfig)
 
@@ -242,7 +244,7 @@ def rule_of(schema_class: type, field: str) -> OnResume | None:
         if name.isdecimal() and depth:
             continue
         rule = TABLE.get(section, {}).get(name)
-        hint = get_type_hints(section).get(name)
+        hint = hints_of(section).get(name)
         if rule is None or hint is None:
             return None
         inner = section_class(hint) or item_class(hint)
@@ -269,7 +271,7 @@ def leaves(values: dict[str, Any], section: type, prefix: str = "") -> Iterator[
         section: Class of these values.
         prefix: Dotted name of the section, with a dot at the end.
     """
-    hints = get_type_hints(section)
+    hints = hints_of(section)
     for name, value in values.items():
         field = f"{prefix}{name}"
         hint = hints.get(name)
@@ -281,3 +283,29 @@ def leaves(values: dict[str, Any], section: type, prefix: str = "") -> Iterator[
                 yield from leaves(one, item, f"{field}.{number}.")
         else:
             yield field, value
+
+
+def is_named(field: str, names: Collection[str]) -> bool:
+    """Whether a field, or a section that it is in, is among ``names``."""
+    parts = field.split(".")
+    return any(".".join(parts[:depth]) in names for depth in range(1, len(parts) + 1))
+
+
+def optional_sections(values: dict[str, Any], section: type, prefix: str = "") -> Iterator[str]:
+    """Yield the dotted names of the optional sections, and of the items of lists of sections, that are there.
+
+    Args:
+        values: As YAML has them.
+        section: Class of these values.
+        prefix: Dotted name of the section, with a dot at the end.
+    """
+    for name, hint in hints_of(section).items():
+        value, inner, item = values.get(name), section_class(hint), item_class(hint)
+        if inner is not None and isinstance(value, dict):
+            if type(None) in get_args(hint):
+                yield f"{prefix}{name}"
+            yield from optional_sections(value, inner, f"{prefix}{name}.")
+        elif item is not None and isinstance(value, list):
+            for number, one in enumerate(value):
+                yield f"{prefix}{name}.{number}"
+                yield from optional_sections(one, item, f"{prefix}{name}.{number}.")

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ class TextEncoder:
     eos_token_id: int  # what is written after an answer that the template does not end
     source: str  # tokenizer folder
     end_tokens: tuple[EndToken, ...] = ()  # all that end a sequence
+    begun: datetime | None = None  # what templates take for the present time: when the run began; None: the present
 
     @property
     def end_token_ids(self) -> list[int]:
@@ -57,6 +59,12 @@ class TextEncoder:
     def fingerprint(self) -> str:
         """sha256 of what makes ids of texts: vocabulary, end of sequence, prefix, template."""
         parts = [sorted(self.tokenizer.get_vocab().items()), self.eos_token_id, self.prefix_ids, self.template]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    @property
+    def vocabulary_hash(self) -> str:
+        """sha256 of vocabulary, ends of a sequence and prefix."""
+        parts = [sorted(self.tokenizer.get_vocab().items()), self.end_token_ids, self.prefix_ids]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     @property
@@ -86,11 +94,16 @@ class TextEncoder:
                 chat_template=self.template,
                 add_generation_prompt=add_generation_prompt,
                 tokenize=False,
+                strftime_now=self.strftime_now,
             )
         except (jinja2.TemplateError, TypeError) as error:
             roles = ", ".join(message["role"] for message in messages)
             raise ValueError(f"the chat template does not take messages of the roles {roles}: {error}") from error
         return text
+
+    def strftime_now(self, form: str) -> str:
+        """What a template's ``strftime_now`` gives: a date that is the same for all rows, ranks and starts of a run."""
+        return (self.begun or datetime.now()).strftime(form)
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Token ids of each text, nothing added before or after it."""
@@ -143,8 +156,16 @@ def load_tokenizer(folder: str, field: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_text_encoder(model: ModelConfig, data: DataConfig, role: str) -> TextEncoder:
+def load_text_encoder(
+    model: ModelConfig, data: DataConfig, role: str, begun: datetime | None = None
+) -> TextEncoder:
     """The tokenizer of ``role``'s model with the template that ``data`` chooses.
+
+    Args:
+        model: Of the role.
+        data: Chooses the template.
+        role: Its name in errors.
+        begun: When the run began, which a template may print.
 
     Raises:
         ValueError: no tokenizer, no template where one is asked for, or a template that is not Jinja.
@@ -155,10 +176,12 @@ def load_text_encoder(model: ModelConfig, data: DataConfig, role: str) -> TextEn
     own_ids = tokenizer("")["input_ids"]
     prefix = [tokenizer.bos_token_id] if tokenizer.bos_token_id in own_ids else []
     ends = find_end_tokens(tokenizer, model.path)
-    return TextEncoder(tokenizer, template, prefix, tokenizer.eos_token_id, folder, ends)
+    return TextEncoder(tokenizer, template, prefix, tokenizer.eos_token_id, folder, ends, begun)
 
 
-def load_reward_encoder(role: RewardRoleConfig, data: DataConfig, name: str) -> TextEncoder:
+def load_reward_encoder(
+    role: RewardRoleConfig, data: DataConfig, name: str, begun: datetime | None = None
+) -> TextEncoder:
     """The tokenizer of a reward model that reads texts anew, with its own template; without one where the run has none.
 
     Raises:
@@ -167,7 +190,7 @@ def load_reward_encoder(role: RewardRoleConfig, data: DataConfig, name: str) -> 
     assert role.re_encode is not None
     own = dataclasses.replace(data, chat_template=role.re_encode.chat_template)
     try:
-        return load_text_encoder(role.model, own, name)
+        return load_text_encoder(role.model, own, name, begun)
     except ValueError as error:
         raise ValueError(str(error).replace("data.chat_template", f"{name}.re_encode.chat_template")) from error
 

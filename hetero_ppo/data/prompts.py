@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,3 +136,12 @@ def _metadata(row: Row, data: DataConfig) -> dict[str, Any]:
     if not isinstance(metadata, dict):
         raise row.error(data.metadata_key, f"expected an object, got {type(metadata).__name__}")
     return metadata
+
+
+def labels_digest(examples: Iterable[PromptExample]) -> str:
+    """Return a SHA-256 of the labels and metadata of all prompts, in order: what a reward function sees beside the texts."""
+    digest = hashlib.sha256()
+    for example in examples:
+        text = json.dumps([example.label, example.metadata], sort_keys=True, default=repr)
+        digest.update(f"{len(text)} {text}".encode())
+    return digest.hexdigest()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
+
+from hetero_ppo.config.on_resume import is_named
 
 
 class ResumableSampler:
@@ -96,25 +98,32 @@ class ResumableSampler:
             "fingerprint": self.fingerprint,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], *, allowed: Collection[str] = (), is_data_allowed: bool = False) -> None:
         """Go on where ``state`` was taken. The batch size and the number of ranks may differ.
+
+        Args:
+            state: Of ``state_dict``.
+            allowed: ``checkpoint.allow_changes``; another seed or order goes on at the same place.
+            is_data_allowed: Whether other data may be gone on with: at the same place, or from its beginning where the number of
+                rows is another.
 
         Raises:
             ValueError: the checkpoint is of other data, or of another order.
         """
-        if state["fingerprint"] != self.fingerprint or state["num_rows"] != self.num_rows:
+        is_other = state["fingerprint"] != self.fingerprint or state["num_rows"] != self.num_rows
+        if is_other and not is_data_allowed:
             raise ValueError(
                 f"the checkpoint was made on other data: {state['num_rows']} rows, fingerprint "
                 f"{state['fingerprint'][:12]}; this run has {self.num_rows} rows, fingerprint {self.fingerprint[:12]}. "
                 "The fingerprint covers the token ids, so another file, tokenizer, template or length limit changes it"
             )
         for name, field in (("seed", "run.seed"), ("shuffle", "data.shuffle")):
-            if state[name] != vars(self)[name]:
+            if state[name] != vars(self)[name] and not is_named(field, allowed):
                 raise ValueError(
                     f"the checkpoint was made with {field}={state[name]}, this run has {vars(self)[name]}: the "
                     f"order of the rows would change; set {field}={state[name]}"
                 )
-        self.rows_consumed = state["rows_consumed"]
+        self.rows_consumed = state["rows_consumed"] if state["num_rows"] == self.num_rows else 0
 
 
 def sequential_batches(num_rows: int, global_batch_size: int, dp_rank: int, dp_size: int) -> Iterator[list[int]]:

@@ -39,6 +39,8 @@ from megatron_bridge.model_provider import Head
 MAX_METRICS = 64
 #: What a checkpoint of a role holds beside tensors.
 COUNTS = ("steps_done", "skipped_in_a_row")
+#: Options of the optimizer that torch stores with its state. The learning rate is set before every step.
+OPTIONS = ("weight_decay", "betas", "eps")
 
 
 @dataclass(frozen=True)
@@ -330,9 +332,12 @@ class TrainEngine(ModelEngine):
         moments = [
             (o, {p: dict(values) for p, values in o.optimizer.state.items()}) for o in self._optimizers if o.optimizer
         ]
+        options = [[_options(group) for group in o.optimizer.param_groups] for o in self._optimizers if o.optimizer]
         self.optimizer.load_state_dict(state["optimizer"])
-        for optimizer, before in moments:
+        for (optimizer, before), own in zip(moments, options, strict=True):
             _keep_storages(optimizer.optimizer, before)
+            for group, values in zip(optimizer.optimizer.param_groups, own, strict=True):
+                group.update(values)
         counts = [name for name in COUNTS if name not in state]
         if counts:
             raise ValueError(f"checkpoint {folder} has no {', '.join(counts)}: it was written by another version of this code")
@@ -404,6 +409,11 @@ class TrainEngine(ModelEngine):
             dist.broadcast(totals, source, group=self.groups.pp)
             names = broadcast_text("\n".join(names), source, self.groups.pp).split("\n")
         return float(totals[0]), int(totals[1]), {name: totals[2 + i] for i, name in enumerate(names)}
+
+
+def _options(group: dict[str, Any]) -> dict[str, Any]:
+    """What the configuration says of a group of parameters: a checkpoint's values do not replace it."""
+    return {name: group[name] for name in OPTIONS}
 
 
 def _keep_storages(optimizer: torch.optim.Optimizer, before: dict[Tensor, dict[str, Tensor]]) -> None:

@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any, get_type_hints
+from enum import Enum
+from typing import Any
 
 import yaml
 from omegaconf import MISSING
 
 from hetero_ppo.config.load import LoadedConfig, item_class, section_class
-from hetero_ppo.config.on_resume import OnResume, leaves, rule_of
+from hetero_ppo.config.on_resume import OnResume, hints_of, is_named, leaves, optional_sections, rule_of
 from hetero_ppo.config.redact import redact
 from hetero_ppo.config.render import render_yaml
 from hetero_ppo.config.schema import SCHEMAS
 
 
-class _Absent:
-    """The value of a field that a configuration does not have."""
+class Presence(Enum):
+    """Stands for a value where a field or a section is in one configuration alone."""
 
-    def __repr__(self) -> str:
-        return "(not there)"
-
-
-ABSENT = _Absent()
+    absent = "(not there)"
+    present = "(there)"
 
 
 @dataclass(frozen=True)
@@ -32,8 +29,8 @@ class Change:
     """A field with another value than the checkpoint's."""
 
     field: str
-    old: Any  # ABSENT: the checkpoint's configuration does not have the field
-    new: Any  # ABSENT: this configuration does not have it
+    old: Any  # or a Presence
+    new: Any
     rule: OnResume | None  # None: the field is not in the schema any more
 
     def describe(self) -> str:
@@ -47,40 +44,43 @@ def config_values(loaded: LoadedConfig) -> dict[str, Any]:
     return yaml.safe_load(redact(render_yaml(loaded)))
 
 
-def compare(saved: dict[str, Any], loaded: LoadedConfig) -> list[Change]:
+def compare(saved: dict[str, Any], values: dict[str, Any], kind: str) -> list[Change]:
     """Return the fields that differ, in the order of the schema. Those of one start alone (``run.dir``) take no part.
 
     A field that is newer than the checkpoint, and has its default, does not differ.
 
     Args:
         saved: Values of the checkpoint's config.yaml, of the same kind.
-        loaded: Configuration of this run.
+        values: Those of this run (``config_values``).
+        kind: Of both runs.
     """
-    schema_class = SCHEMAS[loaded.kind]
-    old, new = (dict(leaves(values, schema_class)) for values in (saved, config_values(loaded)))
+    schema_class = SCHEMAS[kind]
+    there, here = (set(optional_sections(one, schema_class)) for one in (saved, values))
+    alone = {name for name in there ^ here if not any(name.startswith(f"{outer}.") for outer in there ^ here)}
     changes = []
-    for field in [*new, *(name for name in old if name not in new)]:
-        change = Change(field, old.get(field, ABSENT), new.get(field, ABSENT), rule_of(schema_class, field))
-        if change.old is ABSENT and change.new == _default(schema_class, field):
+    for name in sorted(alone):
+        old, new = (Presence.present if name in side else Presence.absent for side in (there, here))
+        changes.append(Change(name, old, new, rule_of(schema_class, name)))
+    old_leaves, new_leaves = (
+        {field: value for field, value in leaves(one, schema_class) if not is_named(field, alone)} for one in (saved, values)
+    )
+    for field in [*new_leaves, *(name for name in old_leaves if name not in new_leaves)]:
+        old, new = (side.get(field, Presence.absent) for side in (old_leaves, new_leaves))
+        if old is Presence.absent and new == _default(schema_class, field):
             continue
-        if change.old != change.new and change.rule is not OnResume.start:
-            changes.append(change)
+        rule = rule_of(schema_class, field)
+        if old != new and rule is not OnResume.start:
+            changes.append(Change(field, old, new, rule))
     return changes
 
 
-def is_named(field: str, names: Collection[str]) -> bool:
-    """Whether a field, or a section that it is in, is among ``names``."""
-    parts = field.split(".")
-    return any(".".join(parts[:depth]) in names for depth in range(1, len(parts) + 1))
-
-
 def _default(schema_class: type, field: str) -> Any:
-    """Return a field's default as YAML has it; ABSENT where it has none."""
+    """Return a field's default as YAML has it; Presence.absent where it has none."""
     section = schema_class
     *path, name = field.split(".")
     for part in path:
         if not part.isdecimal():
-            hint = get_type_hints(section)[part]
+            hint = hints_of(section)[part]
             inner = section_class(hint) or item_class(hint)
             assert inner is not None, f"{field}: {part} is no section"
             section = inner
@@ -90,9 +90,9 @@ def _default(schema_class: type, field: str) -> Any:
     else:
         value = found.default
     if value is dataclasses.MISSING or value == MISSING or dataclasses.is_dataclass(value):
-        return ABSENT
+        return Presence.absent
     return getattr(value, "name", value)
 
 
 def _text(value: Any) -> str:
-    return repr(value) if value is ABSENT else yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n").strip()
+    return value.value if isinstance(value, Presence) else yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n").strip()

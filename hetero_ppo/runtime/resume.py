@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Collection
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -13,9 +12,9 @@ import yaml
 
 from hetero_ppo.checkpoint.manager import UNNAMED, checkpoint_folder, complete_checkpoints, read_state, run_id_of
 from hetero_ppo.config.load import LoadedConfig
-from hetero_ppo.config.on_resume import OnResume
+from hetero_ppo.config.on_resume import OnResume, is_named
 from hetero_ppo.observability.records import CONFIG_FILE
-from hetero_ppo.runtime.changes import Change, compare, is_named
+from hetero_ppo.runtime.changes import Change, compare, config_values
 
 
 @dataclass(frozen=True)
@@ -29,6 +28,7 @@ class Resume:
     begun: datetime | None  # when that run began, local time; None: its version did not note it
     inputs: dict[str, str] | None  # digests of what it was made from; None: its version did not note them
     changes: list[Change] = field(default_factory=list)  # fields with other values than the checkpoint's
+    allowed: list[str] = field(default_factory=list)  # checkpoint.allow_changes
     note: str | None = None  # why the configurations cannot be compared, for the user
 
     def has_changed(self, name: str) -> bool:
@@ -78,10 +78,11 @@ def read_resume(loaded: LoadedConfig) -> Resume | None:
         is_own_folder=is_own,
         begun=None if begun is None else datetime.fromisoformat(begun).replace(tzinfo=None),
         inputs=state.get("inputs"),
-        changes=[] if saved is None else compare(saved, loaded),
+        changes=[] if saved is None else compare(saved, config_values(loaded), loaded.kind),
+        allowed=list(config.checkpoint.allow_changes),
         note=note,
     )
-    check_changes(found, config.checkpoint.allow_changes)
+    check_changes(found)
     if is_own:
         _check_later_ones(found, own)
     return found
@@ -99,12 +100,8 @@ def beginning(resume: Resume | None) -> Beginning:
     return Beginning(run_id, resume.begun or now)
 
 
-def check_changes(resume: Resume, allowed: Collection[str]) -> None:
+def check_changes(resume: Resume) -> None:
     """Check that no change is one that a checkpoint cannot take, or that has to be named.
-
-    Args:
-        resume: With its changes.
-        allowed: ``checkpoint.allow_changes``.
 
     Raises:
         ValueError: Names every refused field with both values.
@@ -116,7 +113,7 @@ def check_changes(resume: Resume, allowed: Collection[str]) -> None:
             f"{', '.join(f'{change.field}={change.old}' for change in form)}"
         )
     refused = [
-        change for change in resume.changes if change.rule is OnResume.objective and not is_named(change.field, allowed)
+        change for change in resume.changes if change.rule is OnResume.objective and not is_named(change.field, resume.allowed)
     ]
     if refused:
         names = ",".join(change.field for change in refused)

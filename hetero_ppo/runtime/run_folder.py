@@ -180,7 +180,7 @@ def _is_same_run(loaded: LoadedConfig, config_file: Path) -> bool:
     if not isinstance(saved, dict) or saved.get("kind") != loaded.kind:
         return False
     harmless = (OnResume.start, OnResume.operation)
-    return all(change.rule in harmless for change in compare(saved, loaded))
+    return all(change.rule in harmless for change in compare(saved, config_values(loaded), loaded.kind))
 
 
 def _describe_refusal(folder: Path, results: Results) -> str:

@@ -27,6 +27,7 @@ from hetero_ppo.trainers.ppo_critic import describe_first_values
 from hetero_ppo.trainers.ppo_engine import EngineTurns
 from hetero_ppo.trainers.ppo_evaluation import Evaluator
 from hetero_ppo.trainers.run import Run, first_step
+from hetero_ppo.trainers.run_inputs import model_inputs, text_inputs
 from hetero_ppo.types import Experience, PolicyInputs, StepMetrics, ValueInputs
 from megatron_bridge import platform
 
@@ -47,6 +48,7 @@ class PpoTrainer:
         self.data = ppo_setup.load_data(config, run)
         self.functions = ppo_functions.open_functions(config, run, self.data.encoder)
         re_encoders = ppo_setup.build_re_encoders(config, run, self.data)
+        run.check_inputs(text_inputs(config, run.resume, self.data.encoder, self.data.train, re_encoders) + model_inputs(config))
         self.batching = ppo_setup.describe_batching(config, run, self.data)
         self.total_steps = self.batching.total_steps
         self.start = first_step(config.checkpoint, run.dir, self.total_steps)
@@ -110,7 +112,8 @@ class PpoTrainer:
         self._resume(manager)
         if self.turns.needs_first_sync or self.start > 0:
             self.sync_weights(self.start)
-        if self.start == 0 or config.pipeline.chunk_size != 0:  # a size that a sweep found is the checkpoint's: the bits depend on it
+        is_new_size = config.pipeline.chunk_size != 0 or self.run.has_changed("pipeline.chunk_size")
+        if self.start == 0 or is_new_size:  # a size that a sweep found is the checkpoint's: the bits depend on it
             self.chunk_size = ppo_setup.chunk_size(config, self.run, self.data, self.batching, self.turns)
         for golden in self.golden:
             golden.check(self.start, first=True)
@@ -301,6 +304,6 @@ class PpoTrainer:
             return
         roles = {"actor": self.roles.actor, "critic": self.roles.critic}
         state = manager.load(Path(self.config.checkpoint.load), roles, {*ppo_setup.STATE_NAMES, "chunk_size"})
-        ppo_setup.load_trainer_state(state, self.data, self.maker, self.guard)
+        ppo_setup.load_trainer_state(state, self.data, self.maker, self.guard, self.run)
         self.chunk_size = int(state["chunk_size"])
         self.run.say(f"resumed PPO from {self.config.checkpoint.load} at step {self.start}")

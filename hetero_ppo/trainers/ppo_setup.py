@@ -53,7 +53,7 @@ from hetero_ppo.rollout.sweep import find_running_batch
 from hetero_ppo.trainers import ppo_nodes
 from hetero_ppo.trainers.ppo_engine import EngineTurns, RolloutEngine
 from hetero_ppo.trainers.run import Run
-from hetero_ppo.trainers.supervised import describe_loaded
+from hetero_ppo.trainers.supervised import describe_loaded, load_sampler
 from hetero_ppo.types import PromptBatch
 from megatron_bridge import platform
 
@@ -128,7 +128,7 @@ def load_data(config: PpoConfig, run: Run) -> PpoData:
     Raises:
         ValueError: bad data.
     """
-    encoder = load_text_encoder(config.actor.model, config.data, "actor")
+    encoder = load_text_encoder(config.actor.model, config.data, "actor", run.beginning.begun)
     run.say(encoder.describe_ends())
     train = load_prompts(config.data.train, config.data, encoder)
     run.say(train.report.describe())
@@ -324,15 +324,18 @@ def trainer_state(data: PpoData, maker: ExperienceMaker, guard: MismatchGuard) -
     }
 
 
-def load_trainer_state(state: dict[str, Any], data: PpoData, maker: ExperienceMaker, guard: MismatchGuard) -> None:
-    """The reverse of ``trainer_state``.
+def load_trainer_state(
+    state: dict[str, Any], data: PpoData, maker: ExperienceMaker, guard: MismatchGuard, run: Run
+) -> None:
+    """The reverse of ``trainer_state``. A KL coefficient or controller that the configuration has changed is not taken back.
 
     Raises:
         ValueError: prompts of the checkpoint wait for a response, and there is no over-sampling to give them one.
     """
     data.waiting.load_state_dict(state["waiting"])
-    data.sampler.load_state_dict(state["prompts"])
-    maker.kl_controller.load_state_dict(state["kl_controller"])
+    load_sampler(data.sampler, state["prompts"], run)
+    if not (run.has_changed("algorithm.kl.coef") or run.has_changed("algorithm.kl.controller")):
+        maker.kl_controller.load_state_dict(state["kl_controller"])
     maker.score_moments.load_state_dict(state["score_moments"])
     guard.load_state_dict(state["mismatch_guard"])
 

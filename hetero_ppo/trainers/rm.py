@@ -19,6 +19,7 @@ from hetero_ppo.engines.outputs import scores_output
 from hetero_ppo.engines.train_engine import TrainEngine, TrainStepResult
 from hetero_ppo.reward.golden import GOLDEN_FILE, make_golden
 from hetero_ppo.trainers.run import Run
+from hetero_ppo.trainers.run_inputs import model_inputs, text_inputs
 from hetero_ppo.trainers.supervised import SupervisedTrainer, describe_loaded, make_sampler
 
 
@@ -26,7 +27,7 @@ class RewardModelTrainer(SupervisedTrainer):
     """Trains the reward model to score the chosen answer above the rejected one."""
 
     def __init__(self, config: RmConfig, run: Run) -> None:
-        encoder = load_text_encoder(config.reward.model, config.data, "reward")
+        encoder = load_text_encoder(config.reward.model, config.data, "reward", run.beginning.begun)
         run.say(encoder.describe_ends())
         self.data = load_preferences(config.data.train, config.data, encoder)
         run.say(self.data.report.describe())
@@ -34,6 +35,7 @@ class RewardModelTrainer(SupervisedTrainer):
         if config.data.eval is not None:
             self.held_out = load_preferences(config.data.eval, config.data, encoder)
             run.say(self.held_out.report.describe())
+        run.check_inputs(text_inputs(config, run.resume, encoder, self.data, {}) + model_inputs(config))
         batching = derive_supervised(config, run.world_size, len(self.data))
         run.say(batching.describe())
         engine = TrainEngine("reward", config.reward, "score", batching.total_steps)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import random
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,12 +17,14 @@ import torch.distributed as dist
 
 from hetero_ppo.checkpoint.manager import checkpoint_step, is_exported, mark_exported
 from hetero_ppo.config.load import LoadedConfig
+from hetero_ppo.config.on_resume import is_named
 from hetero_ppo.config.render import save_config
 from hetero_ppo.config.schema import CheckpointConfig, RunConfig
 from hetero_ppo.distributed.groups import finish, initialise
 from hetero_ppo.distributed.text import broadcast_json
 from hetero_ppo.errors import StoppedOnRequest
 from hetero_ppo.observability.watchdog import Watchdog
+from hetero_ppo.runtime.inputs import Input, check_inputs, differing
 from hetero_ppo.runtime.later_steps import forget_later_steps
 from hetero_ppo.runtime.resume import Beginning, Resume, beginning, read_resume
 from hetero_ppo.runtime.run_folder import CONFIG_FILE, claimed_folder
@@ -44,6 +46,8 @@ class Run:
     watchdog: Watchdog
     beginning: Beginning
     resume: Resume | None  # what it goes on from; None: it is a run from the beginning
+    inputs: dict[str, str] = field(default_factory=dict)  # name -> digest of what it is made from; filled by check_inputs
+    changed_inputs: set[str] = field(default_factory=set)  # names of those that are not the checkpoint's, which is allowed
 
     @property
     def continues_its_folder(self) -> bool:
@@ -53,7 +57,26 @@ class Run:
     @property
     def about(self) -> dict[str, Any]:
         """What every checkpoint says of its run."""
-        return {"run_id": self.beginning.run_id, "begun": self.beginning.begun.isoformat()}
+        return {"run_id": self.beginning.run_id, "begun": self.beginning.begun.isoformat(), "inputs": self.inputs}
+
+    def check_inputs(self, inputs: Sequence[Input]) -> None:
+        """Compare what the run is made from with the checkpoint that it goes on from, and note it for its own checkpoints.
+
+        Raises:
+            ValueError: It has another content, which ``checkpoint.allow_changes`` does not name.
+        """
+        for line in check_inputs(self.resume, inputs):
+            self.say(line)
+        self.inputs.update({one.name: one.digest for one in inputs})
+        self.changed_inputs.update(one.name for one in differing(self.resume, inputs))
+
+    def allows(self, name: str) -> bool:
+        """Whether ``checkpoint.allow_changes`` names a field, or its content differs and may."""
+        return self.resume is not None and (name in self.changed_inputs or is_named(name, self.resume.allowed))
+
+    def has_changed(self, name: str) -> bool:
+        """Whether a field has another value than in the checkpoint that the run goes on from."""
+        return self.resume is not None and self.resume.has_changed(name)
 
     def say(self, text: str) -> None:
         """Print once for the run."""

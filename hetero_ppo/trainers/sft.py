@@ -16,6 +16,7 @@ from hetero_ppo.engines.losses import sft_loss_fn
 from hetero_ppo.engines.outputs import log_probs_output
 from hetero_ppo.engines.train_engine import TrainEngine, TrainStepResult
 from hetero_ppo.trainers.run import Run
+from hetero_ppo.trainers.run_inputs import model_inputs, text_inputs
 from hetero_ppo.trainers.supervised import SupervisedTrainer, describe_loaded, make_sampler
 from hetero_ppo.types import AnswerInputs
 
@@ -24,7 +25,7 @@ class SftTrainer(SupervisedTrainer):
     """Trains the actor on prompts and their answers."""
 
     def __init__(self, config: SftConfig, run: Run) -> None:
-        encoder = load_text_encoder(config.actor.model, config.data, "actor")
+        encoder = load_text_encoder(config.actor.model, config.data, "actor", run.beginning.begun)
         run.say(encoder.describe_ends())
         self.data = load_sft(config.data.train, config.data, encoder)
         run.say(self.data.report.describe())
@@ -32,6 +33,7 @@ class SftTrainer(SupervisedTrainer):
         if config.data.eval is not None:
             self.held_out = load_sft(config.data.eval, config.data, encoder)
             run.say(self.held_out.report.describe())
+        run.check_inputs(text_inputs(config, run.resume, encoder, self.data, {}) + model_inputs(config))
         batching = derive_supervised(config, run.world_size, len(self.data))
         run.say(batching.describe())
         engine = TrainEngine("actor", config.actor, "lm", batching.total_steps)

@@ -122,7 +122,7 @@ class SupervisedTrainer(ABC):
         if self.checkpoint.load is None:
             return
         state: dict[str, Any] = manager.load(Path(self.checkpoint.load), {self.engine.role: self.engine}, {"sampler"})
-        self.sampler.load_state_dict(state["sampler"])
+        load_sampler(self.sampler, state["sampler"], self.run)
         self.run.say(f"resumed {self.engine.role} from {self.checkpoint.load} at step {state['step']}")
 
     def _train_metrics(self, result: TrainStepResult) -> dict[str, float]:
@@ -148,6 +148,16 @@ def make_sampler(
         shuffle=data.shuffle,
         fingerprint=dataset.fingerprint,
     )
+
+
+def load_sampler(sampler: ResumableSampler, state: dict[str, Any], run: Run) -> None:
+    """Go on with the rows after those of a checkpoint, as far as ``checkpoint.allow_changes`` allows other ones.
+
+    Raises:
+        ValueError: They are of other data, or in another order.
+    """
+    allowed = [] if run.resume is None else run.resume.allowed
+    sampler.load_state_dict(state, allowed=allowed, is_data_allowed=run.allows("data.train"))
 
 
 def describe_loaded(run: Run, engine: ModelEngine) -> None:

@@ -1,0 +1,78 @@
+"""What a run is made from, by content: weights, tokenizer, template, data, reward function.
+
+Every checkpoint holds the digests. A run that goes on from it compares them with its own: a folder may move, and what is in it may not
+change unless ``checkpoint.allow_changes`` names the field.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hetero_ppo.config.on_resume import is_named
+from hetero_ppo.runtime.resume import Resume
+
+
+@dataclass(frozen=True)
+class Input:
+    """One part of what a run is made from."""
+
+    name: str  # field that says where it is; with more in brackets where a field has several parts
+    digest: str
+    fields: tuple[str, ...]  # any of them in checkpoint.allow_changes allows another content
+
+
+def differing(resume: Resume | None, inputs: Sequence[Input]) -> list[Input]:
+    """Return those whose content is not the checkpoint's. What it does not say anything of is not among them."""
+    if resume is None or resume.inputs is None:
+        return []
+    return [one for one in inputs if resume.inputs.get(one.name, one.digest) != one.digest]
+
+
+def check_inputs(resume: Resume | None, inputs: Sequence[Input]) -> list[str]:
+    """Compare the inputs with those of the checkpoint that the run goes on from; return lines for the user.
+
+    Args:
+        resume: None: there is nothing to compare with.
+        inputs: Of this run.
+
+    Raises:
+        ValueError: Some have another content, and ``checkpoint.allow_changes`` does not name them.
+    """
+    if resume is None:
+        return []
+    unknown = [one.name for one in inputs if resume.inputs is None or one.name not in resume.inputs]
+    said = [f"{resume.folder} does not say what it was made from, so these are not compared: {', '.join(unknown)}"] if unknown else []
+    changed = differing(resume, inputs)
+    refused = [one for one in changed if not any(is_named(field, resume.allowed) for field in one.fields)]
+    if refused:
+        names = ", ".join(one.name for one in refused)
+        fields = ",".join(dict.fromkeys(one.fields[0] for one in refused))
+        raise ValueError(
+            f"checkpoint.load: the checkpoint was made on other data or models: the content of {names} is not that of {resume.folder}. "
+            f"Give it back, or, where the change is meant, set checkpoint.allow_changes=[{fields}]"
+        )
+    return said + [f"checkpoint.allow_changes: the content of {one.name} is not the checkpoint's" for one in changed]
+
+
+def function_digest(function: str) -> str:
+    """Return a digest of a function's source file, in which comments and layout do not count.
+
+    Args:
+        function: ``package.module:name`` or ``path/to/file.py:name``.
+    """
+    module, _, name = function.rpartition(":")
+    if module.endswith(".py"):
+        origin = module
+    else:
+        spec = importlib.util.find_spec(module)
+        origin = None if spec is None else spec.origin
+    digest = hashlib.sha256(name.encode())
+    if origin is not None and Path(origin).is_file():
+        source = Path(origin).read_bytes()
+        digest.update(ast.dump(ast.parse(source)).encode() if origin.endswith(".py") else source)
+    return digest.hexdigest()
