@@ -34,13 +34,13 @@ from hetero_ppo.observability.records import CONFIG_FILE
 from hetero_ppo.runtime.changes import compare, config_values
 from hetero_ppo.runtime.folder_lock import FolderLock, find_holder
 
-
 #: Results: what a run cannot make again without training.
 RESULTS = ("checkpoints", METRICS_FILE, "rollouts", "bank", "hf")
-#: What else a run writes, as patterns. The batch scripts' FINISHED is of the run that has finished.
+#: What else a run writes, as patterns. The batch scripts' FINISHED is of the run that has finished. The configuration goes last: a run
+#: that is killed while it clears the folder finds there whose files they are.
 OTHERS = (
-    *(CONFIG_FILE, "eval_before.json", "eval_after.json", "memory_ledger.json", "report.html", "FINISHED"),
-    *("trace", "tensorboard", "rollout", "stacks_rank*.txt", ".hf.partial", ".hf.old"),
+    *("eval_before.json", "eval_after.json", "memory_ledger.json", "report.html", "FINISHED", "trace", "tensorboard", "rollout"),
+    *("stacks_rank*.txt", ".hf.partial", ".hf.old", CONFIG_FILE),
 )
 
 
@@ -198,7 +198,7 @@ def _check_reads_nothing(loaded: LoadedConfig, folder: Path, start: Start) -> No
     gone = [path.resolve() for path in _written(folder)]
     config = SCHEMAS[loaded.kind]
     for field, value in leaves(config_values(loaded), config):
-        if field in ("run.dir", "checkpoint.load") or not isinstance(value, str):
+        if field == "run.dir" or not isinstance(value, str):
             continue
         path = Path(value if os.path.exists(value) else value.rpartition(":")[0])
         if path != Path() and path.exists() and any(path.resolve().is_relative_to(one) for one in gone):
