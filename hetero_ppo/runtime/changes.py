@@ -33,10 +33,15 @@ class Change:
     new: Any
     rule: OnResume | None  # None: the field is not in the schema any more
 
+    def values(self) -> str:
+        """Return field, old and new value."""
+        return f"{self.field}: {_text(self.old)} -> {_text(self.new)}"
+
     def describe(self) -> str:
-        """Return field, old and new value, and what becomes of it."""
-        rule = "no longer an option" if self.rule is None else self.rule.value
-        return f"{self.field}: {_text(self.old)} -> {_text(self.new)} ({rule})"
+        """Return field, old and new value, and what becomes of a change that is not refused."""
+        if self.rule is OnResume.objective:
+            return f"{self.values()} (allowed by checkpoint.allow_changes)"
+        return f"{self.values()} ({'no longer an option' if self.rule is None else self.rule.value})"
 
 
 def config_values(loaded: LoadedConfig) -> dict[str, Any]:

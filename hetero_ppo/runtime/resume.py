@@ -124,7 +124,7 @@ def check_changes(resume: Resume) -> None:
 
 
 def _list(changes: list[Change]) -> str:
-    return "; ".join(change.describe().partition(" (")[0] for change in changes)
+    return "; ".join(change.values() for change in changes)
 
 
 def _saved_config(folder: Path, run_dir: Path) -> tuple[dict[str, Any] | None, str | None]:
