@@ -28,6 +28,7 @@ class OnResume(Enum):
     weights = "frozen role: compared by digest of the weights; trained role: no effect, its weights are the checkpoint's"
     dtype = "frozen role: refused unless checkpoint.allow_changes names it; trained role: refused, the checkpoint is stored in this form"
     no_effect = "no effect: the checkpoint has what it would decide"
+    newer = "newer than the checkpoint, with its default; applied"  # not in the table
 
 
 S, START, OPERATION, APPLIED = OnResume.section, OnResume.start, OnResume.operation, OnResume.applied
@@ -72,6 +73,7 @@ TABLE: dict[type, dict[str, OnResume]] = {
         "path": OnResume.weights,
         "tokenizer": CONTENT,
         "dtype": OnResume.dtype,
+        "head_init": OnResume.no_effect,
         "init_seed": OnResume.no_effect,
     },
     schema.RoleConfig: _ROLE,
@@ -85,6 +87,7 @@ TABLE: dict[type, dict[str, OnResume]] = {
         "lr_schedule": APPLIED,
         "warmup_steps": APPLIED,
         "weight_decay": APPLIED,
+        "decay_norms_and_biases": APPLIED,
         "beta1": APPLIED,
         "beta2": APPLIED,
         "eps": APPLIED,
@@ -194,6 +197,7 @@ TABLE: dict[type, dict[str, OnResume]] = {
         "coef": APPLIED,
         "target": APPLIED,
         "horizon": APPLIED,
+        "clamp": OBJECTIVE,
         "loss_coef": OBJECTIVE,
         "loss_estimator": OBJECTIVE,
     },
@@ -209,6 +213,8 @@ TABLE: dict[type, dict[str, OnResume]] = {
         "rollout_correction": S,
         "whiten_advantages": OBJECTIVE,
         "ppo_epochs": APPLIED,
+        "critic_epochs": APPLIED,
+        "critic_minibatch_size": APPLIED,
         "rollout_batch_size": APPLIED,
         "samples_per_prompt": APPLIED,
         "minibatch_size": APPLIED,

@@ -39,8 +39,8 @@ from megatron_bridge.model_provider import Head
 MAX_METRICS = 64
 #: What a checkpoint of a role holds beside tensors.
 COUNTS = ("steps_done", "skipped_in_a_row")
-#: Options of the optimizer that torch stores with its state. The learning rate is set before every step.
-OPTIONS = ("weight_decay", "betas", "eps")
+#: Options of the optimizer that torch stores with its state. Learning rate and weight decay are set before every step.
+OPTIONS = ("betas", "eps")
 
 
 @dataclass(frozen=True)

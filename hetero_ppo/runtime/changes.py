@@ -52,7 +52,7 @@ def config_values(loaded: LoadedConfig) -> dict[str, Any]:
 def compare(saved: dict[str, Any], values: dict[str, Any], kind: str) -> list[Change]:
     """Return the fields that differ, in the order of the schema. Those of one start alone (``run.dir``) take no part.
 
-    A field that is newer than the checkpoint, and has its default, does not differ.
+    A field that is newer than the checkpoint, and has its default, is never refused, and named where it bears on the objective.
 
     Args:
         saved: Values of the checkpoint's config.yaml, of the same kind.
@@ -71,9 +71,11 @@ def compare(saved: dict[str, Any], values: dict[str, Any], kind: str) -> list[Ch
     )
     for field in [*new_leaves, *(name for name in old_leaves if name not in new_leaves)]:
         old, new = (side.get(field, Presence.absent) for side in (old_leaves, new_leaves))
-        if old is Presence.absent and new == _default(schema_class, field):
-            continue
         rule = rule_of(schema_class, field)
+        if old is Presence.absent and new == _default(schema_class, field):
+            if rule is not OnResume.objective:
+                continue
+            rule = OnResume.newer
         if old != new and rule is not OnResume.start:
             changes.append(Change(field, old, new, rule))
     return changes

@@ -179,7 +179,7 @@ def _is_same_run(loaded: LoadedConfig, config_file: Path) -> bool:
         return False
     if not isinstance(saved, dict) or saved.get("kind") != loaded.kind:
         return False
-    harmless = (OnResume.start, OnResume.operation)
+    harmless = (OnResume.operation, OnResume.newer)
     return all(change.rule in harmless for change in compare(saved, config_values(loaded), loaded.kind))
 
 

@@ -15,7 +15,7 @@ from typing import Any, get_type_hints
 
 import pytest
 
-from hetero_ppo.checkpoint.manifest import write_marker
+from hetero_ppo.checkpoint.manifest import COMPLETE, look_at_share, write_marker
 from hetero_ppo.config import schema
 from hetero_ppo.config.checks_resume import check_allowed_changes
 from hetero_ppo.config.load import LoadedConfig, item_class, load_config, section_class
@@ -48,8 +48,13 @@ def save_checkpoint(loaded: LoadedConfig, step: int = 2, **state: Any) -> Path:
     save_config(loaded, str(folder / "config.yaml"))
     about = {"step": step, "run_id": "a", "begun": "2024-02-29T23:59:59", "inputs": {}}
     (folder / "trainer.json").write_text(json.dumps(about | state))
-    write_marker(folder, {})
+    mark(folder)
     return run_dir
+
+
+def mark(folder: Path) -> None:
+    (folder / COMPLETE).unlink(missing_ok=True)
+    write_marker(folder, look_at_share(folder, 0, 1, settle=False))
 
 
 def fields_of(section: type, prefix: str = "") -> Iterator[str]:
@@ -77,7 +82,7 @@ def test_the_table_has_nothing_that_the_schema_lacks() -> None:
         assert set(rules) == set(hints), section.__name__
         for name, rule in rules.items():
             is_section = section_class(hints[name]) is not None or item_class(hints[name]) is not None
-            assert rule is not OnResume.section or is_section, f"{section.__name__}.{name}"
+            assert rule is not OnResume.newer and (rule is not OnResume.section or is_section), f"{section.__name__}.{name}"
 
 
 def other_value(value: Any) -> Any:
@@ -154,13 +159,15 @@ def test_a_section_that_one_configuration_lacks_is_one_change(field: str, lacks:
 
 
 def test_options_that_are_newer_than_the_checkpoint() -> None:
-    """With their defaults they are no change; a value of its own is one. An option that is gone is named."""
+    """With their defaults they are not refused; a value of its own is a change. An option that is gone is named."""
     values = values_of("ppo")
     old = copy.deepcopy(values)
     del old["algorithm"]["entropy_coef"], old["rollout"]["mismatch"]
     old["algorithm"]["gone"] = 3
-    (change,) = compare(old, values, "ppo")
-    assert change.describe() == "algorithm.gone: 3 -> (not there) (no longer an option)"
+    first, last = compare(old, values, "ppo")
+    assert first.describe() == "algorithm.entropy_coef: (not there) -> 0.0 (newer than the checkpoint, with its default; applied)"
+    assert last.describe() == "algorithm.gone: 3 -> (not there) (no longer an option)"
+    check_changes(resumed({}, changes=[first, last]))
     changes = compare(old, {**values, "algorithm": {**values["algorithm"], "entropy_coef": 0.1}}, "ppo")
     assert changes[0].values() == "algorithm.entropy_coef: (not there) -> 0.1"
 
@@ -169,7 +176,7 @@ def test_a_checkpoint_without_a_configuration_falls_back_on_its_run_folder(tmp_p
     loaded = configured(tmp_path, "sft")
     run_dir = save_checkpoint(loaded)
     (run_dir / "checkpoints" / "iter_0000002" / "config.yaml").unlink()
-    write_marker(run_dir / "checkpoints" / "iter_0000002", {})
+    mark(run_dir / "checkpoints" / "iter_0000002")
     after = configured(tmp_path, "sft", f"checkpoint.load={run_dir}", "run.log_every=9")
     resume = read_resume(after)
     assert resume is not None and "cannot be compared" in resume.describe()
@@ -208,7 +215,7 @@ def test_a_checkpoint_of_an_older_version_has_no_name_and_no_date(tmp_path: Path
     run_dir = save_checkpoint(configured(tmp_path, "sft"))
     folder = run_dir / "checkpoints" / "iter_0000002"
     (folder / "trainer.json").write_text('{"step": 2}')
-    write_marker(folder, {})
+    mark(folder)
     resume = read_resume(configured(tmp_path, "sft", f"checkpoint.load={run_dir}"))
     assert resume is not None and resume.inputs is None and beginning(resume).run_id == "unnamed"
 
