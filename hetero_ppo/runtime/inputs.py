@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import ast
 import hashlib
-import importlib.util
+import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 from hetero_ppo.config.on_resume import is_named
@@ -66,13 +68,22 @@ def function_digest(function: str) -> str:
         function: ``package.module:name`` or ``path/to/file.py:name``.
     """
     module, _, name = function.rpartition(":")
-    if module.endswith(".py"):
-        origin = module
-    else:
-        spec = importlib.util.find_spec(module)
-        origin = None if spec is None else spec.origin
+    source = Path(module) if module.endswith(".py") else _source_of(module)
     digest = hashlib.sha256(name.encode())
-    if origin is not None and Path(origin).is_file():
-        source = Path(origin).read_bytes()
-        digest.update(ast.dump(ast.parse(source)).encode() if origin.endswith(".py") else source)
+    if source is not None and source.is_file():
+        text = source.read_bytes()
+        digest.update(ast.dump(ast.parse(text)).encode() if source.suffix == ".py" else text)
     return digest.hexdigest()
+
+
+def _source_of(module: str) -> Path | None:
+    """Return the file of a module, without importing it or its packages: that is for the processes that call the function."""
+    places: Sequence[str] | None = [os.getcwd(), *sys.path]
+    spec, name = None, ""
+    for part in module.split("."):
+        name = f"{name}.{part}".removeprefix(".")
+        spec = None if places is None else PathFinder.find_spec(name, places)
+        if spec is None:
+            return None
+        places = spec.submodule_search_locations
+    return None if spec is None or spec.origin is None else Path(spec.origin)

@@ -6,6 +6,7 @@ import copy
 import functools
 import json
 import operator
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from datetime import datetime
@@ -239,14 +240,19 @@ def test_inputs_are_compared_by_content(tmp_path: Path) -> None:
     assert "are not compared: reference.model.path, data.train" in line
 
 
-def test_a_reward_function_may_move_and_not_change(tmp_path: Path) -> None:
+def test_a_reward_function_may_move_and_not_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = tmp_path / "a.py", tmp_path / "b.py"
     first.write_text("def score(prompt, response):\n    return 1.0\n")
     second.write_text("# moved\n\ndef score(prompt,\n          response):\n    return 1.0  # still\n")
     assert function_digest(f"{first}:score") == function_digest(f"{second}:score") != function_digest(f"{first}:other")
     second.write_text(second.read_text().replace("1.0", "2.0"))
     assert function_digest(f"{first}:score") != function_digest(f"{second}:score")
-    assert function_digest("json.decoder:scan") == function_digest("json.decoder:scan")
+    package = tmp_path / "rewards_of_a_test"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError('not imported here')\n")
+    shutil.copy(first, package / "length.py")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert function_digest("rewards_of_a_test.length:score") == function_digest(f"{first}:score")
 
 
 @pytest.mark.parametrize(
