@@ -14,8 +14,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from hetero_ppo.algorithms.losses import Loss, policy_loss
 from hetero_ppo.config.schema import AlgorithmConfig, KlConfig, KlEstimator, ParallelConfig, RewardModelLossConfig
 from hetero_ppo.distributed.groups import role_groups
-from hetero_ppo.engines.losses import SUM, actor_loss_fn, reward_loss_fn
-from hetero_ppo.types import Microbatch, PolicyInputs
+from hetero_ppo.engines.losses import SUM, actor_loss_fn, critic_loss_fn, reward_loss_fn
+from hetero_ppo.types import Microbatch, PolicyInputs, ValueInputs
 
 VOCAB = 11
 
@@ -104,12 +104,23 @@ def test_kl_loss_by_hand(groups: ProcessGroupCollection, estimator: KlEstimator,
     """The policy gives the token twice the reference's probability."""
     config = AlgorithmConfig(kl=KlConfig(loss_coef=0.2, loss_estimator=estimator))
     assert one_token_loss(groups, config, ref_ratio=2.0).loss.item() == pytest.approx(0.2 * kl, rel=1e-5)
+    clamped = AlgorithmConfig(kl=KlConfig(loss_coef=0.2, loss_estimator=estimator, clamp=0.1))
+    assert one_token_loss(groups, clamped, ref_ratio=2.0).loss.item() == pytest.approx(0.2 * 0.1, rel=1e-5)
     assert "actor/kl_loss" not in one_token_loss(groups, AlgorithmConfig(), ref_ratio=2.0).metric_sums
 
 
-def scalar_microbatch(lengths: list[int]) -> Microbatch:
+def scalar_microbatch(lengths: list[int], inputs: ValueInputs | None = None) -> Microbatch:
     ids = torch.zeros(len(lengths), 3, dtype=torch.int64)
-    return Microbatch(ids, torch.tensor(lengths))
+    return Microbatch(ids, torch.tensor(lengths), inputs)
+
+
+@pytest.mark.parametrize(("value_clip", "loss"), [(None, 0.5 * 0.5**2), (0.2, 0.5 * 0.8**2)])
+def test_value_loss_by_hand(value_clip: float | None, loss: float) -> None:
+    """Old value 1, value 1.5, return 2, in the second column; the first is masked out."""
+    tensors = [torch.tensor([[9.0, x]]) for x in (1.0, 2.0)]
+    microbatch = scalar_microbatch([3], ValueInputs(*tensors, torch.tensor([[False, True]])))
+    found = critic_loss_fn(AlgorithmConfig(value_clip=value_clip))(torch.tensor([[7.0, 1.5, 7.0]]), microbatch)
+    assert found.loss.item() == pytest.approx(loss) and found.count.item() == 1
 
 
 def test_reward_model_loss_by_hand() -> None:

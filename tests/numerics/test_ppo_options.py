@@ -1,18 +1,23 @@
-"""Options that the trainer itself obeys, in PPO runs of one step or two on recorded rollouts: this process is their one rank."""
+"""Options that the trainer itself obeys, in PPO runs of one step or two: this process is their one rank."""
 
 from __future__ import annotations
 
 import itertools
+import os
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import torch
 from chain import read_metrics
 from distributed.ppo_runs import PpoRuns, prepare
+from transformers import AutoModelForSequenceClassification
 
 from hetero_ppo.cli.main import main
+from hetero_ppo.errors import EXIT_STOPPED
 from hetero_ppo.observability.trace import COPY_IN, read_trace
+from hetero_ppo.rollout.replay import read_rollouts
 
 LR, STEPS = 1e-3, 2
 #: One minibatch of all 16 responses, so that the actor's only training forward of a step is of the policy that sampled.
@@ -22,24 +27,59 @@ FIELDS: dict[str, object] = {
     "actor.optimizer.lr": LR,
     "train.trace_every": 1,
 }
+#: What has a state to lose.
+STATEFUL: dict[str, object] = {
+    "algorithm.kl.controller": "adaptive",
+    "algorithm.kl.horizon": 100,
+    "reward.normalise": True,
+    "checkpoint.every": 1,
+}
 RUNS: dict[str, dict[str, object]] = {
-    "aligned": {"actor.aligned": True, "algorithm.kl.controller": "adaptive", "algorithm.kl.horizon": 100},
+    "aligned": {**STATEFUL, "actor.aligned": True, "critic.optimizer.lr_schedule": "linear"},
     "warm-up": {"algorithm.critic_warmup_steps": 1},
     "epochs": {
         "algorithm.ppo_epochs": 2,
         "algorithm.minibatch_size": 4,
+        "algorithm.critic_epochs": 3,
+        "algorithm.critic_minibatch_size": 8,
         "actor.optimizer.lr_schedule": "linear",
         "critic.optimizer.lr_schedule": "linear",
         "critic.optimizer.lr": LR,
+        "checkpoint.every": 1,
+        "checkpoint.keep": 1,
+        "train.dump_rollouts": True,
+    },
+    # The actor answers the prompts itself, with the weights of the step before.
+    "generated": {
+        "rollout.engine": "megatron",
+        "rollout.max_num_seqs": 16,
+        "train.replay_rollouts": "null",
+        "rollout.sampling.max_tokens": 4,
     },
 }
+#: Asks the run to stop while it scores the first step, and gives 0.5 less than there are characters.
+FUNCTION = """
+import os, signal
+
+def score(prompt, response, label, metadata):
+    os.kill({pid}, signal.SIGUSR1)
+    return len(response) - 0.5
+"""
 
 
-@dataclass(frozen=True)
+@dataclass
 class OneRank:
     """Runs in this process."""
 
     runs: PpoRuns
+    done: set[str] = field(default_factory=set)
+
+    def folder(self, name: str) -> Path:
+        """The folder of one of ``RUNS``, which the first test that asks for it runs."""
+        if name not in self.done:
+            assert self.launch(name, RUNS[name]) == 0
+            self.done.add(name)
+        return self.runs.root / name
 
     def launch(self, name: str, fields: dict[str, object]) -> int:
         """Train in the folder ``name``; returns the exit status."""
@@ -57,50 +97,104 @@ def rank(tmp_path_factory: pytest.TempPathFactory) -> OneRank:
     return OneRank(prepare(tmp_path_factory.mktemp("ppo"), num_hidden_layers=1))
 
 
-@pytest.fixture(scope="module")
-def folders(rank: OneRank) -> dict[str, Path]:
-    """Run -> its folder."""
-    assert [rank.launch(name, fields) for name, fields in RUNS.items()] == [0] * len(RUNS)
-    return {name: rank.runs.root / name for name in RUNS}
-
-
-def test_an_aligned_actors_first_ratio_is_one_to_the_bit(folders: dict[str, Path]) -> None:
+def test_an_aligned_actors_first_ratio_is_one_to_the_bit(rank: OneRank) -> None:
     """The forward that gave the old log-probs, of other micro-batches and without a gradient, and the training forward agree."""
-    for metrics in read_metrics(folders["aligned"]).values():
+    for metrics in read_metrics(rank.folder("aligned")).values():
         assert metrics["actor/ppo_kl_first"] == metrics["actor/ppo_kl"] == 0.0
         assert metrics["actor/ratio_mean"] == 1.0 and metrics["actor/pg_clipfrac"] == 0.0
-    trained_on = read_metrics(folders["epochs"])[1]
+    trained_on = read_metrics(rank.folder("epochs"))[1]
     assert abs(trained_on["actor/ppo_kl_first"]) < 1e-6 and abs(trained_on["actor/ppo_kl"]) > 1e-4
 
 
-def test_the_kl_controller_sees_every_step(folders: dict[str, Path]) -> None:
+def test_the_kl_controller_sees_every_step(rank: OneRank) -> None:
     """The first step's KL is 0, far below the target: its coefficient falls by the largest relative error, 0.2 x 16 / 100."""
-    first, second = read_metrics(folders["aligned"]).values()
+    first, second = read_metrics(rank.folder("aligned")).values()
     assert first["kl/coef"] == 0.05 and abs(first["kl/reference"]) < 1e-5
     assert second["kl/coef"] == pytest.approx(0.05 * (1 - 0.2 * 16 / 100))
 
 
-def test_the_critic_warms_up_alone(folders: dict[str, Path]) -> None:
+def test_the_critic_warms_up_alone(rank: OneRank) -> None:
     """The actor is the reference until it is trained: their KL is 0 in the step after the warm-up, and is not without it."""
-    first, second = read_metrics(folders["warm-up"]).values()
+    first, second = read_metrics(rank.folder("warm-up")).values()
     assert not [name for name in first if name.startswith("actor/")] and first["critic/grad_norm"] > 0
     assert second["actor/grad_norm"] > 0 and abs(second["kl/reference"]) < 1e-5
-    trained = read_metrics(folders["aligned"])[2]
+    trained = read_metrics(rank.folder("aligned"))[2]
     assert abs(trained["kl/reference"]) > 1e-3
     assert second["critic/vf_loss"] != first["critic/vf_loss"]
 
 
-def test_epochs_and_minibatches_are_optimizer_steps(folders: dict[str, Path]) -> None:
-    """Two epochs of four minibatches are 8 steps of 16 in the run: of a line to 0, the last rate of a step is 1 - 7/16, and 1 - 15/16."""
-    rates = [(m["actor/lr"], m["critic/lr"]) for m in read_metrics(folders["epochs"]).values()]
-    assert rates == [pytest.approx((LR * left, LR * left)) for left in (9 / 16, 1 / 16)]
-    assert [m["actor/lr"] for m in read_metrics(folders["aligned"]).values()] == [LR] * STEPS
+def test_epochs_and_minibatches_are_optimizer_steps(rank: OneRank) -> None:
+    """The actor's two epochs of four minibatches are 8 steps of 16 in the run: of a line to 0, the last rates of the two PPO steps are
+    1 - 7/16 and 1 - 15/16. The critic's three epochs of two are 6 of 12.
+    """
+    rates = [(m["actor/lr"], m["critic/lr"]) for m in read_metrics(rank.folder("epochs")).values()]
+    assert rates == [pytest.approx((LR * 9 / 16, LR * 7 / 12)), pytest.approx((LR / 16, LR / 12))]
+    assert [m["actor/lr"] for m in read_metrics(rank.folder("aligned")).values()] == [LR] * STEPS
 
 
-def test_a_role_is_on_its_way_before_its_turn(folders: dict[str, Path]) -> None:
+def test_scores_are_those_of_transformers(rank: OneRank) -> None:
+    """Of each response alone, at its last token. And responses that reached the length limit are those of the record."""
+    torch.set_num_threads(1)
+    model = AutoModelForSequenceClassification.from_pretrained(rank.runs.root / "dense" / "scorer", dtype=torch.float32)
+    rows = read_rollouts(rank.folder("epochs") / "rollouts" / "step_000001.jsonl")
+    for row in rows:
+        with torch.no_grad():
+            score = float(model(torch.tensor([row.prompt_ids + row.response_ids])).logits)
+        assert row.extra["score"] == pytest.approx(score, abs=1e-5)
+    recorded = {tuple(r.response_ids): r.finish_reason for r in read_rollouts(rank.runs.root / "rollouts" / "step_000001.jsonl")}
+    truncated = [recorded[tuple(row.response_ids)] == "length" for row in rows]
+    assert 0 < sum(truncated) < len(rows)
+    assert read_metrics(rank.folder("epochs"))[1]["response_length/clip_ratio"] == pytest.approx(sum(truncated) / len(rows))
+
+
+def test_old_checkpoints_go(rank: OneRank) -> None:
+    for name, steps in (("aligned", [1, 2]), ("epochs", [2])):
+        complete = sorted((rank.folder(name) / "checkpoints").glob("iter_*/COMPLETE"))
+        assert [int(path.parent.name.removeprefix("iter_")) for path in complete] == steps, name
+
+
+def test_a_resumed_run_takes_the_step_of_the_straight_one_to_the_bit(rank: OneRank) -> None:
+    """Weights, optimizers, learning rates, the KL coefficient, the moments of the scores and the place in the prompts come back."""
+    load = {"checkpoint.load": rank.folder("aligned"), "checkpoint.step": 1}
+    assert rank.launch("resumed", {**RUNS["aligned"], **load}) == 0
+    straight, resumed = (results(folder) for folder in (rank.folder("aligned"), rank.runs.root / "resumed"))
+    assert list(resumed) == [2] and resumed[2] == straight[2]
+
+
+def results(folder: Path) -> dict[int, dict[str, float]]:
+    """Metrics without those of memory and time."""
+    return {
+        step: {n: v for n, v in found.items() if not n.startswith(("memory/", "pipeline/")) and not n.endswith("_s")}
+        for step, found in read_metrics(folder).items()
+    }
+
+
+def test_every_step_generates_with_its_own_weights(rank: OneRank) -> None:
+    """The log-probs that the engine sampled with are those of the trained actor: of step 2, those of the weights after step 1."""
+    for step, metrics in read_metrics(rank.folder("generated")).items():
+        assert metrics["rollout/log_prob_diff_max"] < 1e-4, step
+        assert metrics["rollout/golden_log_prob_diff"] < 1e-4, step
+    assert abs(read_metrics(rank.folder("generated"))[2]["kl/reference"]) > 1e-4
+
+
+def test_a_function_scores_and_a_signal_stops_after_the_step(rank: OneRank) -> None:
+    """The mean of scores that are half numbers; a checkpoint of step 1, and no second step."""
+    (rank.runs.root / "function.py").write_text(FUNCTION.format(pid=os.getpid()))
+    function = {"reward.source": "function", "reward.function": f"{rank.runs.root / 'function.py'}:score", "reward_model": "null"}
+    folder = rank.runs.root / "stopped"
+    assert rank.launch("stopped", {**function, "reward.timeout_s": 60, "train.dump_rollouts": True}) == EXIT_STOPPED
+    metrics = read_metrics(folder)
+    assert list(metrics) == [1] and [path.name for path in (folder / "checkpoints").glob("iter_*")] == ["iter_0000001"]
+    rows = read_rollouts(folder / "rollouts" / "step_000001.jsonl")
+    scores = [len(row.extra["response"]) - 0.5 for row in rows]
+    assert [row.extra["score"] for row in rows] == scores
+    assert metrics[1]["reward/mean"] == pytest.approx(sum(scores) / len(scores))
+
+
+def test_a_role_is_on_its_way_before_its_turn(rank: OneRank) -> None:
     """Its parameters begin to come in while the role before it computes."""
     came_early = 0
-    for path in sorted((folders["aligned"] / "trace").glob("step_*.json")):
+    for path in sorted((rank.folder("aligned") / "trace").glob("step_*.json")):
         spans = read_trace(path).spans
         turns = [span for span in spans if span.name in ("scores", "ref_log_probs", "old_log_probs", "values") and span.lane != "trainer"]
         assert [turn.lane for turn in turns] == ["reward_model", "reference", "actor", "critic"]

@@ -102,6 +102,11 @@ def test_token_rewards_are_the_score_less_the_kl_penalty(estimator: KlEstimator,
     assert experience.metrics["reward/mean"] == pytest.approx(5 / 3)
 
 
+def test_a_tokens_kl_is_clamped() -> None:
+    experience = assemble(make_maker(kl=KlConfig(coef=0.5, clamp=0.5)))
+    assert experience.token_level_rewards.tolist() == [[0, -0.25, 2, 0], [0, -0.25, 0, -1.25], [0, 0, 0.25, 4]]
+
+
 def test_the_penalty_has_the_controllers_coefficient_of_now() -> None:
     maker = make_maker(kl=KlConfig(coef=0.5))
     maker.kl_controller.coef = 1.0
@@ -199,6 +204,8 @@ def test_old_log_probs_of_the_engine() -> None:
     experience = maker.assemble(rollout(ENGINE), given)
     assert torch.equal(experience.old_log_probs, ENGINE) and experience.tis_weights is None
     assert float(experience.token_level_rewards[0, 2]) == pytest.approx(2 + math.log(4))
+    assert [stage.name for stage in maker.stages()] == ["scores", "ref_log_probs", "values"]  # the actor computes nothing
+    assert [stage.name for stage in make_maker().stages()] == ["scores", "ref_log_probs", "old_log_probs", "values"]
 
 
 def judge(names: list[str], **reward: Any) -> Judges:
