@@ -157,6 +157,7 @@ class _Worker:
     process: subprocess.Popen[bytes]
     socket: socket.socket
     dump: io.FileIO  # its stacks, in memory
+    life: io.FileIO  # a pipe's end: the kernel ends the worker's group when it is closed
     writer: asyncio.StreamWriter | None = None
     is_ready: bool = False
     under_way: dict[int, _Call] = field(default_factory=dict)  # by id
@@ -276,7 +277,7 @@ class FunctionPool:
         self._loop.set_exception_handler(self._on_bug)
         self._closing = asyncio.Event()
         self._started.set()
-        self._start_worker()
+        self._loop.call_soon(self._start_worker)  # what it raises goes to _on_bug
         await self._closing.wait()
         self._is_closing = True
         for worker in self._workers:
@@ -336,22 +337,23 @@ class FunctionPool:
     def _start_worker(self) -> None:
         ours, theirs = socket.socketpair()
         dump = io.FileIO(os.memfd_create("stacks"), "r+")
+        reads, writes = os.pipe()
         environment = {
             name: value
             for name, value in os.environ.items()
             if name not in TORCHRUN_VARIABLES and not name.startswith(TORCHRUN_PREFIXES)
         }
         script = Path(function_worker.__file__)
-        with theirs:
-            arguments = [str(number) for number in (theirs.fileno(), dump.fileno(), os.getpid())]
+        with theirs, open(reads, "rb"):
+            descriptors = (theirs.fileno(), dump.fileno(), reads)
             process = subprocess.Popen(
-                [sys.executable, "-u", "-P", str(script), *arguments],
+                [sys.executable, "-u", "-P", str(script), *map(str, descriptors), str(os.getpid())],
                 stdin=subprocess.DEVNULL,
-                pass_fds=(theirs.fileno(), dump.fileno()),
+                pass_fds=descriptors,
                 env={"OMP_NUM_THREADS": "1", **environment},
                 start_new_session=True,  # a terminal's Ctrl-C goes to the trainer, which decides
             )
-        worker = _Worker(process, ours, dump)
+        worker = _Worker(process, ours, dump, io.FileIO(writes, "w"))
         self._workers.append(worker)
         self._spawn(self._live(worker))
 
@@ -480,6 +482,7 @@ class FunctionPool:
         assert worker.writer is not None
         worker.writer.close()
         worker.dump.close()
+        worker.life.close()
         self._workers.remove(worker)
         for timer in worker.timers.values():
             timer.cancel()

@@ -1,11 +1,11 @@
 """Calls a user's reward or evaluation function in a process of its own, in its main thread.
 
-Run as a script, ``python function_worker.py SOCKET DUMP PARENT``, by ``function_pool.py``, with the standard library alone: it starts in
+Run as a script, ``python function_worker.py SOCKET DUMP LIFE PARENT``, by ``function_pool.py``, with the standard library alone: it starts in
 tens of milliseconds and holds neither torch nor Megatron-Core. Orders and answers are JSON with a length in front, over the socket
 with the file descriptor SOCKET; stdin, stdout and stderr are the function's. The first order says which function; the answer
 to it says whether that could be loaded. Every later order is one call.
 
-The process ends with its parent. It ignores the signals that ask a run to stop: the step that still needs its scores ends first.
+The process ends with its parent, and what the function has started with it: LIFE is a pipe that the parent holds the other end of. It ignores the signals that ask a run to stop: the step that still needs its scores ends first.
 When it crashes, or is sent ``DUMP_SIGNAL``, it writes its Python stack to the file DUMP, even while a thread holds the GIL.
 """
 
@@ -16,6 +16,7 @@ import ctypes
 import datetime
 import decimal
 import faulthandler
+import fcntl
 import hashlib
 import importlib
 import importlib.util
@@ -31,7 +32,7 @@ import sysconfig
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import FrameType
+from types import FrameType, ModuleType
 from typing import Any
 
 #: Asks for a dump of the Python stack. No library is known to use it.
@@ -231,7 +232,7 @@ def user_sources() -> dict[str, str]:
     """Return the digests of the user's modules that are loaded, by file."""
     found = {}
     for module in list(sys.modules.values()):
-        file = vars(module).get("__file__")
+        file = vars(module).get("__file__") if isinstance(module, ModuleType) else None
         if isinstance(file, str) and file.endswith(".py") and is_users(file) and os.path.isfile(file):
             found[os.path.realpath(file)] = hashlib.sha256(Path(file).read_bytes()).hexdigest()
     return found
@@ -388,12 +389,16 @@ def _ignore(number: int, frame: FrameType | None) -> None:
     """The handler of requests to stop. SIG_IGN would stay with the programs that the function starts."""
 
 
-def _prepare(channel: int, dump: int, parent: int) -> None:
+def _prepare(channel: int, dump: int, life: int, parent: int) -> None:
     """Set what the process does about its parent, signals, forks and crashes."""
+    # The kernel ends this process when its parent is killed, and when the pipe's other end is closed its whole group, without the GIL.
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+    fcntl.fcntl(life, fcntl.F_SETOWN, -os.getpgrp())
+    fcntl.fcntl(life, fcntl.F_SETSIG, int(signal.SIGKILL))
+    fcntl.fcntl(life, fcntl.F_SETFL, fcntl.fcntl(life, fcntl.F_GETFL) | os.O_ASYNC)
     if os.getppid() != parent:
         os._exit(1)
-    for descriptor in (channel, dump):
+    for descriptor in (channel, dump, life):
         os.set_inheritable(descriptor, False)
     faulthandler.enable(dump, all_threads=False)
     faulthandler.register(DUMP_SIGNAL, dump, all_threads=False)
@@ -421,8 +426,8 @@ def _prepare(channel: int, dump: int, parent: int) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    descriptor, dump, parent = (int(argument) for argument in arguments)
-    _prepare(descriptor, dump, parent)
+    descriptor, dump, life, parent = (int(argument) for argument in arguments)
+    _prepare(descriptor, dump, life, parent)
     channel = Channel(descriptor)
     order: dict[str, Any] | None = None
     while order is None:

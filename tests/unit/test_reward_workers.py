@@ -78,7 +78,7 @@ def stop_signals(metadata):
 
 
 def leave_children(metadata):
-    child = subprocess.Popen(["sleep", "60"])
+    child = subprocess.Popen(["sleep", "60"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     with open(metadata["pids"], "w") as file:
         file.write(str(child.pid))
     time.sleep(60)
@@ -269,17 +269,18 @@ import os, signal, sys
 from hetero_ppo.reward.function_pool import FunctionPool, FunctionSpec
 pool = FunctionPool(FunctionSpec(sys.argv[1], "reward.function", 60.0, 2), print)
 pool.open()
-ticket = pool.submit([(["", "", "sleep", {}], (row,)) for row in range(2)], 2)
-while len(pool._workers) < 2 or not all(worker.under_way for worker in pool._workers):
+ticket = pool.submit([(["", "", "leave_children", {"pids": name}], (0,)) for name in sys.argv[2:]], 2)
+while not all(os.path.exists(name) and os.path.getsize(name) for name in sys.argv[2:]):
     pass
 print(*pool.processes(), flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-def test_workers_end_with_a_parent_that_is_killed(file: Path) -> None:
+def test_workers_end_with_a_parent_that_is_killed_and_so_does_what_they_started(file: Path, tmp_path: Path) -> None:
+    names = [str(tmp_path / name) for name in ("one", "two")]
     done = subprocess.run(
-        [sys.executable, "-c", PARENT, f"{file}:score"],
+        [sys.executable, "-c", PARENT, f"{file}:score", *names],
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
         capture_output=True,
         text=True,
@@ -288,7 +289,8 @@ def test_workers_end_with_a_parent_that_is_killed(file: Path) -> None:
     )
     workers = [int(process) for process in done.stdout.split()]
     assert len(workers) == 2, done.stderr
-    wait_for(lambda: not any(is_running(process) for process in workers))
+    children = [int(Path(name).read_text()) for name in names]
+    wait_for(lambda: not any(is_running(process) for process in workers + children))
 
 
 @pytest.mark.parametrize("workers", [1, 3])
