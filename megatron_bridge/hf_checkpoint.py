@@ -56,7 +56,7 @@ class HfCheckpoint:
         self._open: dict[Path, Any] = {}
         self.tensors: dict[str, TensorInfo] = {}
         try:
-            check_links(self.path)
+            check_names(self.path)
             self._read_headers()
         except BaseException:
             self._stack.close()
@@ -81,7 +81,6 @@ class HfCheckpoint:
     def _read_header(self, file: Path, listed_in: Path | None) -> None:
         if not file.is_file():
             raise ValueError(f"{listed_in}: lists {file.name}, but there is no such file; complete the download")
-        _check_stays_inside(file, self.path)
         try:
             handle = self._stack.enter_context(safe_open(file, framework="pt"))
         except SafetensorError as error:
@@ -109,6 +108,19 @@ class HfCheckpoint:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stack.close()
+
+
+def check_names(folder: Path) -> None:
+    """``check_links``, and refuse an index that names a file outside of the folder. Reads no weights.
+
+    Raises:
+        ValueError: A file is elsewhere, or the index is none.
+    """
+    check_links(folder)
+    index = folder / INDEX_FILE
+    if index.is_file():
+        for file in sorted(set(_weight_map(index).values())):
+            _check_stays_inside(folder / file, folder)
 
 
 def check_links(folder: Path) -> None:

@@ -10,6 +10,7 @@ import json
 import math
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from hetero_ppo.config.checks_microbatches import (
@@ -399,8 +400,18 @@ def check_model_folders(config: AnyConfig) -> None:
             path,
             "the folder has no *.safetensors file; save the model with safetensors",
         )
+        _check_file_names(field, path)
         tokenizer = role.model.tokenizer
         _require(tokenizer is None or os.path.isdir(tokenizer), f"{name}.model.tokenizer", tokenizer, "no such folder")
+
+
+def _check_file_names(field: str, path: str) -> None:
+    from megatron_bridge.hf_checkpoint import check_names  # torch takes seconds to import
+
+    try:
+        check_names(Path(path))
+    except ValueError as error:
+        raise ValueError(f"{field}={path}: {error}") from error
 
 
 def read_model_config(field: str, path: str) -> dict[str, Any]:

@@ -9,6 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from hetero_ppo.config.checks import check_model_folders
+from hetero_ppo.config.schema import ModelConfig, SftConfig, TrainedRoleConfig
 from hetero_ppo.data.chat_template import load_tokenizer
 from megatron_bridge.hf_checkpoint import INDEX_FILE, SINGLE_FILE, check_links, tensor_names
 
@@ -66,8 +68,13 @@ def test_an_index_that_names_a_file_elsewhere_is_refused(tmp_path: Path, is_abso
     save_file({"a": torch.ones(2)}, tmp_path / "secret.safetensors")
     file = str(tmp_path / "secret.safetensors") if is_absolute else "x/../../secret.safetensors"
     write_index(tmp_path / "model", {"a": file, "b": "b.safetensors"})
-    with pytest.raises(ValueError, match=r"index.json: lists '.*secret.safetensors', which is not in the checkpoint folder"):
+    refusal = r"index.json: lists '.*secret.safetensors', which is not in the checkpoint folder"
+    with pytest.raises(ValueError, match=refusal):
         tensor_names(tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text("{}")
+    config = SftConfig(actor=TrainedRoleConfig(ModelConfig(path=str(tmp_path / "model"))))
+    with pytest.raises(ValueError, match=rf"actor.model.path=.*{refusal}"):  # before a run
+        check_model_folders(config)
 
 
 @pytest.mark.parametrize("name", [SINGLE_FILE, "tokenizer.json", "parts"])
