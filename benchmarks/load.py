@@ -7,7 +7,7 @@ A random model answers 2,000 of 10,000 prompts a step, with a KV cache that hold
 of a run is on: roles take turns on the device, checkpoints, the bank, rollout dumps, TensorBoard. After every step the resident memory,
 file descriptors and threads of all processes are counted. The slope is that of a least-squares line through the steps after a warm-up;
 growths are last tenth against first. A response is lost when its row is not in the step's dump, or not of the length that was asked for.
-The last line is one JSON object.
+FILE is written anew after every step, and the last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -119,12 +119,19 @@ def lost_rows(path: Path, num_rows: int) -> int:
     return num_rows - len(whole) + max(0, len(records) - num_rows)
 
 
+def format_line(figures: dict[str, Any]) -> str:
+    names = ("rss_growth_mb_per_100_steps", "fd_growth", "thread_growth", "rows_lost", "step_s")
+    return ", ".join(f"{name} {figures[name]}" for name in names)
+
+
 class Load:
     """One run in a folder."""
 
     def __init__(self, folder: Path, args: argparse.Namespace) -> None:
         self.args = args
         self.run_dir = folder / "run"
+        self.samples: list[Usage] = []
+        self.rows_lost = 0
         work = Work(args.rows, PROMPT_TOKENS, RESPONSE_TOKENS, minibatch=max(1, args.rows // 4))
         inputs = write_inputs(SHAPE, work, steps=args.prompts // args.rows, folder=folder)
         config = our_config(inputs, work, "fp32", args.steps, self.run_dir, micro_batch=min(64, work.minibatch))
@@ -141,43 +148,51 @@ class Load:
         self.config = folder / "ppo.yaml"
         write_config(config, self.config)
 
-    def run(self, log: Path) -> dict[str, Any]:
-        """Run to the end, or to the end of the minutes, and give the figures."""
+    def run(self, log: Path) -> Iterator[dict[str, Any]]:
+        """Run to the end, or to the end of the minutes. Gives the figures after every step that has enough before it."""
         program = ["-m", "hetero_ppo.cli.main", "train", "--config", str(self.config)]
         run = Run(program, self.args.ranks, log)
+        metrics, until = self.run_dir / "metrics.jsonl", run.started + 60 * self.args.minutes
         try:
-            samples = list(self._samples(run))
+            while time.monotonic() < until:
+                is_over = run.process.poll() is not None
+                num_steps = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+                for step in range(len(self.samples) + 1, num_steps + 1):
+                    self._count(run, step)
+                    if self._kept() > 2:
+                        yield self._figures()
+                if is_over:
+                    break
+                time.sleep(SAMPLE_EVERY_S)
+            if run.process.poll() not in (None, 0):
+                raise RuntimeError(f"the run ended with status {run.process.returncode}:\n{log.read_text()[-3000:]}")
         finally:
-            for pid in run.left() if run.process.poll() is None else ():
+            for pid in run.left():
                 os.kill(pid, signal.SIGKILL)
             run.process.wait()
-        if len(samples) <= warm_up_of(self.args.steps) + 2:
-            raise RuntimeError(f"the run came to {len(samples)} steps, too few for a slope:\n{log.read_text()[-3000:]}")
-        dumps = sorted((self.run_dir / "rollouts").glob("step_*.jsonl"))[: len(samples)]
+        if self._kept() <= 2:
+            raise RuntimeError(f"the run came to {len(self.samples)} steps, too few for a slope:\n{log.read_text()[-3000:]}")
+
+    def _kept(self) -> int:
+        return len(self.samples) - warm_up_of(self.args.steps)
+
+    def _count(self, run: Run, step: int) -> None:
+        self.samples.append(usage(run, step))
+        dump = self.run_dir / "rollouts" / f"step_{step:06d}.jsonl"
+        self.rows_lost += lost_rows(dump, self.args.rows) if dump.exists() else self.args.rows
+        dump.unlink(missing_ok=True)  # 200 of them would fill the disk
+
+    def _figures(self) -> dict[str, Any]:
         records = [json.loads(line) for line in (self.run_dir / "metrics.jsonl").read_text().splitlines()]
-        missing = (len(samples) - len(dumps)) * self.args.rows
         return {
-            **figures_of(samples, warm_up_of(self.args.steps)),
-            "rows_lost": missing + sum(lost_rows(path, self.args.rows) for path in dumps),
-            "steps": len(samples),
+            **figures_of(self.samples, warm_up_of(self.args.steps)),
+            "rows_lost": self.rows_lost,
+            "steps": len(self.samples),
             "rows": self.args.rows,
             "engine": self.args.engine,
             "step_s": round(statistics.median(record["seconds"]["total"] for record in records), 2),
             **self._cache(),
         }
-
-    def _samples(self, run: Run) -> Iterator[Usage]:
-        """One for every step as it is logged."""
-        seen, path = 0, self.run_dir / "metrics.jsonl"
-        until = run.started + 60 * self.args.minutes
-        while run.process.poll() is None and time.monotonic() < until:
-            num_steps = path.read_bytes().count(b"\n") if path.exists() else 0
-            if num_steps > seen:
-                seen = num_steps
-                yield usage(run, seen)
-            time.sleep(SAMPLE_EVERY_S)
-        if run.process.poll() not in (None, 0):
-            raise RuntimeError(f"the run ended with status {run.process.returncode}:\n{run.log.read_text()[-3000:]}")
 
     def _cache(self) -> dict[str, int]:
         """Tokens that vLLM's KV cache holds, and those of a full running batch: with fewer than these it has to preempt."""
@@ -206,10 +221,13 @@ def parse_args(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # nothing stays behind
+    figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="hetero_ppo_load_") as name:
-        figures = Load(Path(name), args).run(Path(name) / "log")
-    if args.json is not None:
-        args.json.write_text(json.dumps(figures, indent=1) + "\n")
+        for figures in Load(Path(name), args).run(Path(name) / "log"):
+            print(f"step {figures['steps']:>4} | {format_line(figures)}", file=sys.stderr, flush=True)
+            if args.json is not None:
+                args.json.write_text(json.dumps(figures, indent=1) + "\n")
     print(json.dumps(figures))
 
 
