@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import pad
 
 #: Matrices of a batched product on CUDA.
 BATCH = 16
@@ -18,6 +19,12 @@ BATCH = 16
 #: one thread, below 16 with two); from there on kernels differ in how they cut rows and columns, not in a sum's order, which
 #: ``tests/numerics/test_aligned_kernels.py`` holds them to.
 ROWS = 32
+#: Columns of a product at least, for the same reason: with fewer (below 12 on one machine), kernels for narrow results add in
+#: another order than those of the whole weight, of which a tensor-parallel rank has a part.
+COLUMNS = 16
+#: Terms of a float32 sum that a BLAS is given at once. On Intel, MKL cuts sums of 1000 terms and more, at places that depend on the
+#: number of columns; up to 768 it did not. bfloat16 products are oneDNN's, which does not.
+TERMS = 512
 
 
 def product(inputs: Tensor, weight: Tensor) -> Tensor:
@@ -48,18 +55,27 @@ def _rows_product(rows: Tensor, weight: Tensor) -> Tensor:
         from megatron.core.transformer.custom_layers.batch_invariant_kernels import matmul_persistent  # needs Triton
 
         return matmul_persistent(rows, weight.t())
+    if weight.shape[0] < COLUMNS:
+        return _rows_product(rows, pad(weight, (0, 0, 0, COLUMNS - weight.shape[0])))[:, : weight.shape[0]].contiguous()
     num_rows = rows.shape[0]
     rest = num_rows % ROWS
-    if not rest:
-        return rows @ weight.t()
     whole = num_rows - rest
-    result = torch.empty(whole + ROWS, weight.shape[0], dtype=rows.dtype, device=rows.device)
+    result = torch.empty(whole + ROWS if rest else whole, weight.shape[0], dtype=rows.dtype, device=rows.device)
     if whole:
-        torch.mm(rows[:whole], weight.t(), out=result[:whole])
-    padded = torch.zeros(ROWS, rows.shape[1], dtype=rows.dtype, device=rows.device)
-    padded[:rest] = rows[whole:]
-    torch.mm(padded, weight.t(), out=result[whole:])
+        _multiply(rows[:whole], weight, result[:whole])
+    if rest:
+        padded = torch.zeros(ROWS, rows.shape[1], dtype=rows.dtype, device=rows.device)
+        padded[:rest] = rows[whole:]
+        _multiply(padded, weight, result[whole:])
     return result[:num_rows]
+
+
+def _multiply(rows: Tensor, weight: Tensor, result: Tensor) -> None:
+    """Write [m, k] times the transpose of [n, k] into [m, n]."""
+    terms = rows.shape[1] if rows.dtype != torch.float32 else TERMS
+    torch.mm(rows[:, :terms], weight[:, :terms].t(), out=result)
+    for start in range(terms, rows.shape[1], terms):
+        result.addmm_(rows[:, start : start + terms], weight[:, start : start + terms].t())
 
 
 class _Product(torch.autograd.Function):

@@ -37,7 +37,7 @@ def test_functions_do_not_depend_on_the_offset(function: Callable[[Tensor], Tens
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("k", "n"), [(48, 96), (52, 100), (276, 72), (72, 276), (256, 1024), (1024, 256), (300, 132)])
+@pytest.mark.parametrize(("k", "n"), [(48, 96), (52, 100), (276, 72), (72, 276), (256, 1024), (1024, 256), (300, 132), (2560, 264)])
 def test_products_do_not_depend_on_rows_and_columns(k: int, n: int, dtype: torch.dtype) -> None:
     inputs, weight = torch.randn(700, k).to(dtype), torch.randn(n, k).to(dtype)
     alone = torch.cat([products.product(row[None], weight) for row in inputs[:8]])
@@ -47,6 +47,20 @@ def test_products_do_not_depend_on_rows_and_columns(k: int, n: int, dtype: torch
         for parts in (2, 4):
             split = [products.product(inputs[:num_rows], part) for part in weight.chunk(parts)]
             assert torch.equal(torch.cat(split, dim=1), result), (num_rows, parts)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_narrow_products_are_those_of_the_whole_weight(dtype: torch.dtype) -> None:
+    """From 1 to 16 outputs a tensor-parallel rank, of 2 and 4; and as many as that in all."""
+    for k in (32, 276) if dtype == torch.float32 else (32,):  # bf16 products are compiled for every shape
+        inputs = torch.randn(130, k).to(dtype)
+        for n in range(1, 17):
+            for parts in (1, 2, 4):
+                weight = torch.randn(n * parts, k).to(dtype)
+                whole = products.product(inputs, weight)
+                for num_rows in (1, 33, 130):
+                    split = [products.product(inputs[:num_rows], part) for part in weight.chunk(parts)]
+                    assert torch.equal(torch.cat(split, dim=1), whole[:num_rows]), (k, n, parts, num_rows)
 
 
 @pytest.mark.parametrize("n", [1, 16, 37])
