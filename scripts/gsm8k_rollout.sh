@@ -37,8 +37,8 @@ train() {
 mkdir -p "$RUN_DIR"
 head -n "$HELD_OUT" "$DATA_DIR/test.jsonl" >"$RUN_DIR/heldout.jsonl"
 "$VENV/bin/hetero-ppo" tokenizer --input "$DATA_DIR/train.jsonl" --keys question,answer --vocab-size 4096 \
-    --out "$RUN_DIR/tokenizer"
+    --out "$RUN_DIR/tokenizer" --overwrite
 "$VENV/bin/hetero-ppo" init-model --family llama --hidden-size 256 --layers 4 --heads 4 --ffn 704 --max-positions 512 \
-    --tie --tokenizer "$RUN_DIR/tokenizer" --seed "$SEED" --out "$RUN_DIR/init"
+    --tie --tokenizer "$RUN_DIR/tokenizer" --seed "$SEED" --out "$RUN_DIR/init" --overwrite
 train sft "$@"
 train ppo "$@"

@@ -30,9 +30,9 @@ train() {
 }
 
 "$VENV/bin/python" examples/rt_polarity/prepare.py --data "$DATA_DIR" --out "$RUN_DIR/data" --seed "$SEED"
-"$VENV/bin/hetero-ppo" tokenizer --input "$RUN_DIR/data/sft.jsonl" --vocab-size 4096 --out "$RUN_DIR/tokenizer"
+"$VENV/bin/hetero-ppo" tokenizer --input "$RUN_DIR/data/sft.jsonl" --vocab-size 4096 --out "$RUN_DIR/tokenizer" --overwrite
 "$VENV/bin/hetero-ppo" init-model --family llama --hidden-size 256 --layers 4 --heads 4 --ffn 704 --max-positions 256 \
-    --tie --tokenizer "$RUN_DIR/tokenizer" --seed "$SEED" --out "$RUN_DIR/init"
+    --tie --tokenizer "$RUN_DIR/tokenizer" --seed "$SEED" --out "$RUN_DIR/init" --overwrite
 train sft "$@"
 train rm "$@"
 train ppo "$@"

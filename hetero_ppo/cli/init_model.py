@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hetero_ppo.cli.arguments import add_out_argument, clear_out
 from hetero_ppo.disk import writing
 
 if TYPE_CHECKING:
@@ -33,16 +34,18 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--tie", action="store_true", help="one matrix for input and output embeddings")
     parser.add_argument("--tokenizer", type=Path, required=True, help="tokenizer folder; copied into the checkpoint")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, required=True, help="checkpoint folder to write")
+    add_out_argument(parser, "model")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
     """Writes config.json, model.safetensors (fp32) and the tokenizer's files to ``args.out``.
 
-    Raises ValueError for sizes that do not fit each other.
+    Raises ValueError for sizes that do not fit each other, or a model that is there already.
     """
     check_sizes(args)
+    # Files of a larger model would stay beside the new one, and its index would be read.
+    clear_out(args.out, ["config.json", "*.safetensors", "*.safetensors.index.json"], overwrite=args.overwrite)
     # transformers takes seconds to import; `hetero-ppo --help` should not.
     import torch
     from transformers import AutoModelForCausalLM

@@ -170,6 +170,10 @@ def test_tokenizer_command(tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert len(tokenizer) == 280
     assert tokenizer.chat_template == CHATML_TEMPLATE
+    with pytest.raises(ValueError, match="there is tokenizer.json already.*--overwrite"):
+        args.run(args)
+    args.overwrite = True
+    args.run(args)
 
 
 def init_arguments(folder: Path, out: Path, family: str, *more: str) -> argparse.Namespace:
@@ -208,6 +212,21 @@ def test_init_model_repeats_with_its_seed(folder: Path, tmp_path: Path) -> None:
     assert "lm_head.weight" not in first
     assert all(torch.equal(first[name], same[name]) for name in first)
     assert not torch.equal(first["model.embed_tokens.weight"], other["model.embed_tokens.weight"])
+
+
+def test_init_model_does_not_write_over_a_model(folder: Path, tmp_path: Path) -> None:
+    """Nor beside one: the index of a model in several files would go on to be read."""
+    out = tmp_path / "model"
+    out.mkdir()
+    for name in ("config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "notes.txt"):
+        (out / name).write_text("theirs")
+    args = init_arguments(folder, out, "llama")
+    with pytest.raises(ValueError, match="there is config.json, model-00001-of-00002.safetensors.*already.*--overwrite"):
+        args.run(args)
+    assert (out / "config.json").read_text() == "theirs"
+    args.overwrite = True
+    args.run(args)
+    assert not list(out.glob("*.index.json")) and (out / "notes.txt").exists() and (out / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize(
