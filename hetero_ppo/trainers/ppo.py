@@ -48,6 +48,7 @@ class PpoTrainer:
         self.data = ppo_setup.load_data(config, run)
         self.functions = ppo_functions.open_functions(config, run, self.data.encoder)
         re_encoders = ppo_setup.build_re_encoders(config, run, self.data)
+        self.functions.check(run)
         run.check_inputs(text_inputs(config, run.resume, self.data.encoder, self.data.train, re_encoders) + model_inputs(config))
         self.batching = ppo_setup.describe_batching(config, run, self.data)
         self.total_steps = self.batching.total_steps
@@ -65,7 +66,6 @@ class PpoTrainer:
                 starting.wait().sleep()
             dist.barrier()
         # An error here is raised at once, not when the engine is up: its guardian ends it with this process.
-        self.functions.check(run)
         self.device = ppo_setup.shared_device(config, self.trace)
         self.roles = ppo_setup.build_roles(config, run, self.batching, self.device)
         self.golden = ppo_setup.build_golden_guards(config, run, self.roles)
