@@ -93,10 +93,9 @@ class ExperienceMaker:
         old_log_probs = computed.get("old_log_probs", rollout.rollout_log_probs)  # no such stage: the engine's own
         if bool(scores.isnan().all()):
             assert self.judges.function is not None
-            last = self.judges.function.last_failure  # of rank 0
+            last = self.judges.function.last_failure
             raise RunError(
-                f"reward.function {self.reward_config.function} has failed for every response of the step"
-                + (f"; the last time: {last}" if last else "")
+                f"reward.function {self.reward_config.function} has failed for every response of the step; the last time: {last}"
             )
         shaped, mask = self._shape_scores(rollout, scores)
         if not bool(mask.any()):

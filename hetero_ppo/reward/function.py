@@ -180,6 +180,8 @@ class FunctionReward:
             problem = broadcast_json(problem, 0)
             for tensor in (scores, kinds):
                 dist.broadcast(tensor, 0)
+            if bool(kinds.any()):
+                self.last_failure = broadcast_json(self.last_failure, 0)
         if problem:
             error = RunError(problem)
             for note in notes[:1]:

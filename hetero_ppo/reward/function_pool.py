@@ -89,9 +89,12 @@ class LoadedFunction:
 DEFAULT_CONCURRENCY = 64
 
 
-def default_workers(is_async: bool) -> int:
-    """Number of workers at most: a process for every core, between 4 and 16; one where a worker makes many calls at once."""
-    return 1 if is_async else max(4, min(16, len(os.sched_getaffinity(0))))
+def default_workers(*, is_async: bool, holds_gpu: bool) -> int:
+    """Return the number of workers: one for every core, between 4 and 16.
+
+    It is 1 where a worker makes many calls at once, and where each would hold a model of its own on the trainer's GPU.
+    """
+    return 1 if is_async or holds_gpu else max(4, min(16, len(os.sched_getaffinity(0))))
 
 
 class Ticket:
@@ -415,7 +418,7 @@ class FunctionPool:
             self._loaded = LoadedFunction(
                 is_async,
                 hello["sources"],
-                spec.num_workers or default_workers(is_async),
+                spec.num_workers or default_workers(is_async=is_async, holds_gpu=hello["holds_gpu"]),
                 (spec.concurrency or DEFAULT_CONCURRENCY) if is_async else 1,
             )
             self._load_ended.set()

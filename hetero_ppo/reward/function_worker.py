@@ -228,6 +228,11 @@ def is_users(file: str) -> bool:
     return not (file.startswith(libraries) or "site-packages" in file or "dist-packages" in file or file == __file__)
 
 
+def holds_gpu() -> bool:
+    """Whether the function's module has put something on a GPU, a model for example."""
+    return "torch.cuda" in sys.modules and sys.modules["torch.cuda"].is_initialized()
+
+
 def user_sources() -> dict[str, str]:
     """Return the digests of the user's modules that are loaded, by file."""
     found = {}
@@ -443,7 +448,7 @@ def main(arguments: Sequence[str]) -> int:
     except LoadError as error:
         channel.send({"load_error": str(error), "traceback": "".join(traceback.format_exception(error))})
         return 0
-    channel.send({"is_async": is_async(function), "sources": user_sources()})
+    channel.send({"is_async": is_async(function), "holds_gpu": holds_gpu(), "sources": user_sources()})
     worker = Worker(channel, function, order)
     if is_async(function):
         import asyncio

@@ -299,6 +299,16 @@ def test_as_many_workers_as_the_option_says(open_reward: Callable[..., FunctionR
     assert len(set(scores.tolist())) == workers
 
 
+def test_a_function_with_a_model_on_the_gpu_gets_one_worker(open_reward: Callable[..., FunctionReward], tmp_path: Path) -> None:
+    (tmp_path / "torch" / "cuda").mkdir(parents=True)
+    (tmp_path / "torch" / "__init__.py").touch()
+    (tmp_path / "torch" / "cuda" / "__init__.py").write_text("def is_initialized(): return True\n")
+    (tmp_path / "model.py").write_text("import torch.cuda\ndef score(p, r, l, m): return 1.0\n")
+    reward = open_reward(source=tmp_path / "model.py")
+    reward.check()
+    assert "up to 1 worker process (derived)" in reward.describe()
+
+
 def test_scores_are_in_the_order_of_the_rows(open_reward: Callable[..., FunctionReward]) -> None:
     assert open_reward("late_first", workers=4).score(rollout_of([0, 1, 2, 3])).tolist() == [0, 1, 2, 3]
 
