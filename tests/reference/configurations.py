@@ -155,6 +155,8 @@ SUPERVISED: dict[str, dict[str, Any]] = {
 #: Layout -> number of processes, and fields of every role.
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one process": (1, {}),
+    "DP 2": (2, {}),
+    "TP 2": (2, {"tensor": 2}),
 }
 
 
