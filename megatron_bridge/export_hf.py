@@ -35,9 +35,14 @@ TOKENIZER_FILES = (
     "tokenizer.model",
     "vocab.json",
     "merges.txt",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
     "chat_template.jinja",
     "chat_template.json",
 )
+MORE_TEMPLATES = "additional_chat_templates"  # folder beside chat_template.jinja
 
 
 def save_hf(
@@ -52,6 +57,7 @@ def save_hf(
     dtype: torch.dtype | None = None,
     max_shard_bytes: float = 5e9,
     files: Mapping[str, str] | None = None,
+    config_changes: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a whole checkpoint: config, generation config, tokenizer files, and weights in one file or several.
 
@@ -65,7 +71,8 @@ def save_hf(
         head: "lm", or "value" / "score": the folder is then a sequence classifier with one label.
         dtype: of the saved tensors; None: the parameters'.
         max_shard_bytes: most bytes of tensors in one file.
-        files: name -> text of what else goes into the folder.
+        files: name -> text of what else goes into the folder, or there in another file's place.
+        config_changes: Entries of config.json that differ from the source's.
 
     Raises:
         ValueError: unknown head, no checkpoint in source_dir, or chunks and groups that are not of the bridge's layout.
@@ -74,7 +81,8 @@ def save_hf(
     for folder in {source_dir, tokenizer_dir or source_dir}:
         check_links(Path(folder))
     dtype = dtype or bridge.transformer.params_dtype
-    config = exported_config(read_hf_config(source_dir), bridge.family.architecture(head), head, dtype)
+    source_config = {**read_hf_config(source_dir), **(config_changes or {})}
+    config = exported_config(source_config, bridge.family.architecture(head), head, dtype)
     tied_twice = head == "lm" and bridge.tie_word_embeddings and _LM_HEAD in tensor_names(source_dir)
     writes = groups.dp_cp.rank() == groups.tp.rank() == groups.pp.rank() == 0
     # Replicas have nothing to give, unless experts are spread over them.
@@ -87,6 +95,7 @@ def save_hf(
                 (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
                 _copy_files(("generation_config.json",), Path(source_dir), folder)
                 _copy_files(TOKENIZER_FILES, Path(tokenizer_dir or source_dir), folder)
+                _copy_templates(Path(tokenizer_dir or source_dir), folder, files or {})
                 for name, text in (files or {}).items():
                     (folder / name).write_text(text, encoding="utf-8")
         else:
@@ -119,8 +128,9 @@ def _replacing(out_dir: Path) -> Iterator[Path]:
 
 def exported_config(source: dict[str, Any], architecture: str, head: str, dtype: torch.dtype) -> dict[str, Any]:
     """The source's config with architecture and dtype of what is saved, and one label for a scalar head."""
-    dtype_key = "torch_dtype" if "torch_dtype" in source else "dtype"  # transformers 5 writes "dtype"
-    config = {**source, "architectures": [architecture], dtype_key: str(dtype).removeprefix("torch.")}
+    # transformers 5 writes "dtype", older ones "torch_dtype"; where a folder has both, either may be read
+    keys = [key for key in ("torch_dtype", "dtype") if key in source] or ["dtype"]
+    config = {**source, "architectures": [architecture], **dict.fromkeys(keys, str(dtype).removeprefix("torch."))}
     if head != "lm":
         config.pop("num_labels", None)  # transformers derives it from id2label
         config |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
@@ -182,3 +192,9 @@ def _copy_files(names: Iterable[str], source: Path, target: Path) -> None:
     for name in names:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
+
+
+def _copy_templates(source: Path, target: Path, files: Mapping[str, str]) -> None:
+    """The tokenizer's further templates, unless another one takes the place of its own."""
+    if (source / MORE_TEMPLATES).is_dir() and "chat_template.jinja" not in files:
+        shutil.copytree(source / MORE_TEMPLATES, target / MORE_TEMPLATES)

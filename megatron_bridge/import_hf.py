@@ -75,6 +75,24 @@ def load_hf(
     return LoadReport(loaded=len({name for entry in mine for name in entry.hf_names}), initialised=initialised)
 
 
+def check_checkpoint(path: str | Path, bridge: BridgeConfig, head: str) -> list[str]:
+    """Compare names, shapes and dtypes of a checkpoint's tensors with the model's. Reads the headers of the files.
+
+    Args:
+        path: Checkpoint folder.
+        bridge: The model in any layout.
+        head: "lm", "value" or "score".
+
+    Returns:
+        Names of tensors that the checkpoint lacks and that would be initialised.
+
+    Raises:
+        ValueError: as ``load_hf``.
+    """
+    with HfCheckpoint(path) as checkpoint:
+        return _check(checkpoint, bridge, loaded_entries(bridge, head), head)
+
+
 def _check(checkpoint: HfCheckpoint, bridge: BridgeConfig, plan: Sequence[Entry], head: str) -> list[str]:
     """Compare the checkpoint with the plan. Returns the names that the model keeps as initialised."""
     expected = {name: hf.shape(bridge.dims) for entry in plan for name, hf in zip(entry.hf_names, entry.rule.hf)}

@@ -59,6 +59,11 @@ class Chain:
     def init(self) -> Path:
         return self.root / "init"
 
+    @property
+    def template(self) -> Path:
+        """Chat template that SFT is told to use; its export hands it to what is trained from it."""
+        return self.root / "template.jinja"
+
     def run_dir(self, stage: str) -> Path:
         return self.root / stage
 
@@ -150,9 +155,11 @@ def run_chain(root: Path) -> Chain:
     """Everything from data to an exported PPO actor."""
     # transformers and torch take seconds to import, which collecting tests should not.
     from hetero_ppo.cli.main import main
+    from hetero_ppo.data.tokenizer_training import CHATML_TEMPLATE
 
     chain = Chain(root)
     write_data(chain.data)
+    chain.template.write_text("{# not the tokenizer's own #}" + CHATML_TEMPLATE)
     tokenizer = ["tokenizer", "--input", str(chain.data / "sft.jsonl"), "--vocab-size", "300"]
     assert main([*tokenizer, "--out", str(root / "tokenizer")]) == 0
     sizes = "--family qwen3 --hidden-size 64 --layers 2 --heads 4 --kv-heads 2 --head-dim 32 --ffn 128 --init-std 0.1"
@@ -208,7 +215,7 @@ def configs(chain: Chain) -> dict[str, dict[str, Any]]:
         "sft": {
             "kind": "sft",
             "run": run("sft"),
-            "data": data("sft.jsonl", "sft_eval.jsonl"),
+            "data": {**data("sft.jsonl", "sft_eval.jsonl"), "chat_template": str(chain.template)},
             "actor": role(chain.init, 32, 2e-3, lr_schedule="cosine", warmup_steps=2),
             "train": {"steps": SFT_STEPS, "global_batch_size": 32},
             "checkpoint": {"every": SFT_CHECKPOINT_STEP},

@@ -14,6 +14,7 @@ from hetero_ppo.config.derived import (
 )
 from hetero_ppo.config.load import AnyConfig, LoadedConfig, load_config
 from hetero_ppo.config.schema import PpoConfig, RmConfig, SftConfig
+from hetero_ppo.config.unused import unused_options
 from hetero_ppo.data.chat_template import TextEncoder, check_tokenizers, load_text_encoder
 from hetero_ppo.data.dataset import Dataset
 from hetero_ppo.data.preference import PreferenceExample, load_preferences
@@ -22,7 +23,7 @@ from hetero_ppo.data.sft import SftExample, load_sft
 from hetero_ppo.memory.plan_check import check_fits
 from hetero_ppo.memory.plan_limits import find_limits
 from hetero_ppo.memory.plan_text import summarise
-from hetero_ppo.engines.layouts import check_models_fit_layouts
+from hetero_ppo.engines.layouts import check_checkpoints, check_models_fit_layouts
 from hetero_ppo.reward.function import try_function
 from hetero_ppo.reward.function_pool import FunctionSpec
 from hetero_ppo.reward.re_encoding import ReEncoder, load_re_encoders
@@ -55,6 +56,7 @@ def print_validation(config_path: str, overrides: list[str], world_size: int) ->
     check_paths(config)
     check_tokenizers(config)
     check_models_fit_layouts(config)
+    initialised = check_checkpoints(config)
     resume = read_resume(loaded)
     check_folder(loaded)
     functions = _try_functions(config)
@@ -72,6 +74,11 @@ def print_validation(config_path: str, overrides: list[str], world_size: int) ->
     print(_describe_encoder(encoder))
     re_encoded = [one.describe() for one in re_encoders.values()]
     print("\n".join([_describe_roles(config, world_size), *re_encoded, *functions]))
+    for name, tensors in initialised.items():
+        if tensors:
+            print(f"{name:<12} {', '.join(tensors)} will be initialised: the checkpoint has none")
+    for line in unused_options(loaded):
+        print(f"note         {line}")
     print(f"\ndata\n{_table([dataset for dataset in (train, evaluation) if dataset is not None])}")
     print(f"\nfirst example{_sample_legend(config)}\n{_indent(sample_text(encoder, train.examples[0]))}")
     print(f"\nbatching\n{_indent(batching)}")

@@ -19,6 +19,7 @@ from hetero_ppo.config.checks_microbatches import (
     check_packing,
     check_pair_budget,
 )
+from hetero_ppo.config.checks_models import check_model_files
 from hetero_ppo.config.checks_numerics import check_head_init, check_kl_clamp, check_same_distribution
 from hetero_ppo.config.checks_reward_function import check_function_calls
 from hetero_ppo.config.checks_resume import check_allowed_changes
@@ -526,6 +527,7 @@ PPO_CHECKS: tuple[Callable[[PpoConfig, int], None], ...] = (
 )
 PATH_CHECKS: tuple[Callable[[AnyConfig], None], ...] = (
     check_data_files,
+    check_model_files,
     check_model_folders,
     check_context_lengths,
     check_function_files,

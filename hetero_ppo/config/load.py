@@ -22,6 +22,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
 from hetero_ppo.config import schema
+from hetero_ppo.config.paths import expand_paths
 
 AnyConfig = schema.SftConfig | schema.RmConfig | schema.PpoConfig
 
@@ -34,6 +35,7 @@ class LoadedConfig:
     config: AnyConfig  # the dataclass of hetero_ppo.config.schema
     node: DictConfig  # the same, resolved, as an OmegaConf node
     source: str  # the YAML file
+    origins: dict[str, str]  # dotted field -> where the user wrote it; fields at their default are not there
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,8 @@ def load_config(path: str, overrides: list[str]) -> LoadedConfig:
             f"write them in the file, or add {example} on the command line"
         )
     _resolve(draft)
-    return LoadedConfig(draft.kind, OmegaConf.to_object(draft.node), draft.node, path)
+    expand_paths(draft.node)
+    return LoadedConfig(draft.kind, OmegaConf.to_object(draft.node), draft.node, path, draft.origins)
 
 
 def load_draft(path: str, overrides: list[str]) -> DraftConfig:

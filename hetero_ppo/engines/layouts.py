@@ -6,8 +6,9 @@ import torch
 
 from hetero_ppo.config.derived import config_roles
 from hetero_ppo.config.load import AnyConfig
-from hetero_ppo.config.schema import Dtype, RoleConfig, TrainedRoleConfig
+from hetero_ppo.config.schema import Dtype, RewardRoleConfig, RoleConfig, TrainedRoleConfig
 from megatron_bridge.config_mapping import BridgeConfig, bridge_config, read_hf_config
+from megatron_bridge.import_hf import check_checkpoint
 
 DTYPES = {Dtype.fp32: torch.float32, Dtype.bf16: torch.bfloat16}
 
@@ -49,3 +50,31 @@ def check_models_fit_layouts(config: AnyConfig) -> None:
             role_bridge(role, role.recompute if isinstance(role, TrainedRoleConfig) else None)
         except ValueError as error:
             raise ValueError(f"{name} ({name}.model.path={role.model.path} in {name}.parallel): {error}") from error
+
+
+def check_checkpoints(config: AnyConfig) -> dict[str, list[str]]:
+    """Every role's checkpoint is complete and holds the model that its config.json describes. Reads headers, no weights.
+
+    Returns:
+        Role -> tensors that the checkpoint lacks and that are initialised.
+
+    Raises:
+        ValueError: the first role whose checkpoint cannot be loaded, and why; or a reward model without a score head.
+    """
+    initialised = {}
+    for name, role in config_roles(config).items():
+        place = f"{name}.model.path={role.model.path}"
+        try:
+            initialised[name] = check_checkpoint(role.model.path, role_bridge(role), head_of(name))
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from error
+        if isinstance(role, RewardRoleConfig) and initialised[name]:
+            raise ValueError(
+                f"{place}: the checkpoint has no score head ({', '.join(initialised[name])}); give the export of a reward-model run"
+            )
+    return initialised
+
+
+def head_of(role: str) -> str:
+    """What the last stage of a role computes."""
+    return {"actor": "lm", "reference": "lm", "critic": "value"}.get(role, "score")

@@ -376,9 +376,14 @@ class ModelEngine:
         self._take_weights(load_role(self._sharded_weights(), folder))
 
     def export(
-        self, out_dir: str, *, tokenizer_dir: str | None = None, files: Mapping[str, str] | None = None
+        self,
+        out_dir: str,
+        *,
+        tokenizer_dir: str | None = None,
+        files: Mapping[str, str] | None = None,
+        config_changes: Mapping[str, Any] | None = None,
     ) -> None:
-        """Write a Hugging Face checkpoint, and ``files`` (name -> text) into its folder. Collective.
+        """Write a Hugging Face checkpoint, ``files`` (name -> text) into its folder, and ``config_changes`` into config.json. Collective.
 
         Raises:
             RunError: The disk takes no more. What was there before is there still.
@@ -396,6 +401,7 @@ class ModelEngine:
                 tokenizer_dir=tokenizer_dir or self.config.model.tokenizer,
                 head=self.head,
                 files=files,
+                config_changes=config_changes,
             )
 
 

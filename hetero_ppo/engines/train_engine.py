@@ -193,11 +193,16 @@ class TrainEngine(ModelEngine):
         return super().stream_weights()
 
     def export(
-        self, out_dir: str, *, tokenizer_dir: str | None = None, files: Mapping[str, str] | None = None
+        self,
+        out_dir: str,
+        *,
+        tokenizer_dir: str | None = None,
+        files: Mapping[str, str] | None = None,
+        config_changes: Mapping[str, Any] | None = None,
     ) -> None:
         """ModelEngine.export, of the newest weights."""
         self._settle_parameters()
-        super().export(out_dir, tokenizer_dir=tokenizer_dir, files=files)
+        super().export(out_dir, tokenizer_dir=tokenizer_dir, files=files, config_changes=config_changes)
 
     def _settle_parameters(self) -> None:
         """With overlap_param_gather, finish the gather that the next training forward would have hidden."""

@@ -7,11 +7,14 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from hetero_ppo.checkpoint.manager import check_contents, checkpoint_folder
 from hetero_ppo.config.load import load_config
 from hetero_ppo.config.schema import ParallelConfig, PpoConfig, RmConfig, SftConfig
+from hetero_ppo.data.chat_template import TextEncoder, load_text_encoder
+from hetero_ppo.data.export_files import TEMPLATE_FILE, export_files
 
 
 def run(args: argparse.Namespace) -> None:
@@ -36,11 +39,11 @@ def run(args: argparse.Namespace) -> None:
     folder = checkpoint_folder(Path(args.run_dir), args.step)
     check_contents(folder)
     with single_process():
-        _export(config, role, folder, args.out)
+        _export(config, role, folder, Path(args.run_dir), args.out)
     print(f"exported {role} of {folder} to {args.out}")
 
 
-def _export(config: SftConfig | RmConfig | PpoConfig, role: str, checkpoint: Path, out: str) -> None:
+def _export(config: SftConfig | RmConfig | PpoConfig, role: str, checkpoint: Path, run_dir: Path, out: str) -> None:
     # Megatron-Core takes seconds to import: after the checks.
     from hetero_ppo.distributed.groups import initialise
     from hetero_ppo.engines.model_engine import ModelEngine
@@ -54,9 +57,20 @@ def _export(config: SftConfig | RmConfig | PpoConfig, role: str, checkpoint: Pat
         engine = ModelEngine(role, role_config, head)
         engine.load_weights(checkpoint / role)
         golden = checkpoint / GOLDEN_FILE
-        engine.export(out, files={GOLDEN_FILE: golden.read_text(encoding="utf-8")} if golden.is_file() else None)
+        more = export_files(_encoder(config, role, run_dir), role_config.model.path, head)
+        files = {**more.files, **({GOLDEN_FILE: golden.read_text(encoding="utf-8")} if golden.is_file() else {})}
+        engine.export(out, files=files, config_changes=more.config)
     finally:
         end_run()
+
+
+def _encoder(config: SftConfig | RmConfig | PpoConfig, role: str, run_dir: Path) -> TextEncoder:
+    """Tokenizer and template of the run; the template is the one that it wrote into its folder when it started."""
+    kept = run_dir / TEMPLATE_FILE
+    data = config.data
+    if data.apply_chat_template and kept.is_file():
+        data = replace(data, chat_template=str(kept))
+    return load_text_encoder(_roles(config)[role][0].model, data, role)
 
 
 def _roles(config: SftConfig | RmConfig | PpoConfig) -> dict[str, tuple]:

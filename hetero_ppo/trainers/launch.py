@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from hetero_ppo.config.checks import check_config, check_paths
 from hetero_ppo.config.load import LoadedConfig, load_config
+from hetero_ppo.config.unused import unused_options
 from hetero_ppo.data.chat_template import check_tokenizers
 from hetero_ppo.errors import RunError, StoppedOnRequest
 
@@ -67,13 +68,16 @@ def _collect_garbage() -> None:
 def _train(loaded: LoadedConfig, world_size: int, stop: StopRequests) -> None:
     # Imported now: a bad config is said before Megatron-Core is loaded.
     from hetero_ppo.distributed.lost_peer import describe_lost_peer
-    from hetero_ppo.engines.layouts import check_models_fit_layouts
+    from hetero_ppo.engines.layouts import check_checkpoints, check_models_fit_layouts
     from hetero_ppo.memory.plan_check import check_fits
     from hetero_ppo.trainers.run import leave_together, start_run
 
     check_models_fit_layouts(loaded.config)
+    check_checkpoints(loaded.config)
     check_fits(loaded.config, world_size)
     with start_run(loaded, stop) as run:
+        for line in unused_options(loaded):
+            run.say(line)
         try:
             with run.watchdog:
                 _fit(loaded, run)

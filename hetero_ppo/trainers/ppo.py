@@ -13,6 +13,7 @@ from hetero_ppo.algorithms.losses import add_metric_sums, mean_metrics
 from hetero_ppo.checkpoint.manager import CheckpointManager
 from hetero_ppo.config.derived import actor_generates, passes
 from hetero_ppo.config.schema import PpoConfig
+from hetero_ppo.data.export_files import export_files
 from hetero_ppo.engines.losses import actor_loss_fn, critic_loss_fn
 from hetero_ppo.engines.train_engine import LossFn, TrainEngine, TrainStepResult
 from hetero_ppo.experience.generation import Generation
@@ -173,7 +174,8 @@ class PpoTrainer:
         if config.checkpoint.export_hf:
             self.turns.sleep()
             with self.actor.on_device(phase="export"):
-                self.actor.export(str(self.run.dir / "hf"))
+                more = export_files(self.data.encoder, config.actor.model.path, "lm")
+                self.actor.export(str(self.run.dir / "hf"), files=more.files, config_changes=more.config)
             self.run.exported("the actor ", self.total_steps)
 
     @property

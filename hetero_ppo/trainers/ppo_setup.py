@@ -130,6 +130,7 @@ def load_data(config: PpoConfig, run: Run) -> PpoData:
     """
     encoder = load_text_encoder(config.actor.model, config.data, "actor", run.beginning.begun)
     run.say(encoder.describe_ends())
+    run.keep_template(encoder)
     train = load_prompts(config.data.train, config.data, encoder)
     run.say(train.report.describe())
     held_out = eval_prompts = None

@@ -29,6 +29,7 @@ class RewardModelTrainer(SupervisedTrainer):
     def __init__(self, config: RmConfig, run: Run) -> None:
         encoder = load_text_encoder(config.reward.model, config.data, "reward", run.beginning.begun)
         run.say(encoder.describe_ends())
+        run.keep_template(encoder)
         self.data = load_preferences(config.data.train, config.data, encoder)
         run.say(self.data.report.describe())
         self.held_out: Dataset[PreferenceExample] | None = None
@@ -41,7 +42,7 @@ class RewardModelTrainer(SupervisedTrainer):
         engine = TrainEngine("reward", config.reward, "score", batching.total_steps)
         describe_loaded(run, engine)
         sampler = make_sampler(self.data, config.train.global_batch_size, config.run, config.data)
-        super().__init__(run, config.run, config.train, config.checkpoint, batching, sampler, engine, encoder.template_hash)
+        super().__init__(run, config.run, config.train, config.checkpoint, batching, sampler, engine, encoder)
         self.loss = config.loss
         self.loss_fn = reward_loss_fn(config.loss)
 

@@ -20,6 +20,8 @@ from hetero_ppo.config.load import LoadedConfig
 from hetero_ppo.config.on_resume import is_named
 from hetero_ppo.config.render import save_config
 from hetero_ppo.config.schema import CheckpointConfig, RunConfig
+from hetero_ppo.data.chat_template import TextEncoder
+from hetero_ppo.data.export_files import TEMPLATE_FILE
 from hetero_ppo.distributed.groups import finish, initialise
 from hetero_ppo.distributed.text import broadcast_json
 from hetero_ppo.errors import StoppedOnRequest
@@ -82,6 +84,11 @@ class Run:
         """Print once for the run."""
         if self.is_writer:
             print(text, flush=True)
+
+    def keep_template(self, encoder: TextEncoder) -> None:
+        """Write the chat template of the run into its folder, where `hetero-ppo export` finds it."""
+        if self.is_writer and encoder.template is not None:
+            (self.dir / TEMPLATE_FILE).write_text(encoder.template, encoding="utf-8")
 
     def should_stop(self, step: int, total_steps: int) -> bool:
         """Whether the run is to end after ``step``, because a signal asked for it. Collective over the world, once a step.

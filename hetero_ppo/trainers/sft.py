@@ -27,6 +27,7 @@ class SftTrainer(SupervisedTrainer):
     def __init__(self, config: SftConfig, run: Run) -> None:
         encoder = load_text_encoder(config.actor.model, config.data, "actor", run.beginning.begun)
         run.say(encoder.describe_ends())
+        run.keep_template(encoder)
         self.data = load_sft(config.data.train, config.data, encoder)
         run.say(self.data.report.describe())
         self.held_out: Dataset[SftExample] | None = None
@@ -39,7 +40,7 @@ class SftTrainer(SupervisedTrainer):
         engine = TrainEngine("actor", config.actor, "lm", batching.total_steps)
         describe_loaded(run, engine)
         sampler = make_sampler(self.data, config.train.global_batch_size, config.run, config.data)
-        super().__init__(run, config.run, config.train, config.checkpoint, batching, sampler, engine, encoder.template_hash)
+        super().__init__(run, config.run, config.train, config.checkpoint, batching, sampler, engine, encoder)
         self.loss_fn = sft_loss_fn(engine.vocab_size, engine.groups, engine.vocab_parts)
 
     def step(self, rows: list[int]) -> TrainStepResult:

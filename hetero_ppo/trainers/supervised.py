@@ -10,7 +10,9 @@ from hetero_ppo.algorithms.losses import mean_metrics
 from hetero_ppo.checkpoint.manager import CheckpointManager
 from hetero_ppo.config.derived import SupervisedBatching
 from hetero_ppo.config.schema import CheckpointConfig, DataConfig, HeadInit, RunConfig, SupervisedTrainConfig
+from hetero_ppo.data.chat_template import TextEncoder
 from hetero_ppo.data.dataset import Dataset, Example
+from hetero_ppo.data.export_files import export_files
 from hetero_ppo.data.sampler import ResumableSampler
 from hetero_ppo.engines.model_engine import ModelEngine, head_init
 from hetero_ppo.engines.train_engine import TrainEngine, TrainStepResult
@@ -40,7 +42,7 @@ class SupervisedTrainer(ABC):
         batching: SupervisedBatching,
         sampler: ResumableSampler,
         engine: TrainEngine,
-        template_hash: str,
+        encoder: TextEncoder,
     ) -> None:
         """Args:
         run: of this process.
@@ -50,7 +52,7 @@ class SupervisedTrainer(ABC):
         batching: derived sizes.
         sampler: of the training rows, over all ranks.
         engine: the trained role.
-        template_hash: of the chat template, for the checkpoint.
+        encoder: tokenizer and chat template of the run.
         """
         self.run = run
         self.run_config = run_config
@@ -59,7 +61,7 @@ class SupervisedTrainer(ABC):
         self.total_steps = batching.total_steps
         self.sampler = sampler
         self.engine = engine
-        self.template_hash = template_hash
+        self.encoder = encoder
 
     @abstractmethod
     def step(self, rows: list[int]) -> TrainStepResult:
@@ -108,14 +110,16 @@ class SupervisedTrainer(ABC):
                 logger.log(StepMetrics(step + 1, values, timer.collect()))
                 stopping = self.run.should_stop(step + 1, self.total_steps)
                 if last or stopping or (self.checkpoint.every and (step + 1) % self.checkpoint.every == 0):
-                    state = {"sampler": self.sampler.state_dict(), "template_sha256": self.template_hash}
+                    state = {"sampler": self.sampler.state_dict(), "template_sha256": self.encoder.template_hash}
                     with timer.phase("checkpoint"):
                         role = {self.engine.role: self.engine}
                         manager.save(step + 1, role, state, values, self.weight_files(), wait=stopping or last)
                 if stopping:
                     self.run.stopped(step + 1)
         if self.checkpoint.export_hf:
-            self.engine.export(str(self.run.dir / "hf"), files=self.weight_files())
+            more = export_files(self.encoder, self.engine.config.model.path, self.engine.head)
+            files = {**more.files, **self.weight_files()}
+            self.engine.export(str(self.run.dir / "hf"), files=files, config_changes=more.config)
             self.run.exported("", self.total_steps)
 
     def _resume(self, manager: CheckpointManager) -> None:

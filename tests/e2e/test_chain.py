@@ -217,6 +217,9 @@ def test_exported_actors_load_in_transformers(chain: Chain, stage: str, step: in
         [{"role": "user", "content": "Sort"}], tokenize=False, add_generation_prompt=True
     )
     assert "Sort" in text and tokenizer.eos_token_id == model.config.eos_token_id
+    assert tokenizer.chat_template == chain.template.read_text(), "the template that SFT was told to use"
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+    assert model.generation_config.pad_token_id == tokenizer.pad_token_id
     if step is not None:
         assert_log_probs_are_recorded(model, records(chain, step))
 
@@ -255,3 +258,5 @@ def test_export_of_the_checkpoint_is_the_runs_own_bit_for_bit(chain: Chain, tmp_
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     names = {path.name for path in chain.export("ppo").iterdir()}
     assert names == {path.name for path in out.iterdir()}
+    for name in ("chat_template.jinja", "generation_config.json", "tokenizer_config.json", "config.json"):
+        assert (chain.export("ppo") / name).read_text() == (out / name).read_text()

@@ -126,6 +126,8 @@ def test_export_files_dtype_and_replacement(groups: Any, tmp_path: Path) -> None
         (source / name).write_text(name)
     (tmp_path / "tokenizer").mkdir()
     (tmp_path / "tokenizer" / "tokenizer.json").write_text("other")
+    (tmp_path / "tokenizer" / "additional_chat_templates").mkdir()
+    (tmp_path / "tokenizer" / "additional_chat_templates" / "tool_use.jinja").write_text("tools")
     chunks, bridge, _ = _load(source, groups)
     out = tmp_path / "out"
     (tmp_path / ".out.partial").mkdir()  # left by a run that was killed
@@ -141,8 +143,13 @@ def test_export_files_dtype_and_replacement(groups: Any, tmp_path: Path) -> None
         tokenizer_dir=tmp_path / "tokenizer",
         dtype=torch.bfloat16,
         max_shard_bytes=20_000,
+        files={"generation_config.json": "{}"},
+        config_changes={"pad_token_id": 3},
     )
     assert (out / "tokenizer.json").read_text() == "other"
+    assert (out / "additional_chat_templates" / "tool_use.jinja").read_text() == "tools"
+    assert (out / "generation_config.json").read_text() == "{}"
+    assert json.loads((out / "config.json").read_text())["pad_token_id"] == 3
     assert not (out / "chat_template.jinja").exists() and not (out / "model.safetensors").exists()
     assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
     expected = {name: tensor.bfloat16() for name, tensor in read_tensors(source).items()}

@@ -6,7 +6,10 @@ import json
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
+import numpy
+from safetensors.numpy import save_file
 from transformers import PreTrainedTokenizerFast
 
 from hetero_ppo.config.schema import DataConfig
@@ -35,3 +38,20 @@ def data_config(**changes: object) -> DataConfig:
 def write_jsonl(path: Path, rows: list[dict]) -> str:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return str(path)
+
+
+def write_llama(folder: Path, config: dict[str, Any], *, score: bool = False) -> None:
+    """Zeros under the names that transformers gives a Llama's tensors, ``lm_head`` included, or ``score`` in its place."""
+    hidden, ffn, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+    kv = hidden // config["num_attention_heads"] * config["num_key_value_heads"]
+    attention = {"q": (hidden, hidden), "k": (kv, hidden), "v": (kv, hidden), "o": (hidden, hidden)}
+    shapes = {"model.embed_tokens": (vocab, hidden), "model.norm": (hidden,)}
+    for layer in range(config["num_hidden_layers"]):
+        name = f"model.layers.{layer}"
+        shapes |= {f"{name}.self_attn.{part}_proj": shape for part, shape in attention.items()}
+        shapes |= {f"{name}.mlp.{part}_proj": (ffn, hidden) for part in ("gate", "up")}
+        shapes |= {f"{name}.mlp.down_proj": (hidden, ffn)}
+        shapes |= {f"{name}.{part}_layernorm": (hidden,) for part in ("input", "post_attention")}
+    shapes |= {"score": (1, hidden)} if score else {"lm_head": (vocab, hidden)}
+    tensors = {f"{name}.weight": numpy.zeros(shape, dtype=numpy.float32) for name, shape in shapes.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

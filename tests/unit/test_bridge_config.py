@@ -231,3 +231,5 @@ def test_exported_config_changes_nothing_else() -> None:
     changed = {name for name in scored if scored[name] != source.get(name)}
     assert changed == {"architectures", "torch_dtype", "id2label", "label2id"}
     assert scored["torch_dtype"] == "bfloat16"
+    both = exported_config({"torch_dtype": "float32", "dtype": "float32"}, "LlamaForCausalLM", "lm", torch.bfloat16)
+    assert both["torch_dtype"] == both["dtype"] == "bfloat16"

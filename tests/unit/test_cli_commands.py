@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from data_fixtures import chatml_tokenizer, write_jsonl
+from data_fixtures import chatml_tokenizer, write_jsonl, write_llama
 
 from hetero_ppo.cli import config as config_command
 from hetero_ppo.cli.main import build_parser, main
@@ -33,11 +33,13 @@ BY_FUNCTION = ["reward_model=null", "reward.source=function"]
 
 @pytest.fixture
 def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a checkpoint that has all files but no weights worth loading, and one config per kind."""
+    """A folder with a language model and a reward model whose weights are zeros, and one config per kind."""
     model = tmp_path / "model"
     chatml_tokenizer().save_pretrained(model)
     (model / "config.json").write_text(json.dumps(MODEL_CONFIG))
-    (model / "model.safetensors").write_bytes(b"")
+    shutil.copytree(model, tmp_path / "judge")
+    write_llama(model, MODEL_CONFIG)
+    write_llama(tmp_path / "judge", MODEL_CONFIG, score=True)
     pairs = [
         {"prompt": f"pear apple {n}", "chosen": "apple pear", "rejected": "pear", "completion": "apple"}
         for n in range(64)
@@ -47,7 +49,8 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     role = "{model: {path: model}}"
     (tmp_path / "sft.yaml").write_text(f"kind: sft\n{common}actor: {role}\n")
     (tmp_path / "rm.yaml").write_text(f"kind: rm\n{common}reward: {role}\n")
-    roles = "".join(f"{name}: {role}\n" for name in ("actor", "critic", "reference", "reward_model"))
+    roles = "".join(f"{name}: {role}\n" for name in ("actor", "critic", "reference"))
+    roles += "reward_model: {model: {path: judge}}\n"
     (tmp_path / "ppo.yaml").write_text(f"kind: ppo\n{common}{roles}")
     (tmp_path / "helper.py").write_text("def length(text): return float(len(text))\n")
     (tmp_path / "length.py").write_text(
@@ -95,7 +98,7 @@ def test_config_shows_what_is_missing(work: Path, capsys: pytest.CaptureFixture[
         ("rm", ["chosen: <|im_start|>user", "[[pear<|im_end|>]]", "pairs per optimizer step", "train a reward model"]),
         (
             "ppo",
-            ["<|im_start|>assistant\n  [[]]", "prompts per PPO step", "critic micro-batches", "score them with model"],
+            ["<|im_start|>assistant\n  [[]]", "prompts per PPO step", "critic micro-batches", "score them with judge"],
         ),
     ],
 )
@@ -184,9 +187,8 @@ def test_a_malformed_line_is_named(work: Path, capsys: pytest.CaptureFixture[str
 def test_a_reward_model_with_another_template_is_refused_or_reads_texts_anew(
     work: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shutil.copytree(work / "model", work / "judge")
     message = failure(capsys, "validate", "--config", "ppo.yaml", "reward_model.re_encode.max_tokens=99")
-    assert "reward_model.re_encode: the tokenizer and template in model are those of model" in message
+    assert "reward_model.re_encode: the tokenizer and template in judge are those of model" in message
     template = work / "judge" / "chat_template.jinja"
     assert template.is_file()
     template.write_text("{% for message in messages %}{{ message['content'] }}{{ eos_token }}{% endfor %}")
@@ -200,7 +202,7 @@ def test_a_reward_model_with_another_template_is_refused_or_reads_texts_anew(
 
 def test_roles_with_other_tokens_are_refused(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = work / "other"
-    tokenizer_files = {path.name: path.read_bytes() for path in (work / "model").iterdir()}
+    tokenizer_files = {path.name: path.read_bytes() for path in (work / "judge").iterdir()}
     other.mkdir()
     for name, content in tokenizer_files.items():
         (other / name).write_bytes(content)
@@ -228,6 +230,46 @@ def test_a_tokenizer_without_a_template_needs_a_choice(work: Path, capsys: pytes
     assert "has no chat template; set data.chat_template" in message
     assert main(["validate", "--config", "sft.yaml", "data.apply_chat_template=false"]) == 0
     assert "pear apple 0[[apple<|im_end|>]]" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"adapter_config.json": "{}"}, "a LoRA adapter, which would not be loaded. Merge it into its model with peft"),
+        ({"pytorch_model.bin": "", "model.safetensors": None}, "weights as pytorch_model.bin and no *.safetensors file"),
+        (
+            {"model.safetensors.index.json": '{"weight_map": {"lm_head.weight": "model-00002-of-00002.safetensors"}}'},
+            "lists model-00002-of-00002.safetensors, but there is no such file; complete the download",
+        ),
+        ({"config.json": json.dumps(MODEL_CONFIG | {"quantization_config": {"bits": 4}})}, "give the unquantised checkpoint"),
+        ({"config.json": json.dumps(MODEL_CONFIG | {"vocab_size": 400})}, "embed_tokens.weight has shape [320, 64], the config asks for [400, 64]"),
+        ({"config.json": json.dumps(MODEL_CONFIG | {"eos_token_id": 320})}, "= 320 (config.json) has no embedding row, of which the model has 320"),
+        ({"generation_config.json": '{"eos_token_id": [2, "x"]}'}, "eos_token_id is [2, 'x']; it has to be a token id"),
+    ],
+)
+def test_a_model_folder_that_cannot_be_used(
+    work: Path, capsys: pytest.CaptureFixture[str], files: dict[str, str | None], message: str
+) -> None:
+    for name, text in files.items():
+        file = work / "model" / name
+        file.unlink() if text is None else file.write_text(text)
+    for command in ("validate", "train"):
+        assert message in failure(capsys, command, "--config", "sft.yaml")
+
+
+def test_validate_reports_the_heads_ends_and_options_of_a_run(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (work / "model" / "generation_config.json").write_text('{"eos_token_id": [2, 0]}')
+    assert main(["validate", "--config", "ppo.yaml", "data.max_sequence_tokens=99"]) == 0
+    printed = capsys.readouterr().out
+    assert "ends         '<|im_end|>' = 2 (tokenizer, generation_config.json) or '<|endoftext|>' = 0 (generation_config.json)" in printed
+    assert "critic       score.weight will be initialised: the checkpoint has none" in printed
+    assert "note         data.max_sequence_tokens=99 is not used: " in printed
+    assert "data.jsonl: fields that are not read: chosen, completion, rejected" in printed
+    assert "data.jsonl: label 'label' (data.label_key): no row has one" in printed
+    message = failure(capsys, "validate", "--config", "ppo.yaml", "reward_model.model.path=model")
+    assert "reward_model.model.path=model: the checkpoint has no score head (score.weight)" in message
+    message = failure(capsys, "validate", "--config", "ppo.yaml", "rollout.sampling.stop_token_ids=[2,400]")
+    assert "rollout.sampling.stop_token_ids: 400 has no embedding row" in message
 
 
 def test_our_own_faults_keep_their_traceback(

@@ -1,0 +1,91 @@
+"""What an export takes along, as transformers reads it; and that both rollout engines stop where a run's sequences end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+from hetero_ppo.config.schema import DataConfig, ModelConfig, PpoConfig
+from hetero_ppo.data.chat_template import load_text_encoder
+from hetero_ppo.data.export_files import export_files
+from hetero_ppo.data.tokenizer_training import train_tokenizer
+from hetero_ppo.trainers import ppo_setup
+
+TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}<|im_end|>{% endfor %}"
+
+
+def model_folder(folder: Path, *, template_in_config: bool = False) -> Path:
+    """A tokenizer and the JSON files of a model whose generation ends with 2 or 0."""
+    train_tokenizer(["user assistant hello"] * 3, 280, folder)
+    if template_in_config:
+        template = (folder / "chat_template.jinja").read_text()
+        (folder / "chat_template.jinja").unlink()
+        config = json.loads((folder / "tokenizer_config.json").read_text())
+        (folder / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": template}))
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "eos_token_id": 2, "vocab_size": 280}))
+    generation = {"eos_token_id": [2, 0], "temperature": 0.6, "do_sample": True}
+    (folder / "generation_config.json").write_text(json.dumps(generation))
+    return folder
+
+
+@pytest.mark.parametrize("template_in_config", [False, True])
+def test_an_export_has_the_runs_template_and_ends(tmp_path: Path, template_in_config: bool) -> None:
+    folder = model_folder(tmp_path / "model", template_in_config=template_in_config)
+    (tmp_path / "other.jinja").write_text(TEMPLATE)
+    data = DataConfig(train="unused.jsonl", chat_template=str(tmp_path / "other.jinja"))
+    encoder = load_text_encoder(ModelConfig(path=str(folder)), data, "actor")
+    more = export_files(encoder, str(folder), "lm")
+    for name, text in more.files.items():
+        (folder / name).write_text(text)
+    tokenizer, generation = AutoTokenizer.from_pretrained(folder), GenerationConfig.from_pretrained(folder)
+    assert tokenizer.chat_template == TEMPLATE
+    assert generation.eos_token_id == [2, 0] and generation.pad_token_id == 0 and generation.temperature == 0.6
+    again = load_text_encoder(ModelConfig(path=str(folder)), DataConfig(train="unused.jsonl"), "actor")
+    assert again.render([{"role": "user", "content": "hello"}], False) == "[user] hello<|im_end|>"
+    assert again.end_token_ids == encoder.end_token_ids == [2, 0]
+
+
+def test_a_tokenizers_own_template_is_left_as_it_is(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "model")
+    (folder / "generation_config.json").unlink()
+    encoder = load_text_encoder(ModelConfig(path=str(folder)), DataConfig(train="unused.jsonl"), "actor")
+    more = export_files(encoder, str(folder), "lm")
+    assert list(more.files) == ["generation_config.json"] and more.config == {}
+    assert json.loads(more.files["generation_config.json"]) == {"eos_token_id": 2, "pad_token_id": 0, "bos_token_id": 0}
+
+
+@pytest.mark.parametrize(("pad", "exported"), [("<|im_start|>", 1), ("<|im_end|>", None), (None, None)])
+def test_a_classifier_is_never_padded_with_what_ends_a_sequence(tmp_path: Path, pad: str | None, exported: int | None) -> None:
+    folder = model_folder(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.pad_token = pad
+    tokenizer.save_pretrained(folder)
+    encoder = load_text_encoder(ModelConfig(path=str(folder)), DataConfig(train="unused.jsonl"), "reward")
+    more = export_files(encoder, str(folder), "score")
+    config = {**json.loads((folder / "config.json").read_text()), **more.config}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert AutoConfig.from_pretrained(folder).pad_token_id == exported
+
+
+def test_both_engines_stop_at_every_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = model_folder(tmp_path / "model")
+    config = PpoConfig()
+    config.actor.model.path = str(folder)
+    encoder = load_text_encoder(config.actor.model, DataConfig(train="unused.jsonl"), "actor")
+    given: list[dict[str, Any]] = []
+
+    def record(*args: object, **arguments: Any) -> SimpleNamespace:
+        given.append(arguments)
+        return SimpleNamespace(start=lambda: None)
+
+    monkeypatch.setattr(ppo_setup, "MegatronEngine", record)
+    monkeypatch.setattr(ppo_setup, "VllmEngine", record)
+    data, run = SimpleNamespace(encoder=encoder), SimpleNamespace(is_writer=True, world_size=1, dir=tmp_path, say=print)
+    ppo_setup.engine_of_actor(config, data, None)
+    ppo_setup.begin_engine(config, run, data, 0, None).wait()
+    assert [arguments["eos_token_ids"] for arguments in given] == [[2, 0], [2, 0]]
