@@ -108,7 +108,7 @@ def _check(checkpoint: HfCheckpoint, bridge: BridgeConfig, plan: Sequence[Entry]
             f"{checkpoint.tensors[unknown[0]].file}: {_some(unknown)} unknown; a {bridge.family.architecture(head)} "
             "with this config has no such tensor"
         )
-    for name in expected.keys() & found:
+    for name in sorted(expected.keys() & found):
         info = checkpoint.tensors[name]
         if info.shape != expected[name]:
             raise ValueError(

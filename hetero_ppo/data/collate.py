@@ -46,6 +46,7 @@ def collate_preferences(examples: Sequence[PreferenceExample]) -> PreferenceBatc
 
 def collate_prompts(examples: Sequence[PromptExample]) -> PromptBatch:
     """Prompts stay lists: the engine pads nothing."""
+    examples = list(examples)  # each is read once
     return PromptBatch(
         prompt_ids=[example.prompt_ids for example in examples],
         prompt_texts=[example.text for example in examples],

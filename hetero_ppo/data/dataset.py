@@ -1,20 +1,28 @@
-"""A data set in memory: token ids of every example, what was left out, and a fingerprint."""
+"""A data set: token ids of every example, what was left out, and a fingerprint."""
 
 from __future__ import annotations
 
+import dataclasses
+import errno
 import hashlib
 import itertools
+import json
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
 
 from hetero_ppo.config.schema import OverlongPrompts
+from hetero_ppo.data.node_share import Place
 from hetero_ppo.data.reading import FileFacts, Row
+from hetero_ppo.data.storage import Codec, ExampleWriter, StoredExamples
 from hetero_ppo.observability.progress import progress
 
 #: Rows that are handed to the tokenizer in one call.
 BLOCK_ROWS = 1024
+#: Beside the stored examples: what became of the rows, and tokens of every row.
+REPORT_FILE, LENGTHS_FILE = "report.json", "lengths.bin"
 
 T = TypeVar("T")
 
@@ -66,7 +74,7 @@ class LoadReport:
 class Dataset(Generic[E]):
     """Examples in file order."""
 
-    examples: list[E]
+    examples: Sequence[E]
     report: LoadReport
     fingerprint: str  # sha256 over the token ids of all examples
 
@@ -85,64 +93,95 @@ def encode_in_blocks(
             bar.update(len(block))
 
 
+@dataclass(frozen=True)
+class DatasetRules:
+    """How the rows of a file become a data set."""
+
+    max_tokens: int  # the limit
+    limit_field: str  # option that sets it
+    overlong: OverlongPrompts  # what to do with a longer example
+    is_identical: Callable[[Any], bool]  # whether an example teaches nothing because its two answers are the same
+    notes: Callable[[FileFacts], Sequence[str]]  # lines to print about what the whole file has and lacks; it may refuse the file
+
+
 def make_dataset(
-    path: str,
-    encoded: Iterable[tuple[Row, E]],
-    max_tokens: int,
-    limit_field: str,
-    overlong: OverlongPrompts,
-    is_identical: Callable[[E], bool],
-    notes: Callable[[FileFacts], Sequence[str]] = lambda facts: (),
+    path: str, encoded: Iterable[tuple[Row, E]], rules: DatasetRules, codec: Codec[E], place: Place
 ) -> Dataset[E]:
     """Apply the length limit and make the fingerprint.
 
     Args:
         path: Data file.
-        encoded: Its rows with their examples.
-        max_tokens: The limit.
-        limit_field: Option that sets the limit.
-        overlong: What to do with a longer example.
-        is_identical: Whether an example teaches nothing because its two answers are the same.
-        notes: Lines to print about what the whole file has and lacks; it may refuse the file.
+        encoded: Its rows with their examples; looped over where the data is read.
+        rules: What is done with them.
+        codec: How examples are stored.
+        place: Which process reads, and where the examples are stored.
 
     Raises:
         ValueError: over-long rows where ``overlong`` is error, or nothing left.
     """
-    examples: list[E] = []
+
+    def build(folder: Path) -> None:
+        try:
+            report, digest = _build(path, encoded, rules, folder, codec)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise ValueError(
+                f"{path}: no room for its tokens and texts in {folder.parent}; set TMPDIR to a folder with room for three times the file"
+            ) from error
+        values = {**dataclasses.asdict(report), "token_lengths": None}
+        (folder / LENGTHS_FILE).write_bytes(array("I", report.token_lengths).tobytes())
+        (folder / REPORT_FILE).write_text(json.dumps({"report": values, "fingerprint": digest}), encoding="utf-8")
+
+    return place.share(build, lambda folder: _open(folder, codec))
+
+
+def _build(
+    path: str, encoded: Iterable[tuple[Row, E]], rules: DatasetRules, folder: Path, codec: Codec[E]
+) -> tuple[LoadReport, str]:
+    """Write the examples that are kept; what became of the rows, and the fingerprint."""
     longest: tuple[str, int] = ("", 0)
-    lengths = array("l")
+    lengths = array("I")
     num_identical = num_too_long = 0
     facts = FileFacts(path)
-    for row, example in encoded:
-        facts = row.facts or facts
-        lengths.append(example.num_tokens)
-        if example.num_tokens > max_tokens:
-            num_too_long += 1
-            longest = max(longest, (row.place, example.num_tokens), key=lambda pair: pair[1])
-        elif is_identical(example):
-            num_identical += 1
-        else:
-            examples.append(example)
+    digest = hashlib.sha256()
+    with ExampleWriter(folder, codec) as writer:
+        for row, example in encoded:
+            facts = row.facts or facts
+            lengths.append(example.num_tokens)
+            if example.num_tokens > rules.max_tokens:
+                num_too_long += 1
+                longest = max(longest, (row.place, example.num_tokens), key=lambda pair: pair[1])
+            elif rules.is_identical(example):
+                num_identical += 1
+            else:
+                writer.append(example)
+                add_to_fingerprint(digest, example)
     report = LoadReport(
-        path, len(lengths), num_too_long, num_identical, lengths, max_tokens, limit_field, tuple(notes(facts))
+        path, len(lengths), num_too_long, num_identical, lengths, rules.max_tokens, rules.limit_field, tuple(rules.notes(facts))
     )
-    if num_too_long and overlong is OverlongPrompts.error:
-        place, tokens = longest
+    if num_too_long and rules.overlong is OverlongPrompts.error:
+        where, tokens = longest
         raise ValueError(
-            f"{path}: {num_too_long} of {len(lengths)} rows are longer than {limit_field}={max_tokens} tokens, the "
-            f"longest ({place}) has {tokens}; raise {limit_field}, or set "
+            f"{path}: {num_too_long} of {len(lengths)} rows are longer than {rules.limit_field}={rules.max_tokens} tokens, the "
+            f"longest ({where}) has {tokens}; raise {rules.limit_field}, or set "
             "data.overlong_prompts=drop to leave them out"
         )
-    if not examples:
+    if len(writer) == 0:
         raise ValueError(f"no usable row: {report.describe()}")
-    return Dataset(examples, report, fingerprint(examples))
+    return report, digest.hexdigest()
 
 
-def fingerprint(examples: Iterable[Example]) -> str:
-    """sha256 over the token ids of all examples, in order."""
-    digest = hashlib.sha256()
-    for example in examples:
-        for ids in example.all_ids:
-            digest.update(len(ids).to_bytes(8, "little"))
-            digest.update(array("q", ids).tobytes())
-    return digest.hexdigest()
+def _open(folder: Path, codec: Codec[E]) -> Dataset[E]:
+    written = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))
+    values = written["report"]
+    lengths = array("I", (folder / LENGTHS_FILE).read_bytes())
+    report = LoadReport(**{**values, "token_lengths": lengths, "notes": tuple(values["notes"])})
+    return Dataset(StoredExamples(folder, codec), report, written["fingerprint"])
+
+
+def add_to_fingerprint(digest: hashlib._Hash, example: Example) -> None:
+    """Add the token ids of an example; the fingerprint of a data set covers all of them, in order."""
+    for ids in example.all_ids:
+        digest.update(len(ids).to_bytes(8, "little"))
+        digest.update(array("q", ids).tobytes())

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from hetero_ppo.config.schema import DataConfig
 from hetero_ppo.data.chat_template import TextEncoder
 from hetero_ppo.data.conversation import Conversation, PlainPair, conversation, encode_sequences
-from hetero_ppo.data.dataset import Dataset, encode_in_blocks, make_dataset
+from hetero_ppo.data.dataset import Dataset, DatasetRules, encode_in_blocks, make_dataset
 from hetero_ppo.data.file_notes import file_notes
+from hetero_ppo.data.node_share import OWN_FILES, Place
 from hetero_ppo.data.prompts import prompt_messages, refuse_tools
 from hetero_ppo.data.reading import Message, Row, iter_rows
 from hetero_ppo.data.sft import answer_messages
@@ -36,14 +37,31 @@ class PreferenceExample:
         return [self.chosen_ids, self.rejected_ids]
 
 
-def load_preferences(path: str, data: DataConfig, encoder: TextEncoder) -> Dataset[PreferenceExample]:
+class PreferenceCodec:
+    """Stores the ids of both sequences and the length of their prompt."""
+
+    num_lists = 3
+
+    def pack(self, example: PreferenceExample) -> tuple[list[list[int]], None]:
+        """See ``storage.Codec``."""
+        return [example.chosen_ids, example.rejected_ids, [example.prompt_length]], None
+
+    def unpack(self, lists: list[list[int]], record: None) -> PreferenceExample:
+        """See ``storage.Codec``."""
+        chosen, rejected, (prompt_length,) = lists
+        return PreferenceExample(chosen, rejected, prompt_length)
+
+
+def load_preferences(
+    path: str, data: DataConfig, encoder: TextEncoder, place: Place = OWN_FILES
+) -> Dataset[PreferenceExample]:
     """Read and tokenise ``path``; over-long pairs as ``data.overlong_prompts`` says.
 
     A pair whose two answers are the same teaches nothing: it is left out and counted.
 
     ``data.chosen_key`` and ``data.rejected_key`` hold text, messages that answer ``data.prompt_key``, or whole
     conversations; then the prompt may be left out and is what the two conversations have in common. Without a chat
-    template and a prompt, each of the two is taken as one whole text.
+    template and a prompt, each of the two is taken as one whole text. ``place``: which process reads.
 
     Raises:
         FileNotFoundError, ValueError: names file, line and field.
@@ -60,11 +78,15 @@ def load_preferences(path: str, data: DataConfig, encoder: TextEncoder) -> Datas
     return make_dataset(
         path,
         encode_in_blocks(path, iter_rows(path), encode),
-        data.max_sequence_tokens,
-        "data.max_sequence_tokens",
-        data.overlong_prompts,
-        lambda example: example.chosen_ids == example.rejected_ids,
-        lambda facts: file_notes(facts, data, KEYS, encoder.template),
+        DatasetRules(
+            data.max_sequence_tokens,
+            "data.max_sequence_tokens",
+            data.overlong_prompts,
+            lambda example: example.chosen_ids == example.rejected_ids,
+            lambda facts: file_notes(facts, data, KEYS, encoder.template),
+        ),
+        PreferenceCodec(),
+        place,
     )
 
 

@@ -11,8 +11,9 @@ from typing import Any
 from hetero_ppo.config.schema import DataConfig
 from hetero_ppo.data.chat_template import TextEncoder
 from hetero_ppo.data.conversation import Context, check_begin, encode_contexts
-from hetero_ppo.data.dataset import Dataset, encode_in_blocks, make_dataset
+from hetero_ppo.data.dataset import Dataset, DatasetRules, encode_in_blocks, make_dataset
 from hetero_ppo.data.file_notes import LabelTypes, file_notes
+from hetero_ppo.data.node_share import OWN_FILES, Place
 from hetero_ppo.data.reading import Message, Row, iter_rows
 
 #: Options that name the fields of a row.
@@ -40,10 +41,41 @@ class PromptExample:
         return [self.prompt_ids]
 
 
-def load_prompts(path: str, data: DataConfig, encoder: TextEncoder) -> Dataset[PromptExample]:
+class PromptCodec:
+    """Stores a prompt as its ids and what its row said; the text and the messages follow from each other."""
+
+    num_lists = 1
+
+    def __init__(self, with_template: bool) -> None:
+        """Args:
+        with_template: Whether examples have messages.
+        """
+        self.with_template = with_template
+
+    def pack(self, example: PromptExample) -> tuple[list[list[int]], list[Any]]:
+        """See ``storage.Codec``."""
+        prompt = example.text if example.messages in (None, user_message(example.text)) else example.messages
+        return [example.prompt_ids], [prompt, example.label, example.metadata, example.index, example.tools]
+
+    def unpack(self, lists: list[list[int]], record: list[Any]) -> PromptExample:
+        """See ``storage.Codec``."""
+        prompt, label, metadata, index, tools = record
+        text, messages = (prompt, user_message(prompt)) if isinstance(prompt, str) else (prompt[-1]["content"], prompt)
+        return PromptExample(lists[0], text, messages if self.with_template else None, label, metadata, index, tools)
+
+
+def load_prompts(
+    path: str, data: DataConfig, encoder: TextEncoder, place: Place = OWN_FILES
+) -> Dataset[PromptExample]:
     """Read, template and tokenise the prompts of ``path``; over-long ones as ``data.overlong_prompts`` says.
 
     A row has the prompt under ``data.prompt_key`` or, without that, under ``data.messages_key``.
+
+    Args:
+        path: ``.jsonl`` or ``.parquet`` file.
+        data: Names of the fields, and limits.
+        encoder: Tokenizer and template.
+        place: Which process reads; see ``node_share``.
 
     Raises:
         FileNotFoundError, ValueError: names file, line and field.
@@ -59,11 +91,15 @@ def load_prompts(path: str, data: DataConfig, encoder: TextEncoder) -> Dataset[P
     return make_dataset(
         path,
         encode_in_blocks(path, iter_rows(path), encode),
-        data.max_prompt_tokens,
-        "data.max_prompt_tokens",
-        data.overlong_prompts,
-        lambda example: False,
-        lambda facts: [*labels.notes(facts), *file_notes(facts, data, KEYS, encoder.template)],
+        DatasetRules(
+            data.max_prompt_tokens,
+            "data.max_prompt_tokens",
+            data.overlong_prompts,
+            lambda example: False,
+            lambda facts: [*labels.notes(facts), *file_notes(facts, data, KEYS, encoder.template)],
+        ),
+        PromptCodec(encoder.template is not None),
+        place,
     )
 
 
@@ -126,7 +162,12 @@ def prompt_messages(row: Row, field: str) -> list[Message]:
     """
     if isinstance(row.value(field), list):
         return row.messages(field)
-    return [{"role": "user", "content": row.text(field)}]
+    return user_message(row.text(field))
+
+
+def user_message(text: str) -> list[Message]:
+    """Return the conversation that a text stands for."""
+    return [{"role": "user", "content": text}]
 
 
 def _metadata(row: Row, data: DataConfig) -> dict[str, Any]:

@@ -14,8 +14,9 @@ from hetero_ppo.data.conversation import (
     conversation,
     encode_sequences,
 )
-from hetero_ppo.data.dataset import Dataset, encode_in_blocks, make_dataset
+from hetero_ppo.data.dataset import Dataset, DatasetRules, encode_in_blocks, make_dataset
 from hetero_ppo.data.file_notes import file_notes
+from hetero_ppo.data.node_share import OWN_FILES, Place
 from hetero_ppo.data.prompts import prompt_messages, refuse_tools
 from hetero_ppo.data.reading import Row, iter_rows
 
@@ -39,11 +40,26 @@ class SftExample:
         return [self.token_ids, [border for span in self.answer_spans for border in span]]
 
 
-def load_sft(path: str, data: DataConfig, encoder: TextEncoder) -> Dataset[SftExample]:
+class SftCodec:
+    """Stores the ids and the borders of the answers."""
+
+    num_lists = 2
+
+    def pack(self, example: SftExample) -> tuple[list[list[int]], None]:
+        """See ``storage.Codec``."""
+        return example.all_ids, None
+
+    def unpack(self, lists: list[list[int]], record: None) -> SftExample:
+        """See ``storage.Codec``."""
+        ids, borders = lists
+        return SftExample(ids, list(zip(borders[::2], borders[1::2], strict=True)))
+
+
+def load_sft(path: str, data: DataConfig, encoder: TextEncoder, place: Place = OWN_FILES) -> Dataset[SftExample]:
     """Read and tokenise ``path``; over-long examples as ``data.overlong_prompts`` says.
 
     A row has ``data.messages_key``, of which every assistant message is an answer; or ``data.prompt_key`` and
-    ``data.completion_key``, each text or messages, of which the completion is the answer.
+    ``data.completion_key``, each text or messages, of which the completion is the answer. ``place``: which process reads.
 
     Raises:
         FileNotFoundError, ValueError: names file, line and field.
@@ -56,11 +72,15 @@ def load_sft(path: str, data: DataConfig, encoder: TextEncoder) -> Dataset[SftEx
     return make_dataset(
         path,
         encode_in_blocks(path, iter_rows(path), encode),
-        data.max_sequence_tokens,
-        "data.max_sequence_tokens",
-        data.overlong_prompts,
-        lambda example: False,
-        lambda facts: file_notes(facts, data, KEYS, encoder.template),
+        DatasetRules(
+            data.max_sequence_tokens,
+            "data.max_sequence_tokens",
+            data.overlong_prompts,
+            lambda example: False,
+            lambda facts: file_notes(facts, data, KEYS, encoder.template),
+        ),
+        SftCodec(),
+        place,
     )
 
 

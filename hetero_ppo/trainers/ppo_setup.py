@@ -29,6 +29,7 @@ from hetero_ppo.config.schema import OldLogProbs, PpoConfig
 from hetero_ppo.data.chat_template import TextEncoder, load_text_encoder
 from hetero_ppo.data.collate import collate_prompts
 from hetero_ppo.data.dataset import Dataset
+from hetero_ppo.data.node_share import node_files
 from hetero_ppo.data.prompts import PromptExample, load_prompts
 from hetero_ppo.data.sampler import ResumableSampler
 from hetero_ppo.engines.model_engine import ModelEngine
@@ -131,11 +132,11 @@ def load_data(config: PpoConfig, run: Run) -> PpoData:
     encoder = load_text_encoder(config.actor.model, config.data, "actor", run.beginning.begun)
     run.say(encoder.describe_ends())
     run.keep_template(encoder)
-    train = load_prompts(config.data.train, config.data, encoder)
+    train = load_prompts(config.data.train, config.data, encoder, node_files())
     run.say(train.report.describe())
     held_out = eval_prompts = None
     if config.data.eval is not None:
-        held_out = load_prompts(config.data.eval, config.data, encoder)
+        held_out = load_prompts(config.data.eval, config.data, encoder, node_files())
         run.say(held_out.report.describe())
         eval_prompts = collate_prompts(held_out.examples)
     sampler = ResumableSampler(

@@ -11,6 +11,7 @@ from hetero_ppo.config.schema import RmConfig
 from hetero_ppo.data.chat_template import load_text_encoder
 from hetero_ppo.data.collate import collate_preferences
 from hetero_ppo.data.dataset import Dataset
+from hetero_ppo.data.node_share import node_files
 from hetero_ppo.data.preference import PreferenceExample, load_preferences
 from hetero_ppo.data.sampler import sequential_batches
 from hetero_ppo.engines.losses import reward_loss_fn
@@ -30,11 +31,11 @@ class RewardModelTrainer(SupervisedTrainer):
         encoder = load_text_encoder(config.reward.model, config.data, "reward", run.beginning.begun)
         run.say(encoder.describe_ends())
         run.keep_template(encoder)
-        self.data = load_preferences(config.data.train, config.data, encoder)
+        self.data = load_preferences(config.data.train, config.data, encoder, node_files())
         run.say(self.data.report.describe())
         self.held_out: Dataset[PreferenceExample] | None = None
         if config.data.eval is not None:
-            self.held_out = load_preferences(config.data.eval, config.data, encoder)
+            self.held_out = load_preferences(config.data.eval, config.data, encoder, node_files())
             run.say(self.held_out.report.describe())
         run.check_inputs(text_inputs(config, run.resume, encoder, self.data, {}) + model_inputs(config))
         batching = derive_supervised(config, run.world_size, len(self.data))

@@ -242,7 +242,7 @@ def test_a_tokenizer_without_a_template_needs_a_choice(work: Path, capsys: pytes
             "lists model-00002-of-00002.safetensors, but there is no such file; complete the download",
         ),
         ({"config.json": json.dumps(MODEL_CONFIG | {"quantization_config": {"bits": 4}})}, "give the unquantised checkpoint"),
-        ({"config.json": json.dumps(MODEL_CONFIG | {"vocab_size": 400})}, "embed_tokens.weight has shape [320, 64], the config asks for [400, 64]"),
+        ({"config.json": json.dumps(MODEL_CONFIG | {"vocab_size": 400})}, "lm_head.weight has shape [320, 64], the config asks for [400, 64]"),
         ({"config.json": json.dumps(MODEL_CONFIG | {"eos_token_id": 320})}, "= 320 (config.json) has no embedding row, of which the model has 320"),
         ({"generation_config.json": '{"eos_token_id": [2, "x"]}'}, "eos_token_id is [2, 'x']; it has to be a token id"),
     ],
