@@ -105,7 +105,7 @@ def read_texts(path: Path, keys: Sequence[str]) -> Iterator[str]:
             )
         for key in present:
             if isinstance(row.values[key], list):
-                for message in row.messages(key):
+                for message in row.messages(key, with_turn_keys=True):
                     yield message["role"]
                     yield message["content"]
             else:
