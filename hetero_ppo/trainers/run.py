@@ -125,7 +125,7 @@ class Run:
             raise StoppedOnRequest(
                 f"stopped on request after step {step}, which is saved: go on with checkpoint.load={self.dir}"
             )
-        raise StoppedOnRequest(f"stopped on request at step {step}, before another was done: there is nothing new to save")
+        raise StoppedOnRequest(f"stopped on request at step {step}, before another was done: there is nothing new to save, and the same command goes on")
 
 
 @contextlib.contextmanager
