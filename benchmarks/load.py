@@ -89,11 +89,6 @@ def growth(values: Sequence[int]) -> float:
     return statistics.median(values[-tenth:]) - statistics.median(values[:tenth])
 
 
-def warm_up_of(num_steps: int) -> int:
-    """Steps that are left out: caches and pools fill in them."""
-    return min(50, max(3, num_steps // 5))
-
-
 def figures_of(samples: Sequence[Usage], warm_up: int) -> dict[str, Any]:
     """Slopes and growths of what was counted after the warm-up."""
     kept = [sample for sample in samples if sample.step > warm_up]
@@ -171,10 +166,10 @@ class Load:
                 os.kill(pid, signal.SIGKILL)
             run.process.wait()
         if self._kept() <= 2:
-            raise RuntimeError(f"the run came to {len(self.samples)} steps, too few for a slope:\n{log.read_text()[-3000:]}")
+            raise RuntimeError(f"the run came to {len(self.samples)} steps, too few for a slope after a warm-up of {self.args.warm_up}:\n{log.read_text()[-3000:]}")
 
     def _kept(self) -> int:
-        return len(self.samples) - warm_up_of(self.args.steps)
+        return len(self.samples) - self.args.warm_up
 
     def _count(self, run: Run, step: int) -> None:
         self.samples.append(usage(run, step))
@@ -185,7 +180,7 @@ class Load:
     def _figures(self) -> dict[str, Any]:
         records = [json.loads(line) for line in (self.run_dir / "metrics.jsonl").read_text().splitlines()]
         return {
-            **figures_of(self.samples, warm_up_of(self.args.steps)),
+            **figures_of(self.samples, self.args.warm_up),
             "rows_lost": self.rows_lost,
             "steps": len(self.samples),
             "rows": self.args.rows,
@@ -211,9 +206,12 @@ def parse_args(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=10_000, help="prompts in the file; a multiple of --rows")
     parser.add_argument("--engine", choices=("vllm", "megatron"), default="vllm")
     parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--warm-up", type=int, help="steps that are left out: pools fill in them (default: a tenth of --steps)")
     parser.add_argument("--minutes", type=float, default=600.0, help="end the run after so long; the figures are of the steps until then")
     parser.add_argument("--json", type=Path, help="write the figures here")
     args = parser.parse_args(arguments)
+    if args.warm_up is None:
+        args.warm_up = max(3, args.steps // 10)
     if args.prompts % args.rows:
         parser.error(f"--prompts {args.prompts} is no multiple of --rows {args.rows}: a step would have prompts of two epochs")
     return args

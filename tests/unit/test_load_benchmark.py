@@ -65,6 +65,11 @@ def test_the_counts_are_those_of_living_processes() -> None:
             os.close(descriptor)
 
 
+def test_the_warm_up_is_a_tenth_of_the_steps_or_what_is_asked_for() -> None:
+    assert load.parse_args([]).warm_up == 20 and load.parse_args(["--steps", "8"]).warm_up == 3
+    assert load.parse_args(["--warm-up", "5"]).warm_up == 5
+
+
 def test_prompts_of_two_epochs_are_refused() -> None:
     with pytest.raises(SystemExit):
         load.parse_args(["--prompts", "100", "--rows", "30"])
