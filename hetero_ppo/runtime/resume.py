@@ -16,6 +16,9 @@ from hetero_ppo.config.on_resume import OnResume, is_named
 from hetero_ppo.observability.records import CONFIG_FILE
 from hetero_ppo.runtime.changes import Change, compare, config_values
 
+#: How digests of inputs are made. Those of another version are not compared; raise it with every change of what a digest covers.
+DIGESTS_VERSION = 1
+
 
 @dataclass(frozen=True)
 class Resume:
@@ -26,7 +29,7 @@ class Resume:
     run_id: str  # of the run that wrote it
     is_own_folder: bool  # it lies in the folder of this run
     begun: datetime | None  # when that run began, local time; None: its version did not note it
-    inputs: dict[str, str] | None  # digests of what it was made from; None: its version did not note them
+    inputs: dict[str, str] | None  # digests of what it was made from; None: its version did not note them, or made them differently
     changes: list[Change] = field(default_factory=list)  # fields with other values than the checkpoint's
     allowed: list[str] = field(default_factory=list)  # checkpoint.allow_changes
     note: str | None = None  # why the configurations cannot be compared, for the user
@@ -77,7 +80,7 @@ def read_resume(loaded: LoadedConfig) -> Resume | None:
         run_id=str(state.get("run_id", UNNAMED)),
         is_own_folder=is_own,
         begun=None if begun is None else datetime.fromisoformat(begun).replace(tzinfo=None),
-        inputs=state.get("inputs"),
+        inputs=state["inputs"] if state.get("digests_version") == DIGESTS_VERSION else None,
         changes=[] if saved is None else compare(saved, config_values(loaded), loaded.kind),
         allowed=list(config.checkpoint.allow_changes),
         note=note,

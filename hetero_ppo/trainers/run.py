@@ -28,7 +28,7 @@ from hetero_ppo.errors import StoppedOnRequest
 from hetero_ppo.observability.watchdog import Watchdog
 from hetero_ppo.runtime.inputs import Input, check_inputs, differing
 from hetero_ppo.runtime.later_steps import forget_later_steps
-from hetero_ppo.runtime.resume import Beginning, Resume, beginning, read_resume
+from hetero_ppo.runtime.resume import DIGESTS_VERSION, Beginning, Resume, beginning, read_resume
 from hetero_ppo.runtime.run_folder import CONFIG_FILE, claimed_folder
 from hetero_ppo.trainers.stopping import StopRequests
 from megatron_bridge import platform
@@ -59,7 +59,8 @@ class Run:
     @property
     def about(self) -> dict[str, Any]:
         """What every checkpoint says of its run."""
-        return {"run_id": self.beginning.run_id, "begun": self.beginning.begun.isoformat(), "inputs": self.inputs}
+        begun = self.beginning.begun.isoformat()
+        return {"run_id": self.beginning.run_id, "begun": begun, "inputs": self.inputs, "digests_version": DIGESTS_VERSION}
 
     def check_inputs(self, inputs: Sequence[Input]) -> None:
         """Compare what the run is made from with the checkpoint that it goes on from, and note it for its own checkpoints.

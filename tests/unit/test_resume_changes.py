@@ -24,7 +24,7 @@ from hetero_ppo.config.on_resume import OnResume, rule_of
 from hetero_ppo.config.render import save_config
 from hetero_ppo.runtime.changes import Change, compare, config_values
 from hetero_ppo.runtime.inputs import Input, check_inputs, function_digest
-from hetero_ppo.runtime.resume import Resume, beginning, check_changes, read_resume
+from hetero_ppo.runtime.resume import DIGESTS_VERSION, Resume, beginning, check_changes, read_resume
 
 ROLE = {"model": {"path": "model"}}
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -47,7 +47,7 @@ def save_checkpoint(loaded: LoadedConfig, step: int = 2, **state: Any) -> Path:
     folder = run_dir / "checkpoints" / f"iter_{step:07d}"
     folder.mkdir(parents=True)
     save_config(loaded, str(folder / "config.yaml"))
-    about = {"step": step, "run_id": "a", "begun": "2024-02-29T23:59:59", "inputs": {}}
+    about = {"step": step, "run_id": "a", "begun": "2024-02-29T23:59:59", "inputs": {"a": "b"}, "digests_version": DIGESTS_VERSION}
     (folder / "trainer.json").write_text(json.dumps(about | state))
     mark(folder)
     return run_dir
@@ -192,6 +192,7 @@ def test_a_run_keeps_its_name_and_its_date(tmp_path: Path) -> None:
     resume = read_resume(configured(tmp_path, "sft", f"checkpoint.load={run_dir}"))
     begun = beginning(resume)
     assert (begun.run_id, begun.begun) == ("a", datetime(2024, 2, 29, 23, 59, 59))
+    assert resume is not None and resume.inputs == {"a": "b"}
     assert beginning(None).run_id != beginning(None).run_id
     assert abs((beginning(None).begun - datetime.now()).total_seconds()) < 60
 
@@ -203,6 +204,12 @@ def test_a_checkpoint_of_an_older_version_has_no_name_and_no_date(tmp_path: Path
     mark(folder)
     resume = read_resume(configured(tmp_path, "sft", f"checkpoint.load={run_dir}"))
     assert resume is not None and resume.inputs is None and beginning(resume).run_id == "unnamed"
+
+
+def test_digests_that_another_version_made_are_not_compared(tmp_path: Path) -> None:
+    run_dir = save_checkpoint(configured(tmp_path, "sft"), digests_version=DIGESTS_VERSION + 1)
+    resume = read_resume(configured(tmp_path, "sft", f"checkpoint.load={run_dir}"))
+    assert resume is not None and resume.inputs is None
 
 
 def resumed(inputs: dict[str, str] | None, *allowed: str, changes: Sequence[Change] = ()) -> Resume:
@@ -219,9 +226,9 @@ def test_inputs_are_compared_by_content(tmp_path: Path) -> None:
         (line,) = check_inputs(resumed(old, name), inputs)
         assert "the content of reference.model.path is not the checkpoint's" in line
     (line,) = check_inputs(resumed({"data.train": "same"}), inputs)
-    assert "are not compared: reference.model.path" in line
+    assert "Not compared: reference.model.path" in line
     (line,) = check_inputs(resumed(None), inputs)
-    assert "are not compared: reference.model.path, data.train" in line
+    assert "Not compared: reference.model.path, data.train" in line
 
 
 def test_a_reward_function_may_move_and_not_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
