@@ -7,12 +7,16 @@ next run of the same user on the node does: a directory in use is locked (flock)
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import shutil
+import stat
 import tempfile
 import weakref
 from pathlib import Path
 from typing import BinaryIO
+
+log = logging.getLogger(__name__)
 
 PREFIX = "hetero_ppo_"
 LOCK = "in_use"
@@ -46,13 +50,30 @@ def _remove(path: Path, lock: BinaryIO, owner: int) -> None:
 
 
 def remove_left_behind(parent: Path) -> None:
-    """Remove this user's directories below ``parent`` whose process is gone."""
+    """Remove this user's directories below ``parent`` whose process is gone.
+
+    Anybody may put anything under our names into a shared directory, so nothing there is followed, opened or waited for unless it is
+    a directory of this user, and nothing there ends a run.
+    """
     for folder in parent.glob(f"{PREFIX}*"):
         try:
-            if folder.stat().st_uid != os.getuid():  # other users' cannot be looked into
-                continue
-            with (folder / LOCK).open("rb") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(folder, ignore_errors=True)
-        except (BlockingIOError, FileNotFoundError, NotADirectoryError):  # in use; removed meanwhile; no run's directory
-            continue
+            _remove_unless_in_use(folder)
+        except OSError as error:  # in use; removed meanwhile; no run's directory; damaged
+            log.debug("%s stays: %s", folder, error)
+
+
+def _remove_unless_in_use(folder: Path) -> None:
+    """Raises OSError where the folder is in use, is not this user's, or is no run's directory."""
+    # The descriptor stays on the directory that was looked at, whatever its name stands for later.
+    folder_fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        if os.fstat(folder_fd).st_uid != os.getuid():
+            return
+        if not stat.S_ISREG(os.stat(LOCK, dir_fd=folder_fd, follow_symlinks=False).st_mode):
+            return
+        with open(os.open(LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder_fd), "rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Only its owner can rename a directory in a directory with the sticky bit: the name is still ours.
+            shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        os.close(folder_fd)

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from hetero_ppo.rollout.private_dir import LOCK, PREFIX, PrivateDir, remove_left_behind
 
 MAKE_ONE = "import sys; from hetero_ppo.rollout.private_dir import PrivateDir; d = PrivateDir(); print(d.path, flush=True); {}"
@@ -52,3 +54,45 @@ def test_what_is_not_a_runs_directory_stays(tmp_path: Path) -> None:
     (tmp_path / f"{PREFIX}file").touch()
     remove_left_behind(tmp_path)
     assert sorted(os.listdir(tmp_path)) == [f"{PREFIX}file", f"{PREFIX}new", "other"]
+
+
+def test_nothing_that_others_leave_under_our_names_stops_a_run(tmp_path: Path) -> None:
+    """Links (to themselves, to nowhere, to our own folders), fifos, files, foreign folders: each stays, and the rest is removed."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / LOCK).touch()
+    hostile = {name: tmp_path / f"{PREFIX}{name}" for name in ("loop", "dangling", "link", "fifo", "file", "locks")}
+    hostile["loop"].symlink_to(hostile["loop"])
+    hostile["dangling"].symlink_to(tmp_path / "nowhere")
+    hostile["link"].symlink_to(elsewhere)
+    os.mkfifo(hostile["fifo"])
+    hostile["file"].touch()
+    for kind in ("loop", "fifo", "folder", "link"):  # in place of a lock
+        folder = hostile["locks"].with_name(f"{PREFIX}locks_{kind}")
+        folder.mkdir()
+        if kind == "loop":
+            (folder / LOCK).symlink_to(folder / LOCK)
+        elif kind == "link":
+            (folder / LOCK).symlink_to(elsewhere / LOCK)
+        elif kind == "fifo":
+            os.mkfifo(folder / LOCK)
+        else:
+            (folder / LOCK).mkdir()
+    left = tmp_path / f"{PREFIX}zzz_left"
+    left.mkdir()
+    (left / LOCK).touch()
+    before = set(os.listdir(tmp_path)) - {left.name}
+    remove_left_behind(tmp_path)
+    assert set(os.listdir(tmp_path)) == before and (elsewhere / LOCK).exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="making a folder of another user takes root")
+def test_folders_of_other_users_stay(tmp_path: Path) -> None:
+    foreign, link = tmp_path / f"{PREFIX}foreign", tmp_path / f"{PREFIX}link"
+    foreign.mkdir()
+    (foreign / LOCK).touch()
+    link.symlink_to(foreign / LOCK)
+    for path in (foreign, foreign / LOCK, link):
+        os.chown(path, 65534, 65534, follow_symlinks=False)
+    remove_left_behind(tmp_path)
+    assert (foreign / LOCK).exists() and link.is_symlink()
