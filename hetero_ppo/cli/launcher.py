@@ -1,7 +1,7 @@
 """``torchrun`` with errors that fit on a line: ``python -m hetero_ppo.cli.launcher <torchrun's arguments>``.
 
-The parser and the agent are torchrun's own, so every option of it works, and so does plain ``torchrun``. What differs is the
-end of a run that fails: torchrun prints a traceback of itself and a banner, below which the error of the rank is hard to
+The parser and the agent are torchrun's own, and plain ``torchrun`` works as well. What differs is how launchers and ranks meet
+(runtime/rendezvous.py), so that nobody else can take part, and the end of a run that fails: torchrun prints a traceback of itself and a banner, below which the error of the rank is hard to
 find, and always exits with 1. Here one line says which rank ended and how, and the exit status is the rank's
 (128 + n for signal n).
 
@@ -21,9 +21,11 @@ from types import FrameType
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.elastic.rendezvous.api import RendezvousConnectionError
 from torch.distributed.run import parse_args, run
 
 from hetero_ppo.errors import EXIT_NOT_STOPPED_IN_TIME, EXIT_STOPPED
+from hetero_ppo.runtime.rendezvous import use_static_rendezvous
 
 #: Loggers of torchrun, and how their records begin that the line of this module replaces: a rank failed, the others are
 #: being stopped, a signal arrived.
@@ -96,6 +98,11 @@ def main(arguments: list[str] | None = None) -> int:
         logging.getLogger(name).addFilter(_Drop(beginnings))
     request = _StopRequest()
     args = parse_args(arguments)
+    try:
+        use_static_rendezvous(args)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     ours = {signal.SIGTERM.name, signal.SIGUSR1.name}
     args.signals_to_handle = ",".join(name for name in args.signals_to_handle.split(",") if name.strip() not in ours)
     previous = {name: signal.signal(signal.Signals[name], request.receive) for name in ours}
@@ -109,6 +116,8 @@ def main(arguments: list[str] | None = None) -> int:
             return failure.exitcode  # the ranks have said it
         else:
             text, status = describe_failure(rank, failure)
+    except RendezvousConnectionError as error:
+        text, status = str(error), 1
     except SignalException as error:
         text, status = f"the run was stopped by {error.sigval.name}", 128 + error.sigval
     else:

@@ -21,11 +21,27 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from hetero_ppo.config.derived import data_parallel_size
 from hetero_ppo.config.schema import ParallelConfig
+from hetero_ppo.network import keep_collectives_inside
 from megatron_bridge import platform
+
+
+def _open_store(timeout: timedelta) -> dist.Store | None:
+    """Return where the ranks of this process' world meet; None for torch's own store at MASTER_ADDR and MASTER_PORT."""
+    if os.environ["WORLD_SIZE"] == "1":
+        return dist.HashStore()  # of this process; nothing listens
+    # The port tells a launcher's world from one that was started inside of it, which inherits the variable.
+    file = os.environ.get("HETERO_PPO_STORE_FILE", "")  # runtime/rendezvous.py
+    if not file.endswith(f"/store_{os.environ['MASTER_PORT']}"):
+        return None
+    store = dist.FileStore(file, int(os.environ["WORLD_SIZE"]))
+    store.set_timeout(timeout)
+    return dist.PrefixStore(str(_made.num_worlds), store)
 
 
 def initialise(timeout_minutes: float) -> None:
     """Join the world that torchrun describes (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT), with a deadline on collectives.
+
+    Ranks of one node listen on loopback alone, those of several on the interface that leads to MASTER_ADDR.
 
     Raises:
         RuntimeError: not started by torchrun.
@@ -35,8 +51,15 @@ def initialise(timeout_minutes: float) -> None:
         raise RuntimeError(f"{', '.join(missing)} not set: start this run with torchrun, or with scripts/train_*.sh")
     if platform.HAS_CUDA:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    keep_collectives_inside(one_node=int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) == world_size)
     _made.timeout = timedelta(minutes=timeout_minutes)
-    dist.init_process_group(platform.distributed_backend(), timeout=_made.timeout)
+    _made.num_worlds += 1
+    backend, store = platform.distributed_backend(), _open_store(_made.timeout)
+    if store is None:
+        dist.init_process_group(backend, timeout=_made.timeout)
+    else:
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=_made.timeout)
     # Scratch memory of sequence-parallel all-gathers; the one thing in parallel_state that is not a group.
     parallel_state._set_global_memory_buffer()
 
@@ -56,6 +79,7 @@ class _Made:
     world: dist.ProcessGroup | None = None
     timeout: timedelta | None = None  # of collectives; torch gives a new group its own default, not that of the world
     groups: dict[tuple[tuple[int, ...], ...], dist.ProcessGroup | None] = field(default_factory=dict)
+    num_worlds: int = 0  # that this process has joined
 
     def forget(self) -> None:
         self.world = None

@@ -23,7 +23,7 @@ from hetero_ppo.errors import RunError
 from hetero_ppo.observability.progress import progress
 from hetero_ppo.rollout.compute_mode import check_compute_mode
 from hetero_ppo.rollout.engine_checks import check_prompts, golden_difference, response_limits
-from hetero_ppo.rollout.network import LOOPBACK
+from hetero_ppo.network import LOOPBACK
 from hetero_ppo.rollout.nodes import AnyServer, Cluster, remote_servers
 from hetero_ppo.rollout.private_dir import PrivateDir
 from hetero_ppo.rollout.requests import Requests

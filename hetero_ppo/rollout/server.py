@@ -20,7 +20,7 @@ import torch
 
 from hetero_ppo.config.schema import Dtype, RolloutConfig
 from hetero_ppo.rollout import guardian
-from hetero_ppo.rollout.network import bound_socket
+from hetero_ppo.network import bound_socket
 
 VLLM_DTYPE = {Dtype.fp32: "float32", Dtype.bf16: "bfloat16"}
 SERVED_MODEL_NAME = "actor"

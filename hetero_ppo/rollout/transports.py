@@ -18,7 +18,7 @@ from hetero_ppo.config.schema import WeightTransfer
 from hetero_ppo.errors import RunError
 from hetero_ppo.rollout.client import ServerClient, ServerDied
 from hetero_ppo.rollout.cuda_ipc import IpcHandle, device_id
-from hetero_ppo.rollout.network import LOOPBACK
+from hetero_ppo.network import LOOPBACK
 from hetero_ppo.rollout.weight_group import Meeting, Shard, WeightGroup, map_shard, open_store
 from hetero_ppo.rollout.weight_sync import WeightFiles
 

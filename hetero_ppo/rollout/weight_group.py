@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hetero_ppo.rollout.network import bound_socket, own_address
+from hetero_ppo.network import bound_socket, own_address
 
 TORCH_DTYPE_OF = {"F32": torch.float32, "BF16": torch.bfloat16}  # safetensors' names
 POLL_S = 0.001

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -83,12 +82,9 @@ def _roles(config: SftConfig | RmConfig | PpoConfig) -> dict[str, tuple]:
 
 @contextmanager
 def single_process() -> Iterator[None]:
-    """A world of this process alone, on a port that the kernel chooses; afterwards the environment is as it was."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    world = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    world["MASTER_PORT"] = str(port)
+    """A world of this process alone, which needs no port; afterwards the environment is as it was."""
+    world = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     before = {name: os.environ[name] for name in world if name in os.environ}
     os.environ.update(world)
     try:

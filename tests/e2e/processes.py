@@ -8,8 +8,8 @@ import signal
 import subprocess
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +29,22 @@ def marked(mark: str) -> dict[int, str]:
             except (FileNotFoundError, ProcessLookupError, PermissionError):
                 continue  # gone meanwhile, or not ours
     return {pid: command for pid, command in found.items() if command}  # a zombie has no command line
+
+
+#: 127.0.0.1, ::1 and 127.0.0.1 as an IPv6 address, as /proc/net shows them.
+LOOPBACK_ADDRESSES = {"0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F"}
+
+
+def listening_addresses(pids: Iterable[int]) -> set[str]:
+    """Addresses, as /proc/net shows them, that these processes take TCP connections on."""
+    inodes = set()
+    for pid in pids:
+        with suppress(FileNotFoundError):  # it has ended
+            for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+                with suppress(FileNotFoundError):
+                    inodes.add(os.readlink(descriptor).removeprefix("socket:[").removesuffix("]"))
+    rows = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]]
+    return {row[1].split(":")[0] for row in rows if row[3] == "0A" and row[9] in inodes}
 
 
 def wait_for(condition: Callable[[], bool], what: str, timeout_s: float) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import http.client
 import json
 import os
@@ -21,6 +20,7 @@ from typing import Any
 
 import pytest
 import torch
+from e2e.processes import LOOPBACK_ADDRESSES, listening_addresses
 from engine_contract import (
     EOS,
     FREE,
@@ -132,21 +132,9 @@ def test_the_server_answers_its_owner_alone(engine: VllmEngine) -> None:
     connection.close()
 
 
-def listening_addresses(pids: list[int]) -> set[str]:
-    """Addresses, as /proc/net shows them, that these processes take TCP connections on."""
-    inodes = set()
-    for pid in pids:
-        for descriptor in Path(f"/proc/{pid}/fd").iterdir():
-            with contextlib.suppress(FileNotFoundError):
-                inodes.add(os.readlink(descriptor).removeprefix("socket:[").removesuffix("]"))
-    rows = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]]
-    return {row[1].split(":")[0] for row in rows if row[3] == "0A" and row[9] in inodes}
-
-
 def test_no_other_machine_reaches_the_server(engine: VllmEngine) -> None:
     server = engine.servers[0]
-    loopback = {"0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F"}
-    assert listening_addresses([server.process_group, *children(server.process_group)]) <= loopback
+    assert listening_addresses([server.process_group, *children(server.process_group)]) <= LOOPBACK_ADDRESSES
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="acting as another user takes root; the folder's mode is tested for everybody")

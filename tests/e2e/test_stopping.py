@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from chain import Chain, launch_all, read_metrics
-from e2e.processes import running
+from e2e.processes import LOOPBACK_ADDRESSES, listening_addresses, running
 
 from hetero_ppo.errors import EXIT_STOPPED
 
@@ -20,11 +20,15 @@ STEPS = 6
 
 
 def test_sigterm_to_the_launcher_saves_ppo(chain: Chain, tmp_path: Path) -> None:
-    """Exit status, checkpoint, rollouts of every step; nothing is left running. That it goes on to the same bits: test_killed.py."""
+    """Exit status, checkpoint, rollouts of every step; nothing is left running. That it goes on to the same bits: test_killed.py.
+
+    Launcher, ranks, server and its engine listen on loopback and on unix sockets alone.
+    """
     run_dir = tmp_path / "run"
     command = [*chain.train_command("ppo", run_dir, train__steps=400, data__eval="null"), "train.eval_function=null"]
     with running(2, command, run_dir) as job:
         job.wait_steps(1, START_S)
+        assert len(job.processes) >= 6 and listening_addresses(job.processes) <= LOOPBACK_ADDRESSES
         job.process.send_signal(signal.SIGTERM)
         assert job.wait_end(SOON_S) == EXIT_STOPPED, job.text[-3000:]
         assert "SIGUSR1: the run stops with a checkpoint after this step" in job.text

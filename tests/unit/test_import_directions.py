@@ -15,6 +15,7 @@ PACKAGES = ("hetero_ppo", "megatron_bridge")
 TIERS = {
     "errors": 0,
     "disk": 0,
+    "network": 0,
     "config": 0,
     "types": 1,
     "algorithms": 2,

@@ -16,7 +16,7 @@ import torch.multiprocessing as mp
 from hetero_ppo.config.derived import weight_transfer
 from hetero_ppo.config.schema import Dtype, RolloutConfig, WeightTransfer
 from hetero_ppo.rollout.cuda_ipc import IpcHandle
-from hetero_ppo.rollout.network import bound_socket, own_address
+from hetero_ppo.network import bound_socket, own_address
 from hetero_ppo.rollout.weight_group import Meeting, WeightGroup, join_store, map_shard, num_bytes, open_store
 from hetero_ppo.rollout.weight_sync import write_weights
 

@@ -1,0 +1,127 @@
+"""Addresses of this machine: nothing listens on all of them.
+
+What one node needs listens on loopback; what is for other nodes listens on the address that they reach this node at, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import struct
+
+SIOCGIFADDR = 0x8915  # <linux/sockios.h>
+#: Of ``struct ifreq``: the name's bytes, and where the IPv4 address is.
+IFNAME_BYTES, ADDRESS_AT = 15, 20
+LOOPBACK = "127.0.0.1"
+BACKLOG = 1024
+#: Which interface gloo and NCCL listen on. Left alone, gloo takes the address that the host's name stands for, NCCL the first one.
+INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+
+
+def is_loopback(address: str) -> bool:
+    """True for an address that other machines do not reach."""
+    return address.startswith("127.") or address == "::1"
+
+
+def _interface_address(probe: socket.socket, name: str) -> str:
+    """IPv4 address of an interface; OSError where it has none."""
+    request = struct.pack("256s", name.encode()[:IFNAME_BYTES])
+    return socket.inet_ntoa(fcntl.ioctl(probe.fileno(), SIOCGIFADDR, request)[ADDRESS_AT : ADDRESS_AT + 4])
+
+
+def own_address(towards: str, interface: str | None = None) -> str:
+    """The IPv4 address of this machine that the machine ``towards`` reaches it at.
+
+    Args:
+        towards: host name or address; nothing is sent there.
+        interface: name of a network interface whose address it is instead (``eth0``); None: the one of the route.
+
+    Raises:
+        ValueError: there is no such interface, host or route.
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            if interface is None:
+                probe.connect((towards, 9))  # chooses the route; a datagram socket sends nothing by that
+                return probe.getsockname()[0]
+            return _interface_address(probe, interface)
+        except OSError as error:
+            if interface is None:
+                raise ValueError(f"no route to {towards}: {error}; check MASTER_ADDR") from None
+            names = [name for _, name in socket.if_nameindex()]
+            raise ValueError(
+                f"rollout.interface={interface!r} has no IPv4 address here ({error.strerror}); this machine has {names}"
+            ) from None
+
+
+def interface_of(address: str) -> str | None:
+    """Name of the interface with this IPv4 address; None where no interface has it. All of 127.* is loopback's."""
+    wanted = LOOPBACK if is_loopback(address) else address
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            try:
+                found = _interface_address(probe, name)
+            except OSError:  # it has no IPv4 address
+                continue
+            if found == wanted:
+                return name
+    return None
+
+
+def keep_collectives_inside(*, one_node: bool) -> None:
+    """Choose the interface that the process groups of this process listen on, before the first one is made.
+
+    Args:
+        one_node: True: loopback, whatever the environment says. False: the interface that leads to MASTER_ADDR, where the environment
+            does not name another one.
+
+    Raises:
+        ValueError: there is no route to MASTER_ADDR.
+    """
+    name = interface_of(LOOPBACK if one_node else own_address(os.environ["MASTER_ADDR"]))
+    for variable in INTERFACE_VARIABLES if name is not None else ():
+        if one_node:
+            os.environ[variable] = name
+        else:
+            os.environ.setdefault(variable, name)
+
+
+def listening_socket(host: str, port: int) -> socket.socket:
+    """A TCP socket that already listens on the one address that ``host`` stands for.
+
+    Args:
+        host: name or address of this machine.
+        port: 0 for one that is free.
+
+    Raises:
+        OSError: the port is taken, or no address of ``host`` is this machine's.
+    """
+    places = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    error = OSError(f"{host} has no address")
+    for family, _, _, _, place in sorted(places, key=lambda found: found[0] != socket.AF_INET):
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of the last run may linger
+            listener.bind(place)
+            listener.listen(BACKLOG)  # at once: two sockets may be bound to a port, one may listen
+        except OSError as failure:
+            listener.close()
+            error = failure
+        else:
+            return listener
+    raise error
+
+
+def bound_socket(address: str, *, shared: bool = False) -> socket.socket:
+    """A TCP socket on a free port of one address.
+
+    Args:
+        address: of this machine; never all of them.
+        shared: another socket may bind the port as well (SO_REUSEADDR): this one, which never listens, keeps it for that one.
+    """
+    bound = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    if shared:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    bound.bind((address, 0))
+    return bound
