@@ -5,6 +5,7 @@ What one node needs listens on loopback; what is for other nodes listens on the 
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import socket
@@ -113,15 +114,54 @@ def listening_socket(host: str, port: int) -> socket.socket:
     raise error
 
 
-def bound_socket(address: str, *, shared: bool = False) -> socket.socket:
-    """A TCP socket on a free port of one address.
+class KeptPort:
+    """A port of one address that stays with this process, whether somebody listens on it or not.
+
+    The socket is handed to the process that serves (its descriptor, inherited), which therefore never has to bind. When that process
+    ends the port is closed to clients (:func:`stop_listening`), and still nobody else can take it.
 
     Args:
         address: of this machine; never all of them.
-        shared: another socket may bind the port as well (SO_REUSEADDR): this one, which never listens, keeps it for that one.
     """
-    bound = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    if shared:
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    bound.bind((address, 0))
-    return bound
+
+    def __init__(self, address: str):
+        self.socket = self._bound(address)
+        self.address = f"{address}:{self.socket.getsockname()[1]}"
+
+    @staticmethod
+    def _bound(address: str) -> socket.socket:
+        while True:
+            with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+                probe.bind((address, 0))
+                port = probe.getsockname()[1]
+            # Asked for by its number: the kernel takes a port that it chose itself back when the socket stops listening.
+            bound = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+            try:
+                bound.bind((address, port))
+            except OSError as error:
+                bound.close()
+                if error.errno != errno.EADDRINUSE:
+                    raise
+            else:
+                return bound
+
+    def listen(self) -> int:
+        """Listen, from now on, and return the descriptor for the process that accepts."""
+        # Connections of the last process may linger at the port. Nobody else can bind it while a socket listens, reusable or not.
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.socket.listen(BACKLOG)
+        return self.socket.fileno()
+
+    def close(self) -> None:
+        """Give the port up. May be called more than once."""
+        self.socket.close()
+
+
+def stop_listening(listener: socket.socket) -> None:
+    """Refuse clients from now on, in all processes that have the socket, and keep its port. One that does not listen stays as it is."""
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
+    try:
+        listener.shutdown(socket.SHUT_RDWR)
+    except OSError as error:
+        if error.errno != errno.ENOTCONN:
+            raise

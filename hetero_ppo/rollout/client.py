@@ -7,7 +7,9 @@ which tokens. For 64 prompts it costs no more than one ``/v1/completions`` reque
 from __future__ import annotations
 
 import asyncio
+import hmac
 import json
+import secrets
 from typing import Any
 
 import aiohttp
@@ -17,6 +19,7 @@ from hetero_ppo.errors import RunError
 from hetero_ppo.rollout.partial import ABORTED
 from hetero_ppo.rollout.nodes import AnyServer
 from hetero_ppo.rollout.server import SERVED_MODEL_NAME
+from hetero_ppo.rollout.server_token import CHALLENGE, HEALTH, PROOF, proof_of
 from hetero_ppo.types import Response
 
 HEALTH_TIMEOUT_S = 5.0
@@ -33,6 +36,10 @@ NOT_FINITE = -9999.0
 
 class ServerDied(Exception):
     """The server's process ended, or its engine did; the supervisor decides what to do about it."""
+
+
+class NotTheServerError(Exception):
+    """Who answers at the server's address does not know its token: nothing may be sent there."""
 
 
 class ServerClient:
@@ -59,7 +66,7 @@ class ServerClient:
         """``options``: of its connector."""
         path = self.server.endpoint.socket_path
         connector = aiohttp.TCPConnector(**options) if path is None else aiohttp.UnixConnector(str(path), **options)
-        return aiohttp.ClientSession(connector=connector, headers={"Authorization": f"Bearer {self.server.api_key}"})
+        return aiohttp.ClientSession(connector=connector)
 
     async def close(self) -> None:
         if self._watcher is not None:
@@ -75,25 +82,48 @@ class ServerClient:
 
         Raises:
             ServerDied: it ended while starting.
-            RuntimeError: it does not answer within the deadline.
+            RuntimeError: it does not answer within the deadline, or somebody else does.
         """
         deadline = asyncio.get_running_loop().time() + timeout_s
         while asyncio.get_running_loop().time() < deadline:
             if not self.server.running:
                 raise ServerDied(self.server.name)
-            if await self.healthy():
+            if await self._proven_healthy():
                 self._watcher = asyncio.create_task(self._watch())
                 return
             await asyncio.sleep(POLL_S)
         raise RunError(f"start: {self.server.name} did not answer within {timeout_s:.0f} s; {self.server.report()}")
 
     async def healthy(self) -> bool:
-        timeout = aiohttp.ClientTimeout(total=HEALTH_TIMEOUT_S)
+        """True when the server answers that its engine is alive."""
         try:
-            async with self._session.get(f"{self.server.endpoint.url}/health", timeout=timeout) as reply:
-                return reply.status == 200
-        except (aiohttp.ClientError, OSError):  # TimeoutError is an OSError
+            return await self._health(self._session) == 200
+        except (aiohttp.ClientError, OSError, NotTheServerError):  # TimeoutError is an OSError
             return False
+
+    async def _proven_healthy(self) -> bool:
+        """As ``healthy``, for a server that was just started; somebody else in its place is an error."""
+        try:
+            return await self._health(self._session) == 200
+        except (aiohttp.ClientError, OSError):
+            return False
+        except NotTheServerError as error:
+            raise RunError(f"start: {self.server.name}: {error}; {self.server.report()}") from None
+
+    async def _health(self, session: aiohttp.ClientSession) -> int:
+        """HTTP status of the server's health. No token goes with the question; the answer proves that the server knows it.
+
+        Raises:
+            NotTheServerError: it does not.
+        """
+        challenge = secrets.token_hex(16)
+        timeout = aiohttp.ClientTimeout(total=HEALTH_TIMEOUT_S)
+        url = f"{self.server.endpoint.url}{HEALTH}"
+        async with session.get(url, headers={CHALLENGE: challenge}, timeout=timeout, allow_redirects=False) as reply:
+            found, expected = reply.headers.get(PROOF, ""), proof_of(self.server.api_key, challenge)
+            if not hmac.compare_digest(found.encode(), expected.encode()):
+                raise NotTheServerError("who answers there does not know the server's key; its token and prompts were not sent")
+            return reply.status
 
     async def _watch(self) -> None:
         """Ends the requests in flight when the server is no more.
@@ -113,14 +143,12 @@ class ServerClient:
         await self._session.close()
 
     async def _serves(self, session: aiohttp.ClientSession) -> bool:
-        """False when the server says that its engine is dead, or takes no connections. One that is only slow does serve."""
-        timeout = aiohttp.ClientTimeout(total=HEALTH_TIMEOUT_S)
+        """False when the server says that its engine is dead, takes no connections, or is another one. A slow one does serve."""
         try:
-            async with session.get(f"{self.server.endpoint.url}/health", timeout=timeout) as reply:
-                return reply.status < 500
+            return await self._health(session) < 500
         except TimeoutError:
             return True
-        except (aiohttp.ClientError, OSError):
+        except (aiohttp.ClientError, OSError, NotTheServerError):
             return False
 
     async def generate(
@@ -215,9 +243,10 @@ class ServerClient:
         """POSTs JSON and returns the answer's JSON."""
         if self._dead:
             raise ServerDied(f"{route}: the server takes no connections")
-        timeout = aiohttp.ClientTimeout(total=timeout_s)
+        timeout, token = aiohttp.ClientTimeout(total=timeout_s), {"Authorization": f"Bearer {self.server.api_key}"}
+        url = f"{self.server.endpoint.url}{route}"
         try:
-            async with self._session.post(f"{self.server.endpoint.url}{route}", json=body, timeout=timeout) as reply:
+            async with self._session.post(url, json=body, headers=token, timeout=timeout, allow_redirects=False) as reply:
                 status, text = reply.status, await reply.read()
         except TimeoutError:
             raise RunError(

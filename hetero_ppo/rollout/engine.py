@@ -186,7 +186,13 @@ class VllmEngine:
         self._private_dir = PrivateDir()
         try:
             servers = [
-                VllmServer(index, self._spec, self._private_dir.path, self._log_dir / f"server_{index}.log")
+                VllmServer(
+                    index,
+                    self._spec,
+                    self._private_dir.path,
+                    self._log_dir / f"server_{index}.log",
+                    api_key=None if self._cluster is None else self._cluster.server_key(index),
+                )
                 for index in range(self._num_here)
             ]
         except ValueError:

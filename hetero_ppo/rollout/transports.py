@@ -8,7 +8,6 @@ where names, shapes and checksums are compared before the old weights are touche
 from __future__ import annotations
 
 import asyncio
-import secrets
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -19,6 +18,7 @@ from hetero_ppo.errors import RunError
 from hetero_ppo.rollout.client import ServerClient, ServerDied
 from hetero_ppo.rollout.cuda_ipc import IpcHandle, device_id
 from hetero_ppo.network import LOOPBACK
+from hetero_ppo.rollout.signed_store import derived_key, new_secret
 from hetero_ppo.rollout.weight_group import Meeting, Shard, WeightGroup, map_shard, open_store
 from hetero_ppo.rollout.weight_sync import WeightFiles
 
@@ -74,7 +74,7 @@ class Broadcast:
         self.address = address
         self.timeout_s = timeout_s
         self.group_allowed = group_allowed
-        self._secret = secrets.token_hex(16)
+        self._secret = new_secret()
         self._store = open_store(address, timeout_s) if group_allowed else None
         self._group: WeightGroup | None = None
         self._members: list[tuple[int, int]] = []  # (server, its start) of the group
@@ -129,8 +129,16 @@ class Broadcast:
 
     async def _join(self, clients: list[ServerClient], ranks: list[int | None], size: int) -> dict[int, ServerDied]:
         assert self._store is not None
-        key = f"{self._secret}/{self._num_meetings}"
-        meeting = Meeting(self.address, self._store.port, key, size, min(MEETING_TIMEOUT_S, self.timeout_s), self.timeout_s)
+        name = f"weights {self._num_meetings}"
+        meeting = Meeting(
+            host=self.address,
+            port=self._store.port,
+            name=name,
+            key=derived_key(self._secret, name).hex(),
+            size=size,
+            meeting_timeout_s=min(MEETING_TIMEOUT_S, self.timeout_s),
+            broadcast_timeout_s=self.timeout_s,
+        )
 
         def join() -> None:
             self._group = WeightGroup(self._store, meeting, 0, self.device)

@@ -1,15 +1,16 @@
 """A process group of the trainer and the engines' workers, for weights alone. Both sides use this module.
 
-It is no part of the default group of either side: it has a TCPStore of its own, which listens on one address of the trainer's node,
-under keys that begin with a secret of the run, and one gloo or NCCL communicator. Nothing is pickled: shards come as raw bytes,
-after a JSON header with their tensors' names, dtypes, shapes and places.
+It is no part of the default group of either side: it has a TCPStore of its own, which listens on one address of the trainer's node, and one
+gloo or NCCL communicator. Others may reach the store, so members sign what they say there (``signed_store.py``), with a key that the
+workers get over HTTP. Nothing is pickled: shards come as raw bytes, after a JSON header with their tensors' names, dtypes, shapes
+and places.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hetero_ppo.network import bound_socket, own_address
+from hetero_ppo.network import listening_socket, own_address
+from hetero_ppo.rollout.signed_store import SignedStore
 
 TORCH_DTYPE_OF = {"F32": torch.float32, "BF16": torch.bfloat16}  # safetensors' names
 POLL_S = 0.001
@@ -60,7 +62,8 @@ class Meeting:
 
     host: str
     port: int
-    key: str  # secret: keys of the store begin with it
+    name: str  # what the store's names begin with; everybody may see it
+    key: str = field(repr=False)  # secret, hexadecimal: signs what members write
     size: int  # members; the trainer is rank 0
     meeting_timeout_s: float
     broadcast_timeout_s: float
@@ -71,7 +74,7 @@ class Meeting:
 
 def open_store(address: str, timeout_s: float) -> dist.TCPStore:
     """The store that groups meet at, on a free port of one address: torch's own choice would be all addresses."""
-    listener = bound_socket(address)
+    listener = listening_socket(address, 0)
     port = listener.getsockname()[1]
     return dist.TCPStore(
         address,
@@ -110,16 +113,16 @@ class WeightGroup:
         self.meeting = meeting
         self.device = device
         timeout = timedelta(seconds=meeting.meeting_timeout_s)
-        prefixed = dist.PrefixStore(meeting.key, store)
-        prefixed.set_timeout(timeout)
-        self._store = store  # it lives as long as the group
+        signed = SignedStore(store, bytes.fromhex(meeting.key), meeting.name)
+        signed.set_timeout(timeout)
+        self._store = signed  # it lives as long as the group
         if device.type == "cpu":
             options = dist.ProcessGroupGloo._Options()
             # One that leads to the others, where gloo's own choice is what the host name stands for.
             options._devices = [dist.ProcessGroupGloo.create_device(hostname=own_address(meeting.host))]
             options._threads = 1
             options._timeout = timeout
-            self._group = dist.ProcessGroupGloo(prefixed, rank, meeting.size, options)
+            self._group = dist.ProcessGroupGloo(signed, rank, meeting.size, options)
         else:
             # Not in a build of torch without NCCL.
             from torch.distributed import ProcessGroupNCCL
@@ -127,7 +130,7 @@ class WeightGroup:
             nccl = ProcessGroupNCCL.Options()
             # torch ends the whole process at this one: the deadline of ``broadcast`` comes before it.
             nccl._timeout = timedelta(seconds=2 * meeting.broadcast_timeout_s)
-            self._group = ProcessGroupNCCL(prefixed, rank, meeting.size, nccl)
+            self._group = ProcessGroupNCCL(signed, rank, meeting.size, nccl)
 
     def broadcast(self, data: Tensor) -> None:
         """The trainer's bytes into every member's ``data``; returns when they are there.

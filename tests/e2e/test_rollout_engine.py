@@ -129,6 +129,17 @@ def test_the_server_answers_its_owner_alone(engine: VllmEngine) -> None:
         connection.request("POST", route, "{}", {"Content-Type": "application/json"})
         answer = connection.getresponse()
         assert (answer.status, answer.read()) == (401, b"")
+    owner = {"Content-Type": "application/json", "Authorization": f"Bearer {server.api_key}"}
+    stage = {"method": "hetero_ppo_stage_weights", "kwargs": {"paths": ["/etc/passwd"]}}
+    for route, body, status in (
+        ("/collective_rpc", {"method": "save_sharded_state", "kwargs": {"path": "/tmp/x"}}, 403),
+        ("/collective_rpc", stage, 403),
+        ("/collective_rpc", {"method": "hetero_ppo_device"}, 200),
+        ("/v1/completions", {"prompt": "a"}, 404),
+    ):
+        connection.request("POST", route, json.dumps(body), owner)
+        answer = connection.getresponse()
+        assert (answer.status, bool(answer.read())) == (status, status == 200)
     connection.close()
 
 

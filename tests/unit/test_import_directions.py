@@ -34,7 +34,11 @@ TIERS = {
 }
 MEGATRON_CORE_PACKAGES = {"megatron_bridge", "engines", "distributed", "reward"}
 #: Run in vLLM's own processes: nothing else may need vLLM to be installed.
-VLLM_MODULES = ("hetero_ppo.rollout.worker_extension", "hetero_ppo.rollout.loaded_weights")
+VLLM_MODULES = (
+    "hetero_ppo.rollout.worker_extension",
+    "hetero_ppo.rollout.loaded_weights",
+    "hetero_ppo.rollout.inherited_socket",
+)
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 600, 90
 
 MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))

@@ -14,6 +14,7 @@ from hetero_ppo.config.schema import Dtype, RolloutConfig
 from hetero_ppo.rollout import client as client_module
 from hetero_ppo.rollout.client import ServerClient, ServerDied
 from hetero_ppo.rollout.server import ServerSpec, VllmServer
+from hetero_ppo.rollout.server_token import CHALLENGE, PROOF, proof_of
 
 
 class RunningServer(VllmServer):
@@ -29,7 +30,9 @@ async def ask_a_server_that_stops_answering(socket_dir: Path, status_of_the_dead
     health = 200
 
     async def on_health(request: web.Request) -> web.Response:
-        return web.Response(status=health)
+        challenge = request.headers[CHALLENGE]
+        assert "Authorization" not in request.headers, "the token goes to nobody who has not proved to know it"
+        return web.Response(status=health, headers={PROOF: proof_of(server.api_key, challenge)})
 
     async def on_rpc(request: web.Request) -> web.Response:
         await asyncio.sleep(60)

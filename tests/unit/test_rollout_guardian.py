@@ -17,7 +17,7 @@ STUBBORN = "trap '' TERM; sleep 300 & wait; wait"
 
 def start(directory: Path, *command: str, grace_s: float = 0.3) -> tuple[subprocess.Popen[str], int]:
     """The guardian, and the process group of its child."""
-    argv = [sys.executable, "-I", guardian.__file__, str(os.getpid()), str(grace_s), str(directory), "--", *command]
+    argv = [sys.executable, "-I", guardian.__file__, str(os.getpid()), str(grace_s), str(directory), "-1", "--", *command]
     process = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True)
     return process, int(process.stdout.readline())
 
@@ -72,7 +72,7 @@ def test_a_killed_trainer_leaves_nothing(tmp_path: Path) -> None:
     private.mkdir()
     trainer = (
         "import os, subprocess, sys, time\n"
-        f"argv = [sys.executable, '-I', {guardian.__file__!r}, str(os.getpid()), '0.3', {str(private)!r}, '--']\n"
+        f"argv = [sys.executable, '-I', {guardian.__file__!r}, str(os.getpid()), '0.3', {str(private)!r}, '-1', '--']\n"
         f"guard = subprocess.Popen(argv + ['sh', '-c', {STUBBORN!r}], stdout=subprocess.PIPE, text=True, start_new_session=True)\n"
         "print(guard.pid, guard.stdout.readline(), flush=True)\n"
         "time.sleep(300)\n"

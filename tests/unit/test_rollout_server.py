@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 import socket
@@ -126,16 +127,74 @@ def test_servers_are_dealt_over_the_nodes(monkeypatch: pytest.MonkeyPatch) -> No
         check_weight_transfer(config, 8)
 
 
-def test_a_server_of_another_node_listens_on_its_address_alone() -> None:
-    server = VllmServer(5, make_spec(), Path("/private"), Path("log"), place=1, address="127.0.0.1")
+def steal(port: int) -> list[str]:
+    """Ways in which another process gets to listen on a port of 127.0.0.1."""
+    stolen = []
+    for family, address in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET, ""), (socket.AF_INET6, "::")):
+        for options in ((), (socket.SO_REUSEADDR,), (socket.SO_REUSEPORT,), (socket.SO_REUSEADDR, socket.SO_REUSEPORT)):
+            with socket.socket(family) as thief, contextlib.suppress(OSError):
+                for option_ in options:
+                    thief.setsockopt(socket.SOL_SOCKET, option_, 1)
+                thief.bind((address, port))
+                thief.listen()
+                stolen.append(f"{address} {options}")
+    return stolen
+
+
+ACCEPT = (
+    "import os, socket, sys\n"
+    "from hetero_ppo.rollout.inherited_socket import InheritedSocket\n"
+    "listener = InheritedSocket(int(sys.argv[1]))\n"
+    "print('up', flush=True)\n"
+    "for _ in range(2):\n"
+    "    connection, _ = listener.accept()\n"
+    "    connection.sendall(str(os.getpid()).encode())\n"
+    "    connection.close()\n"
+)
+
+
+def ask(port: int) -> int:
+    """Process id of who answers."""
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+        return int(connection.recv(20))
+
+
+def refuses(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=20).close()
+    except ConnectionRefusedError:
+        return True
+    return False
+
+
+def test_nobody_takes_the_port_of_a_server_of_another_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before its first start, while it runs, when it has ended, and while it is started again with old connections lingering."""
+    monkeypatch.setattr(
+        server_module, "command_line", lambda spec, endpoint: [sys.executable, "-c", ACCEPT, str(endpoint.listen_fd)]
+    )
+    server = VllmServer(5, make_spec(), tmp_path, tmp_path / "log", place=1, address="127.0.0.1")
+    port = int(server.endpoint.address.rpartition(":")[2])
+    assert steal(port) == [] and refuses(port)
+    for _ in range(2):
+        server.spawn()
+        assert ask(port) == server.process_group and steal(port) == []
+        assert ask(port) == server.process_group
+        server.wait_exit(20.0)
+        assert server.exit_code == 0 and steal(port) == [] and refuses(port)
+    server.spawn()
+    server.kill()
+    assert steal(port) == [] and refuses(port)
+    server.release_port()
+    assert steal(port)
+
+
+def test_a_server_of_another_node_gets_a_socket_of_its_nodes_address() -> None:
+    server = VllmServer(5, make_spec(), Path("/private"), Path("log"), place=1, address="127.0.0.1", api_key="k")
     command = command_line(server.spec, server.endpoint)
+    assert command[2:4] == ["hetero_ppo.rollout.inherited_socket", str(server.endpoint.listen_fd)] and server.api_key == "k"
     assert option(command, "--host") == "127.0.0.1" and int(option(command, "--port")) > 0 and "--uds" not in command
     assert server.name == f"rollout server 5 (127.0.0.1:{option(command, '--port')})"
     assert option(command, "--middleware") == "hetero_ppo.rollout.server_token.RequireToken"
-    with socket.socket() as other:  # as vLLM binds the port that is kept for it
-        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        other.bind(("127.0.0.1", int(option(command, "--port"))))
-        other.listen()
 
 
 def test_a_server_that_ends_while_starting_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import torch.multiprocessing as mp
 from hetero_ppo.config.derived import weight_transfer
 from hetero_ppo.config.schema import Dtype, RolloutConfig, WeightTransfer
 from hetero_ppo.rollout.cuda_ipc import IpcHandle
-from hetero_ppo.network import bound_socket, own_address
+from hetero_ppo.network import KeptPort, own_address
 from hetero_ppo.rollout.weight_group import Meeting, WeightGroup, join_store, map_shard, num_bytes, open_store
 from hetero_ppo.rollout.weight_sync import write_weights
 
@@ -41,10 +42,15 @@ def test_a_shard_is_the_bytes_of_its_file(tmp_path: Path) -> None:
     assert all(torch.equal(found[name], tensors[name].to(torch.bfloat16)) for name in tensors)
 
 
+def make_meeting(port: int, size: int, **seconds: float) -> Meeting:
+    deadlines = {"meeting_timeout_s": 10.0, "broadcast_timeout_s": 10.0} | seconds
+    return Meeting(host="127.0.0.1", port=port, name="weights 1", key="5e" * 32, size=size, **deadlines)
+
+
 def test_a_group_of_its_own_leaves_the_default_group_alone() -> None:
     store = open_store("127.0.0.1", 10.0)
     assert listening_only_on_loopback(store.port)
-    meeting = Meeting("127.0.0.1", store.port, "secret/1", 3, 10.0, 10.0)
+    meeting = make_meeting(store.port, 3)
     arrived = {rank: torch.zeros(1000, dtype=torch.uint8) for rank in (1, 2)}
 
     def member(rank: int) -> None:
@@ -58,6 +64,16 @@ def test_a_group_of_its_own_leaves_the_default_group_alone() -> None:
     for thread in threads:
         thread.join()
     assert all(torch.equal(data, sent) for data in arrived.values()) and not dist.is_initialized()
+    seen = [*store.list_keys(), *(store.get(key) for key in store.list_keys())]
+    assert len(seen) == 6 and not [text for text in map(str, seen) if meeting.key in text], "the key is in no store"
+
+
+def test_a_member_that_others_put_into_the_store_is_refused() -> None:
+    """Another user's address in place of a worker's: the trainer would send it the weights."""
+    store = open_store("127.0.0.1", 10.0)
+    store.set("weights 1/0/1", b"an address of somebody else")
+    with pytest.raises(RuntimeError, match="weights 1/0/1: a value that was not written by this run"):
+        WeightGroup(store, make_meeting(store.port, 2), 0, CPU)
 
 
 def listening_only_on_loopback(port: int) -> bool:
@@ -68,12 +84,12 @@ def listening_only_on_loopback(port: int) -> bool:
 def test_a_member_that_does_not_come_is_an_error_within_the_deadline() -> None:
     store = open_store("127.0.0.1", 10.0)
     with pytest.raises(RuntimeError, match="(?i)time"):
-        WeightGroup(store, Meeting("127.0.0.1", store.port, "secret/1", 2, 0.5, 10.0), 0, CPU)
+        WeightGroup(store, make_meeting(store.port, 2, meeting_timeout_s=0.5), 0, CPU)
 
 
 def test_a_member_that_says_nothing_is_an_error_within_the_deadline() -> None:
     store = open_store("127.0.0.1", 10.0)
-    meeting = Meeting("127.0.0.1", store.port, "secret/1", 2, 10.0, 0.5)
+    meeting = make_meeting(store.port, 2, broadcast_timeout_s=0.5)
     silent: list[WeightGroup] = []
     thread = threading.Thread(target=lambda: silent.append(WeightGroup(join_store(meeting), meeting, 0, CPU)))
     thread.start()
@@ -89,8 +105,8 @@ def test_the_address_is_that_of_the_route_or_of_the_interface() -> None:
     assert own_address("127.0.0.1") == own_address("localhost") == own_address("example", "lo") == "127.0.0.1"
     with pytest.raises(ValueError, match=r"rollout\.interface='none0' has no IPv4 address here.*'lo'"):
         own_address("127.0.0.1", "none0")
-    with bound_socket("127.0.0.1") as bound:
-        assert bound.getsockname()[0] == "127.0.0.1"
+    with closing(KeptPort("127.0.0.1")) as kept:
+        assert kept.socket.getsockname()[0] == "127.0.0.1"
 
 
 def test_a_handle_survives_json() -> None:

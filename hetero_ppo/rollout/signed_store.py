@@ -1,0 +1,117 @@
+"""A key-value store of torch whose values nobody changes without the run's key.
+
+A ``TCPStore`` asks nobody for a password: whoever reaches its port reads all names and values, and sets them. So nothing secret is ever
+written, and every value carries a counter and an HMAC over its name, counter and content. What has none of this run, or is older than what
+was read before, is refused. Whoever reaches the store can still keep the run from going on.
+"""
+
+from __future__ import annotations
+
+import hmac
+import itertools
+import logging
+import secrets
+from datetime import timedelta
+
+import torch.distributed as dist
+
+log = logging.getLogger(__name__)
+
+COUNTER_BYTES = 8
+MAC_BYTES = 32
+SECRET_BYTES = 32
+
+
+def new_secret() -> bytes:
+    """A key that nobody guesses."""
+    return secrets.token_bytes(SECRET_BYTES)
+
+
+def derived_key(secret: bytes, purpose: str) -> bytes:
+    """The key for one purpose, from which neither the secret nor another purpose's key can be computed."""
+    return hmac.digest(secret, purpose.encode(), "sha256")
+
+
+class RefusedValueError(RuntimeError):
+    """A value that is not of this run, or an old one again."""
+
+
+class SignedStore(dist.Store):
+    """The values below one name of another store. Each of them has one writer.
+
+    Process groups can be made with it: torch calls the methods below from C++. Keep a reference for as long as such a group lives.
+
+    Args:
+        store: the store that all members reach.
+        key: the same for all members, and known to nobody else.
+        name: what the names of all values begin with.
+    """
+
+    def __init__(self, store: dist.Store, key: bytes, name: str):
+        super().__init__()
+        self._store, self._key, self._name = store, key, name
+        self._counter = itertools.count(1)
+        self._newest: dict[str, tuple[int, bytes]] = {}  # name -> counter and content of the newest value that was read
+
+    def _full(self, key: str) -> str:
+        return f"{self._name}/{key}"
+
+    def _mac(self, key: str, content: bytes) -> bytes:
+        return hmac.digest(self._key, len(self._full(key)).to_bytes(4, "big") + self._full(key).encode() + content, "sha256")
+
+    def set(self, key: str, value: str | bytes) -> None:
+        """Write a value, newer than all that this member wrote before."""
+        value = value.encode() if isinstance(value, str) else bytes(value)
+        content = next(self._counter).to_bytes(COUNTER_BYTES, "big") + value
+        self._store.set(self._full(key), self._mac(key, content) + content)
+
+    def get(self, key: str) -> bytes:
+        """Wait for a value and return it.
+
+        Raises:
+            RefusedValueError: it was not written by a member, or is older than the newest that was read.
+        """
+        found = self._store.get(self._full(key))
+        mac, content = found[:MAC_BYTES], found[MAC_BYTES:]
+        if len(content) < COUNTER_BYTES or not hmac.compare_digest(mac, self._mac(key, content)):
+            raise RefusedValueError(f"{self._full(key)}: a value that was not written by this run")
+        counter, value = int.from_bytes(content[:COUNTER_BYTES], "big"), content[COUNTER_BYTES:]
+        if counter < self._newest.get(key, (0, b""))[0]:
+            raise RefusedValueError(f"{self._full(key)}: an old value, written once more")
+        self._newest[key] = counter, value
+        return value
+
+    def newest(self, key: str) -> bytes | None:
+        """Return the newest value of a member; None before the first one. What is refused is logged."""
+        if self._store.check([self._full(key)]):
+            try:
+                return self.get(key)
+            except RefusedValueError as error:
+                log.warning("store of the run: refused: %s; is somebody else at %s?", error, self._store)
+        return self._newest[key][1] if key in self._newest else None
+
+    def check(self, keys: list[str]) -> bool:
+        return self._store.check([self._full(key) for key in keys])
+
+    def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
+        names = [self._full(key) for key in keys]
+        if timeout is None:
+            self._store.wait(names)
+        else:
+            self._store.wait(names, timeout)
+
+    def add(self, key: str, amount: int) -> int:
+        """Counters have no HMAC; nothing here makes decisions on them."""
+        return self._store.add(self._full(key), amount)
+
+    def delete_key(self, key: str) -> bool:
+        return self._store.delete_key(self._full(key))
+
+    def num_keys(self) -> int:
+        return self._store.num_keys()
+
+    def has_extended_api(self) -> bool:
+        return False
+
+    def set_timeout(self, timeout: timedelta) -> None:
+        self._store.set_timeout(timeout)
