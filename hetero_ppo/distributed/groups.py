@@ -21,21 +21,10 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from hetero_ppo.config.derived import data_parallel_size
 from hetero_ppo.config.schema import ParallelConfig
+from hetero_ppo.distributed.world import open_store, require_one_key, run_key
 from hetero_ppo.network import keep_collectives_inside
+from hetero_ppo.peer_proof import prove_peers
 from megatron_bridge import platform
-
-
-def _open_store(timeout: timedelta) -> dist.Store | None:
-    """Return where the ranks of this process' world meet; None for torch's own store at MASTER_ADDR and MASTER_PORT."""
-    if os.environ["WORLD_SIZE"] == "1":
-        return dist.HashStore()  # of this process; nothing listens
-    # The port tells a launcher's world from one that was started inside of it, which inherits the variable.
-    file = os.environ.get("HETERO_PPO_STORE_FILE", "")  # runtime/rendezvous.py
-    if not file.endswith(f"/store_{os.environ['MASTER_PORT']}"):
-        return None
-    store = dist.FileStore(file, int(os.environ["WORLD_SIZE"]))
-    store.set_timeout(timeout)
-    return dist.PrefixStore(str(_made.num_worlds), store)
 
 
 def initialise(timeout_minutes: float) -> None:
@@ -45,6 +34,8 @@ def initialise(timeout_minutes: float) -> None:
 
     Raises:
         RuntimeError: not started by torchrun.
+        RunError: somebody else takes part.
+        ValueError: nodes have different keys.
     """
     missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
@@ -55,13 +46,23 @@ def initialise(timeout_minutes: float) -> None:
     keep_collectives_inside(one_node=int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) == world_size)
     _made.timeout = timedelta(minutes=timeout_minutes)
     _made.num_worlds += 1
-    backend, store = platform.distributed_backend(), _open_store(_made.timeout)
-    if store is None:
-        dist.init_process_group(backend, timeout=_made.timeout)
-    else:
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=_made.timeout)
+    # Names of their own for every world, and for ranks that were started again.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.PrefixStore(f"{attempt}/{_made.num_worlds}", open_store(_made.timeout))
+    _made.key = run_key()
+    require_one_key(store, _made.key)
+    dist.init_process_group(
+        platform.distributed_backend(), store=store, rank=rank, world_size=world_size, timeout=_made.timeout
+    )
+    _prove(dist.group.WORLD, "the world")
     # Scratch memory of sequence-parallel all-gathers; the one thing in parallel_state that is not a group.
     parallel_state._set_global_memory_buffer()
+
+
+def _prove(group: dist.ProcessGroup, name: str) -> None:
+    """Make sure that the members of a new group are of this run, where it has a key."""
+    if _made.key is not None:
+        prove_peers(group, _made.key, f"{name} ({_made.num_worlds})")
 
 
 def finish() -> None:
@@ -80,6 +81,7 @@ class _Made:
     timeout: timedelta | None = None  # of collectives; torch gives a new group its own default, not that of the world
     groups: dict[tuple[tuple[int, ...], ...], dist.ProcessGroup | None] = field(default_factory=dict)
     num_worlds: int = 0  # that this process has joined
+    key: bytes | None = None  # of the run
 
     def forget(self) -> None:
         self.world = None
@@ -103,7 +105,10 @@ def _group(division: Sequence[Sequence[int]]) -> dist.ProcessGroup | None:
     key = tuple(tuple(ranks) for ranks in division)
     if key not in _made.groups:
         groups = {ranks: dist.new_group(list(ranks), timeout=_made.timeout) for ranks in key}
-        _made.groups[key] = next((group for ranks, group in groups.items() if dist.get_rank() in ranks), None)
+        own = next(((ranks, group) for ranks, group in groups.items() if dist.get_rank() in ranks), None)
+        if own is not None:
+            _prove(own[1], f"group {len(_made.groups)} of ranks {own[0]}")
+        _made.groups[key] = None if own is None else own[1]
     return _made.groups[key]
 
 

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hetero_ppo.network import listening_socket, own_address
+from hetero_ppo.peer_proof import prove_peers
 from hetero_ppo.rollout.signed_store import SignedStore
 
 TORCH_DTYPE_OF = {"F32": torch.float32, "BF16": torch.bfloat16}  # safetensors' names
@@ -106,7 +107,7 @@ class WeightGroup:
         device: of the tensors; a CPU for gloo, the member's own GPU for NCCL, which takes each GPU once.
 
     Raises:
-        RuntimeError: not all members came in time.
+        RuntimeError: not all members came in time, or somebody else came.
     """
 
     def __init__(self, store: dist.Store, meeting: Meeting, rank: int, device: torch.device):
@@ -123,6 +124,7 @@ class WeightGroup:
             options._threads = 1
             options._timeout = timeout
             self._group = dist.ProcessGroupGloo(signed, rank, meeting.size, options)
+            prove_peers(self._group, bytes.fromhex(meeting.key), meeting.name)
         else:
             # Not in a build of torch without NCCL.
             from torch.distributed import ProcessGroupNCCL

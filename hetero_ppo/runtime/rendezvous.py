@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import secrets
 import uuid
 from datetime import timedelta
 
@@ -33,8 +34,9 @@ from hetero_ppo.rollout.private_dir import PrivateDir
 
 BACKEND = "hetero_ppo"
 DEFAULT_PORT = 29500
-#: In the environment of the ranks of one node: the file that they meet in, see ``distributed.groups``.
-STORE_FILE = "HETERO_PPO_STORE_FILE"
+#: In the environment of the ranks of one node: the file that they meet in, and the secret by which they know each other. See
+#: ``distributed/world.py``, which is not imported here since it comes with Megatron-Core.
+STORE_FILE, RUN_KEY = "HETERO_PPO_STORE_FILE", "HETERO_PPO_RUN_KEY"
 
 
 def use_static_rendezvous(args: argparse.Namespace) -> None:
@@ -109,6 +111,7 @@ class StaticRendezvous(RendezvousHandler):
                 self._private_dir = PrivateDir()
             os.environ[STORE_FILE] = str(self._private_dir.path / f"store_{self._store.port}")
             (self._private_dir.path / f"store_{self._store.port}").unlink(missing_ok=True)
+            os.environ[RUN_KEY] = secrets.token_hex(32)
             return self._info(dist.HashStore())
         if self._store is None:
             self._store = self._open_store() if self._node == 0 else self._connect()

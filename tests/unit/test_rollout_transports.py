@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
+import struct
 import threading
 import time
 from contextlib import closing
@@ -79,6 +82,40 @@ def test_a_member_that_others_put_into_the_store_is_refused() -> None:
 def listening_only_on_loopback(port: int) -> bool:
     rows = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]]
     return {row[1] for row in rows if row[3] == "0A" and row[1].endswith(f":{port:04X}")} == {f"0100007F:{port:04X}"}
+
+
+def own_listeners() -> set[int]:
+    """Ports that this process listens on."""
+    own = {os.readlink(descriptor) for descriptor in Path("/proc/self/fd").iterdir() if descriptor.is_symlink()}
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return {int(row[1].split(":")[1], 16) for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in own}
+
+
+def test_who_connects_in_a_workers_place_gets_no_weights() -> None:
+    """gloo takes who comes first, with the number of the connection, which counts from 0; the proof does not."""
+    store = open_store("127.0.0.1", 10.0)
+    meeting = make_meeting(store.port, 2, meeting_timeout_s=1.5)
+    before, made = own_listeners(), []
+
+    def join(rank: int) -> None:
+        with pytest.raises(RuntimeError, match="(?i)time"):
+            made.append(WeightGroup(store if rank == 0 else join_store(meeting), meeting, rank, CPU))
+
+    threads = [threading.Thread(target=join, args=(rank,)) for rank in (0, 1)]
+    threads[0].start()
+    while not own_listeners() - before:
+        time.sleep(0.01)
+    (port,) = own_listeners() - before
+    strangers = [socket.create_connection(("127.0.0.1", port), timeout=10) for _ in range(4)]
+    for number, stranger in enumerate(strangers):
+        stranger.sendall(struct.pack("<q", number))
+    time.sleep(0.2)
+    threads[1].start()
+    for thread in threads:
+        thread.join()
+    for stranger in strangers:
+        stranger.close()
+    assert made == []
 
 
 def test_a_member_that_does_not_come_is_an_error_within_the_deadline() -> None:

@@ -1,0 +1,70 @@
+"""Where the ranks of a run meet, and how they know each other.
+
+The launcher says both in the environment. Ranks of one node meet in a file of a private directory (runtime/rendezvous.py), others at
+a TCPStore at MASTER_ADDR and MASTER_PORT, which the launcher of node 0 has. Ranks that were started by hand have none: rank 0 opens it.
+"""
+
+from __future__ import annotations
+
+import hmac
+import os
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from hetero_ppo.network import listening_socket
+
+#: Secret of the run, the same on all ranks. The launcher of one node makes it, for several the batch script or the user.
+RUN_KEY = "HETERO_PPO_RUN_KEY"
+STORE_FILE = "HETERO_PPO_STORE_FILE"  # runtime/rendezvous.py
+#: Stores that this process has opened, by MASTER_PORT: a later world meets at the same one.
+_opened: dict[str, dist.Store] = {}
+
+
+def run_key() -> bytes | None:
+    """Return the run's secret; None where nobody made one."""
+    key = os.environ.get(RUN_KEY, "")
+    return hmac.digest(key.encode(), b"process groups", "sha256") if key else None
+
+
+def open_store(timeout: timedelta) -> dist.Store:
+    """Return the store at which the ranks of this process' world meet.
+
+    Raises:
+        OSError: the port is taken, or MASTER_ADDR is not an address of rank 0's machine.
+        DistNetworkError: nobody is there within the timeout.
+    """
+    world_size, port = int(os.environ["WORLD_SIZE"]), os.environ["MASTER_PORT"]
+    if world_size == 1:
+        return dist.HashStore()  # of this process; nothing listens
+    if port not in _opened:
+        _opened[port] = _open(world_size, port, timeout)
+    _opened[port].set_timeout(timeout)
+    return _opened[port]
+
+
+def _open(world_size: int, port: str, timeout: timedelta) -> dist.Store:
+    # The port tells a launcher's world from one that was started inside of it, which inherits the variable.
+    file = os.environ.get(STORE_FILE, "")
+    if file.endswith(f"/store_{port}"):
+        return dist.FileStore(file, world_size)
+    host = os.environ["MASTER_ADDR"]
+    if os.environ["RANK"] != "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return dist.TCPStore(host, int(port), is_master=False, wait_for_workers=False, timeout=timeout)
+    listener = listening_socket(host, int(port))  # torch's own choice would be all addresses
+    return dist.TCPStore(
+        host, int(port), is_master=True, wait_for_workers=False, timeout=timeout, master_listen_fd=listener.detach()
+    )
+
+
+def require_one_key(store: dist.Store, key: bytes | None) -> None:
+    """Compare the ranks' keys, before ranks with and without one would wait for each other. Collective over the world.
+
+    Raises:
+        ValueError: some ranks have another key than rank 0, or none.
+    """
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    own = "none" if key is None else hmac.digest(key, b"which key", "sha256").hex()
+    store.set(f"key of rank {rank}", own)
+    if any(store.get(f"key of rank {peer}").decode() != own for peer in range(world_size)):
+        raise ValueError(f"{RUN_KEY} is not the same on all nodes: set it to one secret on every node, or on none")

@@ -1,0 +1,13 @@
+"""How ranks meet and know each other: see hetero_ppo/distributed/world.py and hetero_ppo/peer_proof.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ranks import run_ranks
+
+WORKER = str(Path(__file__).parent / "workers" / "world_worker.py")
+
+
+def test_ranks_know_each_other_and_listen_on_loopback_alone() -> None:
+    run_ranks(2, [WORKER])

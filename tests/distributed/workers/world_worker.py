@@ -1,0 +1,56 @@
+"""On both ranks: worlds whose members have the same key, different keys, and a member that only seems to be of the run.
+
+usage: world_worker.py
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from hetero_ppo.distributed import groups
+from hetero_ppo.distributed.groups import finish, initialise
+from hetero_ppo.distributed.world import RUN_KEY
+from hetero_ppo.errors import RunError
+
+
+def listening() -> set[str]:
+    """Addresses that this process takes connections on, as /proc/net shows them."""
+    own = set()
+    for descriptor in Path("/proc/self/fd").iterdir():
+        if descriptor.is_symlink():
+            own.add(os.readlink(descriptor))
+    rows = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]]
+    return {row[1].split(":")[0] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in own}
+
+
+def main() -> None:
+    rank = int(os.environ["RANK"])
+    os.environ[RUN_KEY] = "of the run"
+    initialise(1.0)
+    total = torch.tensor([rank + 1.0])
+    dist.all_reduce(total)
+    assert float(total) == 3.0 and listening() == {"0100007F"}, listening()
+    group = groups._group([[0, 1]])
+    assert group is not None and group.size() == 2
+    if rank == 1:
+        groups._made.key = b"of somebody else"
+    with pytest.raises(RunError, match=rf"rank {rank} of 2 in group 1 .*who connected as rank {1 - rank} is not of this run"):
+        groups._group([[1, 0]])
+    finish()
+    os.environ[RUN_KEY] = f"of node {rank}"
+    with pytest.raises(ValueError, match="HETERO_PPO_RUN_KEY is not the same on all nodes"):
+        initialise(1.0)
+    os.environ[RUN_KEY] = ""
+    initialise(1.0)  # started by hand, without a key: as it always was
+    assert groups._made.key is None
+    dist.barrier()
+    finish()
+
+
+if __name__ == "__main__":
+    main()
