@@ -196,7 +196,7 @@ def launch(
     """layout -> dtype and path -> batching -> scores, in processes of their own."""
     job, out = folder / f"{processes}.json", folder / f"{processes}.pt"
     job.write_text(json.dumps({"model": str(model), "sequences": sequences, "out": str(out)}))
-    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
+    command = [sys.executable, "-W", "ignore", "-m", "hetero_ppo.cli.launcher", "--standalone"]
     subprocess.run([*command, f"--nproc-per-node={processes}", __file__, "--job", str(job)], check=True, env={**os.environ, "PYTHONWARNINGS": "ignore"})
     return torch.load(out, weights_only=True)
 

@@ -103,10 +103,10 @@ def _free_port() -> int:
 
 
 def _become(rank: int, num_processes: int, port: int, log: str) -> None:
-    """Make this process a rank: what torchrun sets, and output that goes to the log."""
+    """Make this process a rank: what the launcher sets, and output that goes to the log."""
     world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_processes, "LOCAL_WORLD_SIZE": num_processes}
     os.environ |= {name: str(value) for name, value in world.items()}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "HETERO_PPO_RUN_KEY": f"of these tests, {port}"}
     out = os.open(log, os.O_WRONLY | os.O_APPEND)
     nothing = os.open(os.devnull, os.O_RDONLY)
     for source, target in ((nothing, 0), (out, 1), (out, 2)):

@@ -7,12 +7,15 @@ a TCPStore at MASTER_ADDR and MASTER_PORT, which the launcher of node 0 has. Ran
 from __future__ import annotations
 
 import hmac
+import logging
 import os
 from datetime import timedelta
 
 import torch.distributed as dist
 
 from hetero_ppo.network import listening_socket
+
+log = logging.getLogger(__name__)
 
 #: Secret of the run, the same on all ranks. The launcher of one node makes it, for several the batch script or the user.
 RUN_KEY = "HETERO_PPO_RUN_KEY"
@@ -22,9 +25,18 @@ _opened: dict[str, dist.Store] = {}
 
 
 def run_key() -> bytes | None:
-    """Return the run's secret; None where nobody made one."""
+    """Return the run's secret; None where nobody made one, which rank 0 of several logs."""
     key = os.environ.get(RUN_KEY, "")
-    return hmac.digest(key.encode(), b"process groups", "sha256") if key else None
+    if key:
+        return hmac.digest(key.encode(), b"process groups", "sha256")
+    if os.environ["RANK"] == "0" and os.environ["WORLD_SIZE"] != "1":
+        log.warning(
+            "%s is not set: ranks cannot tell each other from strangers who reach their ports (SECURITY.md). Start one node with "
+            "scripts/train_*.sh or hetero_ppo.cli.launcher; give several nodes the same secret in %s",
+            RUN_KEY,
+            RUN_KEY,
+        )
+    return None
 
 
 def open_store(timeout: timedelta) -> dist.Store:

@@ -275,6 +275,27 @@ def test_slurm_dry_runs(tmp_path: Path) -> None:
     assert done.returncode == 1 and "RUN_DIR=<folder that all nodes see> is needed" in done.stderr
 
 
+def test_slurm_nodes_meet_where_asked_and_share_a_secret(tmp_path: Path) -> None:
+    """MASTER_ADDR is the user's, or the first node's name. Every job has a key of its own, which no command line shows."""
+    scontrol, srun = tmp_path / "scontrol", tmp_path / "srun"
+    scontrol.write_text("#!/bin/sh\nprintf 'node7\\nnode8\\n'\n")
+    srun.write_text('#!/bin/sh\necho "key=$HETERO_PPO_RUN_KEY at=$MASTER_ADDR args=$*"\n')
+    for path in (scontrol, srun):
+        path.chmod(0o755)
+    job = {"RUN_DIR": str(tmp_path / "run"), "SLURM_JOB_NODELIST": "node[7-8]", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    seen = []
+    for asked in ("", "10.0.0.7"):
+        done = run_script("slurm/ppo_multinode.sbatch", **job, MASTER_ADDR=asked, DRY_RUN="1")
+        assert f"--master-addr {asked or 'node7'} " in done.stdout and "RUN_KEY" not in done.stdout, done.stdout
+        done = run_script("slurm/ppo_multinode.sbatch", **job, MASTER_ADDR=asked, DRY_RUN="0", SLURM_JOB_ID="1")
+        (line,) = [line for line in done.stdout.splitlines() if line.startswith("key=")]
+        key, at, arguments = line.split(" ", 2)
+        seen.append(key)
+        assert len(key) == len("key=") + 64 and at == f"at={asked or 'node7'}" and key[4:] not in arguments
+        (tmp_path / "run" / "FINISHED").unlink()
+    assert seen[0] != seen[1]
+
+
 @pytest.mark.parametrize("path", [path for path in SLURM if path.suffix == ".sbatch"], ids=lambda path: path.name)
 def test_slurm_options_come_before_the_first_command(path: Path) -> None:
     head = path.read_text().split("\nset -euo")[0]
