@@ -10,4 +10,5 @@ WORKER = str(Path(__file__).parent / "workers" / "world_worker.py")
 
 
 def test_ranks_know_each_other_and_listen_on_loopback_alone() -> None:
-    run_ranks(2, [WORKER])
+    text = run_ranks(2, [WORKER])
+    assert text.count("HETERO_PPO_RUN_KEY is not set: ranks cannot tell each other from strangers") == 1
