@@ -10,6 +10,7 @@ import fcntl
 import os
 import socket
 import struct
+from pathlib import Path
 
 SIOCGIFADDR = 0x8915  # <linux/sockios.h>
 #: Of ``struct ifreq``: the name's bytes, and where the IPv4 address is.
@@ -57,7 +58,12 @@ def own_address(towards: str, interface: str | None = None) -> str:
 
 
 def interface_of(address: str) -> str | None:
-    """Name of the interface with this IPv4 address; None where no interface has it. All of 127.* is loopback's."""
+    """Name of the interface with this address; None where no interface has it. All of 127.* is loopback's."""
+    if ":" in address:
+        # <address, 32 digits> <index> <length of the prefix> <scope> <flags> <name>
+        wanted = socket.inet_pton(socket.AF_INET6, address.partition("%")[0]).hex()
+        rows = [line.split() for line in Path("/proc/net/if_inet6").read_text().splitlines()]
+        return next((row[5] for row in rows if row[0] == wanted), None)
     wanted = LOOPBACK if is_loopback(address) else address
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
@@ -70,6 +76,22 @@ def interface_of(address: str) -> str | None:
     return None
 
 
+def interface_towards(host: str) -> str | None:
+    """Name of the interface of the route to another machine, by IPv4 where it has such an address.
+
+    Raises:
+        ValueError: there is no route.
+    """
+    try:
+        places = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)
+        family, _, _, _, place = min(places, key=lambda found: found[0] != socket.AF_INET)
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(place)  # chooses the route; a datagram socket sends nothing by that
+            return interface_of(probe.getsockname()[0])
+    except OSError as error:
+        raise ValueError(f"no route to {host}: {error}; check MASTER_ADDR") from None
+
+
 def keep_collectives_inside(*, one_node: bool) -> None:
     """Choose the interface that the process groups of this process listen on, before the first one is made.
 
@@ -80,7 +102,7 @@ def keep_collectives_inside(*, one_node: bool) -> None:
     Raises:
         ValueError: there is no route to MASTER_ADDR.
     """
-    name = interface_of(LOOPBACK if one_node else own_address(os.environ["MASTER_ADDR"]))
+    name = interface_of(LOOPBACK) if one_node else interface_towards(os.environ["MASTER_ADDR"])
     for variable in INTERFACE_VARIABLES if name is not None else ():
         if one_node:
             os.environ[variable] = name

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch.distributed as dist
@@ -20,7 +21,7 @@ from torch.distributed.run import parse_args
 
 from hetero_ppo import network
 from hetero_ppo.cli import launcher
-from hetero_ppo.network import interface_of, keep_collectives_inside, listening_socket
+from hetero_ppo.network import interface_of, interface_towards, keep_collectives_inside, listening_socket
 from hetero_ppo.runtime.rendezvous import BACKEND, STORE_FILE, StaticRendezvous, use_static_rendezvous
 
 #: What another user of the machine can do: a pickle in every value of the launcher's stores, and under the name that torchrun reads.
@@ -173,6 +174,10 @@ def test_gloo_and_nccl_listen_on_loopback_or_on_the_clusters_interface(monkeypat
     loopback = interface_of("127.0.0.1")
     assert loopback is not None and {os.environ[name] for name in network.INTERFACE_VARIABLES} == {loopback}
     assert interface_of("127.0.1.1") == loopback and interface_of("192.0.2.77") is None
+    assert interface_of("::1") in (loopback, None)  # None: a machine without IPv6
+    with monkeypatch.context() as offline, pytest.raises(ValueError, match="no route to head: .*check MASTER_ADDR"):
+        offline.setattr(network.socket, "getaddrinfo", Mock(side_effect=socket.gaierror("unknown")))
+        interface_towards("head")
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "of_the_cluster")
     monkeypatch.delenv("NCCL_SOCKET_IFNAME")
     monkeypatch.setenv("MASTER_ADDR", "localhost")
