@@ -18,7 +18,8 @@ IFNAME_BYTES, ADDRESS_AT = 15, 20
 LOOPBACK = "127.0.0.1"
 BACKLOG = 1024
 #: Which interface gloo and NCCL listen on. Left alone, gloo takes the address that the host's name stands for, NCCL the first one.
-INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+#: Variable -> how it names just this interface; NCCL takes a bare name for the beginning of one.
+INTERFACE_VARIABLES = {"GLOO_SOCKET_IFNAME": "{}", "NCCL_SOCKET_IFNAME": "={}"}
 
 
 def is_loopback(address: str) -> bool:
@@ -103,11 +104,13 @@ def keep_collectives_inside(*, one_node: bool) -> None:
         ValueError: there is no route to MASTER_ADDR.
     """
     name = interface_of(LOOPBACK) if one_node else interface_towards(os.environ["MASTER_ADDR"])
-    for variable in INTERFACE_VARIABLES if name is not None else ():
+    if name is None:
+        return
+    for variable, form in INTERFACE_VARIABLES.items():
         if one_node:
-            os.environ[variable] = name
+            os.environ[variable] = form.format(name)
         else:
-            os.environ.setdefault(variable, name)
+            os.environ.setdefault(variable, form.format(name))
 
 
 def listening_socket(host: str, port: int) -> socket.socket:

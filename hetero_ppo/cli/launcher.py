@@ -1,9 +1,9 @@
 """``torchrun`` with errors that fit on a line: ``python -m hetero_ppo.cli.launcher <torchrun's arguments>``.
 
-The parser and the agent are torchrun's own, and plain ``torchrun`` works as well. What differs is how launchers and ranks meet
-(runtime/rendezvous.py), so that nobody else can take part, and the end of a run that fails: torchrun prints a traceback of itself and a banner, below which the error of the rank is hard to
-find, and always exits with 1. Here one line says which rank ended and how, and the exit status is the rank's
-(128 + n for signal n).
+The parser and the agent are torchrun's own, and plain ``torchrun`` works as well. Two things differ. Launchers and ranks meet where nobody
+else can take part (runtime/rendezvous.py). And a run that fails ends with one line: torchrun prints a traceback of itself and a
+banner, below which the error of the rank is hard to find, and always exits with 1. Here the line says which rank ended and how, and the
+exit status is the rank's (128 + n for signal n).
 
 SIGTERM and SIGUSR1 ask for a stop with a checkpoint, where torchrun would end the ranks within 30 s: they are passed on to the
 ranks as SIGUSR1, and the ranks end by themselves (trainers/stopping.py). A second SIGTERM, and SIGINT, end them at once.

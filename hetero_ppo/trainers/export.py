@@ -14,6 +14,7 @@ from hetero_ppo.config.load import load_config
 from hetero_ppo.config.schema import ParallelConfig, PpoConfig, RmConfig, SftConfig
 from hetero_ppo.data.chat_template import TextEncoder, load_text_encoder
 from hetero_ppo.data.export_files import TEMPLATE_FILE, export_files
+from hetero_ppo.network import INTERFACE_VARIABLES
 
 
 def run(args: argparse.Namespace) -> None:
@@ -85,11 +86,12 @@ def single_process() -> Iterator[None]:
     """A world of this process alone, which needs no port; afterwards the environment is as it was."""
     world = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    before = {name: os.environ[name] for name in world if name in os.environ}
+    changed = [*world, *INTERFACE_VARIABLES]
+    before = {name: os.environ[name] for name in changed if name in os.environ}
     os.environ.update(world)
     try:
         yield
     finally:
-        for name in world:
-            del os.environ[name]
+        for name in changed:
+            os.environ.pop(name, None)
         os.environ.update(before)

@@ -303,5 +303,6 @@ def test_a_world_of_one_process_leaves_the_environment_as_it_was(monkeypatch: py
     before = dict(os.environ)
     with pytest.raises(ValueError, match="of the command"), single_process():
         assert os.environ["LOCAL_WORLD_SIZE"] == "1" and os.environ["MASTER_PORT"] == "0"
+        os.environ["GLOO_SOCKET_IFNAME"] = "of the command"
         raise ValueError("of the command")
     assert dict(os.environ) == before
