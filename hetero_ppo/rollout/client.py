@@ -63,10 +63,13 @@ class ServerClient:
         self._dead = False
 
     def _new_session(self, **options: Any) -> aiohttp.ClientSession:
-        """``options``: of its connector."""
+        """A session whose requests carry the token. ``options``: of its connector."""
+        token = {"Authorization": f"Bearer {self.server.api_key}"}
+        return aiohttp.ClientSession(connector=self._connector(**options), headers=token)
+
+    def _connector(self, **options: Any) -> aiohttp.BaseConnector:
         path = self.server.endpoint.socket_path
-        connector = aiohttp.TCPConnector(**options) if path is None else aiohttp.UnixConnector(str(path), **options)
-        return aiohttp.ClientSession(connector=connector)
+        return aiohttp.TCPConnector(**options) if path is None else aiohttp.UnixConnector(str(path), **options)
 
     async def close(self) -> None:
         if self._watcher is not None:
@@ -97,29 +100,32 @@ class ServerClient:
     async def healthy(self) -> bool:
         """True when the server answers that its engine is alive."""
         try:
-            return await self._health(self._session) == 200
+            return await self._health() == 200
         except (aiohttp.ClientError, OSError, NotTheServerError):  # TimeoutError is an OSError
             return False
 
     async def _proven_healthy(self) -> bool:
         """As ``healthy``, for a server that was just started; somebody else in its place is an error."""
         try:
-            return await self._health(self._session) == 200
+            return await self._health() == 200
         except (aiohttp.ClientError, OSError):
             return False
         except NotTheServerError as error:
             raise RunError(f"start: {self.server.name}: {error}; {self.server.report()}") from None
 
-    async def _health(self, session: aiohttp.ClientSession) -> int:
+    async def _health(self) -> int:
         """HTTP status of the server's health. No token goes with the question; the answer proves that the server knows it.
 
         Raises:
             NotTheServerError: it does not.
         """
-        challenge = secrets.token_hex(16)
+        challenge, url = secrets.token_hex(16), f"{self.server.endpoint.url}{HEALTH}"
         timeout = aiohttp.ClientTimeout(total=HEALTH_TIMEOUT_S)
-        url = f"{self.server.endpoint.url}{HEALTH}"
-        async with session.get(url, headers={CHALLENGE: challenge}, timeout=timeout, allow_redirects=False) as reply:
+        # A connection for each look: a server that shuts down takes no new ones.
+        async with (
+            aiohttp.ClientSession(connector=self._connector(force_close=True), timeout=timeout) as session,
+            session.get(url, headers={CHALLENGE: challenge}, allow_redirects=False) as reply,
+        ):
             found, expected = reply.headers.get(PROOF, ""), proof_of(self.server.api_key, challenge)
             if not hmac.compare_digest(found.encode(), expected.encode()):
                 raise NotTheServerError("who answers there does not know the server's key; its token and prompts were not sent")
@@ -131,21 +137,19 @@ class ServerClient:
         An API server whose engine dies may never answer some of them, a weight sync's for instance, and waits for their
         connections to close before it exits: they would wait for each other until the deadline.
         """
-        # A connection for each look: a server that shuts down takes no new ones.
-        async with self._new_session(force_close=True) as session:
-            while True:
-                await asyncio.sleep(WATCH_S)
-                if not await self._serves(session):
-                    await asyncio.sleep(ANSWER_GRACE_S)
-                    if not await self._serves(session):
-                        break
+        while True:
+            await asyncio.sleep(WATCH_S)
+            if not await self._serves():
+                await asyncio.sleep(ANSWER_GRACE_S)
+                if not await self._serves():
+                    break
         self._dead = True
         await self._session.close()
 
-    async def _serves(self, session: aiohttp.ClientSession) -> bool:
+    async def _serves(self) -> bool:
         """False when the server says that its engine is dead, takes no connections, or is another one. A slow one does serve."""
         try:
-            return await self._health(session) < 500
+            return await self._health() < 500
         except TimeoutError:
             return True
         except (aiohttp.ClientError, OSError, NotTheServerError):
@@ -243,10 +247,9 @@ class ServerClient:
         """POSTs JSON and returns the answer's JSON."""
         if self._dead:
             raise ServerDied(f"{route}: the server takes no connections")
-        timeout, token = aiohttp.ClientTimeout(total=timeout_s), {"Authorization": f"Bearer {self.server.api_key}"}
-        url = f"{self.server.endpoint.url}{route}"
+        timeout, url = aiohttp.ClientTimeout(total=timeout_s), f"{self.server.endpoint.url}{route}"
         try:
-            async with self._session.post(url, json=body, headers=token, timeout=timeout, allow_redirects=False) as reply:
+            async with self._session.post(url, json=body, timeout=timeout, allow_redirects=False) as reply:
                 status, text = reply.status, await reply.read()
         except TimeoutError:
             raise RunError(
