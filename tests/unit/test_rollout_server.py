@@ -7,6 +7,8 @@ import dataclasses
 import re
 import socket
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -167,12 +169,19 @@ def refuses(port: int) -> bool:
     return False
 
 
-def test_nobody_takes_the_port_of_a_server_of_another_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """A folder whose path leaves room for a socket's name."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
+def test_nobody_takes_the_port_of_a_server_of_another_node(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before its first start, while it runs, when it has ended, and while it is started again with old connections lingering."""
     monkeypatch.setattr(
         server_module, "command_line", lambda spec, endpoint: [sys.executable, "-c", ACCEPT, str(endpoint.listen_fd)]
     )
-    server = VllmServer(5, make_spec(), tmp_path, tmp_path / "log", place=1, address="127.0.0.1")
+    server = VllmServer(5, make_spec(), short_path, short_path / "log", place=1, address="127.0.0.1")
     port = int(server.endpoint.address.rpartition(":")[2])
     assert steal(port) == [] and refuses(port)
     for _ in range(2):

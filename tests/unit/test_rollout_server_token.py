@@ -145,31 +145,33 @@ class RunningServer(VllmServer):
 
 
 @pytest.mark.parametrize("answers", [{}, {PROOF: "made up"}, {PROOF: proof_of("another token", "1")}])
-def test_a_thief_at_the_servers_address_gets_nothing(tmp_path: Path, answers: dict[str, str]) -> None:
+def test_a_thief_at_the_servers_address_gets_nothing(answers: dict[str, str]) -> None:
     """Somebody who took the server's place and says that all is well: no token, no prompt, and an error that says so."""
+    with tempfile.TemporaryDirectory() as folder:  # a short path, for a socket
+        asyncio.run(meet_a_thief(Path(folder), answers))
+
+
+async def meet_a_thief(folder: Path, answers: dict[str, str]) -> None:
     seen: list[str] = []
 
     async def answer(request: web.Request) -> web.Response:
         seen.append(f"{request.method} {request.path} {dict(request.headers)} {await request.text()}")
         return web.Response(status=200, headers=answers)
 
-    async def run() -> None:
-        application = web.Application()
-        application.router.add_route("*", "/{any:.*}", answer)
-        runner = web.AppRunner(application)
-        await runner.setup()
-        server = RunningServer(0, ServerSpec("model", Dtype.fp32, 8, True, False, RolloutConfig(), 1), tmp_path, tmp_path / "log")
-        await web.UnixSite(runner, str(server.endpoint.socket_path)).start()
-        client = ServerClient(server)
-        await client.open()
-        try:
-            with pytest.raises(RunError, match="start: rollout server 0 .* does not know the server's key; its token and prompts"):
-                await client.wait_ready(5.0)
-            assert not await client.healthy()
-        finally:
-            await client.close()
-            await runner.cleanup()
-        assert seen and all(text.startswith("GET /health") for text in seen)
-        assert server.api_key not in "".join(seen) and "Authorization" not in "".join(seen)
-
-    asyncio.run(run())
+    application = web.Application()
+    application.router.add_route("*", "/{any:.*}", answer)
+    runner = web.AppRunner(application)
+    await runner.setup()
+    server = RunningServer(0, ServerSpec("model", Dtype.fp32, 8, True, False, RolloutConfig(), 1), folder, folder / "log")
+    await web.UnixSite(runner, str(server.endpoint.socket_path)).start()
+    client = ServerClient(server)
+    await client.open()
+    try:
+        with pytest.raises(RunError, match="start: rollout server 0 .* does not know the server's key; its token and prompts"):
+            await client.wait_ready(5.0)
+        assert not await client.healthy()
+    finally:
+        await client.close()
+        await runner.cleanup()
+    assert seen and all(text.startswith("GET /health") for text in seen)
+    assert server.api_key not in "".join(seen) and "Authorization" not in "".join(seen)
