@@ -52,6 +52,7 @@ class SignedStore(dist.Store):
         self._store, self._key, self._name = store, key, name
         self._counter = itertools.count(1)
         self._newest: dict[str, tuple[int, bytes]] = {}  # name -> counter and content of the newest value that was read
+        self._refused: set[str] = set()  # names of values that were logged
 
     def _full(self, key: str) -> str:
         return f"{self._name}/{key}"
@@ -82,12 +83,14 @@ class SignedStore(dist.Store):
         return value
 
     def newest(self, key: str) -> bytes | None:
-        """Return the newest value of a member; None before the first one. What is refused is logged."""
+        """Return the newest value of a member; None before the first one. What is refused is logged, once for every name."""
         if self._store.check([self._full(key)]):
             try:
                 return self.get(key)
             except RefusedValueError as error:
-                log.warning("store of the run: refused: %s; is somebody else at %s?", error, self._store)
+                if key not in self._refused:
+                    log.warning("refused in the store of the run: %s. Who else writes there?", error)
+                self._refused.add(key)
         return self._newest[key][1] if key in self._newest else None
 
     def check(self, keys: list[str]) -> bool:
