@@ -232,11 +232,10 @@ def on_loop(engine: VllmEngine, call: Coroutine[Any, Any, Any]) -> Any:
     return asyncio.run_coroutine_threadsafe(call, engine._loop).result()
 
 
-def test_corrupted_tensors_are_named_whether_they_arrived_so_or_were_loaded_so(
-    engine: VllmEngine, tmp_path: Path
-) -> None:
+def test_corrupted_tensors_are_named_whether_they_arrived_so_or_were_loaded_so(engine: VllmEngine) -> None:
     client = engine._started_pool().members[0].client
-    files = write_weights(tmp_path / "a", weights(make_model(5)), "bits lost on the way", Dtype.fp32)
+    folder = engine.servers[0].private_dir  # servers read files of the run alone
+    files = write_weights(folder / "a", weights(make_model(5)), "bits lost on the way", Dtype.fp32)
     flip_bits(files, CORRUPTED)
     with pytest.raises(RunError, match="'bits lost on the way'.* read other bytes than were written for") as caught:
         on_loop(engine, stage(client, files, 60.0))
@@ -247,7 +246,7 @@ def test_corrupted_tensors_are_named_whether_they_arrived_so_or_were_loaded_so(
     assert str(list(CORRUPTED)) in str(caught.value)
     use_transfer(engine, WeightTransfer.shared_memory)
 
-    files = write_weights(tmp_path / "b", weights(make_model(5)), "bits lost in loading", Dtype.fp32)
+    files = write_weights(folder / "b", weights(make_model(5)), "bits lost in loading", Dtype.fp32)
     on_loop(engine, stage(client, files, 60.0))
     flip_bits(files, CORRUPTED)  # the staged tensors are a view of the file
     with pytest.raises(RunError, match="'bits lost in loading'.* hold other bytes than were sent for") as caught:
