@@ -92,14 +92,23 @@ def own_listeners() -> set[int]:
 
 
 def test_who_connects_in_a_workers_place_gets_no_weights() -> None:
-    """gloo takes who comes first, with the number of the connection, which counts from 0; the proof does not."""
+    """gloo takes who comes first, with the number of the connection, which counts from 0; the proof does not.
+
+    Either no group comes about, or, where the strangers came too late, one of the two members alone, which works.
+    """
     store = open_store("127.0.0.1", 10.0)
-    meeting = make_meeting(store.port, 2, meeting_timeout_s=1.5)
-    before, made = own_listeners(), []
+    meeting = make_meeting(store.port, 2, meeting_timeout_s=3.0, broadcast_timeout_s=3.0)
+    before, data = own_listeners(), [torch.arange(8, dtype=torch.uint8), torch.zeros(8, dtype=torch.uint8)]
+    ended: dict[int, str] = {}
 
     def join(rank: int) -> None:
-        with pytest.raises(RuntimeError, match="(?i)time"):
-            made.append(WeightGroup(store if rank == 0 else join_store(meeting), meeting, rank, CPU))
+        try:
+            group = WeightGroup(store if rank == 0 else join_store(meeting), meeting, rank, CPU)
+        except RuntimeError as error:
+            ended[rank] = f"no group: {error}"
+            return
+        group.broadcast(data[rank])
+        ended[rank] = "sent"
 
     threads = [threading.Thread(target=join, args=(rank,)) for rank in (0, 1)]
     threads[0].start()
@@ -115,7 +124,8 @@ def test_who_connects_in_a_workers_place_gets_no_weights() -> None:
         thread.join()
     for stranger in strangers:
         stranger.close()
-    assert made == []
+    works = ended == {0: "sent", 1: "sent"} and torch.equal(*data)
+    assert works or {text.partition(":")[0] for text in ended.values()} == {"no group"} and len(ended) == 2, ended
 
 
 def test_a_member_that_does_not_come_is_an_error_within_the_deadline() -> None:
