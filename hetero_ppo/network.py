@@ -185,8 +185,6 @@ class KeptPort:
 def stop_listening(listener: socket.socket) -> None:
     """Refuse clients from now on, in all processes that have the socket, and keep its port. One that does not listen stays as it is."""
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
-    try:
+    # A shutdown of one that does not listen would stay with it: of all later connections nothing could be read.
+    if listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
         listener.shutdown(socket.SHUT_RDWR)
-    except OSError as error:
-        if error.errno != errno.ENOTCONN:
-            raise

@@ -18,7 +18,6 @@ it ends. The command itself does get PR_SET_PDEATHSIG: this process has one thre
 from __future__ import annotations
 
 import ctypes
-import errno
 import os
 import shutil
 import signal
@@ -81,11 +80,8 @@ def _watch(child: subprocess.Popen[bytes], trainer: int, private_dir: str) -> No
 def _close_to_clients(listener: socket.socket) -> None:
     """As ``hetero_ppo.network.stop_listening``, which a script with the standard library alone cannot import."""
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
-    try:
+    if listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):  # else the server has done it
         listener.shutdown(socket.SHUT_RDWR)
-    except OSError as error:
-        if error.errno != errno.ENOTCONN:  # the server has done it
-            raise
 
 
 def main(argv: list[str]) -> int:

@@ -150,6 +150,7 @@ ACCEPT = (
     "print('up', flush=True)\n"
     "for _ in range(2):\n"
     "    connection, _ = listener.accept()\n"
+    "    assert connection.recv(9) == b'who'\n"
     "    connection.sendall(str(os.getpid()).encode())\n"
     "    connection.close()\n"
 )
@@ -158,6 +159,7 @@ ACCEPT = (
 def ask(port: int) -> int:
     """Process id of who answers."""
     with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+        connection.sendall(b"who")
         return int(connection.recv(20))
 
 
@@ -190,7 +192,9 @@ def test_nobody_takes_the_port_of_a_server_of_another_node(short_path: Path, mon
         assert ask(port) == server.process_group
         server.wait_exit(20.0)
         assert server.exit_code == 0 and steal(port) == [] and refuses(port)
+        server.kill()  # as before every restart
     server.spawn()
+    assert ask(port) == server.process_group
     server.kill()
     assert steal(port) == [] and refuses(port)
     server.release_port()
