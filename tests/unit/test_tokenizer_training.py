@@ -131,7 +131,8 @@ def test_no_text_is_an_error(tmp_path: Path) -> None:
 
 def test_read_texts_of_strings_and_messages(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
-    path.write_text(json.dumps({"messages": TURNS[:2]}) + "\n\n" + json.dumps({"prompt": "p", "other": 1}) + "\n")
+    turns = [TURNS[0], {**TURNS[1], "weight": 0}]  # a tokenizer has to write turns that are not learned, too
+    path.write_text(json.dumps({"messages": turns}) + "\n\n" + json.dumps({"prompt": "p", "other": 1}) + "\n")
     assert list(read_texts(path, ["messages", "prompt"])) == ["user", "Sort: cake bean", "assistant", "bean cake", "p"]
 
 
