@@ -10,6 +10,7 @@ the same steps, and agree.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -78,6 +79,7 @@ class GrowingIds:
             text: Longer text.
             whole_ids: Its token ids as one text.
         """
+        assert text.startswith(self.text)
         if whole_ids[: len(self.ids)] == self.ids:
             self.ids = whole_ids
         else:
@@ -232,9 +234,8 @@ def _cuts_of_row(encoder: TextEncoder, item: Conversation) -> list[Cut]:
         cuts = _cuts(encoder, item.messages, item.tools, item.first_answer)
     except ValueError as error:
         raise item.row.error(item.field, str(error)) from error
-    whole = cuts[-1].text
-    for cut in cuts:
-        if not whole.startswith(cut.text):
+    for cut, following in itertools.pairwise(cuts):
+        if not following.text.startswith(cut.text):
             raise item.row.error(
                 item.field,
                 "where an answer begins and ends cannot be told from the chat template's text: the template writes earlier turns "
@@ -265,7 +266,8 @@ def _cuts(
     for cut in found:
         place = cut.answer if cut.answer is not None else cut.ends
         of_prompt = place is not None and (first_answer is None or place < first_answer)
-        if not of_prompt or context.startswith(cut.text):
+        grows = not cuts or cut.text.startswith(cuts[-1].text)
+        if not of_prompt or (grows and context.startswith(cut.text)):
             cuts.append(cut)
     return cuts
 
