@@ -25,12 +25,20 @@ SIZES: dict[str, Any] = {
 }
 #: What runs on every rank.
 WORKER = Path(__file__).parent / "record_worker.py"
-#: Scores from -3 to 3 or so, and a failure now and then.
-FUNCTION = """
+#: Scores from -6 to 3 or so; the first fails now and then, the second takes lists, the third is asynchronous.
+FUNCTIONS = """
 def score(prompt, response, label, metadata):
     if len(response) % 5 == 3:
         raise ValueError("a response of this length has no score")
     return 3 - len(response)
+
+
+def scores(prompts, responses, labels, metadata):
+    return [2.5 - len(response) for response in responses]
+
+
+async def slow_score(prompt, response, label, metadata):
+    return 1.5 - len(response)
 """
 ENSEMBLE = ["scorer", "other_scorer"]
 
@@ -65,6 +73,10 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
         "algorithm.kl.clamp": 0.3,
         "algorithm.kl.loss_coef": 0.03,
         "algorithm.kl.loss_estimator": "k2",
+        "reward.source": "mix",
+        "reward.function": "slow_score",
+        "reward.concurrency": 3,
+        "reward.function_weight": 0.3,
         "reward.normalise": True,
         "reward.clip": 1.1,
         "actor.optimizer.lr_schedule": "cosine",
@@ -92,6 +104,8 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
         "algorithm.kl.loss_estimator": "k1",
         "algorithm.kl.clamp": 0.5,
         "reward.source": "function",
+        "reward.function": "score",
+        "reward.workers": 1,
         "reward.on_error": "exclude",
         "reward.timeout_s": 30.0,
         "reward.clip": 0.0,
@@ -111,7 +125,8 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
         "algorithm.kl.loss_estimator": "k3+",
         "algorithm.kl.clamp": 0.2,
         "reward.source": "mix",
-        "reward.on_error": "exclude",
+        "reward.function": "scores",
+        "reward.batch": 4,
         "reward.model_weight": 0.5,
         "reward.function_weight": -0.25,
         "reward.ensemble": "mean_minus_std",
@@ -167,7 +182,7 @@ def folder(root: Path, name: str, layout: str) -> Path:
 
 def prepare(root: Path) -> None:
     """Make models, prompts, three steps of recorded responses, and a config for every run."""
-    (root / "function.py").write_text(FUNCTION)
+    (root / "functions.py").write_text(FUNCTIONS)
     prompts = [f"sort {'ab' * (i % 3)} {'c' * (i % 5)} {i}" for i in range(NUM_STEPS * NUM_PROMPTS)]
     (root / "prompts.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
     tokenizer = ["tokenizer", "--input", str(root / "prompts.jsonl"), "--vocab-size", "264"]
@@ -299,6 +314,6 @@ def config(root: Path, run_dir: Path, name: str, parallel: dict[str, Any]) -> di
     if "reward_models" in fields:
         tree["reward_model"] = None
         tree["reward_models"] = [role(root, judge, parallel) for judge in fields["reward_models"]]
-    if fields.get("reward.source", "model") != "model":
-        tree["reward"]["function"] = f"{root / 'function.py'}:score"
+    if "reward.function" in fields:
+        tree["reward"]["function"] = f"{root / 'functions.py'}:{fields['reward.function']}"
     return tree

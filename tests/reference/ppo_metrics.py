@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 
-def experience_metrics(experience: Any, responses: list[Any], algorithm: Any) -> dict[str, float]:
+def experience_metrics(experience: Any, responses: list[Any], config: Any) -> dict[str, float]:
     """Of all responses: also of those that the losses leave out, but for the ones without a score."""
     scored = [i for i, score in enumerate(experience.scores) if not math.isnan(score)]
     scores = [experience.scores[i] for i in scored]
@@ -32,7 +32,10 @@ def experience_metrics(experience: Any, responses: list[Any], algorithm: Any) ->
     for name, values in experience.parts.items():
         values = [value for value in values if not math.isnan(value)]
         metrics |= {f"reward/{name}/mean": fmean(values), f"reward/{name}/std": pstdev(values)}
-    return metrics | engine_metrics(experience, responses, algorithm)
+    if config.reward.on_error == "exclude":
+        kinds = {"error": metrics["reward/num_excluded"], "timeout": 0, "crash": 0, "bad_score": 0}
+        metrics |= {f"reward/function/num_{kind}": number for kind, number in kinds.items()}
+    return metrics | engine_metrics(experience, responses, config.algorithm)
 
 
 def engine_metrics(experience: Any, responses: list[Any], algorithm: Any) -> dict[str, float]:

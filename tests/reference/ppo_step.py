@@ -50,7 +50,7 @@ def kl_estimate(log_ratio: Tensor, kind: str, clamp: float | None) -> Tensor:
 class Ppo:
     """Four models, and what a run carries from step to step."""
 
-    def __init__(self, config: SimpleNamespace, function: Callable[[str], float]) -> None:
+    def __init__(self, config: SimpleNamespace, function: Callable[[str], float] | None) -> None:
         algorithm, steps = config.algorithm, config.train.steps
         self.config, self.algorithm, self.function = config, algorithm, function
         self.kl_coef, self.seen, self.steps = algorithm.kl.coef, [], 0
@@ -153,7 +153,7 @@ class Ppo:
             mean, std = fmean(tokens), pstdev(tokens)
             advantages = [[(a - mean) / std for a in row] for row in advantages]
         found = Experience(scores, old, ref, values, rewards, advantages, returns, weights, used, parts, self.kl_coef)
-        return found, experience_metrics(found, responses, algorithm)
+        return found, experience_metrics(found, responses, self.config)
 
     def minibatches(self, name: str, num_rows: int) -> list[list[int]]:
         """Rows of every update, drawn as the run draws them."""
