@@ -21,7 +21,7 @@ from hetero_ppo.reward.function_pool import Failure, FailureKind, FunctionPool, 
 from hetero_ppo.types import Rollout
 
 #: Seconds between two reports of progress while a batch is scored.
-PROGRESS_S = 10.0
+PROGRESS_S = 2.0
 #: Failures by their number in a broadcast; 0 is a score.
 KINDS = tuple(FailureKind)
 
@@ -32,7 +32,8 @@ class PendingScores:
 
     reward: FunctionReward
     rollout: Rollout
-    ticket: Ticket | None  # on rank 0
+    ticket: Ticket | None = None  # on rank 0
+    problem: str = ""  # on rank 0: why there is no ticket
 
     def result(self) -> Tensor:
         """Return [B] float32 scores; with ``on_error=exclude`` NaN where there is none. Collective over the world.
@@ -123,7 +124,13 @@ class FunctionReward:
     def start(self, rollout: Rollout) -> PendingScores:
         """Hand the responses to the workers. Returns at once."""
         self.open()
-        return PendingScores(self, rollout, None if self._pool is None else self._submit(self._pool, rollout))
+        pending = PendingScores(self, rollout)
+        if self._pool is not None:
+            try:
+                pending.ticket = self._submit(self._pool, rollout)
+            except TypeError as error:  # raised on every rank, by ``result``
+                pending.problem = f"{self.spec.field} {self.spec.spec}: in a label or in metadata {error}"
+        return pending
 
     def _submit(self, pool: FunctionPool, rollout: Rollout) -> Ticket:
         columns: tuple[list[Any], ...] = (
@@ -138,10 +145,7 @@ class FunctionReward:
         else:
             parts = [rows[start : start + self.spec.batch] for start in range(0, len(rows), self.spec.batch)]
             calls = [([[column[row] for row in part] for column in columns], part) for part in parts]
-        try:
-            return pool.submit(calls, rollout.batch_size)
-        except TypeError as error:
-            raise RunError(f"{self.spec.field} {self.spec.spec}: in a label or in metadata {error}") from error
+        return pool.submit(calls, rollout.batch_size)
 
     def _response(self, rollout: Rollout, row: int) -> str:
         start, end = int(rollout.prompt_lengths[row]), int(rollout.sequence_lengths[row])
@@ -149,46 +153,53 @@ class FunctionReward:
 
     def finish(self, pending: PendingScores) -> Tensor:
         """Wait for the scores of a ``start``; see ``PendingScores.result``."""
-        stops = self.on_error is RewardErrors.stop
-        is_over, problem, notes = False, "", []
+        problem, note = self._wait(pending), ""
+        num_rows = pending.rollout.batch_size
+        scores, kinds = torch.full((num_rows,), math.nan), torch.zeros(num_rows, dtype=torch.int64)
+        outcomes = [] if pending.ticket is None or problem else pending.ticket.outcomes
+        for row, outcome in enumerate(outcomes):
+            if isinstance(outcome, float):
+                scores[row] = outcome
+            elif outcome is not None:
+                kinds[row] = 1 + KINDS.index(outcome.kind)
+                self._report(outcome.kind, self._describe_failure(pending.rollout, row, outcome))
+                if self.on_error is RewardErrors.stop and not problem:
+                    problem, note = self.last_failure, outcome.traceback
+        if pending.ticket is not None and problem:
+            pending.ticket.cancel()
+        if dist.get_world_size() > 1:
+            problem, self.last_failure = broadcast_json([problem, self.last_failure], 0)
+            for tensor in (scores, kinds):
+                dist.broadcast(tensor, 0)
+        if problem:
+            error = RunError(problem)
+            if note:
+                error.add_note(note)
+            raise error
+        self._counts.update(KINDS[kind - 1] for kind in kinds.tolist() if kind)
+        return scores
+
+    def _wait(self, pending: PendingScores) -> str:
+        """Wait until the scores are there, or one is missing that stops the run. Every rank reports progress meanwhile. Collective.
+
+        Returns:
+            What keeps the workers from making calls, on rank 0; empty: nothing.
+        """
+        is_over, problem = False, pending.problem
         while not is_over:
             self._progress()
-            if pending.ticket is not None:
+            if problem:
+                is_over = True
+            elif pending.ticket is not None:
                 try:
-                    is_over = pending.ticket.wait(PROGRESS_S, until_failure=stops)
+                    is_over = pending.ticket.wait(PROGRESS_S, until_failure=self.on_error is RewardErrors.stop)
                 except RunError as error:
                     is_over, problem = True, str(error)
             if dist.get_world_size() > 1:
                 status = torch.tensor([int(is_over)])
                 dist.broadcast(status, 0)
                 is_over = bool(status)
-        scores = torch.full((pending.rollout.batch_size,), math.nan)
-        kinds = torch.zeros(pending.rollout.batch_size, dtype=torch.int64)
-        if pending.ticket is not None and not problem:
-            for row, outcome in enumerate(pending.ticket.outcomes):
-                if isinstance(outcome, float):
-                    scores[row] = outcome
-                elif outcome is not None:
-                    kinds[row] = 1 + KINDS.index(outcome.kind)
-                    text = self._describe_failure(pending.rollout, row, outcome)
-                    problem = problem or (text if stops else "")
-                    notes += [outcome.traceback] if stops and outcome.traceback else []
-                    self._report(outcome.kind, text)
-            if problem:
-                pending.ticket.cancel()
-        if dist.get_world_size() > 1:
-            problem = broadcast_json(problem, 0)
-            for tensor in (scores, kinds):
-                dist.broadcast(tensor, 0)
-            if bool(kinds.any()):
-                self.last_failure = broadcast_json(self.last_failure, 0)
-        if problem:
-            error = RunError(problem)
-            for note in notes[:1]:
-                error.add_note(note)
-            raise error
-        self._counts.update(KINDS[kind - 1] for kind in kinds.tolist() if kind)
-        return scores
+        return problem
 
     def _describe_failure(self, rollout: Rollout, row: int, failure: Failure) -> str:
         response = self._response(rollout, row)

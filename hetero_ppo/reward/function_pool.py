@@ -224,7 +224,6 @@ class FunctionPool:
 
     def open(self) -> None:
         """Start the first worker, which imports the function's module. Returns at once."""
-        # A worker ends with the thread that started it (PR_SET_PDEATHSIG), so this thread lives as long as the pool.
         self._thread = threading.Thread(target=lambda: asyncio.run(self._main()), name="function-workers", daemon=True)
         self._thread.start()
         self._started.wait()
@@ -367,7 +366,7 @@ class FunctionPool:
 
     def _finished(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
-        if task.exception() is not None:
+        if not task.cancelled() and task.exception() is not None:
             self._loop.call_exception_handler({"message": "a worker's task", "exception": task.exception()})
 
     def _on_bug(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
@@ -466,7 +465,8 @@ class FunctionPool:
     async def _where(self, worker: _Worker) -> str:
         """The user's line that a worker is at, or nothing."""
         worker.clear_dump()
-        worker.process.send_signal(function_worker.DUMP_SIGNAL)
+        if not worker.dump.closed:  # Popen.send_signal would reap it
+            os.kill(worker.process.pid, function_worker.DUMP_SIGNAL)
         place, tries = "", 0
         while not place and tries < DUMP_S / 0.01 and not worker.dump.closed:
             await asyncio.sleep(0.01)
@@ -525,6 +525,6 @@ def _describe_end(status: int, place: str) -> str:
     where = f" (at {place})" if place else ""
     if status >= 0:
         return f"ended with exit status {status}{where}"
-    name = signal.Signals(-status).name
+    name = next((number.name for number in signal.Signals if number == -status), f"signal {-status}")
     why = "; the kernel does so when memory is exhausted" if -status == signal.SIGKILL else ""
     return f"was ended by {name}{where}{why}"

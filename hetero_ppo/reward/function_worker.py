@@ -12,7 +12,6 @@ When it crashes, or is sent ``DUMP_SIGNAL``, it writes its Python stack to the f
 from __future__ import annotations
 
 import base64
-import ctypes
 import datetime
 import decimal
 import faulthandler
@@ -39,7 +38,6 @@ from typing import Any
 DUMP_SIGNAL = signal.SIGRTMAX - 2
 #: Requests to stop a run, which a terminal or a batch system may send to every process of a job.
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 #: Arguments of a function: of one response, or lists of them for a batch.
 PARAMETERS = ("prompt", "response", "label", "metadata")
 #: Characters of a value that an answer shows.
@@ -396,8 +394,8 @@ def _ignore(number: int, frame: FrameType | None) -> None:
 
 def _prepare(channel: int, dump: int, life: int, parent: int) -> None:
     """Set what the process does about its parent, signals, forks and crashes."""
-    # The kernel ends this process when its parent is killed, and when the pipe's other end is closed its whole group, without the GIL.
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+    # When the pipe's other end closes, the kernel kills this process' group, whoever holds the GIL. (PR_SET_PDEATHSIG would kill
+    # this process alone, and then the pipe could tell nobody.)
     fcntl.fcntl(life, fcntl.F_SETOWN, -os.getpgrp())
     fcntl.fcntl(life, fcntl.F_SETSIG, int(signal.SIGKILL))
     fcntl.fcntl(life, fcntl.F_SETFL, fcntl.fcntl(life, fcntl.F_GETFL) | os.O_ASYNC)
