@@ -170,7 +170,8 @@ def _write_rollouts(root: Path) -> None:
     draw = random.Random(0)
     for step in range(NUM_STEPS):
         records = []
-        for example in load_prompts(config.data.train, config.data, encoder).examples * 2:
+        examples = load_prompts(config.data.train, config.data, encoder).examples
+        for example in [*examples, *examples]:
             tokens = [draw.randrange(5, 290) for _ in range(draw.randint(2, MAX_TOKENS))]
             log_probs = [-draw.random() for _ in tokens]
             finish = draw.choice(["stop", "length"])
