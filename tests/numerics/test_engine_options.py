@@ -13,8 +13,10 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from hetero_ppo.config.schema import LrSchedule, ModelConfig, OptimizerConfig, TrainedRoleConfig
 from hetero_ppo.engines.losses import sft_loss_fn
+from hetero_ppo.engines.outputs import log_probs_output
 from hetero_ppo.engines.train_engine import TrainEngine, TrainStepResult
-from hetero_ppo.types import AnswerInputs
+from hetero_ppo.types import AnswerInputs, Microbatch
+from megatron_bridge.config_mapping import VOCAB_PARTS
 
 pytestmark = pytest.mark.usefixtures("world")
 
@@ -32,9 +34,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def role(model: Path, *, recompute: str | None = None, **optimizer: Any) -> TrainEngine:
+def role(model: Path, *, recompute: str | None = None, aligned: bool = False, **optimizer: Any) -> TrainEngine:
     path = ModelConfig(path=str(model))
-    config = TrainedRoleConfig(path, optimizer=OptimizerConfig(**optimizer), micro_batch_size=3, recompute=recompute)
+    config = TrainedRoleConfig(
+        path, optimizer=OptimizerConfig(**optimizer), micro_batch_size=3, recompute=recompute, aligned=aligned
+    )
     return TrainEngine("actor", config, "lm", STEPS)
 
 
@@ -128,3 +132,27 @@ def test_recomputation_computes_again(model: Path, recompute: str | None, layers
     with torch.no_grad():
         engine.forward(rows_of_step(0), torch.full((ROWS,), LENGTH), lambda logits, m: torch.zeros(len(m.token_ids)))
     assert calls == {"layer": 2, "mlp": 2}
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+def test_an_aligned_roles_log_probs_are_sums_over_parts_of_the_vocabulary(model: Path, aligned: bool) -> None:
+    """To the bit: sums over each of the parts that tensor-parallel ranks may have, added in their order. Plain ones are torch's."""
+    ids, engine, kept = rows_of_step(0), role(model, aligned=aligned), list[Tensor]()
+    log_probs = log_probs_output(temperature=1.0, vocab_size=VOCAB, groups=engine.groups, num_parts=engine.vocab_parts)
+
+    def keep(logits: Tensor, microbatch: Microbatch) -> Tensor:
+        kept.append(logits.clone())
+        return log_probs(logits, microbatch)
+
+    ours = engine.forward(ids, torch.full((ROWS,), LENGTH), keep)
+    logits = torch.cat(kept, dim=1)[0, :, :VOCAB].view(ROWS, LENGTH, -1)[:, :-1]
+    targets = ids[:, 1:, None]
+    expected = logits.log_softmax(-1).gather(-1, targets)[..., 0]
+    if aligned:
+        part = kept[0].shape[-1] // VOCAB_PARTS
+        shifted = logits - logits.amax(-1, keepdim=True)
+        sums = [shifted[..., start : start + part].exp().sum(-1) for start in range(0, VOCAB, part)]
+        assert len(sums) == VOCAB_PARTS
+        whole, expected = expected, shifted.gather(-1, targets)[..., 0] - (((sums[0] + sums[1]) + sums[2]) + sums[3]).log()
+        assert not torch.equal(whole, expected)
+    assert torch.equal(ours, expected)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from chain import read_metrics
 from distributed.ppo_runs import PpoRuns, prepare
+from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 from hetero_ppo.cli.main import main
@@ -35,7 +36,7 @@ STATEFUL: dict[str, object] = {
     "checkpoint.every": 1,
 }
 RUNS: dict[str, dict[str, object]] = {
-    "aligned": {**STATEFUL, "actor.aligned": True, "critic.optimizer.lr_schedule": "linear"},
+    "aligned": {**STATEFUL, "checkpoint.export_hf": True, "actor.aligned": True, "critic.optimizer.lr_schedule": "linear"},
     "warm-up": {"algorithm.critic_warmup_steps": 1},
     "epochs": {
         "algorithm.ppo_epochs": 2,
@@ -159,6 +160,8 @@ def test_a_resumed_run_takes_the_step_of_the_straight_one_to_the_bit(rank: OneRa
     assert rank.launch("resumed", {**RUNS["aligned"], **load}) == 0
     straight, resumed = (results(folder) for folder in (rank.folder("aligned"), rank.runs.root / "resumed"))
     assert list(resumed) == [2] and resumed[2] == straight[2]
+    expected, found = (load_file(folder / "hf" / "model.safetensors") for folder in (rank.folder("aligned"), rank.runs.root / "resumed"))
+    assert expected.keys() == found.keys() and all(torch.equal(expected[name], found[name]) for name in expected)
 
 
 def results(folder: Path) -> dict[int, dict[str, float]]:
