@@ -1,0 +1,95 @@
+"""The list of mutants applies to the code, and the fast ones die. The others: ``python benchmarks/mutants.py``."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from ranks import ENVIRONMENT, outer_environment
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import mutants as gate
+
+#: Groups of options, each of whose options has a mutant: the name of the option, or what it does, is in the mutant's.
+AREAS = {
+    *("algorithm", "reward", "kl", "optimizer", "supervised", "data", "pipeline", "residency", "weight sync"),
+    *("checkpoint", "mismatch", "aligned", "log-probs", "sampling", "stopping", "partial rollouts"),
+}
+MUTANT = gate.Mutant("a mutant", "kl", "code.py", "x + 1", "x - 1", "test_code.py::test_it")
+
+
+def test_every_edit_applies_to_the_code_of_today() -> None:
+    mutants = gate.read_mutants()
+    assert gate.check(mutants) == []
+    assert len(mutants) >= 80 and {mutant.area for mutant in mutants} == AREAS
+    assert 15 <= sum(mutant.fast for mutant in mutants) <= 30
+
+
+@pytest.mark.slow
+def test_the_fast_mutants_die() -> None:
+    """Each is one edit of a copy of the tree; that their tests pass without it is for these tests themselves to show."""
+    command = [sys.executable, "-W", "ignore", str(BENCHMARKS / "mutants.py"), "--fast", "--no-baseline", "--jobs", "1"]
+    environment = {**outer_environment(), **ENVIRONMENT}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    figures = json.loads(done.stdout.splitlines()[-1])
+    assert figures["survived"] == figures["errors"] == 0 and figures["total"] >= 15
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    (tmp_path / "code.py").write_text("y = x + 1\n")
+    (tmp_path / "test_code.py").write_text("def test_it() -> None: ...\n")
+    return tmp_path
+
+
+def test_an_edit_changes_one_place(root: Path) -> None:
+    assert gate.mutated(MUTANT, root) == "y = x - 1\n"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"old": "x + 2"}, "has the old text 0 times"),
+        ({"old": "x"}, None),
+        ({"old": " "}, "has the old text 4 times"),
+        ({"new": "x + 1"}, "has the old text 1 times"),
+        ({"new": "x +"}, "the edit is no Python"),
+        ({"test": "test_code.py::test_another"}, "there is no test"),
+        ({"file": "gone.py"}, "no file that can be mutated"),
+        ({"file": "megatron_bridge/platform/__init__.py"}, "no file that can be mutated"),
+    ],
+)
+def test_an_edit_that_does_not_apply_is_an_error(root: Path, change: dict[str, str], message: str | None) -> None:
+    errors = gate.check([replace(MUTANT, **change)], root)
+    assert errors == [] if message is None else message in errors[0]
+
+
+def test_the_list_is_checked(tmp_path: Path) -> None:
+    table = "\n".join(f'{name} = "{value}"' for name, value in vars(MUTANT).items() if name != "fast")
+    path = tmp_path / "mutants.toml"
+    for text, message in ((f"[[mutant]]\n{table}\nwhy = 1", "unknown fields"), (f"[[mutant]]\n{table}\n" * 2, "come twice")):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            gate.read_mutants(path)
+
+
+def test_what_becomes_of_a_mutant() -> None:
+    passed = {"failed": None, "broken": None, "seconds": {}}
+    assert gate.judge(MUTANT, passed, 1.0, is_late=False).outcome == "survived"
+    assert gate.judge(MUTANT, passed, 1.0, is_late=True).outcome == "killed"
+    assert gate.judge(MUTANT, {**passed, "failed": "test_it"}, 1.0, is_late=False).outcome == "killed"
+    assert gate.judge(MUTANT, {**passed, "broken": "SyntaxError"}, 1.0, is_late=False).outcome == "error"
+
+
+def test_patterns_choose_by_name_and_area() -> None:
+    other = replace(MUTANT, name="another", area="data", fast=True)
+    assert gate.chosen([MUTANT, other], ["kl"], fast=False) == [MUTANT]
+    assert gate.chosen([MUTANT, other], ["a*other"], fast=False) == [other]
+    assert gate.chosen([MUTANT, other], ["*"], fast=True) == [other]
