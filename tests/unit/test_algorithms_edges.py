@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from hetero_ppo.algorithms.kl import AdaptiveKlController, FixedKlController, kl_estimate
-from hetero_ppo.algorithms.losses import Loss, bradley_terry_loss, mean_metrics, policy_loss, sft_loss, value_loss
+from hetero_ppo.algorithms.losses import Loss, bradley_terry_loss, kl_loss, mean_metrics, policy_loss, sft_loss, value_loss
 from hetero_ppo.algorithms.masking import whiten
 from hetero_ppo.algorithms.rewards import apply_truncation, clip_scores, normalise_scores, token_level_rewards
 from hetero_ppo.algorithms.sampling import sample_tokens
 from hetero_ppo.algorithms.schedules import lr_at
-from hetero_ppo.config.schema import LrSchedule, OptimizerConfig
+from hetero_ppo.config.schema import KlEstimator, LrSchedule, OptimizerConfig
 
 ONE = torch.ones(1, 1, dtype=torch.bool)
 
@@ -57,6 +57,11 @@ def test_losses_are_divided_by_the_minibatchs_count() -> None:
     with_l2, without = (bradley_terry_loss(one, zero, 0.0, weight, 4).loss.item() for weight in (0.5, 0.0))
     assert with_l2 - without == pytest.approx(0.5 * (1 + 0) / 2 / 4)
     assert without == pytest.approx(math.log1p(math.exp(-1)) / 4)
+
+
+def test_the_kl_loss_is_clamped() -> None:
+    loss = kl_loss(torch.full((1, 1), -1.0), torch.full((1, 1), -4.0), ONE, KlEstimator.k1, 0.5, kl_loss_coef=1.0, denominator=1)
+    assert loss.loss.item() == 0.5
 
 
 def test_a_minibatch_without_tokens_says_what_to_do() -> None:

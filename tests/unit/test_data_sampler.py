@@ -20,6 +20,11 @@ def test_every_epoch_sees_every_row_once_across_batch_borders() -> None:
     assert (one.epoch, one.position) == (2, 0)
 
 
+def test_the_seed_and_the_epoch_order_the_rows() -> None:
+    orders = [sampler(num_rows=20, batch=20, seed=seed).next_batch() for seed in (1, 1, 2)]
+    assert orders[0] == orders[1] != orders[2]
+
+
 def test_a_batch_may_be_larger_than_the_data() -> None:
     batch = sampler(num_rows=3, batch=8).next_batch()
     assert sorted(batch[:3]) == sorted(batch[3:6]) == [0, 1, 2]
