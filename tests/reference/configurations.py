@@ -53,6 +53,7 @@ COMMON: dict[str, Any] = {
     "critic.micro_batch_size": 5,
     "actor.optimizer.lr": 2e-3,
     "critic.optimizer.lr": 3e-3,
+    "train.trace_every": 0,
 }
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "penalised": {
@@ -127,6 +128,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
         "reward.source": "mix",
         "reward.function": "scores",
         "reward.batch": 4,
+        "reward.workers": 1,
         "reward.model_weight": 0.5,
         "reward.function_weight": -0.25,
         "reward.ensemble": "mean_minus_std",
