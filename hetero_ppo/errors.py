@@ -6,7 +6,8 @@ from __future__ import annotations
 EXIT_STOPPED = 75
 #: Exit status of a run that was asked to stop and did not get to a checkpoint in time: it resumes from the one before.
 EXIT_NOT_STOPPED_IN_TIME = 76
-#: Exit status of a rank whose phase did not get on; it has written the stacks of its threads.
+#: Exit status of a rank whose phase did not get on; it has written the stacks of its threads. And of the launcher of a rank that gave no
+#: sign of life.
 EXIT_STUCK = 77
 
 

@@ -5,8 +5,11 @@ else can take part (runtime/rendezvous.py). And a run that fails ends with one l
 banner, below which the error of the rank is hard to find, and always exits with 1. Here the line says which rank ended and how, and the
 exit status is the rank's (128 + n for signal n).
 
-SIGTERM and SIGUSR1 ask for a stop with a checkpoint, where torchrun would end the ranks within 30 s: they are passed on to the
-ranks as SIGUSR1, and the ranks end by themselves (trainers/stopping.py). A second SIGTERM, and SIGINT, end them at once.
+SIGTERM, SIGUSR1 and SIGHUP ask for a stop with a checkpoint, where torchrun would end the ranks within 30 s: they are passed on to the
+ranks as SIGUSR1, and the ranks end by themselves (trainers/stopping.py). A second SIGTERM, and SIGINT, end them at once. A SIGHUP that is
+ignored when the launcher starts (nohup) stays ignored.
+
+A rank that is stopped or frozen ends the run (runtime/heartbeat.py).
 """
 
 from __future__ import annotations
@@ -24,8 +27,10 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.elastic.rendezvous.api import RendezvousConnectionError
 from torch.distributed.run import parse_args, run
 
-from hetero_ppo.errors import EXIT_NOT_STOPPED_IN_TIME, EXIT_STOPPED
+from hetero_ppo.errors import EXIT_NOT_STOPPED_IN_TIME, EXIT_STOPPED, EXIT_STUCK
+from hetero_ppo.runtime.heartbeat import HeartbeatJudge
 from hetero_ppo.runtime.rendezvous import use_static_rendezvous
+from hetero_ppo.runtime.terminal import survive_hangup
 
 #: Loggers of torchrun, and how their records begin that the line of this module replaces: a rank failed, the others are
 #: being stopped, a signal arrived.
@@ -56,7 +61,7 @@ class _StopRequest:
         self.received_at: float | None = None  # time.monotonic()
 
     def receive(self, number: int, frame: FrameType | None) -> None:
-        """The handler of SIGTERM and SIGUSR1.
+        """The handler of SIGTERM, SIGUSR1 and SIGHUP.
 
         Raises:
             SignalException: nothing runs yet, or it is a second SIGTERM: torchrun ends the ranks.
@@ -103,12 +108,18 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    ours = {signal.SIGTERM.name, signal.SIGUSR1.name}
+    ours = [signal.SIGTERM.name, signal.SIGUSR1.name, signal.SIGHUP.name]
     args.signals_to_handle = ",".join(name for name in args.signals_to_handle.split(",") if name.strip() not in ours)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        ours.remove(signal.SIGHUP.name)
     previous = {name: signal.signal(signal.Signals[name], request.receive) for name in ours}
+    judge = HeartbeatJudge()
     try:
-        run(args)
+        with judge:
+            run(args)
     except ChildFailedError as error:
+        if judge.has_ended_a_rank:
+            return EXIT_STUCK  # it has said why
         rank, failure = error.get_first_failure()
         if request.received_at is not None and failure.exitcode == -signal.SIGUSR1:
             text, status = "the run was stopped before it had begun: there is nothing to save", EXIT_STOPPED
@@ -132,4 +143,5 @@ def main(arguments: list[str] | None = None) -> int:
 if __name__ == "__main__":
     # Until the ranks are started torchrun has no handlers of its own: nothing runs yet that would have to be stopped.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    survive_hangup()
     sys.exit(main())

@@ -16,7 +16,9 @@ def register(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> None:
     # torch.distributed, Megatron-Core and the engine take seconds to import; `hetero-ppo --help` should not.
+    from hetero_ppo.runtime.terminal import survive_hangup
     from hetero_ppo.trainers import launch
 
+    survive_hangup()
     launch.main(args.config, args.overrides)
     gc.collect()  # the trainer's models hold process groups in cycles, which must go before the interpreter does

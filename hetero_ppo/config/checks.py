@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from hetero_ppo.config.checks_liveness import check_heartbeats, check_server_hangs
 from hetero_ppo.config.checks_microbatches import (
     check_interleaved_pairs,
     check_micro_batches,
@@ -492,6 +493,7 @@ COMMON_CHECKS: tuple[Callable[[AnyConfig, int], None], ...] = (
     check_lengths,
     check_data_formats,
     check_run,
+    check_heartbeats,
     check_there_are_steps,
     check_eval,
     check_allowed_changes,
@@ -521,6 +523,7 @@ PPO_CHECKS: tuple[Callable[[PpoConfig, int], None], ...] = (
     check_rollout_servers,
     check_weight_transfer,
     check_over_sampling,
+    check_server_hangs,
     check_pipeline,
     check_megatron_engine,
     check_residency,

@@ -221,7 +221,8 @@ class RunConfig:
     wandb_project: str | None = None  # Weights & Biases, when installed
     timeout_minutes: float = 30.0  # deadline of a collective
     phase_timeout_minutes: float | None = 120.0  # without a phase's beginning or end, then the rank dumps its stacks and ends; null: never
-    stop_within_s: float = 240.0  # from SIGTERM or SIGUSR1 to the end of the process, checkpoint or not
+    heartbeat_timeout_s: float | None = 300.0  # of a rank that is stopped, hangs in the kernel or in a call that holds the GIL, then the launcher ends the run; null: never
+    stop_within_s: float = 240.0  # from SIGTERM, SIGUSR1 or SIGHUP to the end of the process, checkpoint or not
 
 
 @dataclass
@@ -292,7 +293,8 @@ class RolloutConfig:
     request_timeout_s: float = 600.0
     sync_timeout_s: float = 120.0
     weight_transfer: WeightTransfer = WeightTransfer.auto
-    max_restarts: int = 2  # of a server that died, before the run stops
+    hang_timeout_s: float | None = 120.0  # of a server that answers nothing, or whose guardian is stopped, then it is restarted; null: never
+    max_restarts: int = 2  # of a server that died or hung, before the run stops
     bank: bool = True  # responses go to <run.dir>/bank as they complete: a run that is killed does not ask for them again
     verify_sync: bool = True  # after every sync compare checksums of the engine's parameters, and its log-probs of a golden prompt
     verify_sync_tolerance: float | None = None  # max |difference| in log-prob; None: 1e-3 (fp32), 0.15 (bf16)

@@ -11,6 +11,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -36,6 +37,7 @@ class Watchdog:
         *,
         peers_dump_s: float = PEERS_DUMP_S,
         gil_s: float = GIL_S,
+        on_phase: Callable[[str], None] | None = None,
     ) -> None:
         """
         Args:
@@ -44,12 +46,14 @@ class Watchdog:
             timeout_s: seconds without a change of phase after which the process ends; None: never.
             peers_dump_s: seconds from the dump to the end.
             gil_s: Seconds beyond all that, after which faulthandler ends the process.
+            on_phase: Called with the name of every phase that begins, or goes on; empty: outside of all.
         """
         self.path = folder / f"stacks_rank{rank}.txt"
         self.rank = rank
         self.timeout_s = timeout_s
         self.peers_dump_s = peers_dump_s
         self.gil_s = gil_s
+        self._on_phase = on_phase
         self.failed_in = ""  # the innermost phase that an error has ended; empty: none
         self._phase = ""
         self._since = time.monotonic()
@@ -77,6 +81,8 @@ class Watchdog:
         with self._changed:
             self._phase, self._since = phase, time.monotonic()
             self._arm()
+        if self._on_phase is not None:
+            self._on_phase(phase)
 
     def progress(self) -> None:
         """The phase gets on, though none begins or ends in it."""

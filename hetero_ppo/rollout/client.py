@@ -7,6 +7,7 @@ which tokens. For 64 prompts it costs no more than one ``/v1/completions`` reque
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import json
 import secrets
@@ -18,6 +19,7 @@ from hetero_ppo.config.schema import SamplingConfig
 from hetero_ppo.errors import RunError
 from hetero_ppo.rollout.partial import ABORTED
 from hetero_ppo.rollout.nodes import AnyServer
+from hetero_ppo.rollout.pulse import Pulse
 from hetero_ppo.rollout.server import SERVED_MODEL_NAME
 from hetero_ppo.rollout.server_token import CHALLENGE, HEALTH, PROOF, proof_of
 from hetero_ppo.types import Response
@@ -30,12 +32,22 @@ WATCH_S = 2.0
 ANSWER_GRACE_S = 2.0
 #: What the server puts before the ids of requests.
 REQUEST_PREFIX = "generate-tokens-"
+#: Between two questions to a server's workers is this time, or that which an answer takes.
+LONGEST_GAP_S = 2 * WATCH_S + HEALTH_TIMEOUT_S
+#: Phases whose deadline is rollout.request_timeout_s; that of the others is rollout.sync_timeout_s.
+REQUEST_PHASES = ("generate", "beam search", "abort")
+#: Routes of prompts. The engine answers other questions between two of their tokens; during other work it need not.
+PROMPT_ROUTES = "/inference/"
 #: The server's clamp of log-probs that are -inf or NaN.
 NOT_FINITE = -9999.0
 
 
 class ServerDied(Exception):
     """The server's process ended, or its engine did; the supervisor decides what to do about it."""
+
+
+class ServerHangs(ServerDied):
+    """The server's processes are there and do not answer; to be ended, and then as one that died."""
 
 
 class NotTheServerError(Exception):
@@ -45,12 +57,19 @@ class NotTheServerError(Exception):
 class ServerClient:
     """Client of one server. All methods run on the engine's event loop.
 
-    Every method raises ``ServerDied`` when the server has ended, and ``RuntimeError``, which names the phase, the server and its
-    log, when it answers with an error or not within its deadline.
+    Every method raises ``ServerDied`` when the server has ended, ``ServerHangs`` when it does not answer within the deadline, and
+    ``RuntimeError``, which names the phase, the server and its log, when it answers with an error.
+
+    Args:
+        server: Started or not.
+        hang_timeout_s: Seconds without any answer from its workers after which it hangs; None: it may be silent for any time.
     """
 
-    def __init__(self, server: AnyServer):
+    def __init__(self, server: AnyServer, hang_timeout_s: float | None = None):
         self.server = server
+        self.hang_timeout_s = hang_timeout_s
+        self._hang = ""  # what was noticed; empty: it does not hang
+        self._num_long_calls = 0  # in flight, in which it may be silent
         self._session: aiohttp.ClientSession | None = None
         self._watcher: asyncio.Task[None] | None = None
         self._dead = False
@@ -60,7 +79,7 @@ class ServerClient:
         self.num_opened += 1
         # No limit on connections: a request that waits for one would not be in the server's batch.
         self._session = self._new_session(limit=0, keepalive_timeout=15.0)
-        self._dead = False
+        self._dead, self._hang = False, ""
 
     def _new_session(self, **options: Any) -> aiohttp.ClientSession:
         """A session whose requests carry the token. ``options``: of its connector."""
@@ -132,19 +151,37 @@ class ServerClient:
             return reply.status
 
     async def _watch(self) -> None:
-        """Ends the requests in flight when the server is no more.
+        """Ends the requests in flight when the server is no more, or does not do anything any more.
 
         An API server whose engine dies may never answer some of them, a weight sync's for instance, and waits for their
         connections to close before it exits: they would wait for each other until the deadline.
         """
-        while True:
-            await asyncio.sleep(WATCH_S)
-            if not await self._serves():
-                await asyncio.sleep(ANSWER_GRACE_S)
-                if not await self._serves():
-                    break
+        # A connection for each question: a server that shuts down takes no new ones.
+        async with self._new_session(force_close=True) as session:
+            pulse = Pulse(lambda: self._ask_workers(session), LONGEST_GAP_S)
+            try:
+                while not self._hang:
+                    await asyncio.sleep(WATCH_S)
+                    self.server.end_frozen_guardian()
+                    if not await self._serves():
+                        await asyncio.sleep(ANSWER_GRACE_S)
+                        if not await self._serves():
+                            break
+                    silent_s = pulse.look(is_busy=self._num_long_calls > 0)
+                    if self.hang_timeout_s is not None and silent_s >= self.hang_timeout_s:
+                        self._hang = f"no answer for {silent_s:.0f} s; rollout.hang_timeout_s={self.hang_timeout_s:g}"
+            finally:
+                pulse.close()
         self._dead = True
         await self._session.close()
+
+    async def _ask_workers(self, session: aiohttp.ClientSession) -> None:
+        """Returns when the server's workers have answered, or the server has refused to ask them."""
+        with contextlib.suppress(aiohttp.ClientError, OSError):
+            url, never = f"{self.server.endpoint.url}/collective_rpc", aiohttp.ClientTimeout(total=None)
+            body = {"method": "hetero_ppo_pulse"}
+            async with session.post(url, json=body, timeout=never, allow_redirects=False) as reply:
+                await reply.read()
 
     async def _serves(self) -> bool:
         """False when the server says that its engine is dead, takes no connections, or is another one. A slow one does serve."""
@@ -240,23 +277,31 @@ class ServerClient:
 
     async def call_worker(self, phase: str, method: str, timeout_s: float, **arguments: Any) -> list[dict[str, Any]]:
         """Calls a method of the worker extension; one result per worker (tensor-parallel rank)."""
-        body = {"method": method, "kwargs": arguments, "timeout": timeout_s}
+        # The server's own deadline is the later one: it would be an answer, of a server whose worker hangs.
+        body = {"method": method, "kwargs": arguments, "timeout": timeout_s + 60.0}
         return (await self.post(phase, "/collective_rpc", timeout_s + 5.0, body))["results"]
 
     async def post(self, phase: str, route: str, timeout_s: float, body: dict[str, Any] | None = None) -> Any:
         """POSTs JSON and returns the answer's JSON."""
+        if self._hang:
+            raise ServerHangs(self._hang)
         if self._dead:
             raise ServerDied(f"{route}: the server takes no connections")
         timeout, url = aiohttp.ClientTimeout(total=timeout_s), f"{self.server.endpoint.url}{route}"
+        is_long = not route.startswith(PROMPT_ROUTES)
+        self._num_long_calls += is_long
         try:
             async with self._session.post(url, json=body, timeout=timeout, allow_redirects=False) as reply:
                 status, text = reply.status, await reply.read()
         except TimeoutError:
-            raise RunError(
-                f"{phase}: {self.server.name} did not answer {route} within {timeout_s:.0f} s; {self.server.report()}"
-            ) from None
+            option = "request_timeout_s" if phase in REQUEST_PHASES else "sync_timeout_s"
+            raise ServerHangs(f"{route} was not answered within {timeout_s:.0f} s; rollout.{option}") from None
         except (aiohttp.ClientError, OSError) as error:
+            if self._hang:
+                raise ServerHangs(self._hang) from error
             raise ServerDied(f"{route}: {type(error).__name__}: {error}") from error
+        finally:
+            self._num_long_calls -= is_long
         if status == 200:
             return json.loads(text) if text else None
         if status >= 500 and not await self.healthy():

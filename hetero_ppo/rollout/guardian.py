@@ -49,6 +49,19 @@ def kill_group(group: int) -> None:
         pass
 
 
+def processes_of(group: int) -> list[int]:
+    """Processes of a group."""
+    found = []
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            try:
+                if os.getpgid(int(name)) == group:
+                    found.append(int(name))
+            except ProcessLookupError:
+                continue  # it has ended meanwhile
+    return found
+
+
 def _reap_orphans() -> None:
     """Waits for the killed processes that became this process' children when their parent died."""
     while True:

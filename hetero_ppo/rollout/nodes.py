@@ -139,6 +139,7 @@ class NodeServers:
             while not self._closed.wait(POLL_S):
                 for place, server in enumerate(self._servers):
                     self._obey(place, server)
+                    server.end_frozen_guardian()
                     self._tell(place, server)
         except dist.DistError as error:
             if not self._closed.is_set():
@@ -214,6 +215,9 @@ class RemoteServer:
     def running(self) -> bool:
         state = self._state()
         return state["start"] == self._start and state["running"]
+
+    def end_frozen_guardian(self) -> None:
+        """Nothing to do here: the node's rank looks after it."""
 
     def report(self) -> str:
         """State, log path and last lines, for an error message."""

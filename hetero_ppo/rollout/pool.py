@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from hetero_ppo.config.schema import RolloutConfig
 from hetero_ppo.errors import RunError
-from hetero_ppo.rollout.client import ServerClient, ServerDied
+from hetero_ppo.rollout.client import ServerClient, ServerDied, ServerHangs
 from hetero_ppo.rollout.nodes import AnyServer
 from hetero_ppo.rollout.transports import WeightTransport
 from hetero_ppo.rollout.weight_sync import WeightFiles, stage, swap
@@ -66,7 +66,7 @@ class ServerPool:
         initial_version: str | None,
         transport: WeightTransport,
     ):
-        self.members = [Member(server, ServerClient(server)) for server in servers]
+        self.members = [Member(server, ServerClient(server, config.hang_timeout_s)) for server in servers]
         self.initial_version = initial_version
         self.transport = transport
         self.files: WeightFiles | None = None
@@ -121,14 +121,16 @@ class ServerPool:
                 body = {"new_version": self.initial_version}
                 await member.client.post(phase, "/update_weight_version", self.sync_timeout_s, body)
         except ServerDied as error:
-            await asyncio.to_thread(member.server.wait_exit, EXIT_WAIT_S)
+            hangs = isinstance(error, ServerHangs)
+            if not hangs:
+                await asyncio.to_thread(member.server.wait_exit, EXIT_WAIT_S)
             raise RunError(
-                f"{phase}: {member.server.name} ended while starting ({error}); {member.server.report()}"
+                f"{phase}: {member.server.name} {'hangs' if hangs else 'ended'} while starting ({error}); {member.server.report()}"
             ) from None
         member.starts += 1
 
     async def _restart(self, member: Member, starts: int, phase: str, cause: ServerDied) -> None:
-        """Restarts a dead server, unless that has happened since it was seen alive with ``starts`` starts.
+        """Restarts a dead server, or one that hangs, unless that has happened since it was seen alive with ``starts`` starts.
 
         Raises:
             RuntimeError: it died more often than ``max_restarts`` allows.
@@ -137,18 +139,20 @@ class ServerPool:
             if member.starts != starts:
                 return
             await member.client.close()  # an API server whose engine died waits for its connections to close
-            await asyncio.to_thread(member.server.wait_exit, EXIT_WAIT_S)
+            hangs = isinstance(cause, ServerHangs)
+            if not hangs:
+                await asyncio.to_thread(member.server.wait_exit, EXIT_WAIT_S)
             report = member.server.report()
             await asyncio.to_thread(member.server.kill)
             member.restarts += 1
-            message = f"{phase}: {member.server.name} died ({cause}); {report}"
+            message = f"{phase}: {member.server.name} {'hangs' if hangs else 'died'} ({cause}); {report}"
             if member.restarts > self.max_restarts:
                 raise RunError(f"{message}\nrollout.max_restarts allows {self.max_restarts} restarts of a server")
             log.warning("%s\nrestart %d of %d", message, member.restarts, self.max_restarts)
             await self._boot(member, phase)
 
     async def call(self, member: Member, phase: str, send: Callable[[ServerClient], Awaitable[T]]) -> T:
-        """Sends a request, and sends it again when the server died under it and was restarted."""
+        """Sends a request, and sends it again when the server died or hung under it and was restarted."""
         while True:
             async with member.lock:  # held while the server is restarted
                 starts = member.starts

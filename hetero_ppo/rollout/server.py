@@ -8,6 +8,7 @@ to the next. vLLM's development routes (pause, collective_rpc), which weight upd
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import signal
@@ -19,12 +20,19 @@ from pathlib import Path
 import torch
 
 from hetero_ppo.config.schema import Dtype, RolloutConfig
+from hetero_ppo.observability.silence import SilenceClock, num_waits, process_state
 from hetero_ppo.rollout import guardian
 from hetero_ppo.network import LOOPBACK, KeptPort, stop_listening
+
+log = logging.getLogger(__name__)
 
 VLLM_DTYPE = {Dtype.fp32: "float32", Dtype.bf16: "bfloat16"}
 SERVED_MODEL_NAME = "actor"
 STOP_GRACE_S = 8.0  # from SIGTERM to SIGKILL
+#: Time that a guardian takes to end when its server was killed; one that is stopped never does.
+KILL_WAIT_S = 2.0
+#: Of the time between two looks at a guardian that counts as its silence.
+LONGEST_GAP_S = 10.0
 LOG_TAIL_LINES = 15
 MAX_SOCKET_PATH = 107  # bytes, sun_path of AF_UNIX
 #: vLLM and ZeroMQ put sockets of up to this many further bytes into TMPDIR.
@@ -243,6 +251,7 @@ class VllmServer:
             self.endpoint = Endpoint(address=self._port.address, listen_fd=self._port.socket.fileno())
         self._process: subprocess.Popen[str] | None = None
         self._group: int | None = None
+        self._guardian_clock = SilenceClock(LONGEST_GAP_S)
         self._log_start = 0
         if len(os.fsencode(private_dir / f"tmp_{self.place}")) + IPC_NAME_BYTES > MAX_SOCKET_PATH:
             raise ValueError(f"the temporary directory's path is too long for unix sockets: {private_dir}; set TMPDIR")
@@ -281,6 +290,7 @@ class VllmServer:
                 start_new_session=True, pass_fds=() if listen_fd < 0 else (listen_fd,),
             )  # fmt: skip
         self._group = int(self._process.stdout.readline())
+        self._guardian_clock = SilenceClock(LONGEST_GAP_S)
 
     @property
     def exit_code(self) -> int | None:
@@ -306,8 +316,34 @@ class VllmServer:
     def report(self) -> str:
         """State, log path and last lines, for an error message."""
         code = self.exit_code
-        state = "still running" if code is None else f"exit code {code}{_signal_name(code)}"
+        state = f"still running{self._stopped_processes()}" if code is None else f"exit code {code}{_signal_name(code)}"
         return f"{state}; log: {self.log_path}; its last lines:\n{self.log_tail()}"
+
+    def _stopped_processes(self) -> str:
+        """`` (process 12 is T (stopped))`` for those of its processes, the guardian included, that cannot do anything."""
+        found = []
+        for pid in [self._process.pid, *guardian.processes_of(self._group)]:
+            state = process_state(pid)
+            if state is not None and state[0] in "TtD":
+                found.append(f"process {pid} is {state}")
+        return f" ({', '.join(found)})" if found else ""
+
+    def end_frozen_guardian(self) -> None:
+        """Kill the guardian when it has not polled for ``rollout.hang_timeout_s``; its server ends with it. To be called now and then.
+
+        A server whose guardian is stopped would outlive the trainer.
+        """
+        timeout_s = self.spec.config.hang_timeout_s
+        if timeout_s is None or self._process is None or self.exit_code is not None:
+            return
+        pid = self._process.pid
+        silent_s = self._guardian_clock.look(num_waits(pid))
+        if silent_s >= timeout_s:
+            log.warning(
+                "%s: its guardian (process %d) is %s, for %.0f s (rollout.hang_timeout_s=%g): it is ended, and the server with it",
+                *(self.name, pid, process_state(pid), silent_s, timeout_s),
+            )
+            self._process.kill()
 
     def terminate(self) -> None:
         """Asks the process to stop; :meth:`wait` sees to the rest."""
@@ -349,8 +385,11 @@ class VllmServer:
 
     def kill(self) -> None:
         """Ends the server without asking."""
-        if self._group is not None:
+        if self._process is not None:
             guardian.kill_group(self._group)
+            self.wait_exit(KILL_WAIT_S)
+            if self.running:
+                self._process.kill()
         self.wait()
 
 

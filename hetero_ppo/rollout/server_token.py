@@ -44,6 +44,7 @@ ROUTES = frozenset(
 #: Methods of ``worker_extension.WeightReceiver``.
 WORKER_METHODS = frozenset(
     {
+        "hetero_ppo_pulse",
         "hetero_ppo_device",
         "hetero_ppo_join",
         "hetero_ppo_receive",

@@ -114,6 +114,10 @@ class WeightReceiver:
     hetero_ppo_group: WeightGroup | None = None
     hetero_ppo_arrived: tuple[ArrivedShard, ...] = ()
 
+    def hetero_ppo_pulse(self) -> dict[str, Any]:
+        """A sign of life: the answer takes the same way as everything that the engine does (``pulse.py``)."""
+        return {}
+
     def hetero_ppo_device(self) -> dict[str, Any]:
         """Where this worker computes, see ``cuda_ipc.device_id``."""
         return {"device": device_id(self.device)}

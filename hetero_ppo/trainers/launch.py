@@ -13,6 +13,7 @@ from hetero_ppo.data.chat_template import check_tokenizers
 from hetero_ppo.errors import RunError, StoppedOnRequest
 
 if TYPE_CHECKING:
+    from hetero_ppo.runtime.heartbeat import Heartbeat
     from hetero_ppo.trainers.run import Run
     from hetero_ppo.trainers.stopping import StopRequests
 
@@ -36,8 +37,11 @@ def main(config_path: str, overrides: list[str]) -> None:
     # Imported now: torch.distributed takes seconds.
     from hetero_ppo.trainers.stopping import StopRequests
 
-    with StopRequests(loaded.config.run.stop_within_s) as stop:
-        _train(loaded, world_size, stop)
+    from hetero_ppo.runtime.heartbeat import Heartbeat
+
+    run = loaded.config.run
+    with StopRequests(run.stop_within_s) as stop, Heartbeat(run.heartbeat_timeout_s) as heartbeat:
+        _train(loaded, world_size, stop, heartbeat)
 
 
 def _fit(loaded: LoadedConfig, run: Run) -> None:
@@ -65,7 +69,7 @@ def _collect_garbage() -> None:
     gc.enable()
 
 
-def _train(loaded: LoadedConfig, world_size: int, stop: StopRequests) -> None:
+def _train(loaded: LoadedConfig, world_size: int, stop: StopRequests, heartbeat: Heartbeat) -> None:
     # Imported now: a bad config is said before Megatron-Core is loaded.
     from hetero_ppo.distributed.lost_peer import describe_lost_peer
     from hetero_ppo.engines.layouts import check_checkpoints, check_models_fit_layouts
@@ -75,7 +79,7 @@ def _train(loaded: LoadedConfig, world_size: int, stop: StopRequests) -> None:
     check_models_fit_layouts(loaded.config)
     check_checkpoints(loaded.config)
     check_fits(loaded.config, world_size)
-    with start_run(loaded, stop) as run:
+    with start_run(loaded, stop, heartbeat) as run:
         for line in unused_options(loaded):
             run.say(line)
         try:

@@ -23,6 +23,7 @@ from hetero_ppo.observability.metrics import MetricsLogger
 from hetero_ppo.observability.progress import progress
 from hetero_ppo.observability.timers import PhaseTimer
 from hetero_ppo.rollout.server import sleeps
+from hetero_ppo.runtime.unsaved import UnsavedWork
 from hetero_ppo.trainers import ppo_bank, ppo_functions, ppo_memory, ppo_nodes, ppo_setup
 from hetero_ppo.trainers.ppo_critic import describe_first_values
 from hetero_ppo.trainers.ppo_engine import EngineTurns
@@ -133,6 +134,8 @@ class PpoTrainer:
                 first_step=self.start + 1,
             ) as logger,
         ):
+            unsaved = UnsavedWork(config.checkpoint.every, self.total_steps, self.run.say)
+            unsaved.start(self.start)
             self.timer.collect()
             for step in progress(range(self.start, self.total_steps), description="PPO"):
                 self.trace.begin(step + 1)
@@ -162,6 +165,7 @@ class PpoTrainer:
                 if step == self.start:
                     ppo_memory.say_ledger(config, self.run, self.device)
                 self.evaluator.dump_rollout(step + 1, experience)
+                unsaved.step_done(step + 1)
                 due = config.checkpoint.every and (step + 1) % config.checkpoint.every == 0
                 stopping = self.run.should_stop(step + 1, self.total_steps)
                 last = step + 1 == self.total_steps

@@ -26,6 +26,7 @@ from hetero_ppo.distributed.groups import finish, initialise
 from hetero_ppo.distributed.text import broadcast_json
 from hetero_ppo.errors import StoppedOnRequest
 from hetero_ppo.observability.watchdog import Watchdog
+from hetero_ppo.runtime.heartbeat import Heartbeat
 from hetero_ppo.runtime.inputs import Input, check_inputs, differing
 from hetero_ppo.runtime.later_steps import forget_later_steps
 from hetero_ppo.runtime.resume import DIGESTS_VERSION, Beginning, Resume, beginning, read_resume
@@ -130,7 +131,7 @@ class Run:
 
 
 @contextlib.contextmanager
-def start_run(loaded: LoadedConfig, stop: StopRequests) -> Iterator[Run]:
+def start_run(loaded: LoadedConfig, stop: StopRequests, heartbeat: Heartbeat | None = None) -> Iterator[Run]:
     """Join the world, set seeds and threads, and hold the run folder, with the resolved config in it, for the block.
 
     Raises:
@@ -149,7 +150,12 @@ def start_run(loaded: LoadedConfig, stop: StopRequests) -> Iterator[Run]:
         numpy.random.seed(config.seed)
         torch.manual_seed(config.seed)
         minutes = config.phase_timeout_minutes
-        watchdog = Watchdog(Path(config.dir), dist.get_rank(), None if minutes is None else 60 * minutes)
+        watchdog = Watchdog(
+            Path(config.dir),
+            dist.get_rank(),
+            None if minutes is None else 60 * minutes,
+            on_phase=None if heartbeat is None else heartbeat.note,
+        )
         resume = read_resume(loaded)
         dist.barrier()  # rank 0 may now replace what the others have read
         said, begun = _claim_folder(loaded, resume, stack)
@@ -163,6 +169,8 @@ def start_run(loaded: LoadedConfig, stop: StopRequests) -> Iterator[Run]:
             run.say(f"warning: {name}={value} is set outside of the run: two runs may differ in bits (run.deterministic)")
         if platform.HAS_CUDA and not config.deterministic:
             run.say("run.deterministic=false: two runs may differ in bits, and so may a resumed one")
+        if config.heartbeat_timeout_s is not None and (heartbeat is None or not heartbeat.is_judged):
+            run.say("run.heartbeat_timeout_s: nobody looks at heartbeats; scripts/train_*.sh and hetero_ppo.cli.launcher do")
         for line in [*said, *([] if resume is None else [resume.describe()])]:
             run.say(line)
         dist.barrier()

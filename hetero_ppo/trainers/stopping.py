@@ -1,4 +1,5 @@
-"""A run that is asked to stop: by SIGTERM, or by SIGUSR1, which batch systems send some minutes before they kill.
+"""A run that is asked to stop: by SIGTERM, by SIGUSR1, which batch systems send some minutes before they kill, or by SIGHUP, when the
+terminal is closed or the connection lost. A SIGHUP that is ignored when the run starts (nohup) stays ignored.
 
 The ranks finish the step, save a checkpoint, and end with exit status 75. A rank that gets no such request learns of it at the
 end of the step, where all agree. Two things end the process at once: a second SIGTERM, and a SIGTERM from torchrun that another
@@ -26,7 +27,7 @@ import torch.distributed as dist
 
 from hetero_ppo.errors import EXIT_NOT_STOPPED_IN_TIME
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 #: A batch system may signal every process of a job while the launcher passes the same request on: within this time it is one request.
 SAME_REQUEST_S = 2.0
 #: Between two looks at whether the launcher is still there. One that is killed cannot end its ranks.
@@ -51,7 +52,8 @@ class StopRequests:
     def __enter__(self) -> Self:
         self._read_end, self._write_end = os.pipe()
         os.set_blocking(self._write_end, False)
-        self._previous = {number: signal.signal(number, _leave_it_to_the_thread) for number in SIGNALS}
+        heard = [number for number in SIGNALS if number is not signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN]
+        self._previous = {number: signal.signal(number, _leave_it_to_the_thread) for number in heard}
         self._previous_fd = signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
         self._thread = threading.Thread(target=self._listen, name="stop-requests", daemon=True)
         self._thread.start()

@@ -20,6 +20,7 @@ from hetero_ppo.observability.metrics import MetricsLogger
 from hetero_ppo.observability.progress import progress
 from hetero_ppo.observability.timers import PhaseTimer
 from hetero_ppo.reward.self_check import check_alignment
+from hetero_ppo.runtime.unsaved import UnsavedWork
 from hetero_ppo.trainers.run import Run, first_step
 from hetero_ppo.types import StepMetrics
 from megatron_bridge import platform
@@ -84,6 +85,8 @@ class SupervisedTrainer(ABC):
         start = first_step(self.checkpoint, self.run.dir, self.total_steps)
         self._resume(manager)
         timer = PhaseTimer(platform.synchronize, watchdog=self.run.watchdog)
+        unsaved = UnsavedWork(self.checkpoint.every, self.total_steps, self.run.say)
+        unsaved.start(start)
         self.run.forget_later_steps(start)
         with (
             manager,
@@ -108,6 +111,7 @@ class SupervisedTrainer(ABC):
                     with timer.phase("eval"):
                         values.update(self.evaluate())
                 logger.log(StepMetrics(step + 1, values, timer.collect()))
+                unsaved.step_done(step + 1)
                 stopping = self.run.should_stop(step + 1, self.total_steps)
                 if last or stopping or (self.checkpoint.every and (step + 1) % self.checkpoint.every == 0):
                     state = {"sampler": self.sampler.state_dict(), "template_sha256": self.encoder.template_hash}

@@ -44,6 +44,8 @@ def test_the_defaults_pass(tmp_path: Path, kind: str, world_size: int) -> None:
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
+        (["run.heartbeat_timeout_s=1"], "run.heartbeat_timeout_s=1.0: 4 s or more, or null"),
+        (["rollout.hang_timeout_s=1"], "rollout.hang_timeout_s=1.0: 5 s or more, or null"),
         (["actor.parallel.tensor=3"], "actor.parallel: tensor 3 .* do not divide the world size 4"),
         (["critic.parallel.pipeline=8"], "critic.parallel: .*pipeline 8"),
         (["actor.parallel.tensor=0"], "actor.parallel.tensor=0"),

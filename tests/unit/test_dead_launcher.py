@@ -1,4 +1,4 @@
-"""A launcher that is killed cannot end its ranks: they see it, and end."""
+"""Launchers that are killed, and ones whose terminal is closed."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+import pytest
 
 from hetero_ppo.trainers.stopping import LOOK_S
 
@@ -20,6 +22,41 @@ with StopRequests(60.0):
     pathlib.Path(sys.argv[1]).with_name("rank.tmp").rename(sys.argv[1])
     time.sleep(120)  # as in a collective, or in a wait for the engine
 """
+
+
+STOPPABLE = """
+import pathlib, sys, time
+from hetero_ppo.trainers.stopping import StopRequests
+
+with StopRequests(60.0) as stop:
+    pathlib.Path(sys.argv[1]).touch()
+    while not stop.is_requested:
+        time.sleep(0.01)
+    sys.exit(75)
+"""
+
+
+@pytest.mark.parametrize("is_ignored", [False, True])
+def test_a_closed_terminal_asks_for_a_stop_unless_the_run_was_started_with_nohup(tmp_path: Path, is_ignored: bool) -> None:
+    program, there = tmp_path / "program.py", tmp_path / "rank"
+    program.write_text(STOPPABLE)
+    nohup = ["nohup"] if is_ignored else []
+    command = [*nohup, sys.executable, "-m", "hetero_ppo.cli.launcher", "--standalone", "--nproc-per-node", "1", str(program), str(there)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as launcher:
+        until = time.monotonic() + 60
+        while not there.exists():
+            assert launcher.poll() is None and time.monotonic() < until
+            time.sleep(0.02)
+        launcher.send_signal(signal.SIGHUP)
+        if is_ignored:
+            (rank,) = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+            os.kill(int(rank), signal.SIGHUP)
+            time.sleep(0.5)
+            assert launcher.poll() is None
+            launcher.send_signal(signal.SIGTERM)
+        text = launcher.communicate(timeout=60)[1]
+    assert launcher.returncode == 75 and "SIGUSR1: the run stops with a checkpoint" in text, text
 
 
 def test_ranks_end_with_a_launcher_that_is_killed(tmp_path: Path) -> None:

@@ -1,0 +1,54 @@
+"""Output that survives its terminal: a closed window or a lost connection must not end a run by an error of ``print``."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from typing import Any, TextIO
+
+
+class TerminalStream:
+    """A text stream on a terminal. When the terminal is gone, what is written from then on is dropped."""
+
+    def __init__(self, stream: TextIO) -> None:
+        """Wrap a stream.
+
+        Args:
+            stream: ``sys.stdout`` or ``sys.stderr``, on a terminal.
+        """
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write, to nowhere once the terminal is gone."""
+        try:
+            return self._stream.write(text)
+        except OSError as error:
+            self._give_up(error)
+            return len(text)
+
+    def flush(self) -> None:
+        """Flush, to nowhere once the terminal is gone."""
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self._give_up(error)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def _give_up(self, error: OSError) -> None:
+        if error.errno != errno.EIO:
+            raise error
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self._stream.fileno())  # also for what C code and children write
+        os.close(nowhere)
+        self._stream.flush()  # what the failed call has left in the buffer
+
+
+def survive_hangup() -> None:
+    """Wrap stdout and stderr of this process where they are a terminal."""
+    if sys.stdout.isatty():
+        sys.stdout = TerminalStream(sys.stdout)
+    if sys.stderr.isatty():
+        sys.stderr = TerminalStream(sys.stderr)
