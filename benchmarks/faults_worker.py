@@ -1,21 +1,27 @@
 """``hetero-ppo`` in which one rank meets a fault at a given point: ``torchrun ... faults_worker.py '<fault>' train --config ...``.
 
-The fault is JSON: ``point`` (``phase:NAME`` of the timer, or ``call:module:Class.method`` with an optional ``role``), ``logged`` (steps whose
-metrics are written by then), ``rank``, and ``what``: ``kill`` (SIGKILL to itself) or ``hang``. With ``held`` no checkpoint that is begun after
-``logged`` steps is written: it is in flight when the fault happens.
+The fault is JSON, the fields of :class:`Fault`. A point is ``phase:NAME`` of the timer, ``call:module:Class.method`` or ``call:module:function``,
+or ``write:PATTERN``, the first write to a file whose path fits (half of what is written gets to it).
 """
 
 from __future__ import annotations
 
+import builtins
+import fnmatch
 import functools
 import importlib
+import io
 import json
 import os
+import re
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
 
 from faults_cases import HAPPENED
 
@@ -24,15 +30,76 @@ from hetero_ppo.engines.role_snapshot import RoleSnapshot
 from hetero_ppo.observability.metrics import MetricsLogger
 from hetero_ppo.observability.timers import PhaseTimer
 
-class Fault:
-    """Happens the first time that the point is reached after ``logged`` steps."""
+#: What the command lines of a server's processes have in them. The guardian's has its server's.
+SERVER_PROCESSES = {"api server": "vllm.entrypoints.openai.api_server", "engine core": "EngineCore", "guardian": "guardian.py"}
 
-    def __init__(
-        self, point: str, logged: int, what: str, rank: int = 0, role: str | None = None, held: bool = False
-    ) -> None:
-        self.point, self.logged, self.what, self.role, self.held = point, logged, what, role, held
-        self.is_mine = int(os.environ["RANK"]) == rank
-        self.steps_logged = 0
+
+def descendants(pid: int) -> list[int]:
+    """Processes that a process has started, and those that they have."""
+    found = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        for child in (task / "children").read_text().split():
+            found += [int(child), *descendants(int(child))]
+    return found
+
+
+def find_server_process(name: str) -> int:
+    """The process of this rank's first server that is called so."""
+    commands = {pid: Path(f"/proc/{pid}/cmdline").read_bytes().decode() for pid in descendants(os.getpid())}
+    fit = [pid for pid, command in commands.items() if SERVER_PROCESSES[name] in command]
+    return min(pid for pid in fit if name == "guardian" or SERVER_PROCESSES["guardian"] not in commands[pid])
+
+
+class TornFile:
+    """A file of which a process dies in the middle of a write."""
+
+    def __init__(self, file: Any, strike: Callable[[], None]) -> None:
+        self._file, self._strike = file, strike
+
+    def write(self, data: Any) -> int:
+        self._file.write(data[: len(data) // 2])
+        self._file.flush()
+        self._strike()
+        raise AssertionError("the process goes on after its end")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
+@dataclass
+class Fault:
+    """Happens once, the first time that the point is reached after some steps.
+
+    Attributes:
+        point: Where.
+        logged: Steps whose metrics are written by then.
+        what: ``kill`` (SIGKILL), ``stop`` (SIGSTOP), ``hang`` (the thread sleeps for good), ``hold the gil`` (it runs C code for good).
+        to: ``rank``: this process; else one of SERVER_PROCESSES, of this rank's first server.
+        after_s: Seconds from the point to the fault, which then comes from another thread.
+        rank: That meets it.
+        role: Of the engine whose method the point is; None: of any.
+        held: No checkpoint that is begun after ``logged`` steps is written: it is in flight when the fault happens.
+    """
+
+    point: str
+    logged: int
+    what: str
+    to: str = "rank"
+    after_s: float = 0.0
+    rank: int = 0
+    role: str | None = None
+    held: bool = False
+    steps_logged: int = field(default=0, init=False)
+    has_happened: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        self.is_mine = int(os.environ["RANK"]) == self.rank
 
     def arm(self) -> None:
         """Put the fault into the program."""
@@ -42,6 +109,9 @@ class Fault:
         kind, _, rest = self.point.partition(":")
         if kind == "phase":
             self._wrap(PhaseTimer, "phase", lambda arguments: self._happen() if arguments[1] == rest else None)
+        elif kind == "write":
+            for module in (builtins, io):
+                module.open = self._tearing(open, rest)
         else:
             module, _, path = rest.partition(":")
             owner: Any = importlib.import_module(module)
@@ -64,6 +134,18 @@ class Fault:
 
         setattr(owner, name, wrapped)
 
+    def _tearing(self, inner: Callable[..., Any], pattern: str) -> Callable[..., Any]:
+        """``open`` whose files that fit the pattern are torn when they are written to."""
+
+        def torn_open(path: Any, mode: str = "r", *arguments: Any, **keywords: Any) -> Any:
+            file = inner(path, mode, *arguments, **keywords)
+            writes = set(mode) & set("wax+")
+            if not writes or not self._is_due() or not fnmatch.fnmatch(str(path), pattern):
+                return file
+            return TornFile(file, self._happen)
+
+        return torn_open
+
     def _count(self, arguments: tuple[Any, ...]) -> None:
         self.steps_logged += 1
 
@@ -72,14 +154,32 @@ class Fault:
         while self.steps_logged >= self.logged:
             time.sleep(1)
 
+    def _is_due(self) -> bool:
+        return self.is_mine and self.steps_logged >= self.logged and not self.has_happened
+
     def _happen(self) -> None:
-        if not self.is_mine or self.steps_logged < self.logged:
+        if not self._is_due():
             return
+        self.has_happened = True
+        if self.after_s > 0:
+            threading.Timer(self.after_s, self._strike).start()
+        else:
+            self._strike()
+
+    def _strike(self) -> None:
         print(f"{HAPPENED}{time.time()}", file=sys.stderr, flush=True)
+        pid = os.getpid() if self.to == "rank" else find_server_process(self.to)
         if self.what == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
-        while True:
-            time.sleep(1)
+            os.kill(pid, signal.SIGKILL)
+        elif self.what == "stop":
+            os.kill(pid, signal.SIGSTOP)
+        elif self.what == "hold the gil":
+            re.match(r"(a+)+$", "a" * 100 + "b")
+        elif self.what == "hang":
+            while True:
+                time.sleep(1)
+        else:
+            raise ValueError(f"{self.what!r} is no fault")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,138 @@
+"""One launch of a benchmark of faults: all that it starts is found by a mark in the environment, and ended."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+MARK = "HETERO_PPO_FAULTS_MARK"
+#: Seconds within which a run that met its fault has to be over, start included.
+BOUND_S = 150.0
+#: From the end of the launcher to the end of all processes.
+LEFT_S = 10.0
+
+#: Every launch, to be ended with the benchmark.
+RUNS: list[Run] = []
+
+
+class Run:
+    """One launch, in a session of its own."""
+
+    def __init__(
+        self,
+        program: Sequence[str],
+        num_ranks: int,
+        log: Path,
+        *,
+        file_limit: int | None = None,
+        start: str = "",
+        bound_s: float = BOUND_S,
+        **variables: str,
+    ) -> None:
+        """Start it.
+
+        Args:
+            program: What the launcher starts, with its arguments.
+            num_ranks: On this machine.
+            log: Gets what it prints.
+            file_limit: Largest file that it may write, in bytes.
+            start: "nohup", "terminal" (on one of its own, see ``close_terminal``), or "".
+            bound_s: Seconds until ``wait`` gives up.
+            variables: Of its environment.
+        """
+        self.mark = uuid.uuid4().hex
+        self.log = log
+        self.bound_s = bound_s
+        self.found_left: list[str] = []
+        command = [sys.executable, "-m", "hetero_ppo.cli.launcher", "--standalone", "--nproc-per-node", str(num_ranks), *program]
+        if file_limit is not None:
+            command = ["prlimit", f"--fsize={file_limit}", *command]
+        if start == "nohup":
+            command = ["nohup", *command]
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false", MARK: self.mark}
+        self.started = time.monotonic()
+        RUNS.append(self)
+        with log.open("w") as out:
+            self._terminal: int | None = None
+            theirs, stdin = out.fileno(), subprocess.DEVNULL
+            if start == "terminal":
+                self._terminal, theirs = os.openpty()
+                command, stdin = ["setsid", "--ctty", *command], theirs  # its session's, whose end is a SIGHUP
+            self.process = subprocess.Popen(
+                command, cwd=ROOT, env=env | variables, stdin=stdin, stdout=theirs, stderr=theirs,
+                start_new_session=self._terminal is None,
+            )  # fmt: skip
+            if self._terminal is not None:
+                os.close(theirs)
+                threading.Thread(target=self._copy, args=(os.dup(self._terminal),), daemon=True).start()
+
+    def _copy(self, terminal: int) -> None:
+        """From the terminal to the log, until it is closed."""
+        with self.log.open("ab", buffering=0) as out:
+            while self._terminal is not None:
+                ready, _, _ = select.select([terminal], [], [], 0.05)
+                try:
+                    out.write(os.read(terminal, 4096) if ready else b"")
+                except OSError:  # the other side has ended
+                    break
+        os.close(terminal)
+
+    def close_terminal(self) -> None:
+        """As a lost connection does; the system sends SIGHUP."""
+        assert self._terminal is not None
+        terminal, self._terminal = self._terminal, None
+        os.close(terminal)
+
+    def ranks(self) -> list[int]:
+        """Processes of the ranks."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
+        return [int(pid) for pid in children.split()]
+
+    def left(self) -> list[int]:
+        """Processes with the mark that still live."""
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                if f"{MARK}={self.mark}".encode() in (folder / "environ").read_bytes():
+                    found.append(int(folder.name))
+            except OSError:
+                continue  # gone meanwhile, or not ours
+        return found
+
+    def strike(self, number: int, to: str) -> None:
+        """Send a signal to "launcher", "rank" (the first) or "all"."""
+        pids = {"launcher": lambda: [self.process.pid], "rank": lambda: self.ranks()[:1], "all": self.left}[to]()
+        for pid in pids:
+            try:
+                os.kill(pid, number)
+            except ProcessLookupError:
+                continue  # it has ended with another one
+
+    def wait(self) -> int | None:
+        """The exit status; None when it had to be ended."""
+        try:
+            return self.process.wait(timeout=max(1.0, self.started + self.bound_s - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            return None
+
+    def end(self) -> bool:
+        """Kill what is left; whether nothing was, within some seconds."""
+        until = time.monotonic() + LEFT_S
+        while self.left() and time.monotonic() < until:
+            time.sleep(0.1)
+        left = self.left()
+        self.found_left = [Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode() for pid in left]
+        for pid in left:
+            os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+        return not left
+
