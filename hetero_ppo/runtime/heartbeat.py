@@ -11,6 +11,7 @@ Each launcher judges the ranks of its own node.
 from __future__ import annotations
 
 import faulthandler
+import math
 import mmap
 import os
 import signal
@@ -34,6 +35,8 @@ LONGEST_GAP_S = 2 * BEAT_S
 #: Asks a rank for the stacks of its threads. The handler is C code and needs no GIL.
 STACKS_SIGNAL = signal.SIGUSR2
 STACKS_WAIT_S = 2.0
+#: When the run ends for one silent rank, others that are silent for so long are ended with it: torchrun would wait for them.
+ALSO_SILENT_S = 3 * BEAT_S
 #: From the end of a silent rank to the end of the launcher, whatever torchrun waits for: a process in the kernel does not die.
 END_WITHIN_S = 45.0
 MAX_LOCAL_RANKS = 256
@@ -141,8 +144,12 @@ class HeartbeatJudge:
                 self._end(silent)
                 return
 
-    def look(self) -> dict[int, str]:
-        """Return the process id of every rank that is silent for too long, with one line that says what is known of it."""
+    def look(self, enough_s: float = math.inf) -> dict[int, str]:
+        """Return the process id of every rank that is silent for too long, with one line that says what is known of it.
+
+        Args:
+            enough_s: Seconds that are too long, where the rank's own deadline is longer.
+        """
         silent = {}
         for local_rank in range(MAX_LOCAL_RANKS):
             offset = SLOT_BYTES * local_rank
@@ -159,7 +166,7 @@ class HeartbeatJudge:
                 continue
             if state[0] == "t":  # somebody debugs it
                 known[1].reset()
-            elif silent_s >= timeout_s:
+            elif silent_s >= min(timeout_s, enough_s):
                 start = offset + HEADER.size
                 phase = self._memory[start : start + PHASE_BYTES].rstrip(b"\0").decode(errors="replace")
                 silent[pid] = _describe(rank, pid, phase, silent_s, state)
@@ -169,6 +176,7 @@ class HeartbeatJudge:
         """Kill the silent ranks, upon which torchrun ends the others; if it does not, end this process all the same."""
         _signal(list(silent), STACKS_SIGNAL)  # of no effect where one is stopped
         self._is_over.wait(STACKS_WAIT_S)
+        silent |= self.look(ALSO_SILENT_S)
         for text in silent.values():
             print(f"error: {text}", file=sys.stderr, flush=True)
         _signal(list(silent), signal.SIGKILL)
