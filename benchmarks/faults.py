@@ -11,6 +11,7 @@ The last line is one JSON object; FILE is written after every case.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -23,8 +24,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import faults_fork
 from faults_cases import STEPS, Case, cases
-from faults_run import RUNS
+from faults_run import RUNS, Run
 from faults_scenarios import WORK, Faults, Outcome
 from faults_stall import measure_stall
 
@@ -93,8 +95,8 @@ def run_cases(faults: Faults, chosen: list[Case], table: Table, minutes: float |
         taken.append(time.monotonic() - begun)
         return outcome
 
-    with ThreadPoolExecutor(jobs) as pool:
-        for outcome in pool.map(run, chosen):
+    with ThreadPoolExecutor(jobs) if jobs > 1 else contextlib.nullcontext() as pool:
+        for outcome in map(run, chosen) if pool is None else pool.map(run, chosen):
             if outcome is not None:
                 table.add(outcome)
 
@@ -109,8 +111,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write figures and outcomes here, after every case")
     parser.add_argument("--go-on", action="store_true", help="leave out the cases that have survived in FILE, and add to it")
     parser.add_argument("--folder", type=Path, help="run here and leave it; runs without a fault that are there are taken as they are")
+    parser.add_argument("--fork", action="store_true", help="fork launchers and ranks from a process that has imported everything: faster")
     parser.add_argument("--stall", action="store_true", help="measure the stall of a save, as with the whole table")
     args = parser.parse_args()
+    if args.fork and args.jobs > 1:
+        parser.error("--fork runs one case at a time: leave --jobs out")
     table = Table(args.json, go_on=args.go_on)
     done = {outcome.name for outcome in table.outcomes}
     chosen = [case for case in cases() if any(text in case.name for text in args.only)]
@@ -125,7 +130,8 @@ def main() -> None:
         try:
             if args.stall or is_whole:
                 table.stall = measure_stall(Path(name) / "stall", WORK)
-            run_cases(Faults(folder, args.seed), chosen, table, args.minutes, args.jobs)
+            faults = Faults(folder, args.seed, faults_fork.begin() if args.fork else Run)
+            run_cases(faults, chosen, table, args.minutes, args.jobs)
         finally:  # interrupted: nothing stays behind
             for pid in (pid for run in RUNS for pid in run.left()):
                 os.kill(pid, signal.SIGKILL)

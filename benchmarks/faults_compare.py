@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,20 @@ NAMES = ("run_id", "begun")
 
 def records(run_dir: Path) -> dict[int, dict[str, Any]]:
     """Step -> its record; the later one of a step that was done twice."""
+    return {record["step"]: record for record in _lines(run_dir)[0]}
+
+
+def _lines(run_dir: Path) -> tuple[list[dict[str, Any]], str]:
+    """The records of metrics.jsonl, and what else is in it: a process may have died in a line."""
     path = run_dir / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    lines = [line for line in lines if line.endswith("\n")]  # a process may have died in the last one
-    return {record["step"]: record for record in map(json.loads, lines)}
+    found: list[dict[str, Any]] = []
+    torn = ""
+    for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            torn += line
+    return found, torn
 
 
 def differing_bytes(found: bytes, expected: bytes) -> int:
@@ -45,6 +56,22 @@ def _config(folder: Path) -> str:
     return json.dumps({name: value for name, value in config.items() if name not in OTHER_SECTIONS}, sort_keys=True)
 
 
+def _contents(path: Path) -> bytes:
+    """What a file holds; of a description of tensors that is not the path and the id of the save, nor the order in a dict."""
+    if not path.exists():
+        return b""
+    if path.name != ".metadata":
+        return path.read_bytes()
+    with path.open("rb") as file:
+        metadata = vars(pickle.load(file))  # of this benchmark's own run
+    parts = {name: value for name, value in metadata.items() if name != "storage_meta"}
+    lines = []
+    for name, part in parts.items():
+        pairs = part if isinstance(part, dict) else {"": part}
+        lines += [f"{name} {key!r} {value!r}" for key, value in pairs.items()]
+    return "\n".join(sorted(lines)).encode()
+
+
 def compare(run_dir: Path, straight: Path, step: int, *, replayed: bool = False) -> dict[str, int]:
     """Name -> differing bytes, of all parts of a step's checkpoint that are not those of the other run, and of the step's metrics.
 
@@ -62,12 +89,13 @@ def compare(run_dir: Path, straight: Path, step: int, *, replayed: bool = False)
     texts: dict[str, tuple[bytes, bytes]] = {}
     names = {str(path.relative_to(folder)) for folder in (a, b) for path in folder.rglob("*") if path.is_file()}
     for name in names - {"COMPLETE", "config.yaml", "trainer.json"}:
-        texts[name] = tuple((folder / name).read_bytes() if (folder / name).exists() else b"" for folder in (a, b))
+        texts[name] = tuple(_contents(folder / name) for folder in (a, b))
     found, expected = _state(a, replayed=replayed), _state(b, replayed=replayed)
     for name in found.keys() | expected.keys():
         texts[f"trainer.json: {name}"] = found.get(name, "").encode(), expected.get(name, "").encode()
     texts["config.yaml"] = _config(a).encode(), _config(b).encode()
     metrics = [repeated(records(folder)[step]["metrics"], replayed=replayed) for folder in (run_dir, straight)]
     texts["metrics"] = tuple(json.dumps(one, sort_keys=True).encode() for one in metrics)
+    texts["torn lines of metrics.jsonl"] = _lines(run_dir)[1].encode(), b""
     counts = {name: differing_bytes(*pair) for name, pair in texts.items()}
     return {name: count for name, count in sorted(counts.items()) if count}

@@ -10,8 +10,9 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 MARK = "HETERO_PPO_FAULTS_MARK"
@@ -53,27 +54,35 @@ class Run:
         self.log = log
         self.bound_s = bound_s
         self.found_left: list[str] = []
-        command = [sys.executable, "-m", "hetero_ppo.cli.launcher", "--standalone", "--nproc-per-node", str(num_ranks), *program]
+        self.arguments = ["--standalone", "--nproc-per-node", str(num_ranks), *program]
+        command = [sys.executable, "-m", "hetero_ppo.cli.launcher", *self.arguments]
         if file_limit is not None:
             command = ["prlimit", f"--fsize={file_limit}", *command]
         if start == "nohup":
             command = ["nohup", *command]
         env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false", MARK: self.mark}
+        self._terminal: int | None = None
+        self.log.write_text("")
         self.started = time.monotonic()
         RUNS.append(self)
-        with log.open("w") as out:
-            self._terminal: int | None = None
-            theirs, stdin = out.fileno(), subprocess.DEVNULL
-            if start == "terminal":
-                self._terminal, theirs = os.openpty()
-                command, stdin = ["setsid", "--ctty", *command], theirs  # its session's, whose end is a SIGHUP
-            self.process = subprocess.Popen(
-                command, cwd=ROOT, env=env | variables, stdin=stdin, stdout=theirs, stderr=theirs,
-                start_new_session=self._terminal is None,
-            )  # fmt: skip
-            if self._terminal is not None:
-                os.close(theirs)
-                threading.Thread(target=self._copy, args=(os.dup(self._terminal),), daemon=True).start()
+        self.process = self._start(command, env | variables) if start != "terminal" else self._start_on_terminal(command, env | variables)
+
+    def _start(self, command: Sequence[str], env: Mapping[str, str]) -> Any:
+        """The process of the launcher."""
+        with self.log.open("a") as out:
+            return subprocess.Popen(
+                command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True
+            )
+
+    def _start_on_terminal(self, command: Sequence[str], env: Mapping[str, str]) -> Any:
+        """The same on a terminal that is its session's: the system tells it of the terminal's end by SIGHUP."""
+        self._terminal, theirs = os.openpty()
+        process = subprocess.Popen(
+            ["setsid", "--ctty", *command], cwd=ROOT, env=env, stdin=theirs, stdout=theirs, stderr=theirs
+        )
+        os.close(theirs)
+        threading.Thread(target=self._copy, args=(os.dup(self._terminal),), daemon=True).start()
+        return process
 
     def _copy(self, terminal: int) -> None:
         """From the terminal to the log, until it is closed."""

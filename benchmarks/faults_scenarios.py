@@ -16,6 +16,7 @@ from faults_cases import HAPPENED, STEPS, Blow, Case
 from faults_compare import compare, records
 from faults_reward import FLAG
 from faults_run import ROOT, Run
+from hetero_ppo.config.schema import RunConfig
 from ppo_step_inputs import ModelShape, Work, our_config, write_config, write_inputs
 
 SHAPE = ModelShape("tiny", 2, 64, 128, 4, 2, 64)
@@ -82,15 +83,17 @@ class Straight:
 class Faults:
     """Runs cases in one folder; several at a time, if need be."""
 
-    def __init__(self, folder: Path, seed: int) -> None:
+    def __init__(self, folder: Path, seed: int, launch: type[Run] = Run) -> None:
         """Make models and configurations.
 
         Args:
             folder: For all runs.
             seed: Of the times at which faults happen.
+            launch: Makes a run of a program.
         """
         self.folder = folder
         self.seed = seed
+        self.launch = launch
         self.configs = {engine: write_setup(folder / engine, engine) for engine in ("megatron", "vllm")}
         self._straight: dict[str, Straight] = {}
         self._lock = threading.Lock()
@@ -109,7 +112,9 @@ class Faults:
         if case.engine == "vllm":
             options["bound_s"] = VLLM_BOUND_S
         path = run_dir.with_name(f"{run_dir.name}{log}.log")
-        return Run(self.program(case, run_dir, *overrides, point=point), case.num_ranks, path, **options)
+        by_itself = options.get("start") or options.get("file_limit")  # through another program
+        launch = Run if by_itself else self.launch
+        return launch(self.program(case, run_dir, *overrides, point=point), case.num_ranks, path, **options)
 
     def straight(self, case: Case) -> Straight:
         """The run without a fault, long enough to compare a stopped run with."""
@@ -272,7 +277,8 @@ class Faults:
             return
         done = len(records(run_dir))
         saved = [path for path in (run_dir / "checkpoints").glob("iter_*/COMPLETE") if not path.parent.name.endswith(".tmp")]
-        begin = [f"checkpoint.load={run_dir}"] if saved else ["run.overwrite=true"] if run_dir.exists() else []
+        again = ["run.overwrite=true"] if "overwrite" in RunConfig.__dataclass_fields__ else []
+        begin = [f"checkpoint.load={run_dir}"] if saved else again
         since = time.time()
 
         def new_steps() -> list[int]:

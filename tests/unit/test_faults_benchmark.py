@@ -82,7 +82,7 @@ def write_checkpoint(run_dir: Path, *, coef: float, moments: bytes) -> None:
     (folder / "trainer.json").write_text(json.dumps(state))
     (folder / "config.yaml").write_text(f"run: {{dir: {run_dir}}}\nkind: ppo\n")
     (folder / "COMPLETE").write_text(run_dir.name)
-    (run_dir / "metrics.jsonl").write_text(json.dumps({"step": 4, "metrics": state["metrics"]}) + "\n" + '{"step": 5')
+    (run_dir / "metrics.jsonl").write_text(json.dumps({"step": 4, "metrics": state["metrics"]}) + "\n")
 
 
 def test_all_that_a_checkpoint_holds_is_compared(tmp_path: Path) -> None:
@@ -95,7 +95,9 @@ def test_all_that_a_checkpoint_holds_is_compared(tmp_path: Path) -> None:
     found = compare(tmp_path / "a", tmp_path / "c", 4, replayed=True)
     assert found == {"actor/__0_0.distcp": 1, "trainer.json: kl_controller": 1}
     (tmp_path / "b" / "checkpoints" / "iter_0000004" / "actor" / "more").write_bytes(b"123")
-    assert compare(tmp_path / "a", tmp_path / "b", 4) == {"actor/more": 3}
+    with (tmp_path / "a" / "metrics.jsonl").open("a") as file:
+        file.write('{"st')
+    assert compare(tmp_path / "a", tmp_path / "b", 4) == {"actor/more": 3, "torn lines of metrics.jsonl": 4}
 
 
 def test_a_table_that_was_killed_goes_on(tmp_path: Path) -> None:
