@@ -85,7 +85,7 @@ def test_a_missing_tensor_is_named(chain: Chain, tmp_path: Path) -> None:
 def test_a_killed_server_ends_a_run_that_allows_no_restart(chain: Chain, tmp_path: Path) -> None:
     """The engine core is killed in the middle of PPO."""
     command = chain.train_command("ppo", tmp_path / "run", train__steps=400, rollout__max_restarts=0, data__eval="null")
-    command.append("train.eval_function=null")
+    command += ["train.eval_function=null", "checkpoint.every=0"]
     with running(1, command, tmp_path / "run") as job:
         job.wait_steps(1, START_S)
         kill(job, "EngineCore")
@@ -94,6 +94,7 @@ def test_a_killed_server_ends_a_run_that_allows_no_restart(chain: Chain, tmp_pat
         assert time.monotonic() - killed < SOON_S
         assert_one_error(job.text, 1, r"error: (generate|weight sync|prompt_log_probs): rollout server 0 .* died")
         assert "rollout.max_restarts allows 0" in job.text and "server_0.log" in job.text
+        assert "warning: checkpoint.every is 0 and the run has 400 steps to go" in job.text
         job.assert_nothing_is_left()
 
 

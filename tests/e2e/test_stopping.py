@@ -43,10 +43,11 @@ def test_sigterm_to_the_launcher_saves_ppo(chain: Chain, tmp_path: Path) -> None
 def test_sigusr1_to_one_rank_stops_all_after_the_same_step(chain: Chain, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     constant = {"actor__optimizer__lr_schedule": "constant"}  # the runs have other last steps
-    with running(2, chain.train_command("sft", run_dir, train__steps=4000, **constant), run_dir) as job:
+    with running(2, chain.train_command("sft", run_dir, train__steps=4000, checkpoint__every=0, **constant), run_dir) as job:
         job.wait_steps(2, START_S)
         os.kill(max(set(job.find("hetero_ppo.cli.main")) - set(job.find("launcher"))), signal.SIGUSR1)
         assert job.wait_end(SOON_S) == EXIT_STOPPED, job.text[-3000:]
+        assert "warning: checkpoint.every is 0 and the run has 4000 steps to go" in job.text
         done = job.steps_done()
         job.assert_nothing_is_left()
     assert (run_dir / "checkpoints" / f"iter_{done:07d}" / "COMPLETE").exists()
