@@ -39,7 +39,6 @@ WRITES = {
     "the pointer to the newest": ("*/latest_checkpointed_iteration*", 2),
     "metrics.jsonl": ("*/metrics.jsonl", 1),
     "the rollouts of a step": ("*/rollouts/step_*", 1),
-    "the bank": ("*/bank/*", 1),
 }
 SYNC = "call:hetero_ppo.rollout.pool:swap"
 FROZEN = ("run.heartbeat_timeout_s=5",)
@@ -262,6 +261,12 @@ def runs_with_servers() -> list[Case]:
             "vllm: kill in a write of weights for the servers",
             KILLED,
             point={"point": "write:*/weights_*/shard_*", "logged": 1, "what": "kill"},
+            engine="vllm",
+        ),
+        Case(
+            "vllm: kill in a write of the bank",
+            KILLED,
+            point={"point": "write:*/bank/*", "logged": 1, "what": "kill"},
             engine="vllm",
         ),
         Case("vllm: SIGSTOP of a rank", EXIT_STUCK, point={**rollout, "what": "stop"}, overrides=FROZEN, message=NO_SIGN, engine="vllm"),
