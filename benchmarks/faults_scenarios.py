@@ -16,7 +16,6 @@ from faults_cases import HAPPENED, STEPS, Blow, Case
 from faults_compare import compare, records
 from faults_reward import FLAG
 from faults_run import ROOT, Run
-from hetero_ppo.config.schema import RunConfig
 from ppo_step_inputs import ModelShape, Work, our_config, write_config, write_inputs
 
 SHAPE = ModelShape("tiny", 2, 64, 128, 4, 2, 64)
@@ -277,8 +276,7 @@ class Faults:
             return
         done = len(records(run_dir))
         saved = [path for path in (run_dir / "checkpoints").glob("iter_*/COMPLETE") if not path.parent.name.endswith(".tmp")]
-        again = ["run.overwrite=true"] if "overwrite" in RunConfig.__dataclass_fields__ else []
-        begin = [f"checkpoint.load={run_dir}"] if saved else again
+        begin = [f"checkpoint.load={run_dir}"] if saved else ["run.overwrite=true"]
         since = time.time()
 
         def new_steps() -> list[int]:

@@ -124,6 +124,7 @@ TABLE: dict[type, dict[str, OnResume]] = {
         "wandb_project": OPERATION,
         "timeout_minutes": OPERATION,
         "phase_timeout_minutes": OPERATION,
+        "heartbeat_timeout_s": OPERATION,
         "stop_within_s": OPERATION,
     },
     schema.CheckpointConfig: {
@@ -169,6 +170,7 @@ TABLE: dict[type, dict[str, OnResume]] = {
         "request_timeout_s": OPERATION,
         "sync_timeout_s": OPERATION,
         "weight_transfer": OPERATION,
+        "hang_timeout_s": OPERATION,
         "max_restarts": OPERATION,
         "bank": OPERATION,
         "verify_sync": OPERATION,
