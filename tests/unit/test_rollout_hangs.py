@@ -21,6 +21,7 @@ from hetero_ppo.rollout import client as client_module
 from hetero_ppo.rollout import server as server_module
 from hetero_ppo.rollout.client import ServerClient, ServerHangs
 from hetero_ppo.rollout.server import ServerSpec, VllmServer
+from hetero_ppo.rollout.server_token import CHALLENGE, PROOF, WORKER_METHODS, proof_of
 
 
 class RunningServer(VllmServer):
@@ -38,9 +39,10 @@ class FakeVllm:
     def __init__(self) -> None:
         self.is_stopped = False
         self.num_pulses = 0
+        self.api_key = ""
 
     async def on_health(self, request: web.Request) -> web.Response:
-        return web.Response()
+        return web.Response(headers={PROOF: proof_of(self.api_key, request.headers[CHALLENGE])})
 
     async def on_rpc(self, request: web.Request) -> web.Response:
         body = await request.json()
@@ -70,6 +72,7 @@ class FakeVllm:
             spec = ServerSpec("model", Dtype.fp32, 8, True, False, RolloutConfig(), 1)
             server = RunningServer(0, spec, Path(folder), Path(folder) / "log")
             server.log_path.write_text("")
+            self.api_key = server.api_key
             await web.UnixSite(runner, str(server.endpoint.socket_path)).start()
             client = ServerClient(server, hang_timeout_s)
             await client.open()
@@ -120,6 +123,10 @@ def test_a_server_may_be_silent_during_a_sync_and_where_there_is_no_deadline() -
                 request.cancel()
 
     asyncio.run(run())
+
+
+def test_the_question_is_let_in_by_the_servers_guard() -> None:
+    assert "hetero_ppo_pulse" in WORKER_METHODS
 
 
 def test_a_deadline_that_is_missed_names_its_option() -> None:
