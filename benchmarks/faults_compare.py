@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import pickle
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from hetero_ppo.engines.role_reading import read_metadata
 
 #: Sections of a configuration that say where and how long, and what a case overrides.
 OTHER_SECTIONS = ("run", "checkpoint", "rollout", "train", "reward")
@@ -62,8 +63,7 @@ def _contents(path: Path) -> bytes:
         return b""
     if path.name != ".metadata":
         return path.read_bytes()
-    with path.open("rb") as file:
-        metadata = vars(pickle.load(file))  # of this benchmark's own run
+    metadata = vars(read_metadata(path.parent))
     parts = {name: value for name, value in metadata.items() if name != "storage_meta"}
     lines = []
     for name, part in parts.items():
