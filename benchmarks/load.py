@@ -156,6 +156,9 @@ class Load:
                     self._count(run, step)
                     if self._kept() > 2:
                         yield self._figures()
+                if is_over and run.process.returncode == 0 and self._kept() > 2:
+                    self._count_rows(len(self.samples))
+                    yield self._figures()
                 if is_over:
                     break
                 time.sleep(SAMPLE_EVERY_S)
@@ -173,6 +176,10 @@ class Load:
 
     def _count(self, run: Run, step: int) -> None:
         self.samples.append(usage(run, step))
+        if step > 1:
+            self._count_rows(step - 1)  # a step's dump follows its metrics
+
+    def _count_rows(self, step: int) -> None:
         dump = self.run_dir / "rollouts" / f"step_{step:06d}.jsonl"
         self.rows_lost += lost_rows(dump, self.args.rows) if dump.exists() else self.args.rows
         dump.unlink(missing_ok=True)  # 200 of them would fill the disk
