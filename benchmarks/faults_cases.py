@@ -234,7 +234,7 @@ def disks_and_folders() -> list[Case]:
         Case("file-size limit while saving", 1, disk="limit", message="could not be written below"),
         Case("read-only run folder", 2, disk="read-only", message="cannot write there"),
         Case("a fresh run in a used folder", 2, folder="used", setup=CONSTANT, message="run.overwrite"),
-        Case("two runs in one folder", 2, folder="two", message="in use"),
+        Case("two runs in one folder", 2, folder="two", message="a run is working there"),
     ]
 
 
