@@ -29,7 +29,7 @@ from torch.distributed.run import parse_args, run
 
 from hetero_ppo.errors import EXIT_NOT_STOPPED_IN_TIME, EXIT_STOPPED, EXIT_STUCK
 from hetero_ppo.runtime.heartbeat import HeartbeatJudge
-from hetero_ppo.runtime.rendezvous import use_static_rendezvous
+from hetero_ppo.runtime.rendezvous import RUN_KEY, STORE_FILE, use_static_rendezvous
 from hetero_ppo.runtime.terminal import survive_hangup
 
 #: Loggers of torchrun, and how their records begin that the line of this module replaces: a rank failed, the others are
@@ -113,6 +113,8 @@ def main(arguments: list[str] | None = None) -> int:
     if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
         ours.remove(signal.SIGHUP.name)
     previous = {name: signal.signal(signal.Signals[name], request.receive) for name in ours}
+    # The rendezvous sets them for the ranks.
+    environment = {name: os.environ.get(name) for name in (STORE_FILE, RUN_KEY)}
     judge = HeartbeatJudge()
     try:
         with judge:
@@ -136,6 +138,10 @@ def main(arguments: list[str] | None = None) -> int:
     finally:
         for name, handler in previous.items():
             signal.signal(signal.Signals[name], handler)
+        for name, value in environment.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
     print(f"error: {text}", file=sys.stderr)
     return status
 

@@ -39,7 +39,17 @@ RESULTS = ("checkpoints", METRICS_FILE, "rollouts", "bank", "hf")
 #: What else a run writes, as patterns. The batch scripts' FINISHED is of the run that has finished. The configuration goes last: a run
 #: that is killed while it clears the folder finds there whose files they are.
 OTHERS = (
-    *("eval_before.json", "eval_after.json", "memory_ledger.json", "report.html", "FINISHED", "trace", "tensorboard", "rollout"),
+    *(
+        "eval_before.json",
+        "eval_after.json",
+        "memory_ledger.json",
+        "report.html",
+        "FINISHED",
+        "trace",
+        "tensorboard",
+        "rollout",
+    ),
+    "chat_template.jinja",
     *("stacks_rank*.txt", ".hf.partial", ".hf.old", CONFIG_FILE),
 )
 
@@ -159,7 +169,9 @@ def prepare(loaded: LoadedConfig) -> list[str]:
         return []
     if start is Start.again and results.num_logged:
         target = _set_aside(folder)
-        text = f"run.dir is {str(folder)!r}: the same run ended there before its first checkpoint ({results.describe()})"
+        text = (
+            f"run.dir is {str(folder)!r}: the same run ended there before its first checkpoint ({results.describe()})"
+        )
         return [f"{text}. It begins again, and what it left is in {target}"]
     removed = _remove(folder) if start in (Start.overwrites, Start.again) or (folder / CONFIG_FILE).is_file() else []
     if start is Start.overwrites:
@@ -238,5 +250,3 @@ def _set_aside(folder: Path) -> Path:
     for path in _written(folder):
         path.rename(target / path.name)
     return target
-
-

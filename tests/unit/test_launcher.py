@@ -57,6 +57,17 @@ def test_a_run_that_ends_well_says_nothing(monkeypatch: pytest.MonkeyPatch, capf
     assert capfd.readouterr().err == ""
 
 
+def test_what_ranks_get_by_the_environment_ends_with_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(args: object) -> None:
+        os.environ |= {"HETERO_PPO_STORE_FILE": "/of/the/run", "HETERO_PPO_RUN_KEY": "of the run"}
+
+    monkeypatch.setattr(launcher, "run", run)
+    monkeypatch.setenv("HETERO_PPO_RUN_KEY", "mine")
+    monkeypatch.delenv("HETERO_PPO_STORE_FILE", raising=False)
+    assert main([*TORCHRUN, "program.py"]) == 0
+    assert os.environ["HETERO_PPO_RUN_KEY"] == "mine" and "HETERO_PPO_STORE_FILE" not in os.environ
+
+
 def test_real_ranks_speak_once_and_nothing_is_lost(tmp_path: Path) -> None:
     """Both ranks find the same mistake, and rank 1 another one before: torchrun ends the rank that is left, at any moment."""
     program = tmp_path / "program.py"
