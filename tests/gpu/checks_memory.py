@@ -17,7 +17,7 @@ from gpu.worlds import Neighbour, save_model, world
 TESTS = Path(__file__).resolve().parents[1]
 MIB = 2**20
 #: Metrics of a step that are times and rates, or depend on them.
-TIMES = re.compile(r"^(time|perf|timing|throughput|memory|switch|trace|residency|pipeline|weight_sync)")
+TIMES = re.compile(r"^(time|perf|timing|throughput|memory|switch|trace|residency|pipeline|weight_sync)|_s$")
 
 
 def _synthetic_roles(num_bytes: int, **options: Any) -> Any:
@@ -199,5 +199,5 @@ def _launch(folder: Path, *overrides: str) -> str:
 def _metrics(run: Path) -> dict[int, dict[str, float]]:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return {
-        row["step"]: {name: value for name, value in row["metrics"].items() if not TIMES.match(name)} for row in rows
+        row["step"]: {name: value for name, value in row["metrics"].items() if not TIMES.search(name)} for row in rows
     }
