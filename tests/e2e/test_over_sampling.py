@@ -1,6 +1,7 @@
 """PPO that waits for no straggler: unfinished responses are resumed, by the next step and by a run from a checkpoint.
 
 That run is over two nodes, each with a rollout server. Its held-out answers end at a stop string, and its chunks are as large as a sweep says.
+A function scores the answers.
 """
 
 from __future__ import annotations
@@ -25,12 +26,20 @@ OVERRIDES = {
     "pipeline__sweep_s": 1,
     "rollout__eval_sampling__stop": "[a]",
     "checkpoint__every": 2,
+    "reward_model": "null",
+    "reward__source": "function",
 }
+FUNCTION = """
+def score(prompt, response, label, metadata):
+    return len(response) - 0.25 * len(prompt)
+"""
 
 
 def test_unfinished_responses_are_resumed(chain: Chain, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    command = chain.train_command("ppo", run_dir, train__steps=2, **OVERRIDES)
+    (tmp_path / "function.py").write_text(FUNCTION)
+    overrides = {**OVERRIDES, "reward__function": f"{tmp_path / 'function.py'}:score"}
+    command = chain.train_command("ppo", run_dir, train__steps=2, **overrides)
     assert "running batch   tokens/s   of the best" in launch_all(1, [command])
     answers = [sample["response"] for sample in json.loads((run_dir / "eval_after.json").read_text())["samples"]]
     assert any("a" in answer for answer in answers)
@@ -41,7 +50,7 @@ def test_unfinished_responses_are_resumed(chain: Chain, tmp_path: Path) -> None:
     assert kept and all(begun["token_ids"] for begun in kept)
     assert len(waiting["begun"]) + 2 * WANTED == 3 * WANTED  # three batches of prompts were read
 
-    command = chain.train_command("ppo", run_dir, train__steps=3, checkpoint__load=run_dir, **OVERRIDES)
+    command = chain.train_command("ppo", run_dir, train__steps=3, checkpoint__load=run_dir, **overrides)
     first, other = launch_nodes(2, [*command, "rollout.num_servers=null"])
     assert "rollout servers on 2 nodes, [1, 1]; node 0 is reached at 127.0.0.1" in first
     assert "weights get into the rollout servers by collective" in first and "rollout server" not in other
@@ -55,6 +64,9 @@ def test_unfinished_responses_are_resumed(chain: Chain, tmp_path: Path) -> None:
     resumed = [record for record in records if "earlier_versions" in record.extra or record.weight_version != "step2"]
     assert metrics[3]["rollout/resumed_share"] == pytest.approx(len(resumed) / WANTED)
     assert metrics[3]["rollout/stale_token_share"] > 0
+    scores = [len(record.extra["response"]) - 0.25 * len(record.extra["prompt"]) for record in records]
+    assert [record.extra["score"] for record in records] == scores
+    assert metrics[3]["reward/mean"] == pytest.approx(sum(scores) / WANTED, rel=1e-5)
     begun_of = list(zip(waiting["prompts"]["prompt_ids"], waiting["begun"], strict=True))
     for record in resumed:  # two prompts may have begun alike
         assert any(
