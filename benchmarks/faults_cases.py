@@ -83,7 +83,7 @@ class Case:
 
     @property
     def kind(self) -> str:
-        """What kind of fault it is."""
+        """Return the name of the field that says what kind of fault it is."""
         names = ("point", "blows", "damage", "disk", "folder", "flag")
         (found,) = [name for name in names if vars(self)[name]]
         return found
@@ -145,7 +145,7 @@ def killed_while_saving() -> list[Case]:
 
 
 def killed_in_a_write() -> list[Case]:
-    """In the midst of a file: half of what was to be written is there."""
+    """Return the cases that kill a run within a file's write, which leaves half of the file."""
     return [
         Case(f"kill in a write of {name}", KILLED, point={"point": f"write:{pattern}", "logged": logged, "what": "kill"})
         for name, (pattern, logged) in WRITES.items()
@@ -227,7 +227,7 @@ def damaged() -> list[Case]:
 
 
 def disks_and_folders() -> list[Case]:
-    """What the run folder is on, and who else uses it."""
+    """Return the cases of disks that fail and of folders that are used already."""
     return [
         Case("disk full while saving", 1, disk="full", message="could not be written below"),
         Case("disk too small for a checkpoint", 2, disk="small", message="a checkpoint takes"),
@@ -252,7 +252,7 @@ def server_faults() -> list[Case]:
 
 
 def runs_with_servers() -> list[Case]:
-    """What happens to a run that has servers."""
+    """Return the cases of runs with vLLM servers."""
     rollout = {"point": "phase:rollout", "logged": 1, "what": "kill", "after_s": 0.1}
     return [
         Case("vllm: kill in a rollout", KILLED, point=rollout, engine="vllm"),

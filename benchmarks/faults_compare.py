@@ -58,7 +58,7 @@ def _config(folder: Path) -> str:
 
 
 def _contents(path: Path) -> bytes:
-    """What a file holds; of a description of tensors that is not the path and the id of the save, nor the order in a dict."""
+    """Return what a file holds. A description of tensors is read without the save's path and id, and without the order of its dicts."""
     if not path.exists():
         return b""
     if path.name != ".metadata":

@@ -110,7 +110,7 @@ def _become(env: Mapping[str, str], log: Path | None) -> None:
 
 
 def _launch(arguments: list[str]) -> int:
-    """What ``python -m hetero_ppo.cli.launcher`` does; ranks are forked."""
+    """Do what ``python -m hetero_ppo.cli.launcher`` does, with ranks that are forked."""
     from torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler import SubprocessHandler
 
     from hetero_ppo.cli import launcher
@@ -125,7 +125,7 @@ def _launch(arguments: list[str]) -> int:
 
 
 def _rank(program: list[str]) -> int:
-    """What ``python -u`` does with the program of a run."""
+    """Do what ``python -u`` does with the program of a run."""
     from faults_worker import Fault
 
     from hetero_ppo.cli.main import main

@@ -85,7 +85,7 @@ class Run:
         return process
 
     def _copy(self, terminal: int) -> None:
-        """From the terminal to the log, until it is closed."""
+        """Copy what the terminal shows to the log, until the terminal is closed."""
         with self.log.open("ab", buffering=0) as out:
             while self._terminal is not None:
                 ready, _, _ = select.select([terminal], [], [], 0.05)
@@ -96,7 +96,7 @@ class Run:
         os.close(terminal)
 
     def close_terminal(self) -> None:
-        """As a lost connection does; the system sends SIGHUP."""
+        """Close the terminal as a lost connection does; the system then sends SIGHUP."""
         assert self._terminal is not None
         terminal, self._terminal = self._terminal, None
         os.close(terminal)

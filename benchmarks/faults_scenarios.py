@@ -30,7 +30,7 @@ VLLM_BOUND_S = 300.0
 
 @dataclass
 class Outcome:
-    """What a case came to."""
+    """Result of a case."""
 
     name: str
     survived: bool = False
