@@ -26,6 +26,19 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
+def _variables_of_runs() -> dict[str, str]:
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    return {name: value for name, value in os.environ.items() if name in names or name.startswith("HETERO_PPO_")}
+
+
+@pytest.fixture(autouse=True)
+def _leaves_no_variable_of_a_run() -> Iterator[None]:
+    """A test that leaves a key or a rank behind would be part of the runs that later tests start."""
+    before = _variables_of_runs()
+    yield
+    assert _variables_of_runs() == before, "the test changed the environment of this process (monkeypatch.setenv undoes it)"
+
+
 def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
     """The folder that ``make`` fills: by the first of pytest-xdist's processes that asks for it, while the others wait."""
     base = factory.getbasetemp()

@@ -22,7 +22,7 @@ from torch.distributed.run import parse_args
 from hetero_ppo import network
 from hetero_ppo.cli import launcher
 from hetero_ppo.network import interface_of, interface_towards, keep_collectives_inside, listening_socket
-from hetero_ppo.runtime.rendezvous import BACKEND, STORE_FILE, StaticRendezvous, use_static_rendezvous
+from hetero_ppo.runtime.rendezvous import BACKEND, RUN_KEY, STORE_FILE, StaticRendezvous, use_static_rendezvous
 
 #: What another user of the machine can do: a pickle in every value of the launcher's stores, and under the name that torchrun reads.
 ATTACK = """
@@ -95,7 +95,8 @@ def rendezvous(endpoint: str, node: int = 0, num_nodes: int = 1, timeout_s: int 
 
 @pytest.fixture
 def one_node(monkeypatch: pytest.MonkeyPatch) -> Iterator[StaticRendezvous]:
-    monkeypatch.setenv(STORE_FILE, "")
+    for name in (STORE_FILE, RUN_KEY):  # it sets them
+        monkeypatch.setenv(name, "")
     handler = rendezvous("127.0.0.1:0")
     yield handler
     handler.shutdown()
