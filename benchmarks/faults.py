@@ -128,9 +128,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="hetero_ppo_faults_") as name:
         folder = Path(name) if args.folder is None else args.folder
         try:
+            faults = Faults(folder, args.seed, faults_fork.begin() if args.fork else Run)
             if args.stall or is_whole:
                 table.stall = measure_stall(Path(name) / "stall", WORK)
-            faults = Faults(folder, args.seed, faults_fork.begin() if args.fork else Run)
             run_cases(faults, chosen, table, args.minutes, args.jobs)
         finally:  # interrupted: nothing stays behind
             for pid in (pid for run in RUNS for pid in run.left()):
