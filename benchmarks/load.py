@@ -5,7 +5,7 @@
 
 A random model answers 2,000 of 10,000 prompts a step, with a KV cache that holds a part of the running batch, so that vLLM preempts. All
 of a run is on: roles take turns on the device, checkpoints, the bank, rollout dumps, TensorBoard. After every step the resident memory,
-file descriptors and threads of all processes are counted. The slope is that of a least-squares line through the steps after a warm-up;
+file descriptors and threads of all processes are counted, and the preemptions by a patch of vLLM's scheduler. The slope is that of a least-squares line through the steps after a warm-up;
 growths are last tenth against first. A response is lost when its row is not in the step's dump, or not of the length that was asked for.
 FILE is written anew after every step, and the last line is one JSON object.
 """
@@ -32,14 +32,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from faults import Run
 from ppo_step_inputs import ModelShape, Work, our_config, write_config, write_inputs
 
-SHAPE = ModelShape("load", 2, 64, 128, 2, 1, 64)
+SHAPE = ModelShape("load", 1, 32, 64, 1, 1, 64)
 #: A block of vLLM's KV cache on a CPU has 128 tokens: a response that grows over a block's end needs another one, and
 #: with none free a sequence is preempted.
-PROMPT_TOKENS, RESPONSE_TOKENS = 112, 32
+PROMPT_TOKENS, RESPONSE_TOKENS = 124, 8
 KV_CACHE_MIB = 1
 MAX_NUM_SEQS = 64
 SAMPLE_EVERY_S = 0.2
 MIB = 2**20
+PREEMPTIONS = Path(__file__).resolve().parent / "load_preemptions"
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def lost_rows(path: Path, num_rows: int) -> int:
 
 
 def format_line(figures: dict[str, Any]) -> str:
-    names = ("rss_growth_mb_per_100_steps", "fd_growth", "thread_growth", "rows_lost", "step_s")
+    names = ("rss_growth_mb_per_100_steps", "fd_growth", "thread_growth", "rows_lost", "preemptions", "step_s")
     return ", ".join(f"{name} {figures[name]}" for name in names)
 
 
@@ -125,6 +126,7 @@ class Load:
     def __init__(self, folder: Path, args: argparse.Namespace) -> None:
         self.args = args
         self.run_dir = folder / "run"
+        self.preemptions = folder / "preemptions"
         self.samples: list[Usage] = []
         self.rows_lost = 0
         work = Work(args.rows, PROMPT_TOKENS, RESPONSE_TOKENS, minibatch=max(1, args.rows // 4))
@@ -146,7 +148,9 @@ class Load:
     def run(self, log: Path) -> Iterator[dict[str, Any]]:
         """Run to the end, or to the end of the minutes. Gives the figures after every step that has enough before it."""
         program = ["-m", "hetero_ppo.cli.main", "train", "--config", str(self.config)]
-        run = Run(program, self.args.ranks, log)
+        self.preemptions.touch()
+        path = os.pathsep.join([str(PREEMPTIONS), *filter(None, [os.environ.get("PYTHONPATH")])])
+        run = Run(program, self.args.ranks, log, PYTHONPATH=path, LOAD_PREEMPTIONS=str(self.preemptions))
         metrics, until = self.run_dir / "metrics.jsonl", run.started + 60 * self.args.minutes
         try:
             while time.monotonic() < until:
@@ -189,6 +193,7 @@ class Load:
         return {
             **figures_of(self.samples, self.args.warm_up),
             "rows_lost": self.rows_lost,
+            "preemptions": self.preemptions.stat().st_size,
             "steps": len(self.samples),
             "rows": self.args.rows,
             "engine": self.args.engine,
