@@ -136,8 +136,12 @@ class SharedDevice:
                     self._send_out(residency.blocks)
                     self.settle()
 
-    def engine_turn(self, phase: str) -> None:
+    def engine_turn(self, phase: str, *, ahead: bool = True) -> None:
         """Before the rollout engine takes its memory: everything leaves but what the schedule keeps there in ``phase``.
+
+        Args:
+            phase: name of the engine's phase.
+            ahead: False: nothing of the next turn comes in, and nothing moves when this returns.
 
         Raises:
             ResidencyError: a turn is open.
@@ -150,8 +154,10 @@ class SharedDevice:
         for turn in self.schedule:
             if turn.phase == phase:
                 resident = turn.resident
-        self._switch(resident, phase, self._next_turn(phase))
+        self._switch(resident, phase, self._next_turn(phase) if ahead else {})
         self.wait_for_room()
+        if not ahead:
+            self.settle()
         self._engine_phase = (phase, resident)
 
     def wait_for_room(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -22,6 +22,8 @@ from hetero_ppo.experience.rollouts import build_rollout
 from hetero_ppo.observability.trace import ENGINE, TRAINER, WAIT_FOR_ENGINE, TraceRecorder
 from hetero_ppo.types import Chunk, OnResponse, PromptBatch, Response, Rollout
 
+#: In place of a number of responses: the engine waits for its restart.
+RESTART = -1
 #: Label of the newest weights of a response, and (label, tokens) of those before, oldest first.
 Versions = tuple[str, list[tuple[str, int]]]
 
@@ -65,6 +67,8 @@ class Generation:
             aborted, and are in :meth:`unused`. None: all.
         bank: on the engine's rank, begun for this step; takes every response that completes. None: none is kept.
         banked: (p * n + j, response) of what the bank had: complete before the others, in this order, and not asked for again.
+        restart: collective over the world; gives the devices to the engine and restarts its dead servers. Called when the engine has
+            no server left that may answer. None: that cannot happen.
         trace: takes the engine's time.
     """
 
@@ -83,6 +87,7 @@ class Generation:
         wanted: int | None = None,
         bank: RolloutBank | None = None,
         banked: Sequence[tuple[int, Response]] = (),
+        restart: Callable[[], None] | None = None,
         trace: TraceRecorder | None = None,
     ) -> None:
         self.prompts = prompts
@@ -100,6 +105,10 @@ class Generation:
             self._arguments["begun"] = begun
         if wanted is not None:
             self._arguments["wanted"] = wanted
+        if restart is not None:
+            self._arguments["on_stalled"] = self._note_stall
+        self._restart = restart
+        self._stalled = False  # the engine waits for its restart
         self._begun = begun
         self._bank = bank
         self._banked = {place for place, _ in banked}
@@ -155,10 +164,15 @@ class Generation:
             RunError: an answer was made by other weights than ``version``; and whatever the engine raised.
         """
         assert not self.finished, "all chunks have been handed out"
-        fresh = self._wait(wait_for_all) if self._engine is not None else []
-        count = torch.tensor([len(fresh)])
-        if dist.get_world_size() > 1:
-            dist.broadcast(count, 0)
+        while True:
+            fresh = self._wait(wait_for_all) if self._engine is not None else []
+            count = torch.tensor([RESTART if fresh is None else len(fresh)])
+            if dist.get_world_size() > 1:
+                dist.broadcast(count, 0)
+            if int(count) != RESTART:
+                break
+            self._stalled = False
+            self._restart()
         rows, part = self._share(fresh, int(count))
         for own, values in zip((self._lengths, self._truncated, self._tokens, self._log_probs), part, strict=True):
             own[rows] = values
@@ -216,6 +230,11 @@ class Generation:
                 self._changed.notify_all()
         self.seconds = time.perf_counter() - start
 
+    def _note_stall(self) -> None:
+        with self._changed:
+            self._stalled = True
+            self._changed.notify_all()
+
     def _note(self, prompt: int, sample: int, response: Response) -> None:
         place = prompt * self.n + sample
         if place in self._banked:
@@ -228,14 +247,16 @@ class Generation:
 
     # --- the trainer's thread ---
 
-    def _wait(self, wait_for_all: bool) -> list[tuple[int, int, Response]]:
-        """What completes the next chunks. Whole chunks alone, but for the rest at the end."""
+    def _wait(self, wait_for_all: bool) -> list[tuple[int, int, Response]] | None:
+        """What completes the next chunks. Whole chunks alone, but for the rest at the end. None: the engine waits for its restart."""
         with self._changed:
             wanted = self.num_rows if wait_for_all else self._num_told + self._sizes[0]
             start = time.perf_counter()
-            self._changed.wait_for(lambda: len(self._complete) >= wanted or self._error is not None)
+            self._changed.wait_for(lambda: len(self._complete) >= wanted or self._error is not None or self._stalled)
             self._trace.add(TRAINER, WAIT_FOR_ENGINE, start, time.perf_counter())
             self._raise_error()
+            if len(self._complete) < wanted:
+                return None
             fresh = self._complete[self._num_told :]
         fresh = fresh[: sum(self._whole_sizes(len(fresh)))]
         begun = self._begun or []

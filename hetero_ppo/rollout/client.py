@@ -11,6 +11,7 @@ import contextlib
 import hmac
 import json
 import secrets
+from collections.abc import Callable
 from typing import Any
 
 import aiohttp
@@ -50,6 +51,10 @@ class ServerHangs(ServerDied):
     """The server's processes are there and do not answer; to be ended, and then as one that died."""
 
 
+class ServerIsDown(RunError):
+    """The server died, and its restart waits for the rollout engine's next turn on the devices."""
+
+
 class NotTheServerError(Exception):
     """Who answers at the server's address does not know its token: nothing may be sent there."""
 
@@ -63,11 +68,18 @@ class ServerClient:
     Args:
         server: Started or not.
         hang_timeout_s: Seconds without any answer from its workers after which it hangs; None: it may be silent for any time.
+        on_death: Called when the watcher finds that the server has died or hangs, with the reason; None: the next call finds out.
     """
 
-    def __init__(self, server: AnyServer, hang_timeout_s: float | None = None):
+    def __init__(
+        self,
+        server: AnyServer,
+        hang_timeout_s: float | None = None,
+        on_death: Callable[[ServerDied], None] | None = None,
+    ):
         self.server = server
         self.hang_timeout_s = hang_timeout_s
+        self._on_death = on_death
         self._hang = ""  # what was noticed; empty: it does not hang
         self._num_long_calls = 0  # in flight, in which it may be silent
         self._session: aiohttp.ClientSession | None = None
@@ -98,6 +110,7 @@ class ServerClient:
         if self._session is not None:
             await self._session.close()
             self._session = None
+        self._dead = True  # until it is opened again
 
     async def wait_ready(self, timeout_s: float) -> None:
         """Returns when the server answers; from then on it is watched.
@@ -174,6 +187,8 @@ class ServerClient:
                 pulse.close()
         self._dead = True
         await self._session.close()
+        if self._on_death is not None:
+            self._on_death(ServerHangs(self._hang) if self._hang else ServerDied("it takes no connections"))
 
     async def _ask_workers(self, session: aiohttp.ClientSession) -> None:
         """Returns when the server's workers have answered, or the server has refused to ask them."""

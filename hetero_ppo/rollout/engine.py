@@ -7,7 +7,7 @@ import hashlib
 import json
 import threading
 import time
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import replace
 from enum import Enum
 from pathlib import Path
@@ -171,6 +171,28 @@ class VllmEngine:
     def servers(self) -> list[AnyServer]:
         return [member.server for member in self._started_pool().members]
 
+    @property
+    def num_down(self) -> int:
+        """Number of servers that died while they could not be restarted, see ``may_restart``."""
+        pool = self._started_pool()
+        return len(pool.members) - len(pool.up)
+
+    def may_restart(self, allowed: bool) -> None:
+        """Say whether a server that dies is restarted at once, as it is from the start, or waits for ``restart_down``.
+
+        Args:
+            allowed: False while the trainer has the devices that it shares with the servers.
+        """
+        self._started_pool().may_restart = allowed
+
+    def restart_down(self) -> None:
+        """Restart the servers that died while they could not be; they are awake and have the newest weights when this returns.
+
+        Raises:
+            RuntimeError: a server ended while starting, or did not answer in time; nothing is left running.
+        """
+        self._run(self._started_pool().restart_down())
+
     def start(self) -> None:
         """Starts all servers and returns when they answer (20 to 60 s).
 
@@ -223,6 +245,7 @@ class VllmEngine:
         begun: list[Response | None] | None = None,
         wanted: int | None = None,
         show_progress: bool = False,
+        on_stalled: Callable[[], None] | None = None,
     ) -> list[list[Response]]:
         """Answers prompts.
 
@@ -238,6 +261,7 @@ class VllmEngine:
             wanted: complete responses after which the others are aborted; None: all are waited for. ``on_response`` is told of
                 so many.
             show_progress: a progress bar on stderr.
+            on_stalled: called, now and then, when all servers are down and prompts wait for ``restart_down``; None: an error then.
 
         Returns:
             For each prompt, in order, its n responses. With ``wanted`` some end with ``abort``, and some may be complete though
@@ -267,7 +291,11 @@ class VllmEngine:
             requests = Requests(
                 pool, prompts, sampling, limits, stop, n, seed, self.config.request_timeout_s, tell, begun or [], wanted
             )
-            return self._run(requests.run())
+            pool.on_stalled = on_stalled
+            try:
+                return self._run(requests.run())
+            finally:
+                pool.on_stalled = None
 
     def beam_search(
         self, prompts: list[list[int]], *, num_beams: int, max_tokens: int, length_penalty: float, num_return: int
@@ -349,8 +377,7 @@ class VllmEngine:
 
     def _post_all(self, phase: str, route: str) -> None:
         pool, timeout_s = self._started_pool(), self.config.sync_timeout_s
-        calls = [pool.call(one, phase, lambda client: client.post(phase, route, timeout_s)) for one in pool.members]
-        self._run(gather_all(calls))
+        self._run(pool.call_up(phase, lambda client: client.post(phase, route, timeout_s)))
 
     def _require(self, state: EngineState, what: str) -> None:
         if self._state is EngineState.asleep or (state is EngineState.awake and self._state is not state):

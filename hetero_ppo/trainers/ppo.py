@@ -190,7 +190,7 @@ class PpoTrainer:
         """Roll the current policy out on the step's prompts, and judge what it answered."""
         seed = self.config.run.seed * 1_000_003 + step
         with self.timer.phase("rollout"):
-            self.turns.wake()
+            self.turns.wake(shared=self.config.pipeline.overlap)
             asked = ppo_setup.step_prompts(self.data, self.config, self.batching)
             generation = Generation(
                 self.engine,
@@ -200,6 +200,7 @@ class PpoTrainer:
                 seed=seed,
                 version=f"step{step}",
                 chunk_size=self.chunk_size,
+                restart=self.turns.restarter,
                 trace=self.trace,
             ).start()
         experience = self.pipeline.make(generation, self.timer, when_generated=self.turns.sleep)

@@ -52,6 +52,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> VirtualCuda:
     cuda = VirtualCuda(TOTAL)
     cuda.install(monkeypatch)
     monkeypatch.setattr(ppo_engine.dist, "barrier", lambda: None)
+    monkeypatch.setattr(ppo_engine.dist, "get_world_size", lambda: 1)
     return cuda
 
 
