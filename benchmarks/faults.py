@@ -17,6 +17,7 @@ import os
 import random
 import signal
 import statistics
+import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -103,6 +104,7 @@ def run_cases(faults: Faults, chosen: list[Case], table: Table, minutes: float |
 
 def main() -> None:
     """Run the command."""
+    is_heard = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=[""], metavar="TEXT", help="cases whose name has one of these in it")
     parser.add_argument("--minutes", type=float, help="a sample of the cases that fits into this time")
@@ -114,6 +116,7 @@ def main() -> None:
     parser.add_argument("--fork", action="store_true", help="fork launchers and ranks from a process that has imported everything: faster")
     parser.add_argument("--stall", action="store_true", help="measure the stall of a save, as with the whole table")
     args = parser.parse_args()
+    signal.signal(signal.SIGHUP, lambda *_: sys.exit(128 + signal.SIGHUP) if is_heard else None)  # under nohup runs would ignore it, too
     if args.fork and args.jobs > 1:
         parser.error("--fork runs one case at a time: leave --jobs out")
     table = Table(args.json, go_on=args.go_on)

@@ -19,6 +19,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 
@@ -93,6 +94,15 @@ def describe_failure(rank: int, failure: ProcessFailure) -> tuple[str, int]:
     return f"rank {rank} ended with exit status {failure.exitcode}; see the error above", failure.exitcode
 
 
+def first_cause(failures: Mapping[int, ProcessFailure]) -> tuple[int, ProcessFailure]:
+    """Return the rank that failed by itself, and its failure.
+
+    A rank whose peer was killed ends within milliseconds, and torchrun finds both at one look: it cannot tell which was first. A rank
+    that was ended by a signal did not end since another one had. Among such, and without any, it is the earliest.
+    """
+    return min(failures.items(), key=lambda item: (item[1].exitcode >= 0, item[1].timestamp))
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run torchrun; returns the exit status.
 
@@ -122,7 +132,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ChildFailedError as error:
         if judge.has_ended_a_rank:
             return EXIT_STUCK  # it has said why
-        rank, failure = error.get_first_failure()
+        rank, failure = first_cause(error.failures)
         if request.received_at is not None and failure.exitcode == -signal.SIGUSR1:
             text, status = "the run was stopped before it had begun: there is nothing to save", EXIT_STOPPED
         elif failure.exitcode in (EXIT_STOPPED, EXIT_NOT_STOPPED_IN_TIME):

@@ -37,6 +37,9 @@ def test_a_failed_rank_is_one_line(exit_code: int, text: str, status: int) -> No
     ("error", "line", "status"),
     [
         (ChildFailedError("x", {1: failure(2)}), "error: rank 1 ended with exit status 2; see the error above\n", 2),
+        (ChildFailedError("x", {0: failure(2), 1: failure(1)}), "error: rank 0 ended with exit status 2; see the error above\n", 2),
+        # Rank 0 has only seen that rank 1 was gone, but was looked at first.
+        (ChildFailedError("x", {0: failure(1), 1: failure(-9)}), "error: rank 1 was ended by SIGKILL (signal 9)\n", 137),
         (SignalException("x", signal.SIGTERM), "error: the run was stopped by SIGTERM\n", 143),
     ],
 )
