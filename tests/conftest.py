@@ -93,18 +93,13 @@ def one_process(chain: tiny_chain.Chain, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(scope="session")
 def two_processes(chain: tiny_chain.Chain, one_process: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The recorded rollouts again on two processes: ``dp2``, ``resident`` (the same without turns),
-    ``mixed`` (actor TP 2, critic DP 2), ``resumed`` (DP 2). And ``megatron`` (DP 2), whose rollouts are its own actor's; and what
+    """The recorded rollouts again on two processes: ``dp2``, ``resumed`` (DP 2). And ``megatron`` (DP 2), whose rollouts are its own actor's; and what
     the commands on the reward model say in other layouts than it was trained in: ``pairs.html``, ``scores.jsonl``."""
 
     def make(root: Path) -> None:
         replay = {"train__replay_rollouts": chain.run_dir("ppo") / "rollouts"}
         commands = [
             chain.train_command("ppo", root / "dp2", **replay),
-            chain.train_command("ppo", root / "resident", residency__offload=False, **replay),
-            chain.train_command(
-                "ppo", root / "mixed", actor__parallel__tensor=2, reward_model__parallel__tensor=2, **replay
-            ),
             chain.train_command("ppo", root / "resumed", checkpoint__load=one_process / "ppo_at_2", **replay),
             chain.train_command("ppo", root / "megatron", rollout__engine="megatron", train__steps=MEGATRON_STEPS),
         ]

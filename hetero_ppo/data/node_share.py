@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -14,10 +13,10 @@ from typing import Protocol, TypeVar
 import torch.distributed as dist
 
 from hetero_ppo.distributed.text import broadcast_text
+from hetero_ppo.private_dir import PrivateDir
 
 T = TypeVar("T")
 
-FOLDER_PREFIX = "hetero_ppo_data_"
 POLL_S = 0.05
 _DONE, _FAILED, _OPENED = "done", "failed", "opened"
 
@@ -113,8 +112,9 @@ def _publish(folder: Path, name: str, text: str) -> None:
 
 @contextmanager
 def _private_folder() -> Iterator[Path]:
-    folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX))  # mode 0700, below TMPDIR
+    # Not in shared memory: it may be as large as the data. One that a killed run has left goes with the next run's.
+    folder = PrivateDir(Path(tempfile.gettempdir()))
     try:
-        yield folder
+        yield folder.path
     finally:
-        shutil.rmtree(folder)
+        folder.remove()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import secrets
 import sys
 import time
 from pathlib import Path
@@ -21,6 +22,8 @@ from hetero_ppo.disk import writing
 from hetero_ppo.observability.timers import TOTAL
 from hetero_ppo.types import StepMetrics
 
+#: Id of the folder's run at Weights & Biases.
+WANDB_FILE = "wandb_run.txt"
 #: File of the run folder with one JSON object per logged record.
 METRICS_FILE = "metrics.jsonl"
 
@@ -123,7 +126,7 @@ class MetricsLogger:
             return
         run_dir = self._path.parent
         if config.wandb_project is not None:
-            self._wandb = _start_wandb(config.wandb_project, run_dir)
+            self._wandb = _start_wandb(config.wandb_project, run_dir, goes_on=first_step > 1)
         run_dir.mkdir(parents=True, exist_ok=True)
         if config.tensorboard:
             # Imported here: it takes a second, which the other ranks need not spend.
@@ -191,7 +194,8 @@ def _flat(record: StepMetrics) -> dict[str, float]:
     return {**record.values, **{f"timing_s/{name}": value for name, value in record.seconds.items()}}
 
 
-def _start_wandb(project: str, run_dir: Path) -> Any:
+def _start_wandb(project: str, run_dir: Path, *, goes_on: bool) -> Any:
+    """Begin a run of Weights & Biases, or go on with the one that this folder's run began. Steps that it has already stay as they are."""
     try:
         import wandb
     except ImportError as error:
@@ -200,4 +204,8 @@ def _start_wandb(project: str, run_dir: Path) -> Any:
             "`pip install wandb`, or leave run.wandb_project out"
         ) from error
     run_dir.mkdir(parents=True, exist_ok=True)
-    return wandb.init(project=project, name=run_dir.name, dir=str(run_dir))
+    known = run_dir / WANDB_FILE
+    if not (goes_on and known.exists()):
+        known.write_text(secrets.token_hex(8) + "\n", encoding="utf-8")
+    run_id = known.read_text(encoding="utf-8").strip()
+    return wandb.init(project=project, name=run_dir.name, dir=str(run_dir), id=run_id, resume="allow")

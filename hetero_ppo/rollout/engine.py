@@ -25,7 +25,7 @@ from hetero_ppo.rollout.compute_mode import check_compute_mode
 from hetero_ppo.rollout.engine_checks import check_prompts, golden_difference, response_limits
 from hetero_ppo.network import LOOPBACK
 from hetero_ppo.rollout.nodes import AnyServer, Cluster, remote_servers
-from hetero_ppo.rollout.private_dir import PrivateDir
+from hetero_ppo.private_dir import PrivateDir
 from hetero_ppo.rollout.requests import Requests
 from hetero_ppo.rollout.beam_search import BeamSearch, Expand, Hypothesis, run_search
 from hetero_ppo.rollout.partial import ABORTED

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from hetero_ppo.distributed.text import broadcast_json
 from hetero_ppo.errors import RunError
 from hetero_ppo.network import own_address
-from hetero_ppo.rollout.private_dir import PrivateDir
+from hetero_ppo.private_dir import PrivateDir
 from hetero_ppo.rollout.server import STOP_GRACE_S, Endpoint, ServerSpec, VllmServer
 from hetero_ppo.rollout.signed_store import SignedStore, derived_key, new_secret
 from hetero_ppo.rollout.weight_group import connect_store, open_store

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import secrets
 import signal
 import subprocess
@@ -34,6 +35,10 @@ KILL_WAIT_S = 2.0
 #: Of the time between two looks at a guardian that counts as its silence.
 LONGEST_GAP_S = 10.0
 LOG_TAIL_LINES = 15
+#: The end of a traceback, after vLLM's own beginning of the line ("(EngineCore pid=7) ERROR 11-28 05:10:04 [core.py:1512] ").
+LOG_ERROR = re.compile(r"(?:^|\] )(?:\w+\.)*\w+(?:Error|Exception)(?:: |$)")
+#: In lines of errors that end nothing, or that follow from the first one.
+LOG_NO_CAUSE = (" WARNING ", "EngineDeadError")
 MAX_SOCKET_PATH = 107  # bytes, sun_path of AF_UNIX
 #: vLLM and ZeroMQ put sockets of up to this many further bytes into TMPDIR.
 IPC_NAME_BYTES = 40
@@ -211,6 +216,18 @@ def environment(
     return env
 
 
+def first_error(lines: list[str]) -> str | None:
+    """Return the line of vLLM's log that ends the first traceback, which says why a server ended; None without one.
+
+    Its last lines say little: every process of the server reports that another one has died, and how it shuts down.
+    """
+    return next((line for line in lines if LOG_ERROR.search(line) and not any(word in line for word in LOG_NO_CAUSE)), None)
+
+
+def _indented(lines: list[str]) -> str:
+    return "\n".join(f"    {line[:300]}" for line in lines)
+
+
 class VllmServer:
     """A supervised server process. It starts nothing until :meth:`spawn`.
 
@@ -306,18 +323,21 @@ class VllmServer:
         """Id of the group of the API server (its leader) and of vLLM's other processes."""
         return self._group
 
-    def log_tail(self) -> str:
-        """Last lines this start of the server wrote."""
+    def log_lines(self) -> list[str]:
+        """Lines that this start of the server wrote."""
         with open(self.log_path, "rb") as log:
             log.seek(self._log_start)
-            lines = log.read().decode(errors="replace").splitlines()
-        return "\n".join(f"    {line[:300]}" for line in lines[-LOG_TAIL_LINES:])
+            return log.read().decode(errors="replace").splitlines()
 
     def report(self) -> str:
-        """State, log path and last lines, for an error message."""
+        """State, log path, first error and last lines, for an error message."""
         code = self.exit_code
         state = f"still running{self._stopped_processes()}" if code is None else f"exit code {code}{_signal_name(code)}"
-        return f"{state}; log: {self.log_path}; its last lines:\n{self.log_tail()}"
+        lines = self.log_lines()
+        cause = first_error(lines)
+        last = lines[-LOG_TAIL_LINES:]
+        text = "" if cause is None or cause in last else f"its first error:\n{_indented([cause])}\n"
+        return f"{state}; log: {self.log_path}; {text}its last lines:\n{_indented(last)}"
 
     def _stopped_processes(self) -> str:
         """`` (process 12 is T (stopped))`` for those of its processes, the guardian included, that cannot do anything."""

@@ -30,7 +30,7 @@ from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 from torch.distributed.run import parse_min_max_nnodes
 
 from hetero_ppo.network import LOOPBACK, is_loopback, listening_socket
-from hetero_ppo.rollout.private_dir import PrivateDir
+from hetero_ppo.private_dir import PrivateDir
 
 BACKEND = "hetero_ppo"
 DEFAULT_PORT = 29500

@@ -33,22 +33,19 @@ class Run:
     processes: int
     model: str
     roles: dict[str, dict[str, Any]] = field(default_factory=dict)
-    steps: int = NUM_STEPS  # done in the end
+    steps: int = 2  # done in the end: the second one's forwards are of weights that the first one has changed
     load: str | None = None  # the run whose last checkpoint this one goes on from, in another layout
 
 
 RUNS: dict[str, Run] = {
-    "dense on one process": Run(1, "dense"),
-    "moe on one process": Run(1, "moe"),
+    "dense on one process": Run(1, "dense", steps=NUM_STEPS),
+    "moe on one process": Run(1, "moe", steps=NUM_STEPS),
     # --- two processes ---
     "tp2 pp2 dp2 tp2sp": Run(2, "dense", {"actor": {"tensor": 2}, "critic": {"pipeline": 2}, "reward_model": TP2SP}),
     "pp2 tp2sp interleaved cp2": Run(
         2,
         "dense",
         {"actor": {"pipeline": 2}, "critic": TP2SP, "reference": PP2VPP2, "reward_model": {"context": 2}},
-    ),
-    "interleaved cp2 tp2 dp2": Run(
-        2, "dense", {"actor": PP2VPP2, "critic": {"context": 2}, "reference": {"tensor": 2}}
     ),
     "cp2 recomputed, interleaved recomputed": Run(
         2,
@@ -59,10 +56,7 @@ RUNS: dict[str, Run] = {
             "reference": {"context": 2},
         },
     ),
-    "dp2 distributed optimizers": Run(2, "dense", {"actor": GATHERED, "critic": DISTRIBUTED}, steps=2),
-    "tp2sp recomputed, dp2": Run(
-        2, "dense", {"actor": {**TP2SP, "recompute": "full"}, "reward_model": {"pipeline": 2}}
-    ),
+    "dp2 distributed optimizers": Run(2, "dense", {"actor": GATHERED, "critic": DISTRIBUTED}),
     "moe ep2, tp2sp, pp2": Run(2, "moe", {"actor": {"expert": 2}, "critic": TP2SP, "reference": {"pipeline": 2}}),
     "moe tp2sp-ep2, ep2 distributed optimizer recomputed": Run(
         2,
@@ -82,25 +76,13 @@ RUNS: dict[str, Run] = {
         2,
         "moe",
         {"actor": {"expert": 2}, "critic": TP2SP, "reference": {"pipeline": 2}, "residency": {"offload": False}},
-        steps=2,
     ),
     # --- four processes ---
     "tp2-pp2, tp2-dp2, pp2-dp2, dp4": Run(
         4, "dense", {"actor": TP2PP2, "critic": {"tensor": 2}, "reference": {"pipeline": 2}}
     ),
-    "tp2-pp2, tp2-dp2, pp2-dp2, dp4, all resident": Run(
-        4,
-        "dense",
-        {
-            "actor": TP2PP2,
-            "critic": {"tensor": 2},
-            "reference": {"pipeline": 2},
-            "residency": {"offload": False},
-        },
-        steps=2,
-    ),
     "dp4 distributed optimizer, tp2-pp2": Run(
-        4, "dense", {"actor": GATHERED, "critic": TP2PP2, "reward_model": TP2PP2}, steps=2
+        4, "dense", {"actor": GATHERED, "critic": TP2PP2, "reward_model": TP2PP2}
     ),
     "cp2-tp2sp, cp2-pp2, cp4, tp2sp-interleaved": Run(
         4,
@@ -126,7 +108,6 @@ RUNS: dict[str, Run] = {
             "reference": {**TP2SP, "expert": 4},
             "reward_model": {"expert": 4},
         },
-        steps=2,
     ),
     "moe tp2sp-ep2-pp2, cp2-ep4": Run(
         4,
@@ -138,13 +119,17 @@ RUNS: dict[str, Run] = {
     ),
     # --- the last step in another layout than the first two ---
     "dp2 to tp2-pp2, dp2 to dp4": Run(
-        4, "dense", {"actor": {**TP2PP2, **DISTRIBUTED}, "critic": DISTRIBUTED}, load="dp2 distributed optimizers"
+        4,
+        "dense",
+        {"actor": {**TP2PP2, **DISTRIBUTED}, "critic": DISTRIBUTED},
+        steps=NUM_STEPS,
+        load="dp2 distributed optimizers",
     ),
     "dp4 to one process, tp2-pp2 to one process": Run(
-        1, "dense", {"actor": DISTRIBUTED}, load="dp4 distributed optimizer, tp2-pp2"
+        1, "dense", {"actor": DISTRIBUTED}, steps=NUM_STEPS, load="dp4 distributed optimizer, tp2-pp2"
     ),
     "moe ep2-pp2 to one process, ep2-dp4 to one process": Run(
-        1, "moe", {"critic": DISTRIBUTED}, load="moe ep2-pp2, ep2-dp4, tp2sp-ep4, ep4"
+        1, "moe", {"critic": DISTRIBUTED}, steps=NUM_STEPS, load="moe ep2-pp2, ep2-dp4, tp2sp-ep4, ep4"
     ),
 }
 
@@ -207,8 +192,8 @@ def test_every_layout_takes_the_steps_of_one_process(metrics: Metrics, name: str
             assert values[metric] == pytest.approx(one[step][metric], **tolerance), (step, metric)
 
 
-@pytest.mark.parametrize("name", ["moe ep2, tp2sp, pp2", "tp2-pp2, tp2-dp2, pp2-dp2, dp4"])
-def test_turns_change_no_bit(metrics: Metrics, name: str) -> None:
+def test_turns_change_no_bit(metrics: Metrics) -> None:
+    name = "moe ep2, tp2sp, pp2"
     turns, resident = metrics[name], metrics[f"{name}, all resident"]
     for step, values in resident.items():
         for metric in COMPARED:

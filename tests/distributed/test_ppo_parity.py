@@ -1,4 +1,4 @@
-"""PPO on the same rollouts is the same PPO, on one process and on two, data-parallel or with a layout for each role."""
+"""PPO on the same rollouts is the same PPO, on one process and on two. More layouts: test_ppo_layouts.py."""
 
 from __future__ import annotations
 
@@ -19,18 +19,11 @@ COMPARED = (
 )
 
 
-@pytest.mark.parametrize("layout", ["dp2", "mixed"])
-def test_two_processes_take_the_steps_of_one(chain: Chain, two_processes: Path, layout: str) -> None:
-    one, two = (read_metrics(folder) for folder in (chain.run_dir("ppo"), two_processes / layout))
+def test_two_processes_take_the_steps_of_one(chain: Chain, two_processes: Path) -> None:
+    one, two = (read_metrics(folder) for folder in (chain.run_dir("ppo"), two_processes / "dp2"))
     assert list(two) == list(range(1, NUM_STEPS + 1))
     for step in two:
         for name in COMPARED:
             assert two[step][name] == pytest.approx(one[step][name], **TOLERANCE), (step, name)
-
-
-def test_the_layouts_were_those_asked_for(two_processes: Path) -> None:
-    text = (two_processes / "log").read_text()
-    assert text.count("2 rank(s)") == 5
-    sizes = [line.split()[3] for line in text.splitlines() if line.startswith("actor data parallel")]
-    assert sizes == ["2", "2", "1", "2", "2"]
-    assert [line.split()[3] for line in text.splitlines() if line.startswith("critic data parallel")] == ["2"] * 5
+    sizes = [line.split()[3] for line in (two_processes / "log").read_text().splitlines() if line.startswith("actor data parallel")]
+    assert sizes == ["2", "2", "2"]

@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from hetero_ppo.rollout.replay import read_rollouts
-from hetero_ppo.trainers.stopping import SAME_REQUEST_S
 
 pytestmark = pytest.mark.slow
 
@@ -82,35 +80,29 @@ def test_a_missing_tensor_is_named(chain: Chain, tmp_path: Path) -> None:
         wait_for(lambda: not job.processes, "the server to end", 10.0)
 
 
-def test_a_killed_server_ends_a_run_that_allows_no_restart(chain: Chain, tmp_path: Path) -> None:
-    """The engine core is killed in the middle of PPO."""
-    command = chain.train_command("ppo", tmp_path / "run", train__steps=400, rollout__max_restarts=0, data__eval="null")
-    command += ["train.eval_function=null", "checkpoint.every=0"]
-    with running(1, command, tmp_path / "run") as job:
-        job.wait_steps(1, START_S)
-        kill(job, "EngineCore")
-        killed = time.monotonic()
-        assert job.wait_end(SOON_S) == 1
-        assert time.monotonic() - killed < SOON_S
-        assert_one_error(job.text, 1, r"error: (generate|weight sync|prompt_log_probs): rollout server 0 .* died")
-        assert "rollout.max_restarts allows 0" in job.text and "server_0.log" in job.text
-        assert "warning: checkpoint.every is 0 and the run has 400 steps to go" in job.text
-        job.assert_nothing_is_left()
+def test_a_killed_server_is_restarted_until_no_restart_is_left(chain: Chain, tmp_path: Path) -> None:
+    """The API server is killed after the first step, and the engine core some steps later.
 
-
-def test_a_killed_server_is_restarted_and_the_run_finishes(chain: Chain, tmp_path: Path) -> None:
-    """The API server is killed after the first step. The run starts from PPO's export: vLLM loads it unedited."""
+    The run starts from PPO's export: vLLM loads it unedited.
+    """
     run_dir, actor = tmp_path / "run", chain.export("ppo")
-    command = chain.train_command("ppo", run_dir, train__steps=12, actor__model__path=actor)
+    command = chain.train_command("ppo", run_dir, train__steps=400, actor__model__path=actor, data__eval="null")
     command += ["algorithm.minibatch_size=16", "algorithm.ppo_epochs=1", "rollout.sampling.temperature=1.0"]
+    command += ["train.eval_function=null", "checkpoint.every=0", "rollout.max_restarts=1"]
     with running(1, command, run_dir) as job:
         job.wait_steps(1, START_S)
         kill(job, "vllm.entrypoints.openai.api_server")
-        assert job.wait_end(START_S) == 0, job.text[-3000:]
-        assert "restart 1 of 2" in job.text and not errors(job.text)
+        wait_for(lambda: "restart 1 of 1" in job.text, "the restart", SOON_S)
+        job.wait_steps(job.steps_done() + 2, START_S)
+        assert not errors(job.text)
+        kill(job, "EngineCore")
+        assert job.wait_end(SOON_S) == 1
+        assert_one_error(job.text, 1, r"error: (generate|weight sync|prompt_log_probs): rollout server 0 .* died")
+        assert "rollout.max_restarts allows 1" in job.text and "server_0.log" in job.text
+        assert "warning: checkpoint.every is 0 and the run has 400 steps to go" in job.text
         job.assert_nothing_is_left()
     metrics = read_metrics(run_dir)
-    assert list(metrics) == list(range(1, 13))
+    assert len(metrics) >= 3 and list(metrics) == list(range(1, len(metrics) + 1))
     for values in metrics.values():
         assert values["rollout/log_prob_diff_max"] < 1e-3 and values["rollout/golden_log_prob_diff"] < 1e-3
         # One minibatch and one epoch: the loss sees the policy that made the old log-probs.
@@ -127,20 +119,3 @@ def assert_server_and_transformers_agree(run_dir: Path, actor: Path) -> None:
         logits = model(torch.tensor([row.prompt_ids + row.response_ids])).logits[0, len(row.prompt_ids) - 1 : -1]
         ours = logits.log_softmax(-1).gather(1, torch.tensor(row.response_ids)[:, None])[:, 0]
         assert float((ours - torch.tensor(row.rollout_log_probs)).abs().max()) < 1e-3
-
-
-def test_two_sigterms_end_a_run_at_once(chain: Chain, tmp_path: Path) -> None:
-    """In the middle of PPO, after a checkpoint; the trainer is ended by the second one and cannot clean up itself."""
-    run_dir = tmp_path / "run"
-    command = chain.train_command("ppo", run_dir, train__steps=400, checkpoint__every=1, data__eval="null")
-    # A step longer than the test waits: only the second signal can end it.
-    command += ["train.eval_function=null", "algorithm.rollout_batch_size=2048", "algorithm.minibatch_size=4096"]
-    with running(1, command, run_dir) as job:
-        wait_for(lambda: "before PPO" in job.text or (job.find("EngineCore") and "chunks" in job.text), "PPO", START_S)
-        job.process.send_signal(signal.SIGTERM)
-        wait_for(lambda: "SIGUSR1: the run stops with a checkpoint" in job.text, "the request", SOON_S)
-        time.sleep(SAME_REQUEST_S + 0.5)
-        job.process.send_signal(signal.SIGTERM)
-        assert job.wait_end(SOON_S) == 128 + signal.SIGTERM
-        assert errors(job.text)[-1] == "error: the run was stopped by SIGTERM" and "Traceback" not in job.text
-        job.assert_nothing_is_left()

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from pathlib import Path
+from statistics import mean
 
 import pytest
 from chain import Chain, launch_all, read_metrics
@@ -16,19 +17,22 @@ from hetero_ppo.errors import EXIT_STOPPED
 pytestmark = pytest.mark.slow
 
 START_S, SOON_S = 180.0, 60.0
-STEPS = 6
+STEPS, SOAK_STEPS = 6, 12
 
 
-def test_sigterm_to_the_launcher_saves_ppo(chain: Chain, tmp_path: Path) -> None:
+def test_sigterm_to_the_launcher_saves_ppo_and_nothing_has_moved(chain: Chain, tmp_path: Path) -> None:
     """Exit status, checkpoint, rollouts of every step; nothing is left running. That it goes on to the same bits: test_killed.py.
 
+    Learning rates are 0: rollouts, switches and weight syncs with the real engine, in fp32, leave engine and trainer together.
     Launcher, ranks, server and its engine listen on loopback and on unix sockets alone.
     """
     run_dir = tmp_path / "run"
-    command = [*chain.train_command("ppo", run_dir, train__steps=400, data__eval="null"), "train.eval_function=null"]
+    frozen = {"actor__optimizer__lr": 0, "critic__optimizer__lr": 0}
+    command = [*chain.train_command("ppo", run_dir, train__steps=400, data__eval="null", **frozen), "train.eval_function=null"]
     with running(2, command, run_dir) as job:
         job.wait_steps(1, START_S)
         assert len(job.processes) >= 6 and listening_addresses(job.processes) <= LOOPBACK_ADDRESSES
+        job.wait_steps(SOAK_STEPS, START_S)
         job.process.send_signal(signal.SIGTERM)
         assert job.wait_end(SOON_S) == EXIT_STOPPED, job.text[-3000:]
         assert "SIGUSR1: the run stops with a checkpoint after this step" in job.text
@@ -38,6 +42,16 @@ def test_sigterm_to_the_launcher_saves_ppo(chain: Chain, tmp_path: Path) -> None
         job.assert_nothing_is_left()
     assert (run_dir / "checkpoints" / f"iter_{done:07d}" / "COMPLETE").exists()
     assert len(list((run_dir / "rollouts").glob("step_*.jsonl"))) == done
+    steps = read_metrics(run_dir)
+    assert list(steps) == list(range(1, done + 1))
+    for step, values in steps.items():
+        assert values["rollout/log_prob_diff_max"] < 1e-4, step
+        assert values["rollout/ratio_outside_share"] == 0, step
+        assert values["rollout/golden_log_prob_diff"] < 1e-4, step
+        assert abs(values["actor/ppo_kl"]) < 1e-7 and abs(values["actor/ppo_kl_first"]) < 1e-7, step
+        assert abs(values["kl/reference"]) < 1e-5, step
+    differences = [values["rollout/log_prob_diff_mean"] for values in steps.values()]
+    assert mean(differences[-4:]) < 1.5 * mean(differences[:4]), "the difference grows"
 
 
 def test_sigusr1_to_one_rank_stops_all_after_the_same_step(chain: Chain, tmp_path: Path) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import queue
+import subprocess
+import sys
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -111,6 +114,17 @@ def test_one_rank_of_a_node_reads_for_all(tmp_path: Path, monkeypatch: pytest.Mo
         assert other.report == one.report
     assert one.fingerprint == load_prompts(path, data_config(), chatml_encoder()).fingerprint
     assert not list(temporary.iterdir())
+
+
+def test_files_of_a_killed_run_go_with_the_next_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    killed = "import os; from hetero_ppo.data.node_share import OWN_FILES; OWN_FILES.share(lambda folder: os.kill(os.getpid(), 9), str)"
+    subprocess.run([sys.executable, "-c", killed], env={**os.environ, "TMPDIR": str(temporary)}, check=False)
+    (left,) = temporary.iterdir()
+    monkeypatch.setattr(node_share.tempfile, "tempdir", str(temporary))
+    load_prompts(prompts_file(tmp_path, 2), data_config(), chatml_encoder())
+    assert not left.exists() and not list(temporary.iterdir())
 
 
 @pytest.mark.parametrize("content", ['{"prompt": ""}\n', None])

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,33 @@ def test_real_ranks_speak_once_and_nothing_is_lost(tmp_path: Path) -> None:
     assert lines.count("error (rank 1): of rank 1") == 1
     last = [line for line in lines if "exit status 2; see the error above" in line]
     assert len(last) == 1 and len(lines) == 3
+
+
+def test_two_sigterms_end_a_run_at_once(tmp_path: Path) -> None:
+    """The first asks for a stop after a step that takes longer than the test; the ranks' second is torchrun's."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import pathlib, sys, time\n"
+        "from hetero_ppo.trainers.stopping import StopRequests\n"
+        "with StopRequests(600.0):\n"
+        f"    pathlib.Path({str(tmp_path / 'ready')!r}).touch()\n"
+        "    time.sleep(600)\n"
+    )
+    command = [sys.executable, "-m", "hetero_ppo.cli.launcher", *TORCHRUN, str(program)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}) as run:
+        assert run.stderr is not None
+        while not (tmp_path / "ready").exists():
+            assert run.poll() is None
+            time.sleep(0.05)
+        (rank,) = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+        run.send_signal(signal.SIGTERM)
+        assert "SIGUSR1: the run stops with a checkpoint after this step" in run.stderr.readline()
+        time.sleep(launcher._StopRequest.SAME_REQUEST_S + 0.1)
+        run.send_signal(signal.SIGTERM)
+        text = run.stderr.read()
+    assert run.returncode == 128 + signal.SIGTERM
+    assert text.splitlines()[-1] == "error: the run was stopped by SIGTERM" and "Traceback" not in text
+    assert not Path(f"/proc/{rank}").exists()
 
 
 def test_torchruns_other_records_stay(caplog: pytest.LogCaptureFixture) -> None:

@@ -4,6 +4,7 @@ import io
 import json
 import math
 import sys
+import types
 import time
 from pathlib import Path
 
@@ -84,6 +85,19 @@ def test_tensorboard_gets_metrics_and_timings(tmp_path: Path) -> None:
     (reward,) = events.Scalars("reward/mean")
     assert (reward.step, reward.value) == (4, 0.25)
     assert events.Scalars("timing_s/rollout")[0].value == 2.0
+
+
+def test_a_resumed_run_goes_on_in_its_run_of_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[dict[str, str]] = []
+    wandb = types.ModuleType("wandb")
+    wandb.init = lambda **given: begun.append(given) or types.SimpleNamespace(finish=lambda: None)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    for folder, first_step in (("a", 1), ("a", 4), ("b", 4), ("a", 1)):
+        config = RunConfig(dir=str(tmp_path / folder), wandb_project="demo", tensorboard=False)
+        MetricsLogger(tmp_path / folder, config, is_writer=True, first_step=first_step).close()
+    first, resumed, elsewhere, again = (given["id"] for given in begun)
+    assert first == resumed and len({first, elsewhere, again}) == 3
+    assert {(given["project"], given["resume"]) for given in begun} == {("demo", "allow")}
 
 
 def test_wandb_asked_for_and_missing_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from hetero_ppo.rollout import server as server_module
 from hetero_ppo.rollout.engine import VllmEngine, check_devices
 from hetero_ppo.rollout.engine_checks import check_prompts
 from hetero_ppo.rollout.requests import response_seed
-from hetero_ppo.rollout.server import Endpoint, ServerSpec, VllmServer, command_line, environment, server_threads
+from hetero_ppo.rollout.server import Endpoint, ServerSpec, VllmServer, command_line, environment, first_error, server_threads
 
 
 SOCKET = Endpoint(socket_path=Path("/run/0.sock"))
@@ -224,6 +224,24 @@ def test_a_server_that_ends_while_starting_is_one_clear_error(tmp_path: Path, mo
     assert text.endswith("    a line of the log\n    OSError: no config.json")
     with pytest.raises(RuntimeError, match="not running"):
         engine.generate([[2]], SamplingConfig(max_tokens=4), n=1, seed=0)
+
+
+def test_the_first_error_of_a_servers_log_is_named() -> None:
+    """Lines as vLLM 0.32 writes them when its model has a head size without a kernel."""
+    core, server = "(EngineCore pid=7) ERROR 11-28 05:10:04 [core.py:1512] ", "(APIServer pid=5) ERROR 11-28 05:10:04 [async_llm.py:906] "
+    cause = core + "RuntimeError: Unsupported CPU attention configuration: head_dim=16 isa=2 kv_cache_idx=0"
+    lines = [
+        "(APIServer pid=5) WARNING 11-28 05:10:02 [base.py:380] ValueError: Tokenizer not available",
+        core + "EngineCore encountered a fatal error.",
+        core + "Traceback (most recent call last):",
+        core + '  raise ValueError("not this: a line of source")',
+        cause,
+        server + "vllm.v1.engine.exceptions.EngineDeadError: EngineCore encountered an issue.",
+        "ValueError: a later one",
+    ]
+    assert first_error(lines) == cause
+    assert first_error([lines[0], lines[5], lines[1]]) is None
+    assert first_error(["Traceback (most recent call last):", "torch.OutOfMemoryError: CUDA"]) == "torch.OutOfMemoryError: CUDA"
 
 
 def test_a_path_too_long_for_a_socket_is_refused(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A process' directory for sockets, temporary files and weights of its servers, which does not stay behind.
+"""A process' directory for what it shares with its servers, or with the ranks of its node, which does not stay behind.
 
 The process removes it, or when that was killed a server's guardian does. Where both were killed at once, as Slurm ends a job, the
 next run of the same user on the node does: a directory in use is locked (flock), and the system ends a lock with its process.
@@ -23,15 +23,21 @@ LOCK = "in_use"
 
 
 class PrivateDir:
-    """A new directory (mode 0700), in shared memory where the machine has it. Directories that killed runs left are removed before.
+    """A new directory (mode 0700). Directories that killed runs left beside it are removed before.
 
     Attributes:
         path: of the directory; short, for unix sockets.
     """
 
-    def __init__(self) -> None:
-        parent = "/dev/shm" if os.access("/dev/shm", os.W_OK) else tempfile.gettempdir()
-        remove_left_behind(Path(parent))
+    def __init__(self, parent: Path | None = None) -> None:
+        """Make it.
+
+        Args:
+            parent: Where; None: in shared memory where the machine has it, else below TMPDIR.
+        """
+        if parent is None:
+            parent = Path("/dev/shm" if os.access("/dev/shm", os.W_OK) else tempfile.gettempdir())
+        remove_left_behind(parent)
         self.path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
         lock = open(self.path / f"{LOCK}.new", "wb")  # noqa: SIM115  open as long as the directory is in use
         fcntl.flock(lock, fcntl.LOCK_EX)

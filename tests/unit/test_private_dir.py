@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from hetero_ppo.rollout.private_dir import LOCK, PREFIX, PrivateDir, remove_left_behind
+from hetero_ppo.private_dir import LOCK, PREFIX, PrivateDir, remove_left_behind
 
-MAKE_ONE = "import sys; from hetero_ppo.rollout.private_dir import PrivateDir; d = PrivateDir(); print(d.path, flush=True); {}"
+MAKE_ONE = "import sys; from hetero_ppo.private_dir import PrivateDir; d = PrivateDir(); print(d.path, flush=True); {}"
 
 
 def make(then: str) -> tuple[subprocess.Popen[str], Path]:
