@@ -1,4 +1,7 @@
-"""Self-attention with a cache of keys and values: what generation with a GPTModel needs beside its parameters.
+"""Self-attention with a cache of keys and values, which generation with a GPTModel needs beside its parameters, and of packed sequences.
+
+Megatron-Core rotates packed queries and keys sequence by sequence, for which every layer asks the device for the lengths, and the host
+waits. Here each token's angles are gathered by its position, once for all layers.
 
 Megatron-Core's own inference contexts do not fit: with the static one all rows of a batch are at one position, so no request can
 join a batch that is under way, and its attention refuses the dynamic one without flash-attention, which needs CUDA. ``SlotCache``
@@ -20,10 +23,12 @@ from megatron_bridge import platform
 from megatron.core.inference.contexts import BaseInferenceContext
 from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import _yarn_get_concentration_factor_from_config
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_bridge.context_parallel import attend
+from megatron_bridge.packing import Packing
 
 
 @dataclass(frozen=True)
@@ -146,7 +151,9 @@ def cache_dtype(params_dtype: torch.dtype, device_type: str) -> torch.dtype:
 
 
 class CachedSelfAttention(SelfAttention):
-    """Megatron-Core's self-attention, which reads a ``SlotCache`` where a forward comes with one."""
+    """Megatron-Core's self-attention, which reads a ``SlotCache`` where a forward comes with one, and rotates packed tokens itself."""
+
+    _packed_angles: Tensor | None = None  # [t, 1, 1, d] while a packed forward is under way
 
     def forward(
         self,
@@ -155,20 +162,37 @@ class CachedSelfAttention(SelfAttention):
         *args: Any,
         inference_context: BaseInferenceContext | None = None,
         rotary_pos_emb: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """[s, b, hidden] (a slice of s under sequence parallelism) -> ([s, b, hidden], no bias); with a cache b is 1."""
-        if inference_context is None:
+        """[s, b, hidden] (a slice of s under sequence parallelism) -> ([s, b, hidden], no bias); packed, or with a cache, b is 1."""
+        assert rotary_pos_emb is not None, "the supported families have rotary embeddings"
+        if inference_context is None and packed_seq_params is None:
             return super().forward(hidden_states, attention_mask, *args, rotary_pos_emb=rotary_pos_emb, **kwargs)
-        assert isinstance(inference_context, SlotCache) and rotary_pos_emb is not None
+        if inference_context is None:
+            assert isinstance(packed_seq_params, Packing), "packed sequences are made by packing.pack"
+            self._packed_angles = packed_seq_params.angles(rotary_pos_emb)
+            try:
+                return super().forward(hidden_states, attention_mask, *args, packed_seq_params=packed_seq_params, **kwargs)
+            finally:
+                self._packed_angles = None
+        assert isinstance(inference_context, SlotCache)
         dtype = hidden_states.dtype
         projected = self.get_query_key_value_tensors(hidden_states, None)
         query, key, value = (tensor.to(inference_context.keys.dtype) for tensor in projected)
-        rotation = {
-            "freqs": rotary_pos_emb[inference_context.positions],
-            "config": self.config,
-            "mscale": _yarn_get_concentration_factor_from_config(self.config),
-            "cp_group": self.pg_collection.cp,
-        }
-        query, key = apply_rotary_pos_emb(query, **rotation), apply_rotary_pos_emb(key, **rotation)
+        angles = rotary_pos_emb[inference_context.positions]
+        query, key = self._rotate(query, angles), self._rotate(key, angles)
         return self.linear_proj(inference_context.attend(self.layer_number, query, key, value).to(dtype))
+
+    def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what Megatron-Core's method returns; in a packed forward queries and keys are rotated already."""
+        projected = super().get_query_key_value_tensors(*args, **kwargs)
+        if self._packed_angles is None:
+            return projected
+        query, key, value = projected
+        return self._rotate(query, self._packed_angles), self._rotate(key, self._packed_angles), value
+
+    def _rotate(self, heads: Tensor, angles: Tensor) -> Tensor:
+        """Rotate [t, 1, heads, d] by the angles [t, 1, 1, d] of every token."""
+        mscale = _yarn_get_concentration_factor_from_config(self.config)
+        return apply_rotary_pos_emb(heads, angles, self.config, mscale=mscale, cp_group=self.pg_collection.cp)

@@ -15,9 +15,11 @@ from torch import Tensor
 from megatron_bridge import platform
 
 # isort: split
+from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_bridge.families import Family, family_of
+from megatron_bridge.layers import uses_transformer_engine
 from megatron_bridge.param_mapping import Dims, ExpertLayout, PipelineLayout, check_tensor_parallel, padded_vocab_size
 from megatron_bridge.rope import rope_frequencies, rope_parameters, set_attention_scaling
 
@@ -160,6 +162,7 @@ def bridge_config(
         **_machine_settings(),
         **_recompute_settings(recompute, moe),
         **(_moe_settings(hf, expert) if moe else {}),
+        apply_rope_fusion=attention_scaling == 1.0 and not aligned and has_fused_rope(dtype),
     )
     set_attention_scaling(transformer, attention_scaling)
     return BridgeConfig(
@@ -206,6 +209,14 @@ def _machine_settings() -> dict[str, Any]:
         "gradient_accumulation_fusion": False,
         "persist_layer_norm": False,
     }
+
+
+def has_fused_rope(dtype: torch.dtype) -> bool:
+    """Whether Transformer Engine rotates queries and keys in one kernel, as Megatron-Core could import it.
+
+    It knows no factor on cosine and sine (YaRN's), which Megatron-Core drops without a word where sequences are packed.
+    """
+    return uses_transformer_engine(dtype) and rope_utils.fused_apply_rotary_pos_emb is not None
 
 
 def _recompute_settings(recompute: str | None, moe: bool) -> dict[str, Any]:

@@ -113,5 +113,22 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Te
     whole = length == key.shape[0]
     mask = None if whole else causal_lower_right(length, key.shape[0])
     grouped = key.shape[2] != heads
+    if grouped and wants_whole_heads(q):
+        k, v = (expand_heads(tensor, heads) for tensor in (k, v))
+        grouped = False
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=whole, scale=scale, enable_gqa=grouped)
     return out.permute(2, 0, 1, 3).reshape(length, b, heads * d).to(dtype)
+
+
+def wants_whole_heads(query: Tensor) -> bool:
+    """Whether attention to a key and a value of every query head is computed by a kernel that grouped heads do without.
+
+    On CUDA torch has one kernel for float32 that keeps no [b, heads, q, k] scores, the memory-efficient one, and it takes no groups
+    (``check_batch_size_and_num_heads_dense<false>`` in ATen's ``sdp_utils.cpp``).
+    """
+    return query.is_cuda and query.dtype == torch.float32
+
+
+def expand_heads(grouped: Tensor, heads: int) -> Tensor:
+    """[b, groups, k, d] -> [b, heads, k, d]: a copy of each group's for every query head of it."""
+    return grouped.repeat_interleave(heads // grouped.shape[1], dim=1)

@@ -1,6 +1,6 @@
 """Layers of the local spec that Megatron-Core has no portable version of, and the choice of spec.
 
-With Transformer Engine installed its spec is used. Otherwise the local spec, with replacements: attention through torch's
+With Transformer Engine installed its spec is used in half precision. Otherwise the local spec, with replacements: attention through torch's
 ``scaled_dot_product_attention`` instead of an explicit (batch, heads, s, s) score tensor, an RMSNorm whose weight is
 marked for sequence parallelism (Megatron-Core's torch wrapper refuses it), and the functions of ``kernels`` for RMSNorm, SwiGLU and,
 on a CPU, the attention to short sequences.
@@ -35,6 +35,14 @@ from megatron_bridge.packing import Packing, attend_packed
 
 #: Megatron-Core could import Transformer Engine, and there is a device for it.
 HAS_TRANSFORMER_ENGINE: bool = platform.HAS_CUDA and HAVE_TE
+
+
+def uses_transformer_engine(dtype: torch.dtype) -> bool:
+    """Whether a model of parameters of ``dtype`` is built from Transformer Engine's layers.
+
+    Its attention in float32 would keep [b, heads, s, s] scores, and has no kernel for packed sequences; torch has one that keeps none.
+    """
+    return HAS_TRANSFORMER_ENGINE and dtype != torch.float32
 
 
 class SdpaCoreAttention(CoreAttention):
@@ -121,7 +129,7 @@ class SwiGlu(MegatronModule):
 
 def decoder_spec(config: TransformerConfig, num_local_layers: int) -> TransformerBlockSubmodules:
     """Spec of the layers of one model chunk."""
-    if HAS_TRANSFORMER_ENGINE:
+    if uses_transformer_engine(config.params_dtype):
         layer = get_gpt_layer_with_transformer_engine_spec(
             num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm
         )

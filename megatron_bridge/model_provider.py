@@ -29,7 +29,7 @@ from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 from megatron_bridge.aligned.layers import aligned_decoder_spec, aligned_output_layer
 from megatron_bridge.aligned.rows import row_dot
 from megatron_bridge.config_mapping import BridgeConfig
-from megatron_bridge.layers import HAS_TRANSFORMER_ENGINE, decoder_spec
+from megatron_bridge.layers import decoder_spec, uses_transformer_engine
 from megatron_bridge.rope import install_rope
 
 #: "lm" predicts tokens; "value" (critic) and "score" (reward model) give one number a token.
@@ -253,7 +253,8 @@ def _build_chunk(
     if post_process:
         chunk.output_layer.register_forward_pre_hook(chunk.choose_head_rows)
         # Slices of a sequence are chosen from when they are gathered for the head, and a recomputed layer is not told of the rows.
-        if not (config.sequence_parallel or config.recompute_granularity == "full" or HAS_TRANSFORMER_ENGINE):
+        whole_layer = config.recompute_granularity == "full" or uses_transformer_engine(config.params_dtype)
+        if not (config.sequence_parallel or whole_layer):
             chunk.choose_rows_early()
     for name, parameter in chunk.named_parameters():
         if ".experts." in name:

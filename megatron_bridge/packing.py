@@ -8,7 +8,7 @@ attended to together, padded to the longest of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -38,9 +38,22 @@ class Group:
 
 @dataclass
 class Packing(PackedSeqParams):
-    """PackedSeqParams, and the groups for attention that knows rectangles alone."""
+    """PackedSeqParams, with what the layers would otherwise ask the device for: every question makes the host wait for it."""
 
-    groups: tuple[Group, ...] = ()
+    total: int = 0  # tokens, the fill at the end included
+    positions: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))  # [total] int64: of every token in its sequence
+    groups: tuple[Group, ...] = ()  # for attention that knows rectangles alone
+    _angles: tuple[Tensor, Tensor] | None = None  # what ``angles`` was given last, and what it gave
+
+    def angles(self, by_position: Tensor) -> Tensor:
+        """Return the rotary angles [total, 1, 1, d] of all tokens, gathered once for all layers.
+
+        Args:
+            by_position: [s, 1, 1, d], of the positions from 0 on, as Megatron-Core's rotary embedding gives them.
+        """
+        if self._angles is None or self._angles[0] is not by_position:
+            self._angles = by_position, by_position.index_select(0, self.positions)
+        return self._angles[1]
 
 
 def pack(lengths: Sequence[int], total: int, device: torch.device, grid: int = 1) -> Packing:
@@ -57,14 +70,15 @@ def pack(lengths: Sequence[int], total: int, device: torch.device, grid: int = 1
     ends = torch.tensor([0, *lengths, *filler], dtype=torch.int32).cumsum(0, dtype=torch.int32)
     on_device = ends.to(device)
     rounded = longest + -longest % grid
-    if rounded == total and len(lengths) + len(filler) > 1:
-        rounded += 1  # Megatron-Core takes angles of as many positions as there are tokens for those of the tokens in turn
+    positions = torch.cat([torch.arange(length) for length in (*lengths, *filler)])
     return Packing(
         qkv_format="thd",
         cu_seqlens_q=on_device,
         cu_seqlens_kv=on_device,
         max_seqlen_q=rounded,
         max_seqlen_kv=rounded,
+        total=total,
+        positions=positions.to(device),
         groups=tuple(_group(rows, lengths, ends, grid, device) for rows in _similar(lengths)),
     )
 
@@ -130,8 +144,8 @@ class _Repack(torch.autograd.Function):
 
 
 def _to_packed(parts: Sequence[Tensor], packing: Packing) -> Tensor:
-    total, shape = int(packing.cu_seqlens_q[-1]), parts[0].shape[2:]
-    packed = parts[0].new_zeros(total, *shape)
+    shape = parts[0].shape[2:]
+    packed = parts[0].new_zeros(packing.total, *shape)
     for part, group in zip(parts, packing.groups):
         packed.index_copy_(0, group.tokens, part.reshape(-1, *shape).index_select(0, group.places))
     return packed

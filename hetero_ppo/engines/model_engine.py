@@ -49,7 +49,7 @@ from megatron_bridge import platform
 from megatron_bridge.config_mapping import VOCAB_PARTS, BridgeConfig
 from megatron_bridge.export_hf import export_bytes, save_hf
 from megatron_bridge.import_hf import LoadReport, load_hf
-from megatron_bridge.layers import HAS_TRANSFORMER_ENGINE
+from megatron_bridge.layers import uses_transformer_engine
 from megatron_bridge.model_provider import Head, build_model
 from megatron_bridge.stream import stream_hf
 
@@ -245,7 +245,8 @@ class ModelEngine:
         """Whether micro-batches are packed: where the role's config leaves it open, where that has been measured to be faster."""
         if self.config.packing is not None:
             return self.config.packing
-        return self.config.parallel.context == 1 and (HAS_TRANSFORMER_ENGINE or not platform.HAS_CUDA)
+        fast = uses_transformer_engine(self.bridge.transformer.params_dtype) or not platform.HAS_CUDA
+        return self.config.parallel.context == 1 and fast
 
     def deal(self, lengths: Sequence[int], rows: Sequence[int], size: MicrobatchSize) -> list[list[int]]:
         """Rows of every data-parallel rank, the same on all of them. With a budget of tokens their numbers may differ.

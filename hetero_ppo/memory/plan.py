@@ -345,12 +345,12 @@ def role_work(config: AnyConfig, role: RoleStorage, *, training: bool, on_cpu: b
     if tokens is not None:
         # As one row: what counts is the sum of tokens, however many rows have it.
         most = max(1, math.ceil(per_rank)) * length * (2 if pairs else 1)
-        return Work(1, max(length, min(tokens, most)), max(1, math.ceil(most / tokens)), slice_elements)
+        return Work(1, max(length, min(tokens, most)), max(1, math.ceil(most / tokens)), slice_elements, not on_cpu)
     rows = max(1, min(size, math.ceil(per_rank)))
     if pairs:
         size = max(1, size // 2)
         rows = 2 * max(1, min(size, math.ceil(per_rank)))
-    return Work(rows, length, max(1, math.ceil(per_rank / size)), slice_elements)
+    return Work(rows, length, max(1, math.ceil(per_rank / size)), slice_elements, not on_cpu)
 
 
 def _gathered_bytes(role: RoleStorage) -> int:

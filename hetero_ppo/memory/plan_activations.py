@@ -28,6 +28,7 @@ class Work:
     length: int  # tokens of the longest sequence, padded
     num_microbatches: int  # of a forward-backward pass on this rank
     slice_elements: int = SLICE_ELEMENTS_GPU
+    on_cuda: bool = False
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,12 @@ class LayerWidths:
     element: int  # bytes
     qk_norm: bool
     aligned: bool = False  # attention in tiles, fp32 inside
+    whole_heads: bool = False  # attention keeps a key and a value of every query head (megatron_bridge.context_parallel)
     num_experts: int = 0  # 0: a dense MLP
     experts_per_token: int = 0
 
     @classmethod
-    def of(cls, bridge: BridgeConfig) -> LayerWidths:
+    def of(cls, bridge: BridgeConfig, *, on_cuda: bool = False) -> LayerWidths:
         """Those of a model in its layout."""
         config, dims = bridge.transformer, bridge.dims
         tensor = config.tensor_model_parallel_size
@@ -68,6 +70,7 @@ class LayerWidths:
             element=config.params_dtype.itemsize,
             qk_norm=config.qk_layernorm,
             aligned=bridge.aligned,
+            whole_heads=on_cuda and config.params_dtype.itemsize == FP32_BYTES and dims.query != dims.key,
             num_experts=config.num_moe_experts or 0,
             experts_per_token=config.moe_router_topk if moe else 0,
         )
@@ -82,15 +85,23 @@ class LayerWidths:
     def attention(self) -> float:
         """Bytes per token: the qkv product (values are a view of it), rotated queries and keys, output, softmax scale.
 
+        In float32 on CUDA keys and values are copied for every query head.
+
         In an aligned role fp32 copies of the qkv product and of what is rotated, and the output.
         """
         if self.aligned:
             tiles = FP32_BYTES * (2 * self.query + 3 * self.key) + self.element * self.query
             return tiles + (self._qk_norm() if self.qk_norm else 0)
-        kept = self.query + 2 * self.key + self.query + self.key + self.query
-        if self.context > 1:  # keys and values of all ranks; the output is put together from two chunks
-            kept = 3 * self.query + 2 * self.key * self.context
-            kept += (self.query + 2 * self.key) if self.qk_norm else 0
+        product = self.query + 2 * self.key
+        if self.context == 1 and not self.whole_heads:
+            kept = product + self.query + self.key + self.query
+        else:
+            # Keys and values are copies: for every query head, or of all ranks, or both. Then copies are made for each of two chunks,
+            # of those up to its end, which together are all and half a rank's share of them. The product is kept by the norm alone.
+            copies = 2 * (self.query if self.whole_heads else self.key) * self.context
+            copies += self.query if self.whole_heads and self.context > 1 else 0
+            output = self.query if self.context == 1 else 2 * self.query  # put together from two chunks
+            kept = self.query + copies + output + (product if self.qk_norm else 0)
         scale = FP32_BYTES * self.heads
         return self.element * kept + scale + (self._qk_norm() if self.qk_norm else 0)
 
@@ -144,7 +155,7 @@ def training_bytes(bridge: BridgeConfig, head: str, recompute: str | None, pp_ra
         pp_rank: pipeline stage.
         work: whole sequences; context parallelism divides them here.
     """
-    widths = LayerWidths.of(bridge)
+    widths = LayerWidths.of(bridge, on_cuda=work.on_cuda)
     rows, length = work.rows, _own_length(widths, work)
     # One layer's backward: what it recomputes, gradients of its widest activations, one weight's gradient.
     recomputed = widths.layer(rows, length, None) - widths.layer(rows, length, recompute)
@@ -160,7 +171,7 @@ def training_bytes(bridge: BridgeConfig, head: str, recompute: str | None, pp_ra
 
 def kept_bytes(bridge: BridgeConfig, head: str, recompute: str | None, pp_rank: int, work: Work) -> float:
     """What a rank of a pipeline stage keeps for the backward passes to come, at most. Arguments as in ``training_bytes``."""
-    widths, pipeline = LayerWidths.of(bridge), bridge.pipeline_layout
+    widths, pipeline = LayerWidths.of(bridge, on_cuda=work.on_cuda), bridge.pipeline_layout
     rows, length = work.rows, _own_length(widths, work)
     chunks = microbatches_in_flight(bridge, pp_rank, work.num_microbatches)
     kept = chunks * pipeline.layers_per_chunk * widths.layer(rows, length, recompute)
@@ -179,7 +190,7 @@ def _hidden(widths: LayerWidths, tokens: int) -> float:
 
 def forward_bytes(bridge: BridgeConfig, head: str, pp_rank: int, work: Work) -> int:
     """The most that a forward without gradients holds on a rank of a pipeline stage: one layer, or what follows the last."""
-    widths = LayerWidths.of(bridge)
+    widths = LayerWidths.of(bridge, on_cuda=work.on_cuda)
     rows, length = work.rows, _own_length(widths, work)
     most = widths.layer(rows, length, None)
     if pp_rank == bridge.pipeline_layout.last[0]:

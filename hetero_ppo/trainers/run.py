@@ -160,7 +160,7 @@ def start_run(loaded: LoadedConfig, stop: StopRequests, heartbeat: Heartbeat | N
         dist.barrier()  # rank 0 may now replace what the others have read
         said, begun = _claim_folder(loaded, resume, stack)
         run = Run(Path(config.dir), dist.get_rank() == 0, dist.get_world_size(), stop, watchdog, begun, resume)
-        spec = "Transformer Engine" if HAS_TRANSFORMER_ENGINE else "local"
+        spec = "Transformer Engine (in bf16; in fp32 the local)" if HAS_TRANSFORMER_ENGINE else "local"
         run.say(
             f"{loaded.kind} run in {run.dir}: {run.world_size} rank(s) on {platform.device().type}, "
             f"{threads} CPU thread(s) each, Megatron-Core with the {spec} layer spec"

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.functional import pad
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from hetero_ppo.algorithms.masking import response_mask
@@ -18,8 +22,13 @@ from hetero_ppo.engines.model_input import model_inputs
 from hetero_ppo.engines.outputs import log_probs_output, scores_output, values_output
 from hetero_ppo.engines.train_engine import TrainEngine
 from hetero_ppo.types import AnswerInputs
+from megatron_bridge import config_mapping, context_parallel
+from megatron_bridge.context_parallel import attend, wants_whole_heads
+from megatron_bridge.layers import ShortSequenceSelfAttention
 from megatron_bridge.packing import attend_packed, by_group, pack, unpack
-from megatron_bridge.context_parallel import attend
+
+# isort: split
+from megatron.core.models.common.embeddings import rope_utils
 
 pytestmark = pytest.mark.usefixtures("world")
 
@@ -158,7 +167,98 @@ def test_groups_attend_within_sequences_alone() -> None:
     assert unpack(query, packing)[1].shape == (8, 2, 4, 8)
 
 
-def test_one_position_more_than_tokens() -> None:
-    """Megatron-Core reads angles of as many positions as there are packed tokens as those of the tokens in turn."""
-    assert pack([10, 6], 16, torch.device("cpu"), grid=16).max_seqlen_q == 17
-    assert pack([16], 16, torch.device("cpu"), grid=16).max_seqlen_q == 16
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mscale", [1.0, 1.2])
+def test_packed_rotation_has_the_bits_of_megatrons(dtype: torch.dtype, mscale: float) -> None:
+    """Also where there are as many positions as tokens, which Megatron-Core's function takes for angles of the tokens in turn."""
+    lengths, total = [5, 16, 1, 15], 48
+    packing = pack(lengths, total, torch.device("cpu"))
+    assert packing.positions.tolist() == [*range(5), *range(16), 0, *range(15), *range(11)]
+    frequencies = 10_000.0 ** -(torch.arange(6) / 6).repeat(2)
+    angles = (torch.arange(40)[:, None] * frequencies)[:, None, None]
+    heads = torch.randn(total, 3, 12, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    group = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
+    expected = rope_utils._apply_rotary_pos_emb_thd(heads, packing.cu_seqlens_q, angles, mscale=mscale, cp_group=group)
+    found = rope_utils._apply_rotary_pos_emb_bshd(heads[:, None], packing.angles(angles), mscale=mscale)[:, 0]
+    assert torch.equal(found, expected)
+    assert packing.angles(angles) is packing.angles(angles)
+    assert torch.equal(packing.angles(2 * angles), 2 * packing.angles(angles))
+
+
+class ScalarsRead(TorchDispatchMode):
+    """Count of the tensors whose value the host has asked for, each of which is a wait for the device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+            self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [Dtype.fp32, Dtype.bf16])
+def test_a_packed_forward_asks_the_device_nothing(model: Path, ids: Tensor, dtype: Dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No tolist(), item(), int() or nonzero() between the model's inputs and its output, nor in the backward."""
+    monkeypatch.setattr(ShortSequenceSelfAttention, "MAX_SEQUENCE", 32)  # of bf16 both ways are taken
+    lists: list[Tensor] = []
+    to_list = Tensor.tolist
+    role = engine(model, dtype, "lm", packing=True, tokens=1024)
+    (chunk,) = role.models
+    for longest in (30, 40):
+        ((_, microbatch),) = split(ids, torch.tensor([longest, 9, 5, 3, 2, 2]), None, range(6), role.forward_size)
+        settings = {"cp_group": role.groups.cp, "device": torch.device("cpu"), "one_shape": False}
+        (given,) = model_inputs([microbatch], role.forward_size, **settings)
+        assert given.packing is not None
+        with ScalarsRead() as scalars, monkeypatch.context() as patch:
+            patch.setattr(Tensor, "tolist", lambda self: lists.append(self) or to_list(self))
+            output = chunk(given.token_ids, torch.zeros_like(given.token_ids), None, packed_seq_params=given.packing)
+            output.float().square().mean().backward()
+        assert lists == [] and scalars.count == 0
+    with ScalarsRead() as scalars:
+        int(given.packing.cu_seqlens_q[-1])
+    assert scalars.count == 1
+
+
+def test_transformer_engine_rotates_packed_tokens_in_one_kernel(model: Path, ids: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stub takes the kernel's place: it gets every token's own angles, as a sequence of one row, and the outputs are the same."""
+    calls: list[tuple[torch.Size, torch.Size]] = []
+
+    def fused(heads: Tensor, angles: Tensor, interleaved: bool = False) -> Tensor:
+        calls.append((heads.shape, angles.shape))
+        return rope_utils._apply_rotary_pos_emb_bshd(heads, angles)
+
+    expected = log_probs(engine(model, Dtype.fp32, "lm", packing=True, tokens=1024), ids, None)
+    monkeypatch.setattr(rope_utils, "fused_apply_rotary_pos_emb", fused)
+    monkeypatch.setattr(config_mapping, "uses_transformer_engine", lambda dtype: True)
+    role = engine(model, Dtype.fp32, "lm", packing=True, tokens=1024)
+    assert role.bridge.transformer.apply_rope_fusion
+    assert torch.equal(log_probs(role, ids, None), expected)
+    total = int(LENGTHS.sum())
+    assert calls == 2 * [((total, 1, heads, 8), (total, 1, 1, 8)) for heads in (4, 2)]
+
+
+def test_float32_on_cuda_attends_with_whole_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's only float32 kernel on CUDA without s x s scores takes no groups; values and gradients are those of grouped heads."""
+    assert not wants_whole_heads(torch.zeros(1))
+    for dtype, whole in ((torch.float32, True), (torch.bfloat16, False)):
+        assert wants_whole_heads(SimpleNamespace(is_cuda=True, dtype=dtype)) is whole
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(s, 2, heads, 8, requires_grad=True) for s, heads in ((6, 6), (9, 2), (9, 2)))
+    given: list[tuple[int, bool]] = []
+    attention = F.scaled_dot_product_attention
+
+    def recorded(q: Tensor, k: Tensor, v: Tensor, *, enable_gqa: bool, **settings: Any) -> Tensor:
+        given.append((k.shape[1], v.shape[1], enable_gqa))
+        return attention(q, k, v, enable_gqa=enable_gqa, **settings)
+
+    monkeypatch.setattr(context_parallel, "F", SimpleNamespace(scaled_dot_product_attention=recorded))
+    results = []
+    for whole in (False, True):
+        monkeypatch.setattr(context_parallel, "wants_whole_heads", lambda query: whole)
+        for past in (6, 9):
+            out = attend(query, key[:past], value[:past], None)
+            results.append((out, *torch.autograd.grad(out.square().sum(), (query, key, value))))
+    assert given == [(2, 2, True)] * 2 + [(6, 6, False)] * 2
+    for grouped, expanded in zip(results[:2], results[2:]):
+        for one, other in zip(grouped, expanded):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)

@@ -21,6 +21,7 @@ from hetero_ppo.memory.plan_activations import (
     microbatches_in_flight,
     training_bytes,
 )
+from megatron_bridge import context_parallel
 from megatron_bridge.aligned import attention
 from megatron_bridge.config_mapping import BridgeConfig, bridge_config
 from megatron_bridge.layers import ShortSequenceSelfAttention
@@ -72,6 +73,25 @@ def test_a_layer_keeps_what_the_formula_says(case: str, recompute: str | None, g
     two, four = (bridge_of(case, torch.float32, recompute, num_layers) for num_layers in (2, 4))
     grown = kept_bytes(four, groups) - kept_bytes(two, groups)
     assert grown == 2 * LayerWidths.of(four).layer(ROWS, LENGTH, recompute)
+
+
+@pytest.mark.parametrize("case", ["llama_untied", "qwen3_tied"])
+def test_a_float32_layer_on_cuda(case: str, groups: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention keeps keys and values of every query head: copies of them, and no scores."""
+    monkeypatch.setattr(context_parallel, "wants_whole_heads", lambda query: True)
+    two, four = (bridge_of(case, torch.float32, None, num_layers) for num_layers in (2, 4))
+    widths = LayerWidths.of(four, on_cuda=True)
+    assert widths.whole_heads and not LayerWidths.of(four).whole_heads
+    assert kept_bytes(four, groups) - kept_bytes(two, groups) == 2 * widths.layer(ROWS, LENGTH, None)
+
+
+def test_work_on_cuda_is_planned_with_whole_heads_in_float32_alone() -> None:
+    """2 rows of 64 tokens in a layer of 48 hidden channels, 4 query heads of 12 and 2 groups: 2 x 48 more for keys and values, and
+    without the product of 48 + 2 x 24 and the rotated keys of 24."""
+    for dtype, grown in ((torch.float32, 4 * 2 * 64 * (96 - 96 - 24)), (torch.bfloat16, 0)):
+        bridge = bridge_of("llama_untied", dtype, None, 1)
+        planned = [training_bytes(bridge, "value", None, 0, Work(2, 64, 1, on_cuda=on_cuda)) for on_cuda in (False, True)]
+        assert planned[1] - planned[0] == grown
 
 
 @pytest.mark.parametrize("case", ["llama_untied", "qwen3_tied", "qwen3_moe_untied"])

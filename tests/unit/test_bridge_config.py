@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_bridge import layers
 from megatron_bridge.config_mapping import BridgeConfig, bridge_config, read_hf_config
 from megatron_bridge.export_hf import exported_config
 from megatron_bridge.rope import rope_frequencies, rope_parameters
@@ -212,6 +213,24 @@ def test_attention_scaling_reaches_megatron(factor: float) -> None:
         rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "attention_factor": factor}
     )
     assert _yarn_get_concentration_factor_from_config(bridge.transformer) == pytest.approx(factor, rel=1e-14)
+
+
+def test_transformer_engines_fused_rotation_is_used_where_it_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It knows no factor on cosine and sine, so YaRN stays with Megatron-Core's; and float32 models with the local layers."""
+    from megatron.core.models.common.embeddings import rope_utils
+
+    bf16 = {"dtype": torch.bfloat16}
+    yarn = {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}
+    linear = {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}
+    assert not _bridge(bf16).transformer.apply_rope_fusion
+    monkeypatch.setattr(layers, "HAS_TRANSFORMER_ENGINE", True)
+    assert not _bridge(bf16).transformer.apply_rope_fusion, "Megatron-Core could not import the kernel"
+    monkeypatch.setattr(rope_utils, "fused_apply_rotary_pos_emb", lambda *arguments: None)
+    assert _bridge(bf16).transformer.apply_rope_fusion and _bridge(bf16, **linear).transformer.apply_rope_fusion
+    assert not _bridge(bf16, **yarn).transformer.apply_rope_fusion
+    assert not _bridge({**bf16, "aligned": True}).transformer.apply_rope_fusion
+    assert not _bridge().transformer.apply_rope_fusion
+    assert layers.uses_transformer_engine(torch.bfloat16) and not layers.uses_transformer_engine(torch.float32)
 
 
 def test_read_hf_config(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ import mutants as gate
 #: Groups of options, each of whose options has a mutant: the name of the option, or what it does, is in the mutant's.
 AREAS = {
     *("algorithm", "reward", "kl", "optimizer", "supervised", "data", "pipeline", "residency", "weight sync"),
-    *("checkpoint", "mismatch", "aligned", "log-probs", "sampling", "stopping", "partial rollouts"),
+    *("checkpoint", "mismatch", "aligned", "log-probs", "sampling", "stopping", "partial rollouts", "cuda"),
 }
 MUTANT = gate.Mutant("a mutant", "kl", "code.py", "x + 1", "x - 1", "test_code.py::test_it")
 
