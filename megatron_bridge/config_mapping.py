@@ -46,6 +46,7 @@ class BridgeConfig:
     inv_freq: Tensor  # [head_dim / 2] float32, installed by rope.install_rope
     attention_scaling: float  # factor on cosine and sine; set on `transformer` already
     aligned: bool = False  # the layers of megatron_bridge.aligned
+    plain_because: str | None = None  # why they are not, where the choice was left open: "has no context parallelism (context 2)"
 
     @property
     def dims(self) -> Dims:
@@ -107,6 +108,7 @@ def bridge_config(
     recompute: str | None = None,
     vocab_multiple: int = 1,
     aligned: bool | None = False,
+    on_cuda: bool | None = None,
 ) -> BridgeConfig:
     """Map a Hugging Face config to a layout.
 
@@ -118,8 +120,9 @@ def bridge_config(
         sequence: sequence parallelism over the tensor-parallel ranks.
         recompute: activation recomputation: None, "selective" (the MLP, or the experts) or "full" (every layer).
         vocab_multiple: the vocabulary is padded to a multiple of vocab_multiple x tensor rows.
-        aligned: build the layers of ``megatron_bridge.aligned``; the padded vocabulary is then the same for every ``tensor``. None: on
-            a CPU, where model and layout allow it.
+        aligned: build the layers of ``megatron_bridge.aligned``; the padded vocabulary is then the same for every ``tensor``. None:
+            where model, layout and device allow it.
+        on_cuda: whether the model will run on GPUs; None: as this machine does.
 
     Raises:
         ValueError: a setting of the checkpoint or of the layout that is not supported, with its name and value.
@@ -132,11 +135,11 @@ def bridge_config(
     check_tensor_parallel(tensor, heads=heads, num_query_groups=groups, ffn=None if moe else hf["intermediate_size"])
     _check_layout(hf, tensor, pipeline, virtual_pipeline, sequence)
     _check_experts(hf, moe, tensor, expert, sequence)
-    refusal = _aligned_refusal(hf, moe, tensor, context, dtype)
+    refusal = _aligned_refusal(hf, moe, tensor, context, dtype, on_cuda=platform.HAS_CUDA if on_cuda is None else on_cuda)
     if aligned and refusal is not None:
         raise ValueError(f"aligned {refusal}; change that, or set aligned to false")
-    if aligned is None:
-        aligned = refusal is None and not platform.HAS_CUDA
+    plain_because = refusal if aligned is None else None
+    aligned = refusal is None if aligned is None else aligned
     if aligned:
         vocab_multiple *= VOCAB_PARTS // tensor
     parameters = rope_parameters(hf_config)
@@ -177,6 +180,7 @@ def bridge_config(
         inv_freq=inv_freq,
         attention_scaling=attention_scaling,
         aligned=aligned,
+        plain_because=plain_because,
     )
 
 
@@ -312,12 +316,14 @@ def _check_layout(hf: dict[str, Any], tensor: int, pipeline: int, virtual_pipeli
         )
 
 
-def _aligned_refusal(hf: dict[str, Any], moe: bool, tensor: int, context: int, dtype: torch.dtype) -> str | None:
-    """Why a role cannot be aligned; None: it can."""
+def _aligned_refusal(
+    hf: dict[str, Any], moe: bool, tensor: int, context: int, dtype: torch.dtype, *, on_cuda: bool
+) -> str | None:
+    """Return why a role cannot be aligned; None: it can. GPUs of a plan that is made elsewhere are taken to have Triton."""
     has_triton = importlib.util.find_spec("triton") is not None
     reasons = {
         # Triton's product of float32 matrices rounds them to TF32.
-        f"needs bf16 on CUDA, not {dtype}: its products would round float32": platform.HAS_CUDA and dtype != torch.bfloat16,
+        f"needs bf16 on CUDA, not {dtype}: its products would round float32": on_cuda and dtype != torch.bfloat16,
         "needs Triton on CUDA, for Megatron-Core's batch-invariant kernels": platform.HAS_CUDA and not has_triton,
         f"has no mixture of experts (model_type {hf['model_type']!r})": moe,
         f"has no context parallelism (context {context})": context > 1,

@@ -14,7 +14,12 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--world-size", type=int, default=1, metavar="N", help="ranks of the run (%(default)s)")
     parser.add_argument("--ranks-per-node", type=int, default=None, metavar="N", help="default: 8, or all there are")
     parser.add_argument(
-        "--device-gib", type=float, default=None, metavar="GIB", help="default: residency.device_gib, or CUDA's"
+        "--device-gib",
+        type=float,
+        default=None,
+        metavar="GIB",
+        help="memory of one GPU; default: residency.device_gib, or CUDA's. Without any the plan is of a run on CPUs, whose models are "
+        "in fp32 where model.dtype is null",
     )
     parser.add_argument(
         "--host-gib",
@@ -39,17 +44,20 @@ def run(args: argparse.Namespace) -> None:
     from hetero_ppo.memory.plan_check import require_fit
     from hetero_ppo.memory.plan_limits import find_limits
     from hetero_ppo.memory.plan_text import render_plan, write_json
+    from hetero_ppo.runtime.settle import settle
 
     for name in ("world_size", "ranks_per_node"):
         value = vars(args)[name]
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} {value}: at least 1")
     loaded = load_config(args.config, args.overrides)
-    check_config(loaded.config, args.world_size)
-    check_models_fit_layouts(loaded.config)
     limits = find_limits(loaded.config, args.device_gib, args.host_gib)
+    on_cuda = limits.device is not None
+    loaded, decided = settle(loaded, on_cuda=on_cuda)
+    check_config(loaded.config, args.world_size)
+    check_models_fit_layouts(loaded.config, on_cuda=on_cuda)
     plan = plan_memory(loaded.config, args.world_size, ranks_per_node=args.ranks_per_node, device_bytes=limits.device)
-    print(f"memory plan of {loaded.source}\n\n{render_plan(plan, limits)}", flush=True)
+    print("\n".join([f"memory plan of {loaded.source}", *decided, "", render_plan(plan, limits)]), flush=True)
     if args.json is not None:
         write_json(plan, limits, args.json)
     if args.figure is not None:

@@ -10,6 +10,14 @@ from hetero_ppo.cli.arguments import add_config_arguments
 def register(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser("validate", help="check config, data and tokenizer; say what a run would do")
     parser.add_argument("--world-size", type=int, default=1, metavar="N", help="processes of the run (%(default)s)")
+    parser.add_argument(
+        "--device-gib",
+        type=float,
+        default=None,
+        metavar="GIB",
+        help="memory of one GPU of the run; default: residency.device_gib, or CUDA's. Without any the run is taken for one on CPUs, "
+        "whose models are in fp32 where model.dtype is null",
+    )
     add_config_arguments(parser)
     parser.set_defaults(run=run)
 
@@ -19,4 +27,4 @@ def run(args: argparse.Namespace) -> None:
     # transformers takes seconds to import; `hetero-ppo --help` should not.
     from hetero_ppo.cli.validation import print_validation
 
-    print_validation(args.config, args.overrides, args.world_size)
+    print_validation(args.config, args.overrides, args.world_size, args.device_gib)

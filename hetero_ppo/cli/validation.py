@@ -12,6 +12,7 @@ from hetero_ppo.config.derived import (
     derive_ppo,
     derive_supervised,
 )
+from hetero_ppo.config.devices import dtype_of
 from hetero_ppo.config.load import AnyConfig, LoadedConfig, load_config
 from hetero_ppo.config.schema import PpoConfig, RmConfig, SftConfig
 from hetero_ppo.config.unused import unused_options
@@ -30,6 +31,7 @@ from hetero_ppo.reward.re_encoding import ReEncoder, load_re_encoders
 from hetero_ppo.runtime.inputs import check_inputs
 from hetero_ppo.runtime.resume import beginning, read_resume
 from hetero_ppo.runtime.run_folder import check_folder
+from hetero_ppo.runtime.settle import settle
 from hetero_ppo.trainers.run_inputs import text_inputs
 
 #: Around what the loss is on, in the printed sample.
@@ -37,13 +39,14 @@ MASK_OPEN, MASK_CLOSE = "[[", "]]"
 PERCENTILES = (50, 95, 100)
 
 
-def print_validation(config_path: str, overrides: list[str], world_size: int) -> None:
+def print_validation(config_path: str, overrides: list[str], world_size: int, device_gib: float | None = None) -> None:
     """Check everything that can be checked without a model's weights, and print what a run would do.
 
     Args:
         config_path: YAML file with ``kind: sft``, ``rm`` or ``ppo``.
         overrides: ``a.b=c``.
         world_size: processes of the run.
+        device_gib: memory of one GPU of the run; None: the config's, or this machine's. Without any the run is one on CPUs.
 
     Raises:
         ValueError, FileNotFoundError: the first thing that would stop the run.
@@ -51,16 +54,19 @@ def print_validation(config_path: str, overrides: list[str], world_size: int) ->
     if world_size < 1:
         raise ValueError(f"--world-size {world_size}: a run has at least 1 process")
     loaded = load_config(config_path, overrides)
+    limits = find_limits(loaded.config, device_gib)
+    on_cuda = limits.device is not None
+    loaded, decided = settle(loaded, on_cuda=on_cuda)
     config = loaded.config
     check_config(config, world_size)
     check_paths(config)
     check_tokenizers(config)
-    check_models_fit_layouts(config)
-    initialised = check_checkpoints(config)
+    check_models_fit_layouts(config, on_cuda=on_cuda)
+    initialised = check_checkpoints(config, on_cuda=on_cuda)
     resume = read_resume(loaded)
     check_folder(loaded)
     functions = _try_functions(config)
-    memory = summarise(check_fits(config, world_size), find_limits(config))
+    memory = summarise(check_fits(config, world_size, device_gib=device_gib), limits)
     policy, role = next(iter(config_roles(config).items()))
     encoder = load_text_encoder(role.model, config.data, policy, beginning(resume).begun)
     load = _loader(config)
@@ -77,7 +83,7 @@ def print_validation(config_path: str, overrides: list[str], world_size: int) ->
     for name, tensors in initialised.items():
         if tensors:
             print(f"{name:<12} {', '.join(tensors)} will be initialised: the checkpoint has none")
-    for line in unused_options(loaded):
+    for line in [*decided, *unused_options(loaded)]:
         print(f"note         {line}")
     print(f"\ndata\n{_table([dataset for dataset in (train, evaluation) if dataset is not None])}")
     print(f"\nfirst example{_sample_legend(config)}\n{_indent(sample_text(encoder, train.examples[0]))}")
@@ -140,7 +146,7 @@ def _describe_roles(config: AnyConfig, world_size: int) -> str:
         experts = f" (experts over {layout.expert})" if layout.expert > 1 else ""
         processes = f"{world_size} {'process' if world_size == 1 else 'processes'}"
         lines.append(
-            f"{name:<12} {role.model.path}: {role.model.dtype.name}, tensor {layout.tensor} x "
+            f"{name:<12} {role.model.path}: {dtype_of(role.model).name}, tensor {layout.tensor} x "
             f"pipeline {layout.pipeline} x {context}data {ranks}{experts} on {processes}"
         )
     return "\n".join(lines)

@@ -113,9 +113,10 @@ def check_megatron_engine(config: PpoConfig, world_size: int) -> None:
         config.pipeline.chunk_size,
         "a sweep finds what forwards beside generation need, and with rollout.engine=megatron there are none; set it to null",
     )
+    actor = config.actor.model.dtype
     require(
-        rollout.dtype is None or rollout.dtype is config.actor.model.dtype,
+        rollout.dtype is None or rollout.dtype is actor,
         "rollout.dtype",
         None if rollout.dtype is None else rollout.dtype.value,
-        f"rollout.engine=megatron generates with the actor's own parameters ({config.actor.model.dtype.value}); set it to null",
+        f"rollout.engine=megatron generates with the actor's own parameters ({'null' if actor is None else actor.value}); set it to null",
     )

@@ -122,7 +122,7 @@ class ParallelConfig:
 class ModelConfig:
     path: str = MISSING  # Hugging Face checkpoint folder: config.json and *.safetensors
     tokenizer: str | None = None  # tokenizer folder; default: path
-    dtype: Dtype = Dtype.fp32
+    dtype: Dtype | None = None  # null: bf16 on CUDA, fp32 on a CPU; a run that goes on from a checkpoint keeps the checkpoint's
     head_init: HeadInit | None = None  # of a scalar head that the checkpoint lacks; null: zero for the critic, normal for a reward model
     init_seed: int = 1234  # seed of such a head, with head_init normal
 

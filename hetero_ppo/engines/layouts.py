@@ -5,24 +5,33 @@ from __future__ import annotations
 import torch
 
 from hetero_ppo.config.derived import config_roles
+from hetero_ppo.config.devices import dtype_of, with_dtype
 from hetero_ppo.config.load import AnyConfig
 from hetero_ppo.config.schema import Dtype, RewardRoleConfig, RoleConfig, TrainedRoleConfig
+from megatron_bridge import platform
 from megatron_bridge.config_mapping import BridgeConfig, bridge_config, read_hf_config
 from megatron_bridge.import_hf import check_checkpoint
 
+#: Dtype of the schema -> of torch.
 DTYPES = {Dtype.fp32: torch.float32, Dtype.bf16: torch.bfloat16}
 
 
-def role_bridge(config: RoleConfig, recompute: str | None = None) -> BridgeConfig:
-    """The checkpoint's config mapped to the role's layout. Reads config.json alone.
+def role_bridge(config: RoleConfig, recompute: str | None = None, *, on_cuda: bool | None = None) -> BridgeConfig:
+    """Return the checkpoint's config mapped to the role's layout. Reads config.json alone.
+
+    Args:
+        config: Model and layout.
+        recompute: Of activations, see TrainedRoleConfig.
+        on_cuda: Whether the run computes on GPUs; None: as this machine does.
 
     Raises:
         ValueError: the model or the layout is not supported, or they don't go together.
     """
-    layout = config.parallel
+    on_cuda = platform.HAS_CUDA if on_cuda is None else on_cuda
+    config, layout = with_dtype(config, on_cuda=on_cuda), config.parallel
     bridge = bridge_config(
         read_hf_config(config.model.path),
-        dtype=DTYPES[config.model.dtype],
+        dtype=DTYPES[dtype_of(config.model)],
         tensor=layout.tensor,
         pipeline=layout.pipeline,
         virtual_pipeline=layout.virtual_pipeline,
@@ -31,6 +40,7 @@ def role_bridge(config: RoleConfig, recompute: str | None = None) -> BridgeConfi
         sequence=layout.sequence,
         recompute=recompute,
         aligned=config.aligned,
+        on_cuda=on_cuda,
     )
     # Micro-batches differ in length, and the last one in rows. The interleaved schedule deadlocks on gloo when stages
     # exchange shapes first: there micro-batches are padded to one shape instead.
@@ -39,21 +49,21 @@ def role_bridge(config: RoleConfig, recompute: str | None = None) -> BridgeConfi
     return bridge
 
 
-def check_models_fit_layouts(config: AnyConfig) -> None:
-    """Every role's model can be built in its layout.
+def check_models_fit_layouts(config: AnyConfig, *, on_cuda: bool | None = None) -> None:
+    """Check that every role's model can be built in its layout. Arguments as for ``role_bridge``.
 
     Raises:
         ValueError: the first that cannot: role, model folder, and what does not go together.
     """
     for name, role in config_roles(config).items():
         try:
-            role_bridge(role, role.recompute if isinstance(role, TrainedRoleConfig) else None)
+            role_bridge(role, role.recompute if isinstance(role, TrainedRoleConfig) else None, on_cuda=on_cuda)
         except ValueError as error:
             raise ValueError(f"{name} ({name}.model.path={role.model.path} in {name}.parallel): {error}") from error
 
 
-def check_checkpoints(config: AnyConfig) -> dict[str, list[str]]:
-    """Every role's checkpoint is complete and holds the model that its config.json describes. Reads headers, no weights.
+def check_checkpoints(config: AnyConfig, *, on_cuda: bool | None = None) -> dict[str, list[str]]:
+    """Check that every role's checkpoint is complete and holds the model that its config.json describes. Reads headers, no weights.
 
     Returns:
         Role -> tensors that the checkpoint lacks and that are initialised.
@@ -65,7 +75,7 @@ def check_checkpoints(config: AnyConfig) -> dict[str, list[str]]:
     for name, role in config_roles(config).items():
         place = f"{name}.model.path={role.model.path}"
         try:
-            initialised[name] = check_checkpoint(role.model.path, role_bridge(role), head_of(name))
+            initialised[name] = check_checkpoint(role.model.path, role_bridge(role, on_cuda=on_cuda), head_of(name))
         except ValueError as error:
             raise ValueError(f"{place}: {error}") from error
         if isinstance(role, RewardRoleConfig) and initialised[name]:

@@ -25,6 +25,7 @@ from megatron.core.pipeline_parallel.schedules import (
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
+from hetero_ppo.config.devices import with_dtype
 from hetero_ppo.config.schema import Dtype, HeadInit, ModelConfig, ResidencyConfig, RoleConfig
 from hetero_ppo.disk import writing
 from hetero_ppo.distributed.groups import is_last_stage, last_stage_rank, role_groups
@@ -108,6 +109,7 @@ class ModelEngine:
         recompute: of activations, see TrainedRoleConfig.
         device: which the role shares with others; None: it has one of its own and stays there.
         """
+        config = with_dtype(config, on_cuda=platform.HAS_CUDA)
         self.role = role
         self.config = config
         self.head: Head = head

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from hetero_ppo.config.devices import dtype_of
 from hetero_ppo.config.schema import Dtype, OldLogProbs, PpoConfig
 from hetero_ppo.errors import RunError
 
@@ -44,7 +45,8 @@ def mismatch_bounds(config: PpoConfig) -> list[Bound]:
         return []
     sampling, mismatch = config.rollout.sampling, config.rollout.mismatch
     comparable = config.train.replay_rollouts is None and sampling.top_p == 1 and sampling.top_k == -1
-    dtypes = {config.actor.model.dtype, config.rollout.dtype or config.actor.model.dtype}
+    actor = dtype_of(config.actor.model)
+    dtypes = {actor, config.rollout.dtype or actor}
     dtype = Dtype.bf16 if Dtype.bf16 in dtypes else Dtype.fp32
     bounds = []
     for metric, field, given, derived in (

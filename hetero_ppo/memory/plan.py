@@ -18,6 +18,7 @@ from hetero_ppo.config.derived import (
     overlaps_generation,
     passes,
 )
+from hetero_ppo.config.devices import dtype_of
 from hetero_ppo.config.load import AnyConfig
 from hetero_ppo.config.schema import (
     OldLogProbs,
@@ -397,7 +398,7 @@ def _describe(role: RoleStorage) -> RolePlan:
     return RolePlan(
         name=role.name,
         model=Path(role.config.model.path).resolve().name,
-        dtype=role.config.model.dtype.value,
+        dtype=dtype_of(role.config.model).value,
         layout=describe_layout(role.config, role.dp_size),
         parameters=sum(hf_tensor_sizes(role.bridge, role.head).values()),
         parameters_per_rank=per_rank,

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from hetero_ppo.config.derived import actor_generates, max_model_len, num_servers, weight_transfer
+from hetero_ppo.config.devices import dtype_of
 from hetero_ppo.config.schema import PpoConfig, WeightTransfer
 from hetero_ppo.memory.plan_storage import DTYPES, RoleStorage
 from megatron_bridge.parameter_count import hf_tensor_sizes
@@ -52,7 +53,7 @@ def plan_engine(
     if actor_generates(config):
         return _plan_own_engine(config, actor, device_bytes)
     rollout, num_nodes = config.rollout, math.ceil(world_size / ranks_per_node)
-    element = DTYPES[rollout.dtype or config.actor.model.dtype].itemsize
+    element = DTYPES[rollout.dtype or dtype_of(actor.config.model)].itemsize
     whole = sum(hf_tensor_sizes(actor.bridge, actor.head).values()) * element
     dims, layers = actor.bridge.dims, actor.bridge.transformer.num_layers
     servers = num_servers(rollout, world_size)
@@ -72,7 +73,7 @@ def plan_engine(
 def _plan_own_engine(config: PpoConfig, actor: RoleStorage, device_bytes: int | None) -> EnginePlan:
     """The cache of one data-parallel rank: ``megatron_bridge.cached_attention.SlotCache``."""
     rollout, tensor = config.rollout, config.actor.parallel.tensor
-    element = 4 if device_bytes is None else DTYPES[config.actor.model.dtype].itemsize  # on a CPU attention is in float32
+    element = 4 if device_bytes is None else DTYPES[dtype_of(actor.config.model)].itemsize  # on a CPU attention is in float32
     dims, layers = actor.bridge.dims, actor.bridge.transformer.num_layers
     bytes_per_token = 2 * layers * dims.key * element // tensor
     return EnginePlan(

@@ -16,6 +16,7 @@ from functools import cached_property
 import torch
 
 from hetero_ppo.config.derived import data_parallel_size
+from hetero_ppo.config.devices import dtype_of, with_dtype
 from hetero_ppo.config.schema import Dtype, RoleConfig, TrainedRoleConfig
 from hetero_ppo.memory.kinds import Kind
 from megatron_bridge.config_mapping import BridgeConfig, bridge_config, read_hf_config
@@ -119,15 +120,16 @@ class RoleStorage:
             ValueError: no such file, a model or layout that is not supported, a layout that does not divide the world.
         """
         self.name = name
-        self.config = config
+        config = self.config = with_dtype(config, on_cuda=not on_cpu)
         self.head = HEADS[name.partition(".")[0]]
         self.trained = isinstance(config, TrainedRoleConfig)
         recompute = config.recompute if isinstance(config, TrainedRoleConfig) else None
         self.bridge: BridgeConfig = bridge_config(
             read_hf_config(config.model.path),
-            dtype=DTYPES[config.model.dtype],
+            dtype=DTYPES[dtype_of(config.model)],
             recompute=recompute,
-            aligned=config.aligned if on_cpu or config.aligned is not None else False,
+            aligned=config.aligned,
+            on_cuda=not on_cpu,
             **vars(config.parallel),
         )
         self.dp_size = data_parallel_size(name, config.parallel, world_size)

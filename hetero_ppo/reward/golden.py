@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from hetero_ppo.config.devices import dtype_of
 from hetero_ppo.data.collate import collate_preferences
 from hetero_ppo.data.preference import PreferenceExample
 from hetero_ppo.engines.model_engine import ModelEngine
@@ -78,7 +79,7 @@ def record_of(engine: ModelEngine) -> dict[str, Any]:
     """What makes an engine's scores."""
     return {
         "format": 1,
-        "dtype": engine.config.model.dtype.value,
+        "dtype": dtype_of(engine.config.model).value,
         "layout": {name: value for name, value in vars(engine.config.parallel).items()},
         "data_parallel": engine.groups.dp.size(),
         "threads": torch.get_num_threads(),
@@ -251,7 +252,7 @@ def golden_guard(engine: ModelEngine, every: int) -> tuple[GoldenGuard | None, s
     if not path.is_file():
         return None, f"{engine.role}: there are no golden scores to check, {path} does not exist"
     golden = read_golden(path)
-    dtype = engine.config.model.dtype.value
+    dtype = dtype_of(engine.config.model).value
     if golden.record["dtype"] != dtype and engine.config.aligned:
         raise ValueError(
             f"{engine.role}.model.dtype is {dtype}, but the golden scores in {path} were made in {golden.record['dtype']}: "

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hetero_ppo.config.devices import dtype_of
 from hetero_ppo.config.schema import RolloutConfig, SamplingConfig
 from hetero_ppo.engines.generation import Completion, Decoder, Request
 from hetero_ppo.engines.model_engine import ModelEngine
@@ -204,7 +205,7 @@ class MegatronEngine:
         """
         what = f"weight sync {self.version!r}: the megatron engine"
         meaning = "the key-value cache does not give what a whole forward does"
-        dtype = self.actor.config.model.dtype
+        dtype = dtype_of(self.actor.config.model)
         return golden_difference(self.prompt_log_probs(token_ids), log_probs, self.config, dtype, what, meaning)
 
 

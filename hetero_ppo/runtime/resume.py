@@ -71,7 +71,7 @@ def read_resume(loaded: LoadedConfig) -> Resume | None:
     state = read_state(folder)
     is_own = load_dir.resolve() == own.resolve()
     begun = state.get("begun")
-    saved, note = _saved_config(folder, load_dir)
+    saved, note = saved_config(folder, load_dir)
     if saved is not None:
         _check_kind(saved, loaded, folder)
     found = Resume(
@@ -130,7 +130,7 @@ def _list(changes: list[Change]) -> str:
     return "; ".join(change.values() for change in changes)
 
 
-def _saved_config(folder: Path, run_dir: Path) -> tuple[dict[str, Any] | None, str | None]:
+def saved_config(folder: Path, run_dir: Path) -> tuple[dict[str, Any] | None, str | None]:
     """Return (values of the checkpoint's configuration, None), or (None, why there are none)."""
     for path in (folder / CONFIG_FILE, run_dir / CONFIG_FILE):
         if not path.is_file():

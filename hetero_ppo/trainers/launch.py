@@ -6,11 +6,14 @@ import gc
 import os
 from typing import TYPE_CHECKING
 
+import torch
+
 from hetero_ppo.config.checks import check_config, check_paths
 from hetero_ppo.config.load import LoadedConfig, load_config
 from hetero_ppo.config.unused import unused_options
 from hetero_ppo.data.chat_template import check_tokenizers
 from hetero_ppo.errors import RunError, StoppedOnRequest
+from hetero_ppo.runtime.settle import settle
 
 if TYPE_CHECKING:
     from hetero_ppo.runtime.heartbeat import Heartbeat
@@ -29,7 +32,7 @@ def main(config_path: str, overrides: list[str]) -> None:
         ValueError: bad config or data; nothing was started.
         StoppedOnRequest: a signal ended the run after a checkpoint.
     """
-    loaded = load_config(config_path, overrides)
+    loaded, decided = settle(load_config(config_path, overrides), on_cuda=torch.cuda.is_available())
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     check_config(loaded.config, world_size)
     check_paths(loaded.config)
@@ -41,7 +44,7 @@ def main(config_path: str, overrides: list[str]) -> None:
 
     run = loaded.config.run
     with StopRequests(run.stop_within_s) as stop, Heartbeat(run.heartbeat_timeout_s) as heartbeat:
-        _train(loaded, world_size, stop, heartbeat)
+        _train(loaded, decided, world_size, stop, heartbeat)
 
 
 def _fit(loaded: LoadedConfig, run: Run) -> None:
@@ -69,7 +72,7 @@ def _collect_garbage() -> None:
     gc.enable()
 
 
-def _train(loaded: LoadedConfig, world_size: int, stop: StopRequests, heartbeat: Heartbeat) -> None:
+def _train(loaded: LoadedConfig, decided: list[str], world_size: int, stop: StopRequests, heartbeat: Heartbeat) -> None:
     # Imported now: a bad config is said before Megatron-Core is loaded.
     from hetero_ppo.distributed.lost_peer import describe_lost_peer
     from hetero_ppo.engines.layouts import check_checkpoints, check_models_fit_layouts
@@ -80,7 +83,7 @@ def _train(loaded: LoadedConfig, world_size: int, stop: StopRequests, heartbeat:
     check_checkpoints(loaded.config)
     check_fits(loaded.config, world_size)
     with start_run(loaded, stop, heartbeat) as run:
-        for line in unused_options(loaded):
+        for line in [*decided, *unused_options(loaded)]:
             run.say(line)
         try:
             with run.watchdog:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from hetero_ppo.config.derived import actor_generates, max_model_len, servers_of_nodes
+from hetero_ppo.config.devices import dtype_of
 from hetero_ppo.config.schema import PpoConfig
 from hetero_ppo.data.chat_template import tokenizer_folder
 from hetero_ppo.rollout.nodes import Cluster, NodeServers, meet_nodes
@@ -32,7 +33,7 @@ def begin_servers(config: PpoConfig, run: Run, cluster: Cluster | None) -> NodeS
         config.rollout,
         cluster.counts[cluster.node],
         model_path=model.path,
-        dtype=model.dtype if config.rollout.dtype is None else config.rollout.dtype,
+        dtype=config.rollout.dtype or dtype_of(model),
         max_model_len=max_model_len(config),
         load_weights=not sleeps(config.rollout, cuda=platform.HAS_CUDA),
         tokenizer_path=servers_tokenizer(config),

@@ -25,6 +25,7 @@ from hetero_ppo.config.derived import (
     running_batch,
     weight_transfer,
 )
+from hetero_ppo.config.devices import dtype_of
 from hetero_ppo.config.schema import OldLogProbs, PpoConfig
 from hetero_ppo.data.chat_template import TextEncoder, load_text_encoder
 from hetero_ppo.data.collate import collate_prompts
@@ -176,7 +177,7 @@ def begin_engine(
     engine = VllmEngine(
         replace(config.rollout, num_servers=num_servers(config.rollout, run.world_size), weight_transfer=transfer),
         model_path=config.actor.model.path,
-        dtype=config.actor.model.dtype,
+        dtype=dtype_of(config.actor.model),
         run_dir=run.dir,
         max_model_len=max_model_len(config),
         eos_token_ids=data.encoder.end_token_ids,

@@ -46,7 +46,7 @@ def reward_engine(args: argparse.Namespace) -> Iterator[ModelEngine]:
             f"--checkpoint {checkpoint}: no config.json there; give a Hugging Face folder (`hetero-ppo export` makes one of a run)"
         )
     config = RoleConfig(
-        model=ModelConfig(path=str(checkpoint), dtype=Dtype(args.dtype or _golden_dtype(checkpoint))),
+        model=ModelConfig(path=str(checkpoint), dtype=_dtype(args.dtype, checkpoint)),
         parallel=ParallelConfig(tensor=args.tensor, pipeline=args.pipeline, sequence=args.sequence),
         micro_batch_size=args.micro_batch_size,
         aligned=not args.plain,
@@ -71,9 +71,12 @@ def _build(config: RoleConfig, checkpoint: Path) -> ModelEngine:
     return engine
 
 
-def _golden_dtype(checkpoint: Path) -> str:
+def _dtype(given: str | None, checkpoint: Path) -> Dtype | None:
+    """Return the dtype that was given, else that of the golden scores; None without either: the device's default."""
     file = checkpoint / GOLDEN_FILE
-    return read_golden(file).record["dtype"] if file.is_file() else Dtype.fp32.value
+    if given is None and file.is_file():
+        given = read_golden(file).record["dtype"]
+    return None if given is None else Dtype(given)
 
 
 def _data_config(args: argparse.Namespace) -> DataConfig:

@@ -21,6 +21,7 @@ from hetero_ppo.observability.trace import LANES, newest_trace
 from hetero_ppo.rollout.replay import RolloutRecord, read_rollouts, recorded_steps
 from hetero_ppo.runtime.folder_lock import LOCK_FILE
 from hetero_ppo.runtime.run_folder import OTHERS, RESULTS
+from hetero_ppo.runtime.settle import settle
 
 pytestmark = pytest.mark.slow
 
@@ -137,7 +138,7 @@ def test_layout_of_a_run_folder(chain: Chain) -> None:
         state = json.loads((folder / "trainer.json").read_text())
         assert state["step"] == step and {"prompts", "kl_controller", "score_moments"} <= state.keys()
     assert [path.name for path in run_dir.glob("tensorboard/events.*")]
-    assert load_config(str(run_dir / "config.yaml"), []).config == load_config(str(chain.configs["ppo"]), []).config
+    assert load_config(str(run_dir / "config.yaml"), []).config == settle(load_config(str(chain.configs["ppo"]), []), on_cuda=False)[0].config
 
 
 def test_trace_has_all_lanes(chain: Chain) -> None:

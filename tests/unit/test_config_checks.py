@@ -16,6 +16,7 @@ from hetero_ppo.config.load import AnyConfig, item_class, load_config, section_c
 from hetero_ppo.config.on_resume import TABLE, OnResume
 from hetero_ppo.config.schema import RolloutCorrectionKind
 from hetero_ppo.experience.mismatch import mismatch_bounds
+from hetero_ppo.runtime.settle import settle
 
 TEXT = {
     "sft": "kind: sft\nrun: {dir: run}\ndata: {train: a.jsonl}\nactor: {model: {path: m}}\n",
@@ -28,7 +29,7 @@ TEXT = {
 def config_of(folder: Path, kind: str, *overrides: str) -> AnyConfig:
     path = folder / f"{kind}.yaml"
     path.write_text(TEXT[kind], encoding="utf-8")
-    return load_config(str(path), list(overrides)).config
+    return settle(load_config(str(path), list(overrides)), on_cuda=False)[0].config
 
 
 #: A run whose function alone scores.
@@ -234,7 +235,7 @@ def test_the_options_of_the_mismatch_docs(tmp_path: Path) -> None:
     text = (Path(__file__).parents[2] / "docs" / "mismatch.md").read_text()
     blocks = [OmegaConf.create(block.split("```")[0]) for block in text.split("```yaml\n")[1:]]
     (tmp_path / "docs.yaml").write_text(OmegaConf.to_yaml(OmegaConf.merge(OmegaConf.create(TEXT["ppo"]), *blocks)))
-    config = load_config(str(tmp_path / "docs.yaml"), []).config
+    config = settle(load_config(str(tmp_path / "docs.yaml"), []), on_cuda=False)[0].config
     check_config(config, world_size=1)
     assert [bound.limit for bound in mismatch_bounds(config)] == [0.001, 0.01]
     assert config.algorithm.rollout_correction.kind is RolloutCorrectionKind.truncated

@@ -60,7 +60,7 @@ def test_what_is_compared_and_what_is_corrected() -> None:
 
 def ppo_config(*overrides: str) -> PpoConfig:
     return OmegaConf.to_object(
-        OmegaConf.merge(OmegaConf.structured(PpoConfig), OmegaConf.from_dotlist(list(overrides)))
+        OmegaConf.merge(OmegaConf.structured(PpoConfig), OmegaConf.from_dotlist(["actor.model.dtype=fp32", *overrides]))
     )
 
 
