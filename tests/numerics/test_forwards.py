@@ -254,7 +254,7 @@ def test_float32_on_cuda_attends_with_whole_heads(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(context_parallel, "F", SimpleNamespace(scaled_dot_product_attention=recorded))
     results = []
     for whole in (False, True):
-        monkeypatch.setattr(context_parallel, "wants_whole_heads", lambda query: whole)
+        monkeypatch.setattr(context_parallel, "wants_whole_heads", lambda query, whole=whole: whole)
         for past in (6, 9):
             out = attend(query, key[:past], value[:past], None)
             results.append((out, *torch.autograd.grad(out.square().sum(), (query, key, value))))
