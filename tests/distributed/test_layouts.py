@@ -13,22 +13,16 @@ from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
 WORKER = str(Path(__file__).parent / "workers" / "layout_worker.py")
 LAYOUTS: dict[str, dict[str, object]] = {
     "dp2": {},
-    "dp2 distributed optimizer, overlapped": {"distributed": True, "overlap": True},
     "dp2 distributed optimizer, parameter gather overlapped": {
         "distributed": True,
         "overlap": True,
         "overlap_gather": True,
     },
-    "tp2": {"tensor": 2},
     "tp2 sequence parallel": {"tensor": 2, "sequence": True},
     "pp2": {"pipeline": 2},
     "pp2 interleaved": {"pipeline": 2, "virtual_pipeline": 2},
     "cp2": {"context": 2},
-    "cp2 distributed optimizer, overlapped": {"context": 2, "distributed": True, "overlap": True},
-    "tp2 full recompute": {"tensor": 2, "recompute": "full"},
     "tp2 sequence parallel, selective recompute": {"tensor": 2, "sequence": True, "recompute": "selective"},
-    "cp2 full recompute": {"context": 2, "recompute": "full"},
-    "pp2 selective recompute": {"pipeline": 2, "recompute": "selective"},
     "tied embeddings, pp2": {"model": "tied", "pipeline": 2},
     "experts, ep2": {"model": "moe", "expert": 2},
     "experts, tp2 sequence parallel": {"model": "moe", "tensor": 2, "sequence": True},

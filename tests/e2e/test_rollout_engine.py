@@ -1,4 +1,4 @@
-"""The engine on a real vLLM server. One server serves all tests, in this order; the last two kill it."""
+"""The engine on a real vLLM server. One server serves all tests, in this order; the last one kills it. Restarts: test_failures.py."""
 
 from __future__ import annotations
 
@@ -55,19 +55,10 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def doomed_trainer(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.Popen[str]]:
-    """A trainer process that starts an engine of its own, beside the tests' one, and will be killed."""
-    run_dir = tmp_path_factory.mktemp("doomed")
-    program = (
-        "import pathlib, time\n"
-        "from hetero_ppo.config.schema import Dtype, RolloutConfig\n"
-        "from hetero_ppo.rollout.engine import VllmEngine\n"
-        f"engine = VllmEngine(RolloutConfig(kv_cache_mib=32), model_path={str(model_path)!r}, dtype=Dtype.fp32,\n"
-        f"                    run_dir=pathlib.Path({str(run_dir)!r}), max_model_len=64, eos_token_ids=[1])\n"
-        "engine.start()\n"
-        "time.sleep(600)\n"
-    )
-    process = subprocess.Popen([sys.executable, "-c", program])
+def doomed_trainer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.Popen[str]]:
+    """A trainer process that starts an engine of its own, beside the tests' one, and will be killed; see tied_trainer.py."""
+    folder = tmp_path_factory.mktemp("doomed")
+    process = subprocess.Popen([sys.executable, str(Path(__file__).with_name("tied_trainer.py")), str(folder)], stdout=subprocess.PIPE, text=True)
     yield process
     process.kill()
     process.wait()
@@ -77,7 +68,7 @@ def doomed_trainer(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -
 def engine(
     model_path: Path, doomed_trainer: subprocess.Popen[str], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[VllmEngine]:
-    config = RolloutConfig(kv_cache_mib=64, max_num_seqs=32, max_restarts=1, hang_timeout_s=10.0, sleep=True)
+    config = RolloutConfig(kv_cache_mib=64, max_num_seqs=32, max_restarts=0, hang_timeout_s=10.0, sleep=True)
     with VllmEngine(
         config,
         model_path=str(model_path),
@@ -359,35 +350,23 @@ def test_the_sweep_measures_the_engine(engine: VllmEngine) -> None:
     assert all(rate > 10 for rate in result.tokens_per_s.values())
 
 
+def test_a_cpu_server_takes_long_prompts_and_syncs_both_uses_of_a_tied_matrix(doomed_trainer: subprocess.Popen[str]) -> None:
+    """Where vLLM on a CPU differs from vLLM on a GPU: packed weights of a tied matrix, and random generators of a request."""
+    assert doomed_trainer.stdout is not None
+    found = json.loads(doomed_trainer.stdout.readline())
+    assert found["lengths"] == [2] * 96, "vLLM must not split a prompt: it would wind a request's generator back"
+    for before_or_after in ("before", "after"):
+        theirs, ours = found[before_or_after]
+        assert theirs == pytest.approx(ours, abs=1e-4)
+    assert found["before"][1] != pytest.approx(found["after"][1], abs=0.1)
+
+
 def test_a_killed_trainer_leaves_no_server(doomed_trainer: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 90
-    while not engine_cores(family := children(doomed_trainer.pid)):
-        assert time.monotonic() < deadline and doomed_trainer.poll() is None
-        time.sleep(0.1)
+    family = children(doomed_trainer.pid)
+    assert engine_cores(family)
     doomed_trainer.kill()
     doomed_trainer.wait()
     assert len(family) >= 3 and wait_until_gone(family, 5.0) == []
-
-
-def test_a_killed_server_is_restarted_with_the_synced_weights(
-    engine: VllmEngine, caplog: pytest.LogCaptureFixture
-) -> None:
-    sampling = SamplingConfig(max_tokens=200, ignore_eos=True)
-    expected = tokens(engine.generate(PROMPTS, sampling, n=8, seed=4))
-    server = engine.servers[0]
-    family = children(server.process_group)
-    threading.Timer(0.5, os.kill, (server.process_group, signal.SIGKILL)).start()
-    answers = engine.generate(PROMPTS, sampling, n=8, seed=4)
-    assert "generate: rollout server 0" in caplog.text and "exit code 137 (SIGKILL)" in caplog.text
-    assert "restart 1 of 1" in caplog.text
-    pairs = [
-        (a, b) for got, want in zip(tokens(answers), expected, strict=True) for a, b in zip(got, want, strict=True)
-    ]
-    same = sum(a == b for a, b in pairs)
-    assert same >= 0.9 * 8 * len(PROMPTS)  # a log-prob that differs in its last bits may turn a token
-    assert {r.weight_version for group in answers for r in group} == {"step_2"}
-    assert worst_difference(make_model(1), PROMPTS, answers) < 1e-4
-    assert family and alive(family) == []
 
 
 def test_a_server_that_hangs_is_as_one_that_died_and_too_many_end_the_run(engine: VllmEngine) -> None:
@@ -404,7 +383,7 @@ def test_a_server_that_hangs_is_as_one_that_died_and_too_many_end_the_run(engine
     text = str(caught.value)
     assert re.match(r"generate: rollout server 0 \(unix:.*\) hangs \(no answer for 1\d s; rollout.hang_timeout_s=10\)", text)
     assert re.search(rf"still running \(process {core} is T \(stopped\)\); log: .*server_0\.log; its last lines:\n", text)
-    assert "rollout.max_restarts allows 1" in text
+    assert "rollout.max_restarts allows 0" in text
     assert alive(family) == [] and not private.exists()
     with pytest.raises(RuntimeError, match="not running"):
         engine.generate(PROMPTS, FREE, n=1, seed=0)
