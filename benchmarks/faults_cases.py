@@ -245,9 +245,9 @@ def server_faults() -> list[Case]:
         for what, verb in (("kill", "killed"), ("stop", "stopped")):
             for name in ("api server", "engine core", "guardian"):
                 fault = {"point": point, "logged": 1, "what": what, "to": name, "after_s": after_s}
-                found.append(
-                    Case(f"vllm: {name} {verb} in {where}", 0, point=fault, engine="vllm", message="restart 1 of 2")
-                )
+                # The server of a stopped guardian serves on, and the run may be at its end before the guardian's silence is long enough.
+                message = "" if (name, verb, where) == ("guardian", "stopped", "a weight sync") else "restart 1 of 2"
+                found.append(Case(f"vllm: {name} {verb} in {where}", 0, point=fault, engine="vllm", message=message))
     return found
 
 
