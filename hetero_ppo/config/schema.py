@@ -159,7 +159,7 @@ class RoleConfig:
     micro_batch_size: int = 8  # sequences per forward on one data-parallel rank, where micro_batch_tokens is null
     micro_batch_tokens: int | None = None  # tokens per forward on one data-parallel rank, padding included; null: micro_batch_size
     packing: bool | None = None  # sequences lie one after the other, no padding is computed; null: on a CPU and with Transformer Engine, where context is 1
-    aligned: bool | None = False  # a forward's bits do not depend on batch, padding, micro-batches or layout; on CUDA in bf16 alone; null: on a CPU, where model and layout allow it
+    aligned: bool | None = False  # a forward's bits do not depend on batch, padding, micro-batches or layout; on CUDA in bf16 alone; null: where model, layout and dtype allow it and, on CUDA, the self-check passes
 
 
 @dataclass
@@ -180,13 +180,13 @@ class ReEncodeConfig:
 
 @dataclass
 class RewardRoleConfig(RoleConfig):
-    aligned: bool | None = None  # as of other roles; null: on a CPU, where model and layout allow it
+    aligned: bool | None = None  # as of other roles, null by default
     re_encode: ReEncodeConfig | None = None  # None: it reads the actor's token ids
 
 
 @dataclass
 class TrainedRewardConfig(TrainedRoleConfig):
-    aligned: bool | None = None  # as of other roles; null: on a CPU, where model and layout allow it. Aligned, checkpoints carry golden scores
+    aligned: bool | None = None  # as of other roles, null by default. Aligned, checkpoints carry golden scores
 
 
 @dataclass

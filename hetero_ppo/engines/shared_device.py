@@ -89,6 +89,26 @@ class SharedDevice:
             self._send_out([b for b in residency.blocks])
             self.settle()
 
+    def remove(self, role: str) -> None:
+        """Forget a role that was added and will not be used; its bytes go with its engine.
+
+        Raises:
+            ResidencyError: a turn is open.
+        """
+        if self._turn is not None:
+            raise ResidencyError(f"{role}: it is removed inside the turn of {self._turn[0]} in phase {self._turn[1]!r}")
+        self.settle()
+        residency = self.roles.pop(role)
+        with self._changed:
+            self._use(-sum(block.num_bytes for block in residency.blocks if block.on_device))
+            self.limit = 0
+        residency.unguard()
+        residency.unpin()
+        for other in self.roles.values():
+            self._raise_limit({other.role: other.kinds & FORWARD})
+        for turn in self.schedule:
+            self._raise_limit(turn.resident)
+
     def _raise_limit(self, resident: Mapping[str, frozenset[Kind]]) -> None:
         with self._changed:
             self.limit = max(self.limit, self._bytes(resident))

@@ -247,8 +247,7 @@ def golden_guard(engine: ModelEngine, every: int) -> tuple[GoldenGuard | None, s
     """
     path = Path(engine.config.model.path) / GOLDEN_FILE
     if not engine.bridge.aligned:
-        why = "is false" if engine.config.aligned is False else "is null, and on CUDA, or for this model and layout, that means false"
-        return None, f"{engine.role}: golden scores are not checked, {engine.role}.aligned {why}"
+        return None, f"{engine.role}: golden scores are not checked, {engine.role}.{engine.plain_because or 'aligned is false'}"
     if not path.is_file():
         return None, f"{engine.role}: there are no golden scores to check, {path} does not exist"
     golden = read_golden(path)

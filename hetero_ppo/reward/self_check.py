@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
+import gc
 import random
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from hetero_ppo.config.schema import RoleConfig
 from hetero_ppo.data.collate import pad_right
+from hetero_ppo.distributed.text import broadcast_json
 from hetero_ppo.engines.model_engine import ModelEngine
 from hetero_ppo.engines.outputs import OutputFn, log_probs_output, scores_output, values_output
 from hetero_ppo.errors import RunError
 from hetero_ppo.reward.layer_digests import layer_digests
+from megatron_bridge import platform
+
+C = TypeVar("C", bound=RoleConfig)
+E = TypeVar("E", bound=ModelEngine)
 
 #: Tokens of the sequences: about a tile of attention, below and above.
 LENGTHS = (2, 5, 33, 64, 65, 127, 200)
@@ -29,11 +40,29 @@ def check_alignment(engine: ModelEngine) -> str:
         A line that says what was compared.
 
     Raises:
-        RunError: a layer's output differs; names the first one.
+        RunError: a layer's output differs; names the first one. On all ranks or on none.
+    """
+    difference, num_compared = find_difference(engine)
+    if difference is not None:
+        raise RunError(
+            f"{engine.role}.aligned: {difference}. This device or these library versions break what aligned promises: set "
+            f"{engine.role}.aligned to false"
+        )
+    return f"{engine.role}: aligned: {num_compared} outputs of layers have the same bits alone and among others on this device"
+
+
+def find_difference(engine: ModelEngine) -> tuple[str | None, int]:
+    """Return (the first difference that any rank finds, in words, or None; how many outputs were compared). Collective over the world.
+
+    Every rank goes through all comparisons, whatever it finds: the forwards are collective.
+
+    Args:
+        engine: any role.
     """
     draw = random.Random(0)
     longest = engine.bridge.max_position_embeddings
     rows = [[draw.randrange(engine.vocab_size) for _ in range(min(length, longest))] for length in LENGTHS]
+    found: list[str] = []
     num_compared = 0
     with engine.on_device(phase="alignment_check"):
         for number, row in enumerate(rows):
@@ -41,17 +70,72 @@ def check_alignment(engine: ModelEngine) -> str:
             alone = layer_digests(engine, row)
             settings = {"beside one other": (others[-1:], 0), "beside six others": (others, 0), "padded": (others[:2], LENGTHS[-1] + 13)}
             for setting, (neighbours, num_columns) in settings.items():
-                found = layer_digests(engine, row, neighbours, min(num_columns, longest))
-                for (name, expected), (_, value) in zip(alone, found, strict=True):
+                among = layer_digests(engine, row, neighbours, min(num_columns, longest))
+                for (name, expected), (_, value) in zip(alone, among, strict=True):
                     if value != expected:
-                        raise _broken(engine, f"of a sequence of {len(row)} tokens {setting}", name)
+                        found.append(_difference(f"of a sequence of {len(row)} tokens {setting}", name))
                     num_compared += 1
         together = _outputs(engine, rows)
         for row, expected in zip(rows, together, strict=True):
             if not torch.equal(_outputs(engine, [row])[0], expected):
-                raise _broken(engine, f"of a sequence of {len(row)} tokens in the run's micro-batches", f"{engine.head} head")
+                where = f"of a sequence of {len(row)} tokens in the run's micro-batches"
+                found.append(_difference(where, f"{engine.head} head"))
             num_compared += 1
-    return f"{engine.role}: aligned: {num_compared} outputs of layers have the same bits alone and among others on this device"
+    return _agreed(found[0] if found else None), num_compared
+
+
+def _difference(where: str, layer: str) -> str:
+    return f"the bits {where} are not those of the sequence alone; the first layer whose output differs is the {layer}"
+
+
+def _agreed(difference: str | None) -> str | None:
+    """Return the difference of the first rank that has one, on every rank. Collective over the world."""
+    first = torch.tensor([dist.get_world_size() if difference is None else dist.get_rank()])
+    dist.all_reduce(first, dist.ReduceOp.MIN)
+    if int(first) == dist.get_world_size():
+        return None
+    return str(broadcast_json(difference, int(first)))
+
+
+def build_proved(config: C, build: Callable[[C], E], say: Callable[[str], None], consequence: str = "no golden scores") -> E:
+    """Build a role, and on CUDA have it prove its bits before it is used. Collective over the world.
+
+    Where ``aligned`` is null and the role cannot be aligned, or fails the proof, it is built as a plain one and a line says why.
+
+    Args:
+        config: Model and layout.
+        build: Makes the engine of a configuration.
+        say: Prints a line once for the run.
+        consequence: What a plain role means, for that line.
+
+    Raises:
+        RunError: The role was asked to be aligned, and its bits depend on the batch.
+    """
+    engine = build(config)
+    if config.aligned is None and engine.bridge.plain_because is not None:
+        engine.plain_because = f"aligned is null, and it {engine.bridge.plain_because}"
+        say(f"{engine.role}: not aligned ({engine.role}.{engine.plain_because}): {consequence}")
+    if not (engine.bridge.aligned and platform.HAS_CUDA):
+        return engine
+    if config.aligned is not None:
+        say(check_alignment(engine))
+        return engine
+    difference, num_compared = find_difference(engine)
+    if difference is None:
+        say(f"{engine.role}: aligned: {num_compared} outputs of layers have the same bits alone and among others on this device")
+        return engine
+    role = engine.role
+    say(
+        f"WARNING: {role}: NOT ALIGNED. {role}.aligned is null, which is true where it holds, and the self-check found: {difference}. "
+        f"The run goes on with the plain layers: {consequence}, and bits that depend on batch and layout. Set {role}.aligned to false for "
+        "no such line, or to true to be stopped by it"
+    )
+    engine.device.remove(role)
+    del engine
+    gc.collect()  # models and hooks refer to each other
+    engine = build(dataclasses.replace(config, aligned=False))
+    engine.plain_because = "aligned is null, and it failed the self-check on this device"
+    return engine
 
 
 def _outputs(engine: ModelEngine, rows: list[list[int]]) -> list[Tensor]:
@@ -63,10 +147,3 @@ def _outputs(engine: ModelEngine, rows: list[list[int]]) -> list[Tensor]:
         )
     values = engine.forward(*pad_right(rows), output)
     return [value if value.dim() == 0 else value[: len(row) - 1] for row, value in zip(rows, values, strict=True)]
-
-
-def _broken(engine: ModelEngine, where: str, layer: str) -> RunError:
-    return RunError(
-        f"{engine.role}.aligned: the bits {where} are not those of the sequence alone; the first layer whose output differs is the "
-        f"{layer}. This device or these library versions break what aligned promises: set {engine.role}.aligned to false"
-    )

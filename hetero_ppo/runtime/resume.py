@@ -33,6 +33,7 @@ class Resume:
     changes: list[Change] = field(default_factory=list)  # fields with other values than the checkpoint's
     allowed: list[str] = field(default_factory=list)  # checkpoint.allow_changes
     note: str | None = None  # why the configurations cannot be compared, for the user
+    aligned: dict[str, bool] = field(default_factory=dict)  # role whose ``aligned`` was null -> what it came to; empty in older ones
 
     def has_changed(self, name: str) -> bool:
         """Whether a field has another value than the checkpoint's."""
@@ -81,6 +82,7 @@ def read_resume(loaded: LoadedConfig) -> Resume | None:
         is_own_folder=is_own,
         begun=None if begun is None else datetime.fromisoformat(begun).replace(tzinfo=None),
         inputs=state["inputs"] if state.get("digests_version") == DIGESTS_VERSION else None,
+        aligned=state.get("aligned", {}),
         changes=[] if saved is None else compare(saved, config_values(loaded), loaded.kind),
         allowed=list(config.checkpoint.allow_changes),
         note=note,

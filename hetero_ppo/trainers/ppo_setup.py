@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -26,7 +27,7 @@ from hetero_ppo.config.derived import (
     weight_transfer,
 )
 from hetero_ppo.config.devices import dtype_of
-from hetero_ppo.config.schema import OldLogProbs, PpoConfig
+from hetero_ppo.config.schema import OldLogProbs, PpoConfig, RewardRoleConfig
 from hetero_ppo.data.chat_template import TextEncoder, load_text_encoder
 from hetero_ppo.data.collate import collate_prompts
 from hetero_ppo.data.dataset import Dataset
@@ -55,7 +56,7 @@ from hetero_ppo.rollout.sweep import find_running_batch
 from hetero_ppo.trainers import ppo_nodes
 from hetero_ppo.trainers.ppo_engine import EngineTurns, RolloutEngine
 from hetero_ppo.trainers.run import Run
-from hetero_ppo.trainers.supervised import describe_loaded, load_sampler
+from hetero_ppo.trainers.supervised import build_role, load_sampler
 from hetero_ppo.types import PromptBatch
 from megatron_bridge import platform
 
@@ -225,23 +226,25 @@ def shared_device(config: PpoConfig, trace: TraceRecorder) -> SharedDevice:
 
 def build_roles(config: PpoConfig, run: Run, batching: PpoBatching, device: SharedDevice) -> Roles:
     """Build and load the models, one after the other; each leaves the device before the next. Collective."""
-    actor = TrainEngine("actor", config.actor, "lm", batching.actor.total_optimizer_steps, device)
-    describe_loaded(run, actor)
-    critic = TrainEngine("critic", config.critic, "value", batching.critic.total_optimizer_steps, device)
-    describe_loaded(run, critic)
-    reference = ModelEngine("reference", config.reference, "lm", device=device)
-    describe_loaded(run, reference)
+    actor_steps, critic_steps = batching.actor.total_optimizer_steps, batching.critic.total_optimizer_steps
+    actor = build_role(run, "actor", config.actor, lambda role: TrainEngine("actor", role, "lm", actor_steps, device))
+    critic = build_role(run, "critic", config.critic, lambda role: TrainEngine("critic", role, "value", critic_steps, device))
+    reference = build_role(run, "reference", config.reference, lambda role: ModelEngine("reference", role, "lm", device=device))
     reward_models = []
-    for name, role in config_reward_models(config).items():
-        reward_models.append(ModelEngine(name, role, "score", device=device))
-        describe_loaded(run, reward_models[-1])
+    for name, scorer in config_reward_models(config).items():
+        build = partial(_reward_model, name, device)
+        reward_models.append(build_role(run, name, scorer, build))
         initialised = reward_models[-1].load_report.initialised
         if initialised:
             raise ValueError(
-                f"{name}.model.path is {role.model.path}: the checkpoint has no score head "
+                f"{name}.model.path is {scorer.model.path}: the checkpoint has no score head "
                 f"({', '.join(initialised)}); give the export of a reward-model run"
             )
     return Roles(actor, critic, reference, reward_models)
+
+
+def _reward_model(name: str, device: SharedDevice, config: RewardRoleConfig) -> ModelEngine:
+    return ModelEngine(name, config, "score", device=device)
 
 
 def build_golden_guards(config: PpoConfig, run: Run, roles: Roles) -> list[GoldenGuard]:

@@ -25,19 +25,19 @@ from hetero_ppo.engines.model_engine import ModelEngine
 from hetero_ppo.engines.outputs import scores_output
 from hetero_ppo.errors import RunError
 from hetero_ppo.reward.golden import GOLDEN_FILE, check_golden, first_difference, read_golden
-from hetero_ppo.reward.self_check import check_alignment
+from hetero_ppo.reward.self_check import build_proved
 from hetero_ppo.trainers.export import single_process
 from hetero_ppo.trainers.run import end_run
-from megatron_bridge import platform
 
 TIMEOUT_MINUTES = 30.0
 
 
 @contextmanager
-def reward_engine(args: argparse.Namespace) -> Iterator[ModelEngine]:
-    """The checkpoint in the layout that the arguments name.
+def reward_engine(args: argparse.Namespace, *, has_to_be_aligned: bool = False) -> Iterator[ModelEngine]:
+    """Give the checkpoint in the layout that the arguments name: aligned, unless ``--plain`` is given or it cannot be, which is printed.
 
     Raises:
+        RunError: it has to be aligned, and its bits depend on the batch.
         ValueError: no such folder, or one without a score head.
     """
     checkpoint: Path = args.checkpoint
@@ -49,7 +49,7 @@ def reward_engine(args: argparse.Namespace) -> Iterator[ModelEngine]:
         model=ModelConfig(path=str(checkpoint), dtype=_dtype(args.dtype, checkpoint)),
         parallel=ParallelConfig(tensor=args.tensor, pipeline=args.pipeline, sequence=args.sequence),
         micro_batch_size=args.micro_batch_size,
-        aligned=not args.plain,
+        aligned=False if args.plain else True if has_to_be_aligned else None,
     )
     with nullcontext() if "RANK" in os.environ else single_process():
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_WORLD_SIZE"])))
@@ -61,14 +61,15 @@ def reward_engine(args: argparse.Namespace) -> Iterator[ModelEngine]:
 
 
 def _build(config: RoleConfig, checkpoint: Path) -> ModelEngine:
-    engine = ModelEngine("reward_model", config, "score")
+    engine = build_proved(config, lambda role: ModelEngine("reward_model", role, "score"), _say, "scores whose bits are no record")
     if engine.load_report.initialised:
         raise ValueError(f"--checkpoint {checkpoint}: the model has no score head; give the export of a reward-model run")
-    if engine.bridge.aligned and platform.HAS_CUDA:
-        proof = check_alignment(engine)
-        if dist.get_rank() == 0:
-            print(proof)
     return engine
+
+
+def _say(line: str) -> None:
+    if dist.get_rank() == 0:
+        print(line)
 
 
 def _dtype(given: str | None, checkpoint: Path) -> Dtype | None:
@@ -163,9 +164,9 @@ def verify(args: argparse.Namespace) -> None:
     if args.plain:
         raise ValueError("--plain: the plain forward promises no bits to verify; leave it out")
     if not file.is_file():
-        raise ValueError(f"--checkpoint {args.checkpoint}: has no {GOLDEN_FILE}; a run with reward.aligned writes it")
+        raise ValueError(f"--checkpoint {args.checkpoint}: has no {GOLDEN_FILE}; a run whose reward model is aligned writes it")
     golden = read_golden(file)
-    with reward_engine(args) as engine:
+    with reward_engine(args, has_to_be_aligned=True) as engine:
         elsewhere = "; ".join(golden.made_elsewhere(engine))
         if elsewhere and dist.get_rank() == 0:
             print(f"made elsewhere, so bits may differ: {elsewhere}")

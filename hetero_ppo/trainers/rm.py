@@ -21,7 +21,7 @@ from hetero_ppo.engines.train_engine import TrainEngine, TrainStepResult
 from hetero_ppo.reward.golden import GOLDEN_FILE, make_golden
 from hetero_ppo.trainers.run import Run
 from hetero_ppo.trainers.run_inputs import model_inputs, text_inputs
-from hetero_ppo.trainers.supervised import SupervisedTrainer, describe_loaded, make_sampler
+from hetero_ppo.trainers.supervised import SupervisedTrainer, build_role, make_sampler
 
 
 class RewardModelTrainer(SupervisedTrainer):
@@ -40,8 +40,7 @@ class RewardModelTrainer(SupervisedTrainer):
         run.check_inputs(text_inputs(config, run.resume, encoder, self.data, {}) + model_inputs(config))
         batching = derive_supervised(config, run.world_size, len(self.data))
         run.say(batching.describe())
-        engine = TrainEngine("reward", config.reward, "score", batching.total_steps)
-        describe_loaded(run, engine)
+        engine = build_role(run, "reward", config.reward, lambda role: TrainEngine("reward", role, "score", batching.total_steps))
         sampler = make_sampler(self.data, config.train.global_batch_size, config.run, config.data)
         super().__init__(run, config.run, config.train, config.checkpoint, batching, sampler, engine, encoder)
         self.loss = config.loss

@@ -50,6 +50,7 @@ class Run:
     beginning: Beginning
     resume: Resume | None  # what it goes on from; None: it is a run from the beginning
     inputs: dict[str, str] = field(default_factory=dict)  # name -> digest of what it is made from; filled by check_inputs
+    aligned: dict[str, bool] = field(default_factory=dict)  # role whose ``aligned`` is null -> what it came to; filled by build_role
     changed_inputs: set[str] = field(default_factory=set)  # names of those that are not the checkpoint's, which is allowed
 
     @property
@@ -61,7 +62,8 @@ class Run:
     def about(self) -> dict[str, Any]:
         """What every checkpoint says of its run."""
         begun = self.beginning.begun.isoformat()
-        return {"run_id": self.beginning.run_id, "begun": begun, "inputs": self.inputs, "digests_version": DIGESTS_VERSION}
+        about = {"run_id": self.beginning.run_id, "begun": begun, "inputs": self.inputs, "digests_version": DIGESTS_VERSION}
+        return {**about, "aligned": self.aligned}
 
     def check_inputs(self, inputs: Sequence[Input]) -> None:
         """Compare what the run is made from with the checkpoint that it goes on from, and note it for its own checkpoints.

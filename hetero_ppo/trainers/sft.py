@@ -18,7 +18,7 @@ from hetero_ppo.engines.outputs import log_probs_output
 from hetero_ppo.engines.train_engine import TrainEngine, TrainStepResult
 from hetero_ppo.trainers.run import Run
 from hetero_ppo.trainers.run_inputs import model_inputs, text_inputs
-from hetero_ppo.trainers.supervised import SupervisedTrainer, describe_loaded, make_sampler
+from hetero_ppo.trainers.supervised import SupervisedTrainer, build_role, make_sampler
 from hetero_ppo.types import AnswerInputs
 
 
@@ -38,8 +38,7 @@ class SftTrainer(SupervisedTrainer):
         run.check_inputs(text_inputs(config, run.resume, encoder, self.data, {}) + model_inputs(config))
         batching = derive_supervised(config, run.world_size, len(self.data))
         run.say(batching.describe())
-        engine = TrainEngine("actor", config.actor, "lm", batching.total_steps)
-        describe_loaded(run, engine)
+        engine = build_role(run, "actor", config.actor, lambda role: TrainEngine("actor", role, "lm", batching.total_steps))
         sampler = make_sampler(self.data, config.train.global_batch_size, config.run, config.data)
         super().__init__(run, config.run, config.train, config.checkpoint, batching, sampler, engine, encoder)
         self.loss_fn = sft_loss_fn(engine.vocab_size, engine.groups, engine.vocab_parts)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 from hetero_ppo.algorithms.losses import mean_metrics
 from hetero_ppo.checkpoint.manager import CheckpointManager
 from hetero_ppo.config.derived import SupervisedBatching
-from hetero_ppo.config.schema import CheckpointConfig, DataConfig, HeadInit, RunConfig, SupervisedTrainConfig
+from hetero_ppo.config.schema import CheckpointConfig, DataConfig, HeadInit, RoleConfig, RunConfig, SupervisedTrainConfig
 from hetero_ppo.data.chat_template import TextEncoder
 from hetero_ppo.data.dataset import Dataset, Example
 from hetero_ppo.data.export_files import export_files
@@ -19,13 +21,15 @@ from hetero_ppo.engines.train_engine import TrainEngine, TrainStepResult
 from hetero_ppo.observability.metrics import MetricsLogger
 from hetero_ppo.observability.progress import progress
 from hetero_ppo.observability.timers import PhaseTimer
-from hetero_ppo.reward.self_check import check_alignment
+from hetero_ppo.reward.self_check import build_proved
 from hetero_ppo.runtime.unsaved import UnsavedWork
 from hetero_ppo.trainers.run import Run, first_step
 from hetero_ppo.types import StepMetrics
 from megatron_bridge import platform
 
 E = TypeVar("E", bound=Example)
+C = TypeVar("C", bound=RoleConfig)
+RoleEngine = TypeVar("RoleEngine", bound=ModelEngine)
 
 
 class SupervisedTrainer(ABC):
@@ -168,17 +172,46 @@ def load_sampler(sampler: ResumableSampler, state: dict[str, Any], run: Run) -> 
     sampler.load_state_dict(state, allowed=allowed, is_data_allowed=run.allows("data.train"))
 
 
-def describe_loaded(run: Run, engine: ModelEngine) -> None:
-    """Name every tensor that was initialised rather than loaded; on CUDA an aligned role has to prove its bits. Collective.
+def build_role(run: Run, name: str, config: C, build: Callable[[C], RoleEngine]) -> RoleEngine:
+    """Build a role of a run, aligned where its configuration and the device say so, and print what was loaded. Collective.
+
+    A run that goes on from a checkpoint computes a role as that run did where ``aligned`` is null in both, and prints it where it cannot.
+
+    Args:
+        run: Notes whether the role is aligned where that was left open, for its checkpoints.
+        name: Of the role.
+        config: Model and layout.
+        build: Makes the engine of a configuration.
 
     Raises:
-        RunError: the role is aligned, and its bits depend on the batch.
+        RunError: the role was asked to be aligned, and its bits depend on the batch.
     """
+    if config.aligned is not None:
+        engine = build_proved(config, build, run.say)
+        describe_loaded(run, engine)
+        return engine
+    before = None if run.resume is None else run.resume.aligned.get(name)
+    engine = build_proved(config if before is not False else dataclasses.replace(config, aligned=False), build, run.say)
+    describe_loaded(run, engine)
+    run.aligned[name] = engine.bridge.aligned
+    if before is False:
+        engine.plain_because = "aligned is null, and it was plain in the run that the checkpoint is of"
+        run.say(f"{name}: plain, as in the run of {run.resume.folder} ({name}.aligned is null): no golden scores; set it to true to be aligned")
+    elif before and not engine.bridge.aligned:
+        run.say(
+            f"WARNING: {name} was aligned in the run of {run.resume.folder} and is not any more ({name}.{engine.plain_because}): the bits of "
+            "its outputs are other ones from here on"
+        )
+    elif before is None and run.resume is not None and engine.bridge.aligned and platform.HAS_CUDA:
+        run.say(f"{name}: aligned from here on; {run.resume.folder} does not say whether it was")
+    return engine
+
+
+def describe_loaded(run: Run, engine: ModelEngine) -> None:
+    """Name every tensor that was initialised rather than loaded."""
     report = engine.load_report
     model = engine.config.model
     run.say(f"{engine.role}: {report.loaded} tensors loaded from {model.path}")
     for name in report.initialised:
         start = "at zero" if head_init(model, engine.head) is HeadInit.zero else f"at random, seed {model.init_seed}"
         run.say(f"{engine.role}: {name} was INITIALISED ({start}): the checkpoint has none")
-    if engine.bridge.aligned and platform.HAS_CUDA:
-        run.say(check_alignment(engine))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,19 +20,25 @@ from torch import Tensor
 
 from hetero_ppo.algorithms.losses import mean_metrics
 from hetero_ppo.cli.main import main
-from hetero_ppo.config.schema import AlgorithmConfig, TrainedRoleConfig
+from hetero_ppo.config.schema import AlgorithmConfig, ResidencyConfig, TrainedRoleConfig
 from hetero_ppo.data.collate import pad_right
 from hetero_ppo.data.preference import PreferenceExample
 from hetero_ppo.distributed.groups import finish, initialise
 from hetero_ppo.engines.losses import actor_loss_fn
 from hetero_ppo.engines.model_engine import ModelEngine
-from hetero_ppo.engines.outputs import log_probs_output, values_output
+from hetero_ppo.engines.outputs import log_probs_output, scores_output, values_output
+from hetero_ppo.engines.shared_device import SharedDevice
 from hetero_ppo.engines.train_engine import TrainEngine
 from hetero_ppo.errors import RunError
+from hetero_ppo.memory.kinds import FORWARD
+from hetero_ppo.reward import self_check
 from hetero_ppo.reward.golden import GOLDEN_FILE, GoldenGuard, golden_guard, make_golden, read_golden
 from hetero_ppo.reward.self_check import check_alignment
-from hetero_ppo.trainers import reward_commands
+from hetero_ppo.trainers import reward_commands, supervised
+from hetero_ppo.trainers.rm import RewardModelTrainer
+from hetero_ppo.trainers.supervised import build_role
 from hetero_ppo.types import PolicyInputs
+from megatron_bridge.aligned import products
 
 
 @pytest.fixture
@@ -108,6 +116,106 @@ def test_an_aligned_role_passes_its_self_check_and_a_plain_one_does_not(
         else:
             with pytest.raises(RunError, match="the first layer whose output differs is the (layer [01]|final norm)"):
                 check_alignment(engine)
+
+
+@pytest.fixture
+def on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The self-check is asked for, as on CUDA; of two sequences, for speed."""
+    for module in (self_check, supervised):
+        monkeypatch.setattr(module, "platform", SimpleNamespace(HAS_CUDA=True))
+    monkeypatch.setattr(self_check, "LENGTHS", (5, 65))
+
+
+@pytest.fixture
+def faulty_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products of many rows are other ones: in their last bits, as those of a kernel are that cuts a sum by the number of rows."""
+    product = products._rows_product
+
+    def by_rows(rows: Tensor, weight: Tensor) -> Tensor:
+        found = product(rows, weight)
+        return found if len(rows) < 100 else found * (1 + 2**-7)
+
+    monkeypatch.setattr(products, "_rows_product", by_rows)
+
+
+def _run(aligned: dict[str, bool] | None = None) -> SimpleNamespace:
+    """A run as ``build_role`` sees it; with the notes of a checkpoint that it goes on from."""
+    said: list[str] = []
+    resume = None if aligned is None else SimpleNamespace(aligned=aligned, folder=Path("checkpoint"))
+    return SimpleNamespace(say=said.append, said=said, aligned={}, resume=resume)
+
+
+def _build(run: SimpleNamespace, folder: Path, aligned: bool | None, device: SharedDevice | None = None) -> ModelEngine:
+    config = dataclasses.replace(role_config(folder, "bf16", {}, aligned), micro_batch_size=3)
+    return build_role(run, "reward", config, lambda role: TrainEngine("reward", role, "score", 1, device))
+
+
+def test_by_default_a_role_is_aligned_where_it_proves_it(world: None, models: Path, on_cuda: None) -> None:
+    for aligned, noted in ((None, {"reward": True}), (True, {})):
+        run = _run()
+        engine = _build(run, models / "qwen3-score", aligned)
+        assert engine.bridge.aligned and engine.plain_because is None and run.aligned == noted
+        assert any("have the same bits alone and among others" in line for line in run.said)
+
+
+def test_by_default_a_role_that_fails_the_self_check_is_plain(
+    world: None, models: Path, on_cuda: None, faulty_kernel: None, tmp_path: Path
+) -> None:
+    """One loud line; what was built first leaves nothing on the device; there are no golden scores, and none are checked."""
+    ids, lengths = pad_right([tokens.tolist() for tokens in sequences()])
+    expected = ModelEngine("plain", dataclasses.replace(role_config(models / "qwen3-score", "bf16", {}, False), micro_batch_size=3), "score")
+    with contextlib.closing(SharedDevice(ResidencyConfig(offload=True))) as device:
+        run = _run()
+        engine = _build(run, models / "qwen3-score", None, device)
+        (line,) = [line for line in run.said if "WARNING" in line]
+        assert re.match(r"WARNING: reward: NOT ALIGNED\. .* the first layer whose output differs is the layer 0\. .*no golden scores", line)
+        assert not engine.bridge.aligned and run.aligned == {"reward": False} and engine.config.aligned is False
+        device.settle()
+        assert device.roles == {"reward": engine.residency} and device.limit == engine.residency.num_bytes(FORWARD)
+        with engine.on_device(phase="scores"):
+            assert torch.equal(engine.forward(ids, lengths, scores_output), expected.forward(ids, lengths, scores_output))
+    guard, note = golden_guard(engine, 1)
+    assert guard is None and "golden scores are not checked, reward.aligned is null, and it failed the self-check" in note
+    trainer = SimpleNamespace(engine=engine)
+    assert RewardModelTrainer.weight_files(trainer) == {}
+    with pytest.raises(RunError, match="reward.aligned: the bits of .* set reward.aligned to false"):
+        _build(_run(), models / "qwen3-score", True)
+
+
+def test_a_run_that_goes_on_computes_its_roles_as_before(
+    world: None, models: Path, on_cuda: None, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    was_plain = _run({"reward": False})
+    with monkeypatch.context() as patch:
+        patch.setattr(self_check, "find_difference", lambda engine: pytest.fail("a plain role proves nothing"))
+        engine = _build(was_plain, models / "qwen3-score", None)
+    assert not engine.bridge.aligned and was_plain.aligned == {"reward": False}
+    assert any(line.startswith("reward: plain, as in the run of checkpoint") for line in was_plain.said)
+    assert "it was plain in the run that the checkpoint is of" in golden_guard(engine, 1)[1]
+    for noted, line in (({"reward": True}, None), ({}, "reward: aligned from here on; checkpoint does not say whether it was")):
+        run = _run(noted)
+        assert _build(run, models / "qwen3-score", None).bridge.aligned
+        assert [said for said in run.said if "checkpoint" in said] == ([] if line is None else [line])
+    request.getfixturevalue("faulty_kernel")
+    was_aligned = _run({"reward": True})
+    assert not _build(was_aligned, models / "qwen3-score", None).bridge.aligned
+    assert any(line.startswith("WARNING: reward was aligned in the run of checkpoint and is not any more") for line in was_aligned.said)
+
+
+def test_the_commands_fall_back_too_but_for_verify(
+    models: Path, tmp_path: Path, on_cuda: None, faulty_kernel: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "rm"
+    shutil.copytree(models / "qwen3-score", folder)
+    data = tmp_path / "rows.jsonl"
+    data.write_text(json.dumps({"token_ids": [5, 6]}) + "\n")
+    options = ["--checkpoint", str(folder), "--dtype", "bf16"]
+    assert main(["score", *options, "--data", str(data), "--out", str(tmp_path / "out.jsonl")]) == 0
+    assert "WARNING: reward_model: NOT ALIGNED" in capsys.readouterr().out
+    pair = {"pair": 0, "chosen_ids": [5], "rejected_ids": [6], "chosen_score": "0x0p+0", "rejected_score": "0x0p+0", "layers": []}
+    (folder / GOLDEN_FILE).write_text("\n".join(map(json.dumps, [{"record": {"dtype": "bf16"}}, pair])))
+    assert main(["verify", "rm", *options]) == 1
+    assert "reward_model.aligned: the bits of a sequence of" in capsys.readouterr().err
 
 
 @pytest.mark.gpu

@@ -145,6 +145,19 @@ def test_aligned_refuses_experts_and_other_divisions() -> None:
         _bridge({"aligned": True, "tensor": 3}, **heads)
 
 
+def test_an_open_choice_is_aligned_where_model_layout_and_device_allow_it() -> None:
+    """And says why it is not."""
+    bf16 = {"dtype": torch.bfloat16, "aligned": None, "on_cuda": True}
+    assert _bridge(bf16).aligned and _bridge({"aligned": None}).aligned and _bridge(bf16).plain_because is None
+    for layout, why in (({"dtype": torch.float32}, "needs bf16 on CUDA, not torch.float32"), ({"context": 2}, "has no context parallelism")):
+        bridge = _bridge({**bf16, **layout})
+        assert not bridge.aligned and bridge.plain_because is not None and bridge.plain_because.startswith(why)
+    chosen = _bridge({**bf16, "aligned": False})
+    assert not chosen.aligned and chosen.plain_because is None
+    with pytest.raises(ValueError, match="aligned needs bf16 on CUDA"):
+        _bridge({**bf16, "dtype": torch.float32, "aligned": True})
+
+
 def test_window_that_no_layer_uses_is_accepted() -> None:
     _bridge(model_type="qwen2", use_sliding_window=False, sliding_window=64, max_window_layers=2)
     _bridge(model_type="qwen2", use_sliding_window=True, sliding_window=64, max_window_layers=4)

@@ -25,6 +25,7 @@ from hetero_ppo.config.render import save_config
 from hetero_ppo.runtime.changes import Change, compare, config_values
 from hetero_ppo.runtime.inputs import Input, check_inputs, function_digest
 from hetero_ppo.runtime.resume import DIGESTS_VERSION, Resume, beginning, check_changes, read_resume
+from hetero_ppo.trainers.run import Run
 
 ROLE = {"model": {"path": "model"}}
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -259,3 +260,11 @@ def test_a_name_that_cannot_be_allowed_is_refused(name: str, message: str) -> No
     checkpoint = schema.CheckpointConfig(allow_changes=["algorithm", name])
     with pytest.raises(ValueError, match=f"checkpoint.allow_changes={name}: .*{message}"):
         check_allowed_changes(schema.PpoConfig(checkpoint=checkpoint), 1)
+
+
+def test_a_checkpoint_notes_which_open_roles_were_aligned(tmp_path: Path) -> None:
+    run_dir = save_checkpoint(configured(tmp_path, "ppo"), aligned={"reward_model": True})
+    resume = read_resume(configured(tmp_path, "ppo", f"checkpoint.load={run_dir}"))
+    assert resume is not None and resume.aligned == {"reward_model": True}
+    nothing = functools.partial(Run, tmp_path, True, 1, None, None, beginning(None), None)
+    assert nothing(aligned={"reward_model": False}).about["aligned"] == {"reward_model": False}

@@ -16,6 +16,7 @@ from hetero_ppo.distributed import groups
 from hetero_ppo.distributed.groups import finish, initialise
 from hetero_ppo.distributed.world import RUN_KEY
 from hetero_ppo.errors import RunError
+from hetero_ppo.reward import self_check
 
 
 def listening() -> set[str]:
@@ -35,6 +36,8 @@ def main() -> None:
     total = torch.tensor([rank + 1.0])
     dist.all_reduce(total)
     assert float(total) == 3.0 and listening() == {"0100007F"}, listening()
+    # A fault of one rank's device is known to all, so that all build the same layers.
+    assert self_check._agreed("the fault of rank 1" if rank else None) == "the fault of rank 1" and self_check._agreed(None) is None
     group = groups._group([[0, 1]])
     assert group is not None and group.size() == 2
     if rank == 1:
