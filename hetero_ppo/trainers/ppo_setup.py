@@ -27,7 +27,7 @@ from hetero_ppo.config.derived import (
     weight_transfer,
 )
 from hetero_ppo.config.devices import dtype_of
-from hetero_ppo.config.schema import OldLogProbs, PpoConfig, RewardRoleConfig
+from hetero_ppo.config.schema import OldLogProbs, PpoConfig, RewardRoleConfig, TrainedRoleConfig
 from hetero_ppo.data.chat_template import TextEncoder, load_text_encoder
 from hetero_ppo.data.collate import collate_prompts
 from hetero_ppo.data.dataset import Dataset
@@ -226,9 +226,15 @@ def shared_device(config: PpoConfig, trace: TraceRecorder) -> SharedDevice:
 
 def build_roles(config: PpoConfig, run: Run, batching: PpoBatching, device: SharedDevice) -> Roles:
     """Build and load the models, one after the other; each leaves the device before the next. Collective."""
-    actor_steps, critic_steps = batching.actor.total_optimizer_steps, batching.critic.total_optimizer_steps
-    actor = build_role(run, "actor", config.actor, lambda role: TrainEngine("actor", role, "lm", actor_steps, device))
-    critic = build_role(run, "critic", config.critic, lambda role: TrainEngine("critic", role, "value", critic_steps, device))
+
+    def build_actor(role: TrainedRoleConfig) -> TrainEngine:
+        return TrainEngine("actor", role, "lm", batching.actor.total_optimizer_steps, device)
+
+    def build_critic(role: TrainedRoleConfig) -> TrainEngine:
+        return TrainEngine("critic", role, "value", batching.critic.total_optimizer_steps, device)
+
+    actor = build_role(run, "actor", config.actor, build_actor)
+    critic = build_role(run, "critic", config.critic, build_critic)
     reference = build_role(run, "reference", config.reference, lambda role: ModelEngine("reference", role, "lm", device=device))
     reward_models = []
     for name, scorer in config_reward_models(config).items():
