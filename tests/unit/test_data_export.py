@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-from hetero_ppo.config.schema import DataConfig, ModelConfig, PpoConfig
+from hetero_ppo.config.schema import DataConfig, Dtype, ModelConfig, PpoConfig
 from hetero_ppo.data.chat_template import load_text_encoder
 from hetero_ppo.data.export_files import export_files
 from hetero_ppo.data.tokenizer_training import train_tokenizer
@@ -75,7 +75,7 @@ def test_a_classifier_is_never_padded_with_what_ends_a_sequence(tmp_path: Path, 
 def test_both_engines_stop_at_every_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = model_folder(tmp_path / "model")
     config = PpoConfig()
-    config.actor.model.path = str(folder)
+    config.actor.model.path, config.actor.model.dtype = str(folder), Dtype.fp32
     encoder = load_text_encoder(config.actor.model, DataConfig(train="unused.jsonl"), "actor")
     given: list[dict[str, Any]] = []
 
