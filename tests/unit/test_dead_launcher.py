@@ -43,7 +43,10 @@ def test_a_closed_terminal_asks_for_a_stop_unless_the_run_was_started_with_nohup
     nohup = ["nohup"] if is_ignored else []
     command = [*nohup, sys.executable, "-m", "hetero_ppo.cli.launcher", "--standalone", "--nproc-per-node", "1", str(program), str(there)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    # What has a handler is the default in a new process, also where the tests themselves run under nohup.
+    previous = signal.signal(signal.SIGHUP, lambda number, frame: None)
     with subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as launcher:
+        signal.signal(signal.SIGHUP, previous)
         until = time.monotonic() + 60
         while not there.exists():
             assert launcher.poll() is None and time.monotonic() < until
