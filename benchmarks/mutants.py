@@ -71,6 +71,7 @@ class Mutant:
     new: str
     test: str  # pytest's node id: a file, or file::function
     fast: bool = False  # one of those that run with the suite
+    options: tuple[str, ...] = ()  # options that the edit takes away, as "Class.field" of hetero_ppo/config/schema.py
 
 
 @dataclass
@@ -116,12 +117,17 @@ def read_mutants(path: Path = MUTANTS) -> list[Mutant]:
         missing = {"name", "area", "file", "old", "new", "test"} - table.keys()
         if unknown or missing:
             raise ValueError(f"{path.name}: {table.get('name', table)}: unknown fields {sorted(unknown)}, missing {sorted(missing)}")
-        mutants.append(Mutant(**table))
+        mutants.append(Mutant(**{**table, "options": tuple(table.get("options", ()))}))
     names = [mutant.name for mutant in mutants]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(f"{path.name}: these names come twice: {', '.join(twice)}")
     return mutants
+
+
+def read_exempt_options(path: Path = MUTANTS) -> dict[str, str]:
+    """Read the options that have no mutant, as "Class.field", and why no test on a CPU can notice their loss."""
+    return tomllib.loads(path.read_text()).get("without_mutant", {})
 
 
 def mutated(mutant: Mutant, root: Path) -> str:

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from hetero_ppo.config.schema import LrSchedule, ModelConfig, OptimizerConfig, TrainedRoleConfig
+from hetero_ppo.config.schema import DdpConfig, Dtype, HeadInit, LrSchedule, ModelConfig, OptimizerConfig, TrainedRoleConfig
 from hetero_ppo.engines.losses import sft_loss_fn
 from hetero_ppo.engines.outputs import log_probs_output
 from hetero_ppo.engines.train_engine import TrainEngine, TrainStepResult
 from hetero_ppo.types import AnswerInputs, Microbatch
 from megatron_bridge.config_mapping import VOCAB_PARTS
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 pytestmark = pytest.mark.usefixtures("world")
 
@@ -132,6 +133,45 @@ def test_recomputation_computes_again(model: Path, recompute: str | None, layers
     with torch.no_grad():
         engine.forward(rows_of_step(0), torch.full((ROWS,), LENGTH), lambda logits, m: torch.zeros(len(m.token_ids)))
     assert calls == {"layer": 2, "mlp": 2}
+
+
+def test_sizes_of_micro_batches_are_the_roles_own(model: Path) -> None:
+    config = TrainedRoleConfig(
+        ModelConfig(path=str(model)), micro_batch_size=5, micro_batch_tokens=70, forward_micro_batch_tokens=90, packing=False
+    )
+    engine = TrainEngine("actor", config, "lm", STEPS)
+    assert (engine.training_size.rows, engine.training_size.tokens, engine.forward_size.tokens) == (5, 70, 90)
+    assert engine.training_size.packed is False
+    engine.config.packing = True
+    assert engine.training_size.packed is engine.forward_size.packed is True
+    engine.train_config.forward_micro_batch_tokens = None
+    assert engine.forward_size.tokens == 70
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_gradients_are_reduced_in_buckets_while_others_are_computed(model: Path, overlap: bool) -> None:
+    """Only then are there several buckets, each but the last of ``bucket_size`` parameters at least; and parameters are gathered in the
+    next forward. Without, the optimizer of the whole rank has them all."""
+    ddp = DdpConfig(overlap_grad_reduce=overlap, overlap_param_gather=overlap, bucket_size=3000)
+    config = TrainedRoleConfig(ModelConfig(path=str(model)), optimizer=OptimizerConfig(distributed=overlap), ddp=ddp)
+    engine = TrainEngine("actor", config, "lm", STEPS)
+    (chunk,) = engine.chunks
+    sizes = [sum(p.numel() for p in bucket.params_list) for buffer in chunk.buffers for bucket in buffer.buckets]
+    assert sum(sizes) == sum(p.numel() for p in engine.models[0].parameters())
+    assert len(sizes) > 4 and min(sizes[:-1]) >= 3000 and max(sizes) < 9000 if overlap else len(sizes) == 1
+    assert bool(chunk.remove_forward_pre_hook_handles) is overlap
+    assert isinstance(engine.optimizer.chained_optimizers[0], DistributedOptimizer) is overlap
+    assert (engine.bridge.transformer.no_sync_func is not None) is overlap
+
+
+def test_dtype_and_seed_of_a_model(model: Path) -> None:
+    heads = []
+    for seed in (3, 3, 4):
+        config = ModelConfig(path=str(model), dtype=Dtype.bf16, head_init=HeadInit.normal, init_seed=seed)
+        engine = TrainEngine("critic", TrainedRoleConfig(config), "value", STEPS)
+        assert {parameter.dtype for parameter in engine.models[0].parameters()} == {torch.bfloat16}
+        heads.append(dict(engine.stream_weights())["score.weight"].clone())
+    assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
 
 
 @pytest.mark.parametrize("aligned", [True, False])

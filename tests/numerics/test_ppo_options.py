@@ -56,6 +56,9 @@ RUNS: dict[str, dict[str, object]] = {
         "rollout.max_num_seqs": 16,
         "train.replay_rollouts": "null",
         "rollout.sampling.max_tokens": 4,
+        "data.eval": "${data.train}",
+        "train.eval_every": 2,
+        "rollout.eval_sampling.max_tokens": 3,
     },
 }
 #: Asks the run to stop while it scores the first step, and gives 0.5 less than there are characters.
@@ -178,6 +181,15 @@ def test_every_step_generates_with_its_own_weights(rank: OneRank) -> None:
         assert metrics["rollout/log_prob_diff_max"] < 1e-4, step
         assert metrics["rollout/golden_log_prob_diff"] < 1e-4, step
     assert abs(read_metrics(rank.folder("generated"))[2]["kl/reference"]) > 1e-4
+
+
+def test_held_out_prompts_are_answered_when_and_as_the_options_say(rank: OneRank) -> None:
+    """After every second step, with the sampling of the evaluation. Without a word about it the run writes no export and no rollouts."""
+    folder = rank.folder("generated")
+    metrics = read_metrics(folder)
+    assert [step for step in metrics if "eval/reward" in metrics[step]] == [2]
+    assert metrics[2]["eval/response_length"] <= 3 < metrics[2]["response_length/mean"]
+    assert not (folder / "hf").exists() and not (folder / "rollouts").exists()
 
 
 def test_a_function_scores_and_a_signal_stops_after_the_step(rank: OneRank) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy
 import pytest
 import torch
 
@@ -44,6 +48,30 @@ def test_a_run_folder_that_cannot_be_written_is_named_with_the_reason(
     started = run.start_run(load_config(str(config), ["run.threads=1"]), StopRequests(1.0))
     with pytest.raises(ValueError, match=rf"run.dir is '{folder}': cannot write there \(\w+[\w ]+\)"), started:
         pass
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_run_starts_with_its_options(deterministic: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine with a GPU: threads, seeds, deadlines, and kernels that give the same bits twice."""
+    given: dict[str, Any] = {"deterministic": False}
+    monkeypatch.setattr(run, "platform", SimpleNamespace(HAS_CUDA=True, device=lambda: torch.device("cuda")))
+    monkeypatch.setattr(run, "check_compiler", lambda: None)
+    monkeypatch.setattr(run, "set_deterministic", lambda variables: given.update(deterministic=True) or {})
+    monkeypatch.setattr(run, "initialise", lambda minutes: given.update(minutes=minutes))
+    monkeypatch.setattr(run, "end_run", lambda: None)
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: given.update(threads=threads))
+    monkeypatch.setattr(run, "Watchdog", lambda folder, rank, timeout_s, **_: given.update(timeout_s=timeout_s))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    path = tmp_path / "sft.yaml"
+    path.write_text("kind: sft\ndata: {train: a.jsonl}\nactor: {model: {path: m}}\n")
+    options = {"dir": tmp_path / "run", "threads": 3, "seed": 5, "timeout_minutes": 7, "phase_timeout_minutes": 2}
+    overrides = [f"run.{name}={value}" for name, value in {**options, "deterministic": str(deterministic).lower()}.items()]
+    with run.start_run(load_config(str(path), overrides), StopRequests(1.0)) as started:
+        drawn = random.random(), numpy.random.rand(), torch.rand(1)
+        assert started.dir == tmp_path / "run" and (started.dir / "config.yaml").is_file()
+    assert given == {"threads": 3, "minutes": 7, "timeout_s": 120, "deterministic": deterministic}
+    torch.manual_seed(5)
+    assert drawn == (random.Random(5).random(), numpy.random.RandomState(5).rand(), torch.rand(1))
 
 
 def test_the_deadline_of_a_run_is_that_of_every_group() -> None:

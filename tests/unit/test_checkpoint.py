@@ -7,11 +7,13 @@ import random
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy
 import pytest
 import torch
 
+from hetero_ppo.checkpoint import manager as manager_module
 from hetero_ppo.checkpoint.manager import (
     CheckpointManager,
     best_checkpoint,
@@ -142,6 +144,22 @@ def test_the_best_checkpoint(tmp_path: Path, metric: str, step: int | None) -> N
     folders = [write_checkpoint(tmp_path, number, **metrics) for number, metrics in values.items()]
     best = best_checkpoint(folders, metric)
     assert (None if best is None else best.name) == (None if step is None else f"iter_{step:07d}")
+
+
+@pytest.mark.parametrize(("is_async", "wait"), [(True, False), (True, True), (False, False)])
+def test_a_save_is_waited_for_where_that_is_asked_for(
+    is_async: bool, wait: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For the one before always, and for itself where nothing follows, or ``async_save`` is false."""
+    finished: list[bool] = []
+    monkeypatch.setattr(manager_module, "dist", SimpleNamespace(get_rank=lambda: 0))
+    monkeypatch.setattr(manager_module, "_rng_file", lambda folder, rank: {})
+    monkeypatch.setattr(manager_module.PendingSave, "begin", lambda *_: None)
+    monkeypatch.setattr(CheckpointManager, "_snapshot", lambda *_: [])
+    monkeypatch.setattr(CheckpointManager, "finish", lambda self, *, wait: finished.append(wait))
+    saves = CheckpointManager(tmp_path, CheckpointConfig(async_save=is_async), timeout_s=1.0)
+    saves.save(1, {}, {}, {}, wait=wait)
+    assert finished == ([True] if is_async and not wait else [True, True])
 
 
 def test_random_generators_come_back() -> None:

@@ -72,6 +72,21 @@ def test_a_classifier_is_never_padded_with_what_ends_a_sequence(tmp_path: Path, 
     assert AutoConfig.from_pretrained(folder).pad_token_id == exported
 
 
+def test_the_tokenizer_and_the_template_are_those_of_the_options(tmp_path: Path) -> None:
+    folder, other = model_folder(tmp_path / "model"), model_folder(tmp_path / "other")
+    (tmp_path / "mine.jinja").write_text(TEMPLATE)
+    own = (folder / "chat_template.jinja").read_text()
+    for tokenizer, data, source, template in (
+        (None, {}, folder, own),
+        (other, {}, other, own),
+        (None, {"chat_template": str(tmp_path / "mine.jinja")}, folder, TEMPLATE),
+        (None, {"apply_chat_template": False}, folder, None),
+    ):
+        model = ModelConfig(path=str(folder), tokenizer=None if tokenizer is None else str(tokenizer))
+        encoder = load_text_encoder(model, DataConfig(train="unused.jsonl", **data), "actor")
+        assert (encoder.source, encoder.template) == (str(source), template)
+
+
 def test_both_engines_stop_at_every_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = model_folder(tmp_path / "model")
     config = PpoConfig()

@@ -133,6 +133,44 @@ def test_a_key_may_lie_in_an_object(tmp_path: Path) -> None:
     assert [example.label for example in prompts.examples] == ["4", "5"]
 
 
+#: Kind of data -> a row, and its column -> the option that names the column.
+COLUMNS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
+    "conversation": ({"messages": [turn("user", "a"), turn("assistant", "b")], "tools": TOOLS}, {"messages": "messages_key", "tools": "tools_key"}),
+    "completion": ({"prompt": "hello", "completion": "there"}, {"prompt": "prompt_key", "completion": "completion_key"}),
+    "pair": ({"prompt": "hello", "chosen": "a", "rejected": "b"}, {"prompt": "prompt_key", "chosen": "chosen_key", "rejected": "rejected_key"}),
+    "question": ({"prompt": "hello"}, {"prompt": "prompt_key"}),
+    "prompt": (
+        {"messages": [turn("user", "hello")], "tools": TOOLS, "label": "4", "metadata": {"level": 2}},
+        {"messages": "messages_key", "tools": "tools_key", "label": "label_key", "metadata": "metadata_key"},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", COLUMNS)
+def test_every_column_may_have_another_name(kind: str, tmp_path: Path) -> None:
+    """The examples are those of the usual names."""
+    row, options = COLUMNS[kind]
+    load = {"pair": load_preferences, "prompt": load_prompts, "question": load_prompts}.get(kind, load_sft)
+
+    def examples(name: str, row: dict[str, Any], **changes: str) -> list[Any]:
+        return list(load(write_jsonl(tmp_path / name, [row]), data_config(**changes), chatml_encoder(TOOL_TEMPLATE)).examples)
+
+    usual = examples("usual.jsonl", row)
+    for column, option in options.items():
+        renamed = {f"my_{name}" if name == column else name: value for name, value in row.items()}
+        assert examples("renamed.jsonl", renamed, **{option: f"my_{column}"}) == usual, option
+
+
+@pytest.mark.parametrize("kind", ["completion", "pair"])
+def test_a_sequence_may_be_so_long(kind: str, tmp_path: Path) -> None:
+    load = load_preferences if kind == "pair" else load_sft
+    path = write_jsonl(tmp_path / "a.jsonl", [COLUMNS[kind][0]])
+    (example,) = load(path, data_config(), chatml_encoder()).examples
+    load(path, data_config(max_sequence_tokens=example.num_tokens), chatml_encoder())
+    with pytest.raises(ValueError, match=f"data.max_sequence_tokens.*{example.num_tokens - 1}"):
+        load(path, data_config(max_sequence_tokens=example.num_tokens - 1), chatml_encoder())
+
+
 @pytest.mark.parametrize("changes", [{"label_key": "gold"}, {"metadata_key": "info"}, {"messages_key": "chat"}])
 def test_a_key_that_no_row_has_is_an_error(tmp_path: Path, changes: dict[str, str]) -> None:
     (option, name), rows = next(iter(changes.items())), [{"prompt": "a", "answer": "4", "extra": {"gold": 1}}] * 2

@@ -13,8 +13,8 @@ from hetero_ppo.memory.kinds import Kind
 from hetero_ppo.memory.plan import GIB, MemoryPlan, plan_memory
 from hetero_ppo.memory.plan_check import check_fits
 from hetero_ppo.memory.plan_compare import compare
-from hetero_ppo.memory.plan_limits import machine_host_bytes
-from hetero_ppo.memory.plan_text import bar
+from hetero_ppo.memory.plan_limits import find_limits, machine_host_bytes
+from hetero_ppo.memory.plan_text import bar, plan_values, render_plan
 
 ROOT = Path(__file__).parents[2]
 QWEN, LLAMA = "examples/memory/qwen3_8b.yaml", "examples/memory/llama3_70b.yaml"
@@ -47,7 +47,10 @@ def test_qwen3_8b_on_paper() -> None:
     Embedding and output layer: 2 * 151,936 * 4096 / 2 = 622,329,856. Last norm 4,096. In all 4,095,521,792.
     The critic has 4,096 parameters for an output layer of 311,164,928: 3,784,360,960.
     """
-    plan = plan_memory(config_of(QWEN), 8, device_bytes=DEVICE)
+    config = config_of(QWEN, "residency.pcie_gb_s=12.5", "residency.device_gib=79.1", "residency.host_gib=900")
+    limits = find_limits(config)
+    assert (limits.device, limits.host) == (DEVICE, 900 * GIB)
+    plan = plan_memory(config, 8, device_bytes=limits.device)
     actor, critic = 4_095_521_792, 3_784_360_960
     assert [role.parameters_per_rank for role in plan.roles] == [actor, critic, actor, critic]
     assert plan.roles[0].parameters == 8_190_735_360
@@ -67,6 +70,9 @@ def test_qwen3_8b_on_paper() -> None:
     assert (phases["train_actor"].copied_out, phases["train_actor"].copied_in) == (5 * critic, 5 * actor)
     assert phases["train_actor"].seconds(25.0, overlap=False) == pytest.approx(5 * (critic + actor) / 25e9)
     assert phases["train_actor"].seconds(25.0, overlap=True) == pytest.approx(0.819, abs=5e-4)
+    values = next(phase for phase in plan_values(plan, limits)["phases"] if phase["phase"] == "train_actor")
+    assert values["seconds_serial"] == pytest.approx(5 * (critic + actor) / 12.5e9)
+    assert "copies of a rank at 12.5 GB/s" in render_plan(plan, limits)
     # After forwards parameters are as the host has them: nothing is copied out.
     assert {name for name, phase in phases.items() if phase.copied_out} == {"rollout", "train_actor", "weight_sync"}
     assert phases["rollout"].copied_out == 2 * actor

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 from ranks import ENVIRONMENT, outer_environment
+
+from hetero_ppo.config.load import item_class, section_class
+from hetero_ppo.config.schema import SCHEMAS, SamplingConfig
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -20,6 +25,7 @@ import mutants as gate
 AREAS = {
     *("algorithm", "reward", "kl", "optimizer", "supervised", "data", "pipeline", "residency", "weight sync"),
     *("checkpoint", "mismatch", "aligned", "log-probs", "sampling", "stopping", "partial rollouts", "cuda"),
+    *("batching", "evaluation", "layout", "rollout", "run"),
 }
 MUTANT = gate.Mutant("a mutant", "kl", "code.py", "x + 1", "x - 1", "test_code.py::test_it")
 
@@ -29,6 +35,31 @@ def test_every_edit_applies_to_the_code_of_today() -> None:
     assert gate.check(mutants) == []
     assert len(mutants) >= 80 and {mutant.area for mutant in mutants} == AREAS
     assert 15 <= sum(mutant.fast for mutant in mutants) <= 30
+
+
+def options_of(section: type) -> set[str]:
+    """Return the options of a section and of those in it, each as the class that declares it and its name."""
+    found = set()
+    for option in fields(section):
+        hint = get_type_hints(section)[option.name]
+        inner = section_class(hint) or item_class(hint)
+        declares = next(one for one in reversed(section.__mro__) if option.name in inspect.get_annotations(one))
+        if inner is None or inner is SamplingConfig:  # there are two of it: each has to reach its place
+            found.add(f"{declares.__name__}.{option.name}")
+        found |= set() if inner is None else options_of(inner)
+    return found
+
+
+def test_every_option_has_a_mutant_or_a_reason() -> None:
+    """An edit that makes the code ignore the option: ``options`` of a table in mutants.toml."""
+    options = set().union(*(options_of(section) for section in SCHEMAS.values()))
+    mutated = {option for mutant in gate.read_mutants() for option in mutant.options}
+    exempt = gate.read_exempt_options()
+    assert mutated - options == exempt.keys() - options == set(), "no such option"
+    assert mutated & exempt.keys() == set(), "it has a mutant, so it needs no reason"
+    assert options - mutated - exempt.keys() == set(), "add a mutant that ignores it, and a test that fails then"
+    assert all(len(reason.split()) > 3 for reason in exempt.values())
+    assert {"KlConfig.clamp", "RoleConfig.aligned", "RolloutConfig.eval_sampling", "RmConfig.kind"} <= options and len(options) > 160
 
 
 @pytest.mark.slow
@@ -72,7 +103,7 @@ def test_an_edit_that_does_not_apply_is_an_error(root: Path, change: dict[str, s
 
 
 def test_the_list_is_checked(tmp_path: Path) -> None:
-    table = "\n".join(f'{name} = "{value}"' for name, value in vars(MUTANT).items() if name != "fast")
+    table = "\n".join(f'{name} = "{value}"' for name, value in vars(MUTANT).items() if isinstance(value, str))
     path = tmp_path / "mutants.toml"
     for text, message in ((f"[[mutant]]\n{table}\nwhy = 1", "unknown fields"), (f"[[mutant]]\n{table}\n" * 2, "come twice")):
         path.write_text(text)

@@ -66,6 +66,7 @@ def test_log_every_thins_the_console_but_not_the_file(tmp_path: Path, capsys: py
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("|")[0].split() for line in lines] == [["step", f"{n}/7"] for n in (1, 3, 4, 6, 7)]
     assert len(read_lines(tmp_path / "metrics.jsonl")) == 7
+    assert not (tmp_path / "tensorboard").exists()
 
 
 def test_console_lines_align() -> None:

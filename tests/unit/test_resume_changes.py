@@ -207,6 +207,15 @@ def test_a_checkpoint_of_an_older_version_has_no_name_and_no_date(tmp_path: Path
     assert resume is not None and resume.inputs is None and beginning(resume).run_id == "unnamed"
 
 
+def test_an_objective_changes_where_that_is_allowed(tmp_path: Path) -> None:
+    run_dir = save_checkpoint(configured(tmp_path, "sft"))
+    load = (f"checkpoint.load={run_dir}", "run.seed=7")
+    with pytest.raises(ValueError, match=r"another objective .*run.seed.*checkpoint.allow_changes=\[run.seed\]"):
+        read_resume(configured(tmp_path, "sft", *load))
+    resume = read_resume(configured(tmp_path, "sft", *load, "checkpoint.allow_changes=[run.seed]"))
+    assert resume is not None and resume.allowed == ["run.seed"]
+
+
 def test_digests_that_another_version_made_are_not_compared(tmp_path: Path) -> None:
     run_dir = save_checkpoint(configured(tmp_path, "sft"), digests_version=DIGESTS_VERSION + 1)
     resume = read_resume(configured(tmp_path, "sft", f"checkpoint.load={run_dir}"))

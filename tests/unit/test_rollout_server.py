@@ -27,7 +27,7 @@ from hetero_ppo.rollout.server import Endpoint, ServerSpec, VllmServer, command_
 SOCKET = Endpoint(socket_path=Path("/run/0.sock"))
 
 
-def make_spec(cuda: bool = False, load_weights: bool = True, **config: int) -> ServerSpec:
+def make_spec(cuda: bool = False, load_weights: bool = True, **config: float) -> ServerSpec:
     return ServerSpec("/models/tiny", Dtype.bf16, 96, load_weights, cuda, RolloutConfig(**config), threads=3)
 
 
@@ -36,7 +36,8 @@ def option(command: list[str], name: str) -> str:
 
 
 def test_cpu_command_line() -> None:
-    command = command_line(make_spec(kv_cache_mib=8), SOCKET)
+    command = command_line(make_spec(kv_cache_mib=8, max_num_seqs=24), SOCKET)
+    assert option(command, "--max-num-seqs") == "24"
     assert option(command, "--uds") == "/run/0.sock" and "--port" not in command
     assert option(command, "--dtype") == "bfloat16"
     assert option(command, "--kv-cache-memory-bytes") == str(8 * 1024 * 1024)
@@ -58,8 +59,8 @@ def test_servers_have_a_tokenizer_only_when_stop_strings_need_one() -> None:
 
 
 def test_cuda_command_line_compiles_and_takes_a_share_of_the_device() -> None:
-    command = command_line(make_spec(cuda=True, load_weights=False, tensor_parallel=2), SOCKET)
-    assert option(command, "--gpu-memory-utilization") == "0.4" and option(command, "--tensor-parallel-size") == "2"
+    command = command_line(make_spec(cuda=True, load_weights=False, tensor_parallel=2, gpu_memory_utilization=0.3), SOCKET)
+    assert option(command, "--gpu-memory-utilization") == "0.3" and option(command, "--tensor-parallel-size") == "2"
     assert "--enforce-eager" not in command and "--kv-cache-memory-bytes" not in command
     assert option(command, "--load-format") == "dummy"
     assert "--enable-sleep-mode" in command

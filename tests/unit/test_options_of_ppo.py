@@ -1,0 +1,189 @@
+"""Options of a PPO run reach what ``trainers`` builds of them: prompts, engines, functions, traces, checks."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from data_fixtures import TEXTS, write_jsonl
+
+from hetero_ppo.config.derived import derive_ppo, max_model_len
+from hetero_ppo.config.schema import (
+    Dtype,
+    PpoConfig,
+    ReEncodeConfig,
+    RewardErrors,
+    RewardRoleConfig,
+    RolloutEngineKind,
+    WeightTransfer,
+)
+from hetero_ppo.data.sampler import ResumableSampler
+from hetero_ppo.data.tokenizer_training import CHATML_TEMPLATE, train_tokenizer
+from hetero_ppo.reward.re_encoding import load_re_encoders
+from hetero_ppo.rollout.engine import VllmEngine
+from hetero_ppo.rollout.replay import ReplayEngine
+from hetero_ppo.trainers import ppo_bank, ppo_functions, ppo_nodes, ppo_setup
+
+
+@dataclass
+class FakeRun:
+    """What these functions ask of a run."""
+
+    dir: Path
+    is_writer: bool = True
+    world_size: int = 1
+    said: list[str] = field(default_factory=list)
+    beginning: Any = field(default_factory=lambda: SimpleNamespace(begun=None))
+    watchdog: Any = field(default_factory=lambda: SimpleNamespace(progress=None))
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+    def keep_template(self, encoder: object) -> None: ...
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer(TEXTS * 3, 320, folder)
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+@pytest.fixture
+def config(tokenizer: Path, tmp_path: Path) -> PpoConfig:
+    config = PpoConfig()
+    config.actor.model.path, config.actor.model.dtype = str(tokenizer), Dtype.fp32
+    config.run.dir = str(tmp_path)
+    config.data.train = write_jsonl(tmp_path / "train.jsonl", [{"prompt": f"hello {number}"} for number in range(6)])
+    config.data.eval = write_jsonl(tmp_path / "eval.jsonl", [{"prompt": "hello there"}] * 3)
+    config.algorithm.rollout_batch_size = 4
+    config.algorithm.samples_per_prompt = 3
+    config.algorithm.minibatch_size = 12
+    return config
+
+
+def test_prompts_of_a_step(config: PpoConfig, tmp_path: Path) -> None:
+    config.run.seed = 7
+    data = ppo_setup.load_data(config, FakeRun(tmp_path))
+    order = ResumableSampler(6, 4, dp_rank=0, dp_size=1, seed=7, shuffle=True, fingerprint="").next_global_batch()
+    assert order != sorted(order)
+    asked = ppo_setup.step_prompts(data, config, derive_ppo(config, 1, 6))
+    assert asked["n"] == 3 and asked["prompts"].prompt_texts == [f"hello {row}" for row in order]
+    assert data.held_out is not None and len(data.held_out) == 3
+    config.data.shuffle = False
+    config.data.eval = None
+    data = ppo_setup.load_data(config, FakeRun(tmp_path))
+    assert data.next_prompts().prompt_texts == [f"hello {row}" for row in range(4)] and data.eval_prompts is None
+
+
+def test_sizes_of_a_run(config: PpoConfig) -> None:
+    """6 prompts in 3 epochs are 18, of which 5 steps take 4 each; 4 x 3 responses a step, in chunks of 5."""
+    config.train.epochs = 3
+    config.pipeline.chunk_size = 5
+    batching = derive_ppo(config, 1, 6)
+    assert (batching.total_steps, batching.responses_per_step, batching.chunk_size) == (5, 12, 5)
+    config.train.steps = 9
+    assert derive_ppo(config, 1, 6).total_steps == 9
+    config.data.max_prompt_tokens, config.rollout.sampling.max_tokens, config.rollout.eval_sampling.max_tokens = 50, 30, 40
+    assert max_model_len(config) == 90
+
+
+def test_a_rollout_engine_is_what_the_options_say(config: PpoConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ppo_setup.StartingEngine, "begin", lambda self: self)  # it is not started
+    config.rollout.num_servers, config.rollout.max_num_seqs = 3, 10
+    config.rollout.weight_transfer = WeightTransfer.collective
+    config.rollout.dtype = Dtype.bf16
+    data = SimpleNamespace(encoder=SimpleNamespace(end_token_ids=[2], decode=None))
+    started = ppo_setup.begin_engine(config, FakeRun(tmp_path), data, 0, None)
+    engine = started.engine
+    assert isinstance(engine, VllmEngine) and engine.config.num_servers == 3 and engine.dtype is Dtype.bf16
+    assert engine.config.weight_transfer is WeightTransfer.collective and engine.config.max_num_seqs == 10
+    assert engine._spec.model_path == config.actor.model.path
+    config.train.replay_rollouts = str(tmp_path / "recorded")
+    monkeypatch.setattr(ppo_setup, "ReplayEngine", lambda folder, first: (ReplayEngine, folder, first))
+    assert ppo_setup.begin_engine(config, FakeRun(tmp_path), data, 4, None).engine == (ReplayEngine, tmp_path / "recorded", 5)
+    config.train.replay_rollouts = None
+    config.rollout.engine = RolloutEngineKind.megatron
+    assert ppo_setup.begin_engine(config, FakeRun(tmp_path), data, 0, None) is None
+
+
+def test_servers_of_several_nodes_meet_over_the_interface(config: PpoConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    met: list[tuple[Any, ...]] = []
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    monkeypatch.setenv("MASTER_ADDR", "10.0.0.1")
+    monkeypatch.setattr(ppo_nodes, "meet_nodes", lambda *args: (met.append(args), SimpleNamespace(address="10.0.0.1"))[1])
+    config.rollout.interface, config.rollout.sync_timeout_s = "eth7", 5.0
+    ppo_nodes.meet(config, FakeRun(tmp_path, world_size=2))
+    assert met == [([1, 1], "eth7", "10.0.0.1", 5.0)]
+
+
+@pytest.mark.parametrize("bank", [False, True])
+def test_responses_are_banked_where_that_is_asked_for(bank: bool, config: PpoConfig, tmp_path: Path) -> None:
+    config.rollout.bank, config.checkpoint.every = bank, 2
+    found = ppo_bank.open_bank(config, FakeRun(tmp_path), VllmEngine.__new__(VllmEngine), resumes=False)
+    assert (found is not None) is bank
+    if found is not None:
+        found.end()
+
+
+def test_functions_get_their_options(config: PpoConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def record(*args: Any, **options: Any) -> SimpleNamespace:
+        made.append((args, options))
+        return SimpleNamespace(open=lambda: None)
+
+    monkeypatch.setattr(ppo_functions, "FunctionReward", record)
+    config.reward.function, config.train.eval_function = "judge.py:score", "judge.py:check"
+    config.reward.batch, config.train.eval_batch = 5, 6
+    config.reward.timeout_s, config.reward.workers, config.reward.concurrency = 7.0, 8, 9
+    config.reward.on_error = RewardErrors.exclude
+    ppo_functions.open_functions(config, FakeRun(tmp_path), SimpleNamespace(decode="decode"))
+    common = {"timeout_s": 7.0, "workers": 8, "concurrency": 9, "progress": None}
+    assert made == [
+        (("judge.py:score", "decode"), {"on_error": RewardErrors.exclude, "batch": 5, **common}),
+        (("judge.py:check", "decode", "train.eval_function"), {"batch": 6, **common}),
+    ]
+
+
+def test_traces_checks_and_sweeps(config: PpoConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config.train.trace_every = 3
+    recorder = ppo_setup.trace_recorder(config, FakeRun(tmp_path), 10)
+    assert [step for step in range(11, 19) if recorder.is_due(step)] == [11, 12, 15, 18]  # the first two, and every third
+    monkeypatch.setattr(ppo_setup, "golden_guard", lambda engine, every: (None, f"{engine} {every}"))
+    config.reward.golden_every = 4
+    run = FakeRun(tmp_path)
+    ppo_setup.build_golden_guards(config, run, SimpleNamespace(reward_models=["judge"]))
+    assert run.said == ["judge 4"]
+
+
+def test_a_sweep_has_its_time(config: PpoConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: dict[str, Any] = {}
+
+    def sweep(engine: Any, prompts: Any, sampling: Any, **limits: Any) -> SimpleNamespace:
+        found.update(limits)
+        return SimpleNamespace(batch=2, table=lambda: "")
+
+    monkeypatch.setattr(ppo_setup, "find_running_batch", sweep)
+    config.pipeline.chunk_size, config.pipeline.sweep_s = 0, 1.5
+    config.rollout.max_num_seqs, config.rollout.num_servers = 10, 2
+    data = ppo_setup.load_data(config, FakeRun(tmp_path))
+    turns: Any = SimpleNamespace(generating=lambda: nullcontext("engine"))
+    size = ppo_setup.chunk_size(config, FakeRun(tmp_path), data, derive_ppo(config, 1, 6), turns)
+    assert size == 2 and found == {"largest": 20, "budget_s": 1.5}
+
+
+def test_texts_are_encoded_again_with_the_reward_models_template(config: PpoConfig, tokenizer: Path, tmp_path: Path) -> None:
+    template = tmp_path / "judge.jinja"
+    template.write_text(CHATML_TEMPLATE.replace("assistant", "judge"))
+    judge = RewardRoleConfig(re_encode=ReEncodeConfig(max_tokens=17, chat_template=str(template)))
+    judge.model.path = str(tokenizer)
+    config.reward_model = judge
+    data = ppo_setup.load_data(config, FakeRun(tmp_path))
+    found = load_re_encoders(config, data.encoder, [data.train])["reward_model"]
+    assert found.max_tokens == 17 and found.encoder.template == template.read_text() != data.encoder.template
