@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hetero_ppo.config.checks_liveness import check_heartbeats, check_server_hangs
+from hetero_ppo.config.checks_memory import check_memory
 from hetero_ppo.config.checks_microbatches import (
     check_interleaved_pairs,
     check_micro_batches,
@@ -492,6 +493,7 @@ COMMON_CHECKS: tuple[Callable[[AnyConfig, int], None], ...] = (
     check_recompute,
     check_lengths,
     check_data_formats,
+    check_memory,
     check_run,
     check_heartbeats,
     check_there_are_steps,

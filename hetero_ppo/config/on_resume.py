@@ -49,7 +49,7 @@ _TRAINED_ROLE: dict[str, OnResume] = {
     "recompute": OPERATION,
     "forward_micro_batch_tokens": OPERATION,
 }
-_RUN: dict[str, OnResume] = {"kind": FORM, "run": S, "data": S, "checkpoint": S}
+_RUN: dict[str, OnResume] = {"kind": FORM, "run": S, "data": S, "checkpoint": S, "memory": OPERATION}
 
 #: Class -> field -> rule. Fields below a section with a rule of its own are not listed.
 TABLE: dict[type, dict[str, OnResume]] = {

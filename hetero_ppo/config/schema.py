@@ -414,12 +414,27 @@ class ResidencyConfig:
 
 
 @dataclass
+class MemoryConfig:
+    """What a CUDA device holds beside tensors, for the memory plan; a CPU has none of it. The sizes are estimates: put in what you measured."""
+
+    context_mib: float = 600.0  # CUDA context and loaded kernels of one process, MiB
+    nccl_channels: int = 24  # of one NCCL communicator
+    nccl_channel_mib: float = 9.2  # buffers of one channel, MiB: Simple 4 (NCCL_BUFFSIZE), LL128 4.7, LL 0.5
+    cublas_mib: float = 64.0  # cuBLAS workspaces of the trainer, MiB: one of 8 x 4 for the forward's thread and one for the backward's
+    te_workspace_mib: float = 32.0  # one workspace of Transformer Engine, MiB; roles with experts have five
+    allocator_slack: float = 0.05  # memory that torch's allocator has beyond the tensors in it, as a share of their bytes
+    engine_graphs_mib: float = 768.0  # CUDA graphs of one vLLM worker, MiB: part of its share while it is awake, and kept asleep
+    engine_runtime_mib: float = 256.0  # what a vLLM worker takes with its weights as it wakes for a weight sync, MiB
+
+
+@dataclass
 class SftConfig:
     kind: str = "sft"
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
     actor: TrainedRoleConfig = field(default_factory=TrainedRoleConfig)
     train: SupervisedTrainConfig = field(default_factory=SupervisedTrainConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
 
@@ -431,6 +446,7 @@ class RmConfig:
     reward: TrainedRewardConfig = field(default_factory=TrainedRewardConfig)
     train: SupervisedTrainConfig = field(default_factory=SupervisedTrainConfig)
     loss: RewardModelLossConfig = field(default_factory=RewardModelLossConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
 
@@ -450,6 +466,7 @@ class PpoConfig:
     train: PpoTrainConfig = field(default_factory=PpoTrainConfig)
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     residency: ResidencyConfig = field(default_factory=ResidencyConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
 

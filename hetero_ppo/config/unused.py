@@ -41,6 +41,7 @@ _SERVERS = (
     "max_restarts",
     "bank",
 )
+_SERVERS_MEMORY = ("memory.engine_graphs_mib", "memory.engine_runtime_mib")
 _GENERATORS = (*_SERVERS, "max_num_seqs", "verify_sync", "verify_sync_tolerance")
 
 
@@ -75,6 +76,7 @@ RM_OPTIONS = (
 )
 SUPERVISED_OPTIONS = (
     UnusedOptions(("train.eval_batches",), lambda config: config.data.eval is None, "there is no data.eval"),
+    UnusedOptions(_SERVERS_MEMORY, _always, "the run has no rollout engine"),
 )
 PPO_OPTIONS = (
     UnusedOptions(_fields("data", "completion_key", "chosen_key", "rejected_key"), _always, "PPO reads prompts"),
@@ -110,6 +112,10 @@ PPO_OPTIONS = (
         "algorithm.old_log_probs is rollout, so nothing is compared",
     ),
     UnusedOptions(_fields("rollout", *_SERVERS), lambda config: actor_generates(config), "rollout.engine is megatron"),
+    UnusedOptions(_SERVERS_MEMORY, lambda config: actor_generates(config), "rollout.engine is megatron"),
+    UnusedOptions(
+        _SERVERS_MEMORY, lambda config: config.train.replay_rollouts is not None, "train.replay_rollouts takes the place of an engine"
+    ),
     UnusedOptions(
         _fields("rollout", "engine", *_GENERATORS),
         lambda config: config.train.replay_rollouts is not None,

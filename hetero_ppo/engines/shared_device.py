@@ -23,7 +23,7 @@ from hetero_ppo.memory.kinds import FORWARD, Kind
 from hetero_ppo.memory.ledger import Ledger, RoleBytes
 from hetero_ppo.memory.turns import Turn
 from hetero_ppo.observability.trace import COPY_IN, COPY_OUT, TRAINER, WAIT, Args, TraceRecorder
-from megatron_bridge.platform.copies import CopyLane, allocated_bytes, computation_done
+from megatron_bridge.platform.copies import CopyLane, allocated_bytes, computation_done, reserved_bytes
 
 #: A turn begins to compute with these there; the optimizer's bytes are waited for when it steps.
 FIRST = frozenset({Kind.params, Kind.grads})
@@ -60,7 +60,7 @@ class SharedDevice:
         self.overlap = config.overlap
         self.schedule = list(schedule)
         self.roles: dict[str, RoleResidency] = {}
-        self.ledger = Ledger(self._look, allocated_bytes)
+        self.ledger = Ledger(self._look, allocated_bytes, reserved_bytes)
         self.peak_bytes = 0  # of what the roles hold, switches included
         self.limit = 0  # bytes of the largest turn
         self._in_use = 0

@@ -19,7 +19,8 @@ class LedgerEntry:
     moment: str  # "before" or "after" the switch into the phase
     device: RoleBytes
     host: RoleBytes  # pinned buffers
-    reported: int | None  # bytes that the device's allocator reports; None without CUDA
+    reported: int | None  # bytes of tensors, as torch's allocator reports them; None without CUDA
+    reserved: int | None  # bytes that torch's allocator has of the driver, these tensors included; None without CUDA
 
     @property
     def device_bytes(self) -> int:
@@ -30,6 +31,11 @@ class LedgerEntry:
         """Bytes that the device reports and no role owns: activations, workspaces, a leak."""
         return None if self.reported is None else self.reported - self.device_bytes
 
+    @property
+    def cached(self) -> int | None:
+        """Bytes that torch's allocator keeps without a tensor in them: freed and not given back, or cut up (fragmentation)."""
+        return None if self.reserved is None or self.reported is None else self.reserved - self.reported
+
 
 @dataclass
 class Ledger:
@@ -37,20 +43,25 @@ class Ledger:
 
     look: Callable[[], tuple[RoleBytes, RoleBytes]]  # (device, host), now
     reported: Callable[[], int | None]
+    reserved: Callable[[], int | None]
     entries: list[LedgerEntry] = field(default_factory=list)
     phases: dict[str, dict[str, dict[Kind, int]]] = field(default_factory=dict)  # phase -> role -> kind -> bytes
+    reserved_phases: dict[str, int] = field(default_factory=dict)  # phase -> bytes that torch's allocator had as it ended; CUDA alone
     max_entries: int = 256
 
     def record(self, phase: str, moment: str) -> LedgerEntry:
         """Look and keep it; the oldest entries go."""
         device, host = self.look()
-        entry = LedgerEntry(phase, moment, device, host, self.reported())
+        entry = LedgerEntry(phase, moment, device, host, self.reported(), self.reserved())
         self.entries.append(entry)
         del self.entries[: -self.max_entries]
         return entry
 
     def computed(self, phase: str, held: RoleBytes) -> None:
         """Note what the roles of a phase's turn held while it computed: the most of all times."""
+        reserved = self.reserved()
+        if reserved is not None:  # it does not shrink within a turn, so it is the turn's most
+            self.reserved_phases[phase] = max(reserved, self.reserved_phases.get(phase, 0))
         known = self.phases.setdefault(phase, {})
         for role, kinds in held.items():
             most = known.setdefault(role, {})

@@ -38,13 +38,12 @@ from hetero_ppo.memory.plan_activations import (
     training_bytes,
 )
 from hetero_ppo.memory.plan_engine import EnginePlan, plan_engine
+from hetero_ppo.memory.plan_reserve import Reserve, ReservePart, plan_reserve
 from hetero_ppo.memory.plan_storage import RoleStorage
 from hetero_ppo.memory.turns import Turn, ppo_turns, score_phases
 from megatron_bridge.parameter_count import hf_tensor_sizes
 
 GIB = 2**30
-#: Of a CUDA device, left to the context, cuBLAS and NCCL of the trainer and of a sleeping engine.
-DEVICE_RESERVE = 2 * GIB
 DEFAULT_RANKS_PER_NODE = 8
 #: Kinds with a buffer in host memory: gradients are freed, not copied.
 HOST_KINDS = frozenset({Kind.params}) | OPTIMIZER
@@ -76,7 +75,7 @@ class PhasePlan:
     activations: int  # estimate, bytes
     ahead: int  # bytes of the next turn that may have come in already, as far as the largest turn leaves room
     engine: int  # the rollout engine's share of the device, bytes
-    reserve: int  # bytes
+    reserves: Sequence[ReservePart]  # what a CUDA device holds beside tensors; nothing on a CPU
     copied_out: int  # bytes to host memory as the phase begins, of the rank that copies most then
     copied_in: int  # bytes from host memory
 
@@ -86,8 +85,18 @@ class PhasePlan:
         return sum(size for kinds in self.roles.values() for size in kinds.values())
 
     @property
+    def reserve(self) -> int:
+        """Bytes that a CUDA device holds beside tensors."""
+        return sum(part.num_bytes for part in self.reserves)
+
+    @property
     def total(self) -> int:
         return self.counted + self.activations + self.ahead + self.engine + self.reserve
+
+    @property
+    def pooled(self) -> int:
+        """Bytes that torch's allocator of the trainer has reserved: tensors, workspaces and slack."""
+        return self.counted + self.activations + self.ahead + sum(part.num_bytes for part in self.reserves if part.pooled)
 
     def of_kind(self, kind: Kind) -> int:
         """Bytes of a kind, all roles together."""
@@ -164,7 +173,12 @@ def plan_memory(
     if isinstance(config, PpoConfig):
         engine = plan_engine(config, roles["actor"], device_bytes, world_size, ranks_per_node)
     copies = {number: _copies(turns, roles, number) for number in ranks}
-    planner = _PhasePlanner(config, turns, roles, engine, on_cpu=on_cpu)
+    reserve = Reserve()
+    if not on_cpu:
+        experts = any(role.bridge.transformer.num_moe_experts for role in roles.values())
+        one_node = world_size <= ranks_per_node
+        reserve = plan_reserve(config, config_roles(config), world_size, one_node=one_node, has_experts=experts)
+    planner = _PhasePlanner(config, turns, roles, engine, reserve, on_cpu=on_cpu)
     phases = []
     for index in range(len(turns)):
         fullest = max((planner.plan(index, number) for number in ranks), key=lambda phase: phase.total)
@@ -231,6 +245,7 @@ class _PhasePlanner:
         turns: Sequence[Turn],
         roles: Mapping[str, RoleStorage],
         engine: EnginePlan | None,
+        reserve: Reserve,
         *,
         on_cpu: bool,
     ) -> None:
@@ -238,6 +253,7 @@ class _PhasePlanner:
         self.turns = turns
         self.roles = roles
         self.engine = engine
+        self.reserve = reserve
         self.on_cpu = on_cpu
         self.comes_ahead = isinstance(config, PpoConfig) and config.residency.offload and config.residency.overlap
         self._activations: dict[tuple[str, int], int] = {}
@@ -255,15 +271,20 @@ class _PhasePlanner:
             # The last stage: while the engine is awake the next wave begins with it, and in the last wave the engine sleeps.
             engine, ahead = (engine, 0) if engine >= ahead else (0, ahead)
         computing = computing_role(turn.phase, self.config)
+        activations = 0 if computing is None else self._activations_of(turn.phase, self.roles[computing], rank)
+        syncing = self.engine is not None and self.engine.sleeps and turn.engine_weights
+        reserves = self.reserve.of_phase(
+            self._held(turn, rank) + activations + ahead, engine_awake=engine > 0 and not syncing, syncing=syncing
+        )
         return PhasePlan(
             phase=turn.phase,
             computing=computing,
             rank=rank,
             roles=self._resident(turn, rank),
-            activations=0 if computing is None else self._activations_of(turn.phase, self.roles[computing], rank),
+            activations=activations,
             ahead=ahead,
             engine=engine,
-            reserve=0 if self.on_cpu else DEVICE_RESERVE,
+            reserves=reserves,
             copied_out=0,
             copied_in=0,
         )

@@ -68,6 +68,27 @@ class Comparison:
         return "\n".join([*texts, f"largest difference of a phase: {self.plan_error_pct:.2f} %"])
 
 
+def compare_reserved(plan: MemoryPlan, reserved: Mapping[str, int]) -> str:
+    """Put what torch's allocator had in each phase beside what the plan counts in it: tensors, workspaces, slack.
+
+    The plan counts every phase by itself. torch keeps what the phases before left, until memory is given back as the engine wakes.
+
+    Args:
+        plan: of the rank that kept the ledger.
+        reserved: phase -> bytes that torch's allocator had at most (``Ledger.reserved_phases``).
+    """
+    phases = [phase for phase in plan.phases if phase.phase in reserved]
+    lines = [("phase", "plan GiB", "reserved GiB", "difference")]
+    lines += [(phase.phase, *_cells(phase.pooled, reserved[phase.phase], GIB)) for phase in phases]
+    most = max((phase.pooled for phase in phases), default=0), max((reserved[phase.phase] for phase in phases), default=0)
+    lines.append(("the most", *_cells(*most, GIB)))
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    return "\n".join(
+        "  ".join([line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))])
+        for line in lines
+    )
+
+
 def _error_pct(planned: int, recorded: int) -> float:
     if planned == recorded:
         return 0.0

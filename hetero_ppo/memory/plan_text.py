@@ -12,6 +12,7 @@ from hetero_ppo.memory.kinds import Kind
 from hetero_ppo.memory.plan import GIB, MemoryPlan, PhasePlan
 from hetero_ppo.memory.plan_engine import EnginePlan
 from hetero_ppo.memory.plan_limits import Limits
+from hetero_ppo.memory.plan_reserve import ReservePart
 from hetero_ppo.observability.json_text import json_text
 
 BAR_CELLS = 24
@@ -48,6 +49,8 @@ def render_plan(plan: MemoryPlan, limits: Limits) -> str:
     """Roles, device bytes by phase with a bar each, copies, host memory."""
     unit = unit_of(plan)
     parts = [_roles_table(plan), _device_table(plan, unit)]
+    if plan.peak.reserves:
+        parts.append(_reserve_table(plan, unit))
     if plan.engine is not None and plan.engine.awake:
         parts.append(_engine_line(plan.engine, unit))
     if plan.residency is not None and plan.residency.offload:
@@ -110,9 +113,11 @@ def _device_table(plan: MemoryPlan, unit: Unit) -> str:
     scale = plan.device_bytes or plan.peak.total
     limit = f"of {unit.text(plan.device_bytes)}" if plan.device_bytes is not None else "the CPU"
     kinds = [kind.value for kind in Kind]
-    lines = [["phase", "resident", *kinds, "activations", "ahead", "engine", "total", ""]]
+    head = ["phase", "resident", *kinds, "activations", "ahead", "engine", *(["reserve"] if plan.peak.reserve else []), "total", ""]
+    lines = [head]
     for phase in plan.phases:
         sizes = [*(phase.of_kind(kind) for kind in Kind), phase.activations, phase.ahead, phase.engine]
+        sizes += [phase.reserve] if plan.peak.reserve else []
         mark = "  <- peak" if phase is plan.peak else ""
         mark += "  DOES NOT FIT" if plan.device_bytes is not None and phase.total > plan.device_bytes else ""
         lines.append(
@@ -124,9 +129,8 @@ def _device_table(plan: MemoryPlan, unit: Unit) -> str:
                 f"{bar(phase.total / scale)}{mark}",
             ]
         )
-    reserve = f"; {unit.text(plan.peak.reserve)} of each total are left to CUDA and NCCL" if plan.peak.reserve else ""
     text = [line.rstrip() for line in _with_bars(lines).splitlines()]
-    return "\n".join([f"device memory, {unit.name} on the fullest rank of each phase ({limit}){reserve}", *text])
+    return "\n".join([f"device memory, {unit.name} on the fullest rank of each phase ({limit})", *text])
 
 
 def _with_bars(lines: list[list[str]]) -> str:
@@ -149,6 +153,20 @@ def bar(share: float) -> str:
     if full >= BAR_CELLS:
         return "|" + "█" * BAR_CELLS + "|" + "█" * min(full - BAR_CELLS, BAR_CELLS)
     return "|" + ("█" * full + (_EIGHTHS[rest] if rest else "")).ljust(BAR_CELLS) + "|"
+
+
+def _reserve_table(plan: MemoryPlan, unit: Unit) -> str:
+    """What a device holds beside tensors: each part in the phase where it is largest."""
+    largest: dict[str, ReservePart] = {}
+    for phase in plan.phases:
+        for part in phase.reserves:
+            if part.name not in largest or part.num_bytes > largest[part.name].num_bytes:
+                largest[part.name] = part
+    when = {"always": "all phases", "asleep": "while vLLM is not awake", "sync": "weight_sync"}
+    lines = [["reserve", "phases", unit.name, ""]]
+    lines += [[part.name, when[part.when], unit.text(part.num_bytes), part.source] for part in largest.values()]
+    rows = table([line[:-1] for line in lines], 2).splitlines()
+    return "\n".join(f"{row}  {line[-1]}".rstrip() for row, line in zip(rows, lines, strict=True))
 
 
 def _engine_line(engine: EnginePlan, unit: Unit) -> str:
@@ -209,7 +227,7 @@ def plan_values(plan: MemoryPlan, limits: Limits) -> dict[str, Any]:
         values["roles"] = {
             role: {kind.value: size for kind, size in kinds.items()} for role, kinds in phase.roles.items()
         }
-        values |= {"counted": phase.counted, "total": phase.total}
+        values |= {"counted": phase.counted, "reserve": phase.reserve, "pooled": phase.pooled, "total": phase.total}
         if rate is not None:
             values["seconds_serial"] = phase.seconds(rate, overlap=False)
             values["seconds_overlapped"] = phase.seconds(rate, overlap=True)

@@ -10,7 +10,8 @@ from hetero_ppo.engines.shared_device import SharedDevice
 from hetero_ppo.memory.ledger import total
 from hetero_ppo.memory.plan import GIB, plan_memory
 from hetero_ppo.memory.plan_check import check_fits
-from hetero_ppo.memory.plan_compare import compare
+from hetero_ppo.memory.plan_compare import compare, compare_reserved
+from hetero_ppo.memory.plan_limits import find_limits
 from hetero_ppo.observability.json_text import json_text
 from hetero_ppo.observability.jsonl import write_whole
 from hetero_ppo.observability.records import LEDGER_FILE
@@ -38,12 +39,12 @@ def say_ledger(config: PpoConfig, run: Run, device: SharedDevice) -> None:
     """
     if not run.is_writer:
         return
-    limit = config.residency.device_gib
-    plan = plan_memory(
-        config, run.world_size, rank=dist.get_rank(), device_bytes=None if limit is None else int(limit * GIB)
-    )
+    plan = plan_memory(config, run.world_size, rank=dist.get_rank(), device_bytes=find_limits(config).device)
     compared = compare(plan, device.ledger.phases)
     run.say("memory on the device, plan and ledger of rank 0:\n" + compared.render())
+    reserved = device.ledger.reserved_phases
+    if reserved:
+        run.say("memory that torch has reserved on rank 0, activations, workspaces and slack included:\n" + compare_reserved(plan, reserved))
     phases = {
         phase: {role: {kind.value: size for kind, size in kinds.items()} for role, kinds in roles.items()}
         for phase, roles in device.ledger.phases.items()
@@ -53,6 +54,7 @@ def say_ledger(config: PpoConfig, run: Run, device: SharedDevice) -> None:
         "plan_error_pct": compared.plan_error_pct,
         "device_peak_bytes": device.peak_bytes,
         "device_limit_bytes": device.limit,
+        "reserved_bytes": reserved,
         "switches": [
             {
                 "phase": entry.phase,
@@ -60,6 +62,7 @@ def say_ledger(config: PpoConfig, run: Run, device: SharedDevice) -> None:
                 "device_bytes": entry.device_bytes,
                 "host_bytes": total(entry.host),
                 "reported_bytes": entry.reported,
+                "reserved_bytes": entry.reserved,
             }
             for entry in device.ledger.entries
         ],
@@ -80,4 +83,12 @@ def memory_metrics(device: SharedDevice) -> dict[str, float]:
     unaccounted = [entry.unaccounted for entry in device.ledger.entries if entry.unaccounted is not None]
     if unaccounted:
         values["memory/unaccounted_gib"] = max(unaccounted) / GIB
+    for name, sizes in (
+        ("allocated", [entry.reported for entry in device.ledger.entries]),
+        ("reserved", [entry.reserved for entry in device.ledger.entries]),
+        ("cached", [entry.cached for entry in device.ledger.entries]),
+    ):
+        known = [size for size in sizes if size is not None]
+        if known:
+            values[f"memory/{name}_gib"] = max(known) / GIB
     return values

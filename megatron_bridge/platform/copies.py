@@ -50,6 +50,11 @@ def allocated_bytes() -> int | None:
     return torch.cuda.memory_allocated() if platform.HAS_CUDA else None
 
 
+def reserved_bytes() -> int | None:
+    """Return the bytes that torch's allocator has of the driver on this rank's device, tensors or not; None without CUDA."""
+    return torch.cuda.memory_reserved() if platform.HAS_CUDA else None
+
+
 def release_cached_memory() -> None:
     """Give memory that torch keeps for later back to the driver, so that another process can have it; nothing to do on a CPU."""
     if platform.HAS_CUDA:

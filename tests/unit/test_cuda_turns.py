@@ -16,8 +16,10 @@ from hetero_ppo.engines.shared_device import SharedDevice
 from hetero_ppo.errors import RunError
 from hetero_ppo.memory.kinds import TRAINING, Kind
 from hetero_ppo.memory.turns import ppo_turns
+from hetero_ppo.memory.plan import GIB
 from hetero_ppo.trainers import ppo_engine
 from hetero_ppo.trainers.ppo_engine import EngineTurns
+from hetero_ppo.trainers.ppo_memory import memory_metrics
 
 UNIT = 1 << 12  # bytes of one tensor
 TENSORS = 32  # of each kind
@@ -131,3 +133,26 @@ def test_what_leaves_was_computed_before_it_is_copied(device: SharedDevice, cuda
     out = [copy for copy in cuda.copies if copy.stream == "stream 2"]
     assert sum(copy.num_bytes for copy in out) >= 3 * TENSORS * UNIT  # gradients are not copied
     assert all(copy.begin >= computed for copy in out)
+
+
+def test_the_ledger_has_what_torch_reserved_beside_what_it_allocated(device: SharedDevice, cuda: VirtualCuda) -> None:
+    """Activations are gone when a turn has ended; their memory is torch's until the generator wakes."""
+    _train(device, cuda, "critic", 1.0)
+    assert device.ledger.reserved_phases == {"train_critic": TURN + ACTIVATIONS}
+    entry = device.ledger.record("train_critic", "after")
+    assert (entry.reported, entry.reserved, entry.cached) == (TURN, TURN + ACTIVATIONS, ACTIVATIONS)
+    metrics = memory_metrics(device)
+    assert metrics["memory/reserved_gib"] * GIB == TURN + ACTIVATIONS
+    assert metrics["memory/allocated_gib"] * GIB == TURN
+    assert metrics["memory/cached_gib"] * GIB >= ACTIVATIONS
+    EngineTurns(None, device, RolloutConfig()).wake()
+    assert device.ledger.record("rollout", "after").cached == 0
+
+
+def test_without_cuda_nothing_is_said_of_reserved_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = SharedDevice(ResidencyConfig(offload=False))
+    device.add(_role("critic", TRAINED))
+    with device.turn("critic", TRAINING, "train_critic"):
+        pass
+    assert device.ledger.entries and device.ledger.reserved_phases == {}
+    assert not [name for name in memory_metrics(device) if "reserved" in name or "allocated" in name or "cached" in name]

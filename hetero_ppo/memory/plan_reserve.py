@@ -1,0 +1,141 @@
+"""What a CUDA device holds beside the run's own tensors, part by part. No device was measured: estimates are called estimates.
+
+A user who has measured one replaces it (``memory`` section of the config, docs/memory.md says how).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from hetero_ppo.config.derived import actor_generates, data_parallel_size, num_servers, weight_transfer
+from hetero_ppo.config.load import AnyConfig
+from hetero_ppo.config.schema import MemoryConfig, ParallelConfig, PpoConfig, RoleConfig, WeightTransfer
+
+MIB = 2**20
+#: Workspaces of Transformer Engine: one for dense products, and one for each stream of the experts' grouped products.
+TE_GROUPED_STREAMS = 4
+#: Communicators of a vLLM server of several GPUs: its own of the tensor-parallel group, and torch's of the same group.
+ENGINE_COMMUNICATORS = 2
+
+
+@dataclass(frozen=True)
+class ReservePart:
+    """One thing that takes memory of a device."""
+
+    name: str
+    num_bytes: int
+    source: str  # how the number comes about, and the option that replaces it
+    pooled: bool = False  # it lies in memory that torch's allocator of the trainer has reserved
+    when: str = "always"  # or "asleep": while vLLM is not awake; "sync": in the weight sync
+
+
+@dataclass(frozen=True)
+class Reserve:
+    """The parts of a run. Slack of the allocator depends on a phase's tensors; the others do not."""
+
+    parts: tuple[ReservePart, ...] = ()
+    slack: float = 0.0  # share of the tensors' bytes
+
+    def of_phase(self, tensor_bytes: int, *, engine_awake: bool, syncing: bool) -> tuple[ReservePart, ...]:
+        """Return the parts that count in a phase.
+
+        Args:
+            tensor_bytes: of the trainer: roles, activations, and what has come in ahead.
+            engine_awake: vLLM has its share of the device, which its graphs are a part of.
+            syncing: vLLM has its weights alone.
+        """
+        counts = {"always": True, "asleep": not engine_awake, "sync": syncing}
+        parts = tuple(part for part in self.parts if counts[part.when])
+        if not self.slack:
+            return parts
+        source = f"estimate: {self.slack:g} of the tensors (memory.allocator_slack)"
+        return (*parts, ReservePart("slack of torch's allocator", int(self.slack * tensor_bytes), source, pooled=True))
+
+
+def divisions(parallel: ParallelConfig, dp: int, world_size: int) -> list[np.ndarray]:
+    """Return how a role divides the world's ranks into groups: one array [groups, ranks of a group] for each kind of group.
+
+    The same groups as ``distributed.groups.role_groups`` makes; a test compares them.
+    """
+    grid = np.arange(world_size).reshape(parallel.pipeline, dp, parallel.context, parallel.tensor)
+    axes = {"pp": 0, "dp": 1, "cp": 2, "tp": 3}
+
+    def groups(ranks: np.ndarray, *dims: int) -> np.ndarray:
+        others = [axis for axis in range(ranks.ndim) if axis not in dims]
+        size = int(np.prod([ranks.shape[axis] for axis in dims]))
+        return np.sort(ranks.transpose(*others, *dims).reshape(-1, size), axis=1)
+
+    names = (("tp",), ("cp",), ("dp",), ("pp",), ("tp", "pp"), ("tp", "cp"), ("cp", "dp"), ("tp", "cp", "dp"))
+    found = [groups(grid, *(axes[name] for name in dims)) for dims in names]
+    if parallel.expert > 1:
+        experts = np.arange(world_size).reshape(parallel.pipeline, -1, parallel.expert)  # pp, dp, ep
+        found += [groups(experts, *dims) for dims in ((2,), (2, 0), (1,))]
+    if parallel.pipeline > 1:  # tied embeddings lie on the first and the last stage
+        stages = grid.reshape(parallel.pipeline, -1)
+        found.append(np.stack([stages[0], stages[-1]], axis=1))
+    return found
+
+
+def num_communicators(roles: Mapping[str, RoleConfig], world_size: int) -> int:
+    """Return how many NCCL communicators a rank has at most: the world's, and one for each group of several ranks. Roles share them."""
+    if world_size == 1:
+        return 0
+    kinds = {
+        (ranks.shape, ranks[ranks[:, 0].argsort()].tobytes())
+        for name, role in roles.items()
+        for ranks in divisions(role.parallel, data_parallel_size(name, role.parallel, world_size), world_size)
+        if ranks.shape[1] > 1
+    }
+    return 1 + len(kinds)
+
+
+def plan_reserve(config: AnyConfig, roles: Mapping[str, RoleConfig], world_size: int, *, one_node: bool, has_experts: bool) -> Reserve:
+    """Return what a CUDA device holds beside tensors.
+
+    Args:
+        config: checked.
+        roles: of the run.
+        world_size: ranks of the run.
+        one_node: all of them are on one.
+        has_experts: some role has expert layers.
+    """
+    memory = config.memory
+    te = memory.te_workspace_mib * (1 + TE_GROUPED_STREAMS * has_experts)
+    parts = [
+        _part("the trainer's CUDA context", memory.context_mib, "estimate: memory.context_mib"),
+        _communicators("the trainer's NCCL communicators", num_communicators(roles, world_size), memory),
+        replace(_part("cuBLAS workspaces", memory.cublas_mib, "2 threads x 8 x 4 MiB (memory.cublas_mib)"), pooled=True),
+        replace(_part("Transformer Engine's workspaces", te, "where it is installed (memory.te_workspace_mib)"), pooled=True),
+    ]
+    if isinstance(config, PpoConfig) and config.train.replay_rollouts is None and not actor_generates(config):
+        parts += _engine_parts(config, memory, world_size, one_node=one_node)
+    return Reserve(tuple(part for part in parts if part.num_bytes), memory.allocator_slack)
+
+
+def _engine_parts(config: PpoConfig, memory: MemoryConfig, world_size: int, *, one_node: bool) -> Sequence[ReservePart]:
+    """vLLM's, beside its share: it looks at free memory after its context and its communicators were made."""
+    rollout = config.rollout
+    few_nodes = one_node or num_servers(rollout, world_size) == 1
+    joins = weight_transfer(rollout, one_node=few_nodes) is WeightTransfer.collective
+    own = ENGINE_COMMUNICATORS if rollout.tensor_parallel > 1 else 0
+    graphs = _part("vLLM's CUDA graphs, which it keeps asleep", memory.engine_graphs_mib, "estimate: memory.engine_graphs_mib")
+    runtime = _part("what vLLM's weights wake with them", memory.engine_runtime_mib, "estimate: memory.engine_runtime_mib")
+    return [
+        _part("vLLM's CUDA context", memory.context_mib, "estimate: memory.context_mib"),
+        _communicators("vLLM's NCCL communicators", own + joins, memory),
+        _communicators("the weight group, trainer's end", int(joins), memory),
+        replace(graphs, when="asleep"),
+        replace(runtime, when="sync"),
+    ]
+
+
+def _part(name: str, mib: float, source: str) -> ReservePart:
+    return ReservePart(name, int(mib * MIB), source)
+
+
+def _communicators(name: str, count: int, memory: MemoryConfig) -> ReservePart:
+    source = f"estimate: {count} x {memory.nccl_channels} channels x {memory.nccl_channel_mib:g} MiB (memory.nccl_*)"
+    return _part(name, count * memory.nccl_channels * memory.nccl_channel_mib, source)
