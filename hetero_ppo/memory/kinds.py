@@ -19,3 +19,6 @@ FORWARD = frozenset({Kind.params})
 TRAINING = frozenset(Kind)
 #: What the optimizer alone holds.
 OPTIMIZER = frozenset({Kind.main_params, Kind.moments})
+
+#: Weights go to the rollout servers in files, and on a GPU in blocks, of about this size.
+SHARD_BYTES = 512 * 2**20

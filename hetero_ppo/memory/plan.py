@@ -320,7 +320,7 @@ class _PhasePlanner:
 
     def _estimate(self, phase: str, role: RoleStorage, pp_rank: int) -> int:
         if phase == "weight_sync":
-            return _gathered_bytes(role)
+            return _gathered_bytes(role) + (0 if self.engine is None else self.engine.sync_blocks)
         work = role_work(self.config, role, training=phase.startswith("train"), on_cpu=self.on_cpu)
         if phase.startswith("train"):
             assert isinstance(role.config, TrainedRoleConfig)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from hetero_ppo.config.derived import actor_generates, max_model_len, num_servers, weight_transfer
 from hetero_ppo.config.devices import dtype_of
 from hetero_ppo.config.schema import PpoConfig, WeightTransfer
+from hetero_ppo.memory.kinds import SHARD_BYTES
 from hetero_ppo.memory.plan_storage import DTYPES, RoleStorage
 from megatron_bridge.parameter_count import hf_tensor_sizes
 
@@ -27,6 +28,7 @@ class EnginePlan:
     weights: int  # bytes of one device (GPU), or of one server (CPU)
     bytes_per_token: int  # of KV cache on one device
     weight_files: int  # bytes in shared memory of rank 0's node at a weight sync: old and new version, and what servers received
+    sync_blocks: int  # bytes of a GPU at a weight sync: tensors that are packed into a block, and with cuda_ipc all blocks
     host_bytes: int  # of all servers of the fullest node on a CPU
     sleeps: bool  # gives the device back between rollouts
 
@@ -65,9 +67,17 @@ def plan_engine(
         weights=whole // rollout.tensor_parallel,
         bytes_per_token=2 * layers * dims.key * element // rollout.tensor_parallel,
         weight_files=(2 + received) * whole,
+        sync_blocks=0 if device_bytes is None else _sync_blocks(actor, element, whole, transfer),
         host_bytes=math.ceil(servers / num_nodes) * (whole + rollout.kv_cache_mib * MIB),
         sleeps=device_bytes is not None and rollout.sleep is not False,
     )
+
+
+def _sync_blocks(actor: RoleStorage, element: int, whole: int, transfer: WeightTransfer) -> int:
+    """Tensors of one block and the block, which is full when the last one makes it ``SHARD_BYTES`` or more."""
+    largest = max(hf_tensor_sizes(actor.bridge, actor.head).values()) * element
+    block = min(whole, SHARD_BYTES + largest)
+    return block + (whole if transfer is WeightTransfer.cuda_ipc else block)
 
 
 def _plan_own_engine(config: PpoConfig, actor: RoleStorage, device_bytes: int | None) -> EnginePlan:
@@ -81,6 +91,7 @@ def _plan_own_engine(config: PpoConfig, actor: RoleStorage, device_bytes: int | 
         weights=0,
         bytes_per_token=bytes_per_token,
         weight_files=0,
+        sync_blocks=0,
         host_bytes=0,
         sleeps=device_bytes is not None if rollout.sleep is None else rollout.sleep,
     )

@@ -32,7 +32,14 @@ from hetero_ppo.rollout.partial import ABORTED
 from hetero_ppo.rollout.pool import Member, ServerPool, gather_all
 from hetero_ppo.rollout.server import MAX_LOG_PROBS, VllmServer, server_spec, sleeps
 from hetero_ppo.rollout.transports import weight_transport
-from hetero_ppo.rollout.weight_sync import SyncStats, check_room_for_another, remove_weights, write_weights
+from hetero_ppo.rollout.weight_sync import (
+    BlockWriter,
+    PinnedStaging,
+    SyncStats,
+    check_room_for_another,
+    remove_weights,
+    write_weights,
+)
 from hetero_ppo.types import OnResponse, Response
 
 T = TypeVar("T")
@@ -132,6 +139,7 @@ class VllmEngine:
         )
         # Of this thread: start() may run in another one, whose current device is the first.
         self._device = torch.device("cuda", torch.cuda.current_device()) if self._spec.cuda else torch.device("cpu")
+        self._staging = PinnedStaging()
         self._transfer = weight_transfer(config, one_node=cluster is None)
         self._log_dir = Path(run_dir).resolve() / "rollout"
         self._initial_version = initial_version
@@ -221,7 +229,7 @@ class VllmEngine:
             self._private_dir.remove()
             raise
         address = LOOPBACK if self._cluster is None else self._cluster.address
-        transport = weight_transport(self._transfer, self._device, self.config.sync_timeout_s, address)
+        transport = weight_transport(self._transfer, self._device, self.config.sync_timeout_s, address, self._staging)
         try:
             others = [] if self._cluster is None else remote_servers(self._cluster, self.config.start_timeout_s)
         except RunError:
@@ -398,7 +406,12 @@ class VllmEngine:
         pool = self._started_pool()
         self._num_syncs += 1
         start = time.perf_counter()
-        files = write_weights(self._private_dir.path / f"weights_{self._num_syncs}", tensors, version, self.dtype)
+        transport = pool.transport
+        transport.release()  # what a sync that failed has left
+        writer = None
+        if self._device.type == "cuda" or transport.keeps_blocks:
+            writer = BlockWriter(self._staging, transport.keep if transport.keeps_blocks else None)
+        files = write_weights(self._private_dir.path / f"weights_{self._num_syncs}", tensors, version, self.dtype, writer)
         written = time.perf_counter()
         previous = pool.files
         if previous is None:
@@ -479,6 +492,7 @@ class VllmEngine:
             self._thread.join()
             self._loop.close()
             self._private_dir.remove()
+            self._staging.close()
 
     def _started_pool(self) -> ServerPool:
         if self._pool is None:

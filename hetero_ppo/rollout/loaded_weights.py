@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from hetero_ppo.rollout.tensor_bytes import tensor_checksum
+from hetero_ppo.rollout.tensor_bytes import host_checksum
 
 EXPERT_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 NUM_HASH_THREADS = 4  # hashing releases the GIL
@@ -83,6 +83,7 @@ def compare_pieces(
     rank: int = 0,
     size: int = 1,
     padded: bool = False,
+    checksum: Callable[[Tensor], str] = host_checksum,
 ) -> dict[str, bool]:
     """Name -> True when the piece's checksum differs from the sent tensor's; names that were not sent are left out.
 
@@ -92,14 +93,15 @@ def compare_pieces(
         checksums: of the whole tensors, as the trainer has them too.
         rank: tensor-parallel rank, of ``size``.
         padded: see :func:`part_of`.
+        checksum: the one that ``checksums`` has; of the bytes wherever they lie.
     """
 
     def differs(name: str) -> bool:
         held, full = pieces[name], staged[name]
         part = part_of(full, held.shape, rank, size, padded=padded)
-        expected = checksums[name] if part.shape == full.shape else tensor_checksum(part.contiguous())
+        expected = checksums[name] if part.shape == full.shape else checksum(part)
         unpadded = held[tuple(slice(length) for length in part.shape)]
-        return tensor_checksum(unpadded.to(device="cpu", dtype=full.dtype).contiguous()) != expected
+        return checksum(unpadded.to(full.dtype)) != expected
 
     names = [name for name in pieces if name in staged]
     with ThreadPoolExecutor(max_workers=NUM_HASH_THREADS) as pool:
@@ -116,6 +118,7 @@ class LoadedWeights:
         checksums: of the same tensors.
         rank: tensor-parallel rank, of ``size``.
         cpu: linear layers are packed, so they are read before that.
+        checksum: the one that ``checksums`` has.
     """
 
     model: nn.Module
@@ -124,6 +127,7 @@ class LoadedWeights:
     rank: int
     size: int
     cpu: bool
+    checksum: Callable[[Tensor], str] = host_checksum
     differs: dict[str, bool] = field(default_factory=dict)  # by name, of what has been read
     seconds: float = 0.0  # spent on reading and hashing
 
@@ -179,6 +183,6 @@ class LoadedWeights:
             pieces = dense_pieces(name, layer, self.model.packed_modules_mapping)
         padded = isinstance(layer, VocabParallelEmbedding)
         self.differs |= compare_pieces(
-            pieces, self.staged, self.checksums, rank=self.rank, size=self.size, padded=padded
+            pieces, self.staged, self.checksums, rank=self.rank, size=self.size, padded=padded, checksum=self.checksum
         )
         self.seconds += time.perf_counter() - start

@@ -142,6 +142,7 @@ class ServerPool:
                     raise died[0]
                 await self._stage(member.client, self.files)
                 await swap(member.client, self.files, self.sync_timeout_s, verify=self.verify_sync)
+                self.transport.release()
             elif self.initial_version is not None:
                 body = {"new_version": self.initial_version}
                 await member.client.post(phase, "/update_weight_version", self.sync_timeout_s, body)
@@ -269,6 +270,7 @@ class ServerPool:
             staged_s = await self._deliver(files)
         self.files = files  # a server that is restarted from here on starts with them
         loaded_s = await gather_all([self._swap(member, files) for member in staged_s])
+        self.transport.release()
         return max(map(sum, zip(staged_s.values(), loaded_s, strict=True)), default=0.0)
 
     async def _deliver(self, files: WeightFiles) -> dict[Member, float] | None:
@@ -294,7 +296,8 @@ class ServerPool:
         return None
 
     async def _stage(self, client: ServerClient, files: WeightFiles) -> float:
-        return await stage(client, files, self.sync_timeout_s, reads_files=self.transport.reads_files)
+        expected = self.transport.checksums(files)
+        return await stage(client, files, self.sync_timeout_s, reads_files=self.transport.reads_files, checksums=expected)
 
     async def _swap(self, member: Member, files: WeightFiles) -> float:
         starts = member.starts

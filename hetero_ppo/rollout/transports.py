@@ -1,28 +1,27 @@
 """Ways of the weights from the trainer into the servers' workers.
 
 Whatever the way, the tensors of the newest version lie in files in shared memory on the trainer's node (``weight_sync.py``): a server that is
-restarted, or wakes without a sync, gets them from there again. And whatever the way, they arrive in shared memory of the server's node,
-where names, shapes and checksums are compared before the old weights are touched.
+restarted, or wakes without a sync, gets them from there again. They arrive in shared memory of the server's node, or stay in the trainer's
+memory on the GPU that both use (``device_blocks.py``); names, shapes and checksums are compared before the old weights are touched.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 
 from hetero_ppo.config.schema import WeightTransfer
-from hetero_ppo.errors import RunError
 from hetero_ppo.rollout.client import ServerClient, ServerDied
 from hetero_ppo.rollout.cuda_ipc import IpcHandle, device_id
+from hetero_ppo.rollout.device_blocks import DeviceBlocks
 from hetero_ppo.network import LOOPBACK
 from hetero_ppo.rollout.signed_store import derived_key, new_secret
 from hetero_ppo.rollout.weight_group import Meeting, Shard, WeightGroup, map_shard, open_store
-from hetero_ppo.rollout.weight_sync import WeightFiles
+from hetero_ppo.rollout.weight_sync import PinnedStaging, WeightFiles
+from hetero_ppo.rollout.worker_calls import call_workers
 
-PHASE = "weight sync"
 #: Workers come at once, or not at all.
 MEETING_TIMEOUT_S = 30.0
 
@@ -32,6 +31,17 @@ class WeightTransport(Protocol):
 
     #: True: servers read the files themselves; False: they keep what :meth:`deliver` brought them.
     reads_files: bool
+    #: True: it takes the blocks of a sync with :meth:`keep`.
+    keeps_blocks: bool
+
+    def keep(self, block: Shard) -> None:
+        """Takes a block of the sync that is under way."""
+
+    def checksums(self, files: WeightFiles) -> dict[str, str]:
+        """Tensor name -> what the servers' own checksums have to be."""
+
+    def release(self) -> None:
+        """Lets go of what only the servers needed that have loaded by now."""
 
     async def deliver(self, clients: list[ServerClient], files: WeightFiles) -> dict[int, ServerDied]:
         """Brings the tensors to servers; their weights stay as they are.
@@ -44,7 +54,21 @@ class WeightTransport(Protocol):
         """
 
 
-class SharedMemory:
+class OfFiles:
+    """What ways have in common that take the bytes of the files."""
+
+    keeps_blocks = False
+
+    def keep(self, block: Shard) -> None:
+        raise AssertionError("this way of the weights takes no blocks")
+
+    def checksums(self, files: WeightFiles) -> dict[str, str]:
+        return files.checksums
+
+    def release(self) -> None: ...
+
+
+class SharedMemory(OfFiles):
     """The servers are on the trainer's node and read the files."""
 
     reads_files = True
@@ -53,7 +77,7 @@ class SharedMemory:
         return {}
 
 
-class Broadcast:
+class Broadcast(OfFiles):
     """One shard after the other through the memory of the trainer's device, to the first worker of every server at the same time.
 
     Workers on other devices, and all of them on CPUs, get it by a broadcast in a group of their own with the trainer. A worker on the
@@ -64,18 +88,16 @@ class Broadcast:
         device: the trainer's: a CPU for gloo.
         address: of this node, that the workers reach; their meeting point listens there alone.
         timeout_s: deadline of a meeting, and of every shard.
-        group_allowed: False: the servers are on the trainer's own GPU, anything else is an error.
     """
 
     reads_files = False
 
-    def __init__(self, device: torch.device, address: str, timeout_s: float, *, group_allowed: bool = True):
+    def __init__(self, device: torch.device, address: str, timeout_s: float):
         self.device = device
         self.address = address
         self.timeout_s = timeout_s
-        self.group_allowed = group_allowed
         self._secret = new_secret()
-        self._store = open_store(address, timeout_s) if group_allowed else None
+        self._store = open_store(address, timeout_s)
         self._group: WeightGroup | None = None
         self._members: list[tuple[int, int]] = []  # (server, its start) of the group
         self._num_meetings = 0
@@ -106,18 +128,13 @@ class Broadcast:
             return {}
         self._group, self._members = None, []
         self._num_meetings += 1
-        devices, died = await self._ask(clients, "hetero_ppo_device", [{}] * len(clients))
+        devices, died = await call_workers(clients, "hetero_ppo_device", [{}] * len(clients), self.timeout_s)
         if died:
             return died
         own, size, ranks = device_id(self.device), 1, []
-        for client, workers in zip(clients, devices, strict=True):
+        for workers in devices:
             device = workers[0]["device"]
             elsewhere = self.device.type == "cpu" or device != own
-            if elsewhere and not self.group_allowed:
-                raise RunError(
-                    f"{PHASE}: rollout.weight_transfer=cuda_ipc: {client.server.name} is on the device {device}, the trainer on {own}; "
-                    "use collective"
-                )
             ranks.append(size if elsewhere else None)
             size += elsewhere
         self._ranks = ranks
@@ -128,7 +145,6 @@ class Broadcast:
         return died
 
     async def _join(self, clients: list[ServerClient], ranks: list[int | None], size: int) -> dict[int, ServerDied]:
-        assert self._store is not None
         name = f"weights {self._num_meetings}"
         meeting = Meeting(
             host=self.address,
@@ -144,7 +160,7 @@ class Broadcast:
             self._group = WeightGroup(self._store, meeting, 0, self.device)
 
         arguments = [{"meeting": meeting.to_json(), "rank": rank} for rank in ranks]
-        _, died = await self._ask(clients, "hetero_ppo_join", arguments, join)
+        _, died = await call_workers(clients, "hetero_ppo_join", arguments, self.timeout_s, join)
         return died
 
     async def _send(self, clients: list[ServerClient], shard: Shard, index: int) -> dict[int, ServerDied]:
@@ -156,38 +172,20 @@ class Broadcast:
             arguments.append({"header": shard.header, "handle": handle, "index": index})
         group = self._group
         own_part = None if group is None else lambda: group.broadcast(shard.data)
-        _, died = await self._ask(clients, "hetero_ppo_receive", arguments, own_part)
+        _, died = await call_workers(clients, "hetero_ppo_receive", arguments, self.timeout_s, own_part)
         return died
 
-    async def _ask(
-        self,
-        clients: list[ServerClient],
-        method: str,
-        arguments: list[dict[str, Any]],
-        own_part: Callable[[], None] | None = None,
-    ) -> tuple[list[list[dict[str, Any]]], dict[int, ServerDied]]:
-        """Calls a method of all servers' workers and does the trainer's part beside it; every part ends before this returns.
 
-        Returns:
-            Each server's answers, one per worker, and the servers that died.
-        """
-        calls = [
-            client.call_worker(PHASE, method, self.timeout_s, **own)
-            for client, own in zip(clients, arguments, strict=True)
-        ]
-        parts = calls if own_part is None else [*calls, asyncio.to_thread(own_part)]
-        results = await asyncio.gather(*parts, return_exceptions=True)
-        died = {index: result for index, result in enumerate(results) if isinstance(result, ServerDied)}
-        errors = [result for result in results if isinstance(result, BaseException)]
-        if errors and not died:  # a peer's death makes errors of the others too
-            if isinstance(errors[0], RunError):  # names the server
-                raise errors[0]
-            raise RunError(f"{PHASE}: {method}: the trainer's end: {errors[0]}") from errors[0]
-        return results[: len(clients)], died
-
-
-def weight_transport(kind: WeightTransfer, device: torch.device, timeout_s: float, address: str = LOOPBACK) -> WeightTransport:
+def weight_transport(
+    kind: WeightTransfer,
+    device: torch.device,
+    timeout_s: float,
+    address: str = LOOPBACK,
+    staging: PinnedStaging | None = None,
+) -> WeightTransport:
     """The one that the config names; ``auto`` is resolved before."""
     if kind is WeightTransfer.shared_memory:
         return SharedMemory()
-    return Broadcast(device, address, timeout_s, group_allowed=kind is WeightTransfer.collective)
+    if kind is WeightTransfer.cuda_ipc:
+        return DeviceBlocks(device, timeout_s, staging or PinnedStaging())
+    return Broadcast(device, address, timeout_s)

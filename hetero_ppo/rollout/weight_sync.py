@@ -11,10 +11,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,11 +24,13 @@ from hetero_ppo.config.schema import Dtype
 from hetero_ppo.disk import free_text, size_text, writing
 from hetero_ppo.errors import RunError
 from hetero_ppo.rollout.client import ServerClient
+from hetero_ppo.memory.kinds import SHARD_BYTES
 from hetero_ppo.rollout.tensor_bytes import tensor_bytes, tensor_checksum
+from hetero_ppo.rollout.weight_group import Shard
+from megatron_bridge.platform.copies import pinned_host_memory, release_pinned
 
 #: Where there is no room for weights.
 SHM_REMEDY = "make it larger (docker run --shm-size, mount -o remount,size=): two versions of the weights lie there during a sync"
-SHARD_BYTES = 512 * 2**20
 TORCH_DTYPE = {Dtype.fp32: torch.float32, Dtype.bf16: torch.bfloat16}
 SAFETENSORS_DTYPE = {torch.float32: "F32", torch.bfloat16: "BF16"}
 
@@ -71,7 +74,21 @@ def _write_shard(path: Path, tensors: dict[str, Tensor]) -> dict[str, str]:
     The library's ``save_file`` refuses tensors that share a storage, which is what views of a flat parameter buffer do, and
     its lower-level twin copies every tensor to ``bytes``.
     """
-    header, offset = {}, 0
+    header, offset = _header(tensors)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    full_disk = writing(path, "weights for the rollout servers", 8 + len(text) + offset, SHM_REMEDY)
+    with ThreadPoolExecutor(max_workers=1) as pool, full_disk, open(path, "xb", opener=_private_opener) as file:
+        checksums = pool.map(tensor_checksum, tensors.values())  # beside the writing; both release the GIL
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.writelines(tensor_bytes(tensor) for tensor in tensors.values())
+        return dict(zip(tensors, checksums, strict=True))
+
+
+def _header(tensors: dict[str, Tensor]) -> tuple[dict[str, Any], int]:
+    """A safetensors header of tensors one after the other, and their bytes."""
+    header: dict[str, Any] = {}
+    offset = 0
     for name, tensor in tensors.items():
         end = offset + tensor.numel() * tensor.element_size()
         header[name] = {
@@ -80,25 +97,72 @@ def _write_shard(path: Path, tensors: dict[str, Tensor]) -> dict[str, str]:
             "data_offsets": [offset, end],
         }
         offset = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    full_disk = writing(path, "weights for the rollout servers", 8 + len(text) + offset, SHM_REMEDY)
-    with ThreadPoolExecutor(max_workers=1) as pool, full_disk, open(path, "xb", opener=_private_opener) as file:
-        checksums = pool.map(tensor_checksum, tensors.values())  # beside the writing; both release the GIL
-        file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors.values():
-            file.write(tensor_bytes(tensor))
-        return dict(zip(tensors, checksums, strict=True))
+    return header, offset
+
+
+class PinnedStaging:
+    """Page-locked host memory that bytes cross by, in one block at a time; it grows to the largest and is kept for the next sync."""
+
+    def __init__(self) -> None:
+        self._memory: Tensor | None = None
+
+    def take(self, num_bytes: int) -> Tensor:
+        """Return [num_bytes] uint8; what was taken before is overwritten.
+
+        Raises:
+            RuntimeError: the host memory cannot be page-locked.
+        """
+        if self._memory is None or self._memory.numel() < num_bytes:
+            self.close()
+            self._memory = pinned_host_memory(num_bytes)
+        return self._memory[:num_bytes]
+
+    def close(self) -> None:
+        """Give the memory back; may be called more than once."""
+        if self._memory is not None:
+            release_pinned(self._memory)
+            self._memory = None
+
+
+@dataclass(frozen=True)
+class BlockWriter:
+    """Packs the tensors of a file into one block on their device, which then crosses to the host at once, by pinned memory."""
+
+    staging: PinnedStaging
+    keep: Callable[[Shard], None] | None = None  # takes the blocks; None: they are let go of
+
+    def on_host(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the tensors in host memory, until the next call."""
+        header, num_bytes = _header(tensors)
+        block = Shard(header, torch.cat([tensor.view(-1).view(torch.uint8) for tensor in tensors.values()]))
+        on_host = Shard(header, self.staging.take(num_bytes))
+        on_host.data.copy_(block.data)
+        if self.keep is not None:
+            self.keep(block)
+        return on_host.tensors()
 
 
 def _private_opener(path: str, flags: int) -> int:
     return os.open(path, flags, mode=0o600)
 
 
-def write_weights(directory: Path, tensors: Iterator[tuple[str, Tensor]], version: str, dtype: Dtype) -> WeightFiles:
+def write_weights(
+    directory: Path,
+    tensors: Iterator[tuple[str, Tensor]],
+    version: str,
+    dtype: Dtype,
+    writer: BlockWriter | None = None,
+) -> WeightFiles:
     """Writes a stream of (Hugging Face name, tensor) into ``directory`` in the engine's dtype.
 
     No more than one shard is held at a time. The directory appears under its name when all of it is written.
+
+    Args:
+        directory: new.
+        tensors: read once, in order.
+        version: label of the weights.
+        dtype: of the engine.
+        writer: brings tensors of a GPU to the host; None: they are host memory.
 
     Raises:
         ValueError: the stream is empty or names a tensor twice.
@@ -106,7 +170,7 @@ def write_weights(directory: Path, tensors: Iterator[tuple[str, Tensor]], versio
     partial = directory.with_name(directory.name + ".partial")
     partial.mkdir(mode=0o700)
     try:
-        shards, num_bytes = _write_shards(partial, tensors, version, TORCH_DTYPE[dtype])
+        shards, num_bytes = _write_shards(partial, tensors, version, TORCH_DTYPE[dtype], writer)
     except BaseException:
         shutil.rmtree(partial)
         raise
@@ -116,7 +180,7 @@ def write_weights(directory: Path, tensors: Iterator[tuple[str, Tensor]], versio
 
 
 def _write_shards(
-    directory: Path, tensors: Iterator[tuple[str, Tensor]], version: str, dtype: torch.dtype
+    directory: Path, tensors: Iterator[tuple[str, Tensor]], version: str, dtype: torch.dtype, writer: BlockWriter | None
 ) -> tuple[dict[str, dict[str, str]], int]:
     """File name -> tensor name -> checksum, and the bytes of all tensors."""
     shards: dict[str, dict[str, str]] = {}
@@ -126,14 +190,17 @@ def _write_shards(
 
     def flush() -> None:
         file_name = f"shard_{len(shards):05d}.safetensors"
-        shards[file_name] = _write_shard(directory / file_name, shard)
+        shards[file_name] = _write_shard(directory / file_name, shard if writer is None else writer.on_host(shard))
         shard.clear()
 
     for name, tensor in tensors:
         if name in seen:
             raise ValueError(f"weight sync {version!r}: tensor {name!r} comes twice in the stream")
         seen.add(name)
-        shard[name] = tensor.detach().to(device="cpu", dtype=dtype).contiguous()
+        if writer is None:
+            shard[name] = tensor.detach().to(device="cpu", dtype=dtype).contiguous()
+        else:  # a copy on the device: the stream may use the tensor's memory for the next one
+            shard[name] = tensor.detach().to(dtype, copy=True).contiguous()
         tensor_size = shard[name].numel() * shard[name].element_size()
         shard_bytes, num_bytes = shard_bytes + tensor_size, num_bytes + tensor_size
         if shard_bytes >= SHARD_BYTES:
@@ -164,7 +231,14 @@ def remove_weights(files: WeightFiles) -> None:
     shutil.rmtree(files.paths[0].parent)
 
 
-async def stage(client: ServerClient, files: WeightFiles, timeout_s: float, *, reads_files: bool = True) -> float:
+async def stage(
+    client: ServerClient,
+    files: WeightFiles,
+    timeout_s: float,
+    *,
+    reads_files: bool = True,
+    checksums: dict[str, str] | None = None,
+) -> float:
     """Lets a server check the tensors; its weights stay as they are.
 
     Args:
@@ -172,6 +246,7 @@ async def stage(client: ServerClient, files: WeightFiles, timeout_s: float, *, r
         files: the tensors.
         timeout_s: deadline.
         reads_files: True: it reads them from the files; False: they were brought to it (``transports.py``).
+        checksums: what the server's own have to be, by tensor name; None: those of the files.
 
     Returns:
         Seconds the server's slowest worker spent on checksums.
@@ -191,7 +266,8 @@ async def stage(client: ServerClient, files: WeightFiles, timeout_s: float, *, r
                 + (f"; and {more} more" if more > 0 else "")
                 + ". The server keeps its old weights."
             )
-        wrong = sorted(name for name, digest in files.checksums.items() if result["checksums"][name] != digest)
+        expected = files.checksums if checksums is None else checksums
+        wrong = sorted(name for name, digest in expected.items() if result["checksums"][name] != digest)
         if wrong:
             raise RunError(
                 f"weight sync {files.version!r}: {client.server.name} read other bytes than were written for {wrong[:8]}"

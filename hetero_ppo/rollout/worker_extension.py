@@ -2,7 +2,7 @@
 
 The trainer writes safetensors files, or sends their shards (``transports.py``), and calls these methods over ``/collective_rpc`` with plain
 JSON arguments; nothing is ever unpickled. Two calls, because an update that fails half-way leaves vLLM's model unusable:
-``hetero_ppo_stage_weights`` opens the files, or takes the shards that came, checks names and shapes against the model's Hugging Face
+``hetero_ppo_stage_weights`` opens the files, or takes the shards that came or were opened in the trainer's memory, checks names and shapes against the model's Hugging Face
 layout and returns a checksum per tensor, with the old weights untouched; ``hetero_ppo_load_staged`` puts them in place and compares what
 the engine's parameters then hold with these checksums.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from hetero_ppo.rollout.cuda_ipc import IpcHandle, device_id
 from hetero_ppo.rollout.loaded_weights import NUM_HASH_THREADS, LoadedWeights
-from hetero_ppo.rollout.tensor_bytes import tensor_checksum
+from hetero_ppo.rollout.tensor_bytes import host_checksum, lane_checksum
 from hetero_ppo.rollout.weight_group import Meeting, Shard, WeightGroup, join_store, num_bytes
 
 
@@ -112,7 +113,7 @@ class WeightReceiver:
 
     #: The group that shards are broadcast in; None: there is none, or this worker is no member.
     hetero_ppo_group: WeightGroup | None = None
-    hetero_ppo_arrived: tuple[ArrivedShard, ...] = ()
+    hetero_ppo_arrived: tuple[ArrivedShard | Shard, ...] = ()  # in files, or in the trainer's memory
 
     def hetero_ppo_pulse(self) -> dict[str, Any]:
         """A sign of life: the answer takes the same way as everything that the engine does (``pulse.py``)."""
@@ -166,6 +167,24 @@ class WeightReceiver:
                 data.copy_(on_device)
         return {}
 
+    def hetero_ppo_open(self, header: dict[str, Any], handle: dict[str, Any], index: int) -> dict[str, Any]:
+        """Opens one shard in the trainer's device memory, to be loaded from there; the trainer keeps it until that is done.
+
+        Args:
+            header: its tensors, as in a safetensors file.
+            handle: an ``IpcHandle`` as JSON.
+            index: of the shard, from 0; with 0 what came before is forgotten.
+        """
+        shard = Shard(header, IpcHandle.from_json(handle).open(self.device))
+        self.hetero_ppo_arrived = (*(self.hetero_ppo_arrived if index else ()), shard)
+        return {}
+
+    @property
+    def hetero_ppo_checksum(self) -> Callable[[Tensor], str]:
+        """Checksum of the tensors that arrived: computed where they are."""
+        in_place = any(isinstance(shard, Shard) for shard in self.hetero_ppo_arrived)
+        return lane_checksum if in_place else host_checksum
+
     def hetero_ppo_stage_weights(self, paths: list[str] | None) -> dict[str, Any]:
         """Checks the tensors of safetensors files, or with None those that were received.
 
@@ -174,7 +193,7 @@ class WeightReceiver:
             tensors are kept for ``hetero_ppo_load_staged`` when there is no problem.
         """
         if paths is not None:
-            tensors = _read_files(paths)
+            tensors, self.hetero_ppo_arrived = _read_files(paths), ()
         else:
             tensors = {name: tensor for shard in self.hetero_ppo_arrived for name, tensor in shard.tensors().items()}
         if self.hetero_ppo_expected is None:
@@ -182,7 +201,7 @@ class WeightReceiver:
         problems = find_problems(tensors, *self.hetero_ppo_expected)
         start = time.perf_counter()
         with ThreadPoolExecutor(max_workers=NUM_HASH_THREADS) as pool:
-            checksums = dict(zip(tensors, pool.map(tensor_checksum, tensors.values()), strict=True))
+            checksums = dict(zip(tensors, pool.map(self.hetero_ppo_checksum, tensors.values()), strict=True))
         seconds = time.perf_counter() - start
         self.hetero_ppo_staged = None if problems else tensors
         self.hetero_ppo_checksums = None if problems else checksums
@@ -203,8 +222,10 @@ class WeightReceiver:
         tensors, self.hetero_ppo_staged = self.hetero_ppo_staged, None
         if tensors is None:
             raise RuntimeError("no weights are staged: call hetero_ppo_stage_weights first")
-        for shard in self.hetero_ppo_arrived:  # all workers have mapped them; the last one to let go frees the memory
-            shard.path.unlink(missing_ok=True)
+        checksum = self.hetero_ppo_checksum
+        for shard in self.hetero_ppo_arrived:
+            if isinstance(shard, ArrivedShard):  # all workers have mapped them; the last one to let go frees the memory
+                shard.path.unlink(missing_ok=True)
         self.hetero_ppo_arrived = ()
         if not verify:
             self._hetero_ppo_load(tensors)
@@ -216,6 +237,7 @@ class WeightReceiver:
             rank=self.hetero_ppo_rank,
             size=self.parallel_config.tensor_parallel_size,
             cpu=self.device.type == "cpu",
+            checksum=checksum,
         )
         with loaded.watching():
             self._hetero_ppo_load(tensors)

@@ -79,6 +79,17 @@ def test_servers_of_several_gpus_and_nodes_have_communicators() -> None:
     assert "vLLM's NCCL communicators" not in parts(("rollout.weight_transfer", WeightTransfer.cuda_ipc), ("rollout.num_servers", 1))
 
 
+def test_blocks_of_a_weight_sync_are_on_the_device() -> None:
+    """The largest tensor, 151,936 x 4096 in bf16, twice: as shards and joined. A block: what makes 512 MiB and the largest tensor, as copies
+    and packed; by CUDA IPC the packed blocks stay, the whole model of 8,190,735,360 parameters.
+    """
+    largest, whole = 2 * 151_936 * 4096, 2 * 8_190_735_360
+    block = 512 * MIB + largest
+    plans = planned(), planned(("rollout.weight_transfer", WeightTransfer.cuda_ipc), ("rollout.num_servers", 1))
+    found = [phase.activations for plan in plans for phase in plan.phases if phase.phase == "weight_sync"]
+    assert found == [2 * largest + 2 * block, 2 * largest + block + whole]
+
+
 def test_an_engine_that_does_not_sleep_has_its_graphs_in_its_share() -> None:
     names = {part.name for phase in planned(("rollout.sleep", False)).phases for part in phase.reserves}
     assert not [name for name in names if "graphs" in name or "wake" in name]
