@@ -41,6 +41,10 @@ REPLACED_RECORDS = {
 }
 
 
+#: From torchrun's SIGTERM to its SIGKILL, which ranks get when another one has failed; less a second, for timestamps are whole seconds.
+TORCHRUN_GRACE_S = 29
+
+
 class _Drop(logging.Filter):
     """Drops records by how they begin."""
 
@@ -98,9 +102,17 @@ def first_cause(failures: Mapping[int, ProcessFailure]) -> tuple[int, ProcessFai
     """Return the rank that failed by itself, and its failure.
 
     A rank whose peer was killed ends within milliseconds, and torchrun finds both at one look: it cannot tell which was first. A rank
-    that was ended by a signal did not end since another one had. Among such, and without any, it is the earliest.
+    that was ended by a signal did not end since another one had, unless torchrun ended it: by SIGTERM, and TORCHRUN_GRACE_S later by
+    SIGKILL. Among such, and without any, it is the earliest.
     """
-    return min(failures.items(), key=lambda item: (item[1].exitcode >= 0, item[1].timestamp))
+    begun = min(failure.timestamp for failure in failures.values())
+
+    def order(item: tuple[int, ProcessFailure]) -> tuple[bool, int]:
+        failure = item[1]
+        is_torchruns = failure.exitcode == -signal.SIGTERM or failure.timestamp >= begun + TORCHRUN_GRACE_S
+        return failure.exitcode >= 0 or is_torchruns, failure.timestamp
+
+    return min(failures.items(), key=order)
 
 
 def main(arguments: list[str] | None = None) -> int:

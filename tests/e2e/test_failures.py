@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from chain import Chain, launch_cli, read_metrics
+from chain import Chain, launch_all, launch_cli, read_metrics
 from e2e.processes import RunningJob, running, wait_for
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -57,11 +57,8 @@ def test_a_malformed_line_is_named_by_file_and_number(chain: Chain, tmp_path: Pa
     lines[6] = lines[6].replace('"prompt"', '"prmpt"')
     data = tmp_path / "prompts.jsonl"
     data.write_text("\n".join(lines) + "\n")
-    command = chain.train_command("ppo", tmp_path / "run", data__train=data)
-    with running(1, command, tmp_path / "run") as job:
-        assert job.wait_end(SOON_S) == 2
-        assert_one_error(job.text, 2, rf"error: {re.escape(str(data))}, line 7, field 'prompt': is missing")
-        job.assert_nothing_is_left()
+    text = launch_all(1, [["!", *chain.train_command("ppo", tmp_path / "run", data__train=data)]])
+    assert re.match(rf"error: {re.escape(str(data))}, line 7, field 'prompt': is missing", errors(text)[0]) and len(errors(text)) == 1
     assert not (tmp_path / "run" / "rollout").exists()  # before any server was started
 
 

@@ -10,6 +10,7 @@ from statistics import mean
 
 import pytest
 from chain import Chain, launch_all, read_metrics
+from distributed.ppo_runs import prepare
 from e2e.processes import LOOPBACK_ADDRESSES, listening_addresses, running
 
 from hetero_ppo.errors import EXIT_STOPPED
@@ -20,15 +21,18 @@ START_S, SOON_S = 180.0, 60.0
 STEPS, SOAK_STEPS = 6, 12
 
 
-def test_sigterm_to_the_launcher_saves_ppo_and_nothing_has_moved(chain: Chain, tmp_path: Path) -> None:
+def test_sigterm_to_the_launcher_saves_ppo_and_engine_and_trainer_have_stayed_together(tmp_path: Path) -> None:
     """Exit status, checkpoint, rollouts of every step; nothing is left running. That it goes on to the same bits: test_killed.py.
 
-    Learning rates are 0: rollouts, switches and weight syncs with the real engine, in fp32, leave engine and trainer together.
-    Launcher, ranks, server and its engine listen on loopback and on unix sockets alone.
+    Launcher, ranks, server and its engine listen on loopback and on unix sockets alone. The model is a mixture of experts that are
+    spread over two trainers, in fp32. With stale or misplaced experts log-probs of the engine differed by 0.7.
     """
-    run_dir = tmp_path / "run"
-    frozen = {"actor__optimizer__lr": 0, "critic__optimizer__lr": 0}
-    command = [*chain.train_command("ppo", run_dir, train__steps=400, data__eval="null", **frozen), "train.eval_function=null"]
+    runs = prepare(tmp_path, head_dim=32)  # the least that vLLM has a CPU kernel for
+    roles = {"actor": {"expert": 2}, "critic": {"expert": 2}}
+    run_dir, command = tmp_path / "live", runs.command("live", "moe", roles, steps=400)
+    rollout = {"kv_cache_mib": 32, "server_threads": 1, "max_num_seqs": 16}
+    command += ["train.replay_rollouts=null", "train.dump_rollouts=true", "algorithm.minibatch_size=16", "rollout.sampling.temperature=1.0"]
+    command += [f"rollout.{name}={value}" for name, value in rollout.items()]
     with running(2, command, run_dir) as job:
         job.wait_steps(1, START_S)
         assert len(job.processes) >= 6 and listening_addresses(job.processes) <= LOOPBACK_ADDRESSES
@@ -48,8 +52,7 @@ def test_sigterm_to_the_launcher_saves_ppo_and_nothing_has_moved(chain: Chain, t
         assert values["rollout/log_prob_diff_max"] < 1e-4, step
         assert values["rollout/ratio_outside_share"] == 0, step
         assert values["rollout/golden_log_prob_diff"] < 1e-4, step
-        assert abs(values["actor/ppo_kl"]) < 1e-7 and abs(values["actor/ppo_kl_first"]) < 1e-7, step
-        assert abs(values["kl/reference"]) < 1e-5, step
+        assert abs(values["actor/ppo_kl_first"]) < 1e-7, step
     differences = [values["rollout/log_prob_diff_mean"] for values in steps.values()]
     assert mean(differences[-4:]) < 1.5 * mean(differences[:4]), "the difference grows"
 

@@ -14,12 +14,15 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 
 from hetero_ppo.cli import launcher, ranks
 from hetero_ppo.cli.launcher import describe_failure, main
+from hetero_ppo.errors import EXIT_STOPPED
 
 TORCHRUN = ["--standalone", "--nproc-per-node", "1"]
 
 
-def failure(exit_code: int) -> ProcessFailure:
-    return ProcessFailure(local_rank=0, pid=1, exitcode=exit_code, error_file="")
+def failure(exit_code: int, after_s: int = 0) -> ProcessFailure:
+    found = ProcessFailure(local_rank=0, pid=1, exitcode=exit_code, error_file="")
+    found.timestamp = 1_000_000 + after_s
+    return found
 
 
 @pytest.mark.parametrize(
@@ -41,6 +44,10 @@ def test_a_failed_rank_is_one_line(exit_code: int, text: str, status: int) -> No
         (ChildFailedError("x", {0: failure(2), 1: failure(1)}), "error: rank 0 ended with exit status 2; see the error above\n", 2),
         # Rank 0 has only seen that rank 1 was gone, but was looked at first.
         (ChildFailedError("x", {0: failure(1), 1: failure(-9)}), "error: rank 1 was ended by SIGKILL (signal 9)\n", 137),
+        # torchrun has ended rank 0 since rank 1 had failed.
+        (ChildFailedError("x", {1: failure(2), 0: failure(-15)}), "error: rank 1 ended with exit status 2; see the error above\n", 2),
+        (ChildFailedError("x", {1: failure(2), 0: failure(-9, 30)}), "error: rank 1 ended with exit status 2; see the error above\n", 2),
+        (ChildFailedError("x", {0: failure(-15)}), "error: rank 0 was ended by SIGTERM (signal 15)\n", 143),
         (SignalException("x", signal.SIGTERM), "error: the run was stopped by SIGTERM\n", 143),
     ],
 )
@@ -58,6 +65,15 @@ def test_the_end_of_a_failed_run_is_one_line(
 def test_a_run_that_ends_well_says_nothing(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(launcher, "run", lambda args: None)
     assert main([*TORCHRUN, "program.py"]) == 0
+    assert capfd.readouterr().err == ""
+
+
+def test_a_stop_is_one_though_torchrun_ends_the_slower_rank(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    def run(args: object) -> None:
+        raise ChildFailedError("x", {1: failure(EXIT_STOPPED), 0: failure(-signal.SIGTERM)})
+
+    monkeypatch.setattr(launcher, "run", run)
+    assert main([*TORCHRUN, "program.py"]) == EXIT_STOPPED
     assert capfd.readouterr().err == ""
 
 

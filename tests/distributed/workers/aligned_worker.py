@@ -28,9 +28,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "dp4": {},
     "tp2": {"tensor": 2},
     "tp2sp": {"tensor": 2, "sequence": True},
-    "tp4": {"tensor": 4},
     "tp4sp": {"tensor": 4, "sequence": True},
-    "pp2": {"pipeline": 2},
     "tp2pp2": {"tensor": 2, "pipeline": 2},
     "packed": {"packing": True},
     "packed tp2sp": {"tensor": 2, "sequence": True, "packing": True},
@@ -104,7 +102,7 @@ def checkpoint(model: Path, folder: Path) -> dict[str, bool]:
     snapshot = trained.save(folder)
     assert snapshot.write()
     snapshot.finish()
-    loaded = ModelEngine("reward", role_config(model, "fp32", LAYOUTS["tp4"], aligned=False), "score")
+    loaded = ModelEngine("reward", role_config(model, "fp32", {"tensor": 4}, aligned=False), "score")
     loaded.load_weights(folder)
     found = {name: tensor.clone() for name, tensor in loaded.stream_weights()}
     source = read_tensors(model)
