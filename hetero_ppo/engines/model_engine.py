@@ -354,13 +354,8 @@ class ModelEngine:
 
     @property
     def _sharding_metadata(self) -> dict[str, Any]:
-        """What Megatron-Core's sharded_state_dict functions take: this role's groups, and how optimizers are sharded."""
-        return {
-            "distrib_optim_sharding_type": "fully_reshardable",
-            "distrib_optim_fully_reshardable_mem_efficient": False,
-            "chained_optim_avoid_prefix": True,
-            "dp_cp_group": self.groups.dp_cp,
-        }
+        """What Megatron-Core's sharded_state_dict functions take: this role's groups, and that optimizers are not numbered."""
+        return {"chained_optim_avoid_prefix": True, "dp_cp_group": self.groups.dp_cp}
 
     def _sharded_weights(self) -> dict[str, dict[str, Any]]:
         """Weights of every chunk in sharded form; layers carry their global number, so any layout can load them."""

@@ -8,17 +8,22 @@ pickle can call any function. Here the first may name the classes of ``METADATA_
 
 from __future__ import annotations
 
+import functools
 import pickle
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
 from megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_reader import CachedMetadataFileSystemReader
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME, TorchCommonLoadStrategy
 from megatron.core.msc_utils import MultiStorageClientFeature
+from torch import Tensor
 from torch.distributed.checkpoint._nested_dict import set_element
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
@@ -48,6 +53,7 @@ def load_role(state: dict[str, Any], folder: Path) -> dict[str, Any]:
         ValueError: A file holds more than values, or does not fit the role; it is named.
     """
     read_metadata(folder)  # torch would make an AssertionError of what is wrong with it
+    _join_in_place(state)
     try:
         return dist_checkpointing.load(
             state, str(folder), sharded_strategy=torch_strategy.TorchDistLoadShardedStrategy(), common_strategy=_CommonReader()
@@ -57,6 +63,19 @@ def load_role(state: dict[str, Any], folder: Path) -> dict[str, Any]:
         if not refused:
             raise
         raise ValueError(f"{folder}: {refused[0]}") from error
+
+
+def _join_in_place(state: dict[str, Any]) -> None:
+    """Let Megatron-Core return the tensor whose parts it has filled, where it would join them to a second one."""
+    for entry in nested_values(state):
+        if isinstance(entry, ShardedTensorFactory):
+            entry.merge_fn = functools.partial(_joined, entry.data, entry.merge_fn)
+
+
+def _joined(whole: Tensor, join: Callable[[Any], Tensor], parts: Any) -> Tensor:
+    storage = whole.untyped_storage().data_ptr()
+    in_place = all(part.untyped_storage().data_ptr() == storage for part in nested_values([parts]))
+    return whole.detach() if in_place else join(parts)
 
 
 def tensor_names(folder: Path) -> set[str]:

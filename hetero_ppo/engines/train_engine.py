@@ -27,6 +27,7 @@ from hetero_ppo.distributed.groups import is_last_stage, last_stage_rank
 from hetero_ppo.engines.gradients import Ddp, FirstGradients, clip_divisor, divide_gradients
 from hetero_ppo.engines.microbatches import MicrobatchSize, pair_tokens, split, split_pairs
 from hetero_ppo.engines.model_engine import ModelEngine
+from hetero_ppo.engines.optimizer_slices import OptimizerSlices, is_distributed, is_gathered
 from hetero_ppo.engines.outputs import OutputFn
 from hetero_ppo.engines.role_reading import load_role, tensor_names
 from hetero_ppo.engines.role_snapshot import RoleSnapshot
@@ -321,7 +322,8 @@ class TrainEngine(ModelEngine):
             buffers = [buffer for chunk in self.models for buffer in chunk.buffers()]
             tensors = [*buffers, *(tensor for tensors in self._tensors().values() for tensor in tensors)]
             live = {tensor.untyped_storage().data_ptr() for tensor in tensors}
-            return RoleSnapshot(self._sharded_state_dict(is_loading=False), folder, live)
+            state, _ = self._sharded_state_dict(is_loading=False)
+            return RoleSnapshot(state, folder, live)
 
     def load(self, folder: Path) -> None:
         """Read what ``save`` wrote, in this or another layout. Collective over the world; in a turn with the optimizer.
@@ -330,15 +332,18 @@ class TrainEngine(ModelEngine):
             ValueError: it was written with the other kind of optimizer.
         """
         self.device.require(self.role, TRAINING & self.residency.kinds, "loading a checkpoint")
-        self._check_kind_of_optimizer(folder)
+        names = tensor_names(folder)
+        self._check_kind_of_optimizer(folder, names)
         self.residency.mark_changed(TRAINING)
-        state = load_role(self._sharded_state_dict(is_loading=True), folder)
+        asked, slices = self._sharded_state_dict(is_loading=True, gathered=is_gathered(names))
+        state = load_role(asked, folder)
         self._take_weights(state)
+        loaded = state["optimizer"] if slices is None else slices.take(state["optimizer"], folder)
         moments = [
             (o, {p: dict(values) for p, values in o.optimizer.state.items()}) for o in self._optimizers if o.optimizer
         ]
         options = [[_options(group) for group in o.optimizer.param_groups] for o in self._optimizers if o.optimizer]
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(loaded)
         for (optimizer, before), own in zip(moments, options, strict=True):
             _keep_storages(optimizer.optimizer, before)
             for group, values in zip(optimizer.optimizer.param_groups, own, strict=True):
@@ -348,9 +353,9 @@ class TrainEngine(ModelEngine):
             raise ValueError(f"checkpoint {folder} has no {', '.join(counts)}: it was written by another version of this code")
         self.steps_done, self.skipped_in_a_row = (int(state[name]) for name in COUNTS)
 
-    def _check_kind_of_optimizer(self, folder: Path) -> None:
-        """The distributed optimizer's state is stored in a form of its own, which Megatron-Core does not translate."""
-        saved = any(name.startswith("optimizer.state.param.") for name in tensor_names(folder))
+    def _check_kind_of_optimizer(self, folder: Path, names: set[str]) -> None:
+        """Raise an error when the checkpoint was written with the other kind of optimizer: the two forms are not translated."""
+        saved = is_distributed(names)
         if saved != self.train_config.optimizer.distributed:
             field = f"{self.role}.optimizer.distributed"
             raise ValueError(
@@ -358,11 +363,18 @@ class TrainEngine(ModelEngine):
                 f"that alone; set {field}={str(saved).lower()}"
             )
 
-    def _sharded_state_dict(self, *, is_loading: bool) -> dict[str, Any]:
+    def _sharded_state_dict(self, *, is_loading: bool, gathered: bool = False) -> tuple[dict[str, Any], OptimizerSlices | None]:
+        """Return the role's state in sharded form, and its slices of distributed optimizers; see OptimizerSlices for ``gathered``."""
         self._settle_parameters()
         weights = self._sharded_weights()
-        optimizer = self.optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=self._sharding_metadata)
-        return {**weights, "optimizer": optimizer, **dict(zip(COUNTS, (self.steps_done, self.skipped_in_a_row), strict=True))}
+        slices = None
+        if self.train_config.optimizer.distributed:
+            slices = OptimizerSlices(self._optimizers, weights, gathered=gathered)
+            optimizer = slices.state
+        else:
+            optimizer = self.optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=self._sharding_metadata)
+        counts = dict(zip(COUNTS, (self.steps_done, self.skipped_in_a_row), strict=True))
+        return {**weights, "optimizer": optimizer, **counts}, slices
 
     def _optimizer_step(self, count: int) -> float | None:
         """MegatronOptimizer.step on the sum over ``count`` tokens, with a look at the norm of their mean before anything is written.
