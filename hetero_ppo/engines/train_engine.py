@@ -32,7 +32,7 @@ from hetero_ppo.engines.outputs import OutputFn
 from hetero_ppo.engines.role_reading import load_role, tensor_names
 from hetero_ppo.engines.role_snapshot import RoleSnapshot
 from hetero_ppo.engines.shared_device import SharedDevice
-from hetero_ppo.memory.kinds import TRAINING, Kind
+from hetero_ppo.memory.kinds import OPTIMIZER, TRAINING, Kind
 from hetero_ppo.types import Microbatch, PreferenceBatch
 from megatron_bridge.model_provider import Head
 
@@ -305,9 +305,10 @@ class TrainEngine(ModelEngine):
 
     @property
     def checkpoint_bytes(self) -> int:
-        """What this rank has of a checkpoint of the role, of which as many ranks hold the same as train in parallel."""
-        kinds = self.residency.kinds - {Kind.grads}
-        return sum(block.num_bytes for block in self.residency.blocks if block.kind in kinds) // self.groups.dp_cp.size()
+        """Bytes of this rank's share of a checkpoint of the role: what data-parallel ranks hold alike is divided among them."""
+        own = OPTIMIZER if self.train_config.optimizer.distributed else frozenset()
+        alike = self.residency.kinds - own - {Kind.grads}
+        return self.residency.num_bytes(alike) // self.groups.dp_cp.size() + self.residency.num_bytes(own)
 
     def save(self, folder: Path) -> RoleSnapshot:
         """Copy weights and optimizer for a checkpoint, from where they are. Collective over the world.

@@ -171,9 +171,9 @@ class RoleStorage:
                     total += parameter.numel * self.element_bytes
                     total += 0 if optimizer.distributed else parameter.numel * self._optimizer_bytes
         if optimizer.distributed:
-            # Its main parameters are saved whether they are tensors of their own (bf16) or shards of the parameters (fp32).
-            shards = self.bytes_by_kind(rank).get(Kind.moments, 0) // (2 * FP32_BYTES)
-            total += shards * 3 * FP32_BYTES
+            # Every rank writes its own slices (``engines/optimizer_slices.py``).
+            sizes = self.bytes_by_kind(rank)
+            total += sizes.get(Kind.main_params, 0) + sizes.get(Kind.moments, 0)
         return total
 
     @property
