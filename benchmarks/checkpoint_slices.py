@@ -116,7 +116,8 @@ def work(args: argparse.Namespace) -> None:
         dist.all_gather_object(all_ranks, measure(args.folder / "model", form, args.folder / form, layout))
         if dist.get_rank() == 0:
             most = {name: round(max(rank[name] for rank in all_ranks), 2) for name in all_ranks[0]}
-            print(json.dumps({"form": form, "model": args.model, "nproc": args.nproc, "tensor": args.tensor, **most}), flush=True)
+            about = {"form": form, "model": args.model, "nproc": dist.get_world_size(), "tensor": args.tensor}
+            print(json.dumps({**about, **most}), flush=True)
     finish()
 
 
@@ -133,7 +134,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_model(args.model, Path(folder) / "model")
         launcher = [sys.executable, "-m", "hetero_ppo.cli.launcher", "--standalone", f"--nproc-per-node={args.nproc}"]
-        options = ["--model", args.model, "--nproc", str(args.nproc), "--tensor", str(args.tensor), "--folder", folder]
+        options = ["--model", args.model, "--tensor", str(args.tensor), "--folder", folder]
         subprocess.run([*launcher, __file__, *options], check=True)
 
 

@@ -116,11 +116,13 @@ class HostPlan:
     weight_files: int  # the engine's weights on their way, in shared memory: the old version and the new one
     engine: int  # the servers' weights and KV cache, on a CPU
     checkpoint: int  # of the trained roles, copied before it is written
+    loading: int  # what the ranks read of a checkpoint at one time; there is no copy then
     device_is_host: int  # what the ranks hold "on the device", when the device is the CPU
 
     @property
     def total(self) -> int:
-        return sum(self.pinned.values()) + self.weight_files + self.engine + self.checkpoint + self.device_is_host
+        checkpoint = max(self.checkpoint, self.loading)
+        return sum(self.pinned.values()) + self.weight_files + self.engine + checkpoint + self.device_is_host
 
 
 @dataclass(frozen=True)
@@ -406,6 +408,7 @@ def _plan_host(
         weight_files=0 if engine is None else engine.weight_files,
         engine=engine.host_bytes if engine is not None and on_cpu else 0,
         checkpoint=max(sum(role.checkpoint_bytes(rank) for rank in node for role in trained) for node in nodes),
+        loading=max(sum(max(role.loading_bytes(rank) for role in trained) for rank in node) for node in nodes),
         device_is_host=fullest * len(nodes[0]) if on_cpu else 0,
     )
 

@@ -176,6 +176,16 @@ class RoleStorage:
             total += sizes.get(Kind.main_params, 0) + sizes.get(Kind.moments, 0)
         return total
 
+    def loading_bytes(self, rank: int) -> int:
+        """Return an upper bound of what the rank holds beside its own tensors while it loads a checkpoint of a trained role.
+
+        That is one tensor of the files at a time: a parameter, or its state, of which a distributed optimizer's files have slices.
+        """
+        assert isinstance(self.config, TrainedRoleConfig)
+        largest = max(parameter.numel for chunk in self.parameters[self.place(rank).pp_rank] for parameter in chunk)
+        kept = self.bytes_by_kind(rank).get(Kind.moments, 0) // (2 * FP32_BYTES)
+        return max(largest * self.element_bytes, min(largest, kept) * FP32_BYTES)
+
     @property
     def _optimizer_bytes(self) -> int:
         """Of a parameter: moments, and a main parameter where it is not fp32 itself."""

@@ -209,7 +209,10 @@ def _host_lines(plan: MemoryPlan, limits: Limits, unit: Unit) -> str:
     sizes = {f"{name}, pinned": size for name, size in host.pinned.items()}
     sizes["rollout engine's weights on their way (shared memory)"] = host.weight_files
     sizes["rollout engine"] = host.engine
-    sizes["a checkpoint's copy, until it is written"] = host.checkpoint
+    if host.checkpoint >= host.loading:
+        sizes["a checkpoint's copy, until it is written"] = host.checkpoint
+    else:
+        sizes["a tensor of a checkpoint on each rank, while it is loaded"] = host.loading
     sizes["the ranks' share above: the device is the CPU"] = host.device_is_host
     lines = [[name, unit.text(size)] for name, size in sizes.items() if size]
     lines.append(["all", f"{unit.text(host.total)}"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from hetero_ppo.memory.kinds import Kind
 from hetero_ppo.memory.plan import GIB, MemoryPlan, plan_memory
 from hetero_ppo.memory.plan_check import check_fits
 from hetero_ppo.memory.plan_compare import compare
-from hetero_ppo.memory.plan_limits import find_limits, machine_host_bytes
+from hetero_ppo.memory.plan_limits import Limits, find_limits, machine_host_bytes
 from hetero_ppo.memory.plan_text import bar, plan_values, render_plan
 
 ROOT = Path(__file__).parents[2]
@@ -99,6 +100,8 @@ def test_qwen3_8b_on_paper() -> None:
     }
     # A checkpoint: 2 tensor-parallel ranks write 2 bytes a parameter, and with the other data-parallel ranks 12 of the optimizer.
     assert plan.host.checkpoint == 2 * (2 + 12) * (actor + critic)
+    # A load holds the largest tensor at a time, on each rank: the slice of half the embedding, in fp32.
+    assert plan.host.loading == 8 * 4 * 151_936 // 2 * 4096
     assert plan.host.total == (56 + 28) * (actor + critic) + 2 * 2 * 8_190_735_360
 
 
@@ -282,6 +285,15 @@ def test_supervised_runs_have_one_phase(tmp_path: Path) -> None:
         assert [phase.phase for phase in plan.phases] == ["train"]
         assert plan.peak.counted == 2 * parameters + 4 * parameters + 12 * parameters // 8
         assert plan.host.total == plan.host.checkpoint == 14 * parameters
+
+
+def test_a_load_counts_where_it_holds_more_than_a_save() -> None:
+    plan = plan_memory(config_of(QWEN), 8, device_bytes=DEVICE)
+    host = replace(plan.host, loading=plan.host.checkpoint + GIB)
+    assert host.total == plan.host.total + GIB
+    text = [render_plan(replace(plan, host=one), Limits(DEVICE, 2**40, "a test")) for one in (plan.host, host)]
+    assert ["a checkpoint's copy" in one for one in text] == [True, False]
+    assert ["a tensor of a checkpoint on each rank, while it is loaded" in one for one in text] == [False, True]
 
 
 def test_experts_spread_over_ranks_are_sharded_over_their_replicas(tmp_path: Path) -> None:

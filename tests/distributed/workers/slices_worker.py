@@ -6,8 +6,6 @@ save), compared (whether Megatron-Core's own format must hold the same), read: n
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +47,10 @@ class Sent(TorchDispatchMode):
 class Allocated(TorchDispatchMode):
     """Counts the bytes of new floating-point tensors."""
 
-    ALLOCATING = {
+    ALLOCATING = frozenset({
         *(aten.empty.memory_format, aten.empty_like.default, aten.zeros.default, aten.cat.default),
         *(aten.clone.default, aten.constant_pad_nd.default),
-    }
+    })
 
     def __init__(self) -> None:
         super().__init__()
