@@ -8,35 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from statistics import fmean, pstdev, pvariance
 from types import SimpleNamespace
 
 import torch
 from reference.plain_models import Trained, load, log_probs_and_entropy, padded, scalars
 from reference.ppo_metrics import experience_metrics, update_metrics
-from reference.recorded import Response
+from reference.recorded import Experience, Response, Rows
 from torch import Tensor
 
-Rows = list[list[float]]  # of every response, one float a token
 Terms = dict[str, Tensor]  # of an update, by name, [tokens]
-
-
-@dataclass
-class Experience:
-    """What is learned from. Empty rows are those that the losses leave out."""
-
-    scores: list[float]  # NaN: the function has failed
-    old: Rows
-    ref: Rows
-    values: Rows
-    rewards: Rows
-    advantages: Rows
-    returns: Rows
-    weights: Rows  # importance weights
-    used: list[int]  # rows that the losses look at
-    parts: dict[str, list[float]]  # what scores are made of, where that is more than one
-    kl_coef: float
 
 
 def kl_estimate(log_ratio: Tensor, kind: str, clamp: float | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a run has recorded, read as the YAML and JSON that it is."""
+"""What a run has recorded, read as the YAML and JSON that it is; and what a step makes of it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,25 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import yaml
+
+Rows = list[list[float]]  # of every response, one float a token
+
+
+@dataclass
+class Experience:
+    """What is learned from. Empty rows are those that the losses leave out."""
+
+    scores: list[float]  # NaN: the function has failed
+    old: Rows
+    ref: Rows
+    values: Rows
+    rewards: Rows
+    advantages: Rows
+    returns: Rows
+    weights: Rows  # importance weights
+    used: list[int]  # rows that the losses look at
+    parts: dict[str, list[float]]  # what scores are made of, where that is more than one
+    kl_coef: float
 
 
 @dataclass
