@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import os
 import shutil
 import subprocess
@@ -111,6 +112,18 @@ def test_validate_says_what_a_run_would_do(
     for text in [*expected, "memory (hetero-ppo plan says more)\n  device  ", "on the fullest node"]:
         assert text in printed
     assert sorted(work.rglob("*")) == before
+
+
+def test_validate_takes_a_run_with_the_size_of_a_gpu_for_one_on_gpus(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It says of what device the open dtypes are, and compares with the limit."""
+    for options, dtype, place in ((["--device-gib", "40"], "bf16", "MiB of 40960.00 in train"), ([], "fp32", "MiB (the CPU) in train")):
+        assert main(["validate", "--config", "rm.yaml", *options]) == 0
+        printed = capsys.readouterr().out
+        device = "CUDA" if options else "a CPU"
+        assert f"note         {dtype} for reward.model.dtype: the default on {device}\n" in printed
+        assert re.search(rf"^reward .*: {dtype}, tensor 1", printed, re.MULTILINE)
+        assert place in printed
+    assert "--device-gib is -1.0" in failure(capsys, "validate", "--config", "rm.yaml", "--device-gib", "-1")
 
 
 def test_validate_uses_the_world_size(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
