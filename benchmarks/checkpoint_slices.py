@@ -111,11 +111,11 @@ def work(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     initialise(10.0)
     for form in ("slices", "gathered"):
-        all_ranks: list[Any] = [None] * dist.get_world_size()
-        layout = ParallelConfig(tensor=args.tensor)
-        dist.all_gather_object(all_ranks, measure(args.folder / "model", form, args.folder / form, layout))
+        measured = measure(args.folder / "model", form, args.folder / form, ParallelConfig(tensor=args.tensor))
+        largest = torch.tensor([float(value) for value in measured.values()], dtype=torch.float64)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         if dist.get_rank() == 0:
-            most = {name: round(max(rank[name] for rank in all_ranks), 2) for name in all_ranks[0]}
+            most = {name: round(value, 2) for name, value in zip(measured, largest.tolist(), strict=True)}
             about = {"form": form, "model": args.model, "nproc": dist.get_world_size(), "tensor": args.tensor}
             print(json.dumps({**about, **most}), flush=True)
     finish()
