@@ -12,7 +12,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from hetero_ppo.config.schema import CheckpointConfig, Dtype, ModelConfig, ParallelConfig, RoleConfig, RunConfig, SupervisedTrainConfig
+from hetero_ppo.config.schema import (
+    CheckpointConfig,
+    Dtype,
+    ModelConfig,
+    ParallelConfig,
+    PpoConfig,
+    RoleConfig,
+    RunConfig,
+    SupervisedTrainConfig,
+)
 from hetero_ppo.data.preference import PreferenceExample
 from hetero_ppo.data.sft import SftExample
 from hetero_ppo.engines.layouts import role_bridge
@@ -160,6 +169,22 @@ def test_the_golden_prompt_is_compared_where_that_is_asked_for(verify: bool, mon
         data=SimpleNamespace(golden_ids=[1, 2]), config=config, actor=actor, turns=turns, engine=engine
     )
     assert PpoTrainer.sync_weights(trainer, 1) == ({"rollout/golden_log_prob_diff": 0.25} if verify else {})
+
+
+def test_the_actor_learns_from_the_tokens_of_its_losses_alone() -> None:
+    """``truncated: mask`` leaves rows out of the experience's mask; the rollout's has them."""
+    kept, sampled = torch.tensor([[True], [False]]), torch.ones(2, 1, dtype=torch.bool)
+    old, ref, advantages, weights = (torch.full((2, 1), value) for value in (1.0, 2.0, 3.0, 4.0))
+    experience: Any = SimpleNamespace(
+        old_log_probs=old, ref_log_probs=ref, advantages=advantages, response_mask=kept, tis_weights=weights
+    )
+    experience.rollout = SimpleNamespace(response_mask=sampled)
+    actor = SimpleNamespace(vocab_size=9, groups=None, vocab_parts=None)
+    trainer: Any = SimpleNamespace(actor=actor, config=PpoConfig(), maker=SimpleNamespace(temperature=1.0))
+    trainer._update = lambda engine, name, experience, inputs, loss_fn, step: inputs
+    inputs: Any = PpoTrainer.update_actor(trainer, experience, 0)
+    assert (inputs.old_log_probs, inputs.ref_log_probs, inputs.advantages) == (old, ref, advantages)
+    assert inputs.mask is kept and inputs.tis_weights is weights
 
 
 def test_a_layout_reaches_the_model(tmp_path: Path) -> None:
