@@ -112,7 +112,8 @@ def test_deadlines_of_servers_and_checks_of_their_weights(verify: bool, monkeypa
 
     async def run() -> None:
         server = SimpleNamespace(spawn=lambda: None)
-        pool = ServerPool([server, server], config, "v", SimpleNamespace(deliver=deliver, reads_files=True, checksums=lambda files: {}))  # type: ignore[list-item,arg-type]
+        transport = SimpleNamespace(deliver=deliver, reads_files=True, checksums=lambda files: {}, release=lambda: None)
+        pool = ServerPool([server, server], config, "v", transport)  # type: ignore[list-item,arg-type]
         assert pool.max_restarts == 7 and pool._slots._value == 2 * 6 * 2
         await pool._boot(pool.members[0], "start")
         pool.files = SimpleNamespace(version="w")  # type: ignore[assignment]
