@@ -94,7 +94,7 @@ def test_a_killed_server_is_restarted_until_no_restart_is_left(chain: Chain, tmp
         assert not errors(job.text)
         kill(job, "EngineCore")
         assert job.wait_end(SOON_S) == 1
-        assert_one_error(job.text, 1, r"error: (generate|weight sync|prompt_log_probs): rollout server 0 .* died")
+        assert_one_error(job.text, 1, r"error: (generate|weight sync|prompt_log_probs|wake|sleep): rollout server 0 .* died")
         assert "rollout.max_restarts allows 1" in job.text and "server_0.log" in job.text
         assert "warning: checkpoint.every is 0 and the run has 400 steps to go" in job.text
         job.assert_nothing_is_left()
