@@ -18,6 +18,7 @@ from hetero_ppo.rollout.client import ServerClient
 from hetero_ppo.rollout.engine import EngineState, VllmEngine
 from hetero_ppo.rollout.megatron import MegatronEngine
 from hetero_ppo.rollout.pool import ServerPool
+from hetero_ppo.rollout.transports import SharedMemory
 
 SAMPLING = SamplingConfig(
     temperature=0.7, top_p=0.8, top_k=9, max_tokens=5, stop_token_ids=[7], stop=["\n"], ignore_eos=False
@@ -101,9 +102,6 @@ def test_deadlines_of_servers_and_checks_of_their_weights(verify: bool, monkeypa
     async def swap(client: Any, files: Any, timeout_s: float, *, verify: bool) -> float:
         return found.append(("swap", timeout_s, verify)) or 0.0
 
-    async def deliver(clients: Any, files: Any) -> list[Any]:
-        return []
-
     monkeypatch.setattr(pool_module, "stage", stage)
     monkeypatch.setattr(pool_module, "swap", swap)
     config = RolloutConfig(
@@ -112,11 +110,10 @@ def test_deadlines_of_servers_and_checks_of_their_weights(verify: bool, monkeypa
 
     async def run() -> None:
         server = SimpleNamespace(spawn=lambda: None)
-        transport = SimpleNamespace(deliver=deliver, reads_files=True, checksums=lambda files: {}, release=lambda: None)
-        pool = ServerPool([server, server], config, "v", transport)  # type: ignore[list-item,arg-type]
+        pool = ServerPool([server, server], config, "v", SharedMemory())  # type: ignore[list-item]
         assert pool.max_restarts == 7 and pool._slots._value == 2 * 6 * 2
         await pool._boot(pool.members[0], "start")
-        pool.files = SimpleNamespace(version="w")  # type: ignore[assignment]
+        pool.files = SimpleNamespace(version="w", checksums={})  # type: ignore[assignment]
         await pool._boot(pool.members[1], "restart")
 
     asyncio.run(run())
