@@ -85,7 +85,7 @@ def peak_growth(work: Callable[[], Any]) -> tuple[Any, float, float]:
 
 
 def measure(model: Path, form: str, folder: Path, layout: ParallelConfig) -> dict[str, float]:
-    """This rank's figures of one format."""
+    """Measure one format on this rank."""
     config = TrainedRoleConfig(
         model=ModelConfig(path=str(model), dtype=Dtype.bf16), parallel=layout, optimizer=OptimizerConfig(distributed=True)
     )

@@ -100,7 +100,7 @@ class Faults:
         self._lock = threading.Lock()
 
     def program(self, case: Case, run_dir: Path, *overrides: str, point: dict[str, Any] | None = None) -> list[str]:
-        """What the launcher starts."""
+        """Return the program that the launcher starts."""
         worker = ["-m", "hetero_ppo.cli.main"]
         if point is not None:
             worker = [str(ROOT / "benchmarks" / "faults_worker.py"), json.dumps(point)]
@@ -276,7 +276,7 @@ class Faults:
             outcome.why = f"no {case.message!r} in the output: {text[-600:]!r}"
 
     def _go_on(self, case: Case, run_dir: Path, outcome: Outcome, *overrides: str) -> None:
-        """From the newest checkpoint; nothing to do for a run that survived."""
+        """Resume from the newest checkpoint. A run that survived has nothing to resume."""
         if outcome.why or (outcome.status == 0 and case.kind != "damage"):
             return
         done = len(records(run_dir))

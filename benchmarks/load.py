@@ -45,7 +45,7 @@ PREEMPTIONS = Path(__file__).resolve().parent / "load_preemptions"
 
 @dataclass(frozen=True)
 class Usage:
-    """What the processes of a run hold, by what they are (``rank``, ``engine``, ...)."""
+    """Resources of the processes of a run, by kind of process (``rank``, ``engine``, ...)."""
 
     step: int
     rss: dict[str, int]  # bytes
@@ -54,7 +54,7 @@ class Usage:
 
 
 def kind_of(pid: int) -> str:
-    """What a process of a run is, by its command line and name."""
+    """Return the kind of a process of a run, from its command line and name."""
     command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
     name = Path(f"/proc/{pid}/comm").read_text().strip()
     for text, kind in (("VLLM", "engine"), ("launcher", "launcher"), ("guardian", "guardian"), ("api_server", "server")):
@@ -109,7 +109,7 @@ def figures_of(samples: Sequence[Usage], warm_up: int) -> dict[str, Any]:
 
 
 def lost_rows(path: Path, num_rows: int) -> int:
-    """Rows of a step that its dump lacks, has twice, or has at another length."""
+    """Count the rows of a step that its dump lacks, has twice, or has at another length."""
     records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     whole = {record["prompt_index"] for record in records if len(record["response_ids"]) == RESPONSE_TOKENS}
     return num_rows - len(whole) + max(0, len(records) - num_rows)

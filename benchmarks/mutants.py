@@ -76,7 +76,7 @@ class Mutant:
 
 @dataclass
 class Result:
-    """What became of a mutant."""
+    """Outcome of a mutant."""
 
     name: str
     outcome: str  # "killed", "survived" or "error"

@@ -216,7 +216,7 @@ def _machine_settings() -> dict[str, Any]:
 
 
 def has_fused_rope(dtype: torch.dtype) -> bool:
-    """Whether Transformer Engine rotates queries and keys in one kernel, as Megatron-Core could import it.
+    """Return whether Transformer Engine rotates queries and keys in one kernel, as Megatron-Core could import it.
 
     It knows no factor on cosine and sine (YaRN's), which Megatron-Core drops without a word where sequences are packed.
     """

@@ -121,7 +121,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Te
 
 
 def wants_whole_heads(query: Tensor) -> bool:
-    """Whether attention to a key and a value of every query head is computed by a kernel that grouped heads do without.
+    """Return whether keys and values are to be copied for every query head: the kernel that keeps no scores takes no grouped heads.
 
     On CUDA torch has one kernel for float32 that keeps no [b, heads, q, k] scores, the memory-efficient one, and it takes no groups
     (``check_batch_size_and_num_heads_dense<false>`` in ATen's ``sdp_utils.cpp``).

@@ -38,7 +38,7 @@ HAS_TRANSFORMER_ENGINE: bool = platform.HAS_CUDA and HAVE_TE
 
 
 def uses_transformer_engine(dtype: torch.dtype) -> bool:
-    """Whether a model of parameters of ``dtype`` is built from Transformer Engine's layers.
+    """Return whether a model of parameters of ``dtype`` is built from Transformer Engine's layers.
 
     Its attention in float32 would keep [b, heads, s, s] scores, and has no kernel for packed sequences; torch has one that keeps none.
     """

@@ -16,7 +16,7 @@ from hetero_ppo.config.load import item_class, section_class
 
 
 class OnResume(Enum):
-    """What a run does with another value than the checkpoint's."""
+    """Rule for an option whose value is not the checkpoint's."""
 
     section = "its fields decide"
     start = "belongs to one start of a run, and is not compared"

@@ -22,7 +22,7 @@ class Dtype(str, Enum):
 
 
 class HeadInit(str, Enum):
-    """How the scalar head of a critic or a reward model starts where its checkpoint has none."""
+    """Initial value of a scalar head that the checkpoint of a critic or a reward model lacks."""
 
     zero = "zero"
     normal = "normal"  # N(0, 1 / (hidden + 1)), from model.init_seed (Stiennon et al. 2020)
@@ -49,7 +49,7 @@ class KlController(str, Enum):
 
 
 class TruncatedResponses(str, Enum):
-    """What becomes of a response that hit the length limit without an end-of-sequence token."""
+    """How to treat a response that reached the length limit without an end-of-sequence token."""
 
     score = "score"  # scored like any other
     penalise = "penalise"  # its score is replaced by algorithm.truncation_score
@@ -57,14 +57,14 @@ class TruncatedResponses(str, Enum):
 
 
 class OverlongPrompts(str, Enum):
-    """What becomes of a prompt over data.max_prompt_tokens, or an SFT or preference row over max_sequence_tokens."""
+    """How to treat a prompt over data.max_prompt_tokens, or an SFT or preference row over max_sequence_tokens."""
 
     drop = "drop"  # left out, and their number is printed
     error = "error"  # the run does not start
 
 
 class RewardSource(str, Enum):
-    """Where the score of a response comes from."""
+    """Source of a response's score."""
 
     model = "model"
     function = "function"
@@ -305,7 +305,7 @@ class RolloutConfig:
 
 
 class EnsembleScore(str, Enum):
-    """What becomes of the scores of reward_models (Coste et al. 2023; Eisenstein et al. 2023)."""
+    """How to combine the scores of reward_models (Coste et al. 2023; Eisenstein et al. 2023)."""
 
     mean = "mean"
     min = "min"  # the most sceptical of them
@@ -313,7 +313,7 @@ class EnsembleScore(str, Enum):
 
 
 class RewardErrors(str, Enum):
-    """What becomes of a response that the reward function raises for, hangs on, or gives no finite number for."""
+    """How to treat a response that the reward function raises for, hangs on, or gives no finite number for."""
 
     stop = "stop"  # the run ends, naming the response
     exclude = "exclude"  # it takes no part in losses, whitening and running moments, and is counted in reward/num_excluded
@@ -415,7 +415,7 @@ class ResidencyConfig:
 
 @dataclass
 class MemoryConfig:
-    """What a CUDA device holds beside tensors, for the memory plan; a CPU has none of it. The sizes are estimates: put in what you measured."""
+    """Memory of a CUDA device beside tensors, for the memory plan; a CPU has none of it. The sizes are estimates: put in what you measured."""
 
     context_mib: float = 600.0  # CUDA context and loaded kernels of one process, MiB
     nccl_channels: int = 24  # of one NCCL communicator

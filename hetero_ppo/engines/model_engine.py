@@ -354,7 +354,7 @@ class ModelEngine:
 
     @property
     def _sharding_metadata(self) -> dict[str, Any]:
-        """What Megatron-Core's sharded_state_dict functions take: this role's groups, and that optimizers are not numbered."""
+        """Arguments of Megatron-Core's sharded_state_dict functions: this role's groups, and that optimizers are not numbered."""
         return {"chained_optim_avoid_prefix": True, "dp_cp_group": self.groups.dp_cp}
 
     def _sharded_weights(self) -> dict[str, dict[str, Any]]:

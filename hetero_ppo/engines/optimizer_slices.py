@@ -49,7 +49,7 @@ def is_distributed(names: Collection[str]) -> bool:
 
 
 class OptimizerSlices:
-    """What this rank has of the state of a role's optimizers, for one save or one load. Making it is not collective."""
+    """This rank's part of the state of a role's optimizers, for one save or one load. The constructor is not collective."""
 
     def __init__(self, optimizers: Sequence[DistributedOptimizer], weights: Mapping[str, Any], *, gathered: bool = False) -> None:
         """Describe the state.

@@ -248,7 +248,7 @@ class Generation:
     # --- the trainer's thread ---
 
     def _wait(self, wait_for_all: bool) -> list[tuple[int, int, Response]] | None:
-        """What completes the next chunks. Whole chunks alone, but for the rest at the end. None: the engine waits for its restart."""
+        """Return what completes the next chunks: whole chunks alone, but for the rest at the end. None: the engine waits for its restart."""
         with self._changed:
             wanted = self.num_rows if wait_for_all else self._num_told + self._sizes[0]
             start = time.perf_counter()

@@ -116,7 +116,7 @@ def plan_reserve(config: AnyConfig, roles: Mapping[str, RoleConfig], world_size:
 
 
 def _engine_parts(config: PpoConfig, memory: MemoryConfig, world_size: int, *, one_node: bool) -> Sequence[ReservePart]:
-    """vLLM's, beside its share: it looks at free memory after its context and its communicators were made."""
+    """Return what vLLM holds beside its share of the device: it looks at free memory after its context and its communicators were made."""
     rollout = config.rollout
     few_nodes = one_node or num_servers(rollout, world_size) == 1
     joins = weight_transfer(rollout, one_node=few_nodes) is WeightTransfer.collective

@@ -156,7 +156,7 @@ def bar(share: float) -> str:
 
 
 def _reserve_table(plan: MemoryPlan, unit: Unit) -> str:
-    """What a device holds beside tensors: each part in the phase where it is largest."""
+    """Tabulate what a device holds beside tensors, each part in the phase where it is largest."""
     largest: dict[str, ReservePart] = {}
     for phase in plan.phases:
         for part in phase.reserves:

@@ -87,7 +87,7 @@ class DeviceBlocks:
         return [Shard(shard.header, self._upload(shard.data)) for shard in map(map_shard, files.paths)]
 
     def _upload(self, data: torch.Tensor) -> torch.Tensor:
-        """[bytes] uint8 on the device, by way of pinned memory."""
+        """Copy bytes to the device through pinned memory. Returns [bytes] uint8."""
         pinned = self.staging.take(data.numel())
         pinned.copy_(data)
         return pinned.to(self.device, copy=True)

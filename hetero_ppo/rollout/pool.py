@@ -200,7 +200,7 @@ class ServerPool:
             self._revived.notify_all()
 
     async def call_up(self, phase: str, send: Callable[[ServerClient], Awaitable[T]]) -> list[T]:
-        """As :meth:`call`, of all servers that are not down; the answers of those that stay up."""
+        """Call all servers that are not down, as :meth:`call` does. Returns the answers of those that stay up."""
 
         async def ask(member: Member) -> list[T]:
             try:
@@ -227,7 +227,7 @@ class ServerPool:
                 await self._restart(member, starts, phase, error)
 
     async def call_least_loaded(self, phase: str, send: Callable[[ServerClient, Member], Awaitable[T]]) -> T:
-        """As :meth:`call`, on the server with the fewest requests; on another one when that server goes down."""
+        """Call the server with the fewest requests, as :meth:`call` does, and another one when that server goes down."""
         async with self._slots:
             while True:
                 await self._wait_for_server(phase)

@@ -55,7 +55,7 @@ class WeightTransport(Protocol):
 
 
 class OfFiles:
-    """What ways have in common that take the bytes of the files."""
+    """Base of the transports that send the bytes of the weight files."""
 
     keeps_blocks = False
 

@@ -86,7 +86,7 @@ def _write_shard(path: Path, tensors: dict[str, Tensor]) -> dict[str, str]:
 
 
 def _header(tensors: dict[str, Tensor]) -> tuple[dict[str, Any], int]:
-    """A safetensors header of tensors one after the other, and their bytes."""
+    """Return the safetensors header of tensors that lie one after the other, and their number of bytes."""
     header: dict[str, Any] = {}
     offset = 0
     for name, tensor in tensors.items():
