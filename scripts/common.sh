@@ -32,6 +32,11 @@ count_gpus() {
     fi
 }
 
+# True where the kernel's driver has an NVIDIA GPU, whether nvidia-smi works or not.
+has_nvidia_device() {
+    compgen -G "${DEV_FOLDER:-/dev}/nvidia[0-9]*" >/dev/null
+}
+
 # launch_training <sft|rm|ppo> [config overrides a.b=c ...]
 #
 # Environment: CONFIG, NPROC_PER_NODE (GPUs of the node, or 1 on a CPU), NNODES (1), NODE_RANK, MASTER_ADDR, MASTER_PORT
