@@ -33,6 +33,8 @@ ENVIRONMENT = {
 }
 #: From SIGTERM to SIGKILL of the ranks beside one that failed.
 GRACE_S = 5.0
+#: Large packages that training needs for some inputs and outputs alone: parquet, figures, Weights & Biases; vLLM runs in its servers.
+NOT_IMPORTED = {"pyarrow", "matplotlib", "vllm", "wandb"}
 
 
 def run_ranks(num_processes: int, program: Sequence[str], *, timeout_s: float = 400.0) -> str:
@@ -141,6 +143,7 @@ if __name__ == "__main__":
     import hetero_ppo.trainers.sft  # noqa: F401
     from transformers import AutoModelForCausalLM  # noqa: F401
 
+    assert not NOT_IMPORTED & sys.modules.keys(), f"trainers import {sorted(NOT_IMPORTED & sys.modules.keys())} before they need it"
     gc.collect()
     gc.freeze()  # ranks collect what they made themselves, and share the rest
     file, *arguments = serve()

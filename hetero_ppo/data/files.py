@@ -6,13 +6,13 @@ import datetime
 import decimal
 import os
 from collections.abc import Iterator
-from typing import Any
-
-import pyarrow
-import pyarrow.parquet
+from typing import TYPE_CHECKING, Any
 
 from hetero_ppo.data.excerpts import excerpt
 from hetero_ppo.data.strict_json import parse_json
+
+if TYPE_CHECKING:
+    import pyarrow
 
 #: Rows of a parquet file that are in memory at a time.
 PARQUET_ROWS = 1024
@@ -84,6 +84,10 @@ def _parse_line(path: str, number: int, line: bytes) -> dict[str, Any]:
 
 def _read_parquet(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """Objects as a JSONL file would have them: see ``_as_json``."""
+    # Imported now: it is large, and most runs read JSONL alone.
+    import pyarrow
+    import pyarrow.parquet
+
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:

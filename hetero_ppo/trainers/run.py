@@ -34,6 +34,7 @@ from hetero_ppo.runtime.run_folder import CONFIG_FILE, claimed_folder
 from hetero_ppo.trainers.stopping import StopRequests
 from megatron_bridge import platform
 from megatron_bridge.platform.compiler import check_compiler
+from megatron_bridge.platform.idle_gpus import check_gpus_are_used
 from megatron_bridge.platform.determinism import set_deterministic
 from megatron_bridge.layers import HAS_TRANSFORMER_ENGINE
 
@@ -138,11 +139,13 @@ def start_run(loaded: LoadedConfig, stop: StopRequests, heartbeat: Heartbeat | N
 
     Raises:
         ValueError: The run folder cannot be written, is in use, or holds results of another run; or there is no checkpoint to go on
-            from, or it is of another objective.
+            from, or it is of another objective; or the run would leave the machine's GPUs idle.
     """
     config: RunConfig = loaded.config.run
     if platform.HAS_CUDA:
         check_compiler()
+    else:
+        check_gpus_are_used()
     kept = set_deterministic(os.environ) if platform.HAS_CUDA and config.deterministic else {}
     initialise(config.timeout_minutes)
     with contextlib.ExitStack() as stack:

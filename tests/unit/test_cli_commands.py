@@ -303,7 +303,11 @@ def test_every_command_is_there_and_help_imports_nothing_heavy() -> None:
     assert {"config", "validate", "plan", "train", "export", "tokenizer", "init-model", "report"} <= set(
         build_parser().format_help().split()
     )
-    code = "import sys, hetero_ppo.cli.main; print({'torch', 'transformers', 'megatron', 'vllm'} & set(sys.modules))"
+    code = (
+        "import sys, hetero_ppo.cli.main, hetero_ppo.data.files\n"
+        "heavy = {'torch', 'transformers', 'megatron', 'vllm', 'pyarrow', 'matplotlib', 'numpy'}\n"
+        "print(heavy & set(sys.modules))"
+    )
     printed = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
     ).stdout
