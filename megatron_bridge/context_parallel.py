@@ -7,6 +7,8 @@ section 3.3.2, with the all-gather of keys and values from there too). Megatron-
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -22,6 +24,8 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_bridge.platform.determinism import deterministic_attention
 
 
 def own_columns(tensor: Tensor, dim: int, cp_group: dist.ProcessGroup) -> Tensor:
@@ -116,7 +120,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Te
     if grouped and wants_whole_heads(q):
         k, v = (expand_heads(tensor, heads) for tensor in (k, v))
         grouped = False
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=whole, scale=scale, enable_gqa=grouped)
+    kernel = functools.partial(
+        F.scaled_dot_product_attention, attn_mask=mask, is_causal=whole, scale=scale, enable_gqa=grouped
+    )
+    out = deterministic_attention(kernel, q, k, v)
     return out.permute(2, 0, 1, 3).reshape(length, b, heads * d).to(dtype)
 
 

@@ -21,6 +21,7 @@ import megatron_bridge.platform  # noqa: F401
 from megatron.core.packed_seq_params import PackedSeqParams
 
 from megatron_bridge.context_parallel import attend
+from megatron_bridge.platform.determinism import deterministic_attention
 
 #: A group's shortest sequence has at least this share of its longest one's tokens.
 SIMILAR = 0.75
@@ -159,10 +160,13 @@ def attend_packed(query: Tensor, key: Tensor, value: Tensor, scale: float | None
         ends, longest = packing.cu_seqlens_q, packing.max_seqlen_q
         grouped = key.shape[1] != query.shape[1]
         causal = (-1, 0)
-        out = varlen_attn(
-            query, key, value, ends, ends, longest, longest, scale=scale, window_size=causal, enable_gqa=grouped
-        )
-        return out.flatten(1)
+
+        def kernel(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            return varlen_attn(
+                query, key, value, ends, ends, longest, longest, scale=scale, window_size=causal, enable_gqa=grouped
+            )
+
+        return deterministic_attention(kernel, query, key, value).flatten(1)
     return by_group(lambda q, k, v: attend(q, k, v, scale), (query, key, value), packing)
 
 
