@@ -21,6 +21,16 @@ require_venv() {
        (VENV=<folder> chooses another folder)"
 }
 
+#: In the environment: the device that it was made for, and whether with Transformer Engine.
+MADE_FOR=.hetero_ppo_made_for
+
+# The device that the environment was made for: cpu, gpu, or nothing where there is none.
+made_for() {
+    local device=
+    if [[ -f $VENV/$MADE_FOR ]]; then read -r device _ <"$VENV/$MADE_FOR"; fi
+    echo "$device"
+}
+
 # Number of NVIDIA GPUs that work and are visible; 0 without any.
 count_gpus() {
     if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then

@@ -17,8 +17,6 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 PYTORCH_CPU_INDEX=${PYTORCH_CPU_INDEX:-https://download.pytorch.org/whl/cpu}
 TORCH_CPU=requirements/torch-cpu.lock
-#: In the environment: what it was made for, and whether with Transformer Engine.
-MADE_FOR=.hetero_ppo_made_for
 
 suitable() {
     "$1" -c 'import sys; sys.exit(not ((3, 11) <= sys.version_info[:2] < (3, 14)))' 2>/dev/null

@@ -1,11 +1,18 @@
-"""Shared by all tests: this file puts ``tests/`` on the import path, and runs the tiny chain once for all who look at it."""
+"""Shared by all tests: this file puts ``tests/`` on the import path, hides GPUs, and runs the tiny chain once for all who look at it."""
 
 from __future__ import annotations
+
+import os
+
+#: Tests compute on the CPU on every machine, but with this variable (scripts/test.sh, scripts/gpu_check.sh). Nothing has asked for a
+#: device before this line.
+USES_GPU = os.environ.get("TESTS_USE_GPU") == "1"
+if not USES_GPU:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import fcntl
 import gc
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +31,20 @@ gc.disable()
 def pytest_collection_finish() -> None:
     gc.freeze()
     gc.enable()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip the tests that are marked gpu, or gpu(n), where fewer GPUs are visible."""
+    marked = [(item, marker) for item in items if (marker := item.get_closest_marker("gpu"))]
+    if not marked:
+        return
+    import torch
+
+    visible = torch.cuda.device_count() if USES_GPU else 0
+    for item, marker in marked:
+        needed = marker.args[0] if marker.args else 1
+        if visible < needed:
+            item.add_marker(pytest.mark.skip(reason=f"needs {needed} GPUs and TESTS_USE_GPU=1; {visible} are visible"))
 
 
 def _variables_of_runs() -> dict[str, str]:

@@ -24,8 +24,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-#: One thread a process, and nothing is fetched or reported.
+#: One thread a process, and nothing is fetched or reported. Ranks are forked after torch was asked for devices: torch must ask the driver's
+#: management library, since CUDA refuses children of a process that has initialised it.
 ENVIRONMENT = {
+    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1",

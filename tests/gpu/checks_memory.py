@@ -150,8 +150,8 @@ def activations(cpu: bool) -> dict[str, Any]:
     return facts
 
 
-def ppo_run(folder: Path, cpu: bool) -> dict[str, Any]:
-    """Run PPO with the actor as generator, resume it from the middle in another folder, and compare metrics."""
+def write_ppo(folder: Path, steps: int, every: int, dtype: str) -> None:
+    """Write inputs and the configuration of a PPO run with the actor as generator: ``ppo.yaml``; a checkpoint ``every`` so many steps."""
     sys.path.insert(0, str(TESTS.parent / "benchmarks"))
     from ppo_step_inputs import ModelShape, Work, our_config, write_config, write_inputs
 
@@ -159,18 +159,21 @@ def ppo_run(folder: Path, cpu: bool) -> dict[str, Any]:
         ModelShape("tiny", 2, 64, 128, 4, 2, 64),
         Work(prompts_per_step=8, prompt_tokens=6, response_tokens=8, minibatch=4),
     )
-    steps, middle = (2, 1) if cpu else (4, 2)
-    config = our_config(
-        write_inputs(shape, work, steps, folder), work, "fp32" if cpu else "bf16", steps, folder / "run", 4
-    )
+    config = our_config(write_inputs(shape, work, steps, folder), work, dtype, steps, folder / "run", 4)
     config["algorithm"] |= {"old_log_probs": "actor"}
     config["rollout"] = {"engine": "megatron", "max_num_seqs": 8, "sampling": config["rollout"]["sampling"]}
     config["residency"] = {"offload": True}
-    config["checkpoint"] |= {"every": middle, "keep": 10}
+    config["checkpoint"] |= {"every": every, "keep": 10}
     write_config(config, folder / "ppo.yaml")
-    text = _launch(folder, f"run.dir={folder / 'run'}")
-    _launch(folder, f"run.dir={folder / 'again'}", f"checkpoint.load={folder / 'run'}", f"checkpoint.step={middle}")
-    rows, again = _metrics(folder / "run"), _metrics(folder / "again")
+
+
+def ppo_run(folder: Path, cpu: bool) -> dict[str, Any]:
+    """Run PPO with the actor as generator, resume it from the middle in another folder, and compare metrics."""
+    steps, middle = (2, 1) if cpu else (4, 2)
+    write_ppo(folder, steps, middle, "fp32" if cpu else "bf16")
+    text = launch(folder, f"run.dir={folder / 'run'}")
+    launch(folder, f"run.dir={folder / 'again'}", f"checkpoint.load={folder / 'run'}", f"checkpoint.step={middle}")
+    rows, again = metrics(folder / "run"), metrics(folder / "again")
     different = sorted(
         {
             name
@@ -188,15 +191,17 @@ def ppo_run(folder: Path, cpu: bool) -> dict[str, Any]:
     }
 
 
-def _launch(folder: Path, *overrides: str) -> str:
-    command = [sys.executable, "-m", "hetero_ppo.cli.launcher", "--nproc-per-node", "1", "--standalone"]
+def launch(folder: Path, *overrides: str, processes: int = 1) -> str:
+    """Train as ``ppo.yaml`` says, with these overrides. Returns the output."""
+    command = [sys.executable, "-m", "hetero_ppo.cli.launcher", "--nproc-per-node", str(processes), "--standalone"]
     command += ["-m", "hetero_ppo.cli.main", "train", "--config", str(folder / "ppo.yaml"), *overrides]
     done = subprocess.run(command, capture_output=True, text=True, cwd=TESTS.parent, check=False)
     assert done.returncode == 0, f"exit status {done.returncode}:\n{(done.stdout + done.stderr)[-1500:]}"
     return done.stdout + done.stderr
 
 
-def _metrics(run: Path) -> dict[int, dict[str, float]]:
+def metrics(run: Path) -> dict[int, dict[str, float]]:
+    """Return step -> name -> value of a run, without times and rates."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return {
         row["step"]: {name: value for name, value in row["metrics"].items() if not TIMES.search(name)} for row in rows

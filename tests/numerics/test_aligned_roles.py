@@ -219,7 +219,6 @@ def test_the_commands_fall_back_too_but_for_verify(
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernels of aligned roles on CUDA need a GPU")
 @pytest.mark.parametrize("head", ["score", "lm"])
 def test_an_aligned_role_passes_its_self_check_on_cuda(world: None, models: Path, head: str) -> None:
     folder = models / f"qwen3-{head}"

@@ -230,7 +230,6 @@ def test_a_worker_on_another_device_is_an_error(tensors: dict[str, Tensor], tmp_
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="compares a GPU with the CPU")
 def test_a_gpu_gives_the_checksum_of_a_cpu() -> None:
     tensor = torch.randn((1 << 22) + 5, generator=torch.Generator().manual_seed(3)).to(torch.bfloat16)
     assert lane_checksum(tensor.cuda()) == lane_checksum(tensor)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -256,3 +257,58 @@ def test_slurm_options_come_before_the_first_command(path: Path) -> None:
     head = path.read_text().split("\nset -euo")[0]
     assert "#SBATCH --signal=B:USR1@300" in head and "#SBATCH --requeue" in head
     assert "#SBATCH --exclusive" in head and "#SBATCH --mem=0" in head  # whole nodes: all GPUs and CPUs
+
+
+@pytest.fixture
+def with_gpus(tmp_path: Path) -> dict[str, str]:
+    """Variables of a shell on a machine with two GPUs."""
+    return {"CUDA_VISIBLE_DEVICES": "0,1", "DEVICE": "", "VENV": str(tmp_path / "env"), "DRY_RUN": "1"}
+
+
+def test_the_suite_runs_on_the_cpu_and_then_gpu_tests_on_gpus(with_gpus: dict[str, str]) -> None:
+    def commands(**env: str) -> list[str]:
+        done = run_script("test.sh", "-k", "gae", **(with_gpus | env))
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+    venv = with_gpus["VENV"]
+    on_cpu = [
+        f"env VENV={venv}-cpu DEVICE=cpu bash scripts/install.sh ",
+        f"env CUDA_VISIBLE_DEVICES= {venv}-cpu/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -k gae ",
+    ]
+    on_gpu = [
+        f"env VENV={venv} DEVICE=gpu bash scripts/install.sh ",
+        f"env TESTS_USE_GPU=1 {venv}/bin/python -m pytest -m gpu -k gae ",
+    ]
+    assert commands() == on_cpu + on_gpu
+    assert commands(DEVICE="cpu") == on_cpu and commands(DEVICE="gpu") == on_gpu
+    alone = [line.replace(f"{venv}-cpu", venv).replace("DEVICE=cpu", "DEVICE=") for line in on_cpu]
+    assert commands(CUDA_VISIBLE_DEVICES="") == alone
+    os.mkdir(venv)
+    Path(venv, ".hetero_ppo_made_for").write_text("gpu 0\n")
+    assert commands(CUDA_VISIBLE_DEVICES="") == on_cpu  # a login node: its GPU install stays as it is
+
+
+def test_gpu_tests_without_a_gpu_are_refused(with_gpus: dict[str, str]) -> None:
+    done = run_script("test.sh", **(with_gpus | {"DEVICE": "gpu", "CUDA_VISIBLE_DEVICES": ""}))
+    assert done.returncode == 1 and "no GPU" in done.stderr
+
+
+def test_a_failure_on_the_cpu_is_the_status_of_the_whole(with_gpus: dict[str, str], tmp_path: Path) -> None:
+    """And GPU tests run after it; that none of them was asked for is no failure."""
+    log = tmp_path / "log"
+    for name, status in (("env-cpu", 1), ("env", 5)):
+        (tmp_path / name / "bin").mkdir(parents=True)
+        python = tmp_path / name / "bin" / "python"
+        python.write_text(f"#!/bin/sh\necho {name} $TESTS_USE_GPU >>{log}\nexit {status}\n")
+        python.chmod(0o755)
+    bash = tmp_path / "bash"  # scripts/install.sh alone runs through it
+    bash.write_text(f"#!/bin/sh\n[ $1 = scripts/install.sh ] && exit 0\nexec {shutil.which('bash')} \"$@\"\n")
+    bash.chmod(0o755)
+    env = with_gpus | {"DRY_RUN": "0", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    assert run_script("test.sh", **env).returncode == 1
+    assert log.read_text().splitlines() == ["env-cpu", "env 1"]
+    assert run_script("test.sh", **(env | {"DEVICE": "gpu"})).returncode == 0
+    bash.write_text("#!/bin/sh\nexit 3\n")
+    log.unlink()
+    assert run_script("test.sh", **env).returncode == 3 and not log.exists()  # nothing runs without an install
