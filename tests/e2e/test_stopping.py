@@ -18,7 +18,7 @@ from hetero_ppo.errors import EXIT_STOPPED
 pytestmark = pytest.mark.slow
 
 START_S, SOON_S = 180.0, 60.0
-STEPS, SOAK_STEPS = 6, 12
+STEPS, SOAK_STEPS = 6, 8
 
 
 def test_sigterm_to_the_launcher_saves_ppo_and_engine_and_trainer_have_stayed_together(tmp_path: Path) -> None:

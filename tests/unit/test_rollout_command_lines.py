@@ -41,20 +41,26 @@ json.dump({"parsed": parsed, "unknown": unknown}, sys.stdout, default=str)
 """
 
 
-def cases() -> Iterator[tuple[str, ServerSpec, bool]]:
+def cases(model: Path) -> Iterator[tuple[str, ServerSpec, bool]]:
     """Name of the endpoint, servers, and whether they can sleep."""
     for endpoint, tp, sleep, load in itertools.product(ENDPOINTS, (1, 8), (None, False), (True, False)):
-        for dtype, tokenizer in zip(Dtype, itertools.cycle((None, "/tokenizer"))):
+        for dtype, tokenizer in zip(Dtype, itertools.cycle((None, str(model)))):
             config = RolloutConfig(tensor_parallel=tp, sleep=sleep, gpu_memory_utilization=0.35, max_num_seqs=48)
-            spec = ServerSpec("/models/tiny", dtype, 4096, load, True, config, threads=1, tokenizer_path=tokenizer)
+            spec = ServerSpec(str(model), dtype, 4096, load, True, config, threads=1, tokenizer_path=tokenizer)
             yield endpoint, spec, sleep is None
 
 
 @pytest.fixture(scope="module")
-def read() -> dict[str, Any]:
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a model: offline vLLM's arguments take only one that is there."""
+    return tmp_path_factory.mktemp("model")
+
+
+@pytest.fixture(scope="module")
+def read(model: Path) -> dict[str, Any]:
     """What vLLM reads from all of them, by one process: its imports take seconds."""
     lines, variables = [], set[str]()
-    for name, spec, _ in cases():
+    for name, spec, _ in cases(model):
         command = command_line(spec, ENDPOINTS[name])
         assert command[:2] == [sys.executable, "-m"]
         lines.append(command[2 + len(ENDPOINTS[name].program()) :])
@@ -65,7 +71,7 @@ def read() -> dict[str, Any]:
     engine += ["gpu_memory_utilization", "enable_sleep_mode", "load_format", "generation_config", "logprobs_mode"]
     engine += ["worker_extension_cls", "skip_tokenizer_init", "tokenizer", "kv_cache_memory_bytes", "max_logprobs"]
     request = {"lines": lines, "server": server, "engine": engine, "variables": sorted(variables)}
-    environ = os.environ | {"VLLM_LOGGING_LEVEL": "ERROR", "CUDA_VISIBLE_DEVICES": ""}
+    environ = os.environ | {"VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", PARSE],
         input=json.dumps(request), env=environ, capture_output=True, text=True, timeout=240, check=False,
@@ -74,9 +80,9 @@ def read() -> dict[str, Any]:
     return json.loads(done.stdout[done.stdout.index('{"parsed"') :])
 
 
-def test_vllm_reads_what_was_meant(read: dict[str, Any]) -> None:
-    assert len(read["parsed"]) == len(list(cases())) >= 32
-    for (name, spec, can_sleep), found in zip(cases(), read["parsed"], strict=True):
+def test_vllm_reads_what_was_meant(read: dict[str, Any], model: Path) -> None:
+    assert len(read["parsed"]) == len(list(cases(model))) >= 32
+    for (name, spec, can_sleep), found in zip(cases(model), read["parsed"], strict=True):
         endpoint = ENDPOINTS[name]
         if endpoint.socket_path is not None:
             assert found["uds"] == str(endpoint.socket_path)
