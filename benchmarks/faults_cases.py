@@ -40,7 +40,7 @@ WRITES = {
     "metrics.jsonl": ("*/metrics.jsonl", 1),
     "the rollouts of a step": ("*/rollouts/step_*", 1),
 }
-SYNC = "call:hetero_ppo.rollout.pool:swap"
+SYNC = "call:hetero_ppo.rollout.servers.pool:swap"
 FROZEN = ("run.heartbeat_timeout_s=5",)
 NO_SIGN = "has given no sign of life for"
 FUNCTION = ("reward.source=function", f"reward.function={Path(__file__).with_name('faults_reward.py')}:score", "reward_model=null")

@@ -1,0 +1,4 @@
+"""Between Hugging Face checkpoints and Megatron-Core. It knows nothing of reinforcement learning, and is not NVIDIA's Megatron-Bridge.
+
+Start at ``model/model_provider.py`` for how a model is built, and at ``weights/import_hf.py`` for how its weights are loaded.
+"""

@@ -1,0 +1,4 @@
+"""The mathematics of PPO as pure functions of tensors: KL, rewards, advantages, losses.
+
+Start at ``gae.py``. Nothing here knows of models, processes or configurations of runs.
+"""

@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
     from transformers import AutoModelForCausalLM
 
     from hetero_ppo.data.chat_template import load_tokenizer
-    from megatron_bridge.hf_checkpoint import set_default_rights, system_errors
+    from megatron_bridge.weights.hf_checkpoint import set_default_rights, system_errors
 
     tokenizer = load_tokenizer(str(args.tokenizer), "--tokenizer")
     config = model_config(args, tokenizer)

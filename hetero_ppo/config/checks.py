@@ -409,7 +409,7 @@ def check_model_folders(config: AnyConfig) -> None:
 
 
 def _check_file_names(field: str, path: str) -> None:
-    from megatron_bridge.hf_checkpoint import check_names  # torch takes seconds to import
+    from megatron_bridge.weights.hf_checkpoint import check_names  # torch takes seconds to import
 
     try:
         check_names(Path(path))

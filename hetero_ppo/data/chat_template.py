@@ -23,7 +23,7 @@ from hetero_ppo.data.continuation import adds_prefix, encode_continuation
 from hetero_ppo.data.end_tokens import EndToken, find_end_tokens
 from hetero_ppo.data.reading import Message
 from hetero_ppo.data.tokenizer_checks import check_embedding_rows, check_end_tokens
-from megatron_bridge.hf_checkpoint import check_links
+from megatron_bridge.weights.hf_checkpoint import check_links
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 

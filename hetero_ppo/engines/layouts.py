@@ -9,8 +9,8 @@ from hetero_ppo.config.devices import dtype_of, with_dtype
 from hetero_ppo.config.load import AnyConfig
 from hetero_ppo.config.schema import Dtype, RewardRoleConfig, RoleConfig, TrainedRoleConfig
 from megatron_bridge import platform
-from megatron_bridge.config_mapping import BridgeConfig, bridge_config, read_hf_config
-from megatron_bridge.import_hf import check_checkpoint
+from megatron_bridge.model.config_mapping import BridgeConfig, bridge_config, read_hf_config
+from megatron_bridge.weights.import_hf import check_checkpoint
 
 #: Dtype of the schema -> of torch.
 DTYPES = {Dtype.fp32: torch.float32, Dtype.bf16: torch.bfloat16}

@@ -44,15 +44,15 @@ from hetero_ppo.engines.outputs import OutputFn
 from hetero_ppo.engines.residency import RoleResidency
 from hetero_ppo.engines.role_reading import load_role
 from hetero_ppo.engines.shared_device import SharedDevice
-from hetero_ppo.memory.kinds import FORWARD, OPTIMIZER, Kind
+from hetero_ppo.step.kinds import FORWARD, OPTIMIZER, Kind
 from hetero_ppo.types import Microbatch
 from megatron_bridge import platform
-from megatron_bridge.config_mapping import VOCAB_PARTS, BridgeConfig
-from megatron_bridge.export_hf import export_bytes, save_hf
-from megatron_bridge.import_hf import LoadReport, load_hf
-from megatron_bridge.layers import uses_transformer_engine
-from megatron_bridge.model_provider import Head, build_model
-from megatron_bridge.stream import stream_hf
+from megatron_bridge.model.config_mapping import VOCAB_PARTS, BridgeConfig
+from megatron_bridge.weights.export_hf import export_bytes, save_hf
+from megatron_bridge.weights.import_hf import LoadReport, load_hf
+from megatron_bridge.model.layers import uses_transformer_engine
+from megatron_bridge.model.model_provider import Head, build_model
+from megatron_bridge.weights.stream import stream_hf
 
 #: Padded lengths of bf16 micro-batches on a CPU are a multiple of it.
 BF16_CPU_LENGTHS = 16

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from hetero_ppo.engines.microbatches import MicrobatchSize, map_tensors, to_columns
 from hetero_ppo.types import Microbatch
-from megatron_bridge.context_parallel import own_columns, whole_columns
-from megatron_bridge.packing import Packing, pack
+from megatron_bridge.model.context_parallel import own_columns, whole_columns
+from megatron_bridge.model.packing import Packing, pack
 
 
 #: A micro-batch is packed where padding would make it longer than so many times: attention to packed sequences gathers them first,

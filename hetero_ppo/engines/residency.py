@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hetero_ppo.memory.kinds import Kind
+from hetero_ppo.step.kinds import Kind
 from megatron_bridge.platform.copies import ALIGNMENT, CopyLane, pinned_host_memory, release_pinned
 
 

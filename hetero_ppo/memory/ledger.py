@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from hetero_ppo.memory.kinds import Kind
+from hetero_ppo.step.kinds import Kind
 
 #: role -> kind -> bytes
 RoleBytes = Mapping[str, Mapping[Kind, int]]

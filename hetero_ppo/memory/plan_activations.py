@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_bridge.config_mapping import BridgeConfig
+from megatron_bridge.model.config_mapping import BridgeConfig
 
 FP32_BYTES = 4
 INDEX_BYTES = 8
@@ -47,7 +47,7 @@ class LayerWidths:
     element: int  # bytes
     qk_norm: bool
     aligned: bool = False  # attention in tiles, fp32 inside
-    whole_heads: bool = False  # attention keeps a key and a value of every query head (megatron_bridge.context_parallel)
+    whole_heads: bool = False  # attention keeps a key and a value of every query head (megatron_bridge.model.context_parallel)
     num_experts: int = 0  # 0: a dense MLP
     experts_per_token: int = 0
 

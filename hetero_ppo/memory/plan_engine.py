@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from hetero_ppo.config.derived import actor_generates, max_model_len, num_servers, weight_transfer
 from hetero_ppo.config.devices import dtype_of
 from hetero_ppo.config.schema import PpoConfig, WeightTransfer
-from hetero_ppo.memory.kinds import SHARD_BYTES
+from hetero_ppo.step.kinds import SHARD_BYTES
 from hetero_ppo.memory.plan_storage import DTYPES, RoleStorage
-from megatron_bridge.parameter_count import hf_tensor_sizes
+from megatron_bridge.model.parameter_count import hf_tensor_sizes
 
 MIB = 2**20
 
@@ -81,7 +81,7 @@ def _sync_blocks(actor: RoleStorage, element: int, whole: int, transfer: WeightT
 
 
 def _plan_own_engine(config: PpoConfig, actor: RoleStorage, device_bytes: int | None) -> EnginePlan:
-    """The cache of one data-parallel rank: ``megatron_bridge.cached_attention.SlotCache``."""
+    """The cache of one data-parallel rank: ``megatron_bridge.model.cached_attention.SlotCache``."""
     rollout, tensor = config.rollout, config.actor.parallel.tensor
     element = 4 if device_bytes is None else DTYPES[dtype_of(actor.config.model)].itemsize  # on a CPU attention is in float32
     dims, layers = actor.bridge.dims, actor.bridge.transformer.num_layers

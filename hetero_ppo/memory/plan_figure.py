@@ -7,7 +7,7 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
-from hetero_ppo.memory.kinds import Kind
+from hetero_ppo.step.kinds import Kind
 from hetero_ppo.memory.plan import GIB, MemoryPlan, PhasePlan
 from hetero_ppo.memory.plan_text import resident_text
 from hetero_ppo.observability.figures import COLOURS, GREY, INK, STYLE

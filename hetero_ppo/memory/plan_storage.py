@@ -18,9 +18,9 @@ import torch
 from hetero_ppo.config.derived import data_parallel_size
 from hetero_ppo.config.devices import dtype_of, with_dtype
 from hetero_ppo.config.schema import Dtype, RoleConfig, TrainedRoleConfig
-from hetero_ppo.memory.kinds import Kind
-from megatron_bridge.config_mapping import BridgeConfig, bridge_config, read_hf_config
-from megatron_bridge.parameter_count import LocalParameter, local_parameters
+from hetero_ppo.step.kinds import Kind
+from megatron_bridge.model.config_mapping import BridgeConfig, bridge_config, read_hf_config
+from megatron_bridge.model.parameter_count import LocalParameter, local_parameters
 
 FP32_BYTES = 4
 DTYPES = {Dtype.fp32: torch.float32, Dtype.bf16: torch.bfloat16}

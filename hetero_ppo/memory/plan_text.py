@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hetero_ppo.config.schema import ResidencyConfig
-from hetero_ppo.memory.kinds import Kind
+from hetero_ppo.step.kinds import Kind
 from hetero_ppo.memory.plan import GIB, MemoryPlan, PhasePlan
 from hetero_ppo.memory.plan_engine import EnginePlan
 from hetero_ppo.memory.plan_limits import Limits

@@ -21,18 +21,18 @@ from hetero_ppo.config.derived import weight_transfer
 from hetero_ppo.config.schema import Dtype, RolloutConfig, SamplingConfig, WeightTransfer
 from hetero_ppo.errors import RunError
 from hetero_ppo.observability.progress import progress
-from hetero_ppo.rollout.compute_mode import check_compute_mode
+from hetero_ppo.rollout.servers.compute_mode import check_compute_mode
 from hetero_ppo.rollout.engine_checks import check_prompts, golden_difference, response_limits
 from hetero_ppo.network import LOOPBACK
-from hetero_ppo.rollout.nodes import AnyServer, Cluster, remote_servers
+from hetero_ppo.rollout.servers.nodes import AnyServer, Cluster, remote_servers
 from hetero_ppo.private_dir import PrivateDir
 from hetero_ppo.rollout.requests import Requests
-from hetero_ppo.rollout.beam_search import BeamSearch, Expand, Hypothesis, run_search
+from hetero_ppo.inference.beam_search import BeamSearch, Expand, Hypothesis, run_search
 from hetero_ppo.rollout.partial import ABORTED
-from hetero_ppo.rollout.pool import Member, ServerPool, gather_all
-from hetero_ppo.rollout.server import MAX_LOG_PROBS, VllmServer, server_spec, sleeps
-from hetero_ppo.rollout.transports import weight_transport
-from hetero_ppo.rollout.weight_sync import (
+from hetero_ppo.rollout.servers.pool import Member, ServerPool, gather_all
+from hetero_ppo.rollout.servers.server import MAX_LOG_PROBS, VllmServer, server_spec, sleeps
+from hetero_ppo.rollout.weights.transports import weight_transport
+from hetero_ppo.rollout.weights.weight_sync import (
     BlockWriter,
     PinnedStaging,
     SyncStats,
@@ -308,7 +308,7 @@ class VllmEngine:
     def beam_search(
         self, prompts: list[list[int]], *, num_beams: int, max_tokens: int, length_penalty: float, num_return: int
     ) -> list[list[Hypothesis]]:
-        """The most probable answers to prompts, as far as a beam search finds them; see ``rollout/beam_search.py``.
+        """The most probable answers to prompts, as far as a beam search finds them; see ``inference/beam_search.py``.
 
         Every token of a live beam is a request of its own; the prefix cache has the tokens before it.
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from hetero_ppo.config.schema import SamplingConfig
 from hetero_ppo.disk import writing
 from hetero_ppo.observability.json_text import json_text
-from hetero_ppo.rollout.weight_sync import SyncStats
+from hetero_ppo.rollout.weights.weight_sync import SyncStats
 from hetero_ppo.types import OnResponse, Response, Rollout
 
 FILE_NAME = re.compile(r"step_(\d+)\.jsonl")

@@ -9,9 +9,9 @@ import itertools
 from dataclasses import dataclass, field
 
 from hetero_ppo.config.schema import SamplingConfig
-from hetero_ppo.rollout.client import ServerClient, ServerDied
+from hetero_ppo.rollout.servers.client import ServerClient, ServerDied
 from hetero_ppo.rollout.partial import ABORTED, continued
-from hetero_ppo.rollout.pool import Member, ServerPool, gather_all
+from hetero_ppo.rollout.servers.pool import Member, ServerPool, gather_all
 from hetero_ppo.types import OnResponse, Response
 
 #: An abort that comes before the server knows the request has no effect, so it is repeated until all have answered.

@@ -1,1 +1,4 @@
-"""What surrounds a run's trainer: heartbeats, the terminal, work that would be lost."""
+"""What surrounds the trainer of a run: its folder, signals, heartbeats, the rendezvous of nodes, and how it resumes.
+
+Start at ``run_folder.py``.
+"""

@@ -17,12 +17,12 @@ from hetero_ppo.data.export_files import export_files
 from hetero_ppo.engines.losses import actor_loss_fn, critic_loss_fn
 from hetero_ppo.engines.train_engine import LossFn, TrainEngine, TrainStepResult
 from hetero_ppo.experience.generation import Generation
-from hetero_ppo.experience.mismatch import MismatchGuard, mismatch_bounds
+from hetero_ppo.health.mismatch import MismatchGuard, mismatch_bounds
 from hetero_ppo.experience.pipeline import Pipeline
 from hetero_ppo.observability.metrics import MetricsLogger
 from hetero_ppo.observability.progress import progress
 from hetero_ppo.observability.timers import PhaseTimer
-from hetero_ppo.rollout.server import sleeps
+from hetero_ppo.rollout.servers.server import sleeps
 from hetero_ppo.runtime.unsaved import UnsavedWork
 from hetero_ppo.trainers import ppo_bank, ppo_functions, ppo_memory, ppo_nodes, ppo_setup
 from hetero_ppo.trainers.ppo_critic import describe_first_values

@@ -24,7 +24,7 @@ from hetero_ppo.observability.trace import ENGINE, Args
 from hetero_ppo.rollout.engine import VllmEngine
 from hetero_ppo.rollout.megatron import MegatronEngine
 from hetero_ppo.rollout.replay import ReplayEngine
-from hetero_ppo.rollout.server import sleeps
+from hetero_ppo.rollout.servers.server import sleeps
 from megatron_bridge import platform
 from megatron_bridge.platform.copies import describe_device_memory, release_cached_memory
 

@@ -8,8 +8,8 @@ from hetero_ppo.config.derived import actor_generates, max_model_len, servers_of
 from hetero_ppo.config.devices import dtype_of
 from hetero_ppo.config.schema import PpoConfig
 from hetero_ppo.data.chat_template import tokenizer_folder
-from hetero_ppo.rollout.nodes import Cluster, NodeServers, meet_nodes
-from hetero_ppo.rollout.server import server_spec, sleeps
+from hetero_ppo.rollout.servers.nodes import Cluster, NodeServers, meet_nodes
+from hetero_ppo.rollout.servers.server import server_spec, sleeps
 from hetero_ppo.trainers.run import Run
 from megatron_bridge import platform
 

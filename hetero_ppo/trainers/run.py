@@ -36,7 +36,7 @@ from megatron_bridge import platform
 from megatron_bridge.platform.compiler import check_compiler
 from megatron_bridge.platform.idle_gpus import check_gpus_are_used
 from megatron_bridge.platform.determinism import set_deterministic
-from megatron_bridge.layers import HAS_TRANSFORMER_ENGINE
+from megatron_bridge.model.layers import HAS_TRANSFORMER_ENGINE
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from hetero_ppo.data.prompts import PromptExample, labels_digest
 from hetero_ppo.reward.re_encoding import ReEncoder
 from hetero_ppo.runtime.inputs import Input, differing, function_digest
 from hetero_ppo.runtime.resume import Resume
-from megatron_bridge.weights_digest import config_digest, model_digest
+from megatron_bridge.weights.weights_digest import config_digest, model_digest
 
 
 def text_inputs(

@@ -126,7 +126,7 @@ class StopRequests:
     def _end(self, status: int, text: str | None) -> None:
         if text is not None and _is_first_rank():
             print(f"error: {text}", file=sys.stderr, flush=True)
-        # The main thread may never come back; what the process started ends with it (rollout/guardian.py).
+        # The main thread may never come back; what the process started ends with it (rollout/servers/guardian.py).
         os._exit(status)
 
 

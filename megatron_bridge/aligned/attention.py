@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_bridge.aligned.products import batched_product
-from megatron_bridge.kernels import products_of, rotate
+from megatron_bridge.model.kernels import products_of, rotate
 
 #: Tokens of the longest sequence whose probabilities are kept for the backward; of longer ones they are computed anew, since their
 #: size grows with the square.

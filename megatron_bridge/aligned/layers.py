@@ -32,8 +32,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_bridge.aligned.attention import rotary_causal_attention
 from megatron_bridge.aligned.products import product
 from megatron_bridge.aligned.rows import rms_norm, swiglu
-from megatron_bridge.fused_attention import FusedSelfAttention
-from megatron_bridge.layers import RMSNorm, SdpaCoreAttention, SwiGlu
+from megatron_bridge.model.fused_attention import FusedSelfAttention
+from megatron_bridge.model.layers import RMSNorm, SdpaCoreAttention, SwiGlu
 
 
 class AlignedColumnParallelLinear(ColumnParallelLinear):

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 import megatron_bridge.platform  # noqa: F401  before any module of Megatron-Core
 
-from megatron_bridge.kernels import rms_norm_backward
+from megatron_bridge.model.kernels import rms_norm_backward
 
 #: Elements of a piece that elementwise work is done on: a few of them stay in a core's cache.
 PIECE = 1 << 16

@@ -41,8 +41,8 @@ from hetero_ppo.config.schema import Dtype, RolloutConfig, SamplingConfig, Weigh
 from hetero_ppo.errors import RunError
 from hetero_ppo.rollout.engine import VllmEngine
 from hetero_ppo.rollout.sweep import find_running_batch
-from hetero_ppo.rollout.transports import weight_transport
-from hetero_ppo.rollout.weight_sync import WeightFiles, stage, swap, write_weights
+from hetero_ppo.rollout.weights.transports import weight_transport
+from hetero_ppo.rollout.weights.weight_sync import WeightFiles, stage, swap, write_weights
 
 pytestmark = pytest.mark.slow
 

@@ -56,7 +56,7 @@ def premises(cpu: bool) -> dict[str, Any]:
     facts: dict[str, Any] = {"varlen_attn": hasattr(__import__("torch.nn.attention", fromlist=["varlen"]), "varlen")}
     if cpu:
         return facts
-    from hetero_ppo.rollout.compute_mode import check_compute_mode
+    from hetero_ppo.rollout.servers.compute_mode import check_compute_mode
 
     check_compute_mode()
     free, total = torch.cuda.mem_get_info()

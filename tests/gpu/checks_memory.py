@@ -25,8 +25,8 @@ def _synthetic_roles(num_bytes: int, **options: Any) -> Any:
     from hetero_ppo.config.schema import ResidencyConfig
     from hetero_ppo.engines.residency import RoleResidency
     from hetero_ppo.engines.shared_device import SharedDevice
-    from hetero_ppo.memory.kinds import Kind
-    from hetero_ppo.memory.turns import ppo_turns
+    from hetero_ppo.step.kinds import Kind
+    from hetero_ppo.step.phases import ppo_turns
 
     device = SharedDevice(ResidencyConfig(), ppo_turns(reward_models=[], actor_scores_old=True), **options)
     trained = (Kind.params, Kind.grads, Kind.main_params, Kind.moments)
@@ -41,7 +41,7 @@ def _synthetic_roles(num_bytes: int, **options: Any) -> Any:
 def neighbour(cpu: bool) -> dict[str, Any]:
     """Take turns with a process that allocates the generator's share at each wake, as vLLM does."""
     from hetero_ppo.config.schema import RolloutConfig
-    from hetero_ppo.memory.kinds import TRAINING, Kind
+    from hetero_ppo.step.kinds import TRAINING, Kind
     from hetero_ppo.trainers.ppo_engine import EngineTurns
 
     class Generator:
@@ -85,7 +85,7 @@ def neighbour(cpu: bool) -> dict[str, Any]:
 
 def copies(cpu: bool) -> dict[str, Any]:
     """Bring a role in while a long queue of kernels runs: its rate, and whether it arrives before the kernels end."""
-    from hetero_ppo.memory.kinds import TRAINING, Kind
+    from hetero_ppo.step.kinds import TRAINING, Kind
 
     with world():
         device = _synthetic_roles(2048 * MIB)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_bridge import kernels
+from megatron_bridge.model import kernels
 from megatron_bridge.aligned import attention, products, rows
 
 DTYPES = (torch.float32, torch.bfloat16)

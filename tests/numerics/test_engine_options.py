@@ -16,7 +16,7 @@ from hetero_ppo.engines.losses import sft_loss_fn
 from hetero_ppo.engines.outputs import log_probs_output
 from hetero_ppo.engines.train_engine import TrainEngine, TrainStepResult
 from hetero_ppo.types import AnswerInputs, Microbatch
-from megatron_bridge.config_mapping import VOCAB_PARTS
+from megatron_bridge.model.config_mapping import VOCAB_PARTS
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 pytestmark = pytest.mark.usefixtures("world")

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_bridge.fused_attention import rotation
-from megatron_bridge.kernels import rms_norm, rotary_causal_attention, swiglu
+from megatron_bridge.model.fused_attention import rotation
+from megatron_bridge.model.kernels import rms_norm, rotary_causal_attention, swiglu
 
 S, B, GROUPS, PER_GROUP, D = 19, 3, 2, 2, 8
 SCALE = D**-0.5

@@ -21,11 +21,11 @@ from hetero_ppo.memory.plan_activations import (
     microbatches_in_flight,
     training_bytes,
 )
-from megatron_bridge import context_parallel
+from megatron_bridge.model import context_parallel
 from megatron_bridge.aligned import attention
-from megatron_bridge.config_mapping import BridgeConfig, bridge_config
-from megatron_bridge.layers import ShortSequenceSelfAttention
-from megatron_bridge.model_provider import build_model
+from megatron_bridge.model.config_mapping import BridgeConfig, bridge_config
+from megatron_bridge.model.layers import ShortSequenceSelfAttention
+from megatron_bridge.model.model_provider import build_model
 
 ROWS, LENGTH = 3, 64
 

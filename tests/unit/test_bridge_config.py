@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_bridge import layers
-from megatron_bridge.config_mapping import BridgeConfig, bridge_config, read_hf_config
-from megatron_bridge.export_hf import exported_config
-from megatron_bridge.rope import rope_frequencies, rope_parameters
+from megatron_bridge.model import layers
+from megatron_bridge.model.config_mapping import BridgeConfig, bridge_config, read_hf_config
+from megatron_bridge.weights.export_hf import exported_config
+from megatron_bridge.model.rope import rope_frequencies, rope_parameters
 
 CONFIG: dict[str, Any] = {
     "model_type": "llama",

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_bridge.families import FAMILIES, decoder
-from megatron_bridge.param_mapping import (
+from megatron_bridge.weights.param_mapping import (
     Dims,
     Entry,
     ExpertLayout,

@@ -15,7 +15,7 @@ from hetero_ppo.config.derived import chunk_sizes, config_roles, data_parallel_s
 from hetero_ppo.config.load import AnyConfig, item_class, load_config, section_class
 from hetero_ppo.config.on_resume import TABLE, OnResume
 from hetero_ppo.config.schema import RolloutCorrectionKind
-from hetero_ppo.experience.mismatch import mismatch_bounds
+from hetero_ppo.health.mismatch import mismatch_bounds
 from hetero_ppo.runtime.settle import settle
 
 TEXT = {

@@ -14,8 +14,8 @@ from hetero_ppo.config.schema import ResidencyConfig, RolloutConfig
 from hetero_ppo.engines.residency import RoleResidency
 from hetero_ppo.engines.shared_device import SharedDevice
 from hetero_ppo.errors import RunError
-from hetero_ppo.memory.kinds import TRAINING, Kind
-from hetero_ppo.memory.turns import ppo_turns
+from hetero_ppo.step.kinds import TRAINING, Kind
+from hetero_ppo.step.phases import ppo_turns
 from hetero_ppo.memory.plan import GIB
 from hetero_ppo.trainers import ppo_engine
 from hetero_ppo.trainers.ppo_engine import EngineTurns

@@ -24,7 +24,7 @@ CASES = faults_cases.cases()
 CALLS = [case.point["point"] for case in CASES if case.point is not None and case.point["point"].startswith("call:")]
 SOURCES = "".join(
     (BENCHMARKS.parent / "hetero_ppo" / name).read_text()
-    for name in ("trainers/ppo.py", "experience/pipeline.py", "experience/stages.py", "memory/turns.py")
+    for name in ("trainers/ppo.py", "experience/pipeline.py", "experience/stages.py", "step/phases.py")
 )
 
 

@@ -24,9 +24,9 @@ from hetero_ppo.errors import RunError
 from hetero_ppo.experience.bank import RolloutBank
 from hetero_ppo.observability.metrics import METRICS_FILE, MetricsLogger
 from hetero_ppo.rollout.replay import RolloutRecord, write_records
-from hetero_ppo.rollout.weight_sync import check_room_for_another, write_weights
+from hetero_ppo.rollout.weights.weight_sync import check_room_for_another, write_weights
 from hetero_ppo.types import Response, StepMetrics
-from megatron_bridge.hf_checkpoint import write_safetensors
+from megatron_bridge.weights.hf_checkpoint import write_safetensors
 
 FULL = Path("/dev/full")
 SAID_FULL = r"{} {} could not be written: no space is left there \(No space left on device\).*; .* are free in .*\. Make room there, or .*"

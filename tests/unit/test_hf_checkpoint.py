@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from hetero_ppo.config.checks import check_model_folders
 from hetero_ppo.config.schema import ModelConfig, SftConfig, TrainedRoleConfig
 from hetero_ppo.data.chat_template import load_tokenizer
-from megatron_bridge.hf_checkpoint import INDEX_FILE, SINGLE_FILE, check_links, tensor_names
+from megatron_bridge.weights.hf_checkpoint import INDEX_FILE, SINGLE_FILE, check_links, tensor_names
 
 NAMES = {"a", "b"}
 

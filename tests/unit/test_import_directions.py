@@ -20,26 +20,29 @@ TIERS = {
     "peer_proof": 1,
     "config": 0,
     "types": 1,
-    "algorithms": 2,
-    "distributed": 2,
-    "memory": 2,
-    "observability": 2,
-    "engines": 3,
-    "rollout": 3,
-    "reward": 3,
-    "checkpoint": 3,
-    "data": 3,
-    "experience": 4,
-    "runtime": 4,
-    "trainers": 5,
-    "cli": 6,
+    "step": 2,
+    "algorithms": 3,
+    "distributed": 3,
+    "memory": 3,
+    "observability": 3,
+    "engines": 4,
+    "inference": 4,
+    "rollout": 4,
+    "reward": 4,
+    "health": 4,
+    "checkpoint": 4,
+    "data": 4,
+    "experience": 5,
+    "runtime": 5,
+    "trainers": 6,
+    "cli": 7,
 }
-MEGATRON_CORE_PACKAGES = {"megatron_bridge", "engines", "distributed", "reward"}
+MEGATRON_CORE_PACKAGES = {"megatron_bridge", "engines", "inference", "distributed", "reward"}
 #: Run in vLLM's own processes: nothing else may need vLLM to be installed.
 VLLM_MODULES = (
-    "hetero_ppo.rollout.worker_extension",
-    "hetero_ppo.rollout.loaded_weights",
-    "hetero_ppo.rollout.inherited_socket",
+    "hetero_ppo.rollout.weights.worker_extension",
+    "hetero_ppo.rollout.weights.loaded_weights",
+    "hetero_ppo.rollout.servers.inherited_socket",
 )
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 600, 90
 

@@ -10,7 +10,7 @@ import pytest
 
 from hetero_ppo.cli.main import main
 from hetero_ppo.config.load import AnyConfig, load_config
-from hetero_ppo.memory.kinds import Kind
+from hetero_ppo.step.kinds import Kind
 from hetero_ppo.memory.plan import GIB, MemoryPlan, plan_memory
 from hetero_ppo.memory.plan_check import check_fits
 from hetero_ppo.memory.plan_compare import compare

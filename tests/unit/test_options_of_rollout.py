@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from hetero_ppo.config.schema import Dtype, RolloutConfig, SamplingConfig, WeightTransfer
-from hetero_ppo.engines.generation import Decoder
+from hetero_ppo.inference.decoder import Decoder
 from hetero_ppo.rollout import engine as engine_module
-from hetero_ppo.rollout import pool as pool_module
-from hetero_ppo.rollout.client import ServerClient
+from hetero_ppo.rollout.servers import pool as pool_module
+from hetero_ppo.rollout.servers.client import ServerClient
 from hetero_ppo.rollout.engine import EngineState, VllmEngine
 from hetero_ppo.rollout.megatron import MegatronEngine
-from hetero_ppo.rollout.pool import ServerPool
-from hetero_ppo.rollout.transports import SharedMemory
+from hetero_ppo.rollout.servers.pool import ServerPool
+from hetero_ppo.rollout.weights.transports import SharedMemory
 
 SAMPLING = SamplingConfig(
     temperature=0.7, top_p=0.8, top_k=9, max_tokens=5, stop_token_ids=[7], stop=["\n"], ignore_eos=False

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_bridge.context_parallel import attend
+from megatron_bridge.model.context_parallel import attend
 from megatron_bridge.platform.determinism import VARIABLES, deterministic_attention, set_deterministic
 
 

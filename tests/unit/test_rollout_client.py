@@ -11,10 +11,10 @@ import pytest
 from aiohttp import web
 
 from hetero_ppo.config.schema import Dtype, RolloutConfig
-from hetero_ppo.rollout import client as client_module
-from hetero_ppo.rollout.client import ServerClient, ServerDied
-from hetero_ppo.rollout.server import ServerSpec, VllmServer
-from hetero_ppo.rollout.server_token import CHALLENGE, PROOF, proof_of
+from hetero_ppo.rollout.servers import client as client_module
+from hetero_ppo.rollout.servers.client import ServerClient, ServerDied
+from hetero_ppo.rollout.servers.server import ServerSpec, VllmServer
+from hetero_ppo.rollout.servers.server_token import CHALLENGE, PROOF, proof_of
 
 
 class RunningServer(VllmServer):

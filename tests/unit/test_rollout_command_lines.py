@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from hetero_ppo.config.schema import Dtype, RolloutConfig
-from hetero_ppo.rollout.server import MAX_LOG_PROBS, VLLM_DTYPE, Endpoint, ServerSpec, command_line, environment
+from hetero_ppo.rollout.servers.server import MAX_LOG_PROBS, VLLM_DTYPE, Endpoint, ServerSpec, command_line, environment
 
 ENDPOINTS = {
     "socket": Endpoint(socket_path=Path("/run/0.sock")),
@@ -88,7 +88,7 @@ def test_vllm_reads_what_was_meant(read: dict[str, Any], model: Path) -> None:
             assert found["uds"] == str(endpoint.socket_path)
         else:
             assert (found["host"], found["port"], found["uds"]) == ("10.0.0.1", 8001, None)
-        assert found["middleware"] == ["hetero_ppo.rollout.server_token.RequireToken"]
+        assert found["middleware"] == ["hetero_ppo.rollout.servers.server_token.RequireToken"]
         assert found["model"] == spec.model_path and found["dtype"] == VLLM_DTYPE[spec.dtype]
         assert (found["max_model_len"], found["max_num_seqs"], found["max_logprobs"]) == (4096, 48, MAX_LOG_PROBS)
         assert found["tensor_parallel_size"] == spec.config.tensor_parallel
@@ -96,7 +96,7 @@ def test_vllm_reads_what_was_meant(read: dict[str, Any], model: Path) -> None:
         assert found["enable_sleep_mode"] is can_sleep and found["enforce_eager"] is False
         assert found["load_format"] == ("safetensors" if spec.load_weights else "dummy")
         assert (found["generation_config"], found["logprobs_mode"]) == ("vllm", "processed_logprobs")
-        assert found["worker_extension_cls"] == "hetero_ppo.rollout.worker_extension.WeightReceiver"
+        assert found["worker_extension_cls"] == "hetero_ppo.rollout.weights.worker_extension.WeightReceiver"
         assert found["skip_tokenizer_init"] is (spec.tokenizer_path is None)
         assert found["tokenizer"] == spec.tokenizer_path
         assert found["api_key"] is None  # a variable has it: command lines are public

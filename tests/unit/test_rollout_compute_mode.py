@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hetero_ppo.rollout.compute_mode import check_compute_mode, exclusive_devices, mps_runs
+from hetero_ppo.rollout.servers.compute_mode import check_compute_mode, exclusive_devices, mps_runs
 
 ANSWER = """0, GPU-aa, Default
 1, GPU-bb, Exclusive_Process

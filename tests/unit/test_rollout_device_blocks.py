@@ -16,15 +16,16 @@ from torch import Tensor
 
 from hetero_ppo.config.schema import Dtype, WeightTransfer
 from hetero_ppo.errors import RunError
-from hetero_ppo.rollout import tensor_bytes, weight_sync
-from hetero_ppo.rollout.cuda_ipc import IpcHandle
-from hetero_ppo.rollout.device_blocks import DeviceBlocks
-from hetero_ppo.rollout.loaded_weights import compare_pieces
-from hetero_ppo.rollout.tensor_bytes import lane_checksum
-from hetero_ppo.rollout.transports import weight_transport
-from hetero_ppo.rollout.weight_group import Shard
-from hetero_ppo.rollout.weight_sync import BlockWriter, PinnedStaging, WeightFiles, stage, swap, write_weights
-from hetero_ppo.rollout.worker_extension import WeightReceiver
+from hetero_ppo.rollout.weights import tensor_bytes
+from hetero_ppo.rollout.weights import weight_sync
+from hetero_ppo.rollout.weights.cuda_ipc import IpcHandle
+from hetero_ppo.rollout.weights.device_blocks import DeviceBlocks
+from hetero_ppo.rollout.weights.loaded_weights import compare_pieces
+from hetero_ppo.rollout.weights.tensor_bytes import lane_checksum
+from hetero_ppo.rollout.weights.transports import weight_transport
+from hetero_ppo.rollout.weights.weight_group import Shard
+from hetero_ppo.rollout.weights.weight_sync import BlockWriter, PinnedStaging, WeightFiles, stage, swap, write_weights
+from hetero_ppo.rollout.weights.worker_extension import WeightReceiver
 
 CPU = torch.device("cpu")
 WORD = (1 << 64) - 1

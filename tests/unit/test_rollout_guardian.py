@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from hetero_ppo.rollout import guardian
+from hetero_ppo.rollout.servers import guardian
 
 #: A server whose helper process stays behind when the server is killed, and that ignores SIGTERM.
 STUBBORN = "trap '' TERM; sleep 300 & wait; wait"

@@ -17,11 +17,11 @@ from aiohttp import web
 
 from hetero_ppo.config.schema import Dtype, RolloutConfig, SamplingConfig
 from hetero_ppo.observability.silence import process_state
-from hetero_ppo.rollout import client as client_module
-from hetero_ppo.rollout import server as server_module
-from hetero_ppo.rollout.client import ServerClient, ServerHangs
-from hetero_ppo.rollout.server import ServerSpec, VllmServer
-from hetero_ppo.rollout.server_token import CHALLENGE, PROOF, WORKER_METHODS, proof_of
+from hetero_ppo.rollout.servers import client as client_module
+from hetero_ppo.rollout.servers import server as server_module
+from hetero_ppo.rollout.servers.client import ServerClient, ServerHangs
+from hetero_ppo.rollout.servers.server import ServerSpec, VllmServer
+from hetero_ppo.rollout.servers.server_token import CHALLENGE, PROOF, WORKER_METHODS, proof_of
 
 
 class RunningServer(VllmServer):

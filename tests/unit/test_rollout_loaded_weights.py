@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hetero_ppo.rollout.loaded_weights import compare_pieces, dense_pieces, expert_pieces, part_of
-from hetero_ppo.rollout.tensor_bytes import tensor_checksum
+from hetero_ppo.rollout.weights.loaded_weights import compare_pieces, dense_pieces, expert_pieces, part_of
+from hetero_ppo.rollout.weights.tensor_bytes import tensor_checksum
 
 PACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
 

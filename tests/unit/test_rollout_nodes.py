@@ -16,11 +16,12 @@ import torch.distributed as dist
 
 from hetero_ppo.config.schema import Dtype, RolloutConfig
 from hetero_ppo.errors import RunError
-from hetero_ppo.rollout import nodes, server
-from hetero_ppo.rollout.nodes import Cluster, NodeServers, RemoteServer, remote_servers
-from hetero_ppo.rollout.server import ServerSpec
-from hetero_ppo.rollout.signed_store import RefusedValueError, SignedStore, derived_key
-from hetero_ppo.rollout.weight_group import connect_store, open_store
+from hetero_ppo.rollout.servers import nodes
+from hetero_ppo.rollout.servers import server
+from hetero_ppo.rollout.servers.nodes import Cluster, NodeServers, RemoteServer, remote_servers
+from hetero_ppo.rollout.servers.server import ServerSpec
+from hetero_ppo.rollout.weights.signed_store import RefusedValueError, SignedStore, derived_key
+from hetero_ppo.rollout.weights.weight_group import connect_store, open_store
 
 SPEC = ServerSpec("model", Dtype.fp32, 8, True, False, RolloutConfig(), 1)
 SECRET = b"of the run" * 3

@@ -17,11 +17,11 @@ from hetero_ppo.config.checks_rollout import check_weight_transfer
 from hetero_ppo.config.derived import num_servers, servers_of_nodes
 from hetero_ppo.config.schema import Dtype, PpoConfig, RolloutConfig, SamplingConfig, WeightTransfer
 from hetero_ppo.errors import RunError
-from hetero_ppo.rollout import server as server_module
+from hetero_ppo.rollout.servers import server as server_module
 from hetero_ppo.rollout.engine import VllmEngine, check_devices
 from hetero_ppo.rollout.engine_checks import check_prompts
 from hetero_ppo.rollout.requests import response_seed
-from hetero_ppo.rollout.server import Endpoint, ServerSpec, VllmServer, command_line, environment, first_error, server_threads
+from hetero_ppo.rollout.servers.server import Endpoint, ServerSpec, VllmServer, command_line, environment, first_error, server_threads
 
 
 SOCKET = Endpoint(socket_path=Path("/run/0.sock"))
@@ -146,7 +146,7 @@ def steal(port: int) -> list[str]:
 
 ACCEPT = (
     "import os, socket, sys\n"
-    "from hetero_ppo.rollout.inherited_socket import InheritedSocket\n"
+    "from hetero_ppo.rollout.servers.inherited_socket import InheritedSocket\n"
     "listener = InheritedSocket(int(sys.argv[1]))\n"
     "print('up', flush=True)\n"
     "for _ in range(2):\n"
@@ -205,10 +205,10 @@ def test_nobody_takes_the_port_of_a_server_of_another_node(short_path: Path, mon
 def test_a_server_of_another_node_gets_a_socket_of_its_nodes_address() -> None:
     server = VllmServer(5, make_spec(), Path("/private"), Path("log"), place=1, address="127.0.0.1", api_key="k")
     command = command_line(server.spec, server.endpoint)
-    assert command[2:4] == ["hetero_ppo.rollout.inherited_socket", str(server.endpoint.listen_fd)] and server.api_key == "k"
+    assert command[2:4] == ["hetero_ppo.rollout.servers.inherited_socket", str(server.endpoint.listen_fd)] and server.api_key == "k"
     assert option(command, "--host") == "127.0.0.1" and int(option(command, "--port")) > 0 and "--uds" not in command
     assert server.name == f"rollout server 5 (127.0.0.1:{option(command, '--port')})"
-    assert option(command, "--middleware") == "hetero_ppo.rollout.server_token.RequireToken"
+    assert option(command, "--middleware") == "hetero_ppo.rollout.servers.server_token.RequireToken"
 
 
 def test_a_server_that_ends_while_starting_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

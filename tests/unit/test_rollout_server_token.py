@@ -13,9 +13,9 @@ from aiohttp import web
 
 from hetero_ppo.config.schema import Dtype, RolloutConfig
 from hetero_ppo.errors import RunError
-from hetero_ppo.rollout.client import ServerClient
-from hetero_ppo.rollout.server import ServerSpec, VllmServer
-from hetero_ppo.rollout.server_token import (
+from hetero_ppo.rollout.servers.client import ServerClient
+from hetero_ppo.rollout.servers.server import ServerSpec, VllmServer
+from hetero_ppo.rollout.servers.server_token import (
     CHALLENGE,
     MAX_CHALLENGE_BYTES,
     PROOF,
@@ -27,7 +27,7 @@ from hetero_ppo.rollout.server_token import (
     Send,
     proof_of,
 )
-from hetero_ppo.rollout.worker_extension import WeightReceiver
+from hetero_ppo.rollout.weights.worker_extension import WeightReceiver
 
 TOKEN = "the token"
 OWNER = [(b"authorization", b"Bearer the token")]

@@ -19,10 +19,10 @@ import torch.multiprocessing as mp
 
 from hetero_ppo.config.derived import weight_transfer
 from hetero_ppo.config.schema import Dtype, RolloutConfig, WeightTransfer
-from hetero_ppo.rollout.cuda_ipc import IpcHandle
+from hetero_ppo.rollout.weights.cuda_ipc import IpcHandle
 from hetero_ppo.network import KeptPort, own_address
-from hetero_ppo.rollout.weight_group import Meeting, WeightGroup, join_store, map_shard, num_bytes, open_store
-from hetero_ppo.rollout.weight_sync import write_weights
+from hetero_ppo.rollout.weights.weight_group import Meeting, WeightGroup, join_store, map_shard, num_bytes, open_store
+from hetero_ppo.rollout.weights.weight_sync import write_weights
 
 CPU = torch.device("cpu")
 HANDLE = IpcHandle(bytes(range(64)), 4096, 512, b"/torch_1_2", 3, b"\x00\xff" * 32, True)

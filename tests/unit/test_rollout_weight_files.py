@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, Qwen3Config, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from hetero_ppo.config.schema import Dtype
-from hetero_ppo.rollout import weight_sync
-from hetero_ppo.rollout.weight_sync import remove_weights, write_weights
-from hetero_ppo.rollout.tensor_bytes import tensor_checksum
-from hetero_ppo.rollout.worker_extension import WeightReceiver, expected_shapes, find_problems
+from hetero_ppo.rollout.weights import weight_sync
+from hetero_ppo.rollout.weights.weight_sync import remove_weights, write_weights
+from hetero_ppo.rollout.weights.tensor_bytes import tensor_checksum
+from hetero_ppo.rollout.weights.worker_extension import WeightReceiver, expected_shapes, find_problems
 
 TINY = {
     "vocab_size": 16,

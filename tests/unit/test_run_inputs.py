@@ -15,7 +15,7 @@ from hetero_ppo.data.chat_template import TextEncoder
 from hetero_ppo.data.prompts import labels_digest, load_prompts
 from hetero_ppo.data.sampler import ResumableSampler
 from hetero_ppo.data.sft import load_sft
-from megatron_bridge.weights_digest import model_digest
+from megatron_bridge.weights.weights_digest import model_digest
 
 DATED = (
     "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}Today: {{ date_string }}"

@@ -14,7 +14,7 @@ from hetero_ppo.config.devices import dtype_of
 from hetero_ppo.config.load import AnyConfig, load_config
 from hetero_ppo.config.render import save_config
 from hetero_ppo.config.schema import Dtype, ModelConfig
-from hetero_ppo.experience.mismatch import mismatch_bounds
+from hetero_ppo.health.mismatch import mismatch_bounds
 from hetero_ppo.runtime.resume import read_resume
 from hetero_ppo.runtime.settle import settle
 
