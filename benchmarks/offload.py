@@ -38,9 +38,9 @@ from hetero_ppo.distributed.groups import finish, initialise
 from hetero_ppo.engines.losses import critic_loss_fn, sft_loss_fn
 from hetero_ppo.engines.shared_device import SharedDevice
 from hetero_ppo.engines.train_engine import TrainEngine
-from hetero_ppo.step.kinds import TRAINING, Kind
 from hetero_ppo.memory.ledger import total
 from hetero_ppo.memory.plan_storage import RoleStorage
+from hetero_ppo.step.kinds import TRAINING, Kind
 from hetero_ppo.step.phases import Turn
 from hetero_ppo.types import AnswerInputs, ValueInputs
 from megatron_bridge import platform

@@ -19,10 +19,10 @@ from dataclasses import dataclass
 
 from hetero_ppo.config.schema import ResidencyConfig
 from hetero_ppo.engines.residency import Block, ResidencyError, RoleResidency
-from hetero_ppo.step.kinds import FORWARD, Kind
 from hetero_ppo.memory.ledger import Ledger, RoleBytes
-from hetero_ppo.step.phases import Turn
 from hetero_ppo.observability.trace import COPY_IN, COPY_OUT, TRAINER, WAIT, Args, TraceRecorder
+from hetero_ppo.step.kinds import FORWARD, Kind
+from hetero_ppo.step.phases import Turn
 from megatron_bridge.platform.copies import CopyLane, allocated_bytes, computation_done, reserved_bytes
 
 #: A turn begins to compute with these there; the optimizer's bytes are waited for when it steps.

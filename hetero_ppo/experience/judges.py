@@ -15,9 +15,9 @@ from hetero_ppo.config.schema import RewardConfig, RewardSource
 from hetero_ppo.engines.microbatches import sequence_ends
 from hetero_ppo.engines.model_engine import ModelEngine
 from hetero_ppo.engines.outputs import scores_output
-from hetero_ppo.step.phases import score_phases
 from hetero_ppo.reward.function import FunctionReward, PendingScores
 from hetero_ppo.reward.re_encoding import ReEncoder
+from hetero_ppo.step.phases import score_phases
 from hetero_ppo.types import Rollout
 
 #: Stage of the reward function; those of the models are named by ``step.phases.score_phases``.

@@ -29,7 +29,6 @@ from hetero_ppo.config.schema import (
     RoleConfig,
     TrainedRoleConfig,
 )
-from hetero_ppo.step.kinds import OPTIMIZER, TRAINING, Kind
 from hetero_ppo.memory.plan_activations import (
     SLICE_ELEMENTS_CPU,
     SLICE_ELEMENTS_GPU,
@@ -40,6 +39,7 @@ from hetero_ppo.memory.plan_activations import (
 from hetero_ppo.memory.plan_engine import EnginePlan, plan_engine
 from hetero_ppo.memory.plan_reserve import Reserve, ReservePart, plan_reserve
 from hetero_ppo.memory.plan_storage import RoleStorage
+from hetero_ppo.step.kinds import OPTIMIZER, TRAINING, Kind
 from hetero_ppo.step.phases import Turn, ppo_turns, score_phases
 from megatron_bridge.model.parameter_count import hf_tensor_sizes
 

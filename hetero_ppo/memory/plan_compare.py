@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from hetero_ppo.step.kinds import Kind
 from hetero_ppo.memory.plan import GIB, MemoryPlan
+from hetero_ppo.step.kinds import Kind
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
-from hetero_ppo.step.kinds import Kind
 from hetero_ppo.memory.plan import GIB, MemoryPlan, PhasePlan
 from hetero_ppo.memory.plan_text import resident_text
 from hetero_ppo.observability.figures import COLOURS, GREY, INK, STYLE
+from hetero_ppo.step.kinds import Kind
 
 SUFFIXES = (".svg", ".png", ".pdf")
 

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from hetero_ppo.config.schema import ResidencyConfig
-from hetero_ppo.step.kinds import Kind
 from hetero_ppo.memory.plan import GIB, MemoryPlan, PhasePlan
 from hetero_ppo.memory.plan_engine import EnginePlan
 from hetero_ppo.memory.plan_limits import Limits
 from hetero_ppo.memory.plan_reserve import ReservePart
 from hetero_ppo.observability.json_text import json_text
+from hetero_ppo.step.kinds import Kind
 
 BAR_CELLS = 24
 _EIGHTHS = " ▏▎▍▌▋▊▉"

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from hetero_ppo.config.devices import dtype_of
 from hetero_ppo.config.schema import RolloutConfig, SamplingConfig
-from hetero_ppo.inference.decoder import Completion, Decoder, Request
 from hetero_ppo.engines.model_engine import ModelEngine
+from hetero_ppo.inference.decoder import Completion, Decoder, Request
 from hetero_ppo.observability.progress import progress
 from hetero_ppo.rollout.engine_checks import golden_difference, response_limits
 from hetero_ppo.rollout.requests import response_seed

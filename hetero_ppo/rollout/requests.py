@@ -9,8 +9,8 @@ import itertools
 from dataclasses import dataclass, field
 
 from hetero_ppo.config.schema import SamplingConfig
-from hetero_ppo.rollout.servers.client import ServerClient, ServerDied
 from hetero_ppo.rollout.partial import ABORTED, continued
+from hetero_ppo.rollout.servers.client import ServerClient, ServerDied
 from hetero_ppo.rollout.servers.pool import Member, ServerPool, gather_all
 from hetero_ppo.types import OnResponse, Response
 

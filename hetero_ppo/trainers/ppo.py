@@ -17,8 +17,8 @@ from hetero_ppo.data.export_files import export_files
 from hetero_ppo.engines.losses import actor_loss_fn, critic_loss_fn
 from hetero_ppo.engines.train_engine import LossFn, TrainEngine, TrainStepResult
 from hetero_ppo.experience.generation import Generation
-from hetero_ppo.health.mismatch import MismatchGuard, mismatch_bounds
 from hetero_ppo.experience.pipeline import Pipeline
+from hetero_ppo.health.mismatch import MismatchGuard, mismatch_bounds
 from hetero_ppo.observability.metrics import MetricsLogger
 from hetero_ppo.observability.progress import progress
 from hetero_ppo.observability.timers import PhaseTimer

@@ -39,20 +39,20 @@ from hetero_ppo.engines.outputs import log_probs_output
 from hetero_ppo.engines.shared_device import SharedDevice
 from hetero_ppo.engines.train_engine import TrainEngine
 from hetero_ppo.experience.judges import Judges
-from hetero_ppo.health.mismatch import MismatchGuard
 from hetero_ppo.experience.stages import ExperienceMaker
-from hetero_ppo.step.phases import ppo_turns
+from hetero_ppo.health.mismatch import MismatchGuard
 from hetero_ppo.observability.trace import TRACE_FOLDER, TraceRecorder
 from hetero_ppo.reward.function import FunctionReward
 from hetero_ppo.reward.golden import GoldenGuard, golden_guard
 from hetero_ppo.reward.re_encoding import ReEncoder, load_re_encoders
 from hetero_ppo.rollout.engine import VllmEngine
 from hetero_ppo.rollout.megatron import MegatronEngine
-from hetero_ppo.rollout.servers.nodes import Cluster
 from hetero_ppo.rollout.partial import PartialBuffer
 from hetero_ppo.rollout.replay import ReplayEngine
+from hetero_ppo.rollout.servers.nodes import Cluster
 from hetero_ppo.rollout.servers.server import sleeps
 from hetero_ppo.rollout.sweep import find_running_batch
+from hetero_ppo.step.phases import ppo_turns
 from hetero_ppo.trainers import ppo_nodes
 from hetero_ppo.trainers.ppo_engine import EngineTurns, RolloutEngine
 from hetero_ppo.trainers.run import Run

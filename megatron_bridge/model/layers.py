@@ -12,9 +12,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
-from megatron_bridge import platform
 from megatron.core.models.gpt.gpt_layer_specs import (
     HAVE_TE,
     get_gpt_layer_local_spec,
@@ -26,7 +23,9 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
 
+from megatron_bridge import platform
 from megatron_bridge.model.cached_attention import CachedSelfAttention
 from megatron_bridge.model.context_parallel import ContextParallelAttention, CoreAttention, attend
 from megatron_bridge.model.fused_attention import FusedSelfAttention

@@ -7,10 +7,6 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torch.autograd.function import once_differentiable
-
-from megatron_bridge import platform
 from megatron.core import tensor_parallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel.utils import (
@@ -25,7 +21,10 @@ from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
+from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from megatron_bridge import platform
 from megatron_bridge.aligned.layers import aligned_decoder_spec, aligned_output_layer
 from megatron_bridge.aligned.rows import row_dot
 from megatron_bridge.model.config_mapping import BridgeConfig

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_bridge.model import kernels
 from megatron_bridge.aligned import attention, products, rows
+from megatron_bridge.model import kernels
 
 DTYPES = (torch.float32, torch.bfloat16)
 

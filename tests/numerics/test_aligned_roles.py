@@ -30,10 +30,10 @@ from hetero_ppo.engines.outputs import log_probs_output, scores_output, values_o
 from hetero_ppo.engines.shared_device import SharedDevice
 from hetero_ppo.engines.train_engine import TrainEngine
 from hetero_ppo.errors import RunError
-from hetero_ppo.step.kinds import FORWARD
 from hetero_ppo.reward import self_check
 from hetero_ppo.reward.golden import GOLDEN_FILE, GoldenGuard, golden_guard, make_golden, read_golden
 from hetero_ppo.reward.self_check import check_alignment
+from hetero_ppo.step.kinds import FORWARD
 from hetero_ppo.trainers import reward_commands, supervised
 from hetero_ppo.trainers.rm import RewardModelTrainer
 from hetero_ppo.trainers.supervised import build_role

@@ -22,8 +22,7 @@ from hetero_ppo.engines.model_input import model_inputs
 from hetero_ppo.engines.outputs import log_probs_output, scores_output, values_output
 from hetero_ppo.engines.train_engine import TrainEngine
 from hetero_ppo.types import AnswerInputs
-from megatron_bridge.model import config_mapping
-from megatron_bridge.model import context_parallel
+from megatron_bridge.model import config_mapping, context_parallel
 from megatron_bridge.model.context_parallel import attend, wants_whole_heads
 from megatron_bridge.model.layers import ShortSequenceSelfAttention
 from megatron_bridge.model.packing import attend_packed, by_group, pack, unpack

@@ -34,14 +34,14 @@ from hetero_ppo.config.schema import (
     SamplingConfig,
     TrainedRoleConfig,
 )
-from hetero_ppo.inference import decoder as generation
 from hetero_ppo.engines.outputs import log_probs_output
 from hetero_ppo.engines.residency import OffloadedParameter
 from hetero_ppo.engines.shared_device import SharedDevice
 from hetero_ppo.engines.train_engine import TrainEngine
-from hetero_ppo.step.kinds import Kind
+from hetero_ppo.inference import decoder as generation
 from hetero_ppo.memory.plan import plan_memory
 from hetero_ppo.rollout.megatron import MegatronEngine
+from hetero_ppo.step.kinds import Kind
 from hetero_ppo.types import Response
 from megatron_bridge.model.cached_attention import SlotCache
 

@@ -35,11 +35,11 @@ from hetero_ppo.experience.generation import Generation, collect_rollout
 from hetero_ppo.experience.judges import Judges
 from hetero_ppo.experience.pipeline import Pipeline
 from hetero_ppo.experience.stages import ExperienceMaker
-from hetero_ppo.step.kinds import FORWARD, Kind
-from hetero_ppo.step.phases import ppo_turns
 from hetero_ppo.observability.timers import PhaseTimer
 from hetero_ppo.reward.function import FunctionReward
 from hetero_ppo.rollout.replay import ReplayEngine, RolloutRecord, write_records
+from hetero_ppo.step.kinds import FORWARD, Kind
+from hetero_ppo.step.phases import ppo_turns
 from hetero_ppo.types import Experience, OnResponse, PromptBatch, Response, Rollout
 
 pytestmark = pytest.mark.usefixtures("world")

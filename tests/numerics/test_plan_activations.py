@@ -21,8 +21,8 @@ from hetero_ppo.memory.plan_activations import (
     microbatches_in_flight,
     training_bytes,
 )
-from megatron_bridge.model import context_parallel
 from megatron_bridge.aligned import attention
+from megatron_bridge.model import context_parallel
 from megatron_bridge.model.config_mapping import BridgeConfig, bridge_config
 from megatron_bridge.model.layers import ShortSequenceSelfAttention
 from megatron_bridge.model.model_provider import build_model

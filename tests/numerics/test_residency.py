@@ -27,11 +27,11 @@ from hetero_ppo.engines.outputs import log_probs_output, scores_output, values_o
 from hetero_ppo.engines.residency import Block, ResidencyError
 from hetero_ppo.engines.shared_device import SharedDevice
 from hetero_ppo.engines.train_engine import TrainEngine
-from hetero_ppo.step.kinds import FORWARD, Kind
 from hetero_ppo.memory.ledger import total
 from hetero_ppo.memory.plan_storage import RoleStorage
-from hetero_ppo.step.phases import ppo_turns
 from hetero_ppo.observability.trace import COPY_IN, COPY_OUT, TraceRecorder, newest_trace
+from hetero_ppo.step.kinds import FORWARD, Kind
+from hetero_ppo.step.phases import ppo_turns
 from hetero_ppo.types import AnswerInputs
 from megatron_bridge.platform.copies import CopyLane
 

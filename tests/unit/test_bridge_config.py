@@ -11,8 +11,8 @@ import torch
 
 from megatron_bridge.model import layers
 from megatron_bridge.model.config_mapping import BridgeConfig, bridge_config, read_hf_config
-from megatron_bridge.weights.export_hf import exported_config
 from megatron_bridge.model.rope import rope_frequencies, rope_parameters
+from megatron_bridge.weights.export_hf import exported_config
 
 CONFIG: dict[str, Any] = {
     "model_type": "llama",

@@ -16,9 +16,9 @@ from hetero_ppo.config.schema import (
     RolloutCorrectionKind,
 )
 from hetero_ppo.errors import RunError
-from hetero_ppo.health.mismatch import Bound, MismatchGuard, mismatch_bounds
 from hetero_ppo.experience.rollouts import build_rollout
 from hetero_ppo.experience.stages import compare_with_engine
+from hetero_ppo.health.mismatch import Bound, MismatchGuard, mismatch_bounds
 from hetero_ppo.types import PromptBatch, Rollout
 
 FIGURES = {

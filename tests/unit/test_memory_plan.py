@@ -10,12 +10,12 @@ import pytest
 
 from hetero_ppo.cli.main import main
 from hetero_ppo.config.load import AnyConfig, load_config
-from hetero_ppo.step.kinds import Kind
 from hetero_ppo.memory.plan import GIB, MemoryPlan, plan_memory
 from hetero_ppo.memory.plan_check import check_fits
 from hetero_ppo.memory.plan_compare import compare
 from hetero_ppo.memory.plan_limits import Limits, find_limits, machine_host_bytes
 from hetero_ppo.memory.plan_text import bar, plan_values, render_plan
+from hetero_ppo.step.kinds import Kind
 
 ROOT = Path(__file__).parents[2]
 QWEN, LLAMA = "examples/memory/qwen3_8b.yaml", "examples/memory/llama3_70b.yaml"

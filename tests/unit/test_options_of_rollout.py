@@ -13,10 +13,10 @@ import torch
 from hetero_ppo.config.schema import Dtype, RolloutConfig, SamplingConfig, WeightTransfer
 from hetero_ppo.inference.decoder import Decoder
 from hetero_ppo.rollout import engine as engine_module
-from hetero_ppo.rollout.servers import pool as pool_module
-from hetero_ppo.rollout.servers.client import ServerClient
 from hetero_ppo.rollout.engine import EngineState, VllmEngine
 from hetero_ppo.rollout.megatron import MegatronEngine
+from hetero_ppo.rollout.servers import pool as pool_module
+from hetero_ppo.rollout.servers.client import ServerClient
 from hetero_ppo.rollout.servers.pool import ServerPool
 from hetero_ppo.rollout.weights.transports import SharedMemory
 

@@ -18,14 +18,14 @@ from hetero_ppo.engines.residency import RoleResidency
 from hetero_ppo.engines.shared_device import SharedDevice
 from hetero_ppo.errors import RunError
 from hetero_ppo.experience.generation import Generation
-from hetero_ppo.step.kinds import TRAINING, Kind
-from hetero_ppo.step.phases import ppo_turns
 from hetero_ppo.rollout import engine as engine_module
+from hetero_ppo.rollout.engine import VllmEngine
 from hetero_ppo.rollout.servers import pool as pool_module
 from hetero_ppo.rollout.servers.client import ServerDied, ServerHangs
-from hetero_ppo.rollout.engine import VllmEngine
 from hetero_ppo.rollout.weights.tensor_bytes import tensor_checksum
 from hetero_ppo.rollout.weights.worker_extension import _read_files
+from hetero_ppo.step.kinds import TRAINING, Kind
+from hetero_ppo.step.phases import ppo_turns
 from hetero_ppo.trainers import ppo_engine
 from hetero_ppo.trainers.ppo_engine import EngineTurns
 from hetero_ppo.types import PromptBatch, Response

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from hetero_ppo.config.schema import Dtype, WeightTransfer
 from hetero_ppo.errors import RunError
-from hetero_ppo.rollout.weights import tensor_bytes
-from hetero_ppo.rollout.weights import weight_sync
+from hetero_ppo.rollout.weights import tensor_bytes, weight_sync
 from hetero_ppo.rollout.weights.cuda_ipc import IpcHandle
 from hetero_ppo.rollout.weights.device_blocks import DeviceBlocks
 from hetero_ppo.rollout.weights.loaded_weights import compare_pieces

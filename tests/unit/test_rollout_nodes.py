@@ -16,8 +16,7 @@ import torch.distributed as dist
 
 from hetero_ppo.config.schema import Dtype, RolloutConfig
 from hetero_ppo.errors import RunError
-from hetero_ppo.rollout.servers import nodes
-from hetero_ppo.rollout.servers import server
+from hetero_ppo.rollout.servers import nodes, server
 from hetero_ppo.rollout.servers.nodes import Cluster, NodeServers, RemoteServer, remote_servers
 from hetero_ppo.rollout.servers.server import ServerSpec
 from hetero_ppo.rollout.weights.signed_store import RefusedValueError, SignedStore, derived_key

@@ -21,9 +21,9 @@ from pathlib import Path
 import torch
 
 from hetero_ppo.config.schema import Dtype, RolloutConfig
+from hetero_ppo.network import LOOPBACK, KeptPort, stop_listening
 from hetero_ppo.observability.silence import SilenceClock, num_waits, process_state
 from hetero_ppo.rollout.servers import guardian
-from hetero_ppo.network import LOOPBACK, KeptPort, stop_listening
 
 log = logging.getLogger(__name__)
 

@@ -14,11 +14,11 @@ import torch
 
 from hetero_ppo.errors import RunError
 from hetero_ppo.rollout.servers.client import ServerClient, ServerDied
+from hetero_ppo.rollout.servers.worker_calls import PHASE, call_workers
 from hetero_ppo.rollout.weights.cuda_ipc import IpcHandle, device_id
 from hetero_ppo.rollout.weights.tensor_bytes import lane_checksum
 from hetero_ppo.rollout.weights.weight_group import Shard, map_shard
 from hetero_ppo.rollout.weights.weight_sync import PinnedStaging, WeightFiles
-from hetero_ppo.rollout.servers.worker_calls import PHASE, call_workers
 from megatron_bridge.platform.copies import release_cached_memory
 
 

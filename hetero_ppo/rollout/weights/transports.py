@@ -13,14 +13,14 @@ from typing import Any, Protocol
 import torch
 
 from hetero_ppo.config.schema import WeightTransfer
+from hetero_ppo.network import LOOPBACK
 from hetero_ppo.rollout.servers.client import ServerClient, ServerDied
+from hetero_ppo.rollout.servers.worker_calls import call_workers
 from hetero_ppo.rollout.weights.cuda_ipc import IpcHandle, device_id
 from hetero_ppo.rollout.weights.device_blocks import DeviceBlocks
-from hetero_ppo.network import LOOPBACK
 from hetero_ppo.rollout.weights.signed_store import derived_key, new_secret
 from hetero_ppo.rollout.weights.weight_group import Meeting, Shard, WeightGroup, map_shard, open_store
 from hetero_ppo.rollout.weights.weight_sync import PinnedStaging, WeightFiles
-from hetero_ppo.rollout.servers.worker_calls import call_workers
 
 #: Workers come at once, or not at all.
 MEETING_TIMEOUT_S = 30.0

@@ -24,9 +24,9 @@ from hetero_ppo.config.schema import Dtype
 from hetero_ppo.disk import free_text, size_text, writing
 from hetero_ppo.errors import RunError
 from hetero_ppo.rollout.servers.client import ServerClient
-from hetero_ppo.step.kinds import SHARD_BYTES
 from hetero_ppo.rollout.weights.tensor_bytes import tensor_bytes, tensor_checksum
 from hetero_ppo.rollout.weights.weight_group import Shard
+from hetero_ppo.step.kinds import SHARD_BYTES
 from megatron_bridge.platform.copies import pinned_host_memory, release_pinned
 
 #: Where there is no room for weights.
