@@ -41,7 +41,7 @@ from hetero_ppo.engines.train_engine import TrainEngine
 from hetero_ppo.memory.ledger import total
 from hetero_ppo.memory.plan_storage import RoleStorage
 from hetero_ppo.step.kinds import TRAINING, Kind
-from hetero_ppo.step.phases import Turn
+from hetero_ppo.step.phases import training_phase
 from hetero_ppo.types import AnswerInputs, ValueInputs
 from megatron_bridge import platform
 from megatron_bridge.platform.copies import allocated_bytes, pinned_host_memory, release_pinned
@@ -54,7 +54,7 @@ SHAPES = {
     "125m": (12, 768, 2048, 12, 4, 32000),
     "1b": (16, 2048, 5632, 32, 8, 32000),
 }
-SCHEDULE = [Turn("train_critic", {"critic": TRAINING}), Turn("train_actor", {"actor": TRAINING})]
+SCHEDULE = [training_phase("critic"), training_phase("actor")]
 
 
 class Roles:

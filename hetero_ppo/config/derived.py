@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from hetero_ppo.config.load import AnyConfig
 from hetero_ppo.config.schema import (
@@ -30,20 +30,20 @@ RESPONSES_FIELDS = "algorithm.rollout_batch_size x algorithm.samples_per_prompt"
 
 
 def config_roles(config: AnyConfig) -> dict[str, RoleConfig]:
-    """Field name -> role, for every role that the run builds."""
-    if isinstance(config, SftConfig):
-        return {"actor": config.actor}
-    if isinstance(config, RmConfig):
-        return {"reward": config.reward}
-    roles: dict[str, RoleConfig] = {"actor": config.actor, "critic": config.critic, "reference": config.reference}
-    return roles | config_reward_models(config)
+    """Return path -> section of every role that the run builds: the fields of the configuration that are roles, or lists of them."""
+    roles: dict[str, RoleConfig] = {}
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, RoleConfig):
+            roles[field.name] = value
+        elif isinstance(value, list):
+            roles |= {f"{field.name}.{number}": role for number, role in enumerate(value) if isinstance(role, RoleConfig)}
+    return roles
 
 
-def config_reward_models(config: PpoConfig) -> dict[str, RewardRoleConfig]:
-    """The roles of ``config_roles`` that score responses; empty where a function alone does."""
-    if config.reward_model is not None:
-        return {"reward_model": config.reward_model}
-    return {f"reward_models.{number}": role for number, role in enumerate(config.reward_models)}
+def config_reward_models(config: AnyConfig) -> dict[str, RewardRoleConfig]:
+    """Return the roles of ``config_roles`` that score responses; none where a function alone does."""
+    return {name: role for name, role in config_roles(config).items() if isinstance(role, RewardRoleConfig)}
 
 
 def trained_roles(config: AnyConfig) -> dict[str, TrainedRoleConfig]:
@@ -165,14 +165,11 @@ class PpoBatching:
     responses_per_step: int  # over all ranks
     responses_per_rank: int  # per PPO step on one data-parallel rank of the actor
     chunk_size: int  # responses that go through the forwards together, over all ranks
-    minibatches_per_epoch: int  # optimizer steps of the actor in one pass over the rollout batch
-    ppo_epochs: int  # passes of the actor over the rollout batch
-    critic_minibatches_per_epoch: int  # the same of the critic
-    critic_epochs: int
+    minibatches_per_epoch: dict[str, int]  # trained role -> its optimizer steps in one pass over the rollout batch
+    epochs: dict[str, int]  # trained role -> its passes over the rollout batch
     total_steps: int  # PPO steps
     critic_warmup_steps: int  # PPO steps that train the critic alone
-    actor: RoleBatching
-    critic: RoleBatching
+    roles: dict[str, RoleBatching]  # of the trained roles, by name
 
     def describe(self) -> str:
         """Aligned lines, each with its unit."""
@@ -188,18 +185,21 @@ class PpoBatching:
                 "responses per PPO step, on one data-parallel rank of the actor",
             ),
             ("chunks", len(chunk_sizes(self.responses_per_step, self.chunk_size)), f"of up to {self.chunk_size} responses per PPO step"),
-            ("minibatches", self.minibatches_per_epoch, f"per PPO epoch, {self.ppo_epochs} PPO epochs per step"),
-            *self._critic_rows(),
+            ("minibatches", self.minibatches_per_epoch["actor"], f"per PPO epoch, {self.epochs['actor']} PPO epochs per step"),
+            *self._rows_of_other_passes(),
             ("PPO steps", self.total_steps, f"{passes:.2f} passes over the prompts"),
             ("critic warm-up", self.critic_warmup_steps, "PPO steps that train the critic alone"),
         ]
-        return _aligned(rows + _role_rows(self.actor, "responses") + _role_rows(self.critic, "responses"))
+        return _aligned(rows + [row for role in self.roles.values() for row in _role_rows(role, "responses")])
 
-    def _critic_rows(self) -> list[tuple[str, int, str]]:
-        own = (self.critic_minibatches_per_epoch, self.critic_epochs)
-        if own == (self.minibatches_per_epoch, self.ppo_epochs):
-            return []
-        return [("critic minibatches", own[0], f"per critic epoch, {own[1]} critic epochs per step")]
+    def _rows_of_other_passes(self) -> list[tuple[str, int, str]]:
+        """Rows of the roles whose passes over the rollout batch are not the actor's."""
+        passes_of = {name: (self.minibatches_per_epoch[name], self.epochs[name]) for name in self.roles}
+        return [
+            (f"{name} minibatches", minibatches, f"per {name} epoch, {epochs} {name} epochs per step")
+            for name, (minibatches, epochs) in passes_of.items()
+            if (minibatches, epochs) != passes_of["actor"]
+        ]
 
 
 def _role_rows(role: RoleBatching, unit: str) -> list[tuple[str, int, str]]:
@@ -264,7 +264,7 @@ def derive_ppo(config: PpoConfig, world_size: int, num_prompts: int) -> PpoBatch
     responses = algorithm.rollout_batch_size * algorithm.samples_per_prompt
     minibatches = {
         name: exact_quotient(responses, own.minibatch_size, RESPONSES_FIELDS, own.size_field)
-        for name in ("actor", "critic")
+        for name in trained_roles(config)
         for own in [passes(algorithm, name)]
     }
     steps = total_steps(train.steps, train.epochs, num_prompts, algorithm.rollout_batch_size, config.data.train)
@@ -274,10 +274,8 @@ def derive_ppo(config: PpoConfig, world_size: int, num_prompts: int) -> PpoBatch
             "actor would never be trained; warm up for fewer steps, or raise train.steps or train.epochs"
         )
     roles = {}
-    for name, role, trained in (
-        ("actor", config.actor, steps - algorithm.critic_warmup_steps),
-        ("critic", config.critic, steps),
-    ):
+    for name, role in trained_roles(config).items():
+        trained = steps - algorithm.critic_warmup_steps if role is config.actor else steps
         own = passes(algorithm, name)
         per_step = own.epochs * minibatches[name]
         roles[name] = _role_batching(
@@ -293,14 +291,11 @@ def derive_ppo(config: PpoConfig, world_size: int, num_prompts: int) -> PpoBatch
         responses_per_step=responses,
         responses_per_rank=responses_per_rank,
         chunk_size=chunk_size(config, world_size),
-        minibatches_per_epoch=minibatches["actor"],
-        ppo_epochs=algorithm.ppo_epochs,
-        critic_minibatches_per_epoch=minibatches["critic"],
-        critic_epochs=passes(algorithm, "critic").epochs,
+        minibatches_per_epoch=minibatches,
+        epochs={name: passes(algorithm, name).epochs for name in roles},
         total_steps=steps,
         critic_warmup_steps=algorithm.critic_warmup_steps,
-        actor=roles["actor"],
-        critic=roles["critic"],
+        roles=roles,
     )
 
 

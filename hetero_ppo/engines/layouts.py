@@ -8,6 +8,7 @@ from hetero_ppo.config.derived import config_roles
 from hetero_ppo.config.devices import dtype_of, with_dtype
 from hetero_ppo.config.load import AnyConfig
 from hetero_ppo.config.schema import Dtype, RewardRoleConfig, RoleConfig, TrainedRoleConfig
+from hetero_ppo.step.roles import section_of
 from megatron_bridge import platform
 from megatron_bridge.model.config_mapping import BridgeConfig, bridge_config, read_hf_config
 from megatron_bridge.weights.import_hf import check_checkpoint
@@ -75,7 +76,7 @@ def check_checkpoints(config: AnyConfig, *, on_cuda: bool | None = None) -> dict
     for name, role in config_roles(config).items():
         place = f"{name}.model.path={role.model.path}"
         try:
-            initialised[name] = check_checkpoint(role.model.path, role_bridge(role, on_cuda=on_cuda), head_of(name))
+            initialised[name] = check_checkpoint(role.model.path, role_bridge(role, on_cuda=on_cuda), section_of(name).head)
         except ValueError as error:
             raise ValueError(f"{place}: {error}") from error
         if isinstance(role, RewardRoleConfig) and initialised[name]:
@@ -83,8 +84,3 @@ def check_checkpoints(config: AnyConfig, *, on_cuda: bool | None = None) -> dict
                 f"{place}: the checkpoint has no score head ({', '.join(initialised[name])}); give the export of a reward-model run"
             )
     return initialised
-
-
-def head_of(role: str) -> str:
-    """What the last stage of a role computes."""
-    return {"actor": "lm", "reference": "lm", "critic": "value"}.get(role, "score")

@@ -22,7 +22,7 @@ from hetero_ppo.engines.residency import Block, ResidencyError, RoleResidency
 from hetero_ppo.memory.ledger import Ledger, RoleBytes
 from hetero_ppo.observability.trace import COPY_IN, COPY_OUT, TRAINER, WAIT, Args, TraceRecorder
 from hetero_ppo.step.kinds import FORWARD, Kind
-from hetero_ppo.step.phases import Turn
+from hetero_ppo.step.phases import Phase
 from megatron_bridge.platform.copies import CopyLane, allocated_bytes, computation_done, reserved_bytes
 
 #: A turn begins to compute with these there; the optimizer's bytes are waited for when it steps.
@@ -48,11 +48,11 @@ class SharedDevice:
     """Roles, their turns, and the lanes between device and host memory."""
 
     def __init__(
-        self, config: ResidencyConfig, schedule: Sequence[Turn] = (), trace: TraceRecorder | None = None
+        self, config: ResidencyConfig, schedule: Sequence[Phase] = (), trace: TraceRecorder | None = None
     ) -> None:
         """Args:
         config: whether roles leave, and whether switches overlap.
-        schedule: the turns of a step, for what comes in ahead; empty: nothing does.
+        schedule: Phases of a step, for what comes in ahead; empty: nothing does.
         trace: takes a lane for each role and each direction of copies.
         """
         self.trace = trace or TraceRecorder()
@@ -81,8 +81,8 @@ class SharedDevice:
         with self._changed:
             self._use(residency.num_bytes(frozenset(Kind)))
         self._raise_limit({residency.role: residency.kinds & FORWARD})
-        for turn in self.schedule:
-            self._raise_limit(turn.resident)
+        for scheduled in self.schedule:
+            self._raise_limit(scheduled.needs)
         if self.offload:
             residency.pin()
             residency.guard()
@@ -106,8 +106,8 @@ class SharedDevice:
         residency.unpin()
         for other in self.roles.values():
             self._raise_limit({other.role: other.kinds & FORWARD})
-        for turn in self.schedule:
-            self._raise_limit(turn.resident)
+        for scheduled in self.schedule:
+            self._raise_limit(scheduled.needs)
 
     def _raise_limit(self, resident: Mapping[str, frozenset[Kind]]) -> None:
         with self._changed:
@@ -171,9 +171,9 @@ class SharedDevice:
                 f"phase {phase!r} begins inside the turn of {self._turn[0]} in phase {self._turn[1]!r}; turns do not nest"
             )
         resident: Mapping[str, frozenset[Kind]] = {}
-        for turn in self.schedule:
-            if turn.phase == phase:
-                resident = turn.resident
+        for scheduled in self.schedule:
+            if scheduled.name == phase:
+                resident = scheduled.needs
         self._switch(resident, phase, self._next_turn(phase) if ahead else {})
         self.wait_for_room()
         if not ahead:
@@ -255,9 +255,9 @@ class SharedDevice:
         return sum(self.roles[role].num_bytes(kinds) for role, kinds in resident.items() if role in self.roles)
 
     def _next_turn(self, phase: str) -> Mapping[str, frozenset[Kind]]:
-        for index, turn in enumerate(self.schedule):
-            if turn.phase == phase:
-                following = self.schedule[(index + 1) % len(self.schedule)].resident
+        for index, scheduled in enumerate(self.schedule):
+            if scheduled.name == phase:
+                following = self.schedule[(index + 1) % len(self.schedule)].needs
                 return {role: kinds for role, kinds in following.items() if role in self.roles}
         return {}
 

@@ -61,7 +61,7 @@ class ExperienceMaker:
     score_moments: RunningMoments
 
     def stages(self) -> list[Stage]:
-        """What an experience is made of, in the order of ``ppo_turns``: the critic comes last, being trained next."""
+        """What an experience is made of, in the order of ``step.phases``: the critic comes last, being trained next."""
         stages = [
             *self.judges.stages(),
             Stage("ref_log_probs", self.reference, partial(policy_log_probs, self.reference, temperature=self.temperature)),

@@ -8,20 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hetero_ppo.config.derived import (
-    actor_generates,
-    config_reward_models,
-    config_roles,
-    overlaps_generation,
-    passes,
-)
+from hetero_ppo.config.derived import config_roles, passes
 from hetero_ppo.config.devices import dtype_of
 from hetero_ppo.config.load import AnyConfig
 from hetero_ppo.config.schema import (
-    OldLogProbs,
     PpoConfig,
     ResidencyConfig,
     RewardRoleConfig,
@@ -40,7 +33,7 @@ from hetero_ppo.memory.plan_engine import EnginePlan, plan_engine
 from hetero_ppo.memory.plan_reserve import Reserve, ReservePart, plan_reserve
 from hetero_ppo.memory.plan_storage import RoleStorage
 from hetero_ppo.step.kinds import OPTIMIZER, TRAINING, Kind
-from hetero_ppo.step.phases import Turn, ppo_turns, score_phases
+from hetero_ppo.step.phases import GeneratorMemory, Phase, step_phases
 from megatron_bridge.model.parameter_count import hf_tensor_sizes
 
 GIB = 2**30
@@ -169,20 +162,20 @@ def plan_memory(
     roles = {name: RoleStorage(name, role, world_size, on_cpu=on_cpu) for name, role in config_roles(config).items()}
     residency = config.residency if isinstance(config, PpoConfig) else None
     ranks = range(world_size) if rank is None else [rank]
-    turns = _turns(config, roles)
+    steps = _phases(config, roles)
     ranks_per_node = ranks_per_node or min(world_size, DEFAULT_RANKS_PER_NODE)
     engine = None
     if isinstance(config, PpoConfig):
         engine = plan_engine(config, roles["actor"], device_bytes, world_size, ranks_per_node)
-    copies = {number: _copies(turns, roles, number) for number in ranks}
+    copies = {number: _copies(steps, roles, number) for number in ranks}
     reserve = Reserve()
     if not on_cpu:
         experts = any(role.bridge.transformer.num_moe_experts for role in roles.values())
         one_node = world_size <= ranks_per_node
         reserve = plan_reserve(config, config_roles(config), world_size, one_node=one_node, has_experts=experts)
-    planner = _PhasePlanner(config, turns, roles, engine, reserve, on_cpu=on_cpu)
+    planner = _PhasePlanner(config, steps, roles, engine, reserve, on_cpu=on_cpu)
     phases = []
-    for index in range(len(turns)):
+    for index in range(len(steps)):
         fullest = max((planner.plan(index, number) for number in ranks), key=lambda phase: phase.total)
         out, back = max((copies[number][index] for number in ranks), key=sum)
         phases.append(PhasePlan(**{**vars(fullest), "copied_out": out, "copied_in": back}))
@@ -200,51 +193,40 @@ def plan_memory(
     )
 
 
-def _turns(config: AnyConfig, roles: Mapping[str, RoleStorage]) -> list[Turn]:
-    """What is resident in every phase; without offloading, everything always."""
-    if not isinstance(config, PpoConfig):
-        return [Turn("train", dict.fromkeys(roles, TRAINING))]
-    turns = ppo_turns(
-        reward_models=list(config_reward_models(config)),
-        actor_scores_old=config.algorithm.old_log_probs is OldLogProbs.actor,
-        overlap=overlaps_generation(config),
-        actor_generates=actor_generates(config),
-    )
-    if config.residency.offload:
-        return turns
-    everything = dict.fromkeys(roles, TRAINING)
-    return [
-        Turn(turn.phase, everything, engine_awake=turn.engine_awake, engine_weights=turn.engine_weights)
-        for turn in turns
-    ]
+def _phases(config: AnyConfig, roles: Mapping[str, RoleStorage]) -> list[Phase]:
+    """Return the phases of a step; without offloading, every role is on the device in all of them."""
+    phases = step_phases(config)
+    if not isinstance(config, PpoConfig) or config.residency.offload:
+        return phases
+    return [replace(phase, needs=dict.fromkeys(roles, TRAINING)) for phase in phases]
 
 
-def _copies(turns: Sequence[Turn], roles: Mapping[str, RoleStorage], rank: int) -> list[tuple[int, int]]:
-    """(bytes out, bytes in) of a rank as every turn begins, in the steady state of many steps.
+def _copies(phases: Sequence[Phase], roles: Mapping[str, RoleStorage], rank: int) -> list[tuple[int, int]]:
+    """Return (bytes out, bytes in) of a rank as every phase begins, in the steady state of many steps.
 
     What was not written since it came in is dropped, not copied: parameters after a forward. Gradients are never copied.
     """
     held = {name: role.bytes_by_kind(rank) for name, role in roles.items()}
     written: set[tuple[str, Kind]] = set()
     copies: list[tuple[int, int]] = []
-    for turn, before in zip([*turns, *turns], [turns[-1], *turns, *turns[:-1]], strict=True):
-        now = {(name, kind) for name, kinds in turn.resident.items() for kind in kinds & HOST_KINDS}
-        then = {(name, kind) for name, kinds in before.resident.items() for kind in kinds & HOST_KINDS}
+    for phase, before in zip([*phases, *phases], [phases[-1], *phases, *phases[:-1]], strict=True):
+        now = {(name, kind) for name, kinds in phase.needs.items() for kind in kinds & HOST_KINDS}
+        then = {(name, kind) for name, kinds in before.needs.items() for kind in kinds & HOST_KINDS}
         out = sum(held[name].get(kind, 0) for name, kind in (then - now) & written)
         back = sum(held[name].get(kind, 0) for name, kind in now - then)
         copies.append((out, back))
         written -= then - now
-        written |= {(name, kind) for name, kind in now if turn.resident[name] == TRAINING}
-    return copies[len(turns) :]
+        written |= {(name, kind) for name, kind in now if phase.needs[name] == TRAINING}
+    return copies[len(phases) :]
 
 
 class _PhasePlanner:
-    """Device bytes of a turn on a rank."""
+    """Device bytes of a phase on a rank."""
 
     def __init__(
         self,
         config: AnyConfig,
-        turns: Sequence[Turn],
+        phases: Sequence[Phase],
         roles: Mapping[str, RoleStorage],
         engine: EnginePlan | None,
         reserve: Reserve,
@@ -252,7 +234,7 @@ class _PhasePlanner:
         on_cpu: bool,
     ) -> None:
         self.config = config
-        self.turns = turns
+        self.phases = phases
         self.roles = roles
         self.engine = engine
         self.reserve = reserve
@@ -261,28 +243,27 @@ class _PhasePlanner:
         self._activations: dict[tuple[str, int], int] = {}
 
     def plan(self, index: int, rank: int) -> PhasePlan:
-        turn = self.turns[index]
-        engine = 0
-        if self.engine is not None and (turn.engine_awake or not self.engine.sleeps):
+        phase = self.phases[index]
+        holds, engine = phase.generator, 0
+        if self.engine is not None and (holds is GeneratorMemory.everything or not self.engine.sleeps):
             engine = self.engine.awake
-        elif self.engine is not None and turn.engine_weights and self.engine.awake:
+        elif self.engine is not None and holds is GeneratorMemory.weights and self.engine.awake:
             engine = self.engine.weights
         ahead = self._ahead(index, rank) if self.comes_ahead else 0
-        stage_beside = turn.engine_awake and turn.phase != "rollout"
-        if self.engine is not None and self.engine.sleeps and stage_beside and not self._next(index).engine_awake:
-            # The last stage: while the engine is awake the next wave begins with it, and in the last wave the engine sleeps.
+        is_last_stage = phase.is_concurrent and not self._next(index).is_concurrent
+        if self.engine is not None and self.engine.sleeps and is_last_stage:
+            # While the engine is awake the next wave begins with this stage, and in the last wave the engine sleeps.
             engine, ahead = (engine, 0) if engine >= ahead else (0, ahead)
-        computing = computing_role(turn.phase, self.config)
-        activations = 0 if computing is None else self._activations_of(turn.phase, self.roles[computing], rank)
-        syncing = self.engine is not None and self.engine.sleeps and turn.engine_weights
+        activations = 0 if phase.role is None else self._activations_of(phase, self.roles[phase.role], rank)
+        syncing = self.engine is not None and self.engine.sleeps and holds is GeneratorMemory.weights
         reserves = self.reserve.of_phase(
-            self._held(turn, rank) + activations + ahead, engine_awake=engine > 0 and not syncing, syncing=syncing
+            self._held(phase, rank) + activations + ahead, engine_awake=engine > 0 and not syncing, syncing=syncing
         )
         return PhasePlan(
-            phase=turn.phase,
-            computing=computing,
+            phase=phase.name,
+            computing=phase.role,
             rank=rank,
-            roles=self._resident(turn, rank),
+            roles=self._resident(phase, rank),
             activations=activations,
             ahead=ahead,
             engine=engine,
@@ -291,59 +272,43 @@ class _PhasePlanner:
             copied_in=0,
         )
 
-    def _resident(self, turn: Turn, rank: int) -> dict[str, dict[Kind, int]]:
-        held = {name: self.roles[name].bytes_by_kind(rank) for name in turn.resident}
+    def _resident(self, phase: Phase, rank: int) -> dict[str, dict[Kind, int]]:
+        held = {name: self.roles[name].bytes_by_kind(rank) for name in phase.needs}
         return {
             name: {kind: held[name][kind] for kind in Kind if kind in kinds and kind in held[name]}
-            for name, kinds in turn.resident.items()
+            for name, kinds in phase.needs.items()
         }
 
     def _ahead(self, index: int, rank: int) -> int:
         """What ``engines.shared_device`` lets come in before its turn: roles never hold more than their largest turn does."""
-        turn, following = self.turns[index], self._next(index)
+        phase, following = self.phases[index], self._next(index)
         missing = sum(
             self.roles[name].bytes_by_kind(rank).get(kind, 0)
-            for name, kinds in following.resident.items()
-            for kind in kinds - turn.resident.get(name, frozenset())
+            for name, kinds in following.needs.items()
+            for kind in kinds - phase.needs.get(name, frozenset())
         )
-        return min(missing, max(self._held(other, rank) for other in self.turns) - self._held(turn, rank))
+        return min(missing, max(self._held(other, rank) for other in self.phases) - self._held(phase, rank))
 
-    def _next(self, index: int) -> Turn:
-        return self.turns[(index + 1) % len(self.turns)]
+    def _next(self, index: int) -> Phase:
+        return self.phases[(index + 1) % len(self.phases)]
 
-    def _held(self, turn: Turn, rank: int) -> int:
-        return sum(size for kinds in self._resident(turn, rank).values() for size in kinds.values())
+    def _held(self, phase: Phase, rank: int) -> int:
+        return sum(size for kinds in self._resident(phase, rank).values() for size in kinds.values())
 
-    def _activations_of(self, phase: str, role: RoleStorage, rank: int) -> int:
+    def _activations_of(self, phase: Phase, role: RoleStorage, rank: int) -> int:
         pp_rank = role.place(rank).pp_rank
-        if (phase, pp_rank) not in self._activations:
-            self._activations[phase, pp_rank] = self._estimate(phase, role, pp_rank)
-        return self._activations[phase, pp_rank]
+        if (phase.name, pp_rank) not in self._activations:
+            self._activations[phase.name, pp_rank] = self._estimate(phase, role, pp_rank)
+        return self._activations[phase.name, pp_rank]
 
-    def _estimate(self, phase: str, role: RoleStorage, pp_rank: int) -> int:
-        if phase == "weight_sync":
+    def _estimate(self, phase: Phase, role: RoleStorage, pp_rank: int) -> int:
+        if phase.generator is GeneratorMemory.weights:
             return _gathered_bytes(role) + (0 if self.engine is None else self.engine.sync_blocks)
-        work = role_work(self.config, role, training=phase.startswith("train"), on_cpu=self.on_cpu)
-        if phase.startswith("train"):
+        work = role_work(self.config, role, training=phase.is_training, on_cpu=self.on_cpu)
+        if phase.is_training:
             assert isinstance(role.config, TrainedRoleConfig)
             return training_bytes(role.bridge, role.head, role.config.recompute, pp_rank, work)
         return forward_bytes(role.bridge, role.head, pp_rank, work)
-
-
-def computing_role(phase: str, config: AnyConfig) -> str | None:
-    """Whose forward or backward a phase is; None: the engine's."""
-    if not isinstance(config, PpoConfig):
-        return next(iter(config_roles(config)))
-    return {
-        **score_phases(list(config_reward_models(config))),
-        "rollout": None,
-        "ref_log_probs": "reference",
-        "old_log_probs": "actor",
-        "values": "critic",
-        "train_critic": "critic",
-        "train_actor": "actor",
-        "weight_sync": "actor",
-    }[phase]
 
 
 def role_work(config: AnyConfig, role: RoleStorage, *, training: bool, on_cpu: bool) -> Work:

@@ -19,13 +19,12 @@ from hetero_ppo.config.derived import data_parallel_size
 from hetero_ppo.config.devices import dtype_of, with_dtype
 from hetero_ppo.config.schema import Dtype, RoleConfig, TrainedRoleConfig
 from hetero_ppo.step.kinds import Kind
+from hetero_ppo.step.roles import section_of
 from megatron_bridge.model.config_mapping import BridgeConfig, bridge_config, read_hf_config
 from megatron_bridge.model.parameter_count import LocalParameter, local_parameters
 
 FP32_BYTES = 4
 DTYPES = {Dtype.fp32: torch.float32, Dtype.bf16: torch.bfloat16}
-#: Head of every role, as the trainers build it. An SFT run's actor is an "actor", a reward-model run's model a "reward".
-HEADS = {"actor": "lm", "reference": "lm", "critic": "value", "reward": "score", "reward_model": "score", "reward_models": "score"}
 
 # Megatron-Core's alignment, in elements.
 _PARAMETER_START = 64
@@ -111,7 +110,7 @@ class RoleStorage:
 
     def __init__(self, name: str, config: RoleConfig, world_size: int, *, on_cpu: bool = True) -> None:
         """Args:
-        name: a key of ``HEADS``, or a member ("reward_models.0") of one.
+        name: path of its section, such as "actor" or "reward_models.0".
         config: of its ``model.path`` config.json alone is read.
         world_size: ranks.
         on_cpu: of the run; the plan may be made elsewhere.
@@ -121,7 +120,7 @@ class RoleStorage:
         """
         self.name = name
         config = self.config = with_dtype(config, on_cuda=not on_cpu)
-        self.head = HEADS[name.partition(".")[0]]
+        self.head = section_of(name).head
         self.trained = isinstance(config, TrainedRoleConfig)
         recompute = config.recompute if isinstance(config, TrainedRoleConfig) else None
         self.bridge: BridgeConfig = bridge_config(

@@ -17,6 +17,7 @@ from matplotlib.ticker import MaxNLocator
 
 from hetero_ppo.observability.records import RunRecord, Series
 from hetero_ppo.observability.timers import TOTAL, top_level
+from hetero_ppo.step.roles import ROLE_SECTIONS
 
 #: Distinguishable for colour-blind readers too; the line styles differ as well.
 COLOURS = ("#2563eb", "#e0662f", "#0d9172", "#8b4fc1", "#b98900", "#c2375f", "#4b8fb3", "#6b7f2a")
@@ -64,6 +65,9 @@ class Group:
     title: str
     panels: tuple[Panel, ...]
 
+
+#: Roles that have gradients.
+TRAINED = [role for role, section in ROLE_SECTIONS.items() if section.is_trained]
 
 GROUPS: tuple[Group, ...] = (
     Group(
@@ -128,7 +132,7 @@ GROUPS: tuple[Group, ...] = (
         (
             Panel(
                 "L2 norm",
-                (("train/grad_norm", "model"), ("actor/grad_norm", "actor"), ("critic/grad_norm", "critic")),
+                (("train/grad_norm", "model"), *((f"{role}/grad_norm", role) for role in TRAINED)),
             ),
         ),
     ),
@@ -170,7 +174,7 @@ GROUPS: tuple[Group, ...] = (
     ),
     Group(
         "Learning rate",
-        (Panel("per optimizer step", (("train/lr", "model"), ("actor/lr", "actor"), ("critic/lr", "critic"))),),
+        (Panel("per optimizer step", (("train/lr", "model"), *((f"{role}/lr", role) for role in TRAINED))),),
     ),
 )
 

@@ -9,17 +9,14 @@ from matplotlib.patches import Patch
 
 from hetero_ppo.observability.figures import COLOURS, GREY, INK, STYLE, svg_text
 from hetero_ppo.observability.trace import ENGINE, TRAINER, WAIT, WAIT_FOR_ENGINE, Span, StepTrace
+from hetero_ppo.step.roles import GENERATOR_COLOUR, ROLE_SECTIONS, WAIT_COLOUR
 
 LANE_COLOURS = {
     TRAINER: GREY,
-    "actor": COLOURS[0],
-    "critic": COLOURS[1],
-    "reference": COLOURS[2],
-    "reward_model": COLOURS[3],
-    "reward_models": COLOURS[3],
-    ENGINE: COLOURS[4],
+    **{name: COLOURS[section.colour] for name, section in ROLE_SECTIONS.items()},
+    ENGINE: COLOURS[GENERATOR_COLOUR],
 }
-WAIT_COLOURS = {WAIT: COLOURS[5], WAIT_FOR_ENGINE: "#f4d9c6"}
+WAIT_COLOURS = {WAIT: COLOURS[WAIT_COLOUR], WAIT_FOR_ENGINE: "#f4d9c6"}
 
 WIDTH = 10.5  # inches
 BAR = 0.76  # of a row's height

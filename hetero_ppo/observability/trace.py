@@ -18,12 +18,13 @@ from typing import Any
 from hetero_ppo.disk import writing
 from hetero_ppo.observability.json_text import json_text
 from hetero_ppo.observability.jsonl import write_whole
+from hetero_ppo.step.roles import ROLE_SECTIONS
 
 Args = dict[str, int | str]
 
 TRAINER, ENGINE, COPY_IN, COPY_OUT = "trainer", "engine", "copy in", "copy out"
 #: Lanes from top to bottom; those that a step did not use are left out.
-LANES = (TRAINER, ENGINE, "actor", "critic", "reference", "reward_model", COPY_IN, COPY_OUT)
+LANES = (TRAINER, ENGINE, *ROLE_SECTIONS, COPY_IN, COPY_OUT)
 
 TRACE_FOLDER = "trace"
 

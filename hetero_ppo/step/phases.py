@@ -1,60 +1,115 @@
-"""Which role is on the device in which phase of a PPO step: the order that the trainer follows and the plan adds up.
+"""The phases of a training step as values: whose work each is, and what it needs on the device.
 
-The order saves switches. The first reward model waits on the device while the engine generates, in the critic's place. The
-critic's values come last of the forwards, so its training finds the parameters there; the actor's training comes last
-of all, so the weight sync does. With overlapped generation the forwards come round once for every wave of chunks
-(``experience.pipeline``), the last time in this order.
+Memory plan, residency, trace and ledger read this list. Its order saves switches. The first reward model waits on the device while the
+generator works, in the critic's place. The critic's values come last of the forwards, so its training finds the parameters there. The
+actor's training comes last of all, so the weight synchronisation does too. With overlapped generation the forwards run once for every wave
+of chunks (``experience.pipeline``), the last time in this order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 
+from hetero_ppo.config.derived import actor_generates, config_reward_models, overlaps_generation
+from hetero_ppo.config.load import AnyConfig
+from hetero_ppo.config.schema import OldLogProbs, PpoConfig
 from hetero_ppo.step.kinds import FORWARD, TRAINING, Kind
+from hetero_ppo.step.roles import run_roles
+
+
+class GeneratorMemory(Enum):
+    """What the generator holds on the device."""
+
+    nothing = "nothing"  # it sleeps
+    weights = "weights"  # during a weight synchronisation
+    everything = "everything"  # weights and key-value cache
 
 
 @dataclass(frozen=True)
-class Turn:
-    """One phase of a step and what it holds on the device while it computes, all roles together."""
+class Phase:
+    """One phase of a step."""
 
-    phase: str  # as the step's timers name it
-    resident: Mapping[str, frozenset[Kind]]  # role -> kinds; absent roles are in host memory
-    engine_awake: bool = False  # the rollout engine holds its weights and KV cache
-    engine_weights: bool = False  # the rollout engine holds its weights alone: during a weight sync
+    name: str  # as the step's timers, the trace and the ledger name it
+    role: str | None  # whose forward or backward it is; None: the generator's work
+    needs: Mapping[str, frozenset[Kind]]  # role -> kinds on the device while it runs; absent roles are in host memory
+    reads: Sequence[str] = ()  # tensors of the step, "weights of <role>" included
+    writes: Sequence[str] = ()
+    generator: GeneratorMemory = GeneratorMemory.nothing
+    is_concurrent: bool = False  # with generation, chunk after chunk
+
+    @property
+    def is_training(self) -> bool:
+        """True when it ends in optimizer steps."""
+        return self.role is not None and weights_of(self.role) in self.writes
+
+
+def weights_of(role: str) -> str:
+    """Return how ``Phase.reads`` and ``Phase.writes`` name a role's weights."""
+    return f"weights of {role}"
 
 
 def score_phases(reward_models: Sequence[str]) -> dict[str, str]:
-    """Phase -> reward model that scores in it, in the order of their turns."""
+    """Return phase -> reward model that scores in it, in the order of their turns."""
     if len(reward_models) == 1:
         return {"scores": reward_models[0]}
     return {f"scores_{number}": name for number, name in enumerate(reward_models)}
 
 
-def ppo_turns(
+def step_phases(config: AnyConfig) -> list[Phase]:
+    """Return the phases of one training step, in order, as they are with residency on."""
+    if not isinstance(config, PpoConfig):
+        return [training_phase(name, phase="train") for name, spec in run_roles(config).items() if spec.is_trained]
+    return ppo_phases(
+        reward_models=list(config_reward_models(config)),
+        actor_scores_old=config.algorithm.old_log_probs is OldLogProbs.actor,
+        overlap=overlaps_generation(config),
+        actor_generates=actor_generates(config),
+    )
+
+
+def ppo_phases(
     *,
     reward_models: Sequence[str],
     actor_scores_old: bool,
     overlap: bool = False,
     actor_generates: bool = False,
-) -> list[Turn]:
-    """The phases of one PPO step with residency on, in order.
+) -> list[Phase]:
+    """Return the phases of one PPO step with residency on, in order.
 
     Args:
-        reward_models: roles that score; empty: a function alone does.
-        actor_scores_old: old log-probs come from a forward of the actor; otherwise from the rollout engine.
-        overlap: forwards run beside generation, for chunk after chunk: the engine is awake in them.
-        actor_generates: the actor is the rollout engine, whose turn is the actor's.
+        reward_models: Roles that score; empty: a function alone does.
+        actor_scores_old: Whether old log-probs come from a forward of the actor; otherwise they are the generator's.
+        overlap: Whether forwards run while the generator works, for chunk after chunk; it is then awake in them.
+        actor_generates: Whether the actor is the generator, whose turn is then the actor's.
     """
     waiting = {"actor": FORWARD} if actor_generates else {name: FORWARD for name in reward_models[:1]}
-    turns = [Turn("rollout", waiting, engine_awake=True)]
-    for phase, name in score_phases(reward_models).items():
-        turns.append(Turn(phase, {name: FORWARD}, engine_awake=overlap))
-    turns.append(Turn("ref_log_probs", {"reference": FORWARD}, engine_awake=overlap))
-    if actor_scores_old:
-        turns.append(Turn("old_log_probs", {"actor": FORWARD}, engine_awake=overlap))
-    turns.append(Turn("values", {"critic": FORWARD}, engine_awake=overlap))
-    turns.append(Turn("train_critic", {"critic": TRAINING}))
-    turns.append(Turn("train_actor", {"actor": TRAINING}))
-    turns.append(Turn("weight_sync", {"actor": FORWARD}, engine_weights=True))
-    return turns
+    phases = [Phase("rollout", None, waiting, writes=("rollout",), generator=GeneratorMemory.everything)]
+    scoring = score_phases(reward_models)
+    phases += [forward_phase(phase, name, overlap=overlap) for phase, name in scoring.items()]
+    phases.append(forward_phase("ref_log_probs", "reference", overlap=overlap))
+    phases += [forward_phase("old_log_probs", "actor", overlap=overlap)] if actor_scores_old else []
+    phases.append(forward_phase("values", "critic", overlap=overlap))
+    phases += [training_phase("critic"), training_phase("actor")]
+    sync_reads = (weights_of("actor"),)
+    phases.append(Phase("weight_sync", "actor", {"actor": FORWARD}, sync_reads, generator=GeneratorMemory.weights))
+    return phases
+
+
+def forward_phase(phase: str, role: str, *, overlap: bool) -> Phase:
+    """Return the phase of a role's forward over the rollout, which writes the tensor of its own name."""
+    generator = GeneratorMemory.everything if overlap else GeneratorMemory.nothing
+    reads = ("rollout", weights_of(role))
+    return Phase(phase, role, {role: FORWARD}, reads, (phase,), generator, is_concurrent=overlap)
+
+
+def training_phase(role: str, phase: str | None = None) -> Phase:
+    """Return the phase of a role's optimizer steps.
+
+    Args:
+        role: The role.
+        phase: Its name; None: ``train_<role>``.
+    """
+    weights = weights_of(role)
+    return Phase(phase or f"train_{role}", role, {role: TRAINING}, ("experience", weights), (weights,))

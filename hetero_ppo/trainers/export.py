@@ -10,11 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from hetero_ppo.checkpoint.manager import check_contents, checkpoint_folder
-from hetero_ppo.config.load import load_config
-from hetero_ppo.config.schema import ParallelConfig, PpoConfig, RmConfig, SftConfig
+from hetero_ppo.config.load import AnyConfig, load_config
+from hetero_ppo.config.schema import ParallelConfig
 from hetero_ppo.data.chat_template import TextEncoder, load_text_encoder
 from hetero_ppo.data.export_files import TEMPLATE_FILE, export_files
 from hetero_ppo.network import INTERFACE_VARIABLES
+from hetero_ppo.step.roles import RoleSpec, run_roles
 
 
 def run(args: argparse.Namespace) -> None:
@@ -32,7 +33,7 @@ def run(args: argparse.Namespace) -> None:
     if Path(args.out).exists():
         raise ValueError(f"--out {args.out} is there already; choose another folder, or remove it")
     config = load_config(str(saved), []).config
-    roles = _roles(config)
+    roles = _trained(config)
     role = args.role or next(iter(roles))
     if role not in roles:
         raise ValueError(f"--role {role}: this run trains {', '.join(roles)}")
@@ -43,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
     print(f"exported {role} of {folder} to {args.out}")
 
 
-def _export(config: SftConfig | RmConfig | PpoConfig, role: str, checkpoint: Path, run_dir: Path, out: str) -> None:
+def _export(config: AnyConfig, role: str, checkpoint: Path, run_dir: Path, out: str) -> None:
     # Megatron-Core takes seconds to import: after the checks.
     from hetero_ppo.distributed.groups import initialise
     from hetero_ppo.engines.model_engine import ModelEngine
@@ -52,33 +53,29 @@ def _export(config: SftConfig | RmConfig | PpoConfig, role: str, checkpoint: Pat
 
     initialise(config.run.timeout_minutes)
     try:
-        role_config, head = _roles(config)[role]
-        role_config.parallel = ParallelConfig()
-        engine = ModelEngine(role, role_config, head)
+        spec = _trained(config)[role]
+        spec.config.parallel = ParallelConfig()
+        engine = ModelEngine(role, spec.config, spec.head)
         engine.load_weights(checkpoint / role)
         golden = checkpoint / GOLDEN_FILE
-        more = export_files(_encoder(config, role, run_dir), role_config.model.path, head)
+        more = export_files(_encoder(config, role, run_dir), spec.config.model.path, spec.head)
         files = {**more.files, **({GOLDEN_FILE: golden.read_text(encoding="utf-8")} if golden.is_file() else {})}
         engine.export(out, files=files, config_changes=more.config)
     finally:
         end_run()
 
 
-def _encoder(config: SftConfig | RmConfig | PpoConfig, role: str, run_dir: Path) -> TextEncoder:
+def _encoder(config: AnyConfig, role: str, run_dir: Path) -> TextEncoder:
     """Tokenizer and template of the run; the template is the one that it wrote into its folder when it started."""
     kept = run_dir / TEMPLATE_FILE
     data = config.data
     if data.apply_chat_template and kept.is_file():
         data = replace(data, chat_template=str(kept))
-    return load_text_encoder(_roles(config)[role][0].model, data, role)
+    return load_text_encoder(_trained(config)[role].config.model, data, role)
 
 
-def _roles(config: SftConfig | RmConfig | PpoConfig) -> dict[str, tuple]:
-    if isinstance(config, SftConfig):
-        return {"actor": (config.actor, "lm")}
-    if isinstance(config, RmConfig):
-        return {"reward": (config.reward, "score")}
-    return {"actor": (config.actor, "lm"), "critic": (config.critic, "value")}
+def _trained(config: AnyConfig) -> dict[str, RoleSpec]:
+    return {name: spec for name, spec in run_roles(config).items() if spec.is_trained}
 
 
 @contextmanager

@@ -110,7 +110,7 @@ class PpoTrainer:
         manager = CheckpointManager(
             self.run.dir, config.checkpoint, timeout_s=60 * config.run.timeout_minutes, about=self.run.about
         )
-        manager.check_room({"actor": self.roles.actor, "critic": self.roles.critic})
+        manager.check_room(self.roles.trained)
         self._resume(manager)
         if self.turns.needs_first_sync or self.start > 0:
             self.sync_weights(self.start)
@@ -212,7 +212,7 @@ class PpoTrainer:
         """Fit the values to the returns."""
         inputs = ValueInputs(experience.values, experience.returns, experience.response_mask)
         loss_fn = critic_loss_fn(self.config.algorithm)
-        return self._update(self.roles.critic, "critic", experience, inputs, loss_fn, step)
+        return self._update(self.roles.critic, experience, inputs, loss_fn, step)
 
     def update_actor(self, experience: Experience, step: int) -> dict[str, float]:
         """Improve the policy within the clip range."""
@@ -227,19 +227,18 @@ class PpoTrainer:
         loss_fn = actor_loss_fn(
             self.config.algorithm, self.maker.temperature, actor.vocab_size, actor.groups, actor.vocab_parts
         )
-        return self._update(self.actor, "actor", experience, inputs, loss_fn, step)
+        return self._update(self.actor, experience, inputs, loss_fn, step)
 
     def _update(
         self,
         engine: TrainEngine,
-        name: str,
         experience: Experience,
         inputs: PolicyInputs | ValueInputs,
         loss_fn: LossFn,
         step: int,
     ) -> dict[str, float]:
         """All epochs of minibatches of one role; its metrics, over all of them."""
-        rollout = experience.rollout
+        rollout, name = experience.rollout, engine.role
         results: list[TrainStepResult] = []
         # Without the actor's training the weight sync comes next.
         then = ["actor"] if step < self.config.algorithm.critic_warmup_steps else None
@@ -249,7 +248,7 @@ class PpoTrainer:
                 results.append(engine.train_step(parts, loss_fn))
         count = sum(result.count for result in results)
         metrics = mean_metrics(add_metric_sums(result.metric_sums for result in results), count)
-        if name == "actor":  # before any update the policy is the one that sampled: what is left is rounding
+        if engine is self.actor:  # before any update the policy is the one that sampled: what is left is rounding
             first = results[0]
             metrics["actor/ppo_kl_first"] = float(first.metric_sums["actor/ppo_kl"]) / max(first.count, 1)
         skipped = sum(result.is_skipped for result in results)
@@ -296,7 +295,6 @@ class PpoTrainer:
         return metrics | self.turns.sync_metrics()
 
     def _save(self, manager: CheckpointManager, step: int, metrics: dict[str, float], *, wait: bool) -> None:
-        roles = {"actor": self.roles.actor, "critic": self.roles.critic}
         state = {**ppo_setup.trainer_state(self.data, self.maker, self.guard), "chunk_size": self.chunk_size}
         bank = self.bank
 
@@ -304,13 +302,13 @@ class PpoTrainer:
             if bank is not None:
                 bank.forget(step)
 
-        manager.save(step, roles, state, metrics, wait=wait, then=then)
+        manager.save(step, self.roles.trained, state, metrics, wait=wait, then=then)
 
     def _resume(self, manager: CheckpointManager) -> None:
         if self.config.checkpoint.load is None:
             return
-        roles = {"actor": self.roles.actor, "critic": self.roles.critic}
-        state = manager.load(Path(self.config.checkpoint.load), roles, {*ppo_setup.STATE_NAMES, "chunk_size"})
+        names = {*ppo_setup.STATE_NAMES, "chunk_size"}
+        state = manager.load(Path(self.config.checkpoint.load), self.roles.trained, names)
         ppo_setup.load_trainer_state(state, self.data, self.maker, self.guard, self.run)
         self.chunk_size = int(state["chunk_size"])
         self.run.say(f"resumed PPO from {self.config.checkpoint.load} at step {self.start}")

@@ -18,16 +18,14 @@ from hetero_ppo.config.derived import (
     GOLDEN_TOKENS,
     PpoBatching,
     actor_generates,
-    config_reward_models,
     derive_ppo,
     max_model_len,
     num_servers,
-    overlaps_generation,
     running_batch,
     weight_transfer,
 )
 from hetero_ppo.config.devices import dtype_of
-from hetero_ppo.config.schema import OldLogProbs, PpoConfig, RewardRoleConfig, TrainedRoleConfig
+from hetero_ppo.config.schema import PpoConfig, RewardRoleConfig, RoleConfig, TrainedRoleConfig
 from hetero_ppo.data.chat_template import TextEncoder, load_text_encoder
 from hetero_ppo.data.collate import collate_prompts
 from hetero_ppo.data.dataset import Dataset
@@ -52,7 +50,8 @@ from hetero_ppo.rollout.replay import ReplayEngine
 from hetero_ppo.rollout.servers.nodes import Cluster
 from hetero_ppo.rollout.servers.server import sleeps
 from hetero_ppo.rollout.sweep import find_running_batch
-from hetero_ppo.step.phases import ppo_turns
+from hetero_ppo.step.phases import step_phases
+from hetero_ppo.step.roles import RoleSpec, run_roles
 from hetero_ppo.trainers import ppo_nodes
 from hetero_ppo.trainers.ppo_engine import EngineTurns, RolloutEngine
 from hetero_ppo.trainers.run import Run
@@ -89,12 +88,31 @@ class PpoData:
 
 @dataclass(frozen=True)
 class Roles:
-    """The models."""
+    """The models of the run."""
 
-    actor: TrainEngine
-    critic: TrainEngine
-    reference: ModelEngine
-    reward_models: list[ModelEngine]  # empty where a reward function alone scores
+    engines: Mapping[str, ModelEngine]  # by the names of ``step.roles``, in the order of building
+
+    @property
+    def trained(self) -> dict[str, TrainEngine]:
+        """Name -> engine of the roles that have an optimizer."""
+        return {name: engine for name, engine in self.engines.items() if isinstance(engine, TrainEngine)}
+
+    @property
+    def actor(self) -> TrainEngine:
+        return self.trained["actor"]
+
+    @property
+    def critic(self) -> TrainEngine:
+        return self.trained["critic"]
+
+    @property
+    def reference(self) -> ModelEngine:
+        return self.engines["reference"]
+
+    @property
+    def reward_models(self) -> list[ModelEngine]:
+        """The models that score responses; none where a reward function alone does."""
+        return [engine for engine in self.engines.values() if engine.head == "score"]
 
 
 @dataclass
@@ -215,42 +233,31 @@ def trace_recorder(config: PpoConfig, run: Run, start: int) -> TraceRecorder:
 
 def shared_device(config: PpoConfig, trace: TraceRecorder) -> SharedDevice:
     """The device that the roles take turns on, in the order of a PPO step."""
-    turns = ppo_turns(
-        reward_models=list(config_reward_models(config)),
-        actor_scores_old=config.algorithm.old_log_probs is OldLogProbs.actor,
-        overlap=overlaps_generation(config),
-        actor_generates=actor_generates(config),
-    )
-    return SharedDevice(config.residency, turns, trace)
+    return SharedDevice(config.residency, step_phases(config), trace)
 
 
 def build_roles(config: PpoConfig, run: Run, batching: PpoBatching, device: SharedDevice) -> Roles:
-    """Build and load the models, one after the other; each leaves the device before the next. Collective."""
+    """Build and load the models, one after the other; each leaves the device before the next. Collective.
 
-    def build_actor(role: TrainedRoleConfig) -> TrainEngine:
-        return TrainEngine("actor", role, "lm", batching.actor.total_optimizer_steps, device)
+    Raises:
+        ValueError: A checkpoint cannot be loaded, or a reward model's has no score head.
+    """
 
-    def build_critic(role: TrainedRoleConfig) -> TrainEngine:
-        return TrainEngine("critic", role, "value", batching.critic.total_optimizer_steps, device)
+    def build(spec: RoleSpec, role: RoleConfig) -> ModelEngine:
+        if isinstance(role, TrainedRoleConfig):
+            return TrainEngine(spec.name, role, spec.head, batching.roles[spec.name].total_optimizer_steps, device)
+        return ModelEngine(spec.name, role, spec.head, device=device)
 
-    actor = build_role(run, "actor", config.actor, build_actor)
-    critic = build_role(run, "critic", config.critic, build_critic)
-    reference = build_role(run, "reference", config.reference, lambda role: ModelEngine("reference", role, "lm", device=device))
-    reward_models = []
-    for name, scorer in config_reward_models(config).items():
-        build = partial(_reward_model, name, device)
-        reward_models.append(build_role(run, name, scorer, build))
-        initialised = reward_models[-1].load_report.initialised
-        if initialised:
+    engines: dict[str, ModelEngine] = {}
+    for name, spec in run_roles(config).items():
+        engines[name] = build_role(run, name, spec.config, partial(build, spec))
+        initialised = engines[name].load_report.initialised
+        if initialised and isinstance(spec.config, RewardRoleConfig):
             raise ValueError(
-                f"{name}.model.path is {scorer.model.path}: the checkpoint has no score head "
+                f"{name}.model.path is {spec.config.model.path}: the checkpoint has no score head "
                 f"({', '.join(initialised)}); give the export of a reward-model run"
             )
-    return Roles(actor, critic, reference, reward_models)
-
-
-def _reward_model(name: str, device: SharedDevice, config: RewardRoleConfig) -> ModelEngine:
-    return ModelEngine(name, config, "score", device=device)
+    return Roles(engines)
 
 
 def build_golden_guards(config: PpoConfig, run: Run, roles: Roles) -> list[GoldenGuard]:

@@ -26,9 +26,9 @@ def _synthetic_roles(num_bytes: int, **options: Any) -> Any:
     from hetero_ppo.engines.residency import RoleResidency
     from hetero_ppo.engines.shared_device import SharedDevice
     from hetero_ppo.step.kinds import Kind
-    from hetero_ppo.step.phases import ppo_turns
+    from hetero_ppo.step.phases import ppo_phases
 
-    device = SharedDevice(ResidencyConfig(), ppo_turns(reward_models=[], actor_scores_old=True), **options)
+    device = SharedDevice(ResidencyConfig(), ppo_phases(reward_models=[], actor_scores_old=True), **options)
     trained = (Kind.params, Kind.grads, Kind.main_params, Kind.moments)
     for name, kinds in (("critic", trained), ("actor", trained), ("reference", (Kind.params,))):
         tensors = {

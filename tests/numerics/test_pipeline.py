@@ -39,7 +39,7 @@ from hetero_ppo.observability.timers import PhaseTimer
 from hetero_ppo.reward.function import FunctionReward
 from hetero_ppo.rollout.replay import ReplayEngine, RolloutRecord, write_records
 from hetero_ppo.step.kinds import FORWARD, Kind
-from hetero_ppo.step.phases import ppo_turns
+from hetero_ppo.step.phases import ppo_phases
 from hetero_ppo.types import Experience, OnResponse, PromptBatch, Response, Rollout
 
 pytestmark = pytest.mark.usefixtures("world")
@@ -147,7 +147,7 @@ class Roles:
     """The four roles on one device, and the maker over them."""
 
     def __init__(self, model: Path, *, overlap: bool, old_log_probs: OldLogProbs = OldLogProbs.actor) -> None:
-        schedule = ppo_turns(
+        schedule = ppo_phases(
             reward_models=["reward_model"], actor_scores_old=old_log_probs is OldLogProbs.actor, overlap=overlap
         )
         self.device = SharedDevice(ResidencyConfig(), schedule)

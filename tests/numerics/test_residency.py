@@ -31,14 +31,14 @@ from hetero_ppo.memory.ledger import total
 from hetero_ppo.memory.plan_storage import RoleStorage
 from hetero_ppo.observability.trace import COPY_IN, COPY_OUT, TraceRecorder, newest_trace
 from hetero_ppo.step.kinds import FORWARD, Kind
-from hetero_ppo.step.phases import ppo_turns
+from hetero_ppo.step.phases import ppo_phases
 from hetero_ppo.types import AnswerInputs
 from megatron_bridge.platform.copies import CopyLane
 
 pytestmark = pytest.mark.usefixtures("world")
 
 VOCAB, ROWS, LENGTH = 96, 4, 12
-SCHEDULE = ppo_turns(reward_models=["reward_model"], actor_scores_old=True)
+SCHEDULE = ppo_phases(reward_models=["reward_model"], actor_scores_old=True)
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +166,7 @@ def test_the_ledger_reads_the_storages(roles: Roles) -> None:
     if roles.actor.config.model.dtype is Dtype.bf16:
         n = sum(p.numel() for chunk in roles.actor.models for p in chunk.parameters())
         assert actor == {Kind.params: 2 * n, Kind.grads: 4 * n, Kind.main_params: 4 * n, Kind.moments: 8 * n}
-    assert set(roles.device.ledger.phases) == {turn.phase for turn in SCHEDULE}
+    assert set(roles.device.ledger.phases) == {phase.name for phase in SCHEDULE}
 
 
 @pytest.mark.parametrize("overlap", [True, False])
@@ -336,7 +336,7 @@ def test_a_turn_that_is_left_out_holds_nothing_up(roles: Roles) -> None:
 def test_a_role_leaves_even_if_its_turn_is_the_next_but_one(model: Path) -> None:
     """Two roles in turns, each the one ahead of the other: what is here for later may not stand in the way."""
     roles = Roles(model, Dtype.bf16, False)
-    roles.device.schedule = [turn for turn in SCHEDULE if turn.phase.startswith("train")]
+    roles.device.schedule = [phase for phase in SCHEDULE if phase.is_training]
     for _ in range(3):
         for engine in (roles.critic, roles.actor):
             with engine.on_device(grads=True, optimizer=True, phase=f"train_{engine.role}"):

@@ -311,11 +311,11 @@ def test_ppo_batching_by_hand(tmp_path: Path) -> None:
         "critic.micro_batch_size=8",
     )
     batching = derive_ppo(config, world_size=4, num_prompts=100)
-    assert (batching.responses_per_step, batching.minibatches_per_epoch, batching.total_steps) == (96, 4, 5)
-    assert (batching.actor.data_parallel_size, batching.critic.data_parallel_size) == (2, 4)
-    assert (batching.actor.batch_per_rank, batching.actor.micro_batches) == (12, 3)
-    assert (batching.critic.batch_per_rank, batching.critic.micro_batches) == (6, 1)
-    assert (batching.actor.total_optimizer_steps, batching.critic.total_optimizer_steps) == (32, 40)
+    assert (batching.responses_per_step, batching.minibatches_per_epoch["actor"], batching.total_steps) == (96, 4, 5)
+    assert (batching.roles["actor"].data_parallel_size, batching.roles["critic"].data_parallel_size) == (2, 4)
+    assert (batching.roles["actor"].batch_per_rank, batching.roles["actor"].micro_batches) == (12, 3)
+    assert (batching.roles["critic"].batch_per_rank, batching.roles["critic"].micro_batches) == (6, 1)
+    assert (batching.roles["actor"].total_optimizer_steps, batching.roles["critic"].total_optimizer_steps) == (32, 40)
     assert batching.responses_per_rank == 48
     lines = batching.describe().splitlines()
     assert "responses per step       96  responses per PPO step, over all ranks" in lines
@@ -328,8 +328,8 @@ def test_the_critic_has_passes_of_its_own(tmp_path: Path) -> None:
     config = config_of(tmp_path, "ppo", *own, "algorithm.critic_epochs=3", "train.steps=5", "critic.micro_batch_size=3")
     check_config(config, 2)
     batching = derive_ppo(config, world_size=2, num_prompts=100)
-    assert (batching.actor.total_optimizer_steps, batching.critic.total_optimizer_steps) == (5 * 2 * 2, 5 * 3 * 4)
-    assert (batching.actor.batch_per_rank, batching.critic.batch_per_rank, batching.critic.micro_batches) == (16, 8, 3)
+    assert (batching.roles["actor"].total_optimizer_steps, batching.roles["critic"].total_optimizer_steps) == (5 * 2 * 2, 5 * 3 * 4)
+    assert (batching.roles["actor"].batch_per_rank, batching.roles["critic"].batch_per_rank, batching.roles["critic"].micro_batches) == (16, 8, 3)
     lines = [" ".join(line.split()) for line in batching.describe().splitlines()]
     assert "minibatches 2 per PPO epoch, 2 PPO epochs per step" in lines
     assert "critic minibatches 4 per critic epoch, 3 critic epochs per step" in lines

@@ -15,7 +15,7 @@ from hetero_ppo.engines.residency import RoleResidency
 from hetero_ppo.engines.shared_device import SharedDevice
 from hetero_ppo.errors import RunError
 from hetero_ppo.step.kinds import TRAINING, Kind
-from hetero_ppo.step.phases import ppo_turns
+from hetero_ppo.step.phases import ppo_phases
 from hetero_ppo.memory.plan import GIB
 from hetero_ppo.trainers import ppo_engine
 from hetero_ppo.trainers.ppo_engine import EngineTurns
@@ -60,7 +60,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> VirtualCuda:
 
 @pytest.fixture
 def device(cuda: VirtualCuda) -> Iterator[SharedDevice]:
-    device = SharedDevice(ResidencyConfig(), ppo_turns(reward_models=[], actor_scores_old=True))
+    device = SharedDevice(ResidencyConfig(), ppo_phases(reward_models=[], actor_scores_old=True))
     for role in ("critic", "actor"):
         device.add(_role(role, TRAINED))
     device.add(_role("reference", (Kind.params,)))

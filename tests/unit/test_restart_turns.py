@@ -25,7 +25,7 @@ from hetero_ppo.rollout.servers.client import ServerDied, ServerHangs
 from hetero_ppo.rollout.weights.tensor_bytes import tensor_checksum
 from hetero_ppo.rollout.weights.worker_extension import _read_files
 from hetero_ppo.step.kinds import TRAINING, Kind
-from hetero_ppo.step.phases import ppo_turns
+from hetero_ppo.step.phases import ppo_phases
 from hetero_ppo.trainers import ppo_engine
 from hetero_ppo.trainers.ppo_engine import EngineTurns
 from hetero_ppo.types import PromptBatch, Response
@@ -155,7 +155,7 @@ class Job:
         self.engine = VllmEngine(config, **about, initial_version=None)
         self.engine.start()
         self.engine.sleep()
-        self.device = SharedDevice(ResidencyConfig(), ppo_turns(reward_models=[], actor_scores_old=True))
+        self.device = SharedDevice(ResidencyConfig(), ppo_phases(reward_models=[], actor_scores_old=True))
         for role in ("critic", "actor"):
             tensors = {kind: [torch.zeros(UNIT, dtype=torch.uint8) for _ in range(8)] for kind in TRAINED}
             self.device.add(RoleResidency(role, tensors, [], lambda: None))

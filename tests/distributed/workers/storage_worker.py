@@ -18,7 +18,8 @@ from hetero_ppo.algorithms.losses import Loss
 from hetero_ppo.config.schema import DdpConfig, Dtype, ModelConfig, OptimizerConfig, ParallelConfig, TrainedRoleConfig
 from hetero_ppo.engines.train_engine import TrainEngine
 from hetero_ppo.memory.plan_activations import Work, kept_bytes
-from hetero_ppo.memory.plan_storage import HEADS, RoleStorage
+from hetero_ppo.memory.plan_storage import RoleStorage
+from hetero_ppo.step.roles import section_of
 from hetero_ppo.types import Microbatch
 
 #: Of a micro-batch.
@@ -36,7 +37,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         ddp=DdpConfig(overlap_grad_reduce=job.get("overlap", False), bucket_size=job.get("bucket_size")),
     )
     plan = RoleStorage(job["role"], config, dist.get_world_size())
-    engine = TrainEngine(job["role"], config, HEADS[job["role"]], 1)
+    engine = TrainEngine(job["role"], config, section_of(job["role"]).head, 1)
     rows = engine.microbatches(torch.ones(8, LENGTH, dtype=torch.int64), torch.full((8,), LENGTH), None, range(8))
     engine.train_step(rows, squared_output)
     buffers = [buffer for chunk in engine.chunks for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]]
