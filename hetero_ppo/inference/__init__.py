@@ -1,4 +1,4 @@
-"""The decoder: responses from a role's own Megatron model, and beam search over any generator.
+"""The decoder: responses from the Megatron model of a role, with a key-value cache and slots that free themselves.
 
 Start at ``decoder.py``.
 The import makes Megatron-Core fit the machine before any module below loads it.

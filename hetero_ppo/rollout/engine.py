@@ -27,7 +27,7 @@ from hetero_ppo.network import LOOPBACK
 from hetero_ppo.rollout.servers.nodes import AnyServer, Cluster, remote_servers
 from hetero_ppo.private_dir import PrivateDir
 from hetero_ppo.rollout.requests import Requests
-from hetero_ppo.inference.beam_search import BeamSearch, Expand, Hypothesis, run_search
+from hetero_ppo.rollout.beam_search import BeamSearch, Expand, Hypothesis, run_search
 from hetero_ppo.rollout.partial import ABORTED
 from hetero_ppo.rollout.servers.pool import Member, ServerPool, gather_all
 from hetero_ppo.rollout.servers.server import MAX_LOG_PROBS, VllmServer, server_spec, sleeps
@@ -308,7 +308,7 @@ class VllmEngine:
     def beam_search(
         self, prompts: list[list[int]], *, num_beams: int, max_tokens: int, length_penalty: float, num_return: int
     ) -> list[list[Hypothesis]]:
-        """The most probable answers to prompts, as far as a beam search finds them; see ``inference/beam_search.py``.
+        """The most probable answers to prompts, as far as a beam search finds them; see ``rollout/beam_search.py``.
 
         Every token of a live beam is a request of its own; the prefix cache has the tokens before it.
 

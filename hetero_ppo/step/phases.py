@@ -19,6 +19,10 @@ from hetero_ppo.step.kinds import FORWARD, TRAINING, Kind
 from hetero_ppo.step.roles import run_roles
 
 
+#: How the names of a role's weights begin among what phases read and write.
+WEIGHTS = "weights of "
+
+
 class GeneratorMemory(Enum):
     """What the generator holds on the device."""
 
@@ -47,7 +51,7 @@ class Phase:
 
 def weights_of(role: str) -> str:
     """Return how ``Phase.reads`` and ``Phase.writes`` name a role's weights."""
-    return f"weights of {role}"
+    return f"{WEIGHTS}{role}"
 
 
 def score_phases(reward_models: Sequence[str]) -> dict[str, str]:
@@ -91,7 +95,8 @@ def ppo_phases(
     phases.append(forward_phase("ref_log_probs", "reference", overlap=overlap))
     phases += [forward_phase("old_log_probs", "actor", overlap=overlap)] if actor_scores_old else []
     phases.append(forward_phase("values", "critic", overlap=overlap))
-    phases += [training_phase("critic"), training_phase("actor")]
+    experience = [name for phase in phases for name in phase.writes]
+    phases += [training_phase("critic", experience), training_phase("actor", experience)]
     sync_reads = (weights_of("actor"),)
     phases.append(Phase("weight_sync", "actor", {"actor": FORWARD}, sync_reads, generator=GeneratorMemory.weights))
     return phases
@@ -104,12 +109,33 @@ def forward_phase(phase: str, role: str, *, overlap: bool) -> Phase:
     return Phase(phase, role, {role: FORWARD}, reads, (phase,), generator, is_concurrent=overlap)
 
 
-def training_phase(role: str, phase: str | None = None) -> Phase:
+def training_phase(role: str, reads: Sequence[str] = (), *, phase: str | None = None) -> Phase:
     """Return the phase of a role's optimizer steps.
 
     Args:
         role: The role.
+        reads: Tensors of the step that its loss is computed from.
         phase: Its name; None: ``train_<role>``.
     """
     weights = weights_of(role)
-    return Phase(phase or f"train_{role}", role, {role: TRAINING}, ("experience", weights), (weights,))
+    return Phase(phase or f"train_{role}", role, {role: TRAINING}, (*reads, weights), (weights,))
+
+
+def check_order(phases: Sequence[Phase]) -> None:
+    """Check that a step can run in this order: every phase reads what an earlier one wrote, or the weights of a role.
+
+    Raises:
+        ValueError: A phase reads what is not there yet, has the name of another one, or needs nothing of its own role.
+    """
+    written: set[str] = set()
+    names: set[str] = set()
+    for phase in phases:
+        if phase.name in names:
+            raise ValueError(f"phase {phase.name!r} is in the step twice; give each phase a name of its own")
+        if phase.role is not None and not phase.needs.get(phase.role):
+            raise ValueError(f"phase {phase.name!r} needs nothing of {phase.role}, whose work it is; add its kinds to needs")
+        for name in phase.reads:
+            if name not in written and not name.startswith(WEIGHTS):
+                raise ValueError(f"phase {phase.name!r} reads {name}, which no phase before it writes; move it behind the one that does")
+        names.add(phase.name)
+        written |= {*phase.writes}

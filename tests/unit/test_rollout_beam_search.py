@@ -8,7 +8,7 @@ import itertools
 import pytest
 import torch
 
-from hetero_ppo.inference.beam_search import Beam, BeamSearch, Hypothesis
+from hetero_ppo.rollout.beam_search import Beam, BeamSearch, Hypothesis
 
 VOCAB = 4
 END = 0

@@ -1,0 +1,90 @@
+"""Roles and phases of a step: one list, which memory plan, trace, residency, report and export read."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from hetero_ppo.config.load import load_config
+from hetero_ppo.config.schema import SCHEMAS, ResidencyConfig, RoleConfig, TrainedRoleConfig
+from hetero_ppo.observability.gantt import LANE_COLOURS
+from hetero_ppo.observability.trace import LANES
+from hetero_ppo.step.kinds import FORWARD, TRAINING
+from hetero_ppo.step.phases import GeneratorMemory, Phase, check_order, ppo_phases, step_phases, training_phase
+from hetero_ppo.step.roles import ROLE_SECTIONS, run_roles
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_phases_of_a_ppo_step() -> None:
+    phases = ppo_phases(reward_models=["reward_model"], actor_scores_old=True, overlap=True)
+    assert [(phase.name, phase.role) for phase in phases] == [
+        ("rollout", None),
+        ("scores", "reward_model"),
+        ("ref_log_probs", "reference"),
+        ("old_log_probs", "actor"),
+        ("values", "critic"),
+        ("train_critic", "critic"),
+        ("train_actor", "actor"),
+        ("weight_sync", "actor"),
+    ]
+    assert [phase.name for phase in phases if phase.is_training] == ["train_critic", "train_actor"]
+    concurrent = ["scores", "ref_log_probs", "old_log_probs", "values"]
+    assert [phase.name for phase in phases if phase.is_concurrent] == concurrent
+    awake = [phase.name for phase in phases if phase.generator is GeneratorMemory.everything]
+    assert awake == ["rollout", *concurrent] and phases[-1].generator is GeneratorMemory.weights
+    assert all(phase.needs[phase.role] == (TRAINING if phase.is_training else FORWARD) for phase in phases if phase.role)
+
+
+def test_an_ensemble_scores_in_phases_of_its_own_and_the_first_waits_during_the_rollout() -> None:
+    phases = ppo_phases(reward_models=["reward_models.0", "reward_models.1"], actor_scores_old=False)
+    assert [phase.name for phase in phases[:3]] == ["rollout", "scores_0", "scores_1"]
+    assert phases[0].needs == {"reward_models.0": FORWARD} and "old_log_probs" not in [phase.name for phase in phases]
+    assert ppo_phases(reward_models=[], actor_scores_old=True, actor_generates=True)[0].needs == {"actor": FORWARD}
+
+
+def test_a_phase_reads_what_an_earlier_one_wrote() -> None:
+    phases = ppo_phases(reward_models=["reward_model"], actor_scores_old=True)
+    check_order(phases)
+    with pytest.raises(ValueError, match="phase 'scores' reads rollout, which no phase before it writes"):
+        check_order(phases[1:])
+    with pytest.raises(ValueError, match="phase 'train_critic' reads values, which no phase before it writes"):
+        check_order([phase for phase in phases if phase.name != "values"])
+    with pytest.raises(ValueError, match="phase 'train_actor' is in the step twice"):
+        check_order([*phases, training_phase("actor")])
+    with pytest.raises(ValueError, match="phase 'x' needs nothing of critic"):
+        check_order([Phase("x", "critic", {"actor": FORWARD})])
+
+
+def sections_of(schema: type) -> set[str]:
+    """Fields of a run's schema that are roles, or lists of them."""
+    hints = {name: str(field.type) for name, field in schema.__dataclass_fields__.items()}
+    return {name for name, hint in hints.items() if re.search(r"\b\w*(Role|TrainedReward)Config\b", hint)}
+
+
+def test_every_role_of_every_kind_of_run_has_its_section() -> None:
+    assert set().union(*(sections_of(schema) for schema in SCHEMAS.values())) == ROLE_SECTIONS.keys()
+    for kind in SCHEMAS:
+        for name, spec in run_roles(load_config(str(ROOT / f"configs/{kind}/word_sort.yaml"), []).config).items():
+            assert spec.name == name and isinstance(spec.config, RoleConfig)
+            assert spec.is_trained is isinstance(spec.config, TrainedRoleConfig)
+
+
+@pytest.mark.parametrize("kind", SCHEMAS)
+def test_plan_trace_and_residency_read_one_list(kind: str) -> None:
+    """Every role of a phase is one that the run builds, with a lane and a colour; residency has the very list."""
+    from hetero_ppo.engines.shared_device import SharedDevice
+
+    config = load_config(str(ROOT / f"configs/{kind}/word_sort.yaml"), []).config
+    phases = step_phases(config)
+    check_order(phases)
+    roles = run_roles(config)
+    assert {name for phase in phases for name in phase.needs} <= roles.keys()
+    for phase in phases:
+        if phase.role is not None:
+            section = phase.role.partition(".")[0]
+            assert section in LANES and section in LANE_COLOURS
+    assert {phase.role for phase in phases if phase.is_training} == {name for name, spec in roles.items() if spec.is_trained}
+    assert SharedDevice(ResidencyConfig(offload=False), phases).schedule == phases
