@@ -192,7 +192,7 @@ def environment(
         for name, value in inherited.items()
         if name not in TRAINER_VARIABLES and not name.startswith(TRAINER_PREFIXES)
     }
-    project = str(Path(guardian.__file__).resolve().parents[2])
+    project = str(Path(guardian.__file__).resolve().parents[3])
     env["PYTHONPATH"] = os.pathsep.join([project, *filter(None, [inherited.get("PYTHONPATH")])])
     env["TMPDIR"] = str(private_dir / f"tmp_{place}")
     env |= {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_API_KEY": api_key, "HF_HUB_OFFLINE": "1"}
