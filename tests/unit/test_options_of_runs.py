@@ -181,7 +181,7 @@ def test_the_actor_learns_from_the_tokens_of_its_losses_alone() -> None:
     experience.rollout = SimpleNamespace(response_mask=sampled)
     actor = SimpleNamespace(vocab_size=9, groups=None, vocab_parts=None)
     trainer: Any = SimpleNamespace(actor=actor, config=PpoConfig(), maker=SimpleNamespace(temperature=1.0))
-    trainer._update = lambda engine, name, experience, inputs, loss_fn, step: inputs
+    trainer._update = lambda engine, experience, inputs, loss_fn, step: inputs
     inputs: Any = PpoTrainer.update_actor(trainer, experience, 0)
     assert (inputs.old_log_probs, inputs.ref_log_probs, inputs.advantages) == (old, ref, advantages)
     assert inputs.mask is kept and inputs.tis_weights is weights
