@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hetero_ppo.observability.jsonl import whole_lines
-from hetero_ppo.observability.metrics import METRICS_FILE
+from hetero_ppo.observability.sinks.jsonl import METRICS_FILE
 from hetero_ppo.observability.timers import TOTAL
 from hetero_ppo.observability.trace import StepTrace, newest_trace
 

@@ -6,7 +6,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from hetero_ppo.observability.metrics import METRICS_FILE
+from hetero_ppo.observability.sinks.jsonl import METRICS_FILE
 from hetero_ppo.observability.records import EVAL_AFTER_FILE, EVAL_BEFORE_FILE, Evaluation, Sample, read_evaluation
 
 #: Sample answers shown.

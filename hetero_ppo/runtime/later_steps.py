@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from hetero_ppo.observability.jsonl import cut
-from hetero_ppo.observability.metrics import METRICS_FILE
+from hetero_ppo.observability.sinks.jsonl import METRICS_FILE
 from hetero_ppo.observability.records import EVAL_AFTER_FILE
 from hetero_ppo.observability.trace import TRACE_FOLDER
 

@@ -29,7 +29,8 @@ from hetero_ppo.checkpoint.manager import complete_checkpoints
 from hetero_ppo.config.load import LoadedConfig
 from hetero_ppo.config.on_resume import OnResume, leaves
 from hetero_ppo.config.schema import SCHEMAS
-from hetero_ppo.observability.metrics import METRICS_FILE, WANDB_FILE
+from hetero_ppo.observability.sinks.jsonl import METRICS_FILE
+from hetero_ppo.observability.sinks.weights_and_biases import WANDB_FILE
 from hetero_ppo.observability.records import CONFIG_FILE
 from hetero_ppo.runtime.changes import compare, config_values
 from hetero_ppo.runtime.folder_lock import FolderLock, find_holder

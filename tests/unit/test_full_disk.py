@@ -22,7 +22,8 @@ from hetero_ppo.config.schema import Dtype, RunConfig
 from hetero_ppo.disk import REASONS, writing
 from hetero_ppo.errors import RunError
 from hetero_ppo.experience.bank import RolloutBank
-from hetero_ppo.observability.metrics import METRICS_FILE, MetricsLogger
+from hetero_ppo.observability.metrics import MetricsLogger
+from hetero_ppo.observability.sinks.jsonl import METRICS_FILE
 from hetero_ppo.rollout.replay import RolloutRecord, write_records
 from hetero_ppo.rollout.weights.weight_sync import check_room_for_another, write_weights
 from hetero_ppo.types import Response, StepMetrics

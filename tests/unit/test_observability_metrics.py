@@ -11,8 +11,12 @@ from pathlib import Path
 import pytest
 
 from hetero_ppo.config.schema import RunConfig
-from hetero_ppo.observability.metrics import MetricsLogger, console_line
+from hetero_ppo.observability import metrics
+from hetero_ppo.observability.metrics import MetricsLogger
 from hetero_ppo.observability.progress import PlainProgress, progress
+from hetero_ppo.observability.sinks.base import MetricsSink, SinkSettings
+from hetero_ppo.observability.sinks.console import console_line
+from hetero_ppo.observability.sinks.registry import SINKS
 from hetero_ppo.observability.timers import PhaseTimer, top_level
 from hetero_ppo.types import StepMetrics
 
@@ -95,7 +99,8 @@ def test_a_resumed_run_goes_on_in_its_run_of_wandb(tmp_path: Path, monkeypatch: 
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     for folder, first_step in (("a", 1), ("a", 4), ("b", 4), ("a", 1)):
         config = RunConfig(dir=str(tmp_path / folder), wandb_project="demo", tensorboard=False)
-        MetricsLogger(tmp_path / folder, config, is_writer=True, first_step=first_step).close()
+        with MetricsLogger(tmp_path / folder, config, is_writer=True, first_step=first_step):
+            pass
     first, resumed, elsewhere, again = (given["id"] for given in begun)
     assert first == resumed and len({first, elsewhere, again}) == 3
     assert {(given["project"], given["resume"]) for given in begun} == {("demo", "allow")}
@@ -104,16 +109,70 @@ def test_a_resumed_run_goes_on_in_its_run_of_wandb(tmp_path: Path, monkeypatch: 
 def test_wandb_asked_for_and_missing_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     config = RunConfig(dir=str(tmp_path), wandb_project="demo")
-    with pytest.raises(ValueError, match="run.wandb_project.*pip install wandb"):
-        MetricsLogger(tmp_path, config, is_writer=True)
+    with (
+        pytest.raises(ValueError, match="run.wandb_project.*pip install wandb"),
+        MetricsLogger(tmp_path, config, is_writer=True),
+    ):
+        pass
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_log_after_close_is_an_error(tmp_path: Path) -> None:
-    logger = MetricsLogger(tmp_path, RunConfig(dir=str(tmp_path), tensorboard=False), is_writer=True)
-    logger.close()
-    logger.close()
-    with pytest.raises(ValueError, match="closed"):
-        logger.log(StepMetrics(1, {}))
+    for is_writer in (True, False):
+        with MetricsLogger(tmp_path, RunConfig(dir=str(tmp_path), tensorboard=False), is_writer=is_writer) as logger:
+            pass
+        with pytest.raises(ValueError, match="closed; the record of step 1"):
+            logger.log(StepMetrics(1, {}))
+
+
+class MemorySink(MetricsSink):
+    """Keeps the steps that it gets, and what happens to it."""
+
+    def __init__(self, events: list[str]) -> None:
+        self.events = events
+
+    @classmethod
+    def open(cls, settings: SinkSettings) -> MemorySink | None:
+        return None if settings.config.seed == 0 else cls(EVENTS)
+
+    def write(self, record: StepMetrics) -> None:
+        self.events.append(f"step {record.step}")
+
+    def close(self) -> None:
+        self.events.append("closed")
+
+
+class BrokenSink(MemorySink):
+    """Cannot be opened."""
+
+    @classmethod
+    def open(cls, settings: SinkSettings) -> MemorySink | None:
+        raise ValueError("run.sink: no")
+
+
+EVENTS: list[str] = []
+
+
+def test_a_new_sink_is_one_class_and_its_place_in_the_registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "SINKS", (*SINKS, MemorySink))
+    EVENTS.clear()
+    for seed in (0, 1):
+        with MetricsLogger(
+            tmp_path, RunConfig(dir=str(tmp_path), tensorboard=False, seed=seed), is_writer=True
+        ) as logger:
+            logger.log(StepMetrics(7, {"train/loss": 1.0}))
+    assert EVENTS == ["step 7", "closed"]
+    assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [7, 7]
+
+
+def test_sinks_that_are_open_are_closed_when_a_later_one_cannot_be_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metrics, "SINKS", (MemorySink, BrokenSink))
+    EVENTS.clear()
+    with pytest.raises(ValueError, match="run.sink"), MetricsLogger(tmp_path, RunConfig(dir="r"), is_writer=True):
+        pass
+    assert EVENTS == ["closed"]
 
 
 class FakeClock:
