@@ -49,7 +49,7 @@ from hetero_ppo.types import Microbatch
 from megatron_bridge import platform
 from megatron_bridge.model.config_mapping import VOCAB_PARTS, BridgeConfig
 from megatron_bridge.model.layers import uses_transformer_engine
-from megatron_bridge.model.model_provider import Head, build_model
+from megatron_bridge.model_provider import Head, build_model
 from megatron_bridge.weights.export_hf import export_bytes, save_hf
 from megatron_bridge.weights.import_hf import LoadReport, load_hf
 from megatron_bridge.weights.stream import stream_hf

@@ -34,7 +34,7 @@ from hetero_ppo.engines.role_snapshot import RoleSnapshot
 from hetero_ppo.engines.shared_device import SharedDevice
 from hetero_ppo.step.kinds import OPTIMIZER, TRAINING, Kind
 from hetero_ppo.types import Microbatch, PreferenceBatch
-from megatron_bridge.model.model_provider import Head
+from megatron_bridge.model_provider import Head
 
 #: Rows of the buffer that metric sums are reduced in.
 MAX_METRICS = 64

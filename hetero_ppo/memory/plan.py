@@ -34,7 +34,7 @@ from hetero_ppo.memory.plan_reserve import Reserve, ReservePart, plan_reserve
 from hetero_ppo.memory.plan_storage import RoleStorage
 from hetero_ppo.step.kinds import OPTIMIZER, TRAINING, Kind
 from hetero_ppo.step.phases import GeneratorMemory, Phase, step_phases
-from megatron_bridge.model.parameter_count import hf_tensor_sizes
+from megatron_bridge.weights.parameter_count import hf_tensor_sizes
 
 GIB = 2**30
 DEFAULT_RANKS_PER_NODE = 8

@@ -10,7 +10,7 @@ from hetero_ppo.config.devices import dtype_of
 from hetero_ppo.config.schema import PpoConfig, WeightTransfer
 from hetero_ppo.memory.plan_storage import DTYPES, RoleStorage
 from hetero_ppo.step.kinds import SHARD_BYTES
-from megatron_bridge.model.parameter_count import hf_tensor_sizes
+from megatron_bridge.weights.parameter_count import hf_tensor_sizes
 
 MIB = 2**20
 

@@ -21,7 +21,7 @@ from hetero_ppo.config.schema import Dtype, RoleConfig, TrainedRoleConfig
 from hetero_ppo.step.kinds import Kind
 from hetero_ppo.step.roles import section_of
 from megatron_bridge.model.config_mapping import BridgeConfig, bridge_config, read_hf_config
-from megatron_bridge.model.parameter_count import LocalParameter, local_parameters
+from megatron_bridge.weights.parameter_count import LocalParameter, local_parameters
 
 FP32_BYTES = 4
 DTYPES = {Dtype.fp32: torch.float32, Dtype.bf16: torch.bfloat16}

@@ -1,22 +1,5 @@
-"""Model families by Hugging Face ``model_type``."""
+"""Model families: one file each with its names, shapes and options.
 
-from __future__ import annotations
-
-from typing import Any
-
-from megatron_bridge.families import llama, qwen2, qwen3, qwen3_moe
-from megatron_bridge.families.decoder import Family
-
-FAMILIES: dict[str, Family] = {module.FAMILY.model_type: module.FAMILY for module in (llama, qwen2, qwen3, qwen3_moe)}
-
-
-def family_of(hf_config: dict[str, Any]) -> Family:
-    """The family of a Hugging Face config.
-
-    Raises:
-        ValueError: its ``model_type`` is missing or not supported.
-    """
-    model_type = hf_config.get("model_type")
-    if model_type not in FAMILIES:
-        raise ValueError(f"config.json: model_type {model_type!r} is not supported; supported: {', '.join(FAMILIES)}")
-    return FAMILIES[model_type]
+Start at ``decoder.py``, which has what all of them share. ``param_mapping.py`` has the rules that names and
+shapes follow, and ``registry.py`` finds the family of a checkpoint.
+"""

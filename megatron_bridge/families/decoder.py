@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_bridge.weights.param_mapping import HfTensor, Kind, Rule
+from megatron_bridge.families.param_mapping import HfTensor, Kind, Rule
 
 
 @dataclass(frozen=True)

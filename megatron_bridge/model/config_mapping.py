@@ -18,16 +18,17 @@ from megatron_bridge import platform
 from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_bridge.families import Family, family_of
-from megatron_bridge.model.layers import uses_transformer_engine
-from megatron_bridge.model.rope import rope_frequencies, rope_parameters, set_attention_scaling
-from megatron_bridge.weights.param_mapping import (
+from megatron_bridge.families.decoder import Family
+from megatron_bridge.families.param_mapping import (
     Dims,
     ExpertLayout,
     PipelineLayout,
     check_tensor_parallel,
     padded_vocab_size,
 )
+from megatron_bridge.families.registry import family_of
+from megatron_bridge.model.layers import uses_transformer_engine
+from megatron_bridge.model.rope import rope_frequencies, rope_parameters, set_attention_scaling
 
 #: Aligned log-probs sum over so many parts of the vocabulary, in their order: the tensor-parallel size has to divide it.
 VOCAB_PARTS = 4

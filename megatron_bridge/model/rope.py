@@ -8,7 +8,7 @@ asks, and replace those of the built model.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,9 +18,6 @@ import megatron_bridge.platform  # noqa: F401
 # isort: split
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
-
-if TYPE_CHECKING:
-    from megatron_bridge.model.config_mapping import BridgeConfig
 
 DEFAULT_THETA = 10_000.0
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -132,8 +129,13 @@ def set_attention_scaling(config: TransformerConfig, scaling: float) -> None:
     config.yarn_mscale_all_dim = 0.0
 
 
-def install_rope(model: GPTModel, bridge: BridgeConfig) -> None:
-    """Replace the rotary frequencies of a freshly built model, one that has not run yet, by the checkpoint's."""
+def install_rope(model: GPTModel, inv_freq: Tensor) -> None:
+    """Replace the rotary frequencies of a freshly built model, one that has not run yet.
+
+    Args:
+        model: The model.
+        inv_freq: Frequencies of the checkpoint, [head_dim / 2] float32.
+    """
     rotary = model.rotary_pos_emb
-    assert rotary.inv_freq.shape == bridge.inv_freq.shape, (rotary.inv_freq.shape, bridge.inv_freq.shape)
-    rotary.inv_freq = bridge.inv_freq.to(rotary.inv_freq.device)
+    assert rotary.inv_freq.shape == inv_freq.shape, (rotary.inv_freq.shape, inv_freq.shape)
+    rotary.inv_freq = inv_freq.to(rotary.inv_freq.device)

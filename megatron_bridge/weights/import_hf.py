@@ -15,9 +15,9 @@ import megatron_bridge.platform  # noqa: F401
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from megatron_bridge.families.param_mapping import Entry, shard
 from megatron_bridge.model.config_mapping import BridgeConfig
 from megatron_bridge.weights.hf_checkpoint import FLOAT_DTYPES, HfCheckpoint
-from megatron_bridge.weights.param_mapping import Entry, shard
 from megatron_bridge.weights.weight_plan import chunk_parameters, loaded_entries, parameter_of
 
 #: Buffers that old transformers versions wrote; they follow from the config.

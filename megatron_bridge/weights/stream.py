@@ -14,8 +14,8 @@ from megatron_bridge import platform
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from megatron_bridge.families.param_mapping import merge
 from megatron_bridge.model.config_mapping import BridgeConfig
-from megatron_bridge.weights.param_mapping import merge
 from megatron_bridge.weights.weight_plan import chunk_parameters, exported_entries, parameter_of
 
 

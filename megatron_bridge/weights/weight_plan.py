@@ -14,8 +14,8 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_bridge.families import decoder
+from megatron_bridge.families.param_mapping import Entry, Kind, Rule, entries
 from megatron_bridge.model.config_mapping import BridgeConfig
-from megatron_bridge.weights.param_mapping import Entry, Kind, Rule, entries
 
 HEADS = ("lm", "value", "score")
 

@@ -17,7 +17,7 @@ from hetero_ppo.config.schema import ParallelConfig
 from hetero_ppo.distributed.groups import role_groups
 from megatron_bridge.model.config_mapping import BridgeConfig, bridge_config, read_hf_config
 from megatron_bridge.model.layers import ShortSequenceSelfAttention
-from megatron_bridge.model.model_provider import build_model
+from megatron_bridge.model_provider import build_model
 from megatron_bridge.weights.export_hf import save_hf
 from megatron_bridge.weights.import_hf import LoadReport, load_hf
 

@@ -21,7 +21,7 @@ from hetero_ppo.cli.main import main
 from hetero_ppo.config.schema import CheckpointConfig, Dtype, ModelConfig, OptimizerConfig, TrainedRoleConfig
 from hetero_ppo.engines.model_engine import ModelEngine
 from hetero_ppo.engines.train_engine import TrainEngine
-from megatron_bridge.model.model_provider import Head
+from megatron_bridge.model_provider import Head
 
 pytestmark = pytest.mark.usefixtures("world")
 

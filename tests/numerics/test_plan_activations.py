@@ -25,7 +25,7 @@ from megatron_bridge.aligned import attention
 from megatron_bridge.model import context_parallel
 from megatron_bridge.model.config_mapping import BridgeConfig, bridge_config
 from megatron_bridge.model.layers import ShortSequenceSelfAttention
-from megatron_bridge.model.model_provider import build_model
+from megatron_bridge.model_provider import build_model
 
 ROWS, LENGTH = 3, 64
 

@@ -17,7 +17,7 @@ from hetero_ppo.algorithms.losses import Loss
 from hetero_ppo.engines.train_engine import LossFn, TrainEngine, TrainStepResult
 from hetero_ppo.step.kinds import TRAINING, Kind
 from hetero_ppo.types import AnswerInputs, Microbatch
-from megatron_bridge.model.model_provider import Head
+from megatron_bridge.model_provider import Head
 
 pytestmark = pytest.mark.usefixtures("world")
 

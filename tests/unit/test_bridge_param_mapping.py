@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_bridge.families import FAMILIES, decoder
-from megatron_bridge.weights.param_mapping import (
+from megatron_bridge.families import decoder
+from megatron_bridge.families.registry import FAMILIES
+from megatron_bridge.families.param_mapping import (
     Dims,
     Entry,
     ExpertLayout,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 
 import pytest
@@ -38,6 +38,8 @@ TIERS = {
     "cli": 7,
 }
 MEGATRON_CORE_PACKAGES = {"megatron_bridge", "engines", "inference", "distributed", "reward"}
+#: The same of the bridge.
+BRIDGE_TIERS = {"__init__": 0, "platform": 0, "families": 1, "model": 2, "aligned": 3, "weights": 3, "model_provider": 4}
 #: Run in vLLM's own processes: nothing else may need vLLM to be installed.
 VLLM_MODULES = (
     "hetero_ppo.rollout.weights.worker_extension",
@@ -97,6 +99,34 @@ def test_imports_go_one_way(path: Path) -> None:
         assert package in TIERS, f"give {package} a place in TIERS"
         above = {other for other in inner_imports(path) if TIERS[other] > TIERS[package]}
         assert not above, f"{name_of(path)} imports from above: {sorted(above)}"
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imported_module(name: str, modules: Container[str]) -> str:
+    """Return the module that an imported name is, or is in."""
+    return name if name in modules else name.rpartition(".")[0]
+
+
+def test_modules_have_no_cycle() -> None:
+    """Imports for type checkers and imports inside of functions included."""
+    names = {module_of(path): path for path in MODULES}
+    graph = {name: {imported_module(found, names) for found in imports_of(path)} & names.keys() for name, path in names.items()}
+    done: set[str] = set()
+    while graph.keys() - done:
+        free = {name for name in graph.keys() - done if graph[name] <= done | {name}}
+        assert free, f"import cycle among {sorted(graph.keys() - done)}"
+        done |= free
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if package_of(path) == "megatron_bridge"], ids=name_of)
+def test_imports_of_the_bridge_go_one_way(path: Path) -> None:
+    tier = BRIDGE_TIERS[path.relative_to(ROOT).with_suffix("").parts[1]]
+    inner = {name for name in imports_of(path) if name.startswith("megatron_bridge.")}
+    above = {name for name in inner if BRIDGE_TIERS[name.split(".")[1]] > tier}
+    assert not above, f"{name_of(path)} imports from above: {sorted(above)}"
 
 
 def test_packages_of_one_tier_have_no_cycle() -> None:

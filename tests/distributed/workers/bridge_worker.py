@@ -16,7 +16,7 @@ from jobs import run_jobs
 from hetero_ppo.config.schema import ParallelConfig
 from hetero_ppo.distributed.groups import role_groups
 from megatron_bridge.model.config_mapping import bridge_config, read_hf_config
-from megatron_bridge.model.model_provider import build_model
+from megatron_bridge.model_provider import build_model
 from megatron_bridge.weights.export_hf import save_hf
 from megatron_bridge.weights.import_hf import load_hf
 from megatron_bridge.weights.stream import stream_hf

@@ -243,7 +243,7 @@ def _build_chunk(
         vp_stage=vp_stage,
         **bridge.rope,
     )
-    install_rope(chunk, bridge)
+    install_rope(chunk, bridge.inv_freq)
     if post_process and head != "lm":
         chunk.output_layer = ScalarHead(config, groups, init_seed, init=head_init, aligned=bridge.aligned)
     elif post_process and bridge.aligned:

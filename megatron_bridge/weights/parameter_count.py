@@ -12,8 +12,8 @@ from functools import cache
 
 import torch
 
+from megatron_bridge.families.param_mapping import Dims, Entry, Kind, Rule, shard
 from megatron_bridge.model.config_mapping import BridgeConfig
-from megatron_bridge.weights.param_mapping import Dims, Entry, Kind, Rule, shard
 from megatron_bridge.weights.weight_plan import exported_entries, loaded_entries
 
 #: Modules in the order of ``named_parameters`` in Megatron-Core's local layer spec. Buffers are laid out in it.
