@@ -17,11 +17,13 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from hetero_ppo.config.load import load_config
 from hetero_ppo.reward.golden import GOLDEN_FILE
-from hetero_ppo.observability.trace import LANES, newest_trace
+from hetero_ppo.observability.trace import COPY_IN, COPY_OUT, ENGINE, TRAINER, newest_trace
 from hetero_ppo.rollout.replay import RolloutRecord, read_rollouts, recorded_steps
 from hetero_ppo.runtime.folder_lock import LOCK_FILE
 from hetero_ppo.runtime.run_folder import OTHERS, RESULTS
 from hetero_ppo.runtime.settle import settle
+from hetero_ppo.step.phases import step_phases
+from hetero_ppo.step.roles import run_roles
 
 pytestmark = pytest.mark.slow
 
@@ -146,8 +148,11 @@ def test_trace_has_all_lanes(chain: Chain) -> None:
     folder = chain.run_dir("ppo") / "trace"
     assert [path.name for path in sorted(folder.iterdir())] == ["step_0000001.json", "step_0000002.json"]
     trace = newest_trace(chain.run_dir("ppo"))
-    assert trace is not None and trace.lanes() == list(LANES)
-    names = {lane: {span.name for span in trace.spans if span.lane == lane} for lane in LANES}
+    config = load_config(str(chain.configs["ppo"]), []).config
+    assert trace is not None and trace.lanes() == [TRAINER, ENGINE, *run_roles(config), COPY_IN, COPY_OUT]
+    names = {lane: {span.name for span in trace.spans if span.lane == lane} for lane in trace.lanes()}
+    for phase in step_phases(config):
+        assert phase.name in names[TRAINER] and (phase.role is None or phase.name in names[phase.role]), phase.name
     assert {"generate", "weight sync"} <= names["engine"]
     assert {"rollout", "experience", "scores", "train_critic", "train_actor", "weight_sync"} <= names["trainer"]
     assert names["actor"] == {"old_log_probs", "train_actor", "optimizer step", "weight_sync"}
