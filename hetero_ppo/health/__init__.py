@@ -1,4 +1,4 @@
-"""Checks that look at a step and stop a run before it spoils its weights.
+"""Checks that judge a step by its metrics, and stop a run before it spoils its weights.
 
-Start at ``mismatch.py``: log-probs of generator and trainer that are too far apart.
+Start at ``check.py``, the interface; ``monitor.py`` runs the checks. A new rule is one file here and one line in ``registry.py``.
 """

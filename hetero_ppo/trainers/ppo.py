@@ -18,14 +18,15 @@ from hetero_ppo.engines.losses import actor_loss_fn, critic_loss_fn
 from hetero_ppo.engines.train_engine import LossFn, TrainEngine, TrainStepResult
 from hetero_ppo.experience.generation import Generation
 from hetero_ppo.experience.pipeline import Pipeline
-from hetero_ppo.health.mismatch import MismatchGuard, mismatch_bounds
+from hetero_ppo.health.check import Moment
+from hetero_ppo.health.monitor import HealthMonitor
+from hetero_ppo.health.registry import build_checks
 from hetero_ppo.observability.metrics import MetricsLogger
 from hetero_ppo.observability.progress import progress
 from hetero_ppo.observability.timers import PhaseTimer
 from hetero_ppo.rollout.servers.server import sleeps
 from hetero_ppo.runtime.unsaved import UnsavedWork
 from hetero_ppo.trainers import ppo_bank, ppo_functions, ppo_memory, ppo_nodes, ppo_setup
-from hetero_ppo.trainers.ppo_critic import describe_first_values
 from hetero_ppo.trainers.ppo_engine import EngineTurns
 from hetero_ppo.trainers.ppo_evaluation import Evaluator
 from hetero_ppo.trainers.run import Run, first_step
@@ -76,7 +77,7 @@ class PpoTrainer:
             starting.wait()
         if actor_generates(config):
             self.engine = ppo_setup.engine_of_actor(config, self.data, self.roles.actor)
-        self.guard = MismatchGuard(mismatch_bounds(config), config.rollout.mismatch.patience)
+        self.health = HealthMonitor(build_checks(config), run.say)
         self.turns = EngineTurns(self.engine, self.device, config.rollout)
         self.bank = ppo_bank.open_bank(config, run, self.engine, resumes=self.run.continues_its_folder)
         self.chunk_size = self.batching.chunk_size
@@ -143,7 +144,7 @@ class PpoTrainer:
                 if manager.is_saving:
                     with self.timer.phase("checkpoint"):
                         manager.finish(wait=False)
-                note = self.guard.check(step + 1, experience.metrics)
+                self.health.check(Moment.before_training, step + 1, experience.metrics)
                 with self.timer.phase("train_critic"):
                     metrics = self.update_critic(experience, step)
                 if step >= config.algorithm.critic_warmup_steps:
@@ -159,9 +160,9 @@ class PpoTrainer:
                     with self.timer.phase("eval"):
                         metrics |= self.evaluator.metrics(self.evaluator.run(f"step{step + 1}"))
                 self.trace.end()
-                logger.log(StepMetrics(step + 1, metrics, self.timer.collect(), note))
-                if step == 0:
-                    self.run.say(describe_first_values(metrics["critic/vf_explained_var"]))
+                self.health.check(Moment.after_step, step + 1, metrics)
+                metrics |= self.health.metrics
+                logger.log(StepMetrics(step + 1, metrics, self.timer.collect(), self.health.take_note()))
                 if step == self.start:
                     ppo_memory.say_ledger(config, self.run, self.device)
                 self.evaluator.dump_rollout(step + 1, experience)
@@ -174,6 +175,7 @@ class PpoTrainer:
                         self._save(manager, step + 1, metrics, wait=stopping or last)
                 if stopping:
                     self.run.stopped(step + 1)
+        self.health.log_counts()
         self.evaluator.run_and_save("after", f"step{self.total_steps}")
         if config.checkpoint.export_hf:
             self.turns.sleep()
@@ -295,7 +297,7 @@ class PpoTrainer:
         return metrics | self.turns.sync_metrics()
 
     def _save(self, manager: CheckpointManager, step: int, metrics: dict[str, float], *, wait: bool) -> None:
-        state = {**ppo_setup.trainer_state(self.data, self.maker, self.guard), "chunk_size": self.chunk_size}
+        state = {**ppo_setup.trainer_state(self.data, self.maker, self.health), "chunk_size": self.chunk_size}
         bank = self.bank
 
         def then() -> None:
@@ -309,6 +311,6 @@ class PpoTrainer:
             return
         names = {*ppo_setup.STATE_NAMES, "chunk_size"}
         state = manager.load(Path(self.config.checkpoint.load), self.roles.trained, names)
-        ppo_setup.load_trainer_state(state, self.data, self.maker, self.guard, self.run)
+        ppo_setup.load_trainer_state(state, self.data, self.maker, self.health, self.run)
         self.chunk_size = int(state["chunk_size"])
         self.run.say(f"resumed PPO from {self.config.checkpoint.load} at step {self.start}")

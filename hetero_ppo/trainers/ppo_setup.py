@@ -39,6 +39,7 @@ from hetero_ppo.engines.train_engine import TrainEngine
 from hetero_ppo.experience.judges import Judges
 from hetero_ppo.experience.stages import ExperienceMaker
 from hetero_ppo.health.mismatch import MismatchGuard
+from hetero_ppo.health.monitor import HealthMonitor
 from hetero_ppo.observability.trace import TRACE_FOLDER, TraceRecorder
 from hetero_ppo.reward.function import FunctionReward
 from hetero_ppo.reward.golden import GoldenGuard, golden_guard
@@ -328,23 +329,23 @@ def step_prompts(data: PpoData, config: PpoConfig, batching: PpoBatching) -> dic
 
 
 #: What ``load_trainer_state`` reads.
-STATE_NAMES = ("prompts", "kl_controller", "score_moments", "waiting", "mismatch_guard")
+STATE_NAMES = ("prompts", "kl_controller", "score_moments", "waiting")
 
 
-def trainer_state(data: PpoData, maker: ExperienceMaker, guard: MismatchGuard) -> dict[str, Any]:
+def trainer_state(data: PpoData, maker: ExperienceMaker, health: HealthMonitor) -> dict[str, Any]:
     """What a PPO checkpoint holds beside the trained roles."""
     return {
         "prompts": data.sampler.state_dict(),
         "kl_controller": maker.kl_controller.state_dict(),
         "score_moments": maker.score_moments.state_dict(),
         "waiting": data.waiting.state_dict(),
-        "mismatch_guard": guard.state_dict(),
+        "health": health.state_dict(),
         "template_sha256": data.encoder.template_hash,
     }
 
 
 def load_trainer_state(
-    state: dict[str, Any], data: PpoData, maker: ExperienceMaker, guard: MismatchGuard, run: Run
+    state: dict[str, Any], data: PpoData, maker: ExperienceMaker, health: HealthMonitor, run: Run
 ) -> None:
     """The reverse of ``trainer_state``. A KL coefficient or controller that the configuration has changed is not taken back.
 
@@ -356,7 +357,12 @@ def load_trainer_state(
     if not (run.has_changed("algorithm.kl.coef") or run.has_changed("algorithm.kl.controller")):
         maker.kl_controller.load_state_dict(state["kl_controller"])
     maker.score_moments.load_state_dict(state["score_moments"])
-    guard.load_state_dict(state["mismatch_guard"])
+    health.load_state_dict(state["health"] if "health" in state else _health_of_older_version(state))
+
+
+def _health_of_older_version(state: dict[str, Any]) -> dict[str, Any]:
+    """Return the state of the health checks in a checkpoint that was written before they had one."""
+    return {"checks": {MismatchGuard.rule: state["mismatch_guard"]}, "warnings": {}}
 
 
 def golden_log_probs(actor: ModelEngine, token_ids: list[int]) -> list[float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
@@ -15,9 +16,9 @@ from hetero_ppo.config.schema import (
     RolloutCorrectionConfig,
     RolloutCorrectionKind,
 )
-from hetero_ppo.errors import RunError
 from hetero_ppo.experience.rollouts import build_rollout
 from hetero_ppo.experience.stages import compare_with_engine
+from hetero_ppo.health.check import Severity
 from hetero_ppo.health.mismatch import Bound, MismatchGuard, mismatch_bounds
 from hetero_ppo.types import PromptBatch, Rollout
 
@@ -58,6 +59,9 @@ def test_what_is_compared_and_what_is_corrected() -> None:
     assert set(metrics) == FIGURES | {"actor/tis_weight_mean", "actor/tis_clipped_share"}
 
 
+REQUIRED = ["run.dir=r", "data.train=t", *(f"{role}.model.path=m" for role in ("actor", "critic", "reference"))]
+
+
 def ppo_config(*overrides: str) -> PpoConfig:
     return OmegaConf.to_object(
         OmegaConf.merge(OmegaConf.structured(PpoConfig), OmegaConf.from_dotlist(["actor.model.dtype=fp32", *overrides]))
@@ -79,8 +83,7 @@ def ppo_config(*overrides: str) -> PpoConfig:
     ],
 )
 def test_bounds_of_a_run(overrides: list[str], limits: list[float]) -> None:
-    required = ["run.dir=r", "data.train=t", *(f"{role}.model.path=m" for role in ("actor", "critic", "reference"))]
-    assert [bound.limit for bound in mismatch_bounds(ppo_config(*required, *overrides))] == limits
+    assert [bound.limit for bound in mismatch_bounds(ppo_config(*REQUIRED, *overrides))] == limits
 
 
 MEAN = Bound("rollout/log_prob_diff_mean", "rollout.mismatch.max_log_prob_diff_mean", 0.1)
@@ -104,27 +107,31 @@ def step_metrics(mean: float, share: float = 0.0) -> dict[str, float]:
 def test_a_run_stops_after_so_many_steps_in_a_row(means: list[float], patience: int, stops_at: int | None) -> None:
     guard = MismatchGuard([MEAN, SHARE], patience)
     for step, mean in enumerate(means, start=1):
+        found = guard.check(step, step_metrics(mean))
+        assert (found is None) == (mean <= 0.1)
         if step == stops_at:
-            with pytest.raises(RunError, match=f"step {step}: .*max_log_prob_diff_mean \\(0.1\\), for {patience} step"):
-                guard.check(step, step_metrics(mean))
+            assert found is not None and found.severity is Severity.stop and found.step == step
+            assert re.search(f"step {step}: .*max_log_prob_diff_mean \\(0.1\\), for {patience} step", found.message)
             return
-        assert (guard.check(step, step_metrics(mean)) is None) == (mean <= 0.1)
+        assert found is None or found.severity is Severity.warning
     assert stops_at is None
 
 
 def test_steps_beyond_different_bounds_count_together_and_the_message_has_the_figures() -> None:
     guard = MismatchGuard([MEAN, SHARE], patience=2)
-    note = guard.check(1, step_metrics(0.25))
-    assert (
-        note is not None and "0.25 exceeds rollout.mismatch.max_log_prob_diff_mean (0.1); step 1 in a row of 2" in note
-    )
-    with pytest.raises(RunError) as error:
-        guard.check(2, step_metrics(0.05, share=0.75))
-    message = str(error.value)
+    first = guard.check(1, step_metrics(0.25))
+    assert first is not None
+    assert "0.25 exceeds rollout.mismatch.max_log_prob_diff_mean (0.1); step 1 in a row of 2" in first.message
+    second = guard.check(2, step_metrics(0.05, share=0.75))
+    assert second is not None and second.severity is Severity.stop
+    message = second.message
     assert "rollout/ratio_outside_share 0.75 exceeds rollout.mismatch.max_ratio_outside_share (0.5)" in message
     assert "rollout/log_prob_diff_mean 0.05, rollout/ratio_outside_share 0.75. It was not trained on" in message
     assert "reward/mean" not in message and "algorithm.rollout_correction.kind=truncated" in message
+    assert second.values == {"rollout/log_prob_diff_mean": 0.05, "rollout/ratio_outside_share": 0.75}
 
 
-def test_without_bounds_nothing_is_asked_of_the_metrics() -> None:
-    assert MismatchGuard([], 1).check(1, {}) is None
+def test_a_run_without_bounds_has_no_guard() -> None:
+    assert MismatchGuard.for_run(ppo_config(*REQUIRED, "algorithm.old_log_probs=rollout")) is None
+    guard = MismatchGuard.for_run(ppo_config(*REQUIRED, "rollout.mismatch.patience=3"))
+    assert guard is not None and guard.patience == 3 and len(guard.bounds) == 2

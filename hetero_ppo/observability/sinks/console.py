@@ -39,7 +39,7 @@ HEADLINES: tuple[tuple[str, str, str], ...] = (
 
 
 class ConsoleSink(MetricsSink):
-    """Prints a record every ``run.log_every`` steps, and always the first and the last step and a record with an evaluation, a note, or a
+    """Prints a record every ``run.log_every`` steps, and always the first and the last step and a record with an evaluation or with a
     value that is not finite."""
 
     def __init__(self, log_every: int, total_steps: int | None) -> None:
@@ -68,7 +68,6 @@ class ConsoleSink(MetricsSink):
         return (
             record.step % self._log_every == 0
             or record.step in (1, self._total_steps)
-            or record.note is not None
             or any(name.startswith("eval/") for name in record.values)
             or bool(non_finite(record.values))
         )
@@ -91,6 +90,4 @@ def console_line(record: StepMetrics, total_steps: int | None = None) -> str:
     bad = non_finite(record.values)
     if bad:
         parts.append("NOT FINITE: " + ", ".join(f"{name} = {text}" for name, text in bad.items()))
-    if record.note:
-        parts.append(record.note)
     return " | ".join(parts)

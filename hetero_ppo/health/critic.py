@@ -1,0 +1,52 @@
+"""Judges a critic before it has learned anything."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Self
+
+from hetero_ppo.config.schema import PpoConfig
+from hetero_ppo.health.check import Finding, HealthCheck, Moment, Severity
+
+#: Share of the returns' variance that the values explain; NaN where all returns are equal.
+EXPLAINED_VARIANCE = "critic/vf_explained_var"
+
+
+class FirstValues(HealthCheck):
+    """Looks at the critic's values of step 1, which no update has touched."""
+
+    rule = "first_values"
+    moment = Moment.after_step
+
+    @classmethod
+    def for_run(cls, config: PpoConfig) -> Self:
+        """Build the check."""
+        return cls()
+
+    def check(self, step: int, metrics: Mapping[str, float]) -> Finding | None:
+        """Describe the values of step 1, and warn of values that are worse than none."""
+        if step != 1:
+            return None
+        explained_variance = metrics[EXPLAINED_VARIANCE]
+        severity = Severity.warning if explained_variance < 0 else Severity.info
+        message = describe_first_values(explained_variance)
+        return Finding(self.rule, severity, message, step, {EXPLAINED_VARIANCE: explained_variance})
+
+
+def describe_first_values(explained_variance: float) -> str:
+    """Return a line on the critic's values of step 1.
+
+    Args:
+        explained_variance: ``critic/vf_explained_var`` of step 1; NaN where all returns are equal.
+    """
+    if math.isnan(explained_variance):
+        return "critic: all returns of step 1 are equal, so nothing can be said of its values"
+    line = f"critic: its values explain {explained_variance:.3g} of the variance of step 1's returns"
+    if explained_variance >= 0:
+        return f"{line} (0: as good as their mean; 1: all of it)"
+    return (
+        f"{line}: advantages are noisier than with no critic at all until it has learned. Start its head at zero "
+        "(critic.model.head_init=zero, with a critic.model.path without a score head), train it alone for some steps "
+        "(algorithm.critic_warmup_steps), or bring the rewards to the scale of its checkpoint's scores (reward.normalise, reward.clip)"
+    )

@@ -1,0 +1,88 @@
+"""Runs the health checks of a run and logs what they find."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from hetero_ppo.health.check import Finding, HealthCheck, Moment, Severity, run_checks
+
+#: Metric: warnings of all checks since the run began. It appears with the first one.
+WARNINGS = "health/warnings"
+
+
+class HealthMonitor:
+    """Holds the checks of a run. A rule's first warning is logged; later ones are counted.
+
+    Every warning is in the record of its step all the same (``take_note``).
+    """
+
+    def __init__(self, checks: Sequence[HealthCheck], log: Callable[[str], None]) -> None:
+        """Take the checks.
+
+        Args:
+            checks: Checks of the run, each rule once.
+            log: Prints a line once for the run.
+        """
+        self._checks = checks
+        self._log = log
+        self._warnings: Counter[str] = Counter()  # rule -> warnings since the run began
+        self._logged: set[str] = set()  # rules whose warning this process has logged
+        self._notes: list[str] = []  # warnings of the step
+
+    def check(self, moment: Moment, step: int, metrics: Mapping[str, float]) -> None:
+        """Judge a step.
+
+        Args:
+            moment: Point of the step that has been reached.
+            step: Step, counted from 1.
+            metrics: Metrics of the step so far, the same on every rank.
+
+        Raises:
+            RunError: A check asks for the end of the run.
+        """
+        for finding in run_checks([check for check in self._checks if check.moment is moment], step, metrics):
+            self._report(finding)
+
+    def _report(self, finding: Finding) -> None:
+        if finding.severity is Severity.info:
+            self._log(finding.message)
+            return
+        self._warnings[finding.rule] += 1
+        self._notes.append(finding.message)
+        if finding.rule not in self._logged:
+            self._logged.add(finding.rule)
+            self._log(f"warning: {finding.message}")
+
+    def take_note(self) -> str | None:
+        """Return the warnings of the step for its record, and forget them; None without any."""
+        note, self._notes = "; ".join(self._notes) or None, []
+        return note
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Number of warnings since the run began; empty without any."""
+        total = self._warnings.total()
+        return {WARNINGS: float(total)} if total else {}
+
+    def log_counts(self) -> None:
+        """Log how often each rule has warned, for rules of which only the first warning was logged."""
+        for rule, count in self._warnings.items():
+            if count > 1:
+                self._log(f"health: {rule} warned {count} times; the notes of metrics.jsonl have every one")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the checks' states and the counts, for a checkpoint."""
+        return {"checks": {check.rule: check.state_dict() for check in self._checks}, "warnings": dict(self._warnings)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from the state of a checkpoint. A check that the checkpoint does not know starts from the beginning.
+
+        Args:
+            state: What ``state_dict`` returned.
+        """
+        for check in self._checks:
+            if check.rule in state["checks"]:
+                check.load_state_dict(state["checks"][check.rule])
+        self._warnings = Counter(state["warnings"])
