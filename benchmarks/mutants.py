@@ -71,7 +71,7 @@ class Mutant:
     new: str
     test: str  # pytest's node id: a file, or file::function
     fast: bool = False  # one of those that run with the suite
-    options: tuple[str, ...] = ()  # options that the edit takes away, as "Class.field" of hetero_ppo/config/schema.py
+    options: tuple[str, ...] = ()  # options that the edit takes away, as "Class.field" of hetero_ppo/config/schema/
 
 
 @dataclass

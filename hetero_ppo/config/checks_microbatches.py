@@ -10,7 +10,6 @@ from hetero_ppo.config.schema import RmConfig, SftConfig, TrainedRoleConfig
 
 def check_micro_batches(config: AnyConfig, world_size: int) -> None:
     for name, role in config_roles(config).items():
-        require(role.micro_batch_size >= 1, f"{name}.micro_batch_size", role.micro_batch_size, "at least 1 sequence")
         budgets = {"micro_batch_tokens": role.micro_batch_tokens}
         if isinstance(role, TrainedRoleConfig):
             budgets["forward_micro_batch_tokens"] = role.forward_micro_batch_tokens

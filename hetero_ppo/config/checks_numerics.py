@@ -1,4 +1,4 @@
-"""Rules about scalar heads, KL clamps and the distribution that log-probs are of, run by ``checks.check_config``."""
+"""Rules about scalar heads and the distribution that log-probs are of, run by ``checks.check_config``."""
 
 from __future__ import annotations
 
@@ -21,12 +21,6 @@ def check_head_init(config: AnyConfig, world_size: int) -> None:
             start and start.value,
             "only the critic of a PPO run and the model of a reward-model run start a head; leave it out",
         )
-
-
-def check_kl_clamp(config: PpoConfig, world_size: int) -> None:
-    """Raise where the bound on a token's KL estimate leaves nothing of it."""
-    clamp = config.algorithm.kl.clamp
-    require(clamp is None or clamp > 0, "algorithm.kl.clamp", clamp, "more than 0 nats, or null for no bound")
 
 
 def check_same_distribution(config: PpoConfig, world_size: int) -> None:

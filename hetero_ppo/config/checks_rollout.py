@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 from hetero_ppo.config.derived import actor_generates, servers_of_nodes
 from hetero_ppo.config.require import require
 from hetero_ppo.config.schema import OldLogProbs, PpoConfig, RolloutEngineKind, SamplingConfig, WeightTransfer
 
 
 def check_sampling(config: PpoConfig, world_size: int) -> None:
-    _check_sampling("rollout.sampling", config.rollout.sampling)
+    _check_stop_texts("rollout.sampling", config.rollout.sampling)
     require(
         config.rollout.sampling.temperature > 0,
         "rollout.sampling.temperature",
@@ -18,32 +16,11 @@ def check_sampling(config: PpoConfig, world_size: int) -> None:
         "PPO samples from the policy and divides the trainer's logits by it, so it is greater than 0; greedy "
         "answers are for rollout.eval_sampling",
     )
-    _check_sampling("rollout.eval_sampling", config.rollout.eval_sampling)
+    _check_stop_texts("rollout.eval_sampling", config.rollout.eval_sampling)
 
 
-def _check_sampling(field: str, sampling: SamplingConfig) -> None:
-    require(sampling.temperature >= 0, f"{field}.temperature", sampling.temperature, "0 (greedy) or more")
-    require(0 < sampling.top_p <= 1, f"{field}.top_p", sampling.top_p, "in (0, 1]; 1 keeps all tokens")
-    require(
-        sampling.top_k == -1 or sampling.top_k >= 1, f"{field}.top_k", sampling.top_k, "-1 (all tokens) or at least 1"
-    )
-    require(sampling.max_tokens >= 1, f"{field}.max_tokens", sampling.max_tokens, "at least 1 response token")
-    for token in sampling.stop_token_ids:
-        require(token >= 0, f"{field}.stop_token_ids", sampling.stop_token_ids, "token ids are not negative")
+def _check_stop_texts(field: str, sampling: SamplingConfig) -> None:
     require(all(sampling.stop), f"{field}.stop", sampling.stop, "an empty text would end every response")
-
-
-def check_rollout_servers(config: PpoConfig, world_size: int) -> None:
-    rollout = config.rollout
-    servers = rollout.num_servers
-    require(servers is None or servers >= 1, "rollout.num_servers", servers, "at least 1, or null for one per rank")
-    for field in ("max_num_seqs", "kv_cache_mib", "tensor_parallel"):
-        require(vars(rollout)[field] >= 1, f"rollout.{field}", vars(rollout)[field], "at least 1")
-    for field in ("start_timeout_s", "request_timeout_s", "sync_timeout_s"):
-        require(vars(rollout)[field] > 0, f"rollout.{field}", vars(rollout)[field], "more than 0 seconds")
-    require(rollout.max_restarts >= 0, "rollout.max_restarts", rollout.max_restarts, "0 or more")
-    share = rollout.gpu_memory_utilization
-    require(0 < share <= 1, "rollout.gpu_memory_utilization", share, "a share of the device, in (0, 1]")
 
 
 def check_weight_transfer(config: PpoConfig, world_size: int) -> None:
@@ -75,7 +52,6 @@ def check_weight_transfer(config: PpoConfig, world_size: int) -> None:
 def check_over_sampling(config: PpoConfig, world_size: int) -> None:
     """Resumed responses have old log-probs of several weights, the engine's alone, and no text of their first part there."""
     factor, field = config.rollout.over_sampling, "rollout.over_sampling"
-    require(1 <= factor < math.inf, field, factor, "a finite number of at least 1; 1 waits for every response")
     fits = {
         "algorithm.old_log_probs=rollout (the log-probs of the weights that sampled)": config.algorithm.old_log_probs
         is OldLogProbs.rollout,

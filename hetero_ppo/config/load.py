@@ -234,6 +234,11 @@ def _strip_optional(hint: Any) -> tuple[Any, bool]:
     return hint, False
 
 
+def is_optional(hint: Any) -> bool:
+    """Return whether a field of this type may be null."""
+    return _strip_optional(hint)[1]
+
+
 def section_class(hint: Any) -> type | None:
     """The dataclass of a section, or None for a plain field."""
     hint, _ = _strip_optional(hint)

@@ -1,6 +1,6 @@
 """What becomes of an option that has another value when a run goes on from a checkpoint.
 
-Every field of every class of ``schema.py`` has one entry in ``TABLE``, in the form that a field's metadata would have: class, name, rule.
+Every field of every class of ``schema/`` has one entry in ``TABLE``, in the form that a field's metadata would have: class, name, rule.
 A section's own entry decides for all fields below it; ``OnResume.section`` leaves the decision to them.
 """
 

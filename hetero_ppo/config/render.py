@@ -1,13 +1,10 @@
-"""A configuration as YAML, each field with the comment that schema.py gives it."""
+"""A configuration as YAML, each field with its documentation, unit and bounds."""
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import inspect
 import os
 from collections.abc import Iterator
-from functools import cache
 from typing import Any, get_type_hints
 
 import yaml
@@ -16,13 +13,14 @@ from omegaconf import OmegaConf
 from hetero_ppo.config import schema
 from hetero_ppo.config.redact import redact
 from hetero_ppo.config.load import DraftConfig, LoadedConfig, enum_choices, item_class, section_class
+from hetero_ppo.config.schema.option import option_of
 
 #: Column of the comments, counted in characters.
 COMMENT_COLUMN = 44
 
 
 def render_yaml(config: LoadedConfig | DraftConfig) -> str:
-    """All fields, defaults included, as YAML that ``load_config`` reads back; units and choices as comments.
+    """Return all fields, defaults included, as YAML that ``load_config`` reads back; choices, documentation, units and bounds are comments.
 
     A draft is shown as it was written: mandatory fields that are missing are ``???``, interpolations stay.
     """
@@ -43,7 +41,7 @@ def _render_section(values: dict[str, Any], section: type, indent: str) -> Itera
     hints = get_type_hints(section)
     for field in dataclasses.fields(section):
         value = values[field.name]
-        comment = _comment(section, field.name, hints[field.name])
+        comment = _comment(field, hints[field.name])
         nested, item = section_class(hints[field.name]), item_class(hints[field.name])
         if isinstance(value, dict) and nested is not None:
             yield _with_comment(f"{indent}{field.name}:", comment)
@@ -61,31 +59,11 @@ def _render_section(values: dict[str, Any], section: type, indent: str) -> Itera
             )
 
 
-def _comment(section: type, name: str, hint: Any) -> str | None:
-    choices = enum_choices(hint)
-    parts = [" | ".join(choices)] if choices else []
-    written = field_comments().get((section.__name__, name))
-    if written is not None:
-        parts.append(written.replace("None", "null"))
-    return "; ".join(parts) if parts else None
+def _comment(field: dataclasses.Field[Any], hint: Any) -> str:
+    choices = " | ".join(enum_choices(hint))
+    text = option_of(field).describe()
+    return f"{choices}; {text}" if choices else text
 
 
-def _with_comment(line: str, comment: str | None) -> str:
-    return f"{line:<{COMMENT_COLUMN}}  # {comment}" if comment else line
-
-
-@cache
-def field_comments() -> dict[tuple[str, str], str]:
-    """(class name, field name) -> the comment on the field's line in schema.py."""
-    source = inspect.getsource(schema)
-    lines = source.splitlines()
-    comments = {}
-    for statement in ast.parse(source).body:
-        if not isinstance(statement, ast.ClassDef):
-            continue
-        for member in statement.body:
-            if isinstance(member, ast.AnnAssign) and isinstance(member.target, ast.Name):
-                _, marker, comment = lines[member.end_lineno - 1].partition("  # ")
-                if marker:
-                    comments[statement.name, member.target.id] = comment.strip()
-    return comments
+def _with_comment(line: str, comment: str) -> str:
+    return f"{line:<{COMMENT_COLUMN}}  # {comment}"

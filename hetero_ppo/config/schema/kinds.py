@@ -1,0 +1,78 @@
+"""Sections of each kind of run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from hetero_ppo.config.schema.algorithm import AlgorithmConfig
+from hetero_ppo.config.schema.data import DataConfig
+from hetero_ppo.config.schema.memory import MemoryConfig
+from hetero_ppo.config.schema.option import option, section
+from hetero_ppo.config.schema.ppo import PipelineConfig, PpoTrainConfig, ResidencyConfig
+from hetero_ppo.config.schema.reward import RewardConfig
+from hetero_ppo.config.schema.roles import RewardRoleConfig, RoleConfig, TrainedRewardConfig, TrainedRoleConfig
+from hetero_ppo.config.schema.rollout import RolloutConfig
+from hetero_ppo.config.schema.run import CheckpointConfig, RunConfig
+from hetero_ppo.config.schema.supervised import RewardModelLossConfig, SupervisedTrainConfig
+
+_KIND = "Kind of run, which chooses the schema"
+_RUN = "Run folder, logging, reproducibility and deadlines"
+_DATA = "Data files and how their rows are read"
+_MEMORY = "Memory of a CUDA device besides tensors, for the memory plan"
+_CHECKPOINT = "Saving, keeping and loading of checkpoints"
+
+
+@dataclass
+class SftConfig:
+    """Supervised fine-tuning of a policy."""
+
+    kind: str = option("sft", _KIND)
+    run: RunConfig = section(RunConfig, _RUN)
+    data: DataConfig = section(DataConfig, _DATA)
+    actor: TrainedRoleConfig = section(TrainedRoleConfig, "Policy that is trained")
+    train: SupervisedTrainConfig = section(SupervisedTrainConfig, "Batching and length")
+    memory: MemoryConfig = section(MemoryConfig, _MEMORY)
+    checkpoint: CheckpointConfig = section(CheckpointConfig, _CHECKPOINT)
+
+
+@dataclass
+class RmConfig:
+    """Training of a reward model on preference pairs."""
+
+    kind: str = option("rm", _KIND)
+    run: RunConfig = section(RunConfig, _RUN)
+    data: DataConfig = section(DataConfig, _DATA)
+    reward: TrainedRewardConfig = section(TrainedRewardConfig, "Reward model that is trained")
+    train: SupervisedTrainConfig = section(SupervisedTrainConfig, "Batching and length")
+    loss: RewardModelLossConfig = section(RewardModelLossConfig, "Loss of preference pairs (Bradley-Terry)")
+    memory: MemoryConfig = section(MemoryConfig, _MEMORY)
+    checkpoint: CheckpointConfig = section(CheckpointConfig, _CHECKPOINT)
+
+
+@dataclass
+class PpoConfig:
+    """Proximal policy optimization from human or programmed feedback."""
+
+    kind: str = option("ppo", _KIND)
+    run: RunConfig = section(RunConfig, _RUN)
+    data: DataConfig = section(DataConfig, _DATA)
+    actor: TrainedRoleConfig = section(TrainedRoleConfig, "Policy that is trained")
+    critic: TrainedRoleConfig = section(TrainedRoleConfig, "Value model")
+    reference: RoleConfig = section(RoleConfig, "Frozen policy that the KL penalty is measured from")
+    reward_model: RewardRoleConfig | None = option(None, "Model that scores responses; null: none")
+    reward_models: list[RewardRoleConfig] = option(
+        [], "Ensemble of models that score responses, in place of reward_model; each has its own layout"
+    )
+    reward: RewardConfig = section(RewardConfig, "Scores of responses, and how they become one")
+    algorithm: AlgorithmConfig = section(AlgorithmConfig, "Objective and batches")
+    rollout: RolloutConfig = section(RolloutConfig, "Engine that answers prompts")
+    train: PpoTrainConfig = section(PpoTrainConfig, "Length, evaluation and records")
+    pipeline: PipelineConfig = section(PipelineConfig, "Forwards of complete responses during the generation of others")
+    residency: ResidencyConfig = section(ResidencyConfig, "Turns of the roles on the device")
+    memory: MemoryConfig = section(MemoryConfig, _MEMORY)
+    checkpoint: CheckpointConfig = section(CheckpointConfig, _CHECKPOINT)
+
+
+#: ``kind`` of a YAML file -> its schema.
+SCHEMAS: dict[str, Any] = {"sft": SftConfig, "rm": RmConfig, "ppo": PpoConfig}

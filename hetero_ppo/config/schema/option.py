@@ -1,0 +1,116 @@
+"""Declare an option with its default, its documentation, its unit and its bounds; and read these back.
+
+All of it lives in the metadata of the dataclass field, so a class that inherits an option inherits its documentation too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+#: Unit of a number that counts or measures nothing: a weight, a factor, a seed.
+PLAIN = "plain number"
+_KEY = "option"
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Numbers that an option may have. A bound that is None does not limit."""
+
+    minimum: float | None = None
+    above: float | None = None
+    maximum: float | None = None
+    below: float | None = None
+    finite: bool = False  # infinity is refused
+    also: tuple[float, ...] = ()  # single numbers beyond the bounds that have a meaning of their own
+
+    def allow(self, value: float) -> bool:
+        """Return whether a number is allowed. NaN is inside no bound."""
+        if value in self.also:
+            return True
+        return (
+            (self.minimum is None or value >= self.minimum)
+            and (self.above is None or value > self.above)
+            and (self.maximum is None or value <= self.maximum)
+            and (self.below is None or value < self.below)
+            and (not self.finite or math.isfinite(value))
+        )
+
+    def describe(self) -> str:
+        """Return the bounds in words, such as "at least 0 and below 1"; an empty text where nothing is limited."""
+        words = (
+            ("at least", self.minimum),
+            ("above", self.above),
+            ("at most", self.maximum),
+            ("below", self.below),
+        )
+        limits = [f"{word} {bound:g}" for word, bound in words if bound is not None]
+        limits += ["finite"] if self.finite else []
+        return " or ".join([" and ".join(limits), *(f"{value:g}" for value in self.also)])
+
+
+@dataclass(frozen=True)
+class Option:
+    """Documentation of one field of the configuration."""
+
+    text: str  # one sentence or noun phrase
+    unit: str | None = None  # of a number; None for everything else
+    bounds: Bounds = Bounds()
+
+    def describe(self) -> str:
+        """Return the documentation with unit and bounds in brackets."""
+        limits = [self.unit] if self.unit not in (None, PLAIN) else []
+        limits += [self.bounds.describe()] if self.bounds.describe() else []
+        return f"{self.text} [{', '.join(limits)}]" if limits else self.text
+
+
+def option(
+    default: Any,
+    text: str,
+    *,
+    unit: str | None = None,
+    minimum: float | None = None,
+    above: float | None = None,
+    maximum: float | None = None,
+    below: float | None = None,
+    finite: bool = False,
+    also: tuple[float, ...] = (),
+) -> Any:
+    """Return the dataclass field of an option.
+
+    Args:
+        default: Value where the user gives none; ``omegaconf.MISSING`` for a mandatory option.
+        text: Documentation, one sentence or noun phrase.
+        unit: Unit of a number, or ``PLAIN``.
+        minimum: Smallest number that is allowed. For a list, bounds apply to each item.
+        above: Number that the value has to exceed.
+        maximum: Largest number that is allowed.
+        below: Number that the value has to stay below.
+        finite: Whether infinity is refused; NaN is refused by every bound.
+        also: Single numbers that are allowed beyond the bounds.
+    """
+    metadata = {_KEY: Option(text, unit, Bounds(minimum, above, maximum, below, finite, also))}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=default.copy, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def section(section_class: type, text: str) -> Any:
+    """Return the dataclass field of a section that is always there, with its defaults.
+
+    Args:
+        section_class: Dataclass of the section.
+        text: Documentation, one sentence or noun phrase.
+    """
+    return dataclasses.field(default_factory=section_class, metadata={_KEY: Option(text)})
+
+
+def option_of(field: dataclasses.Field[Any]) -> Option:
+    """Return the documentation of a field.
+
+    Raises:
+        KeyError: The field was declared without ``option`` or ``section``.
+    """
+    return field.metadata[_KEY]

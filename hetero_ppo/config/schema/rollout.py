@@ -1,0 +1,135 @@
+"""Sections of what answers prompts, and of how closely its log-probs have to agree with the trainer's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hetero_ppo.config.schema.choices import Dtype, RolloutEngineKind, WeightTransfer
+from hetero_ppo.config.schema.option import PLAIN, option, section
+
+
+@dataclass
+class SamplingConfig:
+    """Sampling of responses. Every field is sent to the engine explicitly: no server-side default takes part."""
+
+    temperature: float = option(1.0, "Divisor of the logits; 0 is greedy", unit=PLAIN, minimum=0)
+    top_p: float = option(
+        1.0, "Probability of the likeliest tokens that are kept; 1 keeps all", unit=PLAIN, above=0, maximum=1
+    )
+    top_k: int = option(
+        -1, "Number of likeliest tokens that are kept; -1 keeps all", unit="tokens", minimum=1, also=(-1,)
+    )
+    max_tokens: int = option(128, "Longest response", unit="tokens", minimum=1)
+    ignore_eos: bool = option(False, "Responses do not stop at an end-of-sequence token")
+    stop_token_ids: list[int] = option(
+        [],
+        "Token ids that end a response, besides those of tokenizer, config.json and generation_config.json",
+        unit="token ids",
+        minimum=0,
+    )
+    stop: list[str] = option([], "Texts that end a response; the token that completes one is the last of the response")
+
+
+@dataclass
+class MismatchConfig:
+    """Bounds on the difference between the engine's log-probs and the trainer's over the response tokens of a step."""
+
+    max_log_prob_diff_mean: float | None = option(
+        None, "Largest mean |difference|; null: 1e-3 (fp32), 0.1 (bf16)", unit="nats", minimum=0
+    )
+    max_ratio_outside_share: float | None = option(
+        None,
+        "Largest share of tokens whose ratio lies outside 0.99..1.01; null: 0.01 (fp32), 1 (bf16)",
+        unit="share of tokens",
+        minimum=0,
+    )
+    patience: int = option(
+        1, "Consecutive steps beyond a bound, at the last of which the run stops", unit="PPO steps", minimum=1
+    )
+
+
+@dataclass
+class RolloutConfig:
+    """Engine that answers prompts, its servers, and the transfer of weights to them."""
+
+    engine: RolloutEngineKind = option(RolloutEngineKind.vllm, "Engine that answers prompts")
+    num_servers: int | None = option(
+        None,
+        "Number of vLLM HTTP servers, dealt over the nodes; null: one for every tensor_parallel ranks",
+        unit="servers",
+        minimum=1,
+    )
+    interface: str | None = option(
+        None,
+        "Network interface (eth0) through which nodes reach each other's servers; null: the one towards MASTER_ADDR",
+    )
+    dtype: Dtype | None = option(None, "Dtype of the engine; null: the actor's")
+    max_num_seqs: int = option(
+        64,
+        "Running batch of one server; with engine megatron, of one data-parallel rank of the actor",
+        unit="sequences",
+        minimum=1,
+    )
+    kv_cache_mib: int = option(
+        256,
+        "Key-value cache of one server on a CPU; with engine megatron, it has room for max_num_seqs longest sequences "
+        "instead",
+        unit="MiB",
+        minimum=1,
+    )
+    gpu_memory_utilization: float = option(
+        0.4, "Part of a GPU's memory that a server takes", unit="share of the device", above=0, maximum=1
+    )
+    server_threads: int | None = option(
+        None,
+        "OpenMP threads of one server on a CPU; null: cores / servers, at least 1",
+        unit="threads",
+        minimum=1,
+    )
+    tensor_parallel: int = option(1, "GPUs of one server", unit="GPUs", minimum=1)
+    batch_invariant: bool = option(
+        False,
+        "vLLM on GPUs uses slower kernels whose bits do not depend on the batch (VLLM_BATCH_INVARIANT=1)",
+    )
+    sleep: bool | None = option(None, "The engine frees its device memory while the trainer computes; null: on GPUs")
+    start_timeout_s: float = option(240.0, "Deadline of a server's start", unit="s", above=0)
+    request_timeout_s: float = option(600.0, "Deadline of one request", unit="s", above=0)
+    sync_timeout_s: float = option(120.0, "Deadline of a weight sync", unit="s", above=0)
+    weight_transfer: WeightTransfer = option(WeightTransfer.auto, "Way of the actor's weights into the servers")
+    # Several looks at a server, so that a busy machine restarts none.
+    hang_timeout_s: float | None = option(
+        120.0,
+        "Longest silence of a server that answers nothing, or whose guardian is stopped, after which it is restarted; "
+        "null: for ever",
+        unit="s",
+        minimum=5,
+    )
+    max_restarts: int = option(
+        2, "Restarts of servers that died or hung, before the run stops", unit="restarts of a server", minimum=0
+    )
+    bank: bool = option(
+        True,
+        "Complete responses are stored in <run.dir>/bank, so that a run that is killed does not ask for them again",
+    )
+    verify_sync: bool = option(
+        True,
+        "Every sync compares checksums of the engine's parameters, and its log-probs of a golden prompt",
+    )
+    verify_sync_tolerance: float | None = option(
+        None,
+        "Largest |difference| in log-prob of the golden prompt; null: 1e-3 (fp32), 0.15 (bf16)",
+        unit="nats",
+        minimum=0,
+    )
+    over_sampling: float = option(
+        1.0,
+        "Responses that a step asks for, relative to those that it needs; the rest is aborted and resumed in the next step",
+        unit=PLAIN,
+        minimum=1,
+        finite=True,
+    )
+    mismatch: MismatchConfig = section(
+        MismatchConfig, "Bounds on the difference between the engine's log-probs and the trainer's"
+    )
+    sampling: SamplingConfig = section(SamplingConfig, "Sampling of the responses that are trained on")
+    eval_sampling: SamplingConfig = section(SamplingConfig, "Sampling of held-out answers")
