@@ -78,7 +78,7 @@ def test_config_prints_yaml_that_reads_back_the_same(work: Path, capsys: pytest.
     assert main(["config", "--print", "--config", "ppo.yaml", "actor.optimizer.lr=3e-6", "rollout.dtype=bf16"]) == 0
     printed = capsys.readouterr().out
     assert "lr: 3.0e-06" in printed
-    assert "# sequences per forward on one data-parallel rank" in printed
+    assert "[sequences, at least 1]" in printed
     (work / "again.yaml").write_text(printed)
     assert main(["config", "--print", "--config", "again.yaml"]) == 0
     assert capsys.readouterr().out == printed

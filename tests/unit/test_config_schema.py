@@ -28,7 +28,9 @@ def sections(section: type) -> Iterator[type]:
             yield from sections(inner)
 
 
-ALL_SECTIONS = sorted({found for kind in schema.SCHEMAS.values() for found in sections(kind)}, key=lambda one: one.__name__)
+ALL_SECTIONS = sorted(
+    {found for kind in schema.SCHEMAS.values() for found in sections(kind)}, key=lambda one: one.__name__
+)
 
 
 def options(section: type) -> Iterator[tuple[dataclasses.Field[Any], Any, Option]]:
