@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from hetero_ppo.config.load import AnyConfig
-from hetero_ppo.config.on_resume import OnResume, rule_of
+from hetero_ppo.config.on_resume import rule_of
 from hetero_ppo.config.require import require
+from hetero_ppo.config.schema.option import OnResume
 
 
 def check_allowed_changes(config: AnyConfig, world_size: int) -> None:

@@ -11,10 +11,11 @@ import yaml
 from omegaconf import MISSING
 
 from hetero_ppo.config.load import LoadedConfig, item_class, section_class
-from hetero_ppo.config.on_resume import OnResume, hints_of, is_named, leaves, optional_sections, rule_of
+from hetero_ppo.config.on_resume import hints_of, is_named, leaves, optional_sections, rule_of
 from hetero_ppo.config.redact import redact
 from hetero_ppo.config.render import render_yaml
 from hetero_ppo.config.schema import SCHEMAS
+from hetero_ppo.config.schema.option import OnResume
 
 
 class Presence(Enum):

@@ -12,7 +12,8 @@ import yaml
 
 from hetero_ppo.checkpoint.manager import UNNAMED, checkpoint_folder, complete_checkpoints, read_state, run_id_of
 from hetero_ppo.config.load import LoadedConfig
-from hetero_ppo.config.on_resume import OnResume, is_named
+from hetero_ppo.config.on_resume import is_named
+from hetero_ppo.config.schema.option import OnResume
 from hetero_ppo.observability.records import CONFIG_FILE
 from hetero_ppo.runtime.changes import Change, compare, config_values
 

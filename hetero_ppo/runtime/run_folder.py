@@ -27,8 +27,9 @@ import yaml
 
 from hetero_ppo.checkpoint.manager import complete_checkpoints
 from hetero_ppo.config.load import LoadedConfig
-from hetero_ppo.config.on_resume import OnResume, leaves
+from hetero_ppo.config.on_resume import leaves
 from hetero_ppo.config.schema import SCHEMAS
+from hetero_ppo.config.schema.option import OnResume
 from hetero_ppo.observability.sinks.jsonl import METRICS_FILE
 from hetero_ppo.observability.sinks.weights_and_biases import WANDB_FILE
 from hetero_ppo.observability.records import CONFIG_FILE

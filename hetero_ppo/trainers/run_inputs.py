@@ -9,8 +9,9 @@ from torch import Tensor
 
 from hetero_ppo.config.derived import config_roles, trained_roles
 from hetero_ppo.config.load import AnyConfig
-from hetero_ppo.config.on_resume import OnResume, rule_of
+from hetero_ppo.config.on_resume import rule_of
 from hetero_ppo.config.schema import PpoConfig
+from hetero_ppo.config.schema.option import OnResume
 from hetero_ppo.data.chat_template import TextEncoder
 from hetero_ppo.data.dataset import Dataset, Example
 from hetero_ppo.data.prompts import PromptExample, labels_digest

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import get_type_hints
 
 import pytest
 from omegaconf import OmegaConf
 
-from hetero_ppo.config import schema
 from hetero_ppo.config.checks import check_config, check_paths
 from hetero_ppo.config.derived import chunk_sizes, config_roles, data_parallel_size, derive_ppo, derive_supervised
-from hetero_ppo.config.load import AnyConfig, item_class, load_config, section_class
-from hetero_ppo.config.on_resume import TABLE, OnResume
+from hetero_ppo.config.load import AnyConfig, load_config
 from hetero_ppo.config.schema import RolloutCorrectionKind
 from hetero_ppo.health.mismatch import mismatch_bounds
 from hetero_ppo.runtime.settle import settle
@@ -388,25 +385,3 @@ def test_a_run_of_zero_steps_is_an_error(tmp_path: Path) -> None:
 )
 def test_the_last_chunk_of_several_is_cut(num_responses: int, size: int, expected: list[int]) -> None:
     assert chunk_sizes(num_responses, size) == expected
-
-
-def test_every_option_says_what_becomes_of_it_when_a_run_goes_on() -> None:
-    """A new option needs a rule in ``TABLE`` of config/on_resume.py, and an option that goes takes its rule along."""
-    for section, rules in TABLE.items():
-        hints = get_type_hints(section)
-        assert set(rules) == set(hints), f"{section.__name__}: see hetero_ppo/config/on_resume.py"
-        for name, rule in rules.items():
-            is_section = section_class(hints[name]) is not None or item_class(hints[name]) is not None
-            assert rule is not OnResume.newer and (rule is not OnResume.section or is_section), f"{section.__name__}.{name}"
-
-
-@pytest.mark.parametrize("kind", schema.SCHEMAS)
-def test_every_section_has_its_options_in_the_table(kind: str) -> None:
-    todo = [schema.SCHEMAS[kind]]
-    while todo:
-        section = todo.pop()
-        assert section in TABLE, f"{section.__name__}: see hetero_ppo/config/on_resume.py"
-        for name, hint in get_type_hints(section).items():
-            inner = section_class(hint) or item_class(hint)
-            if inner is not None and TABLE[section][name] is OnResume.section:
-                todo.append(inner)

@@ -14,7 +14,7 @@ from hetero_ppo.config import schema
 from hetero_ppo.config.bounds import check_bounds
 from hetero_ppo.config.load import item_class, load_config, section_class
 from hetero_ppo.config.render import render_yaml
-from hetero_ppo.config.schema.option import PLAIN, Bounds, Option, option_of
+from hetero_ppo.config.schema.option import PLAIN, Bounds, OnResume, Option, option_of
 
 FRAGMENTS = ("of", "see", "as", "what")
 
@@ -88,6 +88,23 @@ def test_each_bound_is_enforced(section: type) -> None:
             text = str(refused.value)
             assert text.startswith(f"{field.name}={values}: allowed: {bounds.describe()}") and option.text in text
             assert (", or null" in text.split("Meaning")[0]) == (type(None) in get_args(hint))
+
+
+@pytest.mark.parametrize("kind", schema.SCHEMAS)
+def test_every_option_has_one_rule_on_resume(kind: str) -> None:
+    """It is in the option's own metadata, or in that of a section which decides for all its fields."""
+
+    def check(section: type) -> None:
+        for field, hint, option in options(section):
+            inner = section_class(hint) or item_class(hint)
+            assert option.resume not in (None, OnResume.newer), (
+                f"{section.__name__}.{field.name}: option(..., resume=...)"
+            )
+            assert inner is not None or option.resume is not OnResume.section, f"{section.__name__}.{field.name}"
+            if option.resume is OnResume.section:
+                check(inner)
+
+    check(schema.SCHEMAS[kind])
 
 
 def test_bounds_in_words() -> None:

@@ -20,8 +20,9 @@ from hetero_ppo.checkpoint.manifest import COMPLETE, look_at_share, write_marker
 from hetero_ppo.config import schema
 from hetero_ppo.config.checks_resume import check_allowed_changes
 from hetero_ppo.config.load import LoadedConfig, item_class, load_config, section_class
-from hetero_ppo.config.on_resume import OnResume, rule_of
+from hetero_ppo.config.on_resume import rule_of
 from hetero_ppo.config.render import save_config
+from hetero_ppo.config.schema.option import OnResume
 from hetero_ppo.runtime.changes import Change, compare, config_values
 from hetero_ppo.runtime.inputs import Input, check_inputs, function_digest
 from hetero_ppo.runtime.resume import DIGESTS_VERSION, Resume, beginning, check_changes, read_resume

@@ -7,30 +7,42 @@ from dataclasses import dataclass
 from omegaconf import MISSING
 
 from hetero_ppo.config.schema.choices import OverlongPrompts
-from hetero_ppo.config.schema.option import option
+from hetero_ppo.config.schema.option import OnResume, option
 
 
 @dataclass
 class DataConfig:
     """Data files, names of their columns, chat template and length limits."""
 
-    train: str = option(MISSING, "Training rows, a .jsonl or .parquet file")
-    eval: str | None = option(None, "Held-out rows in the same format; null: no evaluation")
-    messages_key: str = option("messages", "Column of the conversation")
-    prompt_key: str = option("prompt", "Column of the prompt")
-    completion_key: str = option("completion", "Column of the answer to prompt_key, for SFT rows without messages_key")
-    chosen_key: str = option("chosen", "Column of the better answer")
-    rejected_key: str = option("rejected", "Column of the worse answer")
-    label_key: str = option("label", "Column of the label that functions get")
-    metadata_key: str = option("metadata", "Column of the metadata that functions get")
+    train: str = option(MISSING, "Training rows, a .jsonl or .parquet file", resume=OnResume.content)
+    eval: str | None = option(None, "Held-out rows in the same format; null: no evaluation", resume=OnResume.applied)
+    messages_key: str = option("messages", "Column of the conversation", resume=OnResume.content)
+    prompt_key: str = option("prompt", "Column of the prompt", resume=OnResume.content)
+    completion_key: str = option(
+        "completion", "Column of the answer to prompt_key, for SFT rows without messages_key", resume=OnResume.content
+    )
+    chosen_key: str = option("chosen", "Column of the better answer", resume=OnResume.content)
+    rejected_key: str = option("rejected", "Column of the worse answer", resume=OnResume.content)
+    label_key: str = option("label", "Column of the label that functions get", resume=OnResume.content)
+    metadata_key: str = option("metadata", "Column of the metadata that functions get", resume=OnResume.content)
     tools_key: str = option(
-        "tools", "Column of the tools that messages may call, for the chat template: a list, or its JSON as text"
+        "tools",
+        "Column of the tools that messages may call, for the chat template: a list, or its JSON as text",
+        resume=OnResume.content,
     )
-    chat_template: str | None = option(None, "Jinja file that replaces the chat template of the tokenizer")
+    chat_template: str | None = option(
+        None, "Jinja file that replaces the chat template of the tokenizer", resume=OnResume.content
+    )
     apply_chat_template: bool = option(
-        True, "Rows go through the chat template; false: prompt and answer are tokenised as they stand and concatenated"
+        True,
+        "Rows go through the chat template; false: prompt and answer are tokenised as they stand and concatenated",
+        resume=OnResume.content,
     )
-    max_prompt_tokens: int = option(512, "Longest prompt", unit="tokens", minimum=1)
-    max_sequence_tokens: int = option(1024, "Longest prompt and answer together", unit="tokens", minimum=2)
-    overlong_prompts: OverlongPrompts = option(OverlongPrompts.error, "Treatment of a row that is too long")
-    shuffle: bool = option(True, "Rows come in a new random order in every epoch")
+    max_prompt_tokens: int = option(512, "Longest prompt", unit="tokens", minimum=1, resume=OnResume.content)
+    max_sequence_tokens: int = option(
+        1024, "Longest prompt and answer together", unit="tokens", minimum=2, resume=OnResume.content
+    )
+    overlong_prompts: OverlongPrompts = option(
+        OverlongPrompts.error, "Treatment of a row that is too long", resume=OnResume.content
+    )
+    shuffle: bool = option(True, "Rows come in a new random order in every epoch", resume=OnResume.objective)

@@ -8,7 +8,7 @@ from typing import Any
 from hetero_ppo.config.schema.algorithm import AlgorithmConfig
 from hetero_ppo.config.schema.data import DataConfig
 from hetero_ppo.config.schema.memory import MemoryConfig
-from hetero_ppo.config.schema.option import option, section
+from hetero_ppo.config.schema.option import OnResume, option, section
 from hetero_ppo.config.schema.ppo import PipelineConfig, PpoTrainConfig, ResidencyConfig
 from hetero_ppo.config.schema.reward import RewardConfig
 from hetero_ppo.config.schema.roles import RewardRoleConfig, RoleConfig, TrainedRewardConfig, TrainedRoleConfig
@@ -27,12 +27,12 @@ _CHECKPOINT = "Saving, keeping and loading of checkpoints"
 class SftConfig:
     """Supervised fine-tuning of a policy."""
 
-    kind: str = option("sft", _KIND)
+    kind: str = option("sft", _KIND, resume=OnResume.form)
     run: RunConfig = section(RunConfig, _RUN)
     data: DataConfig = section(DataConfig, _DATA)
     actor: TrainedRoleConfig = section(TrainedRoleConfig, "Policy that is trained")
     train: SupervisedTrainConfig = section(SupervisedTrainConfig, "Batching and length")
-    memory: MemoryConfig = section(MemoryConfig, _MEMORY)
+    memory: MemoryConfig = section(MemoryConfig, _MEMORY, resume=OnResume.operation)
     checkpoint: CheckpointConfig = section(CheckpointConfig, _CHECKPOINT)
 
 
@@ -40,13 +40,13 @@ class SftConfig:
 class RmConfig:
     """Training of a reward model on preference pairs."""
 
-    kind: str = option("rm", _KIND)
+    kind: str = option("rm", _KIND, resume=OnResume.form)
     run: RunConfig = section(RunConfig, _RUN)
     data: DataConfig = section(DataConfig, _DATA)
     reward: TrainedRewardConfig = section(TrainedRewardConfig, "Reward model that is trained")
     train: SupervisedTrainConfig = section(SupervisedTrainConfig, "Batching and length")
     loss: RewardModelLossConfig = section(RewardModelLossConfig, "Loss of preference pairs (Bradley-Terry)")
-    memory: MemoryConfig = section(MemoryConfig, _MEMORY)
+    memory: MemoryConfig = section(MemoryConfig, _MEMORY, resume=OnResume.operation)
     checkpoint: CheckpointConfig = section(CheckpointConfig, _CHECKPOINT)
 
 
@@ -54,23 +54,29 @@ class RmConfig:
 class PpoConfig:
     """Proximal policy optimization from human or programmed feedback."""
 
-    kind: str = option("ppo", _KIND)
+    kind: str = option("ppo", _KIND, resume=OnResume.form)
     run: RunConfig = section(RunConfig, _RUN)
     data: DataConfig = section(DataConfig, _DATA)
     actor: TrainedRoleConfig = section(TrainedRoleConfig, "Policy that is trained")
     critic: TrainedRoleConfig = section(TrainedRoleConfig, "Value model")
     reference: RoleConfig = section(RoleConfig, "Frozen policy that the KL penalty is measured from")
-    reward_model: RewardRoleConfig | None = option(None, "Model that scores responses; null: none")
+    reward_model: RewardRoleConfig | None = option(
+        None, "Model that scores responses; null: none", resume=OnResume.section
+    )
     reward_models: list[RewardRoleConfig] = option(
-        [], "Ensemble of models that score responses, in place of reward_model; each has its own layout"
+        [],
+        "Ensemble of models that score responses, in place of reward_model; each has its own layout",
+        resume=OnResume.section,
     )
     reward: RewardConfig = section(RewardConfig, "Scores of responses, and how they become one")
     algorithm: AlgorithmConfig = section(AlgorithmConfig, "Objective and batches")
     rollout: RolloutConfig = section(RolloutConfig, "Engine that answers prompts")
     train: PpoTrainConfig = section(PpoTrainConfig, "Length, evaluation and records")
-    pipeline: PipelineConfig = section(PipelineConfig, "Forwards of complete responses during the generation of others")
-    residency: ResidencyConfig = section(ResidencyConfig, "Turns of the roles on the device")
-    memory: MemoryConfig = section(MemoryConfig, _MEMORY)
+    pipeline: PipelineConfig = section(
+        PipelineConfig, "Forwards of complete responses during the generation of others", resume=OnResume.operation
+    )
+    residency: ResidencyConfig = section(ResidencyConfig, "Turns of the roles on the device", resume=OnResume.operation)
+    memory: MemoryConfig = section(MemoryConfig, _MEMORY, resume=OnResume.operation)
     checkpoint: CheckpointConfig = section(CheckpointConfig, _CHECKPOINT)
 
 

@@ -1,4 +1,4 @@
-"""Declare an option with its default, its documentation, its unit and its bounds; and read these back.
+"""Declare an option with its default, documentation, unit, bounds and rule on resume; and read these back.
 
 All of it lives in the metadata of the dataclass field, so a class that inherits an option inherits its documentation too.
 """
@@ -8,11 +8,30 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 #: Unit of a number that counts or measures nothing: a weight, a factor, a seed.
 PLAIN = "plain number"
 _KEY = "option"
+
+
+class OnResume(Enum):
+    """What happens to an option whose value is not the checkpoint's when a run resumes."""
+
+    section = "its fields decide"
+    start = "belongs to one start of a run, and is not compared"
+    operation = "applied; it changes how the run works, and no number except by rounding"
+    applied = "applied from the next step on"
+    objective = "refused unless checkpoint.allow_changes names it"
+    form = "refused: the checkpoint is stored in this form"
+    content = "compared by content; where it is found may change"
+    weights = (
+        "frozen role: compared by digest of the weights; trained role: no effect, its weights are the checkpoint's"
+    )
+    dtype = "frozen role: refused unless checkpoint.allow_changes names it; trained role: refused, the checkpoint is stored in this form"
+    no_effect = "no effect: the checkpoint has what it would decide"
+    newer = "newer than the checkpoint, with its default; applied"  # found by comparing; no option declares it
 
 
 @dataclass(frozen=True)
@@ -58,6 +77,7 @@ class Option:
     text: str  # one sentence or noun phrase
     unit: str | None = None  # of a number; None for everything else
     bounds: Bounds = Bounds()
+    resume: OnResume | None = None  # None: the rule of its section decides
 
     def describe(self) -> str:
         """Return the documentation with unit and bounds in brackets."""
@@ -77,6 +97,7 @@ def option(
     below: float | None = None,
     finite: bool = False,
     also: tuple[float, ...] = (),
+    resume: OnResume | None = None,
 ) -> Any:
     """Return the dataclass field of an option.
 
@@ -90,21 +111,23 @@ def option(
         below: Number that the value has to stay below.
         finite: Whether infinity is refused; NaN is refused by every bound.
         also: Single numbers that are allowed beyond the bounds.
+        resume: What happens to another value when a run resumes; None where the rule of its section decides.
     """
-    metadata = {_KEY: Option(text, unit, Bounds(minimum, above, maximum, below, finite, also))}
+    metadata = {_KEY: Option(text, unit, Bounds(minimum, above, maximum, below, finite, also), resume)}
     if isinstance(default, list):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def section(section_class: type, text: str) -> Any:
+def section(section_class: type, text: str, *, resume: OnResume = OnResume.section) -> Any:
     """Return the dataclass field of a section that is always there, with its defaults.
 
     Args:
         section_class: Dataclass of the section.
         text: Documentation, one sentence or noun phrase.
+        resume: What happens to other values when a run resumes.
     """
-    return dataclasses.field(default_factory=section_class, metadata={_KEY: Option(text)})
+    return dataclasses.field(default_factory=section_class, metadata={_KEY: Option(text, resume=resume)})
 
 
 def option_of(field: dataclasses.Field[Any]) -> Option:

@@ -4,39 +4,52 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hetero_ppo.config.schema.option import option
+from hetero_ppo.config.schema.option import OnResume, option
 
 
 @dataclass
 class PpoTrainConfig:
     """Length, evaluation and records of a PPO run."""
 
-    steps: int | None = option(None, "Length of the run; null: epochs decides", unit="PPO steps", minimum=1)
-    epochs: int = option(1, "Passes over the prompts where steps is null", unit="passes", minimum=1)
+    steps: int | None = option(
+        None, "Length of the run; null: epochs decides", unit="PPO steps", minimum=1, resume=OnResume.applied
+    )
+    epochs: int = option(
+        1, "Passes over the prompts where steps is null", unit="passes", minimum=1, resume=OnResume.applied
+    )
     eval_every: int = option(
         0,
         "Interval of evaluations; 0: before the first step and after the last only",
         unit="PPO steps",
         minimum=0,
+        resume=OnResume.operation,
     )
     eval_function: str | None = option(
-        None, "Function that checks a held-out answer, in the form of reward.function; null: none"
+        None,
+        "Function that checks a held-out answer, in the form of reward.function; null: none",
+        resume=OnResume.applied,
     )
     eval_batch: int | None = option(
         None,
         "Answers of one call of eval_function, which then gets lists; null: one",
         unit="answers",
         minimum=1,
+        resume=OnResume.operation,
     )
-    dump_rollouts: bool = option(True, "Rollouts are written to <run.dir>/rollouts/step_*.jsonl")
+    dump_rollouts: bool = option(
+        True, "Rollouts are written to <run.dir>/rollouts/step_*.jsonl", resume=OnResume.operation
+    )
     trace_every: int = option(
         50,
         "Interval of traces in <run.dir>/trace, in addition to the first two steps; 0: none",
         unit="PPO steps",
         minimum=0,
+        resume=OnResume.operation,
     )
     replay_rollouts: str | None = option(
-        None, "Folder of recorded rollouts whose token ids take the place of an engine's; null: an engine answers"
+        None,
+        "Folder of recorded rollouts whose token ids take the place of an engine's; null: an engine answers",
+        resume=OnResume.applied,
     )
 
 
