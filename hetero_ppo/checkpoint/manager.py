@@ -54,23 +54,31 @@ class CheckpointManager:
     """Saves and loads all trained roles and the trainer's state together. In a ``with`` block, which no writing thread survives."""
 
     def __init__(
-        self, run_dir: Path, config: CheckpointConfig, *, timeout_s: float, about: Mapping[str, Any] | None = None
+        self,
+        run_dir: Path,
+        config: CheckpointConfig,
+        world: dist.ProcessGroup,
+        *,
+        timeout_s: float,
+        about: Mapping[str, Any] | None = None,
     ) -> None:
         """
         Args:
             run_dir: of this run, where ``config.yaml`` lies.
             config: what is kept.
+            world: Group of all ranks.
             timeout_s: seconds that a rank waits for its disk.
             about: What every checkpoint says of its run, as JSON: ``run_id``, and more. Checkpoints of other runs are left alone.
         """
         self.run_dir = run_dir
         self.root = run_dir / "checkpoints"
         self.config = config
+        self.world = world
         self.timeout_s = timeout_s
         self.about = {"run_id": UNNAMED, **(about or {})}
         self._pending: PendingSave | None = None
         self._num_bytes = 0  # of this rank's part of the last one
-        self._version = code_version() if dist.get_rank() == 0 else ""
+        self._version = code_version() if world.rank() == 0 else ""
 
     def __enter__(self) -> Self:
         return self
@@ -120,8 +128,8 @@ class CheckpointManager:
         self._num_bytes = sum(engine.checkpoint_bytes for engine in engines.values())
         with self._said_of(step):
             snapshots = self._snapshot(beside, step, engines, {**state, "metrics": dict(metrics)}, files or {})
-            own = _rng_file(beside, dist.get_rank())
-            self._pending = PendingSave.begin(step, folder, beside, snapshots, then, own)
+            own = _rng_file(beside, self.world.rank())
+            self._pending = PendingSave.begin(step, folder, beside, snapshots, then, own, self.world)
         if wait or not self.config.async_save:
             self.finish(wait=True)
 
@@ -141,10 +149,10 @@ class CheckpointManager:
             pending.wait(self.timeout_s)
             for snapshot in pending.snapshots:
                 snapshot.finish()
-            if dist.get_rank() == 0:
+            if self.world.rank() == 0:
                 write_marker(pending.beside, _manifest(pending.beside))
                 self._put_in_place(pending.beside, pending.folder, pending.step)
-        dist.barrier()
+        dist.barrier(self.world)
         self._pending = None
         pending.then()
 
@@ -155,15 +163,15 @@ class CheckpointManager:
             ValueError: it does not.
         """
         needed = torch.tensor([sum(engine.checkpoint_bytes for engine in engines.values())])
-        dist.all_reduce(needed)
-        if dist.get_rank() == 0:
+        dist.all_reduce(needed, group=self.world)
+        if self.world.rank() == 0:
             free = shutil.disk_usage(self.run_dir).free
             if free < int(needed):
                 raise ValueError(
                     f"run.dir is {str(self.run_dir)!r}: a checkpoint takes {int(needed) / 2**30:.3g} GiB and {free / 2**30:.3g} GiB are "
                     f"free there; with checkpoint.keep={self.config.keep} there are up to {self.config.keep + 1} at a time"
                 )
-        dist.barrier()
+        dist.barrier(self.world)
 
     def load(self, load_dir: Path, engines: Mapping[str, TrainEngine], expected: Collection[str]) -> dict[str, Any]:
         """Restore a complete checkpoint of a run folder into the engines. Collective over the world.
@@ -187,8 +195,8 @@ class CheckpointManager:
                 raise ValueError(f"checkpoint {folder} has no role {role!r}: it was written by another kind of run")
             with engine.on_device(grads=True, optimizer=True, phase="load"):
                 engine.load(folder / role)
-        if state["world_size"] == dist.get_world_size():
-            set_random_state(json.loads(_rng_file(folder, dist.get_rank()).read_text()))
+        if state["world_size"] == self.world.size():
+            set_random_state(json.loads(_rng_file(folder, self.world.rank()).read_text()))
         return state
 
     def _snapshot(
@@ -200,17 +208,17 @@ class CheckpointManager:
         files: Mapping[str, str],
     ) -> list[RoleSnapshot]:
         """Copy the roles, and write what is small."""
-        if dist.get_rank() == 0:
+        if self.world.rank() == 0:
             for left_by_a_killed_run in self.root.glob(f"iter_*{BEING_WRITTEN}*"):
                 remove = shutil.rmtree if left_by_a_killed_run.is_dir() else Path.unlink
                 remove(left_by_a_killed_run)
             for name in (*engines, "rng"):
                 (beside / name).mkdir(parents=True)
-        dist.barrier()
+        dist.barrier(self.world)
         snapshots = [engine.save(beside / role) for role, engine in engines.items()]
-        _rng_file(beside, dist.get_rank()).write_text(json.dumps(random_state()))
-        if dist.get_rank() == 0:
-            about = {"step": step, "world_size": dist.get_world_size(), "code_version": self._version}
+        _rng_file(beside, self.world.rank()).write_text(json.dumps(random_state()))
+        if self.world.rank() == 0:
+            about = {"step": step, "world_size": self.world.size(), "code_version": self._version}
             (beside / STATE).write_text(json.dumps({**about, **self.about, **state}, indent=1))
             for name, text in files.items():
                 (beside / name).write_text(text)
@@ -239,11 +247,11 @@ class CheckpointManager:
                 shutil.rmtree(folder)
 
     def _check_contents(self, folder: Path) -> None:
-        if dist.get_rank() == 0 and not has_own_checksum(folder):
+        if self.world.rank() == 0 and not has_own_checksum(folder):
             print(f"checkpoint {folder}: an older version wrote it, without a checksum of its list of files ({COMPLETE})", flush=True)
-        fault = find_fault(folder, dist.get_rank(), dist.get_world_size())
+        fault = find_fault(folder, self.world.rank(), self.world.size())
         worst = torch.tensor([int(fault is not None)])
-        dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+        dist.all_reduce(worst, op=dist.ReduceOp.MAX, group=self.world)
         if fault is not None:
             raise ValueError(_say_damaged(folder, fault))
         if bool(worst):

@@ -31,12 +31,20 @@ class PendingSave:
     snapshots: Sequence[RoleSnapshot]
     then: Callable[[], None]  # called when it is complete
     written: Future[None]
+    world: dist.ProcessGroup  # all ranks
 
     @classmethod
     def begin(
-        cls, step: int, folder: Path, beside: Path, snapshots: Sequence[RoleSnapshot], then: Callable[[], None], own: Path
+        cls,
+        step: int,
+        folder: Path,
+        beside: Path,
+        snapshots: Sequence[RoleSnapshot],
+        then: Callable[[], None],
+        own: Path,
+        world: dist.ProcessGroup,
     ) -> PendingSave:
-        """Start to write, behind the back of the caller.
+        """Start to write in a thread.
 
         Args:
             step: steps done.
@@ -45,24 +53,25 @@ class PendingSave:
             snapshots: of all roles.
             then: called when it is complete.
             own: file of this rank that is written already.
+            world: Group of all ranks.
         """
         written: Future[None] = Future()
 
         def work() -> None:
             try:
-                _write(beside, snapshots, own)
+                _write(beside, snapshots, own, world.rank())
             except BaseException as error:  # noqa: BLE001  raised by whoever asks for the result
                 written.set_exception(error)
             else:
                 written.set_result(None)
 
         threading.Thread(target=work, name="checkpoint", daemon=True).start()
-        return cls(step, folder, beside, snapshots, then, written)
+        return cls(step, folder, beside, snapshots, then, written, world)
 
     def is_written_everywhere(self) -> bool:
         """Whether all ranks have written their files, or failed to. Collective over the world."""
         done = torch.tensor([int(self.written.done())])
-        dist.all_reduce(done, op=dist.ReduceOp.MIN)
+        dist.all_reduce(done, op=dist.ReduceOp.MIN, group=self.world)
         return bool(done)
 
     def wait(self, timeout_s: float) -> None:
@@ -77,7 +86,7 @@ class PendingSave:
             if self.written.done():  # the thread's own
                 raise
             raise RunError(
-                f"phase checkpoint, rank {dist.get_rank()}: the files of step {self.step} are not written below {self.beside} within "
+                f"phase checkpoint, rank {self.world.rank()}: the files of step {self.step} are not written below {self.beside} within "
                 f"{timeout_s / 60:g} min (run.timeout_minutes); the disk does not answer, or is slower than the run saves"
             ) from error
 
@@ -94,7 +103,7 @@ def share_file(beside: Path, rank: int) -> Path:
     return beside.with_name(f"{beside.name}.files_{rank:05d}")
 
 
-def _write(beside: Path, snapshots: Sequence[RoleSnapshot], own: Path) -> None:
+def _write(beside: Path, snapshots: Sequence[RoleSnapshot], own: Path, rank: int) -> None:
     """Write this rank's files, and their sizes and checksums."""
     files = [own]
     for snapshot in snapshots:
@@ -102,4 +111,4 @@ def _write(beside: Path, snapshots: Sequence[RoleSnapshot], own: Path) -> None:
             return  # ``finish`` of the snapshot says why, on all ranks
         files += snapshot.files
     share = {str(path.relative_to(beside)): look_at(path, settle=True) for path in files}
-    share_file(beside, dist.get_rank()).write_text(json.dumps(share))
+    share_file(beside, rank).write_text(json.dumps(share))

@@ -53,7 +53,11 @@ OWN_FILES = OwnFiles()
 class NodeFiles:
     """The ranks of a run; the first one of every node reads. Collective over the world at its beginning."""
 
-    def __init__(self) -> None:
+    def __init__(self, world: dist.ProcessGroup) -> None:
+        """Args:
+        world: Group of all ranks of the run.
+        """
+        self.world = world
         self.local_rank = int(os.environ["LOCAL_RANK"])
         self.local_size = int(os.environ["LOCAL_WORLD_SIZE"])
 
@@ -76,8 +80,8 @@ class NodeFiles:
 
     def _agree(self, own: str) -> str:
         """The folder of this node. One broadcast a node: the first ranks of all nodes tell theirs."""
-        this_node = dist.get_rank() // self.local_size
-        folders = [broadcast_text(own, first) for first in range(0, dist.get_world_size(), self.local_size)]
+        this_node = self.world.rank() // self.local_size
+        folders = [broadcast_text(own, first, self.world) for first in range(0, self.world.size(), self.local_size)]
         return folders[this_node]
 
     def _follow(self, folder: Path, open_files: Callable[[Path], T]) -> T:
@@ -98,9 +102,9 @@ class NodeFiles:
             time.sleep(POLL_S)
 
 
-def node_files() -> Place:
-    """Return the place for the data of a training run on this rank."""
-    return NodeFiles() if dist.is_initialized() and dist.get_world_size() > 1 else OWN_FILES
+def node_files(world: dist.ProcessGroup) -> Place:
+    """Return the place for the data of a training run, whose ranks are ``world``."""
+    return NodeFiles(world) if world.size() > 1 else OWN_FILES
 
 
 def _publish(folder: Path, name: str, text: str) -> None:

@@ -27,10 +27,13 @@ from hetero_ppo.peer_proof import prove_peers
 from megatron_bridge import platform
 
 
-def initialise(timeout_minutes: float) -> None:
+def initialise(timeout_minutes: float) -> dist.ProcessGroup:
     """Join the world that torchrun describes (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT), with a deadline on collectives.
 
     Ranks of one node listen on loopback alone, those of several on the interface that leads to MASTER_ADDR.
+
+    Returns:
+        The group of all ranks.
 
     Raises:
         RuntimeError: not started by torchrun.
@@ -57,6 +60,7 @@ def initialise(timeout_minutes: float) -> None:
     _prove(dist.group.WORLD, "the world")
     # Scratch memory of sequence-parallel all-gathers; the one thing in parallel_state that is not a group.
     parallel_state._set_global_memory_buffer()
+    return dist.group.WORLD
 
 
 def _prove(group: dist.ProcessGroup, name: str) -> None:
@@ -166,6 +170,11 @@ def _embedding_groups(parallel: ParallelConfig, dp: int) -> tuple[dist.ProcessGr
     stride = parallel.tensor * parallel.context * dp  # distance between two stages of one pipeline
     ends = [sorted({first, first + stride * (parallel.pipeline - 1)}) for first in range(stride)]
     return _group(ends), _group([[first] for first in range(stride)])
+
+
+def world_of(groups: ProcessGroupCollection) -> dist.ProcessGroup:
+    """Return the group of all ranks of the run, of which the groups of a role are parts."""
+    return groups.intra_dist_opt
 
 
 def is_last_stage(groups: ProcessGroupCollection) -> bool:

@@ -9,24 +9,24 @@ import torch
 import torch.distributed as dist
 
 
-def broadcast_text(text: str, source: int, group: dist.ProcessGroup | None = None) -> str:
-    """The text of rank ``source`` of the world on every rank of the group. Two collectives.
+def broadcast_text(text: str, source: int, group: dist.ProcessGroup) -> str:
+    """Return the text of one rank on every rank of a group. Two collectives.
 
     Args:
-        text: read on ``source`` alone.
-        source: global rank.
-        group: None: the world.
+        text: The text, read on ``source`` alone.
+        source: Global rank of a member.
+        group: The group.
     """
     raw = text.encode()
     length = torch.tensor([len(raw)])
     dist.broadcast(length, source, group=group)
     data = torch.zeros(int(length), dtype=torch.uint8)
-    if dist.get_rank() == source and raw:
+    if dist.get_global_rank(group, group.rank()) == source and raw:
         data[:] = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
     dist.broadcast(data, source, group=group)
     return bytes(data.tolist()).decode()
 
 
-def broadcast_json(value: Any, source: int, group: dist.ProcessGroup | None = None) -> Any:
-    """As ``broadcast_text``, of a value of lists, objects, strings and numbers. Tuples come as lists."""
+def broadcast_json(value: Any, source: int, group: dist.ProcessGroup) -> Any:
+    """Return a value of one rank as ``broadcast_text`` does: a value of lists, objects, strings and numbers. Tuples come as lists."""
     return json.loads(broadcast_text(json.dumps(value), source, group))

@@ -51,14 +51,16 @@ def is_distributed(names: Collection[str]) -> bool:
 class OptimizerSlices:
     """This rank's part of the state of a role's optimizers, for one save or one load. The constructor is not collective."""
 
-    def __init__(self, optimizers: Sequence[DistributedOptimizer], weights: Mapping[str, Any], *, gathered: bool = False) -> None:
+    def __init__(self, optimizers: Sequence[DistributedOptimizer], weights: Mapping[str, Any], world: dist.ProcessGroup, *, gathered: bool = False) -> None:
         """Describe the state.
 
         Args:
             optimizers: Optimizers of one class of parameters each (dense, expert), with their state.
             weights: Sharded state dict of the model's chunks, which says where each parameter lies in the global model.
+            world: Group of all ranks.
             gathered: Whether to load what an older version wrote (``GATHERED``).
         """
+        self._world = world
         self._gathered = gathered
         self._main_params: list[tuple[torch.nn.Parameter, int, Tensor]] = []  # (parameter, first element, its main parameter)
         places = {entry.data: entry for entry in nested_values(weights) if isinstance(entry, (ShardedTensor, ShardedTensorFactory))}
@@ -112,7 +114,7 @@ class OptimizerSlices:
             part = parameter.detach().view(-1)[start : start + len(main_param)]
             bad = bad or not torch.equal(main_param.detach().to(parameter.dtype), part)
         worst = torch.tensor([int(bad)])
-        dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+        dist.all_reduce(worst, op=dist.ReduceOp.MAX, group=self._world)
         if bool(worst):
             raise ValueError(
                 f"checkpoint {folder} holds main parameters that are not those of its weights: an older version wrote it with "

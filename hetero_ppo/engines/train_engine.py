@@ -23,7 +23,7 @@ from hetero_ppo.algorithms.losses import Loss, add_metric_sums
 from hetero_ppo.algorithms.schedules import lr_at
 from hetero_ppo.config.schema import Dtype, OptimizerConfig, TrainedRoleConfig
 from hetero_ppo.distributed.text import broadcast_text
-from hetero_ppo.distributed.groups import is_last_stage, last_stage_rank
+from hetero_ppo.distributed.groups import is_last_stage, last_stage_rank, world_of
 from hetero_ppo.engines.gradients import Ddp, FirstGradients, clip_divisor, divide_gradients
 from hetero_ppo.engines.microbatches import MicrobatchSize, pair_tokens, split, split_pairs
 from hetero_ppo.engines.model_engine import ModelEngine
@@ -370,7 +370,7 @@ class TrainEngine(ModelEngine):
         weights = self._sharded_weights()
         slices = None
         if self.train_config.optimizer.distributed:
-            slices = OptimizerSlices(self._optimizers, weights, gathered=gathered)
+            slices = OptimizerSlices(self._optimizers, weights, world_of(self.groups), gathered=gathered)
             optimizer = slices.state
         else:
             optimizer = self.optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=self._sharding_metadata)

@@ -301,7 +301,7 @@ class Generation:
         """Of every row the place of its prompt and the weights that made it, from rank 0 to all ranks."""
         origins = [(place, response.weight_version, list(response.earlier)) for _, place, response in fresh]
         if dist.get_world_size() > 1:
-            origins = broadcast_json(origins, 0)
+            origins = broadcast_json(origins, 0, dist.group.WORLD)
         for row, (place, version, earlier) in zip(rows.tolist(), origins, strict=True):
             self._place[row] = place
             self._versions[row] = (version, [(label, count) for label, count in earlier])

@@ -58,6 +58,7 @@ class FunctionReward:
         workers: int | None = None,
         batch: int | None = None,
         concurrency: int | None = None,
+        world: dist.ProcessGroup,
         progress: Callable[[], None] = lambda: None,
     ) -> None:
         """
@@ -70,6 +71,7 @@ class FunctionReward:
             workers: Number of worker processes at most; None: derived.
             batch: Number of responses of a call, which gets lists then; None: one response a call.
             concurrency: Number of calls at once in one worker, of an ``async def`` function; None: derived.
+            world: Group of all ranks; rank 0 has the workers.
             progress: Called on every rank while scores are waited for.
         """
         self.spec = FunctionSpec(spec, field, timeout_s, workers, batch, concurrency)
@@ -77,13 +79,14 @@ class FunctionReward:
         self.last_failure = ""
         self._decode = decode
         self._progress = progress
+        self._world = world
         self._pool: FunctionPool | None = None
         self._counts: Counter[FailureKind] = Counter()
         self._reported: set[FailureKind] = set()
 
     def open(self) -> None:
         """Start the first worker, on rank 0. Returns at once."""
-        if self._pool is None and dist.get_rank() == 0:
+        if self._pool is None and self._world.rank() == 0:
             self._pool = FunctionPool(self.spec, _say)
             weakref.finalize(self, self._pool.close)
             self._pool.open()
@@ -101,8 +104,8 @@ class FunctionReward:
                 check_concurrency(self.spec, self._pool.loaded())
             except ValueError as error:
                 problem = str(error)
-        if dist.get_world_size() > 1:
-            problem = broadcast_json(problem, 0)
+        if self._world.size() > 1:
+            problem = broadcast_json(problem, 0, self._world)
         if problem:
             self.close()
             raise ValueError(problem)
@@ -167,10 +170,10 @@ class FunctionReward:
                     problem, note = self.last_failure, outcome.traceback
         if pending.ticket is not None and problem:
             pending.ticket.cancel()
-        if dist.get_world_size() > 1:
-            problem, self.last_failure = broadcast_json([problem, self.last_failure], 0)
+        if self._world.size() > 1:
+            problem, self.last_failure = broadcast_json([problem, self.last_failure], 0, self._world)
             for tensor in (scores, kinds):
-                dist.broadcast(tensor, 0)
+                dist.broadcast(tensor, 0, group=self._world)
         if problem:
             error = RunError(problem)
             if note:
@@ -195,9 +198,9 @@ class FunctionReward:
                     is_over = pending.ticket.wait(PROGRESS_S, until_failure=self.on_error is RewardErrors.stop)
                 except RunError as error:
                     is_over, problem = True, str(error)
-            if dist.get_world_size() > 1:
+            if self._world.size() > 1:
                 status = torch.tensor([int(is_over)])
-                dist.broadcast(status, 0)
+                dist.broadcast(status, 0, group=self._world)
                 is_over = bool(status)
         return problem
 

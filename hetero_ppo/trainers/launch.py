@@ -89,7 +89,7 @@ def _train(loaded: LoadedConfig, decided: list[str], world_size: int, stop: Stop
             with run.watchdog:
                 _fit(loaded, run)
         except StoppedOnRequest:
-            leave_together()  # torchrun ends a rank that still closes its engine when another one has ended
+            leave_together(run)  # torchrun ends a rank that still closes its engine when another one has ended
             raise
         except RuntimeError as error:
             text = describe_lost_peer(error, run.watchdog.failed_in, loaded.config.run.timeout_minutes)

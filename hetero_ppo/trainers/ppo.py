@@ -52,7 +52,7 @@ class PpoTrainer:
         self.functions = ppo_functions.open_functions(config, run, self.data.encoder)
         re_encoders = ppo_setup.build_re_encoders(config, run, self.data)
         self.functions.check(run)
-        run.check_inputs(text_inputs(config, run.resume, self.data.encoder, self.data.train, re_encoders) + model_inputs(config))
+        run.check_inputs(text_inputs(config, run.resume, self.data.encoder, self.data.train, re_encoders) + model_inputs(config, run.world))
         self.batching = ppo_setup.describe_batching(config, run, self.data)
         self.total_steps = self.batching.total_steps
         self.start = first_step(config.checkpoint, run.dir, self.total_steps)
@@ -109,7 +109,7 @@ class PpoTrainer:
         """The algorithm (Schulman et al. 2017, algorithm 1; Ouyang et al. 2022, section 3.5)."""
         config = self.config
         manager = CheckpointManager(
-            self.run.dir, config.checkpoint, timeout_s=60 * config.run.timeout_minutes, about=self.run.about
+            self.run.dir, config.checkpoint, self.run.world, timeout_s=60 * config.run.timeout_minutes, about=self.run.about
         )
         manager.check_room(self.roles.trained)
         self._resume(manager)

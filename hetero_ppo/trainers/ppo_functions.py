@@ -46,6 +46,7 @@ def open_functions(config: PpoConfig, run: Run, encoder: TextEncoder) -> PpoFunc
         "workers": reward.workers,
         "concurrency": reward.concurrency,
         "progress": run.watchdog.progress,
+        "world": run.world,
     }
     functions = PpoFunctions(
         None

@@ -153,11 +153,11 @@ def load_data(config: PpoConfig, run: Run) -> PpoData:
     encoder = load_text_encoder(config.actor.model, config.data, "actor", run.beginning.begun)
     run.say(encoder.describe_ends())
     run.keep_template(encoder)
-    train = load_prompts(config.data.train, config.data, encoder, node_files())
+    train = load_prompts(config.data.train, config.data, encoder, node_files(run.world))
     run.say(train.report.describe())
     held_out = eval_prompts = None
     if config.data.eval is not None:
-        held_out = load_prompts(config.data.eval, config.data, encoder, node_files())
+        held_out = load_prompts(config.data.eval, config.data, encoder, node_files(run.world))
         run.say(held_out.report.describe())
         eval_prompts = collate_prompts(held_out.examples)
     sampler = ResumableSampler(

@@ -31,13 +31,13 @@ class RewardModelTrainer(SupervisedTrainer):
         encoder = load_text_encoder(config.reward.model, config.data, "reward", run.beginning.begun)
         run.say(encoder.describe_ends())
         run.keep_template(encoder)
-        self.data = load_preferences(config.data.train, config.data, encoder, node_files())
+        self.data = load_preferences(config.data.train, config.data, encoder, node_files(run.world))
         run.say(self.data.report.describe())
         self.held_out: Dataset[PreferenceExample] | None = None
         if config.data.eval is not None:
-            self.held_out = load_preferences(config.data.eval, config.data, encoder, node_files())
+            self.held_out = load_preferences(config.data.eval, config.data, encoder, node_files(run.world))
             run.say(self.held_out.report.describe())
-        run.check_inputs(text_inputs(config, run.resume, encoder, self.data, {}) + model_inputs(config))
+        run.check_inputs(text_inputs(config, run.resume, encoder, self.data, {}) + model_inputs(config, run.world))
         batching = derive_supervised(config, run.world_size, len(self.data))
         run.say(batching.describe())
         engine = build_role(run, "reward", config.reward, lambda role: TrainEngine("reward", role, "score", batching.total_steps))

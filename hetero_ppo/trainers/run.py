@@ -44,8 +44,7 @@ class Run:
     """A run as its trainer sees it."""
 
     dir: Path
-    is_writer: bool  # rank 0: writes files and prints
-    world_size: int
+    world: dist.ProcessGroup  # all ranks
     stop: StopRequests
     watchdog: Watchdog
     beginning: Beginning
@@ -53,6 +52,16 @@ class Run:
     inputs: dict[str, str] = field(default_factory=dict)  # name -> digest of what it is made from; filled by check_inputs
     aligned: dict[str, bool] = field(default_factory=dict)  # role whose ``aligned`` is null -> what it came to; filled by build_role
     changed_inputs: set[str] = field(default_factory=set)  # names of those that are not the checkpoint's, which is allowed
+
+    @property
+    def is_writer(self) -> bool:
+        """True on rank 0, which writes files and prints."""
+        return self.world.rank() == 0
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.world.size()
 
     @property
     def continues_its_folder(self) -> bool:
@@ -100,7 +109,7 @@ class Run:
 
         A run that has done its last step goes on to what follows it.
         """
-        return self.stop.agreed() and step < total_steps
+        return self.stop.agreed(self.world) and step < total_steps
 
     def forget_later_steps(self, step: int, replayed: str | None = None) -> None:
         """Where the run goes on in its folder, remove what that says of steps after ``step``; on one rank, before the next step.
@@ -147,7 +156,7 @@ def start_run(loaded: LoadedConfig, stop: StopRequests, heartbeat: Heartbeat | N
     else:
         check_gpus_are_used()
     kept = set_deterministic(os.environ) if platform.HAS_CUDA and config.deterministic else {}
-    initialise(config.timeout_minutes)
+    world = initialise(config.timeout_minutes)
     with contextlib.ExitStack() as stack:
         stack.callback(end_run)
         threads = _set_threads(config)
@@ -157,14 +166,14 @@ def start_run(loaded: LoadedConfig, stop: StopRequests, heartbeat: Heartbeat | N
         minutes = config.phase_timeout_minutes
         watchdog = Watchdog(
             Path(config.dir),
-            dist.get_rank(),
+            world.rank(),
             None if minutes is None else 60 * minutes,
             on_phase=None if heartbeat is None else heartbeat.note,
         )
         resume = read_resume(loaded)
-        dist.barrier()  # rank 0 may now replace what the others have read
-        said, begun = _claim_folder(loaded, resume, stack)
-        run = Run(Path(config.dir), dist.get_rank() == 0, dist.get_world_size(), stop, watchdog, begun, resume)
+        dist.barrier(world)  # rank 0 may now replace what the others have read
+        said, begun = _claim_folder(loaded, resume, stack, world)
+        run = Run(Path(config.dir), world, stop, watchdog, begun, resume)
         spec = "Transformer Engine (in bf16; in fp32 the local)" if HAS_TRANSFORMER_ENGINE else "local"
         run.say(
             f"{loaded.kind} run in {run.dir}: {run.world_size} rank(s) on {platform.device().type}, "
@@ -178,23 +187,26 @@ def start_run(loaded: LoadedConfig, stop: StopRequests, heartbeat: Heartbeat | N
             run.say("run.heartbeat_timeout_s: nobody looks at heartbeats; scripts/train_*.sh and hetero_ppo.cli.launcher do")
         for line in [*said, *([] if resume is None else [resume.describe()])]:
             run.say(line)
-        dist.barrier()
+        dist.barrier(world)
         yield run
 
 
-def _claim_folder(loaded: LoadedConfig, resume: Resume | None, stack: contextlib.ExitStack) -> tuple[list[str], Beginning]:
+def _claim_folder(
+    loaded: LoadedConfig, resume: Resume | None, stack: contextlib.ExitStack, world: dist.ProcessGroup
+) -> tuple[list[str], Beginning]:
     """Return (what rank 0 did to the folder, in words; which run this is). Collective over the world.
 
     Args:
         loaded: Configuration, which goes into the folder.
         resume: What the run goes on from.
         stack: Holds the folder on rank 0.
+        world: Group of all ranks.
 
     Raises:
         ValueError: On every rank, what rank 0 has found.
     """
     found: dict[str, Any] = {"error": "", "said": [], "run_id": "", "begun": ""}
-    if dist.get_rank() == 0:
+    if world.rank() == 0:
         folder, begun = Path(loaded.config.run.dir), beginning(resume)
         found |= {"run_id": begun.run_id, "begun": begun.begun.isoformat()}
         try:
@@ -204,7 +216,7 @@ def _claim_folder(loaded: LoadedConfig, resume: Resume | None, stack: contextlib
             found["error"] = str(error)
         except OSError as error:
             found["error"] = f"run.dir is {str(folder)!r}: cannot write there ({error.strerror})"
-    found = broadcast_json(found, 0)
+    found = broadcast_json(found, 0, world)
     if found["error"]:
         raise ValueError(found["error"])
     return found["said"], Beginning(found["run_id"], datetime.fromisoformat(found["begun"]))
@@ -238,9 +250,9 @@ def first_step(checkpoint: CheckpointConfig, run_dir: Path, total_steps: int) ->
     return step
 
 
-def leave_together() -> None:
+def leave_together(run: Run) -> None:
     """Wait for all ranks before the end."""
-    dist.barrier()
+    dist.barrier(run.world)
 
 
 def end_run() -> None:

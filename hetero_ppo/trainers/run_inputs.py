@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch.distributed as dist
-from torch import Tensor
 
 from hetero_ppo.config.derived import config_roles, trained_roles
 from hetero_ppo.config.load import AnyConfig
@@ -55,7 +55,7 @@ def text_inputs(
     return inputs
 
 
-def model_inputs(config: AnyConfig) -> list[Input]:
+def model_inputs(config: AnyConfig, world: dist.ProcessGroup) -> list[Input]:
     """Return the weights of frozen roles, and what config.json says of trained ones. Collective over the world.
 
     Each folder is read once, by all ranks together.
@@ -68,13 +68,9 @@ def model_inputs(config: AnyConfig) -> list[Input]:
             inputs.append(Input(f"{field} (config.json)", config_digest(path), (field,)))
             continue
         if path not in digests:
-            digests[path] = model_digest(path, dist.get_rank(), dist.get_world_size(), _sum)
+            digests[path] = model_digest(path, world.rank(), world.size(), partial(dist.all_reduce, group=world))
         inputs.append(Input(f"{field} (weights)", digests[path], (field,)))
     return inputs
-
-
-def _sum(table: Tensor) -> None:
-    dist.all_reduce(table)
 
 
 def _encoder_inputs(template_field: str, role: str, encoder: TextEncoder) -> list[Input]:

@@ -29,13 +29,13 @@ class SftTrainer(SupervisedTrainer):
         encoder = load_text_encoder(config.actor.model, config.data, "actor", run.beginning.begun)
         run.say(encoder.describe_ends())
         run.keep_template(encoder)
-        self.data = load_sft(config.data.train, config.data, encoder, node_files())
+        self.data = load_sft(config.data.train, config.data, encoder, node_files(run.world))
         run.say(self.data.report.describe())
         self.held_out: Dataset[SftExample] | None = None
         if config.data.eval is not None:
-            self.held_out = load_sft(config.data.eval, config.data, encoder, node_files())
+            self.held_out = load_sft(config.data.eval, config.data, encoder, node_files(run.world))
             run.say(self.held_out.report.describe())
-        run.check_inputs(text_inputs(config, run.resume, encoder, self.data, {}) + model_inputs(config))
+        run.check_inputs(text_inputs(config, run.resume, encoder, self.data, {}) + model_inputs(config, run.world))
         batching = derive_supervised(config, run.world_size, len(self.data))
         run.say(batching.describe())
         engine = build_role(run, "actor", config.actor, lambda role: TrainEngine("actor", role, "lm", batching.total_steps))

@@ -77,10 +77,10 @@ class StopRequests:
         """Whether this process was asked to stop."""
         return self._requested_at is not None
 
-    def agreed(self) -> bool:
-        """Whether any rank was asked to stop. Collective over the world, once a step: all ranks stop after the same one."""
+    def agreed(self, world: dist.ProcessGroup) -> bool:
+        """Return whether any rank of the world was asked to stop. Collective, once a step: all ranks stop after the same one."""
         wanted = torch.tensor([int(self.is_requested)])
-        dist.all_reduce(wanted, op=dist.ReduceOp.MAX)
+        dist.all_reduce(wanted, op=dist.ReduceOp.MAX, group=world)
         return bool(wanted)
 
     def honoured(self) -> None:

@@ -83,7 +83,7 @@ class SupervisedTrainer(ABC):
     def fit(self) -> None:
         """Train, evaluate, save, export."""
         manager = CheckpointManager(
-            self.run.dir, self.checkpoint, timeout_s=60 * self.run_config.timeout_minutes, about=self.run.about
+            self.run.dir, self.checkpoint, self.run.world, timeout_s=60 * self.run_config.timeout_minutes, about=self.run.about
         )
         manager.check_room({self.engine.role: self.engine})
         start = first_step(self.checkpoint, self.run.dir, self.total_steps)

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -56,7 +57,7 @@ def weights(engines: dict[str, TrainEngine]) -> list[Tensor]:
 
 def manager_of(run_dir: Path, timeout_s: float = ENOUGH_S, **config: object) -> CheckpointManager:
     (run_dir / "config.yaml").write_text("kind: ppo\n")
-    return CheckpointManager(run_dir, CheckpointConfig(**config), timeout_s=timeout_s)
+    return CheckpointManager(run_dir, CheckpointConfig(**config), dist.group.WORLD, timeout_s=timeout_s)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from bridge_models import save_case
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -109,7 +110,7 @@ def test_no_pickle_of_a_checkpoint_runs(
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     (tmp_path / "config.yaml").write_text("kind: sft\n")
     ran, folder = tmp_path / "ran", tmp_path / "checkpoints" / "iter_0000001"
-    with CheckpointManager(tmp_path, CheckpointConfig(), timeout_s=60.0) as manager:
+    with CheckpointManager(tmp_path, CheckpointConfig(), dist.group.WORLD, timeout_s=60.0) as manager:
         manager.save(1, {"actor": actor}, {}, {}, wait=True)
         plant(folder / "actor", Command(f"touch {ran}"))
         (folder / COMPLETE).unlink()
@@ -126,7 +127,7 @@ def test_a_checkpoint_of_an_older_version_is_loaded_and_said(
 ) -> None:
     (tmp_path / "config.yaml").write_text("kind: sft\n")
     folder = tmp_path / "checkpoints" / "iter_0000001"
-    with CheckpointManager(tmp_path, CheckpointConfig(), timeout_s=60.0) as manager:
+    with CheckpointManager(tmp_path, CheckpointConfig(), dist.group.WORLD, timeout_s=60.0) as manager:
         manager.save(1, {"actor": actor}, {}, {}, wait=True)
         manager.load(tmp_path, {"actor": actor}, ())
         assert "an older version" not in capfd.readouterr().out
@@ -140,7 +141,7 @@ def test_an_export_looks_at_the_contents_first(
 ) -> None:
     """It takes the weights alone, and needs no more of the run than its configuration."""
     (tmp_path / "config.yaml").write_text(f"kind: sft\nrun: {{dir: r}}\ndata: {{train: d}}\nactor: {{model: {{path: {role.model.path}}}}}\n")
-    with CheckpointManager(tmp_path, CheckpointConfig(), timeout_s=60.0) as manager:
+    with CheckpointManager(tmp_path, CheckpointConfig(), dist.group.WORLD, timeout_s=60.0) as manager:
         manager.save(1, {"actor": actor}, {}, {}, wait=True)
     path = tmp_path / "checkpoints" / "iter_0000001" / "actor" / "__0_0.distcp"
     data = bytearray(path.read_bytes())
@@ -165,7 +166,7 @@ def test_honest_checkpoints_of_every_kind_load(tmp_path: Path, case: str, dtype:
     (tmp_path / "config.yaml").write_text("kind: sft\n")
     engine = TrainEngine("actor", config, head, 100)
     before = {name: tensor.clone() for name, tensor in engine.stream_weights()}
-    with CheckpointManager(tmp_path, CheckpointConfig(), timeout_s=60.0) as manager:
+    with CheckpointManager(tmp_path, CheckpointConfig(), dist.group.WORLD, timeout_s=60.0) as manager:
         manager.save(1, {"actor": engine}, {}, {}, wait=True)
         for chunk in engine.models:
             for parameter in chunk.parameters():

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -246,7 +247,7 @@ def test_a_reward_function_scores_while_the_engine_and_the_models_are_at_work(
     made = []
     for overlap in (True, False):
         roles = Roles(model, overlap=overlap)
-        reward = FunctionReward(f"{tmp_path}/reward.py:score", lambda ids: "x" * len(ids), timeout_s=30.0, workers=2)
+        reward = FunctionReward(f"{tmp_path}/reward.py:score", lambda ids: "x" * len(ids), timeout_s=30.0, workers=2, world=dist.group.WORLD)
         roles.maker.judges = Judges(roles.maker.judges.models, reward, RewardConfig(source=RewardSource.mix))
         engine = Paced(recorded)
         let_waves_happen(roles, engine)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
+import torch.distributed as dist
 
 from hetero_ppo.config.load import load_config
 from hetero_ppo.config.schema import ParallelConfig
@@ -42,7 +43,7 @@ def test_a_run_folder_that_cannot_be_written_is_named_with_the_reason(
 ) -> None:
     folder, config = place(tmp_path), tmp_path / "sft.yaml"
     config.write_text(f"kind: sft\nrun: {{dir: {folder}}}\ndata: {{train: a.jsonl}}\nactor: {{model: {{path: m}}}}\n")
-    monkeypatch.setattr(run, "initialise", lambda minutes: None)  # the world is there
+    monkeypatch.setattr(run, "initialise", lambda minutes: dist.group.WORLD)
     monkeypatch.setattr(run, "end_run", lambda: None)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     started = run.start_run(load_config(str(config), ["run.threads=1"]), StopRequests(1.0))
@@ -57,7 +58,7 @@ def test_a_run_starts_with_its_options(deterministic: bool, tmp_path: Path, monk
     monkeypatch.setattr(run, "platform", SimpleNamespace(HAS_CUDA=True, device=lambda: torch.device("cuda")))
     monkeypatch.setattr(run, "check_compiler", lambda: None)
     monkeypatch.setattr(run, "set_deterministic", lambda variables: given.update(deterministic=True) or {})
-    monkeypatch.setattr(run, "initialise", lambda minutes: given.update(minutes=minutes))
+    monkeypatch.setattr(run, "initialise", lambda minutes: given.update(minutes=minutes) or dist.group.WORLD)
     monkeypatch.setattr(run, "end_run", lambda: None)
     monkeypatch.setattr(torch, "set_num_threads", lambda threads: given.update(threads=threads))
     monkeypatch.setattr(run, "Watchdog", lambda folder, rank, timeout_s, **_: given.update(timeout_s=timeout_s))

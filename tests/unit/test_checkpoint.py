@@ -7,10 +7,10 @@ import random
 import re
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy
 import pytest
+from one_rank import ONE_RANK
 import torch
 
 from hetero_ppo.checkpoint import manager as manager_module
@@ -152,12 +152,11 @@ def test_a_save_is_waited_for_where_that_is_asked_for(
 ) -> None:
     """For the one before always, and for itself where nothing follows, or ``async_save`` is false."""
     finished: list[bool] = []
-    monkeypatch.setattr(manager_module, "dist", SimpleNamespace(get_rank=lambda: 0))
     monkeypatch.setattr(manager_module, "_rng_file", lambda folder, rank: {})
     monkeypatch.setattr(manager_module.PendingSave, "begin", lambda *_: None)
     monkeypatch.setattr(CheckpointManager, "_snapshot", lambda *_: [])
     monkeypatch.setattr(CheckpointManager, "finish", lambda self, *, wait: finished.append(wait))
-    saves = CheckpointManager(tmp_path, CheckpointConfig(async_save=is_async), timeout_s=1.0)
+    saves = CheckpointManager(tmp_path, CheckpointConfig(async_save=is_async), ONE_RANK, timeout_s=1.0)
     saves.save(1, {}, {}, {}, wait=wait)
     assert finished == ([True] if is_async and not wait else [True, True])
 
@@ -185,6 +184,6 @@ def test_retention_leaves_checkpoints_of_other_runs_alone(tmp_path: Path, world:
         state.parent.mkdir(parents=True)
         state.write_text(json.dumps({"step": step, "metrics": {}, **about}))
         (state.parent / COMPLETE).touch()
-    manager = CheckpointManager(tmp_path, CheckpointConfig(keep=1), timeout_s=1.0, about=ours)
+    manager = CheckpointManager(tmp_path, CheckpointConfig(keep=1), ONE_RANK, timeout_s=1.0, about=ours)
     manager._retire(10)  # 12 is of this run, before it went back
     assert sorted(complete_checkpoints(tmp_path)) == [2, 6, 10]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from one_rank import ONE_RANK
 from data_fixtures import chatml_encoder, data_config, write_jsonl
 
 from hetero_ppo.data import node_share
@@ -95,7 +96,7 @@ def node_of(num_ranks: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> li
         return own
 
     monkeypatch.setattr(NodeFiles, "_agree", agree)
-    ranks = [NodeFiles() for _ in range(num_ranks)]
+    ranks = [NodeFiles(ONE_RANK) for _ in range(num_ranks)]
     for number, rank in enumerate(ranks):
         rank.local_rank = number
     return ranks

@@ -46,6 +46,14 @@ VLLM_MODULES = (
     "hetero_ppo.rollout.weights.loaded_weights",
     "hetero_ppo.rollout.servers.inherited_socket",
 )
+#: Of torch.distributed: what all members of a group call together.
+COLLECTIVES = {"all_reduce", "all_gather", "all_to_all", "barrier", "broadcast", "gather", "reduce", "reduce_scatter", "scatter"}
+DEFAULT_GROUP_YET = {
+    "hetero_ppo/experience/generation.py",
+    "hetero_ppo/trainers/ppo.py",
+    "hetero_ppo/trainers/ppo_engine.py",
+    "hetero_ppo/trainers/ppo_setup.py",
+}
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 600, 90
 
 MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
@@ -166,6 +174,16 @@ def test_no_global_process_group_accessors(path: Path) -> None:
         assert not (isinstance(call.value, ast.Name) and call.value.id in ("parallel_state", "mpu")), (
             f"{name_of(path)}:{call.lineno}: parallel_state.{call.attr}"
         )
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if name_of(path) not in DEFAULT_GROUP_YET], ids=name_of)
+def test_every_collective_names_its_group(path: Path) -> None:
+    for call in [node for node in ast.walk(tree_of(path)) if isinstance(node, ast.Call)]:
+        function = call.func
+        if not (isinstance(function, ast.Attribute) and isinstance(function.value, ast.Name) and function.value.id == "dist"):
+            continue
+        named = any(keyword.arg == "group" for keyword in call.keywords) or (function.attr == "barrier" and call.args)
+        assert named or function.attr not in COLLECTIVES, f"{name_of(path)}:{call.lineno}: dist.{function.attr} without a group"
 
 
 @pytest.mark.parametrize("path", TYPED, ids=name_of)

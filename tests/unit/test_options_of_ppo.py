@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from one_rank import ONE_RANK
 from data_fixtures import TEXTS, write_jsonl
 
 from hetero_ppo.config.derived import derive_ppo, max_model_len
@@ -36,6 +37,7 @@ class FakeRun:
     dir: Path
     is_writer: bool = True
     world_size: int = 1
+    world: Any = field(default_factory=lambda: ONE_RANK)
     said: list[str] = field(default_factory=list)
     beginning: Any = field(default_factory=lambda: SimpleNamespace(begun=None))
     watchdog: Any = field(default_factory=lambda: SimpleNamespace(progress=None))
@@ -119,7 +121,7 @@ def test_servers_of_several_nodes_meet_over_the_interface(config: PpoConfig, tmp
     monkeypatch.setattr(ppo_nodes, "meet_nodes", lambda *args: (met.append(args), SimpleNamespace(address="10.0.0.1"))[1])
     config.rollout.interface, config.rollout.sync_timeout_s = "eth7", 5.0
     ppo_nodes.meet(config, FakeRun(tmp_path, world_size=2))
-    assert met == [([1, 1], "eth7", "10.0.0.1", 5.0)]
+    assert met == [([1, 1], "eth7", "10.0.0.1", 5.0, ONE_RANK)]
 
 
 @pytest.mark.parametrize("bank", [False, True])
@@ -144,7 +146,7 @@ def test_functions_get_their_options(config: PpoConfig, tmp_path: Path, monkeypa
     config.reward.timeout_s, config.reward.workers, config.reward.concurrency = 7.0, 8, 9
     config.reward.on_error = RewardErrors.exclude
     ppo_functions.open_functions(config, FakeRun(tmp_path), SimpleNamespace(decode="decode"))
-    common = {"timeout_s": 7.0, "workers": 8, "concurrency": 9, "progress": None}
+    common = {"timeout_s": 7.0, "workers": 8, "concurrency": 9, "progress": None, "world": ONE_RANK}
     assert made == [
         (("judge.py:score", "decode"), {"on_error": RewardErrors.exclude, "batch": 5, **common}),
         (("judge.py:check", "decode", "train.eval_function"), {"batch": 6, **common}),

@@ -8,8 +8,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from one_rank import ONE_RANK
 import torch
-import torch.distributed as dist
 
 from hetero_ppo.algorithms.kl import build_kl_controller
 from hetero_ppo.algorithms.rewards import RunningMoments
@@ -34,12 +34,6 @@ def score(prompt, response, label, metadata):
 """
 
 
-@pytest.fixture(autouse=True)
-def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dist, "get_rank", lambda: 0)
-    monkeypatch.setattr(dist, "get_world_size", lambda: 1)
-
-
 def rollout_of(labels: list[object]) -> Rollout:
     """Prompts of two tokens, responses of three."""
     rows = len(labels)
@@ -60,7 +54,7 @@ def rollout_of(labels: list[object]) -> Rollout:
 
 def reward_of(tmp_path: Path, on_error: RewardErrors) -> FunctionReward:
     (tmp_path / "reward.py").write_text(FUNCTION)
-    return FunctionReward(f"{tmp_path}/reward.py:score", lambda ids: "answer", timeout_s=1.0, on_error=on_error)
+    return FunctionReward(f"{tmp_path}/reward.py:score", lambda ids: "answer", timeout_s=1.0, on_error=on_error, world=ONE_RANK)
 
 
 BAD = {

@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy
 import pytest
+from one_rank import ONE_RANK
 import torch
-import torch.distributed as dist
 from unit.test_reward_function import rollout_of
 
 from hetero_ppo.config.schema import RewardErrors
@@ -156,12 +156,6 @@ async def wait(prompt, response, label, metadata):
 TIMEOUT_S = 2.0
 
 
-@pytest.fixture(autouse=True)
-def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dist, "get_rank", lambda: 0)
-    monkeypatch.setattr(dist, "get_world_size", lambda: 1)
-
-
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("functions") / "functions.py"
@@ -170,7 +164,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def reward_of(file: Path, name: str = "score", **options: Any) -> FunctionReward:
-    return FunctionReward(f"{file}:{name}", lambda ids: "answer", **{"timeout_s": TIMEOUT_S, **options})
+    return FunctionReward(f"{file}:{name}", lambda ids: "answer", **{"timeout_s": TIMEOUT_S, "world": ONE_RANK, **options})
 
 
 @pytest.fixture

@@ -56,7 +56,9 @@ class Cluster:
         return sum(self.counts[: self.node])
 
 
-def meet_nodes(counts: list[int], interface: str | None, master: str, timeout_s: float) -> Cluster:
+def meet_nodes(
+    counts: list[int], interface: str | None, master: str, timeout_s: float, world: dist.ProcessGroup
+) -> Cluster:
     """Make the store and tell all ranks. Collective over the world.
 
     Args:
@@ -64,19 +66,20 @@ def meet_nodes(counts: list[int], interface: str | None, master: str, timeout_s:
         interface: see ``network.own_address``.
         master: MASTER_ADDR of the run.
         timeout_s: deadline of the store.
+        world: Group of all ranks.
 
     Raises:
         ValueError: this node has no such address, or some node has one that others cannot reach.
     """
-    rank, ranks_per_node = dist.get_rank(), dist.get_world_size() // len(counts)
+    rank, ranks_per_node = world.rank(), world.size() // len(counts)
     node, address = rank // ranks_per_node, own_address(master, interface)
     store = open_store(address, timeout_s) if rank == 0 else None
     # Over the process group: what is in the store is everybody's to read.
     place = None if store is None else {"host": address, "port": store.port, "secret": new_secret().hex()}
-    place = broadcast_json(place, 0)
+    place = broadcast_json(place, 0, world)
     num_loopback = torch.tensor([int(address.startswith("127."))])
-    dist.all_reduce(num_loopback)
-    if 0 < int(num_loopback) < dist.get_world_size():  # all of them: the "nodes" are one machine
+    dist.all_reduce(num_loopback, group=world)
+    if 0 < int(num_loopback) < world.size():  # all of them: the "nodes" are one machine
         raise ValueError(
             f"rollout.interface: node {node} has the address {address} and rank 0's node {place['host']}; some nodes have a loopback "
             "address, which others do not reach: set MASTER_ADDR to an address of the cluster, or rollout.interface to its interface"
