@@ -32,12 +32,13 @@ def listening() -> set[str]:
 def main() -> None:
     rank = int(os.environ["RANK"])
     os.environ[RUN_KEY] = "of the run"
-    initialise(1.0)
+    world = initialise(1.0)
     total = torch.tensor([rank + 1.0])
-    dist.all_reduce(total)
+    dist.all_reduce(total, group=world)
     assert float(total) == 3.0 and listening() == {"0100007F"}, listening()
     # A fault of one rank's device is known to all, so that all build the same layers.
-    assert self_check._agreed("the fault of rank 1" if rank else None) == "the fault of rank 1" and self_check._agreed(None) is None
+    assert self_check._agreed("the fault of rank 1" if rank else None, world) == "the fault of rank 1"
+    assert self_check._agreed(None, world) is None
     group = groups._group([[0, 1]])
     assert group is not None and group.size() == 2
     if rank == 1:
