@@ -25,6 +25,8 @@ COMMON = [
 setup(
     name="hetero-ppo",
     version="0.1.0",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
     description="RLHF on Megatron-Core: SFT, reward model and PPO with actor and critic taking turns on one GPU group",
     packages=find_packages(include=["hetero_ppo", "hetero_ppo.*", "megatron_bridge", "megatron_bridge.*"]),
     python_requires=">=3.11",

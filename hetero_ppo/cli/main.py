@@ -12,6 +12,7 @@ import argparse
 import gc
 import os
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 from hetero_ppo.cli import config, export, init_model, plan, report, reward_model, tokenizer, train, validate
@@ -26,6 +27,7 @@ SUBCOMMANDS = (config, validate, plan, train, export, report, reward_model, toke
 def build_parser() -> argparse.ArgumentParser:
     """The parser with every subcommand."""
     parser = argparse.ArgumentParser(prog="hetero-ppo", description="SFT, reward model and PPO on Megatron-Core")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {version('hetero-ppo')}")
     parser.add_argument("--traceback", action="store_true", help="show where in the code an input error was raised")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")
     for subcommand in SUBCOMMANDS:

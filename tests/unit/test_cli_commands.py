@@ -299,6 +299,16 @@ def test_our_own_faults_keep_their_traceback(
         main(["--traceback", "config", "--config", str(work / "sft.yaml"), "nope=1"])
 
 
+def test_the_version_is_that_of_setup_and_of_the_citation(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    root = Path(__file__).parents[2]
+    stated = re.search(r'version="([\d.]+)"', (root / "setup.py").read_text())
+    assert ended.value.code == 0 and stated is not None
+    assert capsys.readouterr().out == f"hetero-ppo {stated[1]}\n"
+    assert f"\nversion: {stated[1]}\n" in (root / "CITATION.cff").read_text()
+
+
 def test_every_command_is_there_and_help_imports_nothing_heavy() -> None:
     assert {"config", "validate", "plan", "train", "export", "tokenizer", "init-model", "report"} <= set(
         build_parser().format_help().split()
