@@ -184,7 +184,7 @@ def begin() -> type[Run]:
     """Import what runs need, and become the parent of processes whose own has died."""
     import faults_worker  # noqa: F401
     import hetero_ppo.cli.launcher
-    import hetero_ppo.rollout.engine
+    import hetero_ppo.rollout.vllm
     import hetero_ppo.rollout.megatron
     import hetero_ppo.runtime.heartbeat
     import hetero_ppo.trainers.ppo

@@ -35,9 +35,11 @@ from ppo_step_inputs import SHAPES, Work, our_config, write_config, write_inputs
 
 from hetero_ppo.config.derived import actor_generates
 from hetero_ppo.config.load import load_config
-from hetero_ppo.experience.generation import Generation
+from hetero_ppo.experience.pending_rollout import PendingRollout
 from hetero_ppo.experience.pipeline import Pipeline
 from hetero_ppo.observability.timers import PhaseTimer
+from hetero_ppo.rollout.generator import Capabilities, GenerationRequest, Generator, NullGenerator
+from hetero_ppo.rollout.vllm import VllmGenerator
 from hetero_ppo.trainers.ppo import PpoTrainer
 from hetero_ppo.trainers.run import start_run
 from hetero_ppo.trainers.stopping import StopRequests
@@ -65,12 +67,13 @@ def draw_lengths(kind: str, count: int, longest: int, seed: int) -> list[int]:
     return [max(4, min(longest, round(generator.lognormvariate(mu, sigma)))) for _ in range(count)]
 
 
-class Answered:
-    """Answers that are there already, in the order in which they once were complete: no engine is at work."""
+class Answered(NullGenerator):
+    """Answers that are there already, in the order in which they once were complete: nothing computes them."""
 
-    is_collective = False
+    is_here = True
 
     def __init__(self, rollout: Rollout, n: int) -> None:
+        super().__init__(Capabilities())
         starts, ends = rollout.prompt_lengths.tolist(), rollout.sequence_lengths.tolist()
         self._answers = [
             Response(
@@ -84,7 +87,14 @@ class Answered:
         self._order = sorted(range(rollout.batch_size), key=lambda row: (rollout.chunk_index[row], row))
         self._n = n
 
-    def generate(self, prompts: list[list[int]], sampling: Any, *, on_response: OnResponse, **_: Any) -> list[list[Response]]:
+    def generate(
+        self,
+        request: GenerationRequest,
+        *,
+        on_response: OnResponse | None = None,
+        on_stalled: Callable[[], None] | None = None,
+    ) -> list[list[Response]]:
+        assert on_response is not None
         for row in self._order:
             on_response(row // self._n, row % self._n, self._answers[row])
         return [self._answers[start : start + self._n] for start in range(0, len(self._answers), self._n)]
@@ -92,55 +102,49 @@ class Answered:
 
 @dataclass
 class Bench:
-    """A trainer whose engine is up, and one batch of prompts."""
+    """A trainer whose generator is up, and one batch of prompts."""
 
     trainer: PpoTrainer
     prompts: PromptBatch
     chunk_size: int
 
-    def generation(self, engine: Any, lengths: list[int]) -> Generation:
-        """Started; the device is the engine's."""
+    def started(self, generator: Generator, lengths: list[int]) -> PendingRollout:
+        """Return a rollout that is started; the device is the generator's."""
         self.trainer.turns.wake()
-        return Generation(
-            engine,
-            self.prompts,
-            self.trainer.config.rollout.sampling,
-            n=1,
-            seed=1,
-            version="step0",
-            chunk_size=self.chunk_size,
-            max_tokens=lengths,
-        ).start()
+        request = GenerationRequest(
+            self.prompts, self.trainer.config.rollout.sampling, n=1, seed=1, max_tokens=lengths
+        )
+        return PendingRollout(generator, request, version="step0", chunk_size=self.chunk_size).start()
 
     def generate_alone(self, lengths: list[int]) -> tuple[float, float]:
         """Seconds of the whole generation, and to its first chunk."""
         start = time.perf_counter()
-        generation = self.generation(self.trainer.engine, lengths)
-        generation.next_chunks()
+        pending = self.started(self.trainer.generator, lengths)
+        pending.next_chunks()
         first = time.perf_counter() - start
-        while not generation.finished:
-            generation.next_chunks()
+        while not pending.finished:
+            pending.next_chunks()
         self.trainer.turns.sleep()
-        return generation.seconds, first
+        return pending.seconds, first
 
-    def make(self, engine: Any, lengths: list[int], *, overlap: bool) -> tuple[float, Experience]:
+    def make(self, generator: Generator, lengths: list[int], *, overlap: bool) -> tuple[float, Experience]:
         """Wall seconds of make-experience, and what it made."""
         pipeline = Pipeline(self.trainer.maker, overlap)
         start = time.perf_counter()
-        generation = self.generation(engine, lengths)
-        experience = pipeline.make(generation, PhaseTimer(), when_generated=self.trainer.turns.sleep)
+        pending = self.started(generator, lengths)
+        experience = pipeline.make(pending, PhaseTimer(), when_generated=self.trainer.turns.sleep)
         return time.perf_counter() - start, experience
 
 
 def measure_lengths(bench: Bench, lengths: list[int], rounds: int) -> dict[str, Any]:
     """One distribution of lengths."""
-    engine = bench.trainer.engine
+    generator = bench.trainer.generator
     seconds: dict[str, list[float]] = {name: [] for name in ("generate", "first", "forwards", "serial", "pipelined")}
     rate, identical = [], True
     for index in range(rounds + 1):
         generate, first = bench.generate_alone(lengths)
-        serial, _ = bench.make(engine, lengths, overlap=False)
-        pipelined, made = bench.make(engine, lengths, overlap=True)
+        serial, _ = bench.make(generator, lengths, overlap=False)
+        pipelined, made = bench.make(generator, lengths, overlap=True)
         forwards, again = bench.make(Answered(made.rollout, 1), lengths, overlap=False)
         identical = identical and same_bits(made, again)
         if index == 0:  # warm-up
@@ -214,8 +218,8 @@ def measure_sync(trainer: PpoTrainer, repeats: int) -> dict[str, Any]:
     stats = []
     for step in range(2, repeats + 2):
         trainer.sync_weights(step)
-        assert trainer.engine is not None and trainer.engine.last_sync is not None
-        stats.append(trainer.engine.last_sync)
+        assert isinstance(trainer.generator, VllmGenerator) and trainer.generator.last_sync is not None
+        stats.append(trainer.generator.last_sync)
     source = torch.ones(stats[0].num_bytes, dtype=torch.uint8)
     target = torch.empty_like(source)
     copy_s = median_seconds(lambda: target.copy_(source), repeats)
@@ -223,7 +227,7 @@ def measure_sync(trainer: PpoTrainer, repeats: int) -> dict[str, Any]:
         statistics.median(one.seconds for one in stats),
         statistics.median(one.write_s for one in stats),
         statistics.median(one.checksum_s for one in stats),
-        statistics.median(one.golden_s for one in stats),
+        statistics.median(one.probe_s for one in stats),
         stats[0].num_bytes,
         statistics.median(one.gb_s for one in stats),
         stats[0].num_bytes / copy_s / GB,
@@ -254,7 +258,7 @@ def table(lengths: dict[str, dict[str, Any]], sync: dict[str, Any]) -> str:
     lines.append(
         f"weight sync: {sync['sync_s']:.3f} s for {sync['sync_bytes'] / 2**20:.1f} MiB, {sync['sync_gb_s']:.3f} GB/s (plain copy "
         f"{sync['memcpy_gb_s']:.1f} GB/s); {sync['sync_write_s']:.3f} s of it write and hash, {sync['sync_checksum_s']:.3f} s are the "
-        f"servers' checksums; after it the golden prompt, {sync['sync_golden_s']:.3f} s"
+        f"servers' checksums; after it the probe prompt, {sync['sync_golden_s']:.3f} s"
     )
     return "\n".join(lines)
 

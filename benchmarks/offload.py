@@ -141,7 +141,7 @@ def measure_copies(roles: Roles, repeats: int) -> dict[str, float]:
         device.settle()
         seconds[name].append(time.perf_counter() - start)
 
-    device.engine_turn("idle")
+    device.generator_turn("idle")
     device.settle()
     device.schedule = []
     for _ in range(repeats):
@@ -194,7 +194,7 @@ def measure_leaks(roles: Roles, cycles: int) -> dict[str, float]:
     looks = []
     for _ in range(cycles + 1):
         roles.cycle(1)
-        roles.device.engine_turn("idle")
+        roles.device.generator_turn("idle")
         roles.device.settle()
         gc.collect()
         device, host = roles.device.ledger.look()

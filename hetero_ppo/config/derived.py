@@ -24,7 +24,7 @@ from hetero_ppo.config.schema import (
 #: Responses below which the last chunk of a step is not cut: forwards of fewer rows are slower by the row.
 SMALLEST_CUT = 16
 #: Tokens of the sequence that the engine and the trainer are compared on after every weight sync.
-GOLDEN_TOKENS = 64
+PROBE_TOKENS = 64
 #: How error messages name the number of responses per PPO step.
 RESPONSES_FIELDS = "algorithm.rollout_batch_size x algorithm.samples_per_prompt"
 
@@ -65,7 +65,7 @@ def max_model_len(config: PpoConfig) -> int:
     """Tokens of the longest sequence that the rollout engine is to take, prompt and response together."""
     rollout = config.rollout
     longest = config.data.max_prompt_tokens + max(rollout.sampling.max_tokens, rollout.eval_sampling.max_tokens)
-    return max(longest, GOLDEN_TOKENS + 1)
+    return max(longest, PROBE_TOKENS + 1)
 
 
 def data_parallel_size(role: str, parallel: ParallelConfig, world_size: int) -> int:

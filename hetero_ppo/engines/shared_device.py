@@ -65,8 +65,8 @@ class SharedDevice:
         self.limit = 0  # bytes of the largest turn
         self._in_use = 0
         self._turn: tuple[str, str] | None = None  # (role, phase) that computes
-        self._engine_phase: tuple[str, Mapping[str, frozenset[Kind]]] | None = (
-            None  # the engine computes, and what stays
+        self._generator_phase: tuple[str, Mapping[str, frozenset[Kind]]] | None = (
+            None  # the generator works, and what stays
         )
         self._changed = threading.Condition()
         self._cost = SwitchCost()
@@ -156,11 +156,11 @@ class SharedDevice:
                     self._send_out(residency.blocks)
                     self.settle()
 
-    def engine_turn(self, phase: str, *, ahead: bool = True) -> None:
-        """Before the rollout engine takes its memory: everything leaves but what the schedule keeps there in ``phase``.
+    def generator_turn(self, phase: str, *, ahead: bool = True) -> None:
+        """Move everything off the device but what the schedule keeps there in ``phase``, before the generator takes its memory.
 
         Args:
-            phase: name of the engine's phase.
+            phase: Name of the generator's phase.
             ahead: False: nothing of the next turn comes in, and nothing moves when this returns.
 
         Raises:
@@ -178,7 +178,7 @@ class SharedDevice:
         self.wait_for_room()
         if not ahead:
             self.settle()
-        self._engine_phase = (phase, resident)
+        self._generator_phase = (phase, resident)
 
     def wait_for_room(self) -> None:
         """Stand still until everything that is on its way out has left."""
@@ -220,11 +220,11 @@ class SharedDevice:
         self, resident: Mapping[str, frozenset[Kind]], phase: str, then: Mapping[str, frozenset[Kind]]
     ) -> None:
         """Queue everything that makes ``resident`` true, and after it what the next turn will want."""
-        if self._engine_phase is not None:  # its bytes came in while the engine was at work, or still do
-            for role, kinds in self._engine_phase[1].items():
+        if self._generator_phase is not None:  # its bytes came in while the engine was at work, or still do
+            for role, kinds in self._generator_phase[1].items():
                 self._wait([b for b in self.roles[role].blocks if b.kind in kinds] if role in self.roles else [])
-            self._note_computed(*self._engine_phase)
-            self._engine_phase = None
+            self._note_computed(*self._generator_phase)
+            self._generator_phase = None
         if not self.offload:
             return
         self._raise_limit(resident)

@@ -1,4 +1,4 @@
-"""From chunks of a rollout to an experience, while the engine still generates.
+"""From chunks of a rollout to an experience, while the generator still works.
 
 Forwards of a finished chunk run beside the generation of the next ones. Chunks that are complete when the trainer looks form a
 wave: every role takes one turn in it and runs its forward over each of the wave's chunks. The next wave goes through the roles
@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from hetero_ppo.experience.generation import Generation
 from hetero_ppo.experience.judges import Stage
+from hetero_ppo.experience.pending_rollout import PendingRollout
 from hetero_ppo.experience.stages import ExperienceMaker
 from hetero_ppo.observability.timers import PhaseTimer
 from hetero_ppo.reward.function import PendingScores
@@ -33,7 +33,7 @@ class WaveRecord:
 
     chunks: list[int]
     stages: list[str]  # in the order in which they ran
-    beside_generation: bool  # the engine was still at work when it began
+    beside_generation: bool  # the generator was still at work when it began
 
 
 @dataclass
@@ -45,38 +45,39 @@ class Pipeline:
     waves: list[WaveRecord] = field(default_factory=list)  # of the last ``make``
 
     def make(
-        self, generation: Generation, timer: PhaseTimer, *, when_generated: Callable[[], None] = lambda: None
+        self, pending: PendingRollout, timer: PhaseTimer, *, when_generated: Callable[[], None] = lambda: None
     ) -> Experience:
-        """The experience of a generation that was started. Collective over the world.
+        """Return the experience of a rollout that was started. Collective over the world.
 
         Args:
-            generation: nothing was taken from it.
-            timer: gets ``rollout``, in which the trainer waits for the engine, and ``experience``, with a phase for each stage.
-            when_generated: called once, on every rank, when the engine has answered everything and before the last wave.
+            pending: Rollout of which no chunk was taken yet.
+            timer: Timer that gets ``rollout``, in which the trainer waits for the generator, and ``experience``, with a phase for each
+                stage.
+            when_generated: Function called once, on every rank, when the generator has answered everything and before the last wave.
         """
         stages = self.maker.stages()
-        collected = _Collected(generation, stages)
+        collected = _Collected(pending, stages)
         elsewhere = [(stage, stage.begin) for stage in stages if stage.begin is not None and self.overlap]
         stages = [stage for stage in stages if stage.begin is None or not self.overlap]
-        pending: list[tuple[Stage, Chunk, PendingScores]] = []
+        scores_to_come: list[tuple[Stage, Chunk, PendingScores]] = []
         self.waves = []
         forward_s = 0.0
-        while not generation.finished:
+        while not pending.finished:
             with timer.phase("rollout"):
-                chunks = generation.next_chunks(wait_for_all=not self.overlap)
-                if generation.finished:
+                chunks = pending.next_chunks(wait_for_all=not self.overlap)
+                if pending.finished:
                     when_generated()
             start = time.perf_counter()
             with timer.phase("experience"):
-                pending += [(stage, chunk, begin(chunk.rollout)) for chunk in chunks for stage, begin in elsewhere]
-                self._run_wave(stages, chunks, collected, timer, is_last=generation.finished)
+                scores_to_come += [(stage, chunk, begin(chunk.rollout)) for chunk in chunks for stage, begin in elsewhere]
+                self._run_wave(stages, chunks, collected, timer, is_last=pending.finished)
             forward_s += time.perf_counter() - start
-        for stage, chunk, scores in pending:
+        for stage, chunk, scores in scores_to_come:
             with timer.phase("experience"), timer.phase(stage.name):
                 collected.take(stage, chunk, scores.result())
         with timer.phase("experience"), timer.phase("advantages"):
-            experience = self.maker.assemble(generation.rollout(), collected.tensors)
-        experience.metrics.update(self._metrics(generation, forward_s))
+            experience = self.maker.assemble(pending.rollout(), collected.tensors)
+        experience.metrics.update(self._metrics(pending, forward_s))
         return experience
 
     def _run_wave(
@@ -102,24 +103,24 @@ class Pipeline:
             then = None if is_last else []
         return stage.role.on_device(phase=stage.name, then=then)
 
-    def _metrics(self, generation: Generation, forward_s: float) -> dict[str, float]:
+    def _metrics(self, pending: PendingRollout, forward_s: float) -> dict[str, float]:
         beside = [wave for wave in self.waves if wave.beside_generation]
         return {
-            "rollout/generate_s": generation.seconds,
+            "rollout/generate_s": pending.seconds,
             "pipeline/forwards_s": forward_s,
             "pipeline/num_chunks": float(sum(len(wave.chunks) for wave in self.waves)),
             "pipeline/num_waves": float(len(self.waves)),
             "pipeline/chunks_beside_generation": float(sum(len(wave.chunks) for wave in beside)),
-            **generation.metrics(),
+            **pending.metrics(),
         }
 
 
 class _Collected:
     """What the stages gave, chunk by chunk, in tensors of the whole rollout: [B, T] or [B] float32."""
 
-    def __init__(self, generation: Generation, stages: Sequence[Stage]) -> None:
-        self._num_rows = generation.num_rows
-        self._width = generation.max_columns
+    def __init__(self, pending: PendingRollout, stages: Sequence[Stage]) -> None:
+        self._num_rows = pending.num_rows
+        self._width = pending.max_columns
         self._num_columns = 1
         self._tensors: dict[str, Tensor] = {
             stage.name: torch.zeros((self._num_rows, self._width) if stage.per_token else (self._num_rows,))

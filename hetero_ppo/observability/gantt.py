@@ -8,15 +8,15 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from hetero_ppo.observability.figures import COLOURS, GREY, INK, STYLE, svg_text
-from hetero_ppo.observability.trace import ENGINE, TRAINER, WAIT, WAIT_FOR_ENGINE, Span, StepTrace
+from hetero_ppo.observability.trace import GENERATOR, TRAINER, WAIT, WAIT_FOR_GENERATOR, Span, StepTrace
 from hetero_ppo.step.roles import GENERATOR_COLOUR, ROLE_SECTIONS, WAIT_COLOUR
 
 LANE_COLOURS = {
     TRAINER: GREY,
     **{name: COLOURS[section.colour] for name, section in ROLE_SECTIONS.items()},
-    ENGINE: COLOURS[GENERATOR_COLOUR],
+    GENERATOR: COLOURS[GENERATOR_COLOUR],
 }
-WAIT_COLOURS = {WAIT: COLOURS[WAIT_COLOUR], WAIT_FOR_ENGINE: "#f4d9c6"}
+WAIT_COLOURS = {WAIT: COLOURS[WAIT_COLOUR], WAIT_FOR_GENERATOR: "#f4d9c6"}
 
 WIDTH = 10.5  # inches
 BAR = 0.76  # of a row's height
@@ -57,7 +57,7 @@ def draw_gantt(trace: StepTrace) -> Figure:
     axes.set_xlim(0, trace.seconds * scale)
     axes.grid(axis="y", visible=False)
     kinds = [
-        Patch(color=WAIT_COLOURS[WAIT_FOR_ENGINE], label="the trainer waits for the engine"),
+        Patch(color=WAIT_COLOURS[WAIT_FOR_GENERATOR], label="the trainer waits for the generator"),
         Patch(color=WAIT_COLOURS[WAIT], label="the computation waits for copies"),
         Patch(color=INK, alpha=0.6, label="optimizer step, inside a turn"),
     ]

@@ -1,6 +1,6 @@
 """What ran when in a step: spans on lanes, written in Chrome's trace event format, which Perfetto and chrome://tracing open.
 
-A lane is a thing that can be busy or idle: the rollout engine, a role, a copy direction, the trainer. Source of the format:
+A lane is a thing that can be busy or idle: the generator, a role, a copy direction, the trainer. Source of the format:
 "Trace Event Format", Google, complete ("X") and metadata ("M") events; times are microseconds since the step began.
 """
 
@@ -22,17 +22,17 @@ from hetero_ppo.step.roles import ROLE_SECTIONS
 
 Args = dict[str, int | str]
 
-TRAINER, ENGINE, COPY_IN, COPY_OUT = "trainer", "engine", "copy in", "copy out"
+TRAINER, GENERATOR, COPY_IN, COPY_OUT = "trainer", "generator", "copy in", "copy out"
 #: Lanes from top to bottom; those that a step did not use are left out.
-LANES = (TRAINER, ENGINE, *ROLE_SECTIONS, COPY_IN, COPY_OUT)
+LANES = (TRAINER, GENERATOR, *ROLE_SECTIONS, COPY_IN, COPY_OUT)
 
 TRACE_FOLDER = "trace"
 
 #: On the trainer's lane: the computation stood still.
 WAIT = "wait for copies"
-WAIT_FOR_ENGINE = "wait for the engine"
+WAIT_FOR_GENERATOR = "wait for the generator"
 #: Spans in which their lane stands still.
-WAITS = frozenset({WAIT, WAIT_FOR_ENGINE})
+WAITS = frozenset({WAIT, WAIT_FOR_GENERATOR})
 
 #: Blocks of one role and kind that follow each other on a copy lane within this become one span: hundreds of small tensors
 #: would make the file large and the picture grey. The gaps count as busy.

@@ -1,4 +1,4 @@
 """What answers prompts: vLLM servers, the actor's own decoder, or recorded rollouts.
 
-Start at ``engine.py``. ``servers/`` starts and supervises vLLM, ``weights/`` hands it new weights.
+Start at ``generator.py``. ``servers/`` starts and supervises vLLM, ``weights/`` hands it new weights.
 """

@@ -1,7 +1,7 @@
-"""Rollouts on disk, one JSON line per response, and an engine that answers from them.
+"""Rollouts on disk, one JSON line per response, and a generator that answers from them.
 
 ``<dir>/step_<number>.jsonl``. Replaying fixes the token ids of a run, so that two runs that differ in their parallel layout can be
-compared number by number, and a step can be repeated without an engine.
+compared number by number, and a step can be repeated without a model that answers.
 """
 
 from __future__ import annotations
@@ -9,18 +9,17 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from torch import Tensor
 
-from hetero_ppo.config.schema import SamplingConfig
 from hetero_ppo.disk import writing
 from hetero_ppo.observability.json_text import json_text
-from hetero_ppo.rollout.weights.weight_sync import SyncStats
+from hetero_ppo.rollout.checks import check_resumption
+from hetero_ppo.rollout.generator import Capabilities, GenerationRequest, Generator
 from hetero_ppo.types import OnResponse, Response, Rollout
 
 FILE_NAME = re.compile(r"step_(\d+)\.jsonl")
@@ -176,18 +175,18 @@ def recorded_steps(directory: Path) -> list[int]:
     return steps
 
 
-class ReplayEngine:
-    """Answers as a recorded run did. Same interface as ``VllmEngine``; it holds no weights.
-
-    Each ``generate`` call answers from the next recorded step.
+class ReplayGenerator(Generator):
+    """Answers as a recorded run did. It holds no weights. Each ``generate`` call answers from the next recorded step.
 
     Args:
-        directory: of the ``step_*.jsonl`` files.
-        first_step: recorded step that the first call answers from; None: the first there is.
+        directory: Folder of the ``step_*.jsonl`` files.
+        first_step: Recorded step that the first call answers from; None: the first there is.
 
     Raises:
-        ValueError: there is no such file.
+        ValueError: There is no such file.
     """
+
+    capabilities = Capabilities(is_recorded=True)
 
     def __init__(self, directory: Path, first_step: int | None = None):
         self.directory = directory
@@ -197,49 +196,24 @@ class ReplayEngine:
                 f"{directory}: step {first_step} was not recorded; there are steps {steps[0]} to {steps[-1]}"
             )
         self._steps = [step for step in steps if first_step is None or step >= first_step]
-        self.version: str | None = None
-        self.last_sync: SyncStats | None = None  # none ever takes place
-        self.is_collective = False
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def start(self) -> None:
-        """Nothing to start."""
-
-    def close(self) -> None:
-        """Nothing to end."""
-
-    def sleep(self) -> None:
-        """Nothing to give back."""
-
-    def wake(self, *, weights_only: bool = False) -> None:
-        """Nothing to take."""
 
     def generate(
         self,
-        prompts: list[list[int]],
-        sampling: SamplingConfig,
+        request: GenerationRequest,
         *,
-        n: int,
-        seed: int,
-        max_tokens: list[int] | None = None,
         on_response: OnResponse | None = None,
-        show_progress: bool = False,
+        on_stalled: Callable[[], None] | None = None,
     ) -> list[list[Response]]:
-        """The recorded responses of these prompts, in their order. ``seed`` and ``show_progress`` play no part.
+        """Return the recorded responses of these prompts, in their order. The request's seed plays no part.
 
-        ``on_response`` is told of them in the order of the recorded chunks, so that the same chunks come of it.
+        ``on_response`` is called in the order of the recorded chunks, so that the rollout has the same chunks.
 
         Raises:
-            ValueError: no recorded step is left, a prompt has fewer than n recorded responses, or a response is longer than
-                ``sampling.max_tokens``.
+            ValueError: No recorded step is left, a prompt has fewer than n recorded responses, or a response is longer than the request
+                allows.
         """
+        check_resumption(request, self.capabilities)
+        prompts, n = request.prompts.prompt_ids, request.n
         if not self._steps:
             raise ValueError(
                 f"{self.directory}: every recorded step has been replayed; the run has more steps than the record"
@@ -252,7 +226,7 @@ class ReplayEngine:
             )
             by_prompt.setdefault(tuple(record.prompt_ids), []).append((response, record.chunk))
         answers = []
-        told: list[tuple[int, int, int, Response]] = []  # (chunk, prompt, sample, response)
+        in_chunks: list[tuple[int, int, int, Response]] = []  # (chunk, prompt, sample, response)
         for row, prompt in enumerate(prompts):
             recorded = by_prompt.get(tuple(prompt), [])
             if len(recorded) < n:
@@ -262,19 +236,16 @@ class ReplayEngine:
                 )
             taken = [recorded.pop(0) for _ in range(n)]
             answers.append([response for response, _ in taken])
-            told += [(chunk, row, sample, response) for sample, (response, chunk) in enumerate(taken)]
+            in_chunks += [(chunk, row, sample, response) for sample, (response, chunk) in enumerate(taken)]
             longest = max(len(response.token_ids) for response in answers[-1])
-            limit = sampling.max_tokens if max_tokens is None else max_tokens[row]
+            limit = request.limit_of(row)
             if longest > limit:
                 raise ValueError(f"{path}: a recorded response has {longest} tokens, sampling.max_tokens is {limit}")
         self._steps.pop(0)
         if on_response is not None:
-            for _, row, sample, response in sorted(told, key=lambda one: one[:3]):
+            for _, row, sample, response in sorted(in_chunks, key=lambda one: one[:3]):
                 on_response(row, sample, response)
         return answers
 
     def sync_weights(self, tensors: Iterator[tuple[str, Tensor]], version: str) -> None:
-        """Reads the stream to its end (making it is a collective operation of the ranks) and drops it."""
-        for _ in tensors:
-            pass
-        self.version = version
+        """Do nothing: recorded responses have the versions that they were recorded with. The tensors are not read, on any rank."""

@@ -1,4 +1,4 @@
-"""The requests of one ``generate`` call: sent, told of as they complete, and aborted when enough of them have."""
+"""The servers' requests of one ``generate`` call: sent, reported as they complete, and aborted when enough of them have."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import hashlib
 import itertools
 from dataclasses import dataclass, field
 
-from hetero_ppo.config.schema import SamplingConfig
+from hetero_ppo.rollout.generator import GenerationRequest
 from hetero_ppo.rollout.partial import ABORTED, continued
 from hetero_ppo.rollout.servers.client import ServerClient, ServerDied
 from hetero_ppo.rollout.servers.pool import Member, ServerPool, gather_all
@@ -20,40 +20,28 @@ _calls = itertools.count()
 
 
 def response_seed(seed: int, prompt: int, sample: int) -> int:
-    """Seed of one response, in [0, 2^63): the same whichever server takes it, and whatever else is in the batch."""
+    """Return the seed of one response, in [0, 2^63): the same whichever server takes it, and whatever else is in the batch."""
     digest = hashlib.blake2b(f"{seed}/{prompt}/{sample}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 @dataclass
 class Requests:
-    """All methods run on the pool's event loop.
+    """One request to the generator as requests to its servers. All methods run on the pool's event loop.
 
     Args:
-        pool: takes the requests.
-        prompts: token ids.
-        sampling: how to sample.
-        limits: response tokens of each prompt, with what was begun.
-        stop: token ids that end a response.
-        n: responses per prompt.
-        seed: of the call.
-        timeout_s: of one request.
-        begun: for each response (prompt * n + sample) what there is of it already, or None; ``[]``: nothing was begun.
-        wanted: complete responses after which the others are aborted; None: all.
-        tell: called with (prompt, sample, response) for every complete one, the first ``wanted`` alone.
+        pool: Servers that take the requests.
+        request: Prompts, and how to answer them.
+        stop: Token ids that end a response.
+        timeout_s: Seconds that one request may take.
+        on_response: Called for every complete response, the first ``num_rows`` alone.
     """
 
     pool: ServerPool
-    prompts: list[list[int]]
-    sampling: SamplingConfig
-    limits: list[int]
+    request: GenerationRequest
     stop: list[int]
-    n: int
-    seed: int
     timeout_s: float
-    tell: OnResponse
-    begun: list[Response | None] = field(default_factory=list)
-    wanted: int | None = None
+    on_response: OnResponse | None = None
     _num_complete: int = 0
     _open: int = 0  # responses that are still awaited
     _call: int = field(default_factory=lambda: next(_calls))
@@ -61,34 +49,37 @@ class Requests:
     _enough: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def run(self) -> list[list[Response]]:
-        """For each prompt its n responses; those that are not complete end with ``abort``."""
-        pairs = [(prompt, sample) for prompt in range(len(self.prompts)) for sample in range(self.n)]
-        calls = [self._one(prompt, sample) for prompt, sample in pairs]
+        """Return for each prompt its n responses; those that are not complete end with ``abort``."""
+        n = self.request.n
+        calls = [self._one(place) for place in range(self.request.num_places)]
         self._open = len(calls)
         flat = await gather_all([*calls, self._abort_the_rest()])
-        return [flat[i * self.n : (i + 1) * self.n] for i in range(len(self.prompts))]
+        return [flat[i * n : (i + 1) * n] for i in range(len(self.request.prompts))]
 
-    async def _one(self, prompt: int, sample: int) -> Response:
-        begun = self.begun[prompt * self.n + sample] if self.begun else None
-        if begun is not None and begun.finish_reason != ABORTED:
-            response = begun  # it was complete too late for the last call
+    async def _one(self, place: int) -> Response:
+        partial = self.request.partial[place] if self.request.partial is not None else None
+        prompt, sample = divmod(place, self.request.n)
+        if partial is not None and partial.finish_reason != ABORTED:
+            response = partial  # it was complete too late for the last request
         else:
-            made = begun.token_ids if begun is not None else []
+            made = partial.token_ids if partial is not None else []
             response = await self._generate(prompt, sample, made)
-            if begun is not None:
-                response = continued(begun, response)
+            if partial is not None:
+                response = continued(partial, response)
         if response.finish_reason != ABORTED and not self._enough.is_set():
             self._num_complete += 1
-            self.tell(prompt, sample, response)
-            if self._num_complete == (self.wanted or len(self.prompts) * self.n):
+            if self.on_response is not None:
+                self.on_response(prompt, sample, response)
+            if self._num_complete == self.request.num_rows:
                 self._enough.set()
         self._open -= 1
         return response
 
     async def _generate(self, prompt: int, sample: int, made: list[int]) -> Response:
         request_id = f"{self._call}-{prompt}-{sample}"
-        seed = response_seed(self.seed, prompt, sample)
-        limit = self.limits[prompt] - len(made)
+        token_ids = self.request.prompts.prompt_ids[prompt] + made
+        seed = response_seed(self.request.seed, prompt, sample)
+        limit = self.request.limit_of(prompt) - len(made)
 
         async def send(client: ServerClient, member: Member) -> Response:
             if self._enough.is_set():
@@ -96,7 +87,7 @@ class Requests:
             self._sent[request_id] = member
             try:
                 return await client.generate(
-                    self.prompts[prompt] + made, self.sampling, limit, self.stop, seed, self.timeout_s, request_id
+                    token_ids, self.request.sampling, limit, self.stop, seed, self.timeout_s, request_id
                 )
             finally:
                 del self._sent[request_id]

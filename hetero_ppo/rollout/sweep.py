@@ -1,4 +1,4 @@
-"""Finds the batch at which an engine generates as fast as it ever does, by measuring it."""
+"""Finds the smallest batch at which a generator is as fast as it can be, by measuring it."""
 
 from __future__ import annotations
 
@@ -7,22 +7,14 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 from hetero_ppo.config.schema import SamplingConfig
-from hetero_ppo.types import Response
+from hetero_ppo.rollout.generator import GenerationRequest, Generator
+from hetero_ppo.types import PromptBatch
 
 FIRST_BATCH = 8
 NUM_TOKENS = 32  # of every response: long enough that prefills do not decide, short enough for a few rounds
 NUM_ROUNDS = 3  # of each batch; the median counts
-
-
-class SweptEngine(Protocol):
-    """What a rollout engine offers here."""
-
-    def generate(
-        self, prompts: list[list[int]], sampling: SamplingConfig, *, n: int, seed: int
-    ) -> list[list[Response]]: ...
 
 
 @dataclass(frozen=True)
@@ -55,8 +47,8 @@ def batches(largest: int) -> list[int]:
 
 
 def find_running_batch(
-    engine: SweptEngine,
-    prompts: list[list[int]],
+    generator: Generator,
+    prompts: PromptBatch,
     sampling: SamplingConfig,
     *,
     largest: int,
@@ -64,19 +56,19 @@ def find_running_batch(
     share: float = 0.95,
     clock: Callable[[], float] = time.perf_counter,
 ) -> SweepResult:
-    """Generates with ever more requests at once, and takes the fewest that reach ``share`` of the best rate.
+    """Generate with ever more requests at once, and return the fewest that reach ``share`` of the best rate.
 
     Args:
-        engine: started, awake and with weights.
-        prompts: of the run; taken in turn.
-        sampling: of the run, but for where responses end: all have 32 tokens here, or ``max_tokens`` where that is less.
-        largest: requests that the engine runs at once: ``max_num_seqs`` of all servers.
-        budget_s: no larger batch, and no further round of one, is begun after so many seconds; the first batch is always measured.
-        share: of the best rate that is good enough.
-        clock: seconds.
+        generator: Generator that is started, awake and has weights.
+        prompts: Prompts of the run; taken in turn.
+        sampling: Sampling of the run. All responses have 32 tokens here, or ``max_tokens`` where that is less.
+        largest: Number of requests that the generator runs at once: ``max_num_seqs`` of all servers.
+        budget_s: Seconds after which no larger batch, and no further round of one, is started. The first batch is always measured.
+        share: Share of the best rate that is good enough, in (0, 1].
+        clock: Clock in seconds.
 
     Raises:
-        ValueError: a number is out of its range.
+        ValueError: A number is out of its range.
     """
     if largest < 1 or not 0 < share <= 1 or budget_s <= 0:
         raise ValueError(f"sweep: largest={largest}, share={share}, budget_s={budget_s}: at least 1, in (0, 1], above 0")
@@ -84,16 +76,16 @@ def find_running_batch(
     short = dataclasses.replace(sampling, max_tokens=num_tokens, ignore_eos=True, stop_token_ids=[], stop=[])
     start = clock()
     rates: dict[int, float] = {}
-    # What is compiled or allocated at the first request is not the engine's rate.
-    engine.generate(prompts[:1], short, n=1, seed=0)
+    # What is compiled or allocated at the first request is not part of the rate.
+    generator.generate(GenerationRequest(prompts.select([0]), short, n=1, seed=0))
     for batch in batches(largest):
         if rates and clock() - start > budget_s:
             break
-        asked = [prompts[row % len(prompts)] for row in range(batch)]
+        asked = prompts.select([row % len(prompts) for row in range(batch)])
         rounds: list[float] = []
         while len(rounds) < NUM_ROUNDS and (not rounds or clock() - start <= budget_s):
             begin = clock()
-            engine.generate(asked, short, n=1, seed=len(rounds))
+            generator.generate(GenerationRequest(asked, short, n=1, seed=len(rounds)))
             rounds.append(batch * num_tokens / (clock() - begin))
         rates[batch] = statistics.median(rounds)
     best = max(rates.values())

@@ -16,7 +16,7 @@ from hetero_ppo.config.schema import PpoConfig
 from hetero_ppo.data.export_files import export_files
 from hetero_ppo.engines.losses import actor_loss_fn, critic_loss_fn
 from hetero_ppo.engines.train_engine import LossFn, TrainEngine, TrainStepResult
-from hetero_ppo.experience.generation import Generation
+from hetero_ppo.experience.pending_rollout import PendingRollout
 from hetero_ppo.experience.pipeline import Pipeline
 from hetero_ppo.health.check import Moment
 from hetero_ppo.health.monitor import HealthMonitor
@@ -24,10 +24,10 @@ from hetero_ppo.health.registry import build_checks
 from hetero_ppo.observability.metrics import MetricsLogger
 from hetero_ppo.observability.progress import progress
 from hetero_ppo.observability.timers import PhaseTimer
-from hetero_ppo.rollout.servers.server import sleeps
+from hetero_ppo.rollout.generator import Generator
 from hetero_ppo.runtime.unsaved import UnsavedWork
-from hetero_ppo.trainers import ppo_bank, ppo_functions, ppo_memory, ppo_nodes, ppo_setup
-from hetero_ppo.trainers.ppo_engine import EngineTurns
+from hetero_ppo.trainers import ppo_bank, ppo_functions, ppo_generator, ppo_memory, ppo_nodes, ppo_setup
+from hetero_ppo.trainers.ppo_turns import GeneratorTurns
 from hetero_ppo.trainers.ppo_evaluation import Evaluator
 from hetero_ppo.trainers.run import Run, first_step
 from hetero_ppo.trainers.run_inputs import model_inputs, text_inputs
@@ -39,7 +39,7 @@ class PpoTrainer:
     """Rollout, experience, critic and actor updates, weight sync; once per PPO step."""
 
     def __init__(self, config: PpoConfig, run: Run) -> None:
-        """Load data, start the rollout engine, build the four roles.
+        """Load data, start the generator, build the roles.
 
         Args:
             config: checked.
@@ -60,26 +60,26 @@ class PpoTrainer:
         self.timer = PhaseTimer(platform.synchronize, self.trace, run.watchdog)
         cluster = ppo_nodes.meet(config, run)
         self.node_servers = ppo_nodes.begin_servers(config, run, cluster)
-        starting = ppo_setup.begin_engine(config, run, self.data, min(self.start, self.total_steps - 1), cluster)
-        self.engine = None if starting is None else starting.engine
-        if sleeps(
-            config.rollout, cuda=platform.HAS_CUDA
-        ):  # the engine may not hold the device while roles are built on it
-            if starting is not None:
+        starting = None
+        if not actor_generates(config):
+            first = min(self.start, self.total_steps - 1)
+            starting = ppo_generator.begin_generator(config, run, self.data.encoder, first, cluster)
+            if starting.generator.capabilities.can_sleep:  # it may not hold the device while roles are built on it
                 starting.wait().sleep()
-            dist.barrier()
-        # An error here is raised at once, not when the engine is up: its guardian ends it with this process.
+                dist.barrier()
+        # An error here is raised at once, not when the generator is up: its guardian ends it with this process.
         self.device = ppo_setup.shared_device(config, self.trace)
         self.roles = ppo_setup.build_roles(config, run, self.batching, self.device)
         self.golden = ppo_setup.build_golden_guards(config, run, self.roles)
         self.maker = ppo_setup.build_maker(config, self.roles, self.functions.reward, re_encoders)
-        if starting is not None:
-            starting.wait()
-        if actor_generates(config):
-            self.engine = ppo_setup.engine_of_actor(config, self.data, self.roles.actor)
+        self.generator: Generator = (
+            ppo_generator.generator_of_actor(config, self.data.encoder, self.roles.actor)
+            if starting is None
+            else starting.wait()
+        )
         self.health = HealthMonitor(build_checks(config), run.say)
-        self.turns = EngineTurns(self.engine, self.device, config.rollout)
-        self.bank = ppo_bank.open_bank(config, run, self.engine, resumes=self.run.continues_its_folder)
+        self.turns = GeneratorTurns(self.generator, self.device)
+        self.bank = ppo_bank.open_bank(config, run, self.generator, resumes=self.run.continues_its_folder)
         self.chunk_size = self.batching.chunk_size
         self.pipeline = Pipeline(self.maker, config.pipeline.overlap)
         self.evaluator = Evaluator(config, run, self.data, self.maker, self.turns, self.functions.evaluation)
@@ -93,13 +93,12 @@ class PpoTrainer:
         self.close()
 
     def close(self) -> None:
-        """End the rollout engine and its processes, and give the host buffers back."""
+        """End the generator and its processes, and give the host buffers back."""
         try:
             self.functions.close()
             if self.bank is not None:
                 self.bank.end()
-            if self.engine is not None:
-                self.engine.close()
+            self.generator.close()
             if self.node_servers is not None:
                 self.node_servers.close()
         finally:  # a lane that still waits for room would keep the process
@@ -193,21 +192,20 @@ class PpoTrainer:
         seed = self.config.run.seed * 1_000_003 + step
         with self.timer.phase("rollout"):
             self.turns.wake(shared=self.config.pipeline.overlap)
-            asked = ppo_setup.step_prompts(self.data, self.config, self.batching)
-            generation = Generation(
-                self.engine,
-                **asked,
-                **ppo_bank.begin_step(self.bank, self.engine, step, asked, self.config, seed),
-                sampling=self.config.rollout.sampling,
-                seed=seed,
+            request = ppo_setup.step_request(self.data, self.config, self.batching, seed)
+            pending = PendingRollout(
+                self.generator,
+                request,
                 version=f"step{step}",
                 chunk_size=self.chunk_size,
+                bank=self.bank,
+                banked=ppo_bank.begin_step(self.bank, self.generator, step, request),
                 restart=self.turns.restarter,
                 trace=self.trace,
             ).start()
-        experience = self.pipeline.make(generation, self.timer, when_generated=self.turns.sleep)
+        experience = self.pipeline.make(pending, self.timer, when_generated=self.turns.sleep)
         if self.config.rollout.over_sampling > 1:
-            self.data.waiting.keep(*generation.unused())
+            self.data.waiting.keep(*pending.unused())
         return experience
 
     def update_critic(self, experience: Experience, step: int) -> dict[str, float]:
@@ -271,30 +269,24 @@ class PpoTrainer:
         return minibatches
 
     def sync_weights(self, step: int) -> dict[str, float]:
-        """Hand the actor's weights to the engine, and prove that it answers with them.
+        """Hand the actor's weights to the generator, and check that it answers with them.
 
         Raises:
-            RuntimeError: the engine's log-probs of a golden sequence are not the trainer's.
+            RuntimeError: The generator's log-probs of the probe prompt are not the trainer's.
         """
-        ids = self.data.golden_ids
-        verify = self.config.rollout.verify_sync and self.config.train.replay_rollouts is None
+        ids = self.data.probe_ids
+        verify = self.config.rollout.verify_sync and not self.generator.capabilities.is_recorded
         with self.actor.on_device(phase="weight_sync"):
             self.turns.wake_for_sync()
             tensors = self.actor.stream_weights()
-            if self.engine is not None:
-                with self.turns.at_work("weight sync"):
-                    self.engine.sync_weights(tensors, f"step{step}")
-            else:
-                for _ in tensors:  # the stream is collective
-                    pass
-            log_probs = ppo_setup.golden_log_probs(self.actor, ids) if verify else []
+            with self.turns.at_work("weight sync"):
+                self.generator.sync_weights(tensors, f"step{step}")
+            log_probs = ppo_setup.probe_log_probs(self.actor, ids) if verify else []
         metrics: dict[str, float] = {}
         if verify:
             self.turns.wake()
-            if self.engine is not None:
-                with self.turns.at_work("golden prompt"):
-                    metrics["rollout/golden_log_prob_diff"] = self.engine.verify_sync(ids, log_probs)
-        return metrics | self.turns.sync_metrics()
+            metrics = self.turns.check_probe(ids, log_probs)
+        return metrics | self.generator.sync_metrics()
 
     def _save(self, manager: CheckpointManager, step: int, metrics: dict[str, float], *, wait: bool) -> None:
         state = {**ppo_setup.trainer_state(self.data, self.maker, self.health), "chunk_size": self.chunk_size}

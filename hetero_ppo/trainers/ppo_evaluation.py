@@ -11,14 +11,15 @@ from torch import Tensor
 
 from hetero_ppo.config.schema import PpoConfig
 from hetero_ppo.disk import writing
-from hetero_ppo.experience.generation import collect_rollout
+from hetero_ppo.experience.pending_rollout import collect_rollout
 from hetero_ppo.experience.rollouts import response_texts
 from hetero_ppo.experience.stages import ExperienceMaker, policy_log_probs, sequence_kl
 from hetero_ppo.observability.json_text import json_text
 from hetero_ppo.observability.jsonl import write_whole
 from hetero_ppo.reward.function import FunctionReward
+from hetero_ppo.rollout.generator import GenerationRequest
 from hetero_ppo.rollout.replay import write_rollouts
-from hetero_ppo.trainers.ppo_engine import EngineTurns
+from hetero_ppo.trainers.ppo_turns import GeneratorTurns
 from hetero_ppo.trainers.ppo_setup import PpoData
 from hetero_ppo.trainers.run import Run
 from hetero_ppo.types import Experience
@@ -43,7 +44,7 @@ class Evaluation:
 
 
 class Evaluator:
-    """Answers the held-out prompts with the engine and judges the answers."""
+    """Answers the held-out prompts with the generator and scores the answers."""
 
     def __init__(
         self,
@@ -51,7 +52,7 @@ class Evaluator:
         run: Run,
         data: PpoData,
         maker: ExperienceMaker,
-        turns: EngineTurns,
+        turns: GeneratorTurns,
         check: FunctionReward | None,
     ) -> None:
         self.config = config
@@ -64,16 +65,18 @@ class Evaluator:
     def run(self, version: str) -> Evaluation | None:
         """Sample and judge; None without held-out prompts, or when recorded rollouts are replayed. Collective."""
         prompts = self.data.eval_prompts
-        if prompts is None or self.config.train.replay_rollouts is not None:
+        if prompts is None or self.turns.generator.capabilities.is_recorded:
             return None
         sampling = self.config.rollout.eval_sampling
         greedy_rollout = None
-        about = {"n": 1, "seed": EVAL_SEED, "version": version, "trace": self.turns.device.trace}
-        with self.turns.generating() as engine:
-            rollout = collect_rollout(engine, prompts, sampling, **about)
+        request = GenerationRequest(prompts, sampling, n=1, seed=EVAL_SEED)
+        trace = self.turns.device.trace
+        with self.turns.generating() as generator:
+            rollout = collect_rollout(generator, request, version=version, trace=trace)
             if self.check is not None:
                 greedy = dataclasses.replace(sampling, temperature=0.0, top_p=1.0, top_k=-1)
-                greedy_rollout = collect_rollout(engine, prompts, greedy, **about)
+                asked = dataclasses.replace(request, sampling=greedy)
+                greedy_rollout = collect_rollout(generator, asked, version=version, trace=trace)
         # Their workers score while the models do.
         checked = [answers for answers in (rollout, greedy_rollout) if answers is not None and self.check is not None]
         checks = [self.check.start(answers) for answers in checked]

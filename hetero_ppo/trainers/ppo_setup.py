@@ -1,13 +1,11 @@
-"""What a PPO run needs before its first step: data, the rollout engine, the four roles."""
+"""What a PPO run needs before its first step: data and the models of the roles."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,16 +13,11 @@ import torch.distributed as dist
 from hetero_ppo.algorithms.kl import build_kl_controller
 from hetero_ppo.algorithms.rewards import RunningMoments
 from hetero_ppo.config.derived import (
-    GOLDEN_TOKENS,
+    PROBE_TOKENS,
     PpoBatching,
-    actor_generates,
     derive_ppo,
-    max_model_len,
-    num_servers,
     running_batch,
-    weight_transfer,
 )
-from hetero_ppo.config.devices import dtype_of
 from hetero_ppo.config.schema import PpoConfig, RewardRoleConfig, RoleConfig, TrainedRoleConfig
 from hetero_ppo.data.chat_template import TextEncoder, load_text_encoder
 from hetero_ppo.data.collate import collate_prompts
@@ -44,21 +37,15 @@ from hetero_ppo.observability.trace import TRACE_FOLDER, TraceRecorder
 from hetero_ppo.reward.function import FunctionReward
 from hetero_ppo.reward.golden import GoldenGuard, golden_guard
 from hetero_ppo.reward.re_encoding import ReEncoder, load_re_encoders
-from hetero_ppo.rollout.engine import VllmEngine
-from hetero_ppo.rollout.megatron import MegatronEngine
+from hetero_ppo.rollout.generator import GenerationRequest
 from hetero_ppo.rollout.partial import PartialBuffer
-from hetero_ppo.rollout.replay import ReplayEngine
-from hetero_ppo.rollout.servers.nodes import Cluster
-from hetero_ppo.rollout.servers.server import sleeps
 from hetero_ppo.rollout.sweep import find_running_batch
 from hetero_ppo.step.phases import step_phases
 from hetero_ppo.step.roles import RoleSpec, run_roles
-from hetero_ppo.trainers import ppo_nodes
-from hetero_ppo.trainers.ppo_engine import EngineTurns, RolloutEngine
+from hetero_ppo.trainers.ppo_turns import GeneratorTurns
 from hetero_ppo.trainers.run import Run
 from hetero_ppo.trainers.supervised import build_role, load_sampler
 from hetero_ppo.types import PromptBatch
-from megatron_bridge import platform
 
 
 @dataclass
@@ -70,21 +57,21 @@ class PpoData:
     held_out: Dataset[PromptExample] | None
     eval_prompts: PromptBatch | None
     sampler: ResumableSampler
-    waiting: PartialBuffer  # with over-sampling: prompts that were read, and what was begun of their responses
+    waiting: PartialBuffer  # with over-sampling: prompts that were read, and their partial responses
 
     def next_prompts(self) -> PromptBatch:
         """The next ``algorithm.rollout_batch_size`` prompts, over all ranks."""
         return collate_prompts([self.train.examples[row] for row in self.sampler.next_global_batch()])
 
     @property
-    def golden_ids(self) -> list[int]:
+    def probe_ids(self) -> list[int]:
         """At least two tokens from the first prompts, for the check after a weight sync."""
         ids: list[int] = []
         for example in self.train.examples:
             ids += example.prompt_ids
             if len(ids) >= 2:
                 break
-        return ids[:GOLDEN_TOKENS]
+        return ids[:PROBE_TOKENS]
 
 
 @dataclass(frozen=True)
@@ -114,34 +101,6 @@ class Roles:
     def reward_models(self) -> list[ModelEngine]:
         """The models that score responses; none where a reward function alone does."""
         return [engine for engine in self.engines.values() if engine.head == "score"]
-
-
-@dataclass
-class StartingEngine:
-    """Starts the rollout engine beside the loading of the models: both take tens of seconds."""
-
-    engine: RolloutEngine
-    _errors: list[BaseException] = field(default_factory=list)
-
-    def begin(self) -> Self:
-        """Start in the background. The engine's processes belong to its own thread, which lives on."""
-
-        def start() -> None:
-            try:
-                self.engine.start()
-            except BaseException as error:  # noqa: BLE001  handed to the caller of wait()
-                self._errors.append(error)
-
-        self._thread = threading.Thread(target=start, name="rollout-start", daemon=True)
-        self._thread.start()
-        return self
-
-    def wait(self) -> RolloutEngine:
-        """The engine, ready; raises what its start raised."""
-        self._thread.join()
-        if self._errors:
-            raise self._errors[0]
-        return self.engine
 
 
 def load_data(config: PpoConfig, run: Run) -> PpoData:
@@ -177,48 +136,6 @@ def describe_batching(config: PpoConfig, run: Run, data: PpoData) -> PpoBatching
     batching = derive_ppo(config, run.world_size, len(data.train))
     run.say(batching.describe())
     return batching
-
-
-def begin_engine(
-    config: PpoConfig, run: Run, data: PpoData, start: int, cluster: Cluster | None
-) -> StartingEngine | None:
-    """The rollout engine on rank 0, being started; None on the other ranks, and on all where the actor generates itself.
-
-    Args:
-        start: PPO steps that are done already; recorded steps are counted from 1.
-        cluster: see ``ppo_nodes.meet``.
-    """
-    if not run.is_writer or actor_generates(config):
-        return None
-    if config.train.replay_rollouts is not None:
-        return StartingEngine(ReplayEngine(Path(config.train.replay_rollouts), start + 1)).begin()
-    transfer = weight_transfer(config.rollout, one_node=cluster is None)
-    run.say(f"weights get into the rollout servers by {transfer.value} (rollout.weight_transfer)")
-    engine = VllmEngine(
-        replace(config.rollout, num_servers=num_servers(config.rollout, run.world_size), weight_transfer=transfer),
-        model_path=config.actor.model.path,
-        dtype=dtype_of(config.actor.model),
-        run_dir=run.dir,
-        max_model_len=max_model_len(config),
-        eos_token_ids=data.encoder.end_token_ids,
-        # An engine that sleeps gets its first weights by a sync like all others, so that it can drop them.
-        initial_version=None if sleeps(config.rollout, cuda=platform.HAS_CUDA) else "step0",
-        tokenizer_path=ppo_nodes.servers_tokenizer(config),
-        cluster=cluster,
-    )
-    return StartingEngine(engine).begin()
-
-
-def engine_of_actor(config: PpoConfig, data: PpoData, actor: ModelEngine) -> MegatronEngine:
-    """The actor as its own rollout engine, on every rank."""
-    return MegatronEngine(
-        config.rollout,
-        actor,
-        max_model_len=max_model_len(config),
-        eos_token_ids=data.encoder.end_token_ids,
-        initial_version="step0",
-        decode=data.encoder.decode,
-    )
 
 
 def trace_recorder(config: PpoConfig, run: Run, start: int) -> TraceRecorder:
@@ -300,17 +217,17 @@ def build_maker(
     )
 
 
-def chunk_size(config: PpoConfig, run: Run, data: PpoData, batching: PpoBatching, turns: EngineTurns) -> int:
-    """Responses of a chunk of the pipeline: the config's, or what a sweep of the engine finds. Collective over the world."""
+def chunk_size(config: PpoConfig, run: Run, data: PpoData, batching: PpoBatching, turns: GeneratorTurns) -> int:
+    """Return the responses of a chunk: the config's number, or what a sweep of the generator finds. Collective over the world."""
     if config.pipeline.chunk_size != 0:
         return batching.chunk_size
     found = torch.zeros(1, dtype=torch.int64)
-    with turns.generating() as engine:
-        if engine is not None:
+    with turns.generating() as generator:
+        if generator.is_here:
             largest = running_batch(config.rollout, run.world_size)
-            prompts = [example.prompt_ids for example in data.train.examples[:largest]]
+            prompts = collate_prompts(data.train.examples[:largest])
             sampling, budget_s = config.rollout.sampling, config.pipeline.sweep_s
-            result = find_running_batch(engine, prompts, sampling, largest=largest, budget_s=budget_s)
+            result = find_running_batch(generator, prompts, sampling, largest=largest, budget_s=budget_s)
             run.say(result.table())
             found[0] = min(result.batch, batching.responses_per_step)
     if run.world_size > 1:
@@ -318,14 +235,22 @@ def chunk_size(config: PpoConfig, run: Run, data: PpoData, batching: PpoBatching
     return int(found)
 
 
-def step_prompts(data: PpoData, config: PpoConfig, batching: PpoBatching) -> dict[str, Any]:
-    """What a PPO step asks of the engine: ``prompts``, ``n``, ``begun`` and ``wanted`` of its generation."""
-    n = config.algorithm.samples_per_prompt
+def step_request(data: PpoData, config: PpoConfig, batching: PpoBatching, seed: int) -> GenerationRequest:
+    """Return what a PPO step asks of the generator.
+
+    Args:
+        data: Prompts of the run; the step takes its own from them.
+        config: Configuration of the run.
+        batching: Batch arithmetic of the run.
+        seed: Seed of the request.
+    """
+    n, sampling = config.algorithm.samples_per_prompt, config.rollout.sampling
     if config.rollout.over_sampling == 1.0:
-        return {"prompts": data.next_prompts(), "n": n}
-    wanted = batching.responses_per_step
-    prompts = data.waiting.take(wanted, data.next_prompts, n)
-    return {"prompts": prompts, "n": 1, "begun": data.waiting.begun[: len(prompts)], "wanted": wanted}
+        return GenerationRequest(data.next_prompts(), sampling, n=n, seed=seed)
+    num_needed = batching.responses_per_step
+    prompts = data.waiting.take(num_needed, data.next_prompts, n)
+    partial = data.waiting.partial[: len(prompts)]
+    return GenerationRequest(prompts, sampling, n=1, seed=seed, partial=partial, num_needed=num_needed)
 
 
 #: What ``load_trainer_state`` reads.
@@ -365,8 +290,8 @@ def _health_of_older_version(state: dict[str, Any]) -> dict[str, Any]:
     return {"checks": {MismatchGuard.rule: state["mismatch_guard"]}, "warnings": {}}
 
 
-def golden_log_probs(actor: ModelEngine, token_ids: list[int]) -> list[float]:
-    """log p(token t + 1 | tokens 0..t) at temperature 1, by the trainer. Collective."""
+def probe_log_probs(actor: ModelEngine, token_ids: list[int]) -> list[float]:
+    """Return [L - 1] log p(token t + 1 | tokens 0..t) at temperature 1, by the trainer, for L tokens. Collective."""
     output = log_probs_output(
         temperature=1.0, vocab_size=actor.vocab_size, groups=actor.groups, num_parts=actor.vocab_parts
     )

@@ -56,7 +56,7 @@ def test_two_ranks_answer_as_one(results: dict[str, list[dict[str, Any]]], case:
     for ours, theirs in zip(found, expected, strict=True):
         assert (ours["token_ids"], ours["finish_reason"]) == (theirs["token_ids"], theirs["finish_reason"])
         assert ours["log_probs"] == pytest.approx(theirs["log_probs"], abs=1e-4)
-    assert first["golden"] == pytest.approx(one["golden"], abs=1e-4)
+    assert first["probe"] == pytest.approx(one["probe"], abs=1e-4)
 
 
 @pytest.mark.parametrize(("case", "layout"), RUNS)
@@ -64,5 +64,5 @@ def test_every_rank_is_told_of_every_response_in_one_order(
     results: dict[str, list[dict[str, Any]]], case: str, layout: str
 ) -> None:
     first, second = results[f"{case}-{layout}"]
-    assert first["told"] == second["told"]
-    assert sorted(first["told"]) == [[prompt, sample] for prompt in range(len(PROMPTS)) for sample in range(2)]
+    assert first["reported"] == second["reported"]
+    assert sorted(first["reported"]) == [[prompt, sample] for prompt in range(len(PROMPTS)) for sample in range(2)]

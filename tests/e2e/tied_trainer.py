@@ -1,4 +1,4 @@
-"""A trainer with an engine on a tied model: prints what the engine answers as one JSON line, and waits to be killed."""
+"""A trainer with a generator on a tied model: prints what the generator answers as one JSON line, and waits to be killed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hetero_ppo.config.schema import Dtype, RolloutConfig, SamplingConfig
-from hetero_ppo.rollout.engine import VllmEngine
+from hetero_ppo.rollout.generator import GenerationRequest
+from hetero_ppo.rollout.vllm import VllmGenerator
+from hetero_ppo.types import PromptBatch
 
 VOCAB = 128
 EOS = 1
@@ -56,13 +58,13 @@ def weights(model: LlamaForCausalLM) -> Iterator[tuple[str, Tensor]]:
             yield name, tensor.clone()
 
 
-def start_engine(path: Path) -> VllmEngine:
+def start_generator(path: Path) -> VllmGenerator:
     make_model(0).save_pretrained(path / "model")
     tokenizer = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": EOS}, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")
     fast.save_pretrained(path / "model")
-    engine = VllmEngine(
+    generator = VllmGenerator(
         RolloutConfig(kv_cache_mib=64, max_num_seqs=96, max_restarts=0),
         model_path=str(path / "model"),
         dtype=Dtype.fp32,
@@ -70,22 +72,24 @@ def start_engine(path: Path) -> VllmEngine:
         max_model_len=64,
         eos_token_ids=[EOS],
     )
-    engine.start()
-    return engine
+    generator.start()
+    return generator
 
 
 def main(path: Path) -> None:
     torch.set_num_threads(1)
-    engine = start_engine(path)
+    generator = start_generator(path)
     # More prompt tokens than one forward takes: 5,760.
     prompts = [[2 + (i * j) % 120 for j in range(60)] for i in range(1, 97)]
-    answers = engine.generate(prompts, SamplingConfig(max_tokens=2, ignore_eos=True), n=1, seed=5)
+    about = [""] * 96, [None] * 96, [0] * 96, [None] * 96, [{}] * 96
+    sampling = SamplingConfig(max_tokens=2, ignore_eos=True)
+    answers = generator.generate(GenerationRequest(PromptBatch(prompts, *about), sampling, n=1, seed=5))
     old, new = make_model(0), make_model(0)
     with torch.no_grad():  # the tied matrix alone is another one
         new.model.embed_tokens.weight.copy_(make_model(1).model.embed_tokens.weight)
-    found = {"lengths": [len(group[0].token_ids) for group in answers], "before": [engine.prompt_log_probs(PROMPT), log_probs(old)]}
-    engine.sync_weights(weights(new), "step_1")
-    found["after"] = [engine.prompt_log_probs(PROMPT), log_probs(new)]
+    found = {"lengths": [len(group[0].token_ids) for group in answers], "before": [generator.prompt_log_probs(PROMPT), log_probs(old)]}
+    generator.sync_weights(weights(new), "step_1")
+    found["after"] = [generator.prompt_log_probs(PROMPT), log_probs(new)]
     print(json.dumps(found), flush=True)
     time.sleep(600)
 

@@ -40,14 +40,15 @@ def _synthetic_roles(num_bytes: int, **options: Any) -> Any:
 
 def neighbour(cpu: bool) -> dict[str, Any]:
     """Take turns with a process that allocates the generator's share at each wake, as vLLM does."""
-    from hetero_ppo.config.schema import RolloutConfig
+    from hetero_ppo.rollout.generator import Capabilities, NullGenerator
     from hetero_ppo.step.kinds import TRAINING, Kind
-    from hetero_ppo.trainers.ppo_engine import EngineTurns
+    from hetero_ppo.trainers.ppo_turns import GeneratorTurns
 
-    class Generator:
-        last_sync = None
+    class Generator(NullGenerator):
+        is_here = True
 
         def __init__(self, process: Neighbour, share: int) -> None:
+            super().__init__(Capabilities(can_sleep=True))
             self.process, self.share, self.answers = process, share, list[str]()
 
         def wake(self, *, weights_only: bool = False) -> None:
@@ -61,8 +62,8 @@ def neighbour(cpu: bool) -> dict[str, Any]:
     facts: dict[str, Any] = {"turn_gib": round(4 * kind / 2**30, 1)}
     with world(), Neighbour() as process:
         device = _synthetic_roles(kind)
-        generator: Any = Generator(process, 6 * kind)
-        turns = EngineTurns(generator, device, RolloutConfig())
+        generator = Generator(process, 6 * kind)
+        turns = GeneratorTurns(generator, device)
         for _ in range(3):
             with turns.generating():
                 pass

@@ -1,4 +1,4 @@
-"""The actor as its own rollout engine, in one process: what every engine does, and what its cache and its slots add."""
+"""The actor as its own rollout generator, in one process: what every generator does, and what its cache and its slots add."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from typing import Any
 import pytest
 import torch
 from bridge_models import hf_model, save_case
-from engine_contract import (
+from generator_contract import (
     EOS,
     FREE,
     MAX_MODEL_LEN,
     PROMPTS,
-    EngineContract,
+    SamplingContract,
     make_model,
     model_log_probs,
     save_model,
     tokens,
 )
+from generator_requests import ask
 from transformers import AutoTokenizer
 
 from hetero_ppo.config.derived import max_model_len
@@ -40,7 +41,7 @@ from hetero_ppo.engines.shared_device import SharedDevice
 from hetero_ppo.engines.train_engine import TrainEngine
 from hetero_ppo.inference import decoder as generation
 from hetero_ppo.memory.plan import plan_memory
-from hetero_ppo.rollout.megatron import MegatronEngine
+from hetero_ppo.rollout.megatron import MegatronGenerator
 from hetero_ppo.step.kinds import Kind
 from hetero_ppo.types import Response
 from megatron_bridge.model.cached_attention import SlotCache
@@ -54,13 +55,13 @@ def make_actor(path: Path, dtype: Dtype = Dtype.fp32, aligned: bool = False) -> 
     return TrainEngine("actor", config, "lm", 1, SharedDevice(ResidencyConfig()))
 
 
-def make_engine(
+def make_generator(
     actor: TrainEngine,
     num_slots: int,
     max_model_len: int = MAX_MODEL_LEN,
     decode: Callable[[list[int]], str] | None = None,
-) -> MegatronEngine:
-    return MegatronEngine(
+) -> MegatronGenerator:
+    return MegatronGenerator(
         RolloutConfig(max_num_seqs=num_slots, sleep=True),
         actor,
         max_model_len=max_model_len,
@@ -84,14 +85,14 @@ def actor(world: None, model_path: Path) -> Iterator[TrainEngine]:
 
 
 @pytest.fixture(scope="module")
-def engine(actor: TrainEngine, model_path: Path) -> Iterator[MegatronEngine]:
+def generator(actor: TrainEngine, model_path: Path) -> Iterator[MegatronGenerator]:
     tokenizer = AutoTokenizer.from_pretrained(model_path)
-    with make_engine(actor, 32, decode=partial(tokenizer.decode, skip_special_tokens=True)) as engine:
-        yield engine
+    with make_generator(actor, 32, decode=partial(tokenizer.decode, skip_special_tokens=True)) as generator:
+        yield generator
 
 
-class TestContract(EngineContract):
-    """What every engine does."""
+class TestContract(SamplingContract):
+    """What every generator does."""
 
 
 def responses_of(answers: list[list[Response]]) -> list[Response]:
@@ -113,8 +114,8 @@ def test_greedy_answers_are_those_of_transformers(case: str, aligned: bool, tmp_
     model = hf_model(case)
     prompts = [[2 + (5 * i + 3 * j * j) % 120 for j in range(3 + 4 * i)] for i in range(5)]
     sampling = SamplingConfig(max_tokens=30, ignore_eos=True, temperature=0.0)
-    with make_engine(actor, 3, max_model_len=64) as engine:
-        answers = engine.generate(prompts, sampling, n=1, seed=0)
+    with make_generator(actor, 3, max_model_len=64) as generator:
+        answers = ask(generator, prompts, sampling, n=1, seed=0)
     for prompt, (response,) in zip(prompts, answers, strict=True):
         ids = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=30, min_new_tokens=30)
         assert response.token_ids == ids[0, len(prompt) :].tolist()
@@ -136,8 +137,8 @@ def test_slots_do_not_show_in_the_responses(
     sampling = SamplingConfig(max_tokens=40, stop_token_ids=list(range(2, 8)), temperature=0.9)
     found = {}
     for num_slots in (1, 5, 24):
-        with make_engine(actor, num_slots) as engine:
-            found[num_slots] = engine.generate(PROMPTS, sampling, n=2, seed=7, max_tokens=limits)
+        with make_generator(actor, num_slots) as generator:
+            found[num_slots] = ask(generator, PROMPTS, sampling, n=2, seed=7, max_tokens=limits)
     reasons = [response.finish_reason for response in responses_of(found[1])]
     assert {"stop", "length"} == set(reasons)
     for num_slots in (5, 24):
@@ -147,51 +148,51 @@ def test_slots_do_not_show_in_the_responses(
             assert one.log_probs == pytest.approx(other.log_probs, abs=1e-5)
 
 
-def test_the_engine_takes_turns_with_its_actor(actor: TrainEngine, engine: MegatronEngine) -> None:
+def test_the_engine_takes_turns_with_its_actor(actor: TrainEngine, generator: MegatronGenerator) -> None:
     """Parameters are there while it generates alone; asleep it has no cache, and a sync reads nothing."""
     seen: list[bool] = []
 
     def look(prompt: int, sample: int, response: Response) -> None:
         seen.append(any(isinstance(p, OffloadedParameter) for p in actor.models[0].parameters()))
 
-    before = engine.generate(PROMPTS[:2], FREE, n=1, seed=1, on_response=look)
+    before = ask(generator, PROMPTS[:2], FREE, n=1, seed=1, on_response=look)
     assert seen == [False, False]
     assert all(isinstance(p, OffloadedParameter) for p in actor.models[0].parameters())
-    engine.sleep()
+    generator.sleep()
     for needs_cache in (
-        lambda: engine.generate(PROMPTS[:1], FREE, n=1, seed=0),
-        lambda: engine.verify_sync(PROMPTS[0], []),
+        lambda: ask(generator, PROMPTS[:1], FREE, n=1, seed=0),
+        lambda: generator.verify_sync(PROMPTS[0], []),
     ):
-        with pytest.raises(RuntimeError, match="the rollout engine is asleep; wake it before"):
+        with pytest.raises(RuntimeError, match="the generator is asleep; wake it before"):
             needs_cache()
-    engine.wake(weights_only=True)
+    generator.wake(weights_only=True)
     stream = iter([("name", torch.zeros(1))])
-    engine.sync_weights(stream, "step_1")
-    assert next(stream, None) is not None and engine.version == "step_1"
-    engine.wake()
-    after = engine.generate(PROMPTS[:2], FREE, n=1, seed=1)
+    generator.sync_weights(stream, "step_1")
+    assert next(stream, None) is not None and generator.version == "step_1"
+    generator.wake()
+    after = ask(generator, PROMPTS[:2], FREE, n=1, seed=1)
     assert tokens(after) == tokens(before) and {r.weight_version for r in responses_of(after)} == {"step_1"}
-    engine.sync_weights(stream, "initial")
+    generator.sync_weights(stream, "initial")
 
 
-def test_a_golden_prompt_that_differs_is_an_error(engine: MegatronEngine) -> None:
-    wrong = [value + 0.01 for value in engine.prompt_log_probs(PROMPTS[-1])]
-    with pytest.raises(RuntimeError, match="weight sync 'initial': the megatron engine gives token .* of the golden"):
-        engine.verify_sync(PROMPTS[-1], wrong)
+def test_a_probe_prompt_that_differs_is_an_error(generator: MegatronGenerator) -> None:
+    wrong = [value + 0.01 for value in generator.prompt_log_probs(PROMPTS[-1])]
+    with pytest.raises(RuntimeError, match="weight sync 'initial': the megatron generator gives token .* of the probe"):
+        generator.verify_sync(PROMPTS[-1], wrong)
 
 
-def test_logits_that_are_not_finite_are_an_error(actor: TrainEngine, engine: MegatronEngine) -> None:
+def test_logits_that_are_not_finite_are_an_error(actor: TrainEngine, generator: MegatronGenerator) -> None:
     with actor.on_device(phase="test"), torch.no_grad():
         weight = actor.models[0].decoder.final_layernorm.weight
         before = weight[0].clone()
         weight[0] = torch.nan
         actor.residency.mark_changed(frozenset(Kind))
     with pytest.raises(FloatingPointError, match="generation: actor's logits are not finite"):
-        engine.generate(PROMPTS[:1], FREE, n=1, seed=0)
+        ask(generator, PROMPTS[:1], FREE, n=1, seed=0)
     with actor.on_device(phase="test"), torch.no_grad():
         weight[0] = before
         actor.residency.mark_changed(frozenset(Kind))
-    assert engine.generate(PROMPTS[:1], FREE, n=1, seed=0)
+    assert ask(generator, PROMPTS[:1], FREE, n=1, seed=0)
 
 
 def test_the_plan_counts_the_cache(actor: TrainEngine, model_path: Path, tmp_path: Path) -> None:
@@ -213,8 +214,8 @@ def test_bf16_log_probs_are_near_the_trainers(tmp_path: Path) -> None:
     """bf16 rounds the activations in both, at different places: to 2^-9 of logits of up to 10."""
     make_model(0).save_pretrained(tmp_path)
     actor = make_actor(tmp_path, Dtype.bf16)
-    with make_engine(actor, 8) as engine:
-        answers = engine.generate(PROMPTS, FREE, n=1, seed=2)
+    with make_generator(actor, 8) as generator:
+        answers = ask(generator, PROMPTS, FREE, n=1, seed=2)
     width = max(len(prompt) for prompt in PROMPTS) + 24
     rows = [p + r.token_ids for p, (r,) in zip(PROMPTS, answers, strict=True)]
     ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])

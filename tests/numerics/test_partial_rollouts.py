@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 import torch
 
 from hetero_ppo.config.schema import SamplingConfig
 from hetero_ppo.errors import RunError
-from hetero_ppo.experience.generation import Generation
+from hetero_ppo.experience.pending_rollout import PendingRollout
+from hetero_ppo.rollout.generator import Capabilities, GenerationRequest, NullGenerator
 from hetero_ppo.rollout.partial import ABORTED, PartialBuffer, continued
 from hetero_ppo.rollout.replay import rollout_records
 from hetero_ppo.types import OnResponse, PromptBatch, Response
@@ -20,25 +21,31 @@ SAMPLING = SamplingConfig(max_tokens=8)
 WANTED = 3
 
 
-class Scripted:
+class Scripted(NullGenerator):
     """Gives place p a response of 2 tokens more; those of ``order`` complete, one after the other, until enough have."""
 
-    is_collective = False
-
     def __init__(self, version: str, order: list[int]) -> None:
+        super().__init__(Capabilities(can_resume=True))
         self.version = version
         self.order = order
 
+    is_here = True
+
     def generate(
-        self, prompts: list[list[int]], sampling: SamplingConfig, *, on_response: OnResponse, **arguments: Any
+        self,
+        request: GenerationRequest,
+        *,
+        on_response: OnResponse | None = None,
+        on_stalled: Callable[[], None] | None = None,
     ) -> list[list[Response]]:
+        assert request.partial is not None and on_response is not None
         responses = []
-        for place, begun in enumerate(arguments["begun"]):
+        for place, partial in enumerate(request.partial):
             reason = "stop" if place in self.order else ABORTED
             rest = Response([10 + place, 20], [-1.0, -2.0], reason, self.version)
-            late = begun is not None and begun.finish_reason != ABORTED
-            responses.append(begun if late else rest if begun is None else continued(begun, rest))
-        for place in self.order[: arguments["wanted"]]:
+            late = partial is not None and partial.finish_reason != ABORTED
+            responses.append(partial if late else rest if partial is None else continued(partial, rest))
+        for place in self.order[: request.num_rows]:
             on_response(place, 0, responses[place])
         return [[response] for response in responses]
 
@@ -47,23 +54,15 @@ def next_prompts() -> PromptBatch:
     return PromptBatch([[1], [2, 2], [3, 3, 3]], ["1", "2", "3"], [None] * 3, [1, 2, 3], [None] * 3, [{}] * 3)
 
 
-def generation(engine: Scripted, buffer: PartialBuffer, version: str) -> Generation:
+def started(generator: Scripted, buffer: PartialBuffer, version: str) -> PendingRollout:
     prompts = buffer.take(WANTED, next_prompts, n=1)
-    return Generation(
-        engine,
-        prompts,
-        SAMPLING,
-        n=1,
-        seed=0,
-        version=version,
-        chunk_size=2,
-        begun=buffer.begun[: len(prompts)],
-        wanted=WANTED,
-    ).start()
+    partial = buffer.partial[: len(prompts)]
+    request = GenerationRequest(prompts, SAMPLING, n=1, seed=0, partial=partial, num_needed=WANTED)
+    return PendingRollout(generator, request, version=version, chunk_size=2).start()
 
 
-def finished(engine: Scripted, buffer: PartialBuffer, version: str) -> Generation:
-    made = generation(engine, buffer, version)
+def finished(generator: Scripted, buffer: PartialBuffer, version: str) -> PendingRollout:
+    made = started(generator, buffer, version)
     while not made.finished:
         made.next_chunks()
     buffer.keep(*made.unused())
@@ -81,7 +80,7 @@ def test_rows_are_in_the_order_of_completion_and_the_rest_is_resumed() -> None:
         "rollout/stale_token_share": 0.0,
         "rollout/weight_versions_max": 1.0,
     }
-    assert buffer.prompts.prompt_index == [2, 2, 3]  # what was begun, and what was not yet sent
+    assert buffer.prompts.prompt_index == [2, 2, 3]  # one with a partial response, and two that were not yet sent
 
     second = finished(Scripted("step1", [3, 0, 1, 2]), buffer, "step1")
     rollout = second.rollout()
@@ -95,7 +94,7 @@ def test_rows_are_in_the_order_of_completion_and_the_rest_is_resumed() -> None:
     assert records[1].extra["earlier_versions"] == [("step0", 2)] and "earlier_versions" not in records[0].extra
 
     # The last of the second step was complete, but as the fourth: it is the next step's, as it is.
-    assert [response is not None and response.finish_reason for response in buffer.begun[:1]] == ["stop"]
+    assert [response is not None and response.finish_reason for response in buffer.partial[:1]] == ["stop"]
     third = finished(Scripted("step2", [0, 1, 2]), buffer, "step2")
     assert third.rollout().weight_version == ["step1", "step2", "step2"]
     assert third.metrics()["rollout/stale_token_share"] == pytest.approx(2 / 6)
@@ -103,6 +102,6 @@ def test_rows_are_in_the_order_of_completion_and_the_rest_is_resumed() -> None:
 
 
 def test_new_tokens_of_other_weights_are_an_error_with_over_sampling_too() -> None:
-    made = generation(Scripted("step0", [0, 1, 2]), PartialBuffer(4 / 3), "step1")
+    made = started(Scripted("step0", [0, 1, 2]), PartialBuffer(4 / 3), "step1")
     with pytest.raises(RunError, match=r"answers made by weights \['step0'\], the actor is at 'step1'"):
         made.next_chunks()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import fields
+from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +33,14 @@ from hetero_ppo.engines.shared_device import SharedDevice
 from hetero_ppo.engines.train_engine import TrainEngine
 from hetero_ppo.errors import RunError
 from hetero_ppo.experience.bank import RolloutBank
-from hetero_ppo.experience.generation import Generation, collect_rollout
 from hetero_ppo.experience.judges import Judges
+from hetero_ppo.experience.pending_rollout import PendingRollout, collect_rollout
 from hetero_ppo.experience.pipeline import Pipeline
 from hetero_ppo.experience.stages import ExperienceMaker
 from hetero_ppo.observability.timers import PhaseTimer
 from hetero_ppo.reward.function import FunctionReward
-from hetero_ppo.rollout.replay import ReplayEngine, RolloutRecord, write_records
+from hetero_ppo.rollout.generator import Capabilities, GenerationRequest, Generator
+from hetero_ppo.rollout.replay import ReplayGenerator, RolloutRecord, write_records
 from hetero_ppo.step.kinds import FORWARD, Kind
 from hetero_ppo.step.phases import ppo_phases
 from hetero_ppo.types import Experience, OnResponse, PromptBatch, Response, Rollout
@@ -88,15 +90,21 @@ def recorded(tmp_path_factory: pytest.TempPathFactory, prompts: PromptBatch) -> 
     return folder
 
 
-class Paced(ReplayEngine):
-    """Answers as recorded, but a response at a time and only as far as it is let: the test is the engine's speed."""
+class Paced(ReplayGenerator):
+    """Answers as recorded, but a response at a time and only as far as it is let: the test is the generator's speed."""
 
     def __init__(self, directory: Path) -> None:
         super().__init__(directory)
         self.may = threading.Semaphore(0)
 
-    def generate(self, *args: Any, on_response: OnResponse | None = None, **kwargs: Any) -> list[list[Response]]:
-        answers = super().generate(*args, on_response=None, **kwargs)
+    def generate(
+        self,
+        request: GenerationRequest,
+        *,
+        on_response: OnResponse | None = None,
+        on_stalled: Callable[[], None] | None = None,
+    ) -> list[list[Response]]:
+        answers = super().generate(request)
         for row in ORDER:
             assert self.may.acquire(timeout=60)
             assert on_response is not None
@@ -105,7 +113,7 @@ class Paced(ReplayEngine):
 
 
 class Killed(Paced):
-    """Takes responses that are there already, as the servers' engine does; may be ended after so many others."""
+    """Takes responses that are there already, as the servers' generator does; may be ended after so many others."""
 
     def __init__(self, directory: Path, end_after: int | None = None) -> None:
         super().__init__(directory)
@@ -114,15 +122,15 @@ class Killed(Paced):
 
     def generate(
         self,
-        *args: Any,
+        request: GenerationRequest,
+        *,
         on_response: OnResponse | None = None,
-        begun: list[Response | None] | None = None,
-        **kwargs: Any,
+        on_stalled: Callable[[], None] | None = None,
     ) -> list[list[Response]]:
-        answers = ReplayEngine.generate(self, *args, on_response=None, **kwargs)
+        answers = ReplayGenerator.generate(self, replace(request, partial=None))
         assert on_response is not None
         for row in ORDER:
-            there = begun[row] if begun is not None else None
+            there = request.partial[row] if request.partial is not None else None
             if there is None:
                 if len(self.asked) == self.end_after:
                     raise RunError("killed")
@@ -131,17 +139,37 @@ class Killed(Paced):
         return answers
 
 
-class Collective(ReplayEngine):
+class Collective(ReplayGenerator):
     """On every rank, like an actor that answers itself: it notes who calls it."""
+
+    capabilities = Capabilities(is_collective=True)
 
     def __init__(self, directory: Path) -> None:
         super().__init__(directory)
-        self.is_collective = True
         self.caller: threading.Thread | None = None
 
-    def generate(self, *args: Any, **kwargs: Any) -> list[list[Response]]:
+    def generate(
+        self,
+        request: GenerationRequest,
+        *,
+        on_response: OnResponse | None = None,
+        on_stalled: Callable[[], None] | None = None,
+    ) -> list[list[Response]]:
         self.caller = threading.current_thread()
-        return super().generate(*args, **kwargs)
+        return super().generate(request, on_response=on_response)
+
+
+def started(
+    generator: Generator, prompts: PromptBatch, *, n: int = SAMPLES, version: str = "step0", chunk_size: int = CHUNK, **more: Any
+) -> PendingRollout:
+    request = GenerationRequest(prompts, SAMPLING, n=n, seed=0)
+    return PendingRollout(generator, request, version=version, chunk_size=chunk_size, **more).start()
+
+
+def collected(recorded: Path, prompts: PromptBatch) -> Rollout:
+    return collect_rollout(
+        ReplayGenerator(recorded), GenerationRequest(prompts, SAMPLING, n=SAMPLES, seed=0), version="step0"
+    )
 
 
 class Roles:
@@ -169,16 +197,14 @@ class Roles:
         self.pipeline = Pipeline(self.maker, overlap)
         self.generated = 0
 
-    def make(self, engine: ReplayEngine, prompts: PromptBatch, chunk_size: int = CHUNK) -> Experience:
-        self.device.engine_turn("rollout")
-        generation = Generation(
-            engine, prompts, SAMPLING, n=SAMPLES, seed=0, version="step0", chunk_size=chunk_size
-        ).start()
+    def make(self, generator: ReplayGenerator, prompts: PromptBatch, chunk_size: int = CHUNK) -> Experience:
+        self.device.generator_turn("rollout")
+        pending = started(generator, prompts, chunk_size=chunk_size)
 
         def generated() -> None:
             self.generated += 1
 
-        return self.pipeline.make(generation, PhaseTimer(), when_generated=generated)
+        return self.pipeline.make(pending, PhaseTimer(), when_generated=generated)
 
 
 def tensors(record: Experience | Rollout) -> dict[str, Tensor]:
@@ -193,16 +219,16 @@ def differing(one: Experience, other: Experience) -> list[str]:
     ]
 
 
-def let_waves_happen(roles: Roles, engine: Paced) -> None:
+def let_waves_happen(roles: Roles, generator: Paced) -> None:
     """Let a chunk complete, and the next ones only when the trainer is at work on the ones before."""
     original = roles.pipeline._run_wave
 
     def run_wave(stages: Any, chunks: Any, *args: Any, **kwargs: Any) -> None:
-        engine.may.release(CHUNK)
+        generator.may.release(CHUNK)
         original(stages, chunks, *args, **kwargs)
 
     roles.pipeline._run_wave = run_wave  # type: ignore[method-assign]
-    engine.may.release(CHUNK)
+    generator.may.release(CHUNK)
 
 
 @pytest.mark.parametrize("old_log_probs", OldLogProbs)
@@ -212,7 +238,7 @@ def test_overlapped_and_serial_give_the_same_bits(
     overlapped, serial = (Roles(model, overlap=mode, old_log_probs=old_log_probs) for mode in (True, False))
     paced = Paced(recorded)
     let_waves_happen(overlapped, paced)
-    one, other = overlapped.make(paced, prompts), serial.make(ReplayEngine(recorded), prompts)
+    one, other = overlapped.make(paced, prompts), serial.make(ReplayGenerator(recorded), prompts)
     assert differing(one, other) == []
     assert one.rollout.chunk_index == other.rollout.chunk_index == [1, 0, 1, 0, 2, 2, 0, 1, 0, 1]
 
@@ -249,14 +275,13 @@ def test_a_reward_function_scores_while_the_engine_and_the_models_are_at_work(
         roles = Roles(model, overlap=overlap)
         reward = FunctionReward(f"{tmp_path}/reward.py:score", lambda ids: "x" * len(ids), timeout_s=30.0, workers=2, world=dist.group.WORLD)
         roles.maker.judges = Judges(roles.maker.judges.models, reward, RewardConfig(source=RewardSource.mix))
-        engine = Paced(recorded)
-        let_waves_happen(roles, engine)
+        generator = Paced(recorded)
+        let_waves_happen(roles, generator)
         if not overlap:
-            engine.may.release(len(ORDER))
-        arguments: dict[str, Any] = {"n": SAMPLES, "seed": 0, "version": "step0", "chunk_size": CHUNK}
-        roles.device.engine_turn("rollout")
-        generation = Generation(engine, prompts, SAMPLING, **arguments).start()
-        made.append(roles.pipeline.make(generation, PhaseTimer(), when_generated=gate.touch))
+            generator.may.release(len(ORDER))
+        roles.device.generator_turn("rollout")
+        pending = started(generator, prompts)
+        made.append(roles.pipeline.make(pending, PhaseTimer(), when_generated=gate.touch))
         assert len(roles.pipeline.waves) == (3 if overlap else 1)
         reward.close()
         roles.device.close()
@@ -266,9 +291,9 @@ def test_a_reward_function_scores_while_the_engine_and_the_models_are_at_work(
 
 def test_the_cut_into_chunks_changes_no_value(model: Path, prompts: PromptBatch, recorded: Path) -> None:
     roles = Roles(model, overlap=True)
-    whole = roles.make(ReplayEngine(recorded), prompts, chunk_size=PROMPTS * SAMPLES)
+    whole = roles.make(ReplayGenerator(recorded), prompts, chunk_size=PROMPTS * SAMPLES)
     for size in (1, 4):
-        cut = roles.make(ReplayEngine(recorded), prompts, chunk_size=size)
+        cut = roles.make(ReplayGenerator(recorded), prompts, chunk_size=size)
         for name, value in tensors(whole).items():
             torch.testing.assert_close(tensors(cut)[name], value, atol=2e-6, rtol=1e-5, msg=name)
     roles.device.close()
@@ -278,25 +303,23 @@ def test_parts_of_the_last_chunk_are_handed_out_as_they_complete(
     prompts: PromptBatch, recorded: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(derived, "SMALLEST_CUT", 1)
-    engine = Paced(recorded)
-    generation = Generation(engine, prompts, SAMPLING, n=SAMPLES, seed=0, version="step0", chunk_size=CHUNK).start()
+    generator = Paced(recorded)
+    pending = started(generator, prompts)
     rows = []
     for more in (5, 3, 1, 1):
         for _ in range(more):
-            engine.may.release()
-        rows += [chunk.rows for chunk in generation.next_chunks()]
-    assert rows == [*CHUNKS[:2], [5], [4]] and generation.finished
-    assert [generation.rollout().chunk_index[row] for row in (1, 0, 5, 4)] == [0, 1, 2, 3]
+            generator.may.release()
+        rows += [chunk.rows for chunk in pending.next_chunks()]
+    assert rows == [*CHUNKS[:2], [5], [4]] and pending.finished
+    assert [pending.rollout().chunk_index[row] for row in (1, 0, 5, 4)] == [0, 1, 2, 3]
 
 
 def test_rows_keep_their_place(prompts: PromptBatch, recorded: Path) -> None:
-    generation = Generation(
-        ReplayEngine(recorded), prompts, SAMPLING, n=SAMPLES, seed=0, version="step0", chunk_size=CHUNK
-    ).start()
-    chunks = generation.next_chunks(wait_for_all=True)
-    assert [chunk.rows for chunk in chunks] == CHUNKS and generation.finished
-    whole = generation.rollout()
-    at_once = collect_rollout(ReplayEngine(recorded), prompts, SAMPLING, n=SAMPLES, seed=0, version="step0")
+    pending = started(ReplayGenerator(recorded), prompts)
+    chunks = pending.next_chunks(wait_for_all=True)
+    assert [chunk.rows for chunk in chunks] == CHUNKS and pending.finished
+    whole = pending.rollout()
+    at_once = collected(recorded, prompts)
     assert all(torch.equal(value, tensors(at_once)[name]) for name, value in tensors(whole).items())
     for chunk in chunks:
         part = chunk.rollout
@@ -309,41 +332,38 @@ def test_rows_keep_their_place(prompts: PromptBatch, recorded: Path) -> None:
 
 def test_a_collective_engine_answers_in_the_trainers_thread(prompts: PromptBatch, recorded: Path) -> None:
     """What the ranks do together has one order: nothing else goes on until every response is there."""
-    engine = Collective(recorded)
-    generation = Generation(engine, prompts, SAMPLING, n=SAMPLES, seed=0, version="step0", chunk_size=CHUNK).start()
-    assert engine.caller is threading.current_thread()
-    assert [len(chunk.rows) for chunk in generation.next_chunks()] == [4, 4, 2] and generation.finished
+    generator = Collective(recorded)
+    pending = started(generator, prompts)
+    assert generator.caller is threading.current_thread()
+    assert [len(chunk.rows) for chunk in pending.next_chunks()] == [4, 4, 2] and pending.finished
 
 
 def test_errors_of_the_engine_reach_the_trainer(prompts: PromptBatch, recorded: Path) -> None:
-    arguments: dict[str, Any] = {"n": SAMPLES, "seed": 0, "chunk_size": CHUNK}
-    stale = Generation(ReplayEngine(recorded), prompts, SAMPLING, version="step7", **arguments).start()
+    stale = started(ReplayGenerator(recorded), prompts, version="step7")
     with pytest.raises(RunError, match="made by weights .'step0'., the actor is at 'step7'"):
         stale.next_chunks()
-    too_many = {**arguments, "n": SAMPLES + 1}
-    failing = Generation(ReplayEngine(recorded), prompts, SAMPLING, version="step0", **too_many).start()
+    failing = started(ReplayGenerator(recorded), prompts, n=SAMPLES + 1)
     with pytest.raises(ValueError, match="needs 3 recorded responses, 2 are left"):
         failing.next_chunks()
 
 
 def test_banked_responses_are_not_asked_for_again(prompts: PromptBatch, recorded: Path, tmp_path: Path) -> None:
     """A generation that is ended after seven of ten responses, and the one that takes its place: the same chunks, the same rows."""
-    arguments: dict[str, Any] = {"n": SAMPLES, "seed": 0, "version": "step0", "chunk_size": CHUNK}
     bank = RolloutBank(tmp_path, resumes=False)
     assert bank.begin(0, "key") == []
-    first = Generation(Killed(recorded, end_after=7), prompts, SAMPLING, **arguments, bank=bank).start()
+    first = started(Killed(recorded, end_after=7), prompts, bank=bank)
     with pytest.raises(RunError, match="killed"):
         first.next_chunks(wait_for_all=True)
 
     bank = RolloutBank(tmp_path, resumes=True)
     banked = bank.begin(0, "key")
     assert [place for place, _ in banked] == ORDER[:7]
-    engine = Killed(recorded)
-    second = Generation(engine, prompts, SAMPLING, **arguments, bank=bank, banked=banked).start()
+    generator = Killed(recorded)
+    second = started(generator, prompts, bank=bank, banked=banked)
     chunks = second.next_chunks(wait_for_all=True)
-    assert engine.asked == ORDER[7:] and [chunk.rows for chunk in chunks] == CHUNKS
+    assert generator.asked == ORDER[7:] and [chunk.rows for chunk in chunks] == CHUNKS
     assert second.metrics() == {"rollout/banked_share": 0.7}
-    at_once = collect_rollout(ReplayEngine(recorded), prompts, SAMPLING, n=SAMPLES, seed=0, version="step0")
+    at_once = collected(recorded, prompts)
     assert all(torch.equal(value, tensors(at_once)[name]) for name, value in tensors(second.rollout()).items())
     bank.end()
     assert [place for place, _ in bank.begin(0, "key")] == ORDER

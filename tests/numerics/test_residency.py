@@ -79,7 +79,7 @@ class Roles:
 
     def step(self) -> list[Tensor]:
         """All phases of a PPO step, in their order; what they gave."""
-        self.device.engine_turn("rollout")
+        self.device.generator_turn("rollout")
         with self.reward.on_device(phase="scores"):
             results = [self.reward.forward(self.ids, self.lengths, scores_output)]
         with self.reference.on_device(phase="ref_log_probs"):
@@ -156,7 +156,7 @@ def test_the_ledger_reads_the_storages(roles: Roles) -> None:
     """Hand-worked: the model has n parameters, the bf16 actor 2n + 4n + 4n + 8n bytes; outside of a turn none on the device."""
     for _ in range(2):
         roles.step()
-    roles.device.engine_turn("rollout")
+    roles.device.generator_turn("rollout")
     roles.device.settle()
     entry = roles.device.ledger.record("rollout", "after")
     held = {role: sum(kinds.values()) for role, kinds in entry.device.items()}
@@ -204,7 +204,7 @@ def test_one_role_comes_in_while_the_other_leaves(
 def test_no_gradient_outlives_its_buffer(roles: Roles) -> None:
     """What an optimizer hangs on its main parameters would hold device memory that no role accounts for."""
     roles.step()
-    roles.device.engine_turn("idle")
+    roles.device.generator_turn("idle")
     roles.device.settle()
     assert total(roles.device.ledger.look()[0]) == 0
     for engine in (roles.actor, roles.critic):
@@ -218,7 +218,7 @@ def test_memory_is_flat_over_twenty_cycles(roles: Roles) -> None:
     looks = []
     for _ in range(20):
         roles.step()
-        roles.device.engine_turn("rollout")
+        roles.device.generator_turn("rollout")
         roles.device.settle()
         device, host = roles.device.ledger.look()
         buffers = [block.host for role in roles.device.roles.values() for block in role.blocks if block.host is not None]
@@ -234,13 +234,13 @@ def test_only_what_changed_is_copied_out(roles: Roles) -> None:
     for engine, phase in ((roles.reward, "scores"), (roles.reference, "ref_log_probs"), (roles.critic, "values")):
         with engine.on_device(phase=phase):
             pass
-    roles.device.engine_turn("rollout")
+    roles.device.generator_turn("rollout")
     roles.device.settle()
     cost = roles.device.collect_cost()
     # The actor's parameters, which were on the device for the weight sync: the others are as they came.
     assert cost.bytes_out == roles.device.roles["actor"].num_bytes(FORWARD)
     roles.step()
-    roles.device.engine_turn("rollout")
+    roles.device.generator_turn("rollout")
     roles.device.settle()
     trained = [roles.device.roles[role] for role in ("actor", "critic")]
     assert roles.device.collect_cost().bytes_out == sum(one.num_bytes(one.kinds - {Kind.grads}) for one in trained)
@@ -289,7 +289,7 @@ def test_turns_do_not_nest(roles: Roles) -> None:
             with pytest.raises(ResidencyError, match=message), inner.on_device(phase="values"):
                 pass
         with pytest.raises(ResidencyError, match="'rollout' begins inside"):
-            roles.device.engine_turn("rollout")
+            roles.device.generator_turn("rollout")
         with pytest.raises(ResidencyError, match="actor: training needs its grads, params on the device"):
             roles.train(roles.actor)
         roles.log_probs(roles.actor)
@@ -354,7 +354,7 @@ def test_a_turn_that_is_left_out_does_not_stand_in_the_way(roles: Roles) -> None
                 roles.train(roles.critic)
             with roles.actor.on_device(phase="weight_sync"):
                 roles.log_probs(roles.actor)
-            roles.device.engine_turn("rollout")
+            roles.device.generator_turn("rollout")
         roles.device.settle()
 
     thread = threading.Thread(target=two_steps, daemon=True)
@@ -383,7 +383,7 @@ def test_a_checkpoint_comes_straight_from_host_buffers(roles: Roles, tmp_path: P
     roles.step()
     with roles.actor.on_device(grads=True, optimizer=True, phase="train_actor"):
         snapshots = [roles.actor.save(folders[0])]
-    roles.device.engine_turn("rollout")
+    roles.device.generator_turn("rollout")
     roles.device.settle()
     before = roles.device.ledger.look()[0]["actor"]
     assert sum(before.values()) == 0
@@ -392,7 +392,7 @@ def test_a_checkpoint_comes_straight_from_host_buffers(roles: Roles, tmp_path: P
     planned = RoleStorage("actor", roles.actor.train_config, 1).checkpoint_bytes(0)
     assert [snapshot.num_bytes for snapshot in snapshots] == [planned] * 2
     following = roles.step()
-    roles.device.engine_turn("rollout")
+    roles.device.generator_turn("rollout")
     roles.device.settle()  # the host's buffers hold the next step's bytes
     for snapshot in reversed(snapshots):
         assert snapshot.write()

@@ -17,7 +17,7 @@ from hetero_ppo.config.schema import SCHEMAS
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
-import engines
+import generators
 import logprob_memory
 import make_experience
 import ppo_step
@@ -249,9 +249,9 @@ def test_log_probs_take_less_memory_than_the_plain_way() -> None:
 
 def test_engines_are_compared_within_a_round() -> None:
     """The second round had half of the machine: both engines suffer, the ratio does not."""
-    found = engines.summary([(1.0, 2.0), (2.0, 4.0), (1.5, 3.0)], num_tokens=300)
+    found = generators.summary([(1.0, 2.0), (2.0, 4.0), (1.5, 3.0)], num_tokens=300)
     assert found == {"vllm_tokens_s": 200.0, "megatron_tokens_s": 100.0, "megatron_over_vllm": 0.5}
-    args = engines.parse_arguments(["--prompts", "8", "--dtype", "bf16"])
+    args = generators.parse_arguments(["--prompts", "8", "--dtype", "bf16"])
     assert (args.model, args.prompts, args.tokens, args.rounds, args.dtype) == ("2.4m", 8, 64, 7, "bf16")
 
 

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any
 
 import pytest
 import torch
 from cuda_rig import COPY_RATE, VirtualCuda
 
-from hetero_ppo.config.schema import ResidencyConfig, RolloutConfig
+from hetero_ppo.config.schema import ResidencyConfig
 from hetero_ppo.engines.residency import RoleResidency
 from hetero_ppo.engines.shared_device import SharedDevice
 from hetero_ppo.errors import RunError
+from hetero_ppo.rollout.generator import Capabilities, NullGenerator
 from hetero_ppo.step.kinds import TRAINING, Kind
 from hetero_ppo.step.phases import ppo_phases
 from hetero_ppo.memory.plan import GIB
-from hetero_ppo.trainers import ppo_engine
-from hetero_ppo.trainers.ppo_engine import EngineTurns
+from hetero_ppo.trainers import ppo_turns
+from hetero_ppo.trainers.ppo_turns import GeneratorTurns
 from hetero_ppo.trainers.ppo_memory import memory_metrics
 
 UNIT = 1 << 12  # bytes of one tensor
@@ -30,14 +29,16 @@ GENERATOR, WEIGHTS = TURN, TURN // 4  # bytes that vLLM takes to generate, and o
 TOTAL = TURN + ACTIVATIONS + WEIGHTS  # of the device: it holds a training turn, or a rollout, not both
 
 
-@dataclass
-class Generator:
+class Generator(NullGenerator):
     """Takes memory of the device as vLLM does from another process, out of what the driver has left."""
 
-    cuda: VirtualCuda
-    held: int = 0
-    last_sync: None = None
-    wakes: list[str] = field(default_factory=list)
+    is_here = True
+
+    def __init__(self, cuda: VirtualCuda) -> None:
+        super().__init__(Capabilities(can_sleep=True))
+        self.cuda = cuda
+        self.held = 0
+        self.wakes: list[str] = []
 
     def wake(self, *, weights_only: bool = False) -> None:
         self.wakes.append("weights" if weights_only else "all")
@@ -53,8 +54,8 @@ class Generator:
 def cuda(monkeypatch: pytest.MonkeyPatch) -> VirtualCuda:
     cuda = VirtualCuda(TOTAL)
     cuda.install(monkeypatch)
-    monkeypatch.setattr(ppo_engine.dist, "barrier", lambda: None)
-    monkeypatch.setattr(ppo_engine.dist, "get_world_size", lambda: 1)
+    monkeypatch.setattr(ppo_turns.dist, "barrier", lambda: None)
+    monkeypatch.setattr(ppo_turns.dist, "get_world_size", lambda: 1)
     return cuda
 
 
@@ -84,8 +85,8 @@ def _train(device: SharedDevice, cuda: VirtualCuda, role: str, seconds: float) -
 
 
 def test_the_generator_finds_room_at_every_wake(device: SharedDevice, cuda: VirtualCuda) -> None:
-    generator: Any = Generator(cuda)
-    turns = EngineTurns(generator, device, RolloutConfig())
+    generator = Generator(cuda)
+    turns = GeneratorTurns(generator, device)
     for _ in range(3):
         with turns.generating():
             assert cuda.reserved + GENERATOR <= cuda.total
@@ -99,12 +100,12 @@ def test_the_generator_finds_room_at_every_wake(device: SharedDevice, cuda: Virt
 
 
 def test_a_wake_without_room_says_what_the_device_holds(device: SharedDevice, cuda: VirtualCuda) -> None:
-    generator: Any = Generator(cuda)
+    generator = Generator(cuda)
     cuda.total = GENERATOR // 2
     with pytest.raises(
         RunError, match=r"wake: no memory.*GiB are free on device 0; this rank holds .*gpu_memory_utilization"
     ):
-        EngineTurns(generator, device, RolloutConfig()).wake()
+        GeneratorTurns(generator, device).wake()
 
 
 def test_what_comes_ahead_does_not_wait_for_queued_kernels(device: SharedDevice, cuda: VirtualCuda) -> None:
@@ -145,7 +146,7 @@ def test_the_ledger_has_what_torch_reserved_beside_what_it_allocated(device: Sha
     assert metrics["memory/reserved_gib"] * GIB == TURN + ACTIVATIONS
     assert metrics["memory/allocated_gib"] * GIB == TURN
     assert metrics["memory/cached_gib"] * GIB >= ACTIVATIONS
-    EngineTurns(None, device, RolloutConfig()).wake()
+    GeneratorTurns(NullGenerator(Capabilities(can_sleep=True)), device).wake()
     assert device.ledger.record("rollout", "after").cached == 0
 
 

@@ -14,7 +14,9 @@ from hetero_ppo.config.schema import DataConfig, Dtype, ModelConfig, PpoConfig
 from hetero_ppo.data.chat_template import load_text_encoder
 from hetero_ppo.data.export_files import export_files
 from hetero_ppo.data.tokenizer_training import train_tokenizer
-from hetero_ppo.trainers import ppo_setup
+from hetero_ppo.rollout.megatron import MegatronGenerator
+from hetero_ppo.rollout.vllm import VllmGenerator
+from hetero_ppo.trainers import ppo_generator
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}<|im_end|>{% endfor %}"
 
@@ -87,20 +89,20 @@ def test_the_tokenizer_and_the_template_are_those_of_the_options(tmp_path: Path)
         assert (encoder.source, encoder.template) == (str(source), template)
 
 
-def test_both_engines_stop_at_every_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_generators_stop_at_every_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = model_folder(tmp_path / "model")
     config = PpoConfig()
     config.actor.model.path, config.actor.model.dtype = str(folder), Dtype.fp32
     encoder = load_text_encoder(config.actor.model, DataConfig(train="unused.jsonl"), "actor")
     given: list[dict[str, Any]] = []
 
-    def record(*args: object, **arguments: Any) -> SimpleNamespace:
+    def record(self: object, *args: object, **arguments: Any) -> None:
         given.append(arguments)
-        return SimpleNamespace(start=lambda: None)
 
-    monkeypatch.setattr(ppo_setup, "MegatronEngine", record)
-    monkeypatch.setattr(ppo_setup, "VllmEngine", record)
-    data, run = SimpleNamespace(encoder=encoder), SimpleNamespace(is_writer=True, world_size=1, dir=tmp_path, say=print)
-    ppo_setup.engine_of_actor(config, data, None)
-    ppo_setup.begin_engine(config, run, data, 0, None).wait()
+    for kind in (MegatronGenerator, VllmGenerator):
+        monkeypatch.setattr(kind, "__init__", record)
+        monkeypatch.setattr(kind, "start", lambda self: None)
+    run: Any = SimpleNamespace(is_writer=True, world_size=1, dir=tmp_path, say=print)
+    ppo_generator.generator_of_actor(config, encoder, None)
+    ppo_generator.begin_generator(config, run, encoder, 0, None).wait()
     assert [arguments["eos_token_ids"] for arguments in given] == [[2, 0], [2, 0]]

@@ -10,7 +10,7 @@ import pytest
 from hetero_ppo.observability.timers import PhaseTimer
 from hetero_ppo.observability.trace import (
     COPY_IN,
-    ENGINE,
+    GENERATOR,
     MERGE_GAP_S,
     TRAINER,
     Span,
@@ -40,7 +40,7 @@ def synthetic_step(folder: Path, step: int = 12) -> Path:
     clock = Clock()
     trace = recorder(folder, clock, rank=3)
     trace.begin(step)
-    with trace.span(TRAINER, "rollout"), trace.span(ENGINE, "generate"):
+    with trace.span(TRAINER, "rollout"), trace.span(GENERATOR, "generate"):
         clock.now = 106.0
     with trace.span("actor", "train_actor"):
         clock.now = 107.0
@@ -58,7 +58,7 @@ def test_the_file_is_in_chromes_format(tmp_path: Path) -> None:
     assert path == tmp_path / "trace" / "step_0000012.json"
     events = json.loads(path.read_text())["traceEvents"]
     names = {e["tid"]: e["args"]["name"] for e in events if e["name"] == "thread_name"}
-    assert list(names.values()) == [TRAINER, ENGINE, "actor", COPY_IN]
+    assert list(names.values()) == [TRAINER, GENERATOR, "actor", COPY_IN]
     assert [e["args"]["name"] for e in events if e["name"] == "process_name"] == ["rank 3"]
     spans = [e for e in events if e["ph"] == "X"]
     assert len(spans) == 5 and {e["ph"] for e in events} == {"X", "M"}
@@ -77,9 +77,9 @@ def test_the_file_is_in_chromes_format(tmp_path: Path) -> None:
 def test_what_is_read_is_what_was_recorded(tmp_path: Path) -> None:
     trace = read_trace(synthetic_step(tmp_path))
     assert (trace.step, trace.rank, trace.seconds) == (12, 3, 10.0)
-    assert trace.lanes() == [TRAINER, ENGINE, "actor", COPY_IN]
+    assert trace.lanes() == [TRAINER, GENERATOR, "actor", COPY_IN]
     idle = {lane: trace.idle_share(lane) for lane in trace.lanes()}
-    assert idle == pytest.approx({TRAINER: 0.4, ENGINE: 0.4, "actor": 0.7, COPY_IN: 0.925})
+    assert idle == pytest.approx({TRAINER: 0.4, GENERATOR: 0.4, "actor": 0.7, COPY_IN: 0.925})
     assert trace.idle_share("critic") == 1.0
 
 
@@ -104,10 +104,10 @@ def test_steps_that_are_due() -> None:
 def test_nothing_is_kept_outside_of_a_step(tmp_path: Path) -> None:
     trace = TraceRecorder(tmp_path / "trace", every=10)
     for step in (1, 2, 3):
-        with trace.span(ENGINE, "before"):
+        with trace.span(GENERATOR, "before"):
             pass
         trace.begin(step)
-        with trace.span(ENGINE, "generate"):
+        with trace.span(GENERATOR, "generate"):
             pass
         path = trace.end()
         assert (path is None) == (step == 3)
@@ -144,19 +144,19 @@ def test_blocks_that_follow_each_other_are_one_span(tmp_path: Path) -> None:
         trace.add(COPY_IN, name, at + gap, at + gap + 1, role=name, bytes=5, blocks=1)
         at += gap + 1
     for _ in range(2):
-        trace.add(ENGINE, "generate", 100.0, 100.0)
+        trace.add(GENERATOR, "generate", 100.0, 100.0)
     path = trace.end()
     assert path is not None
     spans = read_trace(path).spans
     copies = [(s.name, s.args["bytes"], s.args["blocks"]) for s in spans if s.lane == COPY_IN]
     assert copies == [("a", 10, 2), ("a", 5, 1), ("b", 10, 2)]
-    assert sum(s.lane == ENGINE for s in spans) == 2
+    assert sum(s.lane == GENERATOR for s in spans) == 2
 
 
 def test_a_span_ends_with_an_error(tmp_path: Path) -> None:
     trace = recorder(tmp_path)
     trace.begin(1)
-    with pytest.raises(KeyError), trace.span(ENGINE, "generate"):
+    with pytest.raises(KeyError), trace.span(GENERATOR, "generate"):
         raise KeyError
     trace.end()
     newest = newest_trace(tmp_path)

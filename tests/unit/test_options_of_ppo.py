@@ -12,7 +12,7 @@ import pytest
 from one_rank import ONE_RANK
 from data_fixtures import TEXTS, write_jsonl
 
-from hetero_ppo.config.derived import derive_ppo, max_model_len
+from hetero_ppo.config.derived import actor_generates, derive_ppo, max_model_len
 from hetero_ppo.config.schema import (
     Dtype,
     PpoConfig,
@@ -25,9 +25,10 @@ from hetero_ppo.config.schema import (
 from hetero_ppo.data.sampler import ResumableSampler
 from hetero_ppo.data.tokenizer_training import CHATML_TEMPLATE, train_tokenizer
 from hetero_ppo.reward.re_encoding import load_re_encoders
-from hetero_ppo.rollout.engine import VllmEngine
-from hetero_ppo.rollout.replay import ReplayEngine
-from hetero_ppo.trainers import ppo_bank, ppo_functions, ppo_nodes, ppo_setup
+from hetero_ppo.rollout.generator import Capabilities, NullGenerator
+from hetero_ppo.rollout.replay import ReplayGenerator
+from hetero_ppo.rollout.vllm import VllmGenerator
+from hetero_ppo.trainers import ppo_bank, ppo_functions, ppo_generator, ppo_nodes, ppo_setup
 
 
 @dataclass
@@ -74,8 +75,9 @@ def test_prompts_of_a_step(config: PpoConfig, tmp_path: Path) -> None:
     data = ppo_setup.load_data(config, FakeRun(tmp_path))
     order = ResumableSampler(6, 4, dp_rank=0, dp_size=1, seed=7, shuffle=True, fingerprint="").next_global_batch()
     assert order != sorted(order)
-    asked = ppo_setup.step_prompts(data, config, derive_ppo(config, 1, 6))
-    assert asked["n"] == 3 and asked["prompts"].prompt_texts == [f"hello {row}" for row in order]
+    request = ppo_setup.step_request(data, config, derive_ppo(config, 1, 6), 5)
+    assert (request.n, request.seed) == (3, 5) and request.prompts.prompt_texts == [f"hello {row}" for row in order]
+    assert request.sampling is config.rollout.sampling and request.partial is request.num_needed is None
     assert data.held_out is not None and len(data.held_out) == 3
     config.data.shuffle = False
     config.data.eval = None
@@ -95,23 +97,38 @@ def test_sizes_of_a_run(config: PpoConfig) -> None:
     assert max_model_len(config) == 90
 
 
-def test_a_rollout_engine_is_what_the_options_say(config: PpoConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ppo_setup.StartingEngine, "begin", lambda self: self)  # it is not started
+def test_a_step_asks_for_more_prompts_than_it_needs_with_over_sampling(config: PpoConfig, tmp_path: Path) -> None:
+    config.rollout.over_sampling = 1.25
+    data = ppo_setup.load_data(config, FakeRun(tmp_path))
+    request = ppo_setup.step_request(data, config, derive_ppo(config, 1, 6), 5)
+    assert (request.n, request.num_needed, request.num_rows, request.num_places) == (1, 12, 12, 15)
+    assert request.partial == [None] * 15
+
+
+def test_a_generator_is_what_the_options_say(config: PpoConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ppo_generator.StartingGenerator, "begin", lambda self: self)  # it is not started
     config.rollout.num_servers, config.rollout.max_num_seqs = 3, 10
     config.rollout.weight_transfer = WeightTransfer.collective
     config.rollout.dtype = Dtype.bf16
-    data = SimpleNamespace(encoder=SimpleNamespace(end_token_ids=[2], decode=None))
-    started = ppo_setup.begin_engine(config, FakeRun(tmp_path), data, 0, None)
-    engine = started.engine
-    assert isinstance(engine, VllmEngine) and engine.config.num_servers == 3 and engine.dtype is Dtype.bf16
-    assert engine.config.weight_transfer is WeightTransfer.collective and engine.config.max_num_seqs == 10
-    assert engine._spec.model_path == config.actor.model.path
+    encoder: Any = SimpleNamespace(end_token_ids=[2], decode=None)
+    writer, other = FakeRun(tmp_path), FakeRun(tmp_path, is_writer=False)
+    generator = ppo_generator.begin_generator(config, writer, encoder, 0, None).generator
+    assert isinstance(generator, VllmGenerator) and generator.config.num_servers == 3 and generator.dtype is Dtype.bf16
+    assert generator.config.weight_transfer is WeightTransfer.collective and generator.config.max_num_seqs == 10
+    assert generator._spec.model_path == config.actor.model.path
+    stand_in = ppo_generator.begin_generator(config, other, encoder, 0, None).generator
+    assert not stand_in.is_here and stand_in.capabilities == generator.capabilities
     config.train.replay_rollouts = str(tmp_path / "recorded")
-    monkeypatch.setattr(ppo_setup, "ReplayEngine", lambda folder, first: (ReplayEngine, folder, first))
-    assert ppo_setup.begin_engine(config, FakeRun(tmp_path), data, 4, None).engine == (ReplayEngine, tmp_path / "recorded", 5)
-    config.train.replay_rollouts = None
+    stand_in = ppo_generator.begin_generator(config, other, encoder, 4, None).generator
+    assert not stand_in.is_here and stand_in.capabilities == ReplayGenerator.capabilities
+    asked: list[tuple[Path, int]] = []
+    monkeypatch.setattr(ReplayGenerator, "__init__", lambda self, folder, first: asked.append((folder, first)))
+    assert ppo_generator.begin_generator(config, writer, encoder, 4, None).generator.capabilities.is_recorded
+    assert asked == [(tmp_path / "recorded", 5)]
     config.rollout.engine = RolloutEngineKind.megatron
-    assert ppo_setup.begin_engine(config, FakeRun(tmp_path), data, 0, None) is None
+    assert not actor_generates(config), "the recorded responses are used"
+    config.train.replay_rollouts = None
+    assert actor_generates(config)
 
 
 def test_servers_of_several_nodes_meet_over_the_interface(config: PpoConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,10 +144,18 @@ def test_servers_of_several_nodes_meet_over_the_interface(config: PpoConfig, tmp
 @pytest.mark.parametrize("bank", [False, True])
 def test_responses_are_banked_where_that_is_asked_for(bank: bool, config: PpoConfig, tmp_path: Path) -> None:
     config.rollout.bank, config.checkpoint.every = bank, 2
-    found = ppo_bank.open_bank(config, FakeRun(tmp_path), VllmEngine.__new__(VllmEngine), resumes=False)
+    generator: Any = SimpleNamespace(is_here=True, capabilities=Capabilities(can_resume=True))
+    found = ppo_bank.open_bank(config, FakeRun(tmp_path), generator, resumes=False)
     assert (found is not None) is bank
     if found is not None:
         found.end()
+
+
+def test_nothing_is_banked_where_no_generator_could_resume_it(config: PpoConfig, tmp_path: Path) -> None:
+    config.checkpoint.every = 2
+    recorded: Any = SimpleNamespace(is_here=True, capabilities=ReplayGenerator.capabilities)
+    for generator in (recorded, NullGenerator(Capabilities(can_resume=True))):
+        assert ppo_bank.open_bank(config, FakeRun(tmp_path), generator, resumes=False) is None
 
 
 def test_functions_get_their_options(config: PpoConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,7 +192,7 @@ def test_traces_checks_and_sweeps(config: PpoConfig, tmp_path: Path, monkeypatch
 def test_a_sweep_has_its_time(config: PpoConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found: dict[str, Any] = {}
 
-    def sweep(engine: Any, prompts: Any, sampling: Any, **limits: Any) -> SimpleNamespace:
+    def sweep(generator: Any, prompts: Any, sampling: Any, **limits: Any) -> SimpleNamespace:
         found.update(limits)
         return SimpleNamespace(batch=2, table=lambda: "")
 
@@ -175,7 +200,7 @@ def test_a_sweep_has_its_time(config: PpoConfig, tmp_path: Path, monkeypatch: py
     config.pipeline.chunk_size, config.pipeline.sweep_s = 0, 1.5
     config.rollout.max_num_seqs, config.rollout.num_servers = 10, 2
     data = ppo_setup.load_data(config, FakeRun(tmp_path))
-    turns: Any = SimpleNamespace(generating=lambda: nullcontext("engine"))
+    turns: Any = SimpleNamespace(generating=lambda: nullcontext(SimpleNamespace(is_here=True)))
     size = ppo_setup.chunk_size(config, FakeRun(tmp_path), data, derive_ppo(config, 1, 6), turns)
     assert size == 2 and found == {"largest": 20, "budget_s": 1.5}
 

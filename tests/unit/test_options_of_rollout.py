@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from generator_requests import ask
 
 from hetero_ppo.config.schema import Dtype, RolloutConfig, SamplingConfig, WeightTransfer
 from hetero_ppo.inference.decoder import Decoder
-from hetero_ppo.rollout import engine as engine_module
-from hetero_ppo.rollout.engine import EngineState, VllmEngine
-from hetero_ppo.rollout.megatron import MegatronEngine
+from hetero_ppo.rollout import vllm as vllm_module
+from hetero_ppo.rollout.vllm import ServersState, VllmGenerator
+from hetero_ppo.rollout.megatron import MegatronGenerator
 from hetero_ppo.rollout.servers import pool as pool_module
 from hetero_ppo.rollout.servers.client import ServerClient
 from hetero_ppo.rollout.servers.pool import ServerPool
@@ -25,8 +26,8 @@ SAMPLING = SamplingConfig(
 )
 
 
-def make_engine(tokenizer_path: str | None = None, **config: Any) -> VllmEngine:
-    return VllmEngine(
+def make_generator(tokenizer_path: str | None = None, **config: Any) -> VllmGenerator:
+    return VllmGenerator(
         RolloutConfig(**config),
         model_path="model",
         dtype=Dtype.fp32,
@@ -59,21 +60,21 @@ def test_what_ends_a_response_and_how_long_it_may_take(
     ignore_eos: bool, stop: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(engine_module, "Requests", lambda *args: (asked.append(args), SimpleNamespace(run=list))[1])
-    engine = make_engine(tokenizer_path="tokenizer", request_timeout_s=3.0)
-    engine._state = EngineState.awake
-    engine._pool = SimpleNamespace(version="v", on_stalled=None)  # type: ignore[assignment]
-    engine._run = lambda result: result  # type: ignore[method-assign,assignment]
+    monkeypatch.setattr(vllm_module, "Requests", lambda *args: (asked.append(args), SimpleNamespace(run=list))[1])
+    generator = make_generator(tokenizer_path="tokenizer", request_timeout_s=3.0)
+    generator._state = ServersState.awake
+    generator._pool = SimpleNamespace(version="v", on_stalled=None)  # type: ignore[assignment]
+    generator._run = lambda result: result  # type: ignore[method-assign,assignment]
     sampling = SamplingConfig(max_tokens=5, stop_token_ids=[7], ignore_eos=ignore_eos)
-    assert engine.generate([[3], [4, 5]], sampling, n=1, seed=0) == []
-    ((_, _, _, limits, found, _, _, timeout_s, *_),) = asked
-    assert (limits, found, timeout_s) == ([5, 5], stop, 3.0)
+    assert ask(generator, [[3], [4, 5]], sampling, n=1, seed=0) == []
+    ((_, request, found, timeout_s, _),) = asked
+    assert ([request.limit_of(0), request.limit_of(1)], found, timeout_s) == ([5, 5], stop, 3.0)
 
 
 def test_servers_have_the_dtype_of_the_engine_where_it_is_set() -> None:
-    assert [make_engine(dtype=dtype)._spec.dtype for dtype in (None, Dtype.bf16)] == [Dtype.fp32, Dtype.bf16]
+    assert [make_generator(dtype=dtype)._spec.dtype for dtype in (None, Dtype.bf16)] == [Dtype.fp32, Dtype.bf16]
     asked = WeightTransfer.collective
-    assert make_engine(weight_transfer=asked)._transfer is asked and make_engine()._transfer is WeightTransfer.shared_memory
+    assert make_generator(weight_transfer=asked)._transfer is asked and make_generator()._transfer is WeightTransfer.shared_memory
 
 
 class RecordingClient:
@@ -133,10 +134,10 @@ def test_deadlines_of_servers_and_checks_of_their_weights(verify: bool, monkeypa
 )
 def test_what_ends_a_response_of_the_actor(sampling: dict[str, Any], ends: list[bool]) -> None:
     """9 is the end of a sequence, and tokens are letters: "dab", "ab" and the end, "cac"."""
-    engine = MegatronEngine.__new__(MegatronEngine)
-    engine.eos_token_ids = [9]
-    engine._decode = lambda token_ids: "".join("?abcdefghi"[token] for token in token_ids)
-    is_last = engine._end_of(SamplingConfig(**sampling))
+    generator = MegatronGenerator.__new__(MegatronGenerator)
+    generator.eos_token_ids = [9]
+    generator._decode = lambda token_ids: "".join("?abcdefghi"[token] for token in token_ids)
+    is_last = generator._end_of(SamplingConfig(**sampling))
     assert [is_last(token_ids) for token_ids in ([4, 1, 2], [1, 2, 9], [3, 1, 3])] == ends
 
 

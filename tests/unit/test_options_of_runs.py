@@ -26,9 +26,12 @@ from hetero_ppo.data.preference import PreferenceExample
 from hetero_ppo.data.sft import SftExample
 from hetero_ppo.engines.layouts import role_bridge
 from hetero_ppo.engines.train_engine import TrainStepResult
+from hetero_ppo.observability.trace import TraceRecorder
+from hetero_ppo.rollout.generator import Capabilities, NullGenerator
 from hetero_ppo.runtime import heartbeat as heartbeat_module
 from hetero_ppo.trainers import launch, ppo, sft, stopping, supervised
 from hetero_ppo.trainers.ppo import PpoTrainer
+from hetero_ppo.trainers.ppo_turns import GeneratorTurns
 from hetero_ppo.trainers.rm import RewardModelTrainer
 from hetero_ppo.trainers.sft import SftTrainer
 from hetero_ppo.trainers.supervised import SupervisedTrainer
@@ -156,19 +159,34 @@ class Rows(list):  # type: ignore[type-arg]
         return self
 
 
-@pytest.mark.parametrize("verify", [False, True])
-def test_the_golden_prompt_is_compared_where_that_is_asked_for(verify: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ppo.ppo_setup, "golden_log_probs", lambda actor, ids: [0.0])
-    engine = SimpleNamespace(sync_weights=lambda tensors, version: None, verify_sync=lambda ids, log_probs: 0.25)
-    turns = SimpleNamespace(
-        wake_for_sync=lambda: None, wake=lambda: None, at_work=lambda what: nullcontext(), sync_metrics=dict
-    )
+class Recorded(NullGenerator):
+    """Answers nothing; its log-probs of the probe prompt are always as far off."""
+
+    is_here = True
+
+    def __init__(self, is_recorded: bool) -> None:
+        super().__init__(Capabilities(is_recorded=is_recorded))
+
+    def verify_sync(self, token_ids: list[int], log_probs: list[float]) -> float:
+        assert (token_ids, log_probs) == ([1, 2], [0.0])
+        return 0.25
+
+
+@pytest.mark.parametrize(("verify", "is_recorded"), [(False, False), (True, False), (True, True)])
+def test_the_probe_prompt_is_compared_where_that_is_asked_for(
+    verify: bool, is_recorded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Recorded responses have no weights that could be compared."""
+    monkeypatch.setattr(ppo.ppo_setup, "probe_log_probs", lambda actor, ids: [0.0])
+    generator = Recorded(is_recorded)
+    device: Any = SimpleNamespace(trace=TraceRecorder(), wait_for_room=lambda: None, generator_turn=lambda phase: None)
+    turns = GeneratorTurns(generator, device)
     actor = SimpleNamespace(on_device=lambda phase: nullcontext(), stream_weights=list)
-    config = SimpleNamespace(rollout=SimpleNamespace(verify_sync=verify), train=SimpleNamespace(replay_rollouts=None))
+    config = SimpleNamespace(rollout=SimpleNamespace(verify_sync=verify))
     trainer: Any = SimpleNamespace(
-        data=SimpleNamespace(golden_ids=[1, 2]), config=config, actor=actor, turns=turns, engine=engine
+        data=SimpleNamespace(probe_ids=[1, 2]), config=config, actor=actor, turns=turns, generator=generator
     )
-    assert PpoTrainer.sync_weights(trainer, 1) == ({"rollout/golden_log_prob_diff": 0.25} if verify else {})
+    assert PpoTrainer.sync_weights(trainer, 1) == ({"rollout/golden_log_prob_diff": 0.25} if verify and not is_recorded else {})
 
 
 def test_the_actor_learns_from_the_tokens_of_its_losses_alone() -> None:

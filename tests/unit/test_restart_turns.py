@@ -12,23 +12,25 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from cuda_rig import VirtualCuda
+from generator_requests import ask, prompts_of
 
 from hetero_ppo.config.schema import Dtype, ResidencyConfig, RolloutConfig, SamplingConfig
 from hetero_ppo.engines.residency import RoleResidency
 from hetero_ppo.engines.shared_device import SharedDevice
 from hetero_ppo.errors import RunError
-from hetero_ppo.experience.generation import Generation
-from hetero_ppo.rollout import engine as engine_module
-from hetero_ppo.rollout.engine import VllmEngine
+from hetero_ppo.experience.pending_rollout import PendingRollout
+from hetero_ppo.rollout import vllm as vllm_module
+from hetero_ppo.rollout.generator import GenerationRequest
+from hetero_ppo.rollout.vllm import VllmGenerator
 from hetero_ppo.rollout.servers import pool as pool_module
 from hetero_ppo.rollout.servers.client import ServerDied, ServerHangs
 from hetero_ppo.rollout.weights.tensor_bytes import tensor_checksum
 from hetero_ppo.rollout.weights.worker_extension import _read_files
 from hetero_ppo.step.kinds import TRAINING, Kind
 from hetero_ppo.step.phases import ppo_phases
-from hetero_ppo.trainers import ppo_engine
-from hetero_ppo.trainers.ppo_engine import EngineTurns
-from hetero_ppo.types import PromptBatch, Response
+from hetero_ppo.trainers import ppo_turns
+from hetero_ppo.trainers.ppo_turns import GeneratorTurns
+from hetero_ppo.types import Response
 
 UNIT = 1 << 12  # bytes of a tensor
 TRAINED = (Kind.params, Kind.grads, Kind.main_params, Kind.moments)
@@ -137,9 +139,9 @@ class Client:
 def cuda(monkeypatch: pytest.MonkeyPatch) -> VirtualCuda:
     cuda = VirtualCuda(TOTAL)
     cuda.install(monkeypatch)
-    monkeypatch.setattr(ppo_engine.dist, "barrier", lambda: None)
-    monkeypatch.setattr(ppo_engine.dist, "get_world_size", lambda: 1)
-    monkeypatch.setattr(engine_module, "VllmServer", Server)
+    monkeypatch.setattr(ppo_turns.dist, "barrier", lambda: None)
+    monkeypatch.setattr(ppo_turns.dist, "get_world_size", lambda: 1)
+    monkeypatch.setattr(vllm_module, "VllmServer", Server)
     monkeypatch.setattr(pool_module, "ServerClient", Client)
     monkeypatch.setattr(Server, "cuda", cuda, raising=False)
     monkeypatch.setattr(Server, "all", [])
@@ -152,14 +154,14 @@ class Job:
     def __init__(self, cuda: VirtualCuda, folder: Path, num_servers: int = 1) -> None:
         config = RolloutConfig(num_servers=num_servers, sleep=True)
         about = {"model_path": str(folder), "dtype": Dtype.fp32, "run_dir": folder, "max_model_len": 8, "eos_token_ids": [1]}
-        self.engine = VllmEngine(config, **about, initial_version=None)
-        self.engine.start()
-        self.engine.sleep()
+        self.generator = VllmGenerator(config, **about, initial_version=None)
+        self.generator.start()
+        self.generator.sleep()
         self.device = SharedDevice(ResidencyConfig(), ppo_phases(reward_models=[], actor_scores_old=True))
         for role in ("critic", "actor"):
             tensors = {kind: [torch.zeros(UNIT, dtype=torch.uint8) for _ in range(8)] for kind in TRAINED}
             self.device.add(RoleResidency(role, tensors, [], lambda: None))
-        self.turns = EngineTurns(self.engine, self.device, config)
+        self.turns = GeneratorTurns(self.generator, self.device)
         self.sync("step0")
         self.turns.sleep()
 
@@ -171,11 +173,11 @@ class Job:
     def sync(self, version: str) -> None:
         with self.device.turn("actor", PARAMS, "weight_sync"):
             self.turns.wake_for_sync()
-            self.engine.sync_weights(iter([("a", torch.ones(4))]), version)
+            self.generator.sync_weights(iter([("a", torch.ones(4))]), version)
         self.turns.wake()
 
     def close(self) -> None:
-        self.engine.close()
+        self.generator.close()
         self.device.close()
 
 
@@ -187,7 +189,7 @@ def job(cuda: VirtualCuda, tmp_path: Path) -> Iterator[Job]:
 
 
 @pytest.mark.parametrize("death", ["ended", "hangs"])
-def test_a_server_that_dies_in_a_role_s_turn_starts_in_the_next_engine_turn(
+def test_a_server_that_dies_in_a_role_s_turn_starts_in_the_next_generator_turn(
     job: Job, death: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It neither starts beside the actor, where it would find no room, nor is it asked for anything until it has started."""
@@ -197,20 +199,20 @@ def test_a_server_that_dies_in_a_role_s_turn_starts_in_the_next_engine_turn(
     job.train("actor")
     with job.device.turn("actor", PARAMS, "weight_sync"):
         job.turns.wake_for_sync()
-        job.engine.sync_weights(iter([("a", torch.zeros(4))]), "step1")
-        assert (server.num_spawns, server.held, job.engine.num_down) == (1, 0, 1)
+        job.generator.sync_weights(iter([("a", torch.zeros(4))]), "step1")
+        assert (server.num_spawns, server.held, job.generator.num_down) == (1, 0, 1)
     job.turns.wake()
-    assert (server.num_spawns, server.held, server.weights, job.engine.num_down) == (2, SHARE, "step1", 0)
+    assert (server.num_spawns, server.held, server.weights, job.generator.num_down) == (2, SHARE, "step1", 0)
     notes = [record.message for record in caplog.records if "restart 1 of 2" in record.message]
-    assert len(notes) == 1 and notes[0].endswith("in the rollout engine's next turn: the trainer has the device")
-    assert job.engine.generate([[5]], SAMPLING, n=1, seed=0)[0][0].weight_version == "step1"
+    assert len(notes) == 1 and notes[0].endswith("in the generator's next turn: the trainer has the device")
+    assert ask(job.generator, [[5]], SAMPLING, n=1, seed=0)[0][0].weight_version == "step1"
 
 
 def test_a_death_that_the_watcher_sees_is_noted_once_and_ends_the_process(job: Job) -> None:
     (server,) = Server.all
-    member = job.engine._started_pool().members[0]
+    member = job.generator._started_pool().members[0]
     server.die("hangs")
-    job.engine._loop.call_soon_threadsafe(member.client.on_death, ServerHangs("no answer for 9 s"))
+    job.generator._loop.call_soon_threadsafe(member.client.on_death, ServerHangs("no answer for 9 s"))
     job.train("critic")
     while not member.is_down:
         time.sleep(0.01)
@@ -230,20 +232,17 @@ def test_deaths_that_wait_for_their_restart_count(job: Job) -> None:
         job.sync("step2")
 
 
-def test_in_an_engine_turn_of_its_own_a_server_starts_at_once(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_in_an_generator_turn_of_its_own_a_server_starts_at_once(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     (server,) = Server.all
     job.turns.wake()
     monkeypatch.setattr(Client, "when_asked", staticmethod(lambda one: one.die("ended") if one.num_spawns == 1 else None))
-    assert job.engine.generate([[5]], SAMPLING, n=1, seed=0)[0][0].token_ids == [7]
+    assert ask(job.generator, [[5]], SAMPLING, n=1, seed=0)[0][0].token_ids == [7]
     assert server.num_spawns == 2
 
 
-def generation(job: Job, num_prompts: int) -> Generation:
-    ids, places = [[5 + place] for place in range(num_prompts)], list(range(num_prompts))
-    prompts = PromptBatch(ids, [""] * num_prompts, [None] * num_prompts, places, places, [{}] * num_prompts)
-    return Generation(
-        job.engine, prompts, SAMPLING, n=1, seed=0, version="step0", chunk_size=2, restart=job.turns.restarter
-    )
+def pending_rollout(job: Job, num_prompts: int) -> PendingRollout:
+    request = GenerationRequest(prompts_of([[5 + place] for place in range(num_prompts)]), SAMPLING, n=1, seed=0)
+    return PendingRollout(job.generator, request, version="step0", chunk_size=2, restart=job.turns.restarter)
 
 
 def test_while_roles_compute_beside_generation_other_servers_answer(
@@ -253,7 +252,7 @@ def test_while_roles_compute_beside_generation_other_servers_answer(
     job = Job(cuda, tmp_path, 2)
     first, second = Server.all
     events: list[str] = []
-    spawn, restart_down = Server.spawn, job.engine.restart_down
+    spawn, restart_down = Server.spawn, job.generator.restart_down
 
     def when_asked(server: Server) -> None:
         if server.num_spawns == 1 and (server is first or first.state != "runs" and len(second.answered) == 2):
@@ -261,9 +260,9 @@ def test_while_roles_compute_beside_generation_other_servers_answer(
 
     monkeypatch.setattr(Client, "when_asked", staticmethod(when_asked))
     monkeypatch.setattr(Server, "spawn", lambda server: (events.append("a server starts"), spawn(server)))
-    monkeypatch.setattr(job.engine, "restart_down", lambda: (events.append("the devices are free"), restart_down()))
+    monkeypatch.setattr(job.generator, "restart_down", lambda: (events.append("the devices are free"), restart_down()))
     job.turns.wake(shared=True)
-    running = generation(job, 6).start()
+    running = pending_rollout(job, 6).start()
     places: list[int] = []
     while not running.finished:
         for chunk in running.next_chunks():
@@ -279,11 +278,11 @@ def test_while_roles_compute_beside_generation_other_servers_answer(
 
 def test_without_a_gpu_a_server_starts_at_once(cuda: VirtualCuda, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cuda.total += 2 * TURN
-    monkeypatch.setattr(ppo_engine, "platform", SimpleNamespace(HAS_CUDA=False))
+    monkeypatch.setattr(ppo_turns, "platform", SimpleNamespace(HAS_CUDA=False))
     job = Job(cuda, tmp_path)
     (server,) = Server.all
     job.train("critic", lambda: server.die("ended"))
     with job.device.turn("actor", PARAMS, "weight_sync"):
         job.turns.wake_for_sync()
-        assert (server.num_spawns, job.engine.num_down) == (2, 0)
+        assert (server.num_spawns, job.generator.num_down) == (2, 0)
     job.close()

@@ -6,8 +6,11 @@ import json
 from collections.abc import Callable
 
 import pytest
+from generator_requests import prompts_of
 
-from hetero_ppo.rollout.engine import check_begun
+from hetero_ppo.config.schema import SamplingConfig
+from hetero_ppo.rollout.checks import check_request
+from hetero_ppo.rollout.generator import Capabilities, GenerationRequest
 from hetero_ppo.rollout.partial import ABORTED, PartialBuffer, continued
 from hetero_ppo.types import PromptBatch, Response
 
@@ -47,32 +50,46 @@ def test_the_oldest_prompts_come_first_and_every_one_is_used_once() -> None:
     late = Response([9], [-1.0], "stop", "step0")  # complete, but after the sixth
     buffer.keep({0, 1, 2, 4, 5, 8}, {3: aborted([7, 8], "step0"), 6: aborted([], ""), 7: late})
     assert buffer.prompts.prompt_index == [1, 3, 3, 4, 5, 5]
-    assert buffer.begun == [aborted([7, 8], "step0"), None, late, None, None, None]
+    assert buffer.partial == [aborted([7, 8], "step0"), None, late, None, None, None]
     second = buffer.take(6, next_prompts, n=2)
     assert second.prompt_index == [1, 3, 3, 4, 5, 5, 6, 6, 7]
     assert second.prompt_texts[0] == "1?"
 
 
-def test_a_checkpoint_brings_back_what_was_begun() -> None:
+def test_a_checkpoint_brings_back_partial_responses() -> None:
     buffer = PartialBuffer(2.0)
     buffer.take(2, counted(2), n=1)
     resumed = continued(aborted([5], "step0"), aborted([6], "step1"))
     buffer.keep({0, 3}, {1: resumed, 2: aborted([], "")})
     loaded = PartialBuffer(2.0)
     loaded.load_state_dict(json.loads(json.dumps(buffer.state_dict())))
-    assert loaded.begun == buffer.begun == [resumed, None]
+    assert loaded.partial == buffer.partial == [resumed, None]
     assert loaded.prompts == buffer.prompts and len(loaded) == 2
     with pytest.raises(ValueError, match="rollout.over_sampling=1: in the checkpoint 2 prompts wait"):
         PartialBuffer(1.0).load_state_dict(buffer.state_dict())
     PartialBuffer(1.0).load_state_dict(PartialBuffer(1.0).state_dict())
 
 
+def check(
+    partial: list[Response | None] | None, num_needed: int | None, limits: list[int], n: int, *, can_resume: bool = True
+) -> None:
+    prompts, sampling = prompts_of([[5]] * len(limits)), SamplingConfig()
+    request = GenerationRequest(
+        prompts, sampling, n=n, seed=0, max_tokens=limits, partial=partial, num_needed=num_needed
+    )
+    check_request(request, Capabilities(can_resume=can_resume), 8)
+
+
 def test_what_cannot_be_resumed_is_refused() -> None:
-    check_begun([None, aborted([1, 2], "a")], 2, [3, 3], 1)
-    check_begun([Response([1, 2, 3], [0.0] * 3, "length", "a")], None, [3], 1)  # complete already
-    with pytest.raises(ValueError, match="response 1 was begun with 3 tokens, and may have 3"):
-        check_begun([None, aborted([1, 2, 3], "a")], 2, [3, 3], 1)
-    with pytest.raises(ValueError, match="begun has 1 responses for 1 prompts with 2 each"):
-        check_begun([None], None, [3], 2)
-    with pytest.raises(ValueError, match=r"wanted=3 is not in 1\.\.2"):
-        check_begun(None, 3, [3, 3], 1)
+    check([None, aborted([1, 2], "a")], 2, [3, 3], 1)
+    check([Response([1, 2, 3], [0.0] * 3, "length", "a")], None, [3], 1)  # complete already
+    with pytest.raises(ValueError, match="partial response 1 has 3 tokens, and may have 3"):
+        check([None, aborted([1, 2, 3], "a")], 2, [3, 3], 1)
+    with pytest.raises(ValueError, match="partial has 1 responses for 1 prompts with 2 each"):
+        check([None], None, [3], 2)
+    with pytest.raises(ValueError, match=r"num_needed=3 is not in 1\.\.2"):
+        check(None, 3, [3, 3], 1)
+    check(None, None, [3], 1, can_resume=False)
+    for partial, num_needed in (([None], None), (None, 1)):
+        with pytest.raises(ValueError, match="this generator resumes and aborts no responses"):
+            check(partial, num_needed, [3], 1, can_resume=False)

@@ -1,4 +1,4 @@
-"""Rollout files and the engine that answers from them."""
+"""Rollout files and the generator that answers from them."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from generator_contract import LIMITS, PROMPTS, GeneratorContract
+from generator_requests import ask
 
 from hetero_ppo.config.schema import SamplingConfig
 from hetero_ppo.rollout.replay import (
-    ReplayEngine,
+    ReplayGenerator,
     RolloutRecord,
     read_rollouts,
     recorded_steps,
@@ -61,42 +63,53 @@ def test_a_rollout_survives_the_file_exactly(tmp_path: Path) -> None:
 def test_replay_answers_by_prompt_and_step(tmp_path: Path) -> None:
     write_records(tmp_path, 1, [record(1, [5], [10]), record(1, [6], [11]), record(1, [5], [12]), record(1, [6], [13])])
     write_records(tmp_path, 2, [record(2, [7], [14])])
-    engine = ReplayEngine(tmp_path)
-    told: list[tuple[int, int, list[int]]] = []
-    answers = engine.generate(
-        [[6], [5]], SAMPLING, n=2, seed=0, on_response=lambda i, j, response: told.append((i, j, response.token_ids))
+    generator = ReplayGenerator(tmp_path)
+    reported: list[tuple[int, int, list[int]]] = []
+    answers = ask(
+            generator, [[6], [5]], SAMPLING, n=2, seed=0, on_response=lambda i, j, response: reported.append((i, j, response.token_ids))
     )
-    assert told == [(0, 0, [11]), (0, 1, [13]), (1, 0, [10]), (1, 1, [12])]
+    assert reported == [(0, 0, [11]), (0, 1, [13]), (1, 0, [10]), (1, 1, [12])]
     assert [[r.token_ids for r in group] for group in answers] == [[[11], [13]], [[10], [12]]]
-    assert engine.generate([[7]], SAMPLING, n=1, seed=0)[0][0].weight_version == "step_2"
+    assert ask(generator, [[7]], SAMPLING, n=1, seed=0)[0][0].weight_version == "step_2"
     with pytest.raises(ValueError, match="every recorded step has been replayed"):
-        engine.generate([[7]], SAMPLING, n=1, seed=0)
+        ask(generator, [[7]], SAMPLING, n=1, seed=0)
 
 
-def test_replay_starts_at_a_step_and_reads_the_weight_stream(tmp_path: Path) -> None:
+class TestContract(GeneratorContract):
+    """What every generator does, as far as recorded responses can."""
+
+    @pytest.fixture
+    def generator(self, tmp_path: Path) -> ReplayGenerator:
+        records = [
+            RolloutRecord(1, prompt, PROMPTS[prompt], [7] * limit, [-0.5] * limit, "length", "initial", chunk=int(prompt == 0))
+            for prompt, limit in enumerate(LIMITS)
+            for _ in range(2)
+        ]
+        write_records(tmp_path, 1, records)
+        return ReplayGenerator(tmp_path)
+
+
+def test_replay_starts_at_a_step(tmp_path: Path) -> None:
     for step in (1, 2, 10):
         write_records(tmp_path, step, [record(step, [5], [step])])
     assert recorded_steps(tmp_path) == [1, 2, 10]
-    with ReplayEngine(tmp_path, first_step=2) as engine:
-        stream = iter([("w", torch.zeros(1))])
-        engine.sync_weights(stream, "step_9")
-        assert next(stream, None) is None and engine.version == "step_9"
-        assert [engine.generate([[5]], SAMPLING, n=1, seed=0)[0][0].token_ids for _ in range(2)] == [[2], [10]]
+    with ReplayGenerator(tmp_path, first_step=2) as generator:
+        assert [ask(generator, [[5]], SAMPLING, n=1, seed=0)[0][0].token_ids for _ in range(2)] == [[2], [10]]
     with pytest.raises(ValueError, match="step 3 was not recorded"):
-        ReplayEngine(tmp_path, first_step=3)
+        ReplayGenerator(tmp_path, first_step=3)
 
 
 def test_replay_refuses_other_prompts_and_longer_responses(tmp_path: Path) -> None:
     write_records(tmp_path, 1, [record(1, [5], [10, 10, 10, 10, 10])])
-    engine = ReplayEngine(tmp_path)
+    generator = ReplayGenerator(tmp_path)
     with pytest.raises(ValueError, match="prompt 0 of this step .* needs 1 recorded responses, 0 are left"):
-        engine.generate([[6]], SAMPLING, n=1, seed=0)
+        ask(generator, [[6]], SAMPLING, n=1, seed=0)
     with pytest.raises(ValueError, match="needs 2 recorded responses, 1 are left"):
-        engine.generate([[5]], SAMPLING, n=2, seed=0)
+        ask(generator, [[5]], SAMPLING, n=2, seed=0)
     with pytest.raises(ValueError, match="has 5 tokens, sampling.max_tokens is 4"):
-        engine.generate([[5]], SAMPLING, n=1, seed=0)
+        ask(generator, [[5]], SAMPLING, n=1, seed=0)
     with pytest.raises(ValueError, match="no step_"):
-        ReplayEngine(tmp_path / "nowhere")
+        ReplayGenerator(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize(

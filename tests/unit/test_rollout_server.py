@@ -12,14 +12,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from generator_requests import ask
 
 from hetero_ppo.config.checks_rollout import check_weight_transfer
 from hetero_ppo.config.derived import num_servers, servers_of_nodes
 from hetero_ppo.config.schema import Dtype, PpoConfig, RolloutConfig, SamplingConfig, WeightTransfer
 from hetero_ppo.errors import RunError
 from hetero_ppo.rollout.servers import server as server_module
-from hetero_ppo.rollout.engine import VllmEngine, check_devices
-from hetero_ppo.rollout.engine_checks import check_prompts
+from hetero_ppo.rollout.vllm import VllmGenerator, check_devices
+from hetero_ppo.rollout.checks import check_prompts
 from hetero_ppo.rollout.requests import response_seed
 from hetero_ppo.rollout.servers.server import Endpoint, ServerSpec, VllmServer, command_line, environment, first_error, server_threads
 
@@ -51,11 +52,11 @@ def test_servers_have_a_tokenizer_only_when_stop_strings_need_one() -> None:
     assert "--skip-tokenizer-init" in command_line(make_spec(), SOCKET)
     command = command_line(dataclasses.replace(make_spec(), tokenizer_path="/tokenizer"), SOCKET)
     assert option(command, "--tokenizer") == "/tokenizer" and "--skip-tokenizer-init" not in command
-    engine = VllmEngine(
+    engine = VllmGenerator(
         RolloutConfig(), model_path="m", dtype=Dtype.fp32, run_dir=Path("r"), max_model_len=64, eos_token_ids=[1]
     )
     with pytest.raises(ValueError, match="sampling.stop=.*needs a tokenizer"):
-        engine.generate([[1]], SamplingConfig(max_tokens=4, stop=["\n"]), n=1, seed=0)
+        ask(engine, [[1]], SamplingConfig(max_tokens=4, stop=["\n"]), n=1, seed=0)
 
 
 def test_cuda_command_line_compiles_and_takes_a_share_of_the_device() -> None:
@@ -157,7 +158,7 @@ ACCEPT = (
 )
 
 
-def ask(port: int) -> int:
+def answering_process(port: int) -> int:
     """Process id of who answers."""
     with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
         connection.sendall(b"who")
@@ -189,13 +190,13 @@ def test_nobody_takes_the_port_of_a_server_of_another_node(short_path: Path, mon
     assert steal(port) == [] and refuses(port)
     for _ in range(2):
         server.spawn()
-        assert ask(port) == server.process_group and steal(port) == []
-        assert ask(port) == server.process_group
+        assert answering_process(port) == server.process_group and steal(port) == []
+        assert answering_process(port) == server.process_group
         server.wait_exit(20.0)
         assert server.exit_code == 0 and steal(port) == [] and refuses(port)
         server.kill()  # as before every restart
     server.spawn()
-    assert ask(port) == server.process_group
+    assert answering_process(port) == server.process_group
     server.kill()
     assert steal(port) == [] and refuses(port)
     server.release_port()
@@ -215,7 +216,7 @@ def test_a_server_that_ends_while_starting_is_one_clear_error(tmp_path: Path, mo
     """As vLLM ends when it cannot load a model, in less time."""
     program = "import sys; print('a line of the log', flush=True); sys.exit('OSError: no config.json')"
     monkeypatch.setattr(server_module, "command_line", lambda spec, endpoint: [sys.executable, "-c", program])
-    engine = VllmEngine(
+    engine = VllmGenerator(
         RolloutConfig(), model_path=str(tmp_path), dtype=Dtype.fp32, run_dir=tmp_path, max_model_len=64, eos_token_ids=[1]
     )
     with pytest.raises(RunError) as caught:
@@ -224,7 +225,7 @@ def test_a_server_that_ends_while_starting_is_one_clear_error(tmp_path: Path, mo
     assert re.match(r"start: rollout server 0 \(unix:.*\) ended while starting .*exit code 1; log: .*server_0.log; its last", text)
     assert text.endswith("    a line of the log\n    OSError: no config.json")
     with pytest.raises(RuntimeError, match="not running"):
-        engine.generate([[2]], SamplingConfig(max_tokens=4), n=1, seed=0)
+        ask(engine, [[2]], SamplingConfig(max_tokens=4), n=1, seed=0)
 
 
 def test_the_first_error_of_a_servers_log_is_named() -> None:

@@ -52,7 +52,7 @@ class ServerHangs(ServerDied):
 
 
 class ServerIsDown(RunError):
-    """The server died, and its restart waits for the rollout engine's next turn on the devices."""
+    """The server died, and its restart waits for the generator's next turn on the devices."""
 
 
 class NotTheServerError(Exception):
@@ -60,7 +60,7 @@ class NotTheServerError(Exception):
 
 
 class ServerClient:
-    """Client of one server. All methods run on the engine's event loop.
+    """Client of one server. All methods run on the generator's event loop.
 
     Every method raises ``ServerDied`` when the server has ended, ``ServerHangs`` when it does not answer within the deadline, and
     ``RuntimeError``, which names the phase, the server and its log, when it answers with an error.

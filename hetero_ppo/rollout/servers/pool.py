@@ -1,7 +1,7 @@
 """All servers of a run: started together, restarted when they die, given requests by load.
 
 A server that shares its GPU with the trainer cannot start while the trainer holds the card: vLLM asks for its share of free memory, and
-nobody else may give memory back while it profiles. ``may_restart`` is therefore False outside of the rollout engine's turns. A server that
+nobody else may give memory back while it profiles. ``may_restart`` is therefore False outside of the generator's turns. A server that
 dies then is *down*: it is ended and noted, gets no calls, and starts again in ``restart_down``.
 """
 
@@ -40,7 +40,7 @@ class Member:
     num_answered: int = 0  # requests, since somebody asked
     in_flight: int = 0
     restarts: int = 0
-    is_down: bool = False  # it died, and starts again in the rollout engine's next turn
+    is_down: bool = False  # it died, and starts again in the generator's next turn
     starts: int = 0  # how often it has been started: tells whether somebody else has restarted it meanwhile
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -158,7 +158,7 @@ class ServerPool:
     async def _restart(self, member: Member, starts: int, phase: str, cause: ServerDied) -> None:
         """Restarts a dead server, or one that hangs, unless that has happened since it was seen alive with ``starts`` starts.
 
-        Outside of the rollout engine's turns the server is ended, and is down.
+        Outside of the generator's turns the server is ended, and is down.
 
         Raises:
             RuntimeError: it died more often than ``max_restarts`` allows.
@@ -176,7 +176,7 @@ class ServerPool:
             message = f"{phase}: {member.server.name} {'hangs' if hangs else 'died'} ({cause}); {report}"
             if member.restarts > self.max_restarts:
                 raise RunError(f"{message}\nrollout.max_restarts allows {self.max_restarts} restarts of a server")
-            when = "" if self.may_restart else ", in the rollout engine's next turn: the trainer has the device"
+            when = "" if self.may_restart else ", in the generator's next turn: the trainer has the device"
             log.warning("%s\nrestart %d of %d%s", message, member.restarts, self.max_restarts, when)
             if self.may_restart:
                 await self._boot(member, phase)
@@ -220,7 +220,7 @@ class ServerPool:
             async with member.lock:  # held while the server is restarted
                 starts = member.starts
             if member.is_down:
-                raise ServerIsDown(f"{phase}: {member.server.name} is down until the rollout engine's next turn on the devices")
+                raise ServerIsDown(f"{phase}: {member.server.name} is down until the generator's next turn on the devices")
             try:
                 return await send(member.client)
             except ServerDied as error:
@@ -251,7 +251,7 @@ class ServerPool:
         async with self._revived:
             while not self.up:
                 if self.on_stalled is None:
-                    raise ServerIsDown(f"{phase}: all rollout servers are down until the rollout engine's next turn on the devices")
+                    raise ServerIsDown(f"{phase}: all rollout servers are down until the generator's next turn on the devices")
                 self.on_stalled()
                 await self._revived.wait()
 

@@ -27,7 +27,7 @@ RPC = "/collective_rpc"
 #: Header of a request for health, with the trainer's number; and of its answer.
 CHALLENGE, PROOF = "x-hetero-ppo-challenge", "x-hetero-ppo-proof"
 MAX_CHALLENGE_BYTES = 128
-#: What the trainer posts to (client.py, pool.py, engine.py, weight_sync.py).
+#: What the trainer posts to (client.py, pool.py, vllm.py, weight_sync.py).
 ROUTES = frozenset(
     {
         "/inference/v1/generate",

@@ -4,7 +4,7 @@ The engine fuses tensors (query, key and value into one, gate and up into one, a
 tensor-parallel rank a part, pads the vocabulary, and on a CPU packs linear layers into a kernel's private layout. Here its
 parameters are cut back into the checkpoint's tensors, and a checksum of each is compared by name with the one that was sent. Where a
 layer packs its weights (linear layers on a CPU, experts anywhere) they are read just before, after the loader has filled them; what
-the kernel then computes is for the golden prompt to show.
+the kernel then computes is for the probe prompt to show.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ class SyncStats:
     seconds: float  # from the first tensor asked for to the last server answering prompts again
     write_s: float  # of them, taking the tensors from the trainer, hashing and writing them
     checksum_s: float  # of them, the slowest server's own checksums
-    golden_s: float = 0.0  # after them, the golden prompt on all servers; 0: not asked
+    probe_s: float = 0.0  # after them, the probe prompt on all servers; 0: not asked
 
     @property
     def gb_s(self) -> float:
@@ -64,7 +64,7 @@ class SyncStats:
         return {
             "rollout/sync_s": self.seconds,
             "rollout/sync_gb_s": self.gb_s,
-            "rollout/verify_s": self.checksum_s + self.golden_s,
+            "rollout/verify_s": self.checksum_s + self.probe_s,
         }
 
 

@@ -7,28 +7,29 @@ from __future__ import annotations
 
 from typing import Any
 
+from generator_requests import ask
 from jobs import run_jobs
 
 from hetero_ppo.config.schema import ModelConfig, ParallelConfig, RoleConfig, RolloutConfig, SamplingConfig
 from hetero_ppo.engines.model_engine import ModelEngine
-from hetero_ppo.rollout.megatron import MegatronEngine
+from hetero_ppo.rollout.megatron import MegatronGenerator
 
 
 def run_job(job: dict[str, Any]) -> dict[str, Any]:
-    """Answers of this rank: as returned, and as told of."""
+    """Answers of this rank: as returned, and as reported."""
     config = RoleConfig(model=ModelConfig(path=job["checkpoint"]), parallel=ParallelConfig(**job["layout"]))
     actor = ModelEngine("actor", config, "lm")
-    told: list[list[int]] = []
-    with MegatronEngine(RolloutConfig(max_num_seqs=3), actor, max_model_len=64, eos_token_ids=[1]) as engine:
-        answers = engine.generate(
-            job["prompts"],
+    reported: list[list[int]] = []
+    with MegatronGenerator(RolloutConfig(max_num_seqs=3), actor, max_model_len=64, eos_token_ids=[1]) as generator:
+        answers = ask(
+            generator, job["prompts"],
             SamplingConfig(max_tokens=24, stop_token_ids=[2, 3, 4, 5, 6, 7, 8]),
             n=2,
             seed=11,
-            on_response=lambda prompt, sample, _: told.append([prompt, sample]),
+            on_response=lambda prompt, sample, _: reported.append([prompt, sample]),
         )
-        golden = engine.prompt_log_probs(job["prompts"][-1])
-    return {"answers": [[vars(one) for one in group] for group in answers], "told": told, "golden": golden}
+        probe = generator.prompt_log_probs(job["prompts"][-1])
+    return {"answers": [[vars(one) for one in group] for group in answers], "reported": reported, "probe": probe}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A rollout under way: the engine answers in a thread of its own, and chunks of complete responses reach every rank."""
+"""A rollout that is not complete yet: the generator answers in a thread of its own, and chunks of complete responses reach every rank."""
 
 from __future__ import annotations
 
@@ -7,126 +7,80 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from hetero_ppo.config.derived import chunk_sizes
-from hetero_ppo.config.schema import SamplingConfig
 from hetero_ppo.distributed.text import broadcast_json
 from hetero_ppo.errors import RunError
 from hetero_ppo.experience.bank import RolloutBank
 from hetero_ppo.experience.rollouts import build_rollout
-from hetero_ppo.observability.trace import ENGINE, TRAINER, WAIT_FOR_ENGINE, TraceRecorder
-from hetero_ppo.types import Chunk, OnResponse, PromptBatch, Response, Rollout
+from hetero_ppo.observability.trace import GENERATOR, TRAINER, WAIT_FOR_GENERATOR, TraceRecorder
+from hetero_ppo.rollout.generator import GenerationRequest, Generator
+from hetero_ppo.types import Chunk, Response, Rollout
 
-#: In place of a number of responses: the engine waits for its restart.
+#: In place of a number of responses: the generator waits for its restart.
 RESTART = -1
 #: Label of the newest weights of a response, and (label, tokens) of those before, oldest first.
 Versions = tuple[str, list[tuple[str, int]]]
 
 
-class Generator(Protocol):
-    """What a rollout engine offers here."""
+class PendingRollout:
+    """A rollout whose responses are not complete yet. They are cut into chunks in the order of their completion.
 
-    @property
-    def is_collective(self) -> bool:
-        """True when it is on every rank, and answers nothing beside what else the ranks do together."""
-        ...
-
-    def generate(
-        self,
-        prompts: list[list[int]],
-        sampling: SamplingConfig,
-        *,
-        n: int,
-        seed: int,
-        max_tokens: list[int] | None = None,
-        on_response: OnResponse | None = None,
-        begun: list[Response | None] | None = None,
-        wanted: int | None = None,
-    ) -> list[list[Response]]: ...
-
-
-class Generation:
-    """Answers prompts, chunk by chunk. Responses are cut into chunks in the order of their completion.
+    Row p * n + j of the rollout is response j to prompt p. With ``request.num_needed`` the rows are the responses that are complete
+    first, in that order; the others are aborted, and are in :meth:`unused`.
 
     Args:
-        engine: on rank 0, and None on the others; on every rank where it is collective.
-        prompts: P prompts, the same on every rank.
-        sampling: how to sample.
-        n: responses per prompt; row p * n + j of the rollout is response j of prompt p.
-        seed: of this rollout.
-        version: label of the weights that the engine holds.
-        chunk_size: responses of a chunk; the last ones have fewer (``derived.chunk_sizes``).
-        max_tokens: response tokens of each prompt; None: ``sampling.max_tokens`` for all.
-        begun: for each response (p * n + j) what there is of it, or None. None: nothing was begun.
-        wanted: rows of the rollout; they are the responses that are complete first, in the order of completion. The others are
-            aborted, and are in :meth:`unused`. None: all.
-        bank: on the engine's rank, begun for this step; takes every response that completes. None: none is kept.
-        banked: (p * n + j, response) of what the bank had: complete before the others, in this order, and not asked for again.
-        restart: collective over the world; gives the devices to the engine and restarts its dead servers. Called when the engine has
-            no server left that may answer. None: that cannot happen.
-        trace: takes the engine's time.
+        generator: Generator that answers.
+        request: Prompts, and how to answer them; the same on every rank but for the partial responses, which the generator's rank has.
+        version: Label of the weights that the generator has.
+        chunk_size: Responses of a chunk; the last chunks have fewer (``derived.chunk_sizes``).
+        bank: Bank on the generator's rank, with the step's file open; it gets every response that completes. None: nothing is banked.
+        banked: Pairs of place (p * n + j) and response that the bank had. They are complete before the others, in this order, and are
+            not asked for again.
+        restart: Function that gives the devices to the generator and restarts its dead servers; collective over the world. It is called
+            when no server is left that could answer. None: that cannot happen.
+        trace: Trace that records the generator's time.
     """
 
     def __init__(
         self,
-        engine: Generator | None,
-        prompts: PromptBatch,
-        sampling: SamplingConfig,
+        generator: Generator,
+        request: GenerationRequest,
         *,
-        n: int,
-        seed: int,
         version: str,
         chunk_size: int,
-        max_tokens: list[int] | None = None,
-        begun: list[Response | None] | None = None,
-        wanted: int | None = None,
         bank: RolloutBank | None = None,
         banked: Sequence[tuple[int, Response]] = (),
         restart: Callable[[], None] | None = None,
         trace: TraceRecorder | None = None,
     ) -> None:
-        self.prompts = prompts
-        self.sampling = sampling
-        self.n = n
+        self.request = request.with_complete(banked)
         self.version = version
-        self.num_rows = len(prompts) * n if wanted is None else wanted
-        self.seconds = 0.0  # of the engine, on rank 0
-        self._arguments: dict[str, Any] = {"n": n, "seed": seed, "max_tokens": max_tokens, "on_response": self._note}
-        if banked:
-            begun = list(begun) if begun is not None else [None] * (len(prompts) * n)
-            for place, response in banked:
-                begun[place] = response
-        if begun is not None:
-            self._arguments["begun"] = begun
-        if wanted is not None:
-            self._arguments["wanted"] = wanted
-        if restart is not None:
-            self._arguments["on_stalled"] = self._note_stall
+        self.num_rows = request.num_rows
+        self.seconds = 0.0  # that the generator took, on its rank
         self._restart = restart
-        self._stalled = False  # the engine waits for its restart
-        self._begun = begun
+        self._stalled = False  # the generator waits for its restart
         self._bank = bank
         self._banked = {place for place, _ in banked}
-        self._partial = wanted is not None
-        self._engine = engine
+        self._keeps_order = request.num_needed is None  # rows have their places; otherwise they follow each other as they complete
+        self._generator = generator
         self._trace = trace or TraceRecorder()
         self._thread: threading.Thread | None = None
         self._changed = threading.Condition()
         self._complete: list[tuple[int, int, Response]] = []  # (row, place, response) in the order of completion
-        self._answers: list[list[Response]] = []  # of the engine
+        self._answers: list[list[Response]] = []  # the generator's
         self._error: BaseException | None = None
         for place, response in banked:
-            self._complete.append((len(self._complete) if self._partial else place, place, response))
-        # What every rank has been told, by row.
-        self._num_told = 0
+            self._complete.append((place if self._keeps_order else len(self._complete), place, response))
+        # What every rank knows, by row.
+        self._num_shared = 0
         self._sizes = chunk_sizes(self.num_rows, chunk_size)  # of the chunks that were not handed out
         self._num_chunks = 0
-        width = sampling.max_tokens if max_tokens is None else max(max_tokens)
+        width = max(request.limit_of(prompt) for prompt in range(len(request.prompts)))
         self._lengths = torch.zeros(self.num_rows, dtype=torch.int64)
         self._truncated = torch.zeros(self.num_rows, dtype=torch.bool)
         self._tokens = torch.zeros(self.num_rows, width, dtype=torch.int64)
@@ -135,11 +89,11 @@ class Generation:
         self._place = list(range(self.num_rows))  # of a row's prompt and sample: p * n + j
         self._versions: list[Versions] = [(version, [])] * self.num_rows
 
-    def start(self) -> Generation:
-        """Let the engine begin; a collective one has answered everything when this returns."""
-        if self._engine is not None and self._engine.is_collective:
+    def start(self) -> PendingRollout:
+        """Let the generator start; a collective one has answered everything when this returns."""
+        if self._generator.capabilities.is_collective:
             self._generate()
-        elif self._engine is not None:
+        elif self._generator.is_here:
             self._thread = threading.Thread(target=self._generate, name="generation", daemon=True)
             self._thread.start()
         return self
@@ -147,25 +101,25 @@ class Generation:
     @property
     def finished(self) -> bool:
         """True when every response has been handed out in a chunk; the same on every rank."""
-        return self._num_told == self.num_rows
+        return self._num_shared == self.num_rows
 
     @property
     def max_columns(self) -> int:
-        """T at most: predicted tokens of the longest prompt with the longest response that is allowed."""
-        return max(len(ids) for ids in self.prompts.prompt_ids) + self._tokens.shape[1] - 1
+        """Largest possible T: predicted tokens of the longest prompt with the longest response that is allowed."""
+        return max(len(ids) for ids in self.request.prompts.prompt_ids) + self._tokens.shape[1] - 1
 
     def next_chunks(self, *, wait_for_all: bool = False) -> list[Chunk]:
-        """The chunks that are complete and were not handed out yet, at least one. Collective over the world; blocks.
+        """Return the chunks that are complete and were not handed out yet, at least one. Collective over the world; blocks.
 
         Args:
-            wait_for_all: until the engine has answered everything.
+            wait_for_all: Whether to wait until the generator has answered everything.
 
         Raises:
-            RunError: an answer was made by other weights than ``version``; and whatever the engine raised.
+            RunError: An answer was made by other weights than ``version``. Errors of the generator are raised too.
         """
         assert not self.finished, "all chunks have been handed out"
         while True:
-            fresh = self._wait(wait_for_all) if self._engine is not None else []
+            fresh = self._wait(wait_for_all) if self._generator.is_here else []
             count = torch.tensor([RESTART if fresh is None else len(fresh)])
             if dist.get_world_size() > 1:
                 dist.broadcast(count, 0)
@@ -176,9 +130,9 @@ class Generation:
         rows, part = self._share(fresh, int(count))
         for own, values in zip((self._lengths, self._truncated, self._tokens, self._log_probs), part, strict=True):
             own[rows] = values
-        if self._partial:
+        if not self._keeps_order:
             self._share_origins(rows, fresh)
-        self._num_told += int(count)
+        self._num_shared += int(count)
         chunks = []
         for part in rows.split(self._take_sizes(int(count))):
             taken = sorted(part.tolist())
@@ -192,21 +146,21 @@ class Generation:
         return chunks
 
     def rollout(self) -> Rollout:
-        """All rows, in the order of the prompts."""
+        """Return all rows, in the order of the prompts."""
         assert self.finished, "responses are missing"
         return replace(self._rollout_of(list(range(self.num_rows))), chunk_index=list(self._chunk_of))
 
     def unused(self) -> tuple[set[int], dict[int, Response]]:
-        """Places of the prompts whose responses are in the rollout; the responses of the others, on the engine's rank alone."""
-        assert self.finished and self.n == 1, "only single responses can be begun"
+        """Return the places whose responses are in the rollout, and place -> response of the others, on the generator's rank alone."""
+        assert self.finished and self.request.n == 1, "only single responses can be partial"
         used = set(self._place)
         rest = {place: group[0] for place, group in enumerate(self._answers) if place not in used}
         return used, rest
 
     def metrics(self) -> dict[str, float]:
-        """How old the weights are that made the rollout, where that is not one version by design; what came from the bank."""
+        """Return how old the weights of resumed responses are, and which share of the rows came from the bank."""
         banked = {"rollout/banked_share": len(self._banked) / self.num_rows} if self._banked else {}
-        if not self._partial:
+        if self._keeps_order:
             return banked
         older = torch.tensor([sum(count for _, count in earlier) for _, earlier in self._versions])
         older = torch.where(torch.tensor([v != self.version for v, _ in self._versions]), self._lengths, older)
@@ -216,14 +170,14 @@ class Generation:
             "rollout/weight_versions_max": float(max(1 + len(earlier) for _, earlier in self._versions)),
         }
 
-    # --- the engine's thread ---
+    # --- the generator's thread ---
 
     def _generate(self) -> None:
-        assert self._engine is not None
         start = time.perf_counter()
         try:
-            with self._trace.span(ENGINE, "generate"):
-                self._answers = self._engine.generate(self.prompts.prompt_ids, self.sampling, **self._arguments)
+            on_stalled = None if self._restart is None else self._note_stall
+            with self._trace.span(GENERATOR, "generate"):
+                self._answers = self._generator.generate(self.request, on_response=self._note, on_stalled=on_stalled)
         except BaseException as error:  # noqa: BLE001  raised to the trainer, which waits for chunks
             with self._changed:
                 self._error = error
@@ -236,38 +190,38 @@ class Generation:
             self._changed.notify_all()
 
     def _note(self, prompt: int, sample: int, response: Response) -> None:
-        place = prompt * self.n + sample
+        place = prompt * self.request.n + sample
         if place in self._banked:
             return
         if self._bank is not None:
             self._bank.add(place, response)
         with self._changed:
-            self._complete.append((len(self._complete) if self._partial else place, place, response))
+            self._complete.append((place if self._keeps_order else len(self._complete), place, response))
             self._changed.notify_all()
 
     # --- the trainer's thread ---
 
     def _wait(self, wait_for_all: bool) -> list[tuple[int, int, Response]] | None:
-        """Return what completes the next chunks: whole chunks alone, but for the rest at the end. None: the engine waits for its restart."""
+        """Return what completes the next chunks: whole chunks alone. None: the generator waits for its restart."""
         with self._changed:
-            wanted = self.num_rows if wait_for_all else self._num_told + self._sizes[0]
+            num_needed = self.num_rows if wait_for_all else self._num_shared + self._sizes[0]
             start = time.perf_counter()
-            self._changed.wait_for(lambda: len(self._complete) >= wanted or self._error is not None or self._stalled)
-            self._trace.add(TRAINER, WAIT_FOR_ENGINE, start, time.perf_counter())
+            self._changed.wait_for(lambda: len(self._complete) >= num_needed or self._error is not None or self._stalled)
+            self._trace.add(TRAINER, WAIT_FOR_GENERATOR, start, time.perf_counter())
             self._raise_error()
-            if len(self._complete) < wanted:
+            if len(self._complete) < num_needed:
                 return None
-            fresh = self._complete[self._num_told :]
+            fresh = self._complete[self._num_shared :]
         fresh = fresh[: sum(self._whole_sizes(len(fresh)))]
-        begun = self._begun or []
-        made_now = [response for _, place, response in fresh if not begun or response is not begun[place]]
+        partial = self.request.partial or []
+        made_now = [response for _, place, response in fresh if not partial or response is not partial[place]]
         stale = sorted({response.weight_version for response in made_now} - {self.version})
         if stale:
             raise RunError(f"rollout: answers made by weights {stale}, the actor is at {self.version!r}: sync was lost")
         return fresh
 
     def _whole_sizes(self, num_responses: int) -> list[int]:
-        """Of the next chunks that so many responses complete."""
+        """Return the sizes of the next chunks that so many responses complete."""
         ends = list(itertools.accumulate(self._sizes))
         return self._sizes[: sum(end <= num_responses for end in ends)]
 
@@ -281,14 +235,14 @@ class Generation:
             raise self._error
 
     def _share(self, fresh: list[tuple[int, int, Response]], count: int) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Rows [k]; lengths [k], truncated [k], tokens [k, R], log-probs [k, R]; from rank 0 to all ranks."""
+        """Return rows [k], and lengths [k], truncated [k], tokens [k, R] and log-probs [k, R]; rank 0 hands them to all ranks."""
         width = self._tokens.shape[1]
         header = torch.zeros(count, 3, dtype=torch.int64)
         tokens = torch.zeros(count, width, dtype=torch.int64)
         log_probs = torch.zeros(count, width, dtype=torch.float32)
         for index, (row, _, response) in enumerate(fresh):
             length = len(response.token_ids)
-            cut = response.finish_reason == "length" and not self.sampling.ignore_eos
+            cut = response.finish_reason == "length" and not self.request.sampling.ignore_eos
             header[index] = torch.tensor([row, length, cut])
             tokens[index, :length] = torch.tensor(response.token_ids)
             log_probs[index, :length] = torch.tensor(response.log_probs)
@@ -298,7 +252,7 @@ class Generation:
         return header[:, 0], (header[:, 1], header[:, 2].bool(), tokens, log_probs)
 
     def _share_origins(self, rows: Tensor, fresh: list[tuple[int, int, Response]]) -> None:
-        """Of every row the place of its prompt and the weights that made it, from rank 0 to all ranks."""
+        """Hand the place of every row, and the weights that made it, from rank 0 to all ranks."""
         origins = [(place, response.weight_version, list(response.earlier)) for _, place, response in fresh]
         if dist.get_world_size() > 1:
             origins = broadcast_json(origins, 0, dist.group.WORLD)
@@ -308,31 +262,30 @@ class Generation:
 
     def _rollout_of(self, rows: list[int]) -> Rollout:
         rollout = build_rollout(
-            self.prompts.select([self._place[row] // self.n for row in rows]),
+            self.request.prompts.select([self._place[row] // self.request.n for row in rows]),
             self._lengths[rows],
             self._tokens[rows],
             self._log_probs[rows],
             self._truncated[rows],
             self.version,
         )
-        if not self._partial:
+        if self._keeps_order:
             return rollout
         versions, earlier = zip(*(self._versions[row] for row in rows), strict=True)
         return replace(rollout, weight_version=list(versions), earlier_versions=list(earlier))
 
 
 def collect_rollout(
-    engine: Generator | None,
-    prompts: PromptBatch,
-    sampling: SamplingConfig,
-    *,
-    n: int,
-    seed: int,
-    version: str,
-    trace: TraceRecorder | None = None,
+    generator: Generator, request: GenerationRequest, *, version: str, trace: TraceRecorder | None = None
 ) -> Rollout:
-    """The whole of a generation at once. Arguments as for ``Generation``. Collective over the world."""
-    size = len(prompts) * n
-    generation = Generation(engine, prompts, sampling, n=n, seed=seed, version=version, chunk_size=size, trace=trace)
-    generation.start().next_chunks()
-    return generation.rollout()
+    """Generate and return a whole rollout at once. Collective over the world.
+
+    Args:
+        generator: Generator that answers.
+        request: Prompts, and how to answer them.
+        version: Label of the weights that the generator has.
+        trace: Trace that records the generator's time.
+    """
+    pending = PendingRollout(generator, request, version=version, chunk_size=request.num_rows, trace=trace)
+    pending.start().next_chunks()
+    return pending.rollout()

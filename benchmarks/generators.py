@@ -1,9 +1,9 @@
-"""Tokens per second of the two rollout engines: vLLM, and the actor as its own engine, each on one core.
+"""Tokens per second of two generators: vLLM, and the actor as its own generator, each on one core.
 
 A random Llama model (2.4m, 30m: see ``ppo_step.py``), prompts of 16 tokens, responses that are not cut short. The two take turns in
 every round, so that what else the machine does meets both; medians over rounds are reported, and the ratio within a round.
 
-    python benchmarks/engines.py --model 2.4m --json result.json
+    python benchmarks/generators.py --model 2.4m --json result.json
 """
 
 from __future__ import annotations
@@ -29,26 +29,36 @@ from ppo_step_inputs import SHAPES, Work, write_inputs
 from hetero_ppo.config.schema import Dtype, ModelConfig, RoleConfig, RolloutConfig, SamplingConfig
 from hetero_ppo.distributed.groups import finish, initialise
 from hetero_ppo.engines.model_engine import ModelEngine
-from hetero_ppo.rollout.engine import VllmEngine
-from hetero_ppo.rollout.megatron import MegatronEngine
+from hetero_ppo.rollout.generator import GenerationRequest, Generator
+from hetero_ppo.rollout.megatron import MegatronGenerator
+from hetero_ppo.rollout.vllm import VllmGenerator
+from hetero_ppo.types import PromptBatch
 
 
-def seconds(engine: VllmEngine | MegatronEngine, prompts: list[list[int]], sampling: SamplingConfig) -> float:
-    """Of one rollout."""
+def seconds(generator: Generator, request: GenerationRequest) -> float:
+    """Return the seconds of one rollout."""
     start = time.perf_counter()
-    answers = engine.generate(prompts, sampling, n=1, seed=1)
+    answers = generator.generate(request)
     elapsed = time.perf_counter() - start
-    assert all(len(response.token_ids) == sampling.max_tokens for group in answers for response in group)
+    assert all(len(response.token_ids) == request.sampling.max_tokens for group in answers for response in group)
     return elapsed
 
 
 def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Both engines in this process; the server is a process of its own."""
+    """Measure both generators in this process; the server is a process of its own."""
     shape = SHAPES[args.model]
     work = Work(prompts_per_step=args.prompts, response_tokens=args.tokens)
     model = str(write_inputs(shape, work, 1, folder).models["actor"])
-    prompts = [[1 + (7 * i + 3 * j * j) % (shape.vocab_size - 1) for j in range(16)] for i in range(args.prompts)]
-    sampling = SamplingConfig(max_tokens=args.tokens, ignore_eos=True)
+    count = args.prompts
+    prompts = PromptBatch(
+        [[1 + (7 * i + 3 * j * j) % (shape.vocab_size - 1) for j in range(16)] for i in range(count)],
+        [""] * count,
+        [None] * count,
+        list(range(count)),
+        [None] * count,
+        [{}] * count,
+    )
+    request = GenerationRequest(prompts, SamplingConfig(max_tokens=args.tokens, ignore_eos=True), n=1, seed=1)
     config = RolloutConfig(max_num_seqs=args.running_batch, server_threads=1)
     common: dict[str, Any] = {"max_model_len": 16 + args.tokens, "eos_token_ids": [0]}
     dtype = Dtype[args.dtype]
@@ -58,11 +68,11 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     actor = ModelEngine("actor", RoleConfig(model=ModelConfig(path=model, dtype=dtype)), "lm")
     rounds: list[tuple[float, float]] = []
     with (
-        VllmEngine(config, model_path=model, dtype=dtype, run_dir=folder / "run", **common) as vllm,
-        MegatronEngine(config, actor, **common) as megatron,
+        VllmGenerator(config, model_path=model, dtype=dtype, run_dir=folder / "run", **common) as vllm,
+        MegatronGenerator(config, actor, **common) as megatron,
     ):
         for index in range(args.rounds + 1):
-            pair = seconds(vllm, prompts, sampling), seconds(megatron, prompts, sampling)
+            pair = seconds(vllm, request), seconds(megatron, request)
             rounds += [pair] if index else []  # the first is a warm-up
     finish()
     return summary(rounds, args.prompts * args.tokens)
@@ -84,7 +94,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--dtype", choices=[dtype.value for dtype in Dtype], default="fp32")
     parser.add_argument("--prompts", type=int, default=128)
     parser.add_argument("--tokens", type=int, default=64, help="of every response")
-    parser.add_argument("--running-batch", type=int, default=64, help="sequences that an engine decodes at once")
+    parser.add_argument("--running-batch", type=int, default=64, help="sequences that a generator decodes at once")
     parser.add_argument("--rounds", type=int, default=7, help="that count, after one for warm-up")
     parser.add_argument("--json", type=Path, help="file for the JSON object as well")
     return parser.parse_args(arguments)
@@ -92,10 +102,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 def main() -> None:
     args = parse_arguments()
-    with tempfile.TemporaryDirectory(prefix="engines-") as folder:
+    with tempfile.TemporaryDirectory(prefix="generators-") as folder:
         result = run(args, Path(folder))
     settings = {name: value for name, value in vars(args).items() if name != "json"}
-    line = json.dumps({"benchmark": "engines", **settings, **result})
+    line = json.dumps({"benchmark": "generators", **settings, **result})
     if args.json is not None:
         args.json.write_text(line + "\n", encoding="utf-8")
     print(line)

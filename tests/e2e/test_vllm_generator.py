@@ -1,4 +1,4 @@
-"""The engine on a real vLLM server. One server serves all tests, in this order; the last one kills it. Restarts: test_failures.py."""
+"""The generator on a real vLLM server. One server serves all tests, in this order; the last one kills it. Restarts: test_failures.py."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from typing import Any
 import pytest
 import torch
 from e2e.processes import LOOPBACK_ADDRESSES, listening_addresses
-from engine_contract import (
+from generator_contract import (
     EOS,
     FREE,
     MAX_MODEL_LEN,
     PROMPTS,
     VOCAB,
-    EngineContract,
+    SamplingContract,
     make_model,
     model_log_probs,
     save_model,
@@ -35,11 +35,12 @@ from engine_contract import (
     weights,
     worst_difference,
 )
+from generator_requests import ask, prompts_of
 from torch import Tensor
 
 from hetero_ppo.config.schema import Dtype, RolloutConfig, SamplingConfig, WeightTransfer
 from hetero_ppo.errors import RunError
-from hetero_ppo.rollout.engine import VllmEngine
+from hetero_ppo.rollout.vllm import VllmGenerator
 from hetero_ppo.rollout.sweep import find_running_batch
 from hetero_ppo.rollout.weights.transports import weight_transport
 from hetero_ppo.rollout.weights.weight_sync import WeightFiles, stage, swap, write_weights
@@ -56,7 +57,7 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def doomed_trainer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.Popen[str]]:
-    """A trainer process that starts an engine of its own, beside the tests' one, and will be killed; see tied_trainer.py."""
+    """A trainer process that starts a generator of its own, beside the tests' one, and will be killed; see tied_trainer.py."""
     folder = tmp_path_factory.mktemp("doomed")
     process = subprocess.Popen([sys.executable, str(Path(__file__).with_name("tied_trainer.py")), str(folder)], stdout=subprocess.PIPE, text=True)
     yield process
@@ -65,11 +66,11 @@ def doomed_trainer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[subproc
 
 
 @pytest.fixture(scope="module")
-def engine(
+def generator(
     model_path: Path, doomed_trainer: subprocess.Popen[str], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[VllmEngine]:
+) -> Iterator[VllmGenerator]:
     config = RolloutConfig(kv_cache_mib=64, max_num_seqs=32, max_restarts=0, hang_timeout_s=10.0, sleep=True)
-    with VllmEngine(
+    with VllmGenerator(
         config,
         model_path=str(model_path),
         dtype=Dtype.fp32,
@@ -105,12 +106,12 @@ def wait_until_gone(pids: list[int], timeout_s: float) -> list[int]:
     return alive(pids)
 
 
-class TestContract(EngineContract):
-    """What every engine does."""
+class TestContract(SamplingContract):
+    """What every generator does."""
 
 
-def test_the_server_answers_its_owner_alone(engine: VllmEngine) -> None:
-    server = engine.servers[0]
+def test_the_server_answers_its_owner_alone(generator: VllmGenerator) -> None:
+    server = generator.servers[0]
     assert stat.S_IMODE(server.private_dir.stat().st_mode) == 0o700
     assert server.api_key.encode() not in Path(f"/proc/{server.process_group}/cmdline").read_bytes()
     connection = http.client.HTTPConnection("server", timeout=10)
@@ -134,15 +135,15 @@ def test_the_server_answers_its_owner_alone(engine: VllmEngine) -> None:
     connection.close()
 
 
-def test_no_other_machine_reaches_the_server(engine: VllmEngine) -> None:
-    server = engine.servers[0]
+def test_no_other_machine_reaches_the_server(generator: VllmGenerator) -> None:
+    server = generator.servers[0]
     assert listening_addresses([server.process_group, *children(server.process_group)]) <= LOOPBACK_ADDRESSES
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="acting as another user takes root; the folder's mode is tested for everybody")
-def test_no_other_user_reaches_the_server(engine: VllmEngine) -> None:
+def test_no_other_user_reaches_the_server(generator: VllmGenerator) -> None:
     """The sockets' folder is closed to others, development routes included."""
-    server = engine.servers[0]
+    server = generator.servers[0]
     connect = "import socket, sys; socket.socket(socket.AF_UNIX).connect(sys.argv[1])"
     for user, error in ((65534, "PermissionError"), (0, "")):
         command = ["python3", "-I", "-c", connect, str(server.endpoint.socket_path)]
@@ -162,33 +163,33 @@ def test_no_other_user_reaches_the_server(engine: VllmEngine) -> None:
     ],
 )
 def test_tensors_that_do_not_fit_leave_the_old_weights_serving(
-    engine: VllmEngine, change: dict[str, Tensor | None], message: str
+    generator: VllmGenerator, change: dict[str, Tensor | None], message: str
 ) -> None:
-    before = engine.generate(PROMPTS, FREE, n=1, seed=8)
+    before = ask(generator, PROMPTS, FREE, n=1, seed=8)
     changed = {name: tensor for name, tensor in (dict(weights(make_model(1))) | change).items() if tensor is not None}
     with pytest.raises(ValueError, match=f"weight sync 'bad'.*{message}"):
-        engine.sync_weights(iter(changed.items()), "bad")
-    after = engine.generate(PROMPTS, FREE, n=1, seed=8)
+        generator.sync_weights(iter(changed.items()), "bad")
+    after = ask(generator, PROMPTS, FREE, n=1, seed=8)
     assert tokens(after) == tokens(before) and after[0][0].weight_version == "initial"
-    assert engine.version == "initial"
+    assert generator.version == "initial"
 
 
-def test_new_weights_serve_after_a_sync(engine: VllmEngine) -> None:
+def test_new_weights_serve_after_a_sync(generator: VllmGenerator) -> None:
     long_prompt = [[2 + i % 100 for i in range(200)]]  # long enough for the prefix cache to hold blocks of it
-    engine.generate(long_prompt, FREE, n=1, seed=2)
+    ask(generator, long_prompt, FREE, n=1, seed=2)
     old, new = make_model(0), make_model(1)
-    engine.sync_weights(weights(new), "step_1")
-    answers = engine.generate(PROMPTS + long_prompt, FREE, n=1, seed=2)
-    assert {group[0].weight_version for group in answers} == {"step_1"} and engine.version == "step_1"
+    generator.sync_weights(weights(new), "step_1")
+    answers = ask(generator, PROMPTS + long_prompt, FREE, n=1, seed=2)
+    assert {group[0].weight_version for group in answers} == {"step_1"} and generator.version == "step_1"
     assert worst_difference(new, PROMPTS + long_prompt, answers) < 1e-4
     assert worst_difference(old, PROMPTS + long_prompt, answers) > 0.5
-    assert engine.verify_sync(PROMPTS[-1], model_log_probs(new, PROMPTS[-1]).tolist()) < 1e-4
-    files = engine._started_pool().files.paths
-    engine.sync_weights(weights(new), "step_2")
-    assert not files[0].exists() and engine._started_pool().files.paths[0].exists()
+    assert generator.verify_sync(PROMPTS[-1], model_log_probs(new, PROMPTS[-1]).tolist()) < 1e-4
+    files = generator._started_pool().files.paths
+    generator.sync_weights(weights(new), "step_2")
+    assert not files[0].exists() and generator._started_pool().files.paths[0].exists()
 
 
-#: One tensor of each kind that the engine holds in its own way: fused, packed, padded, plain.
+#: One tensor of each kind that the generator holds in its own way: fused, packed, padded, plain.
 CORRUPTED = (
     "lm_head.weight",
     "model.embed_tokens.weight",
@@ -213,93 +214,93 @@ def flip_bits(files: WeightFiles, names: tuple[str, ...]) -> None:
             file.write(bytes([byte ^ 1]))
 
 
-def use_transfer(engine: VllmEngine, kind: WeightTransfer) -> None:
+def use_transfer(generator: VllmGenerator, kind: WeightTransfer) -> None:
     """Another way of the weights into the running server, from now on."""
-    engine._started_pool().transport = weight_transport(kind, torch.device("cpu"), 60.0)
+    generator._started_pool().transport = weight_transport(kind, torch.device("cpu"), 60.0)
 
 
-def on_loop(engine: VllmEngine, call: Coroutine[Any, Any, Any]) -> Any:
-    """As the engine does it, but an error does not end the engine."""
-    return asyncio.run_coroutine_threadsafe(call, engine._loop).result()
+def on_loop(generator: VllmGenerator, call: Coroutine[Any, Any, Any]) -> Any:
+    """As the generator does it, but an error does not end the generator."""
+    return asyncio.run_coroutine_threadsafe(call, generator._loop).result()
 
 
-def test_corrupted_tensors_are_named_whether_they_arrived_so_or_were_loaded_so(engine: VllmEngine) -> None:
-    client = engine._started_pool().members[0].client
-    folder = engine.servers[0].private_dir  # servers read files of the run alone
+def test_corrupted_tensors_are_named_whether_they_arrived_so_or_were_loaded_so(generator: VllmGenerator) -> None:
+    client = generator._started_pool().members[0].client
+    folder = generator.servers[0].private_dir  # servers read files of the run alone
     files = write_weights(folder / "a", weights(make_model(5)), "bits lost on the way", Dtype.fp32)
     flip_bits(files, CORRUPTED)
     with pytest.raises(RunError, match="'bits lost on the way'.* read other bytes than were written for") as caught:
-        on_loop(engine, stage(client, files, 60.0))
+        on_loop(generator, stage(client, files, 60.0))
     assert str(list(CORRUPTED)) in str(caught.value)
-    use_transfer(engine, WeightTransfer.collective)
+    use_transfer(generator, WeightTransfer.collective)
     with pytest.raises(RunError, match="'bits lost on the way'.* read other bytes than were written for") as caught:
-        on_loop(engine, engine._started_pool().load(files))
+        on_loop(generator, generator._started_pool().load(files))
     assert str(list(CORRUPTED)) in str(caught.value)
-    use_transfer(engine, WeightTransfer.shared_memory)
+    use_transfer(generator, WeightTransfer.shared_memory)
 
     files = write_weights(folder / "b", weights(make_model(5)), "bits lost in loading", Dtype.fp32)
-    on_loop(engine, stage(client, files, 60.0))
+    on_loop(generator, stage(client, files, 60.0))
     flip_bits(files, CORRUPTED)  # the staged tensors are a view of the file
     with pytest.raises(RunError, match="'bits lost in loading'.* hold other bytes than were sent for") as caught:
-        on_loop(engine, swap(client, files, 60.0, verify=True))
+        on_loop(generator, swap(client, files, 60.0, verify=True))
     assert f"{list(CORRUPTED)}, {len(CORRUPTED)} in all" in str(caught.value)
 
-    engine.sync_weights(weights(make_model(1)), "step_2")  # as it was before
-    assert engine.verify_sync(PROMPTS[0], model_log_probs(make_model(1), PROMPTS[0]).tolist()) < 1e-4
+    generator.sync_weights(weights(make_model(1)), "step_2")  # as it was before
+    assert generator.verify_sync(PROMPTS[0], model_log_probs(make_model(1), PROMPTS[0]).tolist()) < 1e-4
     num_bytes = 4 * sum(parameter.numel() for parameter in make_model(1).parameters())
-    sync = engine.last_sync
+    sync = generator.last_sync
     assert sync is not None and sync.num_bytes == num_bytes
-    assert sync.seconds > sync.write_s + sync.checksum_s and min(sync.write_s, sync.checksum_s, sync.golden_s) > 0
+    assert sync.seconds > sync.write_s + sync.checksum_s and min(sync.write_s, sync.checksum_s, sync.probe_s) > 0
     assert sync.metrics()["rollout/sync_gb_s"] == pytest.approx(num_bytes / sync.seconds / 1e9)
 
 
 @pytest.mark.parametrize("transfer", [WeightTransfer.shared_memory, WeightTransfer.collective])
-def test_a_sleeping_engine_takes_weights_and_wakes_with_them(engine: VllmEngine, transfer: WeightTransfer) -> None:
+def test_a_sleeping_engine_takes_weights_and_wakes_with_them(generator: VllmGenerator, transfer: WeightTransfer) -> None:
     """Weights come before the KV cache; what needs the cache is refused until it is back."""
-    use_transfer(engine, transfer)  # the tests after this one go on with the second
-    engine.sleep()
-    with pytest.raises(RuntimeError, match="weight sync: the rollout engine is asleep"):
-        engine.sync_weights(iter(()), "none")
-    engine.wake(weights_only=True)
+    use_transfer(generator, transfer)  # the tests after this one go on with the second
+    generator.sleep()
+    with pytest.raises(RuntimeError, match="weight sync: the generator is asleep"):
+        generator.sync_weights(iter(()), "none")
+    generator.wake(weights_only=True)
     model = make_model(7)
-    engine.sync_weights(weights(model), "after sleep")
+    generator.sync_weights(weights(model), "after sleep")
     for needs_cache in (
-        lambda: engine.generate(PROMPTS[:1], FREE, n=1, seed=0),
-        lambda: engine.verify_sync(PROMPTS[0], []),
+        lambda: ask(generator, PROMPTS[:1], FREE, n=1, seed=0),
+        lambda: generator.verify_sync(PROMPTS[0], []),
     ):
         with pytest.raises(RuntimeError, match="is without its KV cache; wake it"):
             needs_cache()
-    engine.wake()
-    engine.sleep()  # and again without a sync in between: the files of the last one bring the weights back
-    assert engine._weights_dropped
-    engine.wake()
-    assert engine.verify_sync(PROMPTS[0], model_log_probs(model, PROMPTS[0]).tolist()) < 1e-3
-    assert worst_difference(model, PROMPTS[:2], engine.generate(PROMPTS[:2], FREE, n=1, seed=0)) < 1e-3
-    engine.sync_weights(weights(make_model(1)), "step_2")  # as it was before
+    generator.wake()
+    generator.sleep()  # and again without a sync in between: the files of the last one bring the weights back
+    assert generator._weights_dropped
+    generator.wake()
+    assert generator.verify_sync(PROMPTS[0], model_log_probs(model, PROMPTS[0]).tolist()) < 1e-3
+    assert worst_difference(model, PROMPTS[:2], ask(generator, PROMPTS[:2], FREE, n=1, seed=0)) < 1e-3
+    generator.sync_weights(weights(make_model(1)), "step_2")  # as it was before
 
 
-def test_unfinished_responses_are_aborted_and_resumed_under_new_weights(engine: VllmEngine) -> None:
+def test_unfinished_responses_are_aborted_and_resumed_under_new_weights(generator: VllmGenerator) -> None:
     """step_2 makes the first part, other weights the rest; every part has the log-probs of the weights that made it."""
-    engine.sync_weights(weights(make_model(1)), "step_2")
+    generator.sync_weights(weights(make_model(1)), "step_2")
     limits = [8] * 6 + [200] * 6
     sampling = SamplingConfig(max_tokens=200, ignore_eos=True)
-    whole = engine.generate(PROMPTS, sampling, n=1, seed=9, max_tokens=limits)
-    told: list[int] = []
-    answers = engine.generate(
-        PROMPTS, sampling, n=1, seed=9, max_tokens=limits, wanted=6, on_response=lambda prompt, *_: told.append(prompt)
+    whole = ask(generator, PROMPTS, sampling, n=1, seed=9, max_tokens=limits)
+    reported: list[int] = []
+    answers = ask(
+            generator, PROMPTS, sampling, n=1, seed=9, max_tokens=limits, num_needed=6, on_response=lambda prompt, *_: reported.append(prompt)
     )
     first = [group[0] for group in answers]
-    assert sorted(told) == list(range(6)) and {r.finish_reason for r in first[:6]} == {"length"}
+    assert sorted(reported) == list(range(6)) and {r.finish_reason for r in first[:6]} == {"length"}
     assert {r.finish_reason for r in first[6:]} == {"abort"}
     for part, (response,) in zip(first, whole, strict=True):
         assert part.token_ids == response.token_ids[: len(part.token_ids)] and len(part.log_probs) == len(part.token_ids)
-    begun = [response if response.token_ids else None for response in first[6:]]
-    assert any(begun), "some responses had tokens when they were aborted"
+    partial = [response if response.token_ids else None for response in first[6:]]
+    assert any(partial), "some responses had tokens when they were aborted"
 
     new = make_model(5)
-    engine.sync_weights(weights(new), "step_3")
-    resumed = engine.generate(PROMPTS[6:], sampling, n=1, seed=10, begun=begun, wanted=6)
-    for prompt, part, (response,) in zip(PROMPTS[6:], begun, resumed, strict=True):
+    generator.sync_weights(weights(new), "step_3")
+    resumed = ask(generator, PROMPTS[6:], sampling, n=1, seed=10, partial=partial, num_needed=6)
+    for prompt, part, (response,) in zip(PROMPTS[6:], partial, resumed, strict=True):
         made = 0 if part is None else len(part.token_ids)
         assert len(response.token_ids) == 200 and response.weight_version == "step_3"
         assert response.earlier == ((("step_2", made),) if made else ())
@@ -308,18 +309,18 @@ def test_unfinished_responses_are_aborted_and_resumed_under_new_weights(engine: 
         ours = model_log_probs(new, prompt + response.token_ids)[len(prompt) - 1 :]
         assert (ours - torch.tensor(response.log_probs))[made:].abs().max() < 1e-4
         assert made == 0 or (ours - torch.tensor(response.log_probs))[:made].abs().max() > 0.5
-    complete = engine.generate(PROMPTS[6:], sampling, n=1, seed=11, begun=[group[0] for group in resumed])
+    complete = ask(generator, PROMPTS[6:], sampling, n=1, seed=11, partial=[group[0] for group in resumed])
     assert complete == resumed, "what is complete already is not asked for again"
-    engine.sync_weights(weights(make_model(1)), "step_2")  # as it was before
+    generator.sync_weights(weights(make_model(1)), "step_2")  # as it was before
 
 
 @pytest.mark.parametrize("length_penalty", [1.0, -1.0])
-def test_beam_search_finds_what_transformers_finds(engine: VllmEngine, length_penalty: float) -> None:
+def test_beam_search_finds_what_transformers_finds(generator: VllmGenerator, length_penalty: float) -> None:
     """early_stopping="never" is transformers' bound that loses nothing; ours is the same or tighter."""
     model = make_model(1)
-    engine.sync_weights(weights(model), "step_2")
+    generator.sync_weights(weights(model), "step_2")
     arguments = {"num_beams": 4, "length_penalty": length_penalty}
-    found = engine.beam_search(PROMPTS[:3], max_tokens=12, num_return=2, **arguments)
+    found = generator.beam_search(PROMPTS[:3], max_tokens=12, num_return=2, **arguments)
     for prompt, hypotheses in zip(PROMPTS, found, strict=False):
         theirs = model.generate(
             torch.tensor([prompt]),
@@ -344,8 +345,8 @@ def test_beam_search_finds_what_transformers_finds(engine: VllmEngine, length_pe
             )
 
 
-def test_the_sweep_measures_the_engine(engine: VllmEngine) -> None:
-    result = find_running_batch(engine, PROMPTS, SamplingConfig(max_tokens=8), largest=16, budget_s=20.0)
+def test_the_sweep_measures_the_engine(generator: VllmGenerator) -> None:
+    result = find_running_batch(generator, prompts_of(PROMPTS), SamplingConfig(max_tokens=8), largest=16, budget_s=20.0)
     assert list(result.tokens_per_s) == [8, 16] and result.batch in (8, 16)
     assert all(rate > 10 for rate in result.tokens_per_s.values())
 
@@ -369,16 +370,16 @@ def test_a_killed_trainer_leaves_no_server(doomed_trainer: subprocess.Popen[str]
     assert len(family) >= 3 and wait_until_gone(family, 5.0) == []
 
 
-def test_a_server_that_hangs_is_as_one_that_died_and_too_many_end_the_run(engine: VllmEngine) -> None:
+def test_a_server_that_hangs_is_as_one_that_died_and_too_many_end_the_run(generator: VllmGenerator) -> None:
     """The engine core is stopped: ``/health`` answers as ever."""
-    group = engine.servers[0].process_group
+    group = generator.servers[0].process_group
     family = [group, *children(group)]
-    private = engine.servers[0].private_dir
+    private = generator.servers[0].private_dir
     core = engine_cores(family)[0]
     threading.Timer(0.5, os.kill, (core, signal.SIGSTOP)).start()
     start = time.monotonic()
     with pytest.raises(RuntimeError) as caught:
-        engine.generate(PROMPTS, SamplingConfig(max_tokens=200, ignore_eos=True), n=8, seed=4)
+        ask(generator, PROMPTS, SamplingConfig(max_tokens=200, ignore_eos=True), n=8, seed=4)
     assert time.monotonic() - start < 60
     text = str(caught.value)
     assert re.match(r"generate: rollout server 0 \(unix:.*\) hangs \(no answer for 1\d s; rollout.hang_timeout_s=10\)", text)
@@ -386,4 +387,4 @@ def test_a_server_that_hangs_is_as_one_that_died_and_too_many_end_the_run(engine
     assert "rollout.max_restarts allows 0" in text
     assert alive(family) == [] and not private.exists()
     with pytest.raises(RuntimeError, match="not running"):
-        engine.generate(PROMPTS, FREE, n=1, seed=0)
+        ask(generator, PROMPTS, FREE, n=1, seed=0)

@@ -1,4 +1,4 @@
-"""The rollout engine as the trainer sees it: prompts in, responses out, new weights now and then."""
+"""The generator of a run with vLLM: servers, which get new weights by files or collectives."""
 
 from __future__ import annotations
 
@@ -11,24 +11,22 @@ from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import replace
 from enum import Enum
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from hetero_ppo.config.derived import weight_transfer
-from hetero_ppo.config.schema import Dtype, RolloutConfig, SamplingConfig, WeightTransfer
+from hetero_ppo.config.schema import Dtype, RolloutConfig, WeightTransfer
 from hetero_ppo.errors import RunError
-from hetero_ppo.observability.progress import progress
 from hetero_ppo.rollout.servers.compute_mode import check_compute_mode
-from hetero_ppo.rollout.engine_checks import check_prompts, golden_difference, response_limits
+from hetero_ppo.rollout.checks import check_prompts, check_request, probe_difference
+from hetero_ppo.rollout.generator import Capabilities, GenerationRequest, Generator
 from hetero_ppo.network import LOOPBACK
 from hetero_ppo.rollout.servers.nodes import AnyServer, Cluster, remote_servers
 from hetero_ppo.private_dir import PrivateDir
 from hetero_ppo.rollout.requests import Requests
 from hetero_ppo.rollout.beam_search import BeamSearch, Expand, Hypothesis, run_search
-from hetero_ppo.rollout.partial import ABORTED
 from hetero_ppo.rollout.servers.pool import Member, ServerPool, gather_all
 from hetero_ppo.rollout.servers.server import MAX_LOG_PROBS, VllmServer, server_spec, sleeps
 from hetero_ppo.rollout.weights.transports import weight_transport
@@ -45,7 +43,7 @@ from hetero_ppo.types import OnResponse, Response
 T = TypeVar("T")
 
 
-class EngineState(Enum):
+class ServersState(Enum):
     """What the servers hold on their devices."""
 
     awake = "awake"  # weights and KV cache
@@ -73,24 +71,8 @@ def check_devices(config: RolloutConfig, num_here: int, num_devices: int | None)
         )
 
 
-def check_begun(begun: list[Response | None] | None, wanted: int | None, limits: list[int], n: int) -> None:
-    """Raises ValueError for responses that cannot be resumed, or too many wanted. Arguments as for ``generate``."""
-    if wanted is not None and not 1 <= wanted <= len(limits) * n:
-        raise ValueError(f"generate: wanted={wanted} is not in 1..{len(limits) * n}, the responses that are asked for")
-    if begun is None:
-        return
-    if len(begun) != len(limits) * n:
-        raise ValueError(f"generate: begun has {len(begun)} responses for {len(limits)} prompts with {n} each")
-    for row, response in enumerate(begun):
-        limit = limits[row // n]
-        if response is not None and response.finish_reason == ABORTED and len(response.token_ids) >= limit:
-            raise ValueError(
-                f"generate: response {row} was begun with {len(response.token_ids)} tokens, and may have {limit}"
-            )
-
-
-class VllmEngine:
-    """vLLM servers, on this node and on others. A context manager; leaving it ends the servers, and so does any error but ValueError.
+class VllmGenerator(Generator):
+    """vLLM servers, on this node and on others. Leaving the context ends the servers, and so does any error but ValueError.
 
     Use it from one rank of the run. ``generate`` and ``sync_weights`` block; they may be called from different threads.
 
@@ -121,12 +103,11 @@ class VllmEngine:
         cluster: Cluster | None = None,
     ):
         self.config = config
-        self.is_collective = False
         self.dtype = dtype if config.dtype is None else config.dtype
         self.max_model_len = max_model_len
         self.eos_token_ids = eos_token_ids
         self._cluster = cluster
-        # A run has replaced null by a number (derived.num_servers); an engine without a run has one server.
+        # A run has replaced null by a number (derived.num_servers); a generator without a run has one server.
         self._num_here = (config.num_servers or 1) if cluster is None else cluster.counts[cluster.node]
         self._spec = server_spec(
             config,
@@ -145,22 +126,24 @@ class VllmEngine:
         self._initial_version = initial_version
         self.last_sync: SyncStats | None = None  # None before the first sync
         self._num_syncs = 0
-        self._sleeps = sleeps(config, cuda=self._spec.cuda)
-        self._state = EngineState.awake
+        self.capabilities = self.capabilities_of(config, cuda=self._spec.cuda)
+        self._state = ServersState.awake
         self._weights_dropped = False  # what the servers have in place of weights is garbage
         self._pool: ServerPool | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._private_dir: PrivateDir | None = None
 
-    def __enter__(self) -> Self:
-        self.start()
-        return self
+    @staticmethod
+    def capabilities_of(config: RolloutConfig, *, cuda: bool) -> Capabilities:
+        """Return the capabilities of vLLM's servers.
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
+        Args:
+            config: The ``rollout`` section.
+            cuda: Whether the servers compute on GPUs.
+        """
+        can_sleep = sleeps(config, cuda=cuda)
+        return Capabilities(can_resume=True, can_sleep=can_sleep, has_servers=True, needs_weight_sync=True)
 
     @property
     def version(self) -> str | None:
@@ -169,7 +152,7 @@ class VllmEngine:
 
     @property
     def weights_key(self) -> str:
-        """Says which weights the servers hold, by their content; before the first sync by the folder that they come from."""
+        """Name of the servers' weights by their content; before the first sync, by the folder that they come from."""
         files = self._started_pool().files
         if files is None:
             return f"{self._spec.model_path} {self.version}"
@@ -181,20 +164,16 @@ class VllmEngine:
 
     @property
     def num_down(self) -> int:
-        """Number of servers that died while they could not be restarted, see ``may_restart``."""
+        """Number of servers that died while they could not be restarted."""
         pool = self._started_pool()
         return len(pool.members) - len(pool.up)
 
     def may_restart(self, allowed: bool) -> None:
-        """Say whether a server that dies is restarted at once, as it is from the start, or waits for ``restart_down``.
-
-        Args:
-            allowed: False while the trainer has the devices that it shares with the servers.
-        """
+        """Set whether a server that dies is restarted at once, as it is from the start, or waits for ``restart_down``."""
         self._started_pool().may_restart = allowed
 
     def restart_down(self) -> None:
-        """Restart the servers that died while they could not be; they are awake and have the newest weights when this returns.
+        """Restart the servers that died while they could not be.
 
         Raises:
             RuntimeError: a server ended while starting, or did not answer in time; nothing is left running.
@@ -209,7 +188,7 @@ class VllmEngine:
             RuntimeError: a server ended, or did not answer within ``start_timeout_s``; nothing is left running.
         """
         if self._pool is not None:
-            raise RuntimeError("the rollout engine is started already")
+            raise RuntimeError("the generator is started already")
         check_devices(self.config, self._num_here, torch.cuda.device_count() if self._spec.cuda else None)
         if self._spec.cuda:
             check_compute_mode()
@@ -243,67 +222,32 @@ class VllmEngine:
 
     def generate(
         self,
-        prompts: list[list[int]],
-        sampling: SamplingConfig,
+        request: GenerationRequest,
         *,
-        n: int,
-        seed: int,
-        max_tokens: list[int] | None = None,
         on_response: OnResponse | None = None,
-        begun: list[Response | None] | None = None,
-        wanted: int | None = None,
-        show_progress: bool = False,
         on_stalled: Callable[[], None] | None = None,
     ) -> list[list[Response]]:
-        """Answers prompts.
-
-        Args:
-            prompts: token ids, not padded.
-            sampling: how to sample; all of it is sent, nothing is left to the server's defaults.
-            n: responses per prompt.
-            seed: of this call; the same call with the same seed and weights gives the same tokens.
-            max_tokens: response tokens of each prompt; None: ``sampling.max_tokens`` for all.
-            on_response: told of every response as soon as it is complete, in the order of completion.
-            begun: for each response (prompt * n + sample) what there is of it already, from an earlier call, or None. It is gone
-                on with under the present weights, and keeps the tokens, log-probs and labels that it has.
-            wanted: complete responses after which the others are aborted; None: all are waited for. ``on_response`` is told of
-                so many.
-            show_progress: a progress bar on stderr.
-            on_stalled: called, now and then, when all servers are down and prompts wait for ``restart_down``; None: an error then.
-
-        Returns:
-            For each prompt, in order, its n responses. With ``wanted`` some end with ``abort``, and some may be complete though
-            they were not told of: both are for the next call's ``begun``.
+        """Answer prompts, see ``Generator.generate``. All of the sampling is sent; nothing is left to the server's defaults.
 
         Raises:
-            ValueError: a prompt is empty or too long, or there are stop strings and no tokenizer.
-            RuntimeError: a server failed beyond ``max_restarts``; nothing is left running.
+            ValueError: A prompt is empty or too long, or there are stop strings and no tokenizer.
+            RuntimeError: A server failed beyond ``max_restarts``; nothing is left running.
         """
-        limits = response_limits(prompts, sampling, max_tokens, self.max_model_len)
+        check_request(request, self.capabilities, self.max_model_len)
+        sampling = request.sampling
         if sampling.stop and self._spec.tokenizer_path is None:
-            raise ValueError(f"generate: sampling.stop={sampling.stop} needs a tokenizer; give the engine tokenizer_path")
-        check_begun(begun, wanted, limits, n)
-        self._require(EngineState.awake, "generate")
+            raise ValueError(f"generate: sampling.stop={sampling.stop} needs a tokenizer; give the generator tokenizer_path")
+        self._require(ServersState.awake, "generate")
         pool = self._started_pool()
         if pool.version is None:
             raise RuntimeError("generate: the servers have random weights; call sync_weights first")
         stop = list(sampling.stop_token_ids) + ([] if sampling.ignore_eos else self.eos_token_ids)
-        total = len(prompts) * n if wanted is None else wanted
-        with progress(description="rollout", total=total, is_writer=show_progress, unit="response") as bar:
-
-            def tell(prompt: int, sample: int, response: Response) -> None:
-                bar.update(1)
-                if on_response is not None:
-                    on_response(prompt, sample, response)
-
-            requests = Requests(
-                pool, prompts, sampling, limits, stop, n, seed, self.config.request_timeout_s, tell, begun or [], wanted
-            )
-            pool.on_stalled = on_stalled
-            try:
-                return self._run(requests.run())
-            finally:
-                pool.on_stalled = None
+        requests = Requests(pool, request, stop, self.config.request_timeout_s, on_response)
+        pool.on_stalled = on_stalled
+        try:
+            return self._run(requests.run())
+        finally:
+            pool.on_stalled = None
 
     def beam_search(
         self, prompts: list[list[int]], *, num_beams: int, max_tokens: int, length_penalty: float, num_return: int
@@ -333,7 +277,7 @@ class VllmEngine:
         count = min(searches[0].num_candidates, self._vocab_size)
         if count > MAX_LOG_PROBS:
             raise ValueError(f"beam search: num_beams={num_beams} needs {count} tokens at once; there are {MAX_LOG_PROBS}")
-        self._require(EngineState.awake, "beam search")
+        self._require(ServersState.awake, "beam search")
         pool, timeout_s = self._started_pool(), self.config.request_timeout_s
 
         def expand(prompt: list[int]) -> Expand:
@@ -356,7 +300,7 @@ class VllmEngine:
         Raises:
             RuntimeError: the weights are those of a checkpoint folder, of which there are no files to bring them back from.
         """
-        if not self._sleeps or self._state is EngineState.asleep:
+        if not self.capabilities.can_sleep or self._state is ServersState.asleep:
             return
         pool = self._started_pool()
         if pool.files is None and pool.version is not None:
@@ -364,7 +308,7 @@ class VllmEngine:
                 "sleep: the servers' weights were never synchronised and would be lost; call sync_weights before"
             )
         self._post_all("sleep", "/sleep?level=2")
-        self._state, self._weights_dropped = EngineState.asleep, True
+        self._state, self._weights_dropped = ServersState.asleep, True
 
     def wake(self, *, weights_only: bool = False) -> None:
         """Take the device's memory again.
@@ -372,24 +316,24 @@ class VllmEngine:
         Args:
             weights_only: room for the weights, for a sync; the KV cache stays away, so that the actor has room beside them.
         """
-        if self._state is EngineState.asleep:
+        if self._state is ServersState.asleep:
             self._post_all("wake", "/wake_up?tags=weights")
-            self._state = EngineState.weights
-        if self._state is EngineState.weights and not weights_only:
+            self._state = ServersState.weights
+        if self._state is ServersState.weights and not weights_only:
             pool = self._started_pool()
             if self._weights_dropped and pool.files is not None:  # without files they were random ones
                 self._run(pool.load(pool.files))
                 self._weights_dropped = False
             self._post_all("wake", "/wake_up?tags=kv_cache")
-            self._state = EngineState.awake
+            self._state = ServersState.awake
 
     def _post_all(self, phase: str, route: str) -> None:
         pool, timeout_s = self._started_pool(), self.config.sync_timeout_s
         self._run(pool.call_up(phase, lambda client: client.post(phase, route, timeout_s)))
 
-    def _require(self, state: EngineState, what: str) -> None:
-        if self._state is EngineState.asleep or (state is EngineState.awake and self._state is not state):
-            raise RuntimeError(f"{what}: the rollout engine is {self._state.value}; wake it before")
+    def _require(self, state: ServersState, what: str) -> None:
+        if self._state is ServersState.asleep or (state is ServersState.awake and self._state is not state):
+            raise RuntimeError(f"{what}: the generator is {self._state.value}; wake it before")
 
     def sync_weights(self, tensors: Iterator[tuple[str, Tensor]], version: str) -> None:
         """Replaces the servers' weights; ``last_sync`` says what it took.
@@ -402,7 +346,7 @@ class VllmEngine:
             ValueError: a tensor is missing, unknown, comes twice, or has the wrong shape; the servers keep their old weights.
             RuntimeError: a server failed, or its parameters hold other bytes than were sent; nothing is left running.
         """
-        self._require(EngineState.weights, "weight sync")
+        self._require(ServersState.weights, "weight sync")
         pool = self._started_pool()
         self._num_syncs += 1
         start = time.perf_counter()
@@ -426,8 +370,12 @@ class VllmEngine:
         if previous is not None:
             remove_weights(previous)
 
-    def share_metrics(self) -> dict[str, float]:
-        """How requests were shared among servers since this was last asked; nothing where there is one."""
+    def sync_metrics(self) -> dict[str, float]:
+        """Return the last weight sync's seconds and rate, and how servers shared the requests since the last call."""
+        return {} if self.last_sync is None else self.last_sync.metrics() | self._share_metrics()
+
+    def _share_metrics(self) -> dict[str, float]:
+        """Return the share of requests that the least asked server answered; nothing where there is one server."""
         members = self._started_pool().members
         answered = [member.num_answered for member in members]
         for member in members:
@@ -442,7 +390,7 @@ class VllmEngine:
 
     def _prompt_log_probs(self, token_ids: list[int], members: list[Member]) -> list[list[float]]:
         """By several servers at the same time."""
-        self._require(EngineState.awake, "prompt log-probs")
+        self._require(ServersState.awake, "prompt log-probs")
         pool = self._started_pool()
         timeout_s = self.config.sync_timeout_s
         calls = [
@@ -452,28 +400,21 @@ class VllmEngine:
         return self._run(gather_all(calls))
 
     def verify_sync(self, token_ids: list[int], log_probs: list[float]) -> float:
-        """Compares every server's log-probs of a golden prompt with the trainer's own.
-
-        Args:
-            token_ids: the golden prompt, L tokens.
-            log_probs: L - 1 values, log p(token t + 1 | tokens 0..t) at temperature 1.
-
-        Returns:
-            The largest absolute difference.
+        """Compare every server's log-probs of a probe prompt with the trainer's own, see ``Generator.verify_sync``.
 
         Raises:
-            RuntimeError: it is larger than ``verify_sync_tolerance``: the servers do not hold the trainer's weights. Nothing is
+            RuntimeError: The difference exceeds ``verify_sync_tolerance``: the servers do not hold the trainer's weights. Nothing is
                 left running.
         """
         largest, start = 0.0, time.perf_counter()
         found = self._prompt_log_probs(token_ids, self._started_pool().members)
         if self.last_sync is not None:
-            self.last_sync = replace(self.last_sync, golden_s=time.perf_counter() - start)
-        for server, engine_log_probs in zip(self.servers, found, strict=True):
+            self.last_sync = replace(self.last_sync, probe_s=time.perf_counter() - start)
+        for server, server_log_probs in zip(self.servers, found, strict=True):
             what = f"weight sync {self.version!r}: {server.name}"
             meaning = "the server does not hold the trainer's weights"
             try:
-                difference = golden_difference(engine_log_probs, log_probs, self.config, self.dtype, what, meaning)
+                difference = probe_difference(server_log_probs, log_probs, self.config, self.dtype, what, meaning)
             except RunError:
                 self.close()
                 raise
@@ -497,12 +438,12 @@ class VllmEngine:
     def _started_pool(self) -> ServerPool:
         if self._pool is None:
             raise RuntimeError(
-                "the rollout engine is not running: it was not started, was closed, or ended with an error"
+                "the generator is not running: it was not started, was closed, or ended with an error"
             )
         return self._pool
 
     def _run(self, call: Coroutine[Any, Any, T]) -> T:
-        """Runs a call on the engine's loop. Any error but ValueError ends the engine."""
+        """Run a call on the generator's loop. Any error but ValueError ends the generator."""
         future = asyncio.run_coroutine_threadsafe(call, self._loop)
         try:
             return future.result()

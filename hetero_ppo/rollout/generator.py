@@ -1,0 +1,211 @@
+"""What answers prompts, as the trainer sees it: one interface, and what each implementation can do.
+
+``vllm.py`` (servers), ``megatron.py`` (the actor's own decoder) and ``replay.py`` (recorded rollouts) implement it. A rank that has no
+generator of its own has a :class:`NullGenerator`, so the same calls run on every rank.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Self
+
+from torch import Tensor
+
+from hetero_ppo.config.schema import SamplingConfig
+from hetero_ppo.types import OnResponse, PromptBatch, Response
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a generator can do and what it needs. All ranks of a run have the same, those with a ``NullGenerator`` included."""
+
+    is_collective: bool = False  # it is on every rank, and all ranks call it together; False: it is on rank 0 alone
+    is_recorded: bool = False  # it repeats recorded responses: it answers no other prompts and scores no given tokens
+    can_resume: bool = False  # it goes on with partial responses, and aborts the others when enough are complete
+    can_sleep: bool = False  # it gives device memory back in ``sleep`` and takes it in ``wake``
+    has_servers: bool = False  # its processes may die, and ``restart_down`` starts them again
+    needs_weight_sync: bool = False  # it answers with a copy of the actor's weights, which ``sync_weights`` replaces
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """What a generator is asked for: n responses to each of P prompts. Place p * n + j is that of response j to prompt p."""
+
+    prompts: PromptBatch  # P prompts; the same on every rank
+    sampling: SamplingConfig
+    n: int
+    seed: int  # the same request with the same weights gives the same tokens
+    max_tokens: list[int] | None = None  # response tokens of each prompt, [P]; None: ``sampling.max_tokens`` for all
+    #: [P * n] what there is of each response from an earlier request, or None where there is nothing. It keeps its tokens, log-probs
+    #: and weight versions, and is continued with the present weights. None: every response is new.
+    partial: list[Response | None] | None = None
+    num_needed: int | None = None  # complete responses after which the others are aborted; None: all are waited for
+
+    @property
+    def num_places(self) -> int:
+        """Number of responses that are asked for."""
+        return len(self.prompts) * self.n
+
+    @property
+    def num_rows(self) -> int:
+        """Number of responses that are waited for."""
+        return self.num_places if self.num_needed is None else self.num_needed
+
+    def limit_of(self, prompt: int) -> int:
+        """Return the largest number of response tokens of a prompt."""
+        return self.sampling.max_tokens if self.max_tokens is None else self.max_tokens[prompt]
+
+    def with_complete(self, responses: Sequence[tuple[int, Response]]) -> GenerationRequest:
+        """Return the request in which these responses are there already.
+
+        Args:
+            responses: Pairs of a place and its response.
+        """
+        if not responses:
+            return self
+        partial = [None] * self.num_places if self.partial is None else list(self.partial)
+        for place, response in responses:
+            partial[place] = response
+        return replace(self, partial=partial)
+
+
+class Generator(ABC):
+    """Answers prompts. A context manager: entering it starts the generator, leaving it ends it.
+
+    A generator that lacks a capability inherits the methods that belong to it, which then have nothing to do.
+    """
+
+    #: What it can do and what it needs; the same on every rank.
+    capabilities: Capabilities
+    #: Whether this rank has the generator. False: it gets the responses from rank 0.
+    is_here = True
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def start(self) -> None:
+        """Start it; it is awake when this returns."""
+
+    def close(self) -> None:
+        """End it. May be called more than once."""
+
+    @abstractmethod
+    def generate(
+        self,
+        request: GenerationRequest,
+        *,
+        on_response: OnResponse | None = None,
+        on_stalled: Callable[[], None] | None = None,
+    ) -> list[list[Response]]:
+        """Answer prompts. Blocks; collective where the generator is.
+
+        Args:
+            request: Prompts, and how to answer them.
+            on_response: Called with (prompt, sample, response) for every response that is complete, in the order of completion, at
+                most ``num_needed`` times.
+            on_stalled: Called again and again while all servers are down and prompts wait for ``restart_down``; None: that is an error.
+
+        Returns:
+            For each prompt, in order, its n responses. With ``num_needed`` the aborted ones end with ``abort``, and more may be complete
+            than ``on_response`` was called for; both are for the next request's ``partial``.
+
+        Raises:
+            ValueError: The request does not fit the generator.
+            RuntimeError: The generator failed, and has ended.
+        """
+
+    @abstractmethod
+    def sync_weights(self, tensors: Iterator[tuple[str, Tensor]], version: str) -> None:
+        """Answer with new weights from now on.
+
+        Args:
+            tensors: Pairs of Hugging Face name and full tensor of the whole model. Making them is collective over the actor's ranks, so
+                they are read on every rank where ``needs_weight_sync``, and on none otherwise.
+            version: Label of the weights.
+        """
+
+    def verify_sync(self, token_ids: list[int], log_probs: list[float]) -> float:
+        """Compare the log-probs of a probe prompt with the trainer's own. Not for recorded responses.
+
+        Args:
+            token_ids: Probe prompt of L tokens.
+            log_probs: [L - 1] log p(token t + 1 | tokens 0..t) at temperature 1, by the trainer.
+
+        Returns:
+            The largest absolute difference.
+
+        Raises:
+            RuntimeError: The difference exceeds ``rollout.verify_sync_tolerance``.
+        """
+        raise NotImplementedError(f"{type(self).__name__} computes no log-probs of a probe prompt")
+
+    def sync_metrics(self) -> dict[str, float]:
+        """Return what the last weight sync took, and how the requests since the one before were shared among servers."""
+        return {}
+
+    def sleep(self) -> None:
+        """Give the device's memory back. Nothing may be in flight."""
+
+    def wake(self, *, weights_only: bool = False) -> None:
+        """Take the device's memory again.
+
+        Args:
+            weights_only: Whether to take the memory of the weights alone, for a sync.
+        """
+
+    @property
+    def num_down(self) -> int:
+        """Number of servers that died while they could not be restarted, see ``may_restart``."""
+        return 0
+
+    def may_restart(self, allowed: bool) -> None:
+        """Set whether a server that dies is restarted at once, or waits for ``restart_down``.
+
+        Args:
+            allowed: False while the trainer has the devices that it shares with the servers.
+        """
+
+    def restart_down(self) -> None:
+        """Restart the servers that are down; they are awake and have the newest weights when this returns."""
+
+    @property
+    def weights_key(self) -> str:
+        """Name of the weights by their content, for responses that are kept on disk. For generators that can resume."""
+        raise NotImplementedError(f"{type(self).__name__} resumes no responses")
+
+
+class NullGenerator(Generator):
+    """Stands for the generator of another rank.
+
+    Args:
+        capabilities: Those of the generator that answers.
+    """
+
+    is_here = False
+
+    def __init__(self, capabilities: Capabilities) -> None:
+        self.capabilities = capabilities
+
+    def generate(
+        self,
+        request: GenerationRequest,
+        *,
+        on_response: OnResponse | None = None,
+        on_stalled: Callable[[], None] | None = None,
+    ) -> list[list[Response]]:
+        raise NotImplementedError("this rank has no generator; it gets the responses from rank 0")
+
+    def sync_weights(self, tensors: Iterator[tuple[str, Tensor]], version: str) -> None:
+        """Read the tensors to their end where the generator's rank does, since making them is collective."""
+        if self.capabilities.needs_weight_sync:
+            for _ in tensors:
+                pass
