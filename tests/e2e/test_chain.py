@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from hetero_ppo.config.load import load_config
 from hetero_ppo.reward.golden import GOLDEN_FILE
-from hetero_ppo.observability.trace import COPY_IN, COPY_OUT, ENGINE, TRAINER, newest_trace
+from hetero_ppo.observability.trace import COPY_IN, COPY_OUT, GENERATOR, TRAINER, newest_trace
 from hetero_ppo.rollout.replay import RolloutRecord, read_rollouts, recorded_steps
 from hetero_ppo.runtime.folder_lock import LOCK_FILE
 from hetero_ppo.runtime.run_folder import OTHERS, RESULTS
@@ -149,7 +149,7 @@ def test_trace_has_all_lanes(chain: Chain) -> None:
     assert [path.name for path in sorted(folder.iterdir())] == ["step_0000001.json", "step_0000002.json"]
     trace = newest_trace(chain.run_dir("ppo"))
     config = load_config(str(chain.configs["ppo"]), []).config
-    assert trace is not None and trace.lanes() == [TRAINER, ENGINE, *run_roles(config), COPY_IN, COPY_OUT]
+    assert trace is not None and trace.lanes() == [TRAINER, GENERATOR, *run_roles(config), COPY_IN, COPY_OUT]
     names = {lane: {span.name for span in trace.spans if span.lane == lane} for lane in trace.lanes()}
     for phase in step_phases(config):
         assert phase.name in names[TRAINER] and (phase.role is None or phase.name in names[phase.role]), phase.name

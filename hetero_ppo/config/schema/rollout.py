@@ -151,12 +151,12 @@ class RolloutConfig:
     )
     verify_sync: bool = option(
         True,
-        "Every sync compares checksums of the engine's parameters, and its log-probs of a golden prompt",
+        "Every sync compares checksums of the engine's parameters, and its log-probs of a probe prompt",
         resume=OnResume.operation,
     )
     verify_sync_tolerance: float | None = option(
         None,
-        "Largest |difference| in log-prob of the golden prompt; null: 1e-3 (fp32), 0.15 (bf16)",
+        "Largest |difference| in log-prob of the probe prompt; null: 1e-3 (fp32), 0.15 (bf16)",
         unit="nats",
         minimum=0,
         resume=OnResume.operation,
