@@ -88,3 +88,19 @@ def test_plan_trace_and_residency_read_one_list(kind: str) -> None:
             assert section in LANES and section in LANE_COLOURS
     assert {phase.role for phase in phases if phase.is_training} == {name for name, spec in roles.items() if spec.is_trained}
     assert SharedDevice(ResidencyConfig(offload=False), phases).schedule == phases
+
+
+def test_the_picture_of_the_docs_has_every_phase_and_role() -> None:
+    phases = ppo_phases(reward_models=["reward_model"], actor_scores_old=True)
+    text = re.sub(r"<[^>]*>", " ", (ROOT / "docs" / "turns.svg").read_text())
+    words = set(text.split())
+    assert {word for phase in phases for word in phase.name.split("_", 1)} <= words
+    assert {"generator", *(phase.role for phase in phases if phase.role is not None)} <= words
+
+
+def test_the_index_of_the_docs_links_every_page_and_names_files_that_exist() -> None:
+    text = (ROOT / "docs" / "index.md").read_text()
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")} - {"index.md"}
+    assert pages <= set(re.findall(r"\]\(([\w.]+\.md)\)", text))
+    for name in re.findall(r"`((?:\w+/)+\w+\.py|(?:\w+/)+)`", text):
+        assert (ROOT / "hetero_ppo" / name).exists() or (ROOT / name).exists(), name
