@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -114,7 +115,7 @@ class Bench:
         request = GenerationRequest(
             self.prompts, self.trainer.config.rollout.sampling, n=1, seed=1, max_tokens=lengths
         )
-        return PendingRollout(generator, request, version="step0", chunk_size=self.chunk_size).start()
+        return PendingRollout(generator, request, dist.group.WORLD, version="step0", chunk_size=self.chunk_size).start()
 
     def generate_alone(self, lengths: list[int]) -> tuple[float, float]:
         """Seconds of the whole generation, and to its first chunk."""

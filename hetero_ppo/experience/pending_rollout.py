@@ -36,6 +36,7 @@ class PendingRollout:
     Args:
         generator: Generator that answers.
         request: Prompts, and how to answer them; the same on every rank but for the partial responses, which the generator's rank has.
+        world: Group of all ranks.
         version: Label of the weights that the generator has.
         chunk_size: Responses of a chunk; the last chunks have fewer (``derived.chunk_sizes``).
         bank: Bank on the generator's rank, with the step's file open; it gets every response that completes. None: nothing is banked.
@@ -50,6 +51,7 @@ class PendingRollout:
         self,
         generator: Generator,
         request: GenerationRequest,
+        world: dist.ProcessGroup,
         *,
         version: str,
         chunk_size: int,
@@ -68,6 +70,7 @@ class PendingRollout:
         self._banked = {place for place, _ in banked}
         self._keeps_order = request.num_needed is None  # rows have their places; otherwise they follow each other as they complete
         self._generator = generator
+        self._world = world
         self._trace = trace or TraceRecorder()
         self._thread: threading.Thread | None = None
         self._changed = threading.Condition()
@@ -121,8 +124,8 @@ class PendingRollout:
         while True:
             fresh = self._wait(wait_for_all) if self._generator.is_here else []
             count = torch.tensor([RESTART if fresh is None else len(fresh)])
-            if dist.get_world_size() > 1:
-                dist.broadcast(count, 0)
+            if self._world.size() > 1:
+                dist.broadcast(count, 0, group=self._world)
             if int(count) != RESTART:
                 break
             self._stalled = False
@@ -246,16 +249,16 @@ class PendingRollout:
             header[index] = torch.tensor([row, length, cut])
             tokens[index, :length] = torch.tensor(response.token_ids)
             log_probs[index, :length] = torch.tensor(response.log_probs)
-        if dist.get_world_size() > 1:
+        if self._world.size() > 1:
             for tensor in (header, tokens, log_probs):
-                dist.broadcast(tensor, 0)
+                dist.broadcast(tensor, 0, group=self._world)
         return header[:, 0], (header[:, 1], header[:, 2].bool(), tokens, log_probs)
 
     def _share_origins(self, rows: Tensor, fresh: list[tuple[int, int, Response]]) -> None:
         """Hand the place of every row, and the weights that made it, from rank 0 to all ranks."""
         origins = [(place, response.weight_version, list(response.earlier)) for _, place, response in fresh]
-        if dist.get_world_size() > 1:
-            origins = broadcast_json(origins, 0, dist.group.WORLD)
+        if self._world.size() > 1:
+            origins = broadcast_json(origins, 0, self._world)
         for row, (place, version, earlier) in zip(rows.tolist(), origins, strict=True):
             self._place[row] = place
             self._versions[row] = (version, [(label, count) for label, count in earlier])
@@ -276,16 +279,22 @@ class PendingRollout:
 
 
 def collect_rollout(
-    generator: Generator, request: GenerationRequest, *, version: str, trace: TraceRecorder | None = None
+    generator: Generator,
+    request: GenerationRequest,
+    world: dist.ProcessGroup,
+    *,
+    version: str,
+    trace: TraceRecorder | None = None,
 ) -> Rollout:
     """Generate and return a whole rollout at once. Collective over the world.
 
     Args:
         generator: Generator that answers.
         request: Prompts, and how to answer them.
+        world: Group of all ranks.
         version: Label of the weights that the generator has.
         trace: Trace that records the generator's time.
     """
-    pending = PendingRollout(generator, request, version=version, chunk_size=request.num_rows, trace=trace)
+    pending = PendingRollout(generator, request, world, version=version, chunk_size=request.num_rows, trace=trace)
     pending.start().next_chunks()
     return pending.rollout()

@@ -66,7 +66,7 @@ class PpoTrainer:
             starting = ppo_generator.begin_generator(config, run, self.data.encoder, first, cluster)
             if starting.generator.capabilities.can_sleep:  # it may not hold the device while roles are built on it
                 starting.wait().sleep()
-                dist.barrier()
+                dist.barrier(run.world)
         # An error here is raised at once, not when the generator is up: its guardian ends it with this process.
         self.device = ppo_setup.shared_device(config, self.trace)
         self.roles = ppo_setup.build_roles(config, run, self.batching, self.device)
@@ -78,7 +78,7 @@ class PpoTrainer:
             else starting.wait()
         )
         self.health = HealthMonitor(build_checks(config), run.say)
-        self.turns = GeneratorTurns(self.generator, self.device)
+        self.turns = GeneratorTurns(self.generator, self.device, run.world)
         self.bank = ppo_bank.open_bank(config, run, self.generator, resumes=self.run.continues_its_folder)
         self.chunk_size = self.batching.chunk_size
         self.pipeline = Pipeline(self.maker, config.pipeline.overlap)
@@ -196,6 +196,7 @@ class PpoTrainer:
             pending = PendingRollout(
                 self.generator,
                 request,
+                self.run.world,
                 version=f"step{step}",
                 chunk_size=self.chunk_size,
                 bank=self.bank,

@@ -72,11 +72,11 @@ class Evaluator:
         request = GenerationRequest(prompts, sampling, n=1, seed=EVAL_SEED)
         trace = self.turns.device.trace
         with self.turns.generating() as generator:
-            rollout = collect_rollout(generator, request, version=version, trace=trace)
+            rollout = collect_rollout(generator, request, self.turns.world, version=version, trace=trace)
             if self.check is not None:
                 greedy = dataclasses.replace(sampling, temperature=0.0, top_p=1.0, top_k=-1)
                 asked = dataclasses.replace(request, sampling=greedy)
-                greedy_rollout = collect_rollout(generator, asked, version=version, trace=trace)
+                greedy_rollout = collect_rollout(generator, asked, self.turns.world, version=version, trace=trace)
         # Their workers score while the models do.
         checked = [answers for answers in (rollout, greedy_rollout) if answers is not None and self.check is not None]
         checks = [self.check.start(answers) for answers in checked]

@@ -231,7 +231,7 @@ def chunk_size(config: PpoConfig, run: Run, data: PpoData, batching: PpoBatching
             run.say(result.table())
             found[0] = min(result.batch, batching.responses_per_step)
     if run.world_size > 1:
-        dist.broadcast(found, 0)
+        dist.broadcast(found, 0, group=run.world)
     return int(found)
 
 

@@ -31,6 +31,7 @@ class GeneratorTurns:
 
     generator: Generator
     device: SharedDevice
+    world: dist.ProcessGroup  # all ranks
 
     def __post_init__(self) -> None:
         self._allow_restarts(False)
@@ -71,16 +72,16 @@ class GeneratorTurns:
         if not (platform.HAS_CUDA and self.generator.capabilities.has_servers):  # on a CPU they were restarted at once
             return
         num_down = torch.tensor([self.generator.num_down])
-        if dist.get_world_size() > 1:
-            dist.broadcast(num_down, 0)
+        if self.world.size() > 1:
+            dist.broadcast(num_down, 0, group=self.world)
         if not num_down:
             return
         self.device.generator_turn("rollout", ahead=False)
         release_cached_memory()
-        dist.barrier()
+        dist.barrier(self.world)
         with self.at_work("restart"), self._naming_memory():
             self.generator.restart_down()
-        dist.barrier()  # until then no rank gives memory back
+        dist.barrier(self.world)  # until then no rank gives memory back
 
     def _allow_restarts(self, allowed: bool) -> None:
         """Set whether a server that dies from now on is restarted at once; on a CPU it always is."""
@@ -137,4 +138,4 @@ class GeneratorTurns:
 
     def _barrier(self) -> None:
         if self.generator.capabilities.can_sleep:
-            dist.barrier()
+            dist.barrier(self.world)

@@ -163,12 +163,12 @@ def started(
     generator: Generator, prompts: PromptBatch, *, n: int = SAMPLES, version: str = "step0", chunk_size: int = CHUNK, **more: Any
 ) -> PendingRollout:
     request = GenerationRequest(prompts, SAMPLING, n=n, seed=0)
-    return PendingRollout(generator, request, version=version, chunk_size=chunk_size, **more).start()
+    return PendingRollout(generator, request, dist.group.WORLD, version=version, chunk_size=chunk_size, **more).start()
 
 
 def collected(recorded: Path, prompts: PromptBatch) -> Rollout:
     return collect_rollout(
-        ReplayGenerator(recorded), GenerationRequest(prompts, SAMPLING, n=SAMPLES, seed=0), version="step0"
+        ReplayGenerator(recorded), GenerationRequest(prompts, SAMPLING, n=SAMPLES, seed=0), dist.group.WORLD, version="step0"
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from one_rank import ONE_RANK
 import torch
 from cuda_rig import COPY_RATE, VirtualCuda
 
@@ -54,8 +55,7 @@ class Generator(NullGenerator):
 def cuda(monkeypatch: pytest.MonkeyPatch) -> VirtualCuda:
     cuda = VirtualCuda(TOTAL)
     cuda.install(monkeypatch)
-    monkeypatch.setattr(ppo_turns.dist, "barrier", lambda: None)
-    monkeypatch.setattr(ppo_turns.dist, "get_world_size", lambda: 1)
+    monkeypatch.setattr(ppo_turns.dist, "barrier", lambda group: None)
     return cuda
 
 
@@ -86,7 +86,7 @@ def _train(device: SharedDevice, cuda: VirtualCuda, role: str, seconds: float) -
 
 def test_the_generator_finds_room_at_every_wake(device: SharedDevice, cuda: VirtualCuda) -> None:
     generator = Generator(cuda)
-    turns = GeneratorTurns(generator, device)
+    turns = GeneratorTurns(generator, device, ONE_RANK)
     for _ in range(3):
         with turns.generating():
             assert cuda.reserved + GENERATOR <= cuda.total
@@ -105,7 +105,7 @@ def test_a_wake_without_room_says_what_the_device_holds(device: SharedDevice, cu
     with pytest.raises(
         RunError, match=r"wake: no memory.*GiB are free on device 0; this rank holds .*gpu_memory_utilization"
     ):
-        GeneratorTurns(generator, device).wake()
+        GeneratorTurns(generator, device, ONE_RANK).wake()
 
 
 def test_what_comes_ahead_does_not_wait_for_queued_kernels(device: SharedDevice, cuda: VirtualCuda) -> None:
@@ -146,7 +146,7 @@ def test_the_ledger_has_what_torch_reserved_beside_what_it_allocated(device: Sha
     assert metrics["memory/reserved_gib"] * GIB == TURN + ACTIVATIONS
     assert metrics["memory/allocated_gib"] * GIB == TURN
     assert metrics["memory/cached_gib"] * GIB >= ACTIVATIONS
-    GeneratorTurns(NullGenerator(Capabilities(can_sleep=True)), device).wake()
+    GeneratorTurns(NullGenerator(Capabilities(can_sleep=True)), device, ONE_RANK).wake()
     assert device.ledger.record("rollout", "after").cached == 0
 
 

@@ -48,12 +48,6 @@ VLLM_MODULES = (
 )
 #: Of torch.distributed: what all members of a group call together.
 COLLECTIVES = {"all_reduce", "all_gather", "all_to_all", "barrier", "broadcast", "gather", "reduce", "reduce_scatter", "scatter"}
-DEFAULT_GROUP_YET = {
-    "hetero_ppo/experience/generation.py",
-    "hetero_ppo/trainers/ppo.py",
-    "hetero_ppo/trainers/ppo_engine.py",
-    "hetero_ppo/trainers/ppo_setup.py",
-}
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 600, 90
 
 MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
@@ -176,7 +170,7 @@ def test_no_global_process_group_accessors(path: Path) -> None:
         )
 
 
-@pytest.mark.parametrize("path", [path for path in MODULES if name_of(path) not in DEFAULT_GROUP_YET], ids=name_of)
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_every_collective_names_its_group(path: Path) -> None:
     for call in [node for node in ast.walk(tree_of(path)) if isinstance(node, ast.Call)]:
         function = call.func

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any, Self
 
 import pytest
+from one_rank import ONE_RANK
 import torch
 from torch import Tensor
 
@@ -105,7 +106,7 @@ def test_a_supervised_run_evaluates_saves_and_exports(export: bool, tmp_path: Pa
     exported: list[str] = []
     monkeypatch.setattr(supervised, "CheckpointManager", Saves)
     monkeypatch.setattr(supervised, "export_files", lambda *_: SimpleNamespace(files={}, config={}))
-    run: Any = SimpleNamespace(dir=tmp_path, is_writer=False, about=None, watchdog=None, say=print, exported=lambda *_: None)
+    run: Any = SimpleNamespace(dir=tmp_path, is_writer=False, world=ONE_RANK, about=None, watchdog=None, say=print, exported=lambda *_: None)
     run.forget_later_steps, run.should_stop = (lambda *_: None), (lambda *_: False)
     model: Any = SimpleNamespace(role="actor", head="lm", config=SimpleNamespace(model=ModelConfig(path="m")))
     model.export = lambda folder, **_: exported.append(folder)
@@ -180,7 +181,7 @@ def test_the_probe_prompt_is_compared_where_that_is_asked_for(
     monkeypatch.setattr(ppo.ppo_setup, "probe_log_probs", lambda actor, ids: [0.0])
     generator = Recorded(is_recorded)
     device: Any = SimpleNamespace(trace=TraceRecorder(), wait_for_room=lambda: None, generator_turn=lambda phase: None)
-    turns = GeneratorTurns(generator, device)
+    turns = GeneratorTurns(generator, device, ONE_RANK)
     actor = SimpleNamespace(on_device=lambda phase: nullcontext(), stream_weights=list)
     config = SimpleNamespace(rollout=SimpleNamespace(verify_sync=verify))
     trainer: Any = SimpleNamespace(

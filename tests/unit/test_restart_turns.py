@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
+from one_rank import ONE_RANK
 import torch
 from cuda_rig import VirtualCuda
 from generator_requests import ask, prompts_of
@@ -139,8 +140,7 @@ class Client:
 def cuda(monkeypatch: pytest.MonkeyPatch) -> VirtualCuda:
     cuda = VirtualCuda(TOTAL)
     cuda.install(monkeypatch)
-    monkeypatch.setattr(ppo_turns.dist, "barrier", lambda: None)
-    monkeypatch.setattr(ppo_turns.dist, "get_world_size", lambda: 1)
+    monkeypatch.setattr(ppo_turns.dist, "barrier", lambda group: None)
     monkeypatch.setattr(vllm_module, "VllmServer", Server)
     monkeypatch.setattr(pool_module, "ServerClient", Client)
     monkeypatch.setattr(Server, "cuda", cuda, raising=False)
@@ -161,7 +161,7 @@ class Job:
         for role in ("critic", "actor"):
             tensors = {kind: [torch.zeros(UNIT, dtype=torch.uint8) for _ in range(8)] for kind in TRAINED}
             self.device.add(RoleResidency(role, tensors, [], lambda: None))
-        self.turns = GeneratorTurns(self.generator, self.device)
+        self.turns = GeneratorTurns(self.generator, self.device, ONE_RANK)
         self.sync("step0")
         self.turns.sleep()
 
@@ -242,7 +242,7 @@ def test_in_an_generator_turn_of_its_own_a_server_starts_at_once(job: Job, monke
 
 def pending_rollout(job: Job, num_prompts: int) -> PendingRollout:
     request = GenerationRequest(prompts_of([[5 + place] for place in range(num_prompts)]), SAMPLING, n=1, seed=0)
-    return PendingRollout(job.generator, request, version="step0", chunk_size=2, restart=job.turns.restarter)
+    return PendingRollout(job.generator, request, ONE_RANK, version="step0", chunk_size=2, restart=job.turns.restarter)
 
 
 def test_while_roles_compute_beside_generation_other_servers_answer(

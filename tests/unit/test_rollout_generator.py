@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from one_rank import ONE_RANK
 import torch
 from generator_requests import prompts_of
 from torch import Tensor
@@ -65,13 +66,13 @@ def test_a_rank_without_the_generator_has_nothing_to_do() -> None:
 def test_turns_follow_the_capabilities_on_every_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     """Barriers and the first sync are for generators that sleep, restarts for those with servers."""
     barriers: list[str] = []
-    monkeypatch.setattr(ppo_turns.dist, "barrier", lambda: barriers.append("barrier"))
+    monkeypatch.setattr(ppo_turns.dist, "barrier", lambda group: barriers.append("barrier"))
     monkeypatch.setattr(ppo_turns, "release_cached_memory", lambda: barriers.append("release"))
     device = SharedDevice(ResidencyConfig(), ppo_phases(reward_models=[], actor_scores_old=True))
     found = {}
     for name, capabilities in {"servers": SERVERS, "recorded": ReplayGenerator.capabilities}.items():
         generator: Generator = NullGenerator(capabilities)
-        turns = GeneratorTurns(generator, device)
+        turns = GeneratorTurns(generator, device, ONE_RANK)
         with turns.generating() as given:
             assert given is generator
         found[name] = (turns.needs_first_sync, turns.restarter is not None, barriers.copy())
