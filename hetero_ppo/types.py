@@ -40,7 +40,7 @@ class PromptBatch:
 
 @dataclass(frozen=True)
 class Response:
-    """One engine answer."""
+    """One answer of a generator."""
 
     token_ids: list[int]  # response tokens, end-of-sequence included when it was sampled
     log_probs: list[float]  # of the sampled tokens, in the distribution that was sampled from
@@ -49,8 +49,8 @@ class Response:
     earlier: tuple[tuple[str, int], ...] = ()  # of a resumed one: (label, tokens) of the weights before, oldest first
 
 
-#: (prompt, sample, response) of a response that is complete. Called from the engine's thread: it must be quick, and an error in
-#: it ends the generation.
+#: (prompt, sample, response) of a response that is complete. Called from the generator's thread: it must be quick, and an
+#: error in it ends the rollout.
 OnResponse = Callable[[int, int, Response], None]
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# GSM8K through the whole path: chat template, rollouts by the engine, a function reward on the final number, PPO steps. The
+# GSM8K through the whole path: chat template, rollouts by the generator, a function reward on the final number, PPO steps. The
 # model is small and starts from random weights, so this checks data, reward and speed; it does not learn arithmetic.
 #
 #   bash scripts/gsm8k_rollout.sh <folder with train.jsonl and test.jsonl> [config overrides of both trainings]

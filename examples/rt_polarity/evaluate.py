@@ -3,7 +3,7 @@
     python examples/rt_polarity/evaluate.py --data runs/rt_polarity/data --before runs/rt_polarity/sft/hf \
         --after runs/rt_polarity/ppo/hf --json runs/rt_polarity/judge.json
 
-The models are loaded with transformers, so neither the trainer nor its rollout engine takes part. Beside the judge's
+The models are loaded with transformers, so neither the trainer nor its generator takes part. Beside the judge's
 verdict stand the signs of reward hacking: distinct n-grams, the share of reviews that repeat another one word for word,
 and the most frequent three words. Real held-out reviews give the scale for all of them.
 """

@@ -260,7 +260,7 @@ def check_function_names(config: PpoConfig, world_size: int) -> None:
 
 def check_sweep(config: PpoConfig, world_size: int) -> None:
     size, replayed = config.pipeline.chunk_size, config.train.replay_rollouts is not None
-    _require(size != 0 or not replayed, "pipeline.chunk_size", size, "a sweep needs an engine, not train.replay_rollouts")
+    _require(size != 0 or not replayed, "pipeline.chunk_size", size, "a sweep needs a generator to measure, not train.replay_rollouts")
 
 
 # --- the disk -------------------------------------------------------------------------------------------------------

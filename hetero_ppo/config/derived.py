@@ -23,7 +23,7 @@ from hetero_ppo.config.schema import (
 
 #: Responses below which the last chunk of a step is not cut: forwards of fewer rows are slower by the row.
 SMALLEST_CUT = 16
-#: Tokens of the sequence that the engine and the trainer are compared on after every weight sync.
+#: Tokens of the sequence that the generator and the trainer are compared on after every weight sync.
 PROBE_TOKENS = 64
 #: How error messages name the number of responses per PPO step.
 RESPONSES_FIELDS = "algorithm.rollout_batch_size x algorithm.samples_per_prompt"
@@ -52,7 +52,7 @@ def trained_roles(config: AnyConfig) -> dict[str, TrainedRoleConfig]:
 
 
 def actor_generates(config: PpoConfig) -> bool:
-    """True when the actor itself is the rollout engine."""
+    """Return whether the actor itself is the generator."""
     return config.rollout.engine is RolloutEngineKind.megatron and config.train.replay_rollouts is None
 
 
@@ -62,7 +62,7 @@ def overlaps_generation(config: PpoConfig) -> bool:
 
 
 def max_model_len(config: PpoConfig) -> int:
-    """Tokens of the longest sequence that the rollout engine is to take, prompt and response together."""
+    """Return the tokens of the longest sequence that the generator is to take, prompt and response together."""
     rollout = config.rollout
     longest = config.data.max_prompt_tokens + max(rollout.sampling.max_tokens, rollout.eval_sampling.max_tokens)
     return max(longest, PROBE_TOKENS + 1)

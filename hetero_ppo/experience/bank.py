@@ -1,9 +1,9 @@
-"""Responses on disk as they complete: a run that is killed does not ask the engine for them a second time.
+"""Responses on disk as they complete: a run that is killed does not ask the generator for them a second time.
 
 One file for each PPO step since the last checkpoint. A resumed run comes to the same weights, seeds and prompts, which is what a
 file's key says; under another key its responses are not those of this run and are dropped.
 
-Every line begins with the CRC-32 of its JSON. Damaged lines are dropped, counted and printed, and the rest is used: the engine is asked
+Every line begins with the CRC-32 of its JSON. Damaged lines are dropped, counted and printed, and the rest is used: the generator is asked
 for what is missing. So are lines of older versions, which had no checksum.
 """
 
@@ -26,17 +26,17 @@ REMEDY = "choose another run.dir, or set rollout.bank=false"
 
 
 def bank_key(**parts: Any) -> str:
-    """SHA-256 of what decides over a step's responses, as JSON."""
+    """Return the SHA-256 of what decides over a step's responses, as JSON."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 class RolloutBank:
-    """The files of a run. On the engine's rank alone.
+    """The bank's files of a run, on the generator's rank alone.
 
     Args:
-        folder: made when it is needed.
-        resumes: keep what a run before left there; False: it is a new run, and that is removed.
-        say: Prints a line for the user.
+        folder: Folder of the files; it is made when it is needed.
+        resumes: Whether to keep what an earlier run left there; False removes it.
+        say: Function that prints a line for the user.
     """
 
     def __init__(self, folder: Path, *, resumes: bool, say: Callable[[str], None] = print) -> None:
@@ -48,14 +48,14 @@ class RolloutBank:
             self.forget(None)
 
     def begin(self, step: int, key: str) -> list[tuple[int, Response]]:
-        """From here on ``add`` writes to this step's file.
+        """Open a step's file, which ``add`` then writes to.
 
         Args:
-            step: PPO steps done.
-            key: of the step (``bank_key``).
+            step: Number of PPO steps that are done.
+            key: Key of the step (``bank_key``).
 
         Returns:
-            (place, response) of what is there under this key and undamaged, in the order of completion.
+            Pairs of place and response that are there under this key and undamaged, in the order of completion.
 
         Raises:
             RunError: The disk takes no more.
@@ -64,7 +64,7 @@ class RolloutBank:
         path = self._path(step)
         found = _read(path, key) if path.exists() else _Found([], [], None)
         if found.fault is not None:
-            self._say(f"bank of responses: {path}: {found.fault}; the engine is asked for them again")
+            self._say(f"bank of responses: {path}: {found.fault}; the generator is asked for them again")
         with self._lock, writing(path, "bank of responses", remedy=REMEDY):
             self.folder.mkdir(parents=True, exist_ok=True)
             # Written again, so that a line that a kill has cut, or that is damaged, is there no more.
@@ -95,10 +95,10 @@ class RolloutBank:
             self._file = None
 
     def forget(self, done: int | None) -> None:
-        """Remove the files of steps that a checkpoint has behind it.
+        """Remove the files of steps that a checkpoint covers.
 
         Args:
-            done: PPO steps of that checkpoint; None: all files.
+            done: Number of PPO steps of that checkpoint; None: all files.
         """
         for path in self.folder.glob("step_*"):
             if done is None or int(path.stem.removeprefix("step_")) < done:
@@ -123,7 +123,7 @@ def _line(record: dict[str, Any]) -> bytes:
 
 
 def _record(line: bytes) -> dict[str, Any] | None:
-    """The record of a line; None when it is damaged."""
+    """Return the record of a line; None when it is damaged."""
     checksum, _, text = line.partition(b" ")
     return json.loads(text) if checksum == b"%08x" % zlib.crc32(text) else None
 

@@ -38,9 +38,9 @@ class Bound:
 def mismatch_bounds(config: PpoConfig) -> list[Bound]:
     """Return the bounds of a run: those of the config; where it leaves them to the dtype, those of the coarser of generator and actor.
 
-    None are derived where a difference is not the engine's fault: log-probs of recorded rollouts are of whatever weights made
-    them, and with top-p or top-k the engine's are of the truncated distribution, the trainer's of the whole one. None hold at
-    all where old log-probs are the engine's own.
+    None are derived where a difference is not the generator's fault: log-probs of recorded rollouts are of whatever weights made
+    them, and with top-p or top-k the generator's are of the truncated distribution, the trainer's of the whole one. None hold at
+    all where old log-probs are the generator's own.
     """
     if config.algorithm.old_log_probs is OldLogProbs.rollout:
         return []
@@ -111,7 +111,7 @@ class MismatchGuard(HealthCheck):
     def _describe_stop(self, step: int, reasons: str, values: Mapping[str, float]) -> str:
         figures = ", ".join(f"{name} {value:.3g}" for name, value in values.items())
         return (
-            f"step {step}: the engine's log-probs are not the trainer's: {reasons}, for {self.steps_beyond} step(s) in a row "
+            f"step {step}: the generator's log-probs are not the trainer's: {reasons}, for {self.steps_beyond} step(s) in a row "
             f"(rollout.mismatch.patience {self.patience}).\nThis step: {figures}. It was not trained on.\nWhere it began "
             "at one step, look for weights that did not arrive; where it grew, for a model that has become very sure or very "
             "unsure of its tokens; where it was there from the start, give engine and actor one dtype (rollout.dtype, "

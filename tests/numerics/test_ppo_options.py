@@ -176,7 +176,7 @@ def results(folder: Path) -> dict[int, dict[str, float]]:
 
 
 def test_every_step_generates_with_its_own_weights(rank: OneRank) -> None:
-    """The log-probs that the engine sampled with are those of the trained actor: of step 2, those of the weights after step 1."""
+    """The log-probs that the generator sampled with are those of the trained actor: of step 2, those of the weights after step 1."""
     for step, metrics in read_metrics(rank.folder("generated")).items():
         assert metrics["rollout/log_prob_diff_max"] < 1e-4, step
         assert metrics["rollout/golden_log_prob_diff"] < 1e-4, step
@@ -222,5 +222,5 @@ def test_a_role_is_on_its_way_before_its_turn(rank: OneRank) -> None:
 def test_a_step_beyond_the_mismatch_bound_is_not_trained_on(rank: OneRank, capfd: pytest.CaptureFixture[str]) -> None:
     """The recorded log-probs are random."""
     assert rank.launch("mismatch", {"rollout.mismatch.max_log_prob_diff_mean": 0.5, "rollout.mismatch.patience": 2}) == 1
-    assert "step 2: the engine's log-probs are not the trainer's" in capfd.readouterr().err
+    assert "step 2: the generator's log-probs are not the trainer's" in capfd.readouterr().err
     assert list(read_metrics(rank.runs.root / "mismatch")) == [1]

@@ -132,7 +132,7 @@ def test_the_defaults_pass(tmp_path: Path, kind: str, world_size: int) -> None:
         (["rollout.sampling.top_k=0"], "rollout.sampling.top_k=0: allowed: at least 1 or -1 .tokens."),
         (["rollout.sampling.stop_token_ids=[5,-1]"], "rollout.sampling.stop_token_ids=.5, -1.: allowed: at least 0 .token ids."),
         (["pipeline.chunk_size=-1"], "pipeline.chunk_size=-1: allowed: at least 0 .responses., or null. Meaning: .* 0: a sweep"),
-        (["pipeline.chunk_size=0", "train.replay_rollouts=runs"], "pipeline.chunk_size=0: a sweep needs an engine"),
+        (["pipeline.chunk_size=0", "train.replay_rollouts=runs"], "pipeline.chunk_size=0: a sweep needs a generator to measure"),
         (["pipeline.sweep_s=0"], "pipeline.sweep_s=0"),
         (["rollout.sampling.stop=['']"], "rollout.sampling.stop=.*an empty text would end every response"),
         (["rollout.over_sampling=0.5"], "rollout.over_sampling=0.5"),

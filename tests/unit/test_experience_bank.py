@@ -54,7 +54,7 @@ def test_damaged_lines_are_dropped_and_counted_and_the_rest_is_used(tmp_path: Pa
         expected = [(place, ONE) for place in range(6) if place not in lost]
         assert bank.begin(3, "key") == expected
         assert re.search(r"step_000003.jsonl: 1 of \d responses are damaged and dropped", said.pop())
-        bank.add(min(lost), RESUMED)  # the engine has answered again
+        bank.add(min(lost), RESUMED)  # the generator has answered again
         assert bank.begin(3, "key") == [*expected, (min(lost), RESUMED)] and not said
     path.write_bytes(intact)
     flip(path, 2)

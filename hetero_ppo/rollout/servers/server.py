@@ -116,7 +116,7 @@ class ServerSpec:
 
 
 def sleeps(config: RolloutConfig, *, cuda: bool) -> bool:
-    """True when the engine gives its device memory back between rollouts."""
+    """Return whether the generator gives its device memory back between rollouts."""
     return cuda if config.sleep is None else config.sleep
 
 
