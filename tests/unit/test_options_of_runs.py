@@ -71,7 +71,7 @@ class Saves:
 
     is_saving = False
 
-    def __init__(self, folder: Path, config: CheckpointConfig, *, timeout_s: float, about: object) -> None:
+    def __init__(self, folder: Path, config: CheckpointConfig, world: object, *, timeout_s: float, about: object) -> None:
         self.timeout_s = timeout_s
         self.steps: list[int] = []
         Saves.last = self
