@@ -29,7 +29,7 @@ from hetero_ppo.memory.plan_activations import (
     forward_bytes,
     training_bytes,
 )
-from hetero_ppo.memory.plan_engine import EnginePlan, plan_engine
+from hetero_ppo.memory.plan_generator import GeneratorPlan, plan_generator
 from hetero_ppo.memory.plan_reserve import Reserve, ReservePart, plan_reserve
 from hetero_ppo.memory.plan_storage import RoleStorage
 from hetero_ppo.step.kinds import OPTIMIZER, TRAINING, Kind
@@ -62,12 +62,12 @@ class PhasePlan:
     """One phase of a step, on the rank that is fullest in it."""
 
     phase: str
-    computing: str | None  # whose forward or backward it is; None: the engine computes, in its own share
+    computing: str | None  # whose forward or backward it is; None: the generator computes, in its own share
     rank: int
     roles: Bytes  # on the device
     activations: int  # estimate, bytes
     ahead: int  # bytes of the next turn that may have come in already, as far as the largest turn leaves room
-    engine: int  # the rollout engine's share of the device, bytes
+    generator: int  # the generator's share of the device, bytes
     reserves: Sequence[ReservePart]  # what a CUDA device holds beside tensors; nothing on a CPU
     copied_out: int  # bytes to host memory as the phase begins, of the rank that copies most then
     copied_in: int  # bytes from host memory
@@ -84,7 +84,7 @@ class PhasePlan:
 
     @property
     def total(self) -> int:
-        return self.counted + self.activations + self.ahead + self.engine + self.reserve
+        return self.counted + self.activations + self.ahead + self.generator + self.reserve
 
     @property
     def pooled(self) -> int:
@@ -106,8 +106,8 @@ class HostPlan:
     """Host memory of the fullest node, bytes."""
 
     pinned: Mapping[str, int]  # role -> buffers of what leaves the device
-    weight_files: int  # the engine's weights on their way, in shared memory: the old version and the new one
-    engine: int  # the servers' weights and KV cache, on a CPU
+    weight_files: int  # the generator's weights on their way, in shared memory: the old version and the new one
+    generator: int  # the servers' weights and KV cache, on a CPU
     checkpoint: int  # of the trained roles, copied before it is written
     loading: int  # what the ranks read of a checkpoint at one time; there is no copy then
     device_is_host: int  # what the ranks hold "on the device", when the device is the CPU
@@ -115,7 +115,7 @@ class HostPlan:
     @property
     def total(self) -> int:
         checkpoint = max(self.checkpoint, self.loading)
-        return sum(self.pinned.values()) + self.weight_files + self.engine + checkpoint + self.device_is_host
+        return sum(self.pinned.values()) + self.weight_files + self.generator + checkpoint + self.device_is_host
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class MemoryPlan:
     roles: Sequence[RolePlan]
     phases: Sequence[PhasePlan]
     host: HostPlan
-    engine: EnginePlan | None
+    generator: GeneratorPlan | None
     device_bytes: int | None  # of one device; None: a CPU, without a limit of its own
     residency: ResidencyConfig | None  # PPO alone has turns
 
@@ -164,22 +164,22 @@ def plan_memory(
     ranks = range(world_size) if rank is None else [rank]
     steps = _phases(config, roles)
     ranks_per_node = ranks_per_node or min(world_size, DEFAULT_RANKS_PER_NODE)
-    engine = None
+    generator = None
     if isinstance(config, PpoConfig):
-        engine = plan_engine(config, roles["actor"], device_bytes, world_size, ranks_per_node)
+        generator = plan_generator(config, roles["actor"], device_bytes, world_size, ranks_per_node)
     copies = {number: _copies(steps, roles, number) for number in ranks}
     reserve = Reserve()
     if not on_cpu:
         experts = any(role.bridge.transformer.num_moe_experts for role in roles.values())
         one_node = world_size <= ranks_per_node
         reserve = plan_reserve(config, config_roles(config), world_size, one_node=one_node, has_experts=experts)
-    planner = _PhasePlanner(config, steps, roles, engine, reserve, on_cpu=on_cpu)
+    planner = _PhasePlanner(config, steps, roles, generator, reserve, on_cpu=on_cpu)
     phases = []
     for index in range(len(steps)):
         fullest = max((planner.plan(index, number) for number in ranks), key=lambda phase: phase.total)
         out, back = max((copies[number][index] for number in ranks), key=sum)
         phases.append(PhasePlan(**{**vars(fullest), "copied_out": out, "copied_in": back}))
-    host = _plan_host(roles, residency, engine, phases, world_size, ranks_per_node, on_cpu=on_cpu)
+    host = _plan_host(roles, residency, generator, phases, world_size, ranks_per_node, on_cpu=on_cpu)
     return MemoryPlan(
         kind=config.kind,
         world_size=world_size,
@@ -187,7 +187,7 @@ def plan_memory(
         roles=[_describe(role) for role in roles.values()],
         phases=phases,
         host=host,
-        engine=engine,
+        generator=generator,
         device_bytes=device_bytes,
         residency=residency,
     )
@@ -228,7 +228,7 @@ class _PhasePlanner:
         config: AnyConfig,
         phases: Sequence[Phase],
         roles: Mapping[str, RoleStorage],
-        engine: EnginePlan | None,
+        generator: GeneratorPlan | None,
         reserve: Reserve,
         *,
         on_cpu: bool,
@@ -236,7 +236,7 @@ class _PhasePlanner:
         self.config = config
         self.phases = phases
         self.roles = roles
-        self.engine = engine
+        self.generator = generator
         self.reserve = reserve
         self.on_cpu = on_cpu
         self.comes_ahead = isinstance(config, PpoConfig) and config.residency.offload and config.residency.overlap
@@ -244,20 +244,20 @@ class _PhasePlanner:
 
     def plan(self, index: int, rank: int) -> PhasePlan:
         phase = self.phases[index]
-        holds, engine = phase.generator, 0
-        if self.engine is not None and (holds is GeneratorMemory.everything or not self.engine.sleeps):
-            engine = self.engine.awake
-        elif self.engine is not None and holds is GeneratorMemory.weights and self.engine.awake:
-            engine = self.engine.weights
+        holds, generator = phase.generator, 0
+        if self.generator is not None and (holds is GeneratorMemory.everything or not self.generator.sleeps):
+            generator = self.generator.awake
+        elif self.generator is not None and holds is GeneratorMemory.weights and self.generator.awake:
+            generator = self.generator.weights
         ahead = self._ahead(index, rank) if self.comes_ahead else 0
         is_last_stage = phase.is_concurrent and not self._next(index).is_concurrent
-        if self.engine is not None and self.engine.sleeps and is_last_stage:
-            # While the engine is awake the next wave begins with this stage, and in the last wave the engine sleeps.
-            engine, ahead = (engine, 0) if engine >= ahead else (0, ahead)
+        if self.generator is not None and self.generator.sleeps and is_last_stage:
+            # While the generator is awake the next wave begins with this stage, and in the last wave the generator sleeps.
+            generator, ahead = (generator, 0) if generator >= ahead else (0, ahead)
         activations = 0 if phase.role is None else self._activations_of(phase, self.roles[phase.role], rank)
-        syncing = self.engine is not None and self.engine.sleeps and holds is GeneratorMemory.weights
+        syncing = self.generator is not None and self.generator.sleeps and holds is GeneratorMemory.weights
         reserves = self.reserve.of_phase(
-            self._held(phase, rank) + activations + ahead, engine_awake=engine > 0 and not syncing, syncing=syncing
+            self._held(phase, rank) + activations + ahead, generator_awake=generator > 0 and not syncing, syncing=syncing
         )
         return PhasePlan(
             phase=phase.name,
@@ -266,7 +266,7 @@ class _PhasePlanner:
             roles=self._resident(phase, rank),
             activations=activations,
             ahead=ahead,
-            engine=engine,
+            generator=generator,
             reserves=reserves,
             copied_out=0,
             copied_in=0,
@@ -303,7 +303,7 @@ class _PhasePlanner:
 
     def _estimate(self, phase: Phase, role: RoleStorage, pp_rank: int) -> int:
         if phase.generator is GeneratorMemory.weights:
-            return _gathered_bytes(role) + (0 if self.engine is None else self.engine.sync_blocks)
+            return _gathered_bytes(role) + (0 if self.generator is None else self.generator.sync_blocks)
         work = role_work(self.config, role, training=phase.is_training, on_cpu=self.on_cpu)
         if phase.is_training:
             assert isinstance(role.config, TrainedRoleConfig)
@@ -354,7 +354,7 @@ def _gathered_bytes(role: RoleStorage) -> int:
 def _plan_host(
     roles: Mapping[str, RoleStorage],
     residency: ResidencyConfig | None,
-    engine: EnginePlan | None,
+    generator: GeneratorPlan | None,
     phases: Sequence[PhasePlan],
     world_size: int,
     ranks_per_node: int,
@@ -370,8 +370,8 @@ def _plan_host(
     trained = [role for role in roles.values() if role.trained]
     return HostPlan(
         pinned=pinned,
-        weight_files=0 if engine is None else engine.weight_files,
-        engine=engine.host_bytes if engine is not None and on_cpu else 0,
+        weight_files=0 if generator is None else generator.weight_files,
+        generator=generator.host_bytes if generator is not None and on_cpu else 0,
         checkpoint=max(sum(role.checkpoint_bytes(rank) for rank in node for role in trained) for node in nodes),
         loading=max(sum(max(role.loading_bytes(rank) for role in trained) for rank in node) for node in nodes),
         device_is_host=fullest * len(nodes[0]) if on_cpu else 0,

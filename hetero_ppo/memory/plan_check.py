@@ -124,8 +124,8 @@ def _bring(changes: list[Change], before: MemoryPlan, after: MemoryPlan, excess:
     where, sizes = "the fullest device", (after.peak.total, before.peak.total)
     if excess.place == "host":
         where, sizes = "host memory of a node", (after.host.total, before.host.total)
-    elif excess.place == "engine" and after.engine is not None and before.engine is not None:
-        where, sizes = "the engine's share", (after.engine.awake, before.engine.awake)
+    elif excess.place == "generator" and after.generator is not None and before.generator is not None:
+        where, sizes = "the generator's share", (after.generator.awake, before.generator.awake)
     return f"{joined(changes).describe()} ({where} then holds {sizes[0] / GIB:.2f} GiB instead of {sizes[1] / GIB:.2f})"
 
 
@@ -147,7 +147,7 @@ def _replan(changes: list[Change], config: AnyConfig, plan: MemoryPlan, limits: 
 def candidate_changes(config: AnyConfig, plan: MemoryPlan, limits: Limits, excess: Excess) -> Iterator[Change]:
     """Changes that may help, the one that costs least first.
 
-    Sharding the optimizer costs next to nothing; offloading costs the copies; a smaller share of the engine makes rollouts
+    Sharding the optimizer costs next to nothing; offloading costs the copies; a smaller share of the generator makes rollouts
     slower, and so do forwards that wait for them; smaller micro-batches and recomputation training; more tensor- and then pipeline-parallel ranks cost
     communication in every layer, or bubbles, and more so in a role that is trained.
     """
@@ -177,11 +177,11 @@ def _engine_changes(config: PpoConfig, over: list[PhasePlan], limits: Limits, ex
             yield Change((("rollout.max_num_seqs", size),))
         return
     share, field = config.rollout.gpu_memory_utilization, "rollout.gpu_memory_utilization"
-    if excess.place == "engine":
+    if excess.place == "generator":
         while share + UTILIZATION_STEP <= 0.95:
             share = round(share + UTILIZATION_STEP, 2)
             yield Change(((field, share),))
-    beside = [phase for phase in over if phase.engine and phase.phase != "weight_sync"]
+    beside = [phase for phase in over if phase.generator and phase.phase != "weight_sync"]
     if beside and limits.device is not None:
         fitting = share - (max(phase.total for phase in beside) - limits.device) / limits.device
         lower = round(math.floor(fitting / UTILIZATION_STEP) * UTILIZATION_STEP, 2)
@@ -189,7 +189,7 @@ def _engine_changes(config: PpoConfig, over: list[PhasePlan], limits: Limits, ex
             yield Change(((field, lower),))
     if config.pipeline.overlap and any(phase.phase != "rollout" for phase in beside):
         yield Change((("pipeline.overlap", False),))
-    if excess.place == "engine" or any(phase.phase == "weight_sync" for phase in over):
+    if excess.place == "generator" or any(phase.phase == "weight_sync" for phase in over):
         yield Change((("rollout.tensor_parallel", 2 * config.rollout.tensor_parallel),))
 
 

@@ -27,7 +27,7 @@ class ComparedBytes:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Plan and ledger side by side; activations and the engine take no part."""
+    """Plan and ledger side by side; activations and the generator take no part."""
 
     rows: tuple[ComparedBytes, ...]
     only_planned: tuple[str, ...]  # phases that never came
@@ -71,7 +71,7 @@ class Comparison:
 def compare_reserved(plan: MemoryPlan, reserved: Mapping[str, int]) -> str:
     """Put what torch's allocator had in each phase beside what the plan counts in it: tensors, workspaces, slack.
 
-    The plan counts every phase by itself. torch keeps what the phases before left, until memory is given back as the engine wakes.
+    The plan counts every phase by itself. torch keeps what the phases before left, until memory is given back as the generator wakes.
 
     Args:
         plan: of the rank that kept the ledger.

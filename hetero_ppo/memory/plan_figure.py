@@ -19,7 +19,7 @@ def _parts(phase: PhasePlan) -> dict[str, int]:
     """Bytes by what they are for, in the order of the bars."""
     kinds = {kind.value: phase.of_kind(kind) for kind in Kind}
     estimated = {"activations": phase.activations, "ahead of the next turn": phase.ahead}
-    return {**kinds, **estimated, "rollout engine": phase.engine, "reserve": phase.reserve}
+    return {**kinds, **estimated, "generator": phase.generator, "reserve": phase.reserve}
 
 
 def draw_plan(plan: MemoryPlan, path: str) -> None:

@@ -26,7 +26,7 @@ class Limits:
 class Excess:
     """A limit that a plan breaks."""
 
-    place: str  # "device", "engine" (its share does not hold its weights) or "host"
+    place: str  # "device", "generator" (its share does not hold its weights) or "host"
     phase: str | None  # None: in all phases
     roles: tuple[str, ...]
     over: int  # bytes
@@ -35,11 +35,11 @@ class Excess:
         """One clause for an error message."""
         over = f"{self.over / GIB:.2f} GiB"
         roles = ", ".join(self.roles)
-        if self.place == "engine":
-            return f"the rollout engine's share of the device is {over} too small for its weights"
+        if self.place == "generator":
+            return f"the generator's share of the device is {over} too small for its weights"
         if self.place == "host":
             return f"host memory of a node: {over} over ({roles})"
-        return f"phase {self.phase}: {over} over on a device ({roles or 'the rollout engine alone'})"
+        return f"phase {self.phase}: {over} over on a device ({roles or 'the generator alone'})"
 
 
 def find_limits(config: AnyConfig, device_gib: float | None = None, host_gib: float | None = None) -> Limits:
@@ -112,14 +112,14 @@ def _cgroup_limits(root: Path, path: str, name: str) -> list[tuple[int, str]]:
 
 
 def find_excess(plan: MemoryPlan, limits: Limits) -> Excess | None:
-    """What breaks a limit: the fullest phase first, then the engine's share, then host memory."""
+    """What breaks a limit: the fullest phase first, then the generator's share, then host memory."""
     if limits.device is not None:
         phase = plan.peak
         if phase.total > limits.device:
             return Excess("device", phase.phase, tuple(phase.roles), phase.total - limits.device)
-        engine = plan.engine
-        if engine is not None and engine.weights > engine.awake:
-            return Excess("engine", "rollout", (), engine.weights - engine.awake)
+        generator = plan.generator
+        if generator is not None and generator.weights > generator.awake:
+            return Excess("generator", "rollout", (), generator.weights - generator.awake)
     if plan.host.total > limits.host:
         roles = tuple(plan.host.pinned) or tuple(role.name for role in plan.roles)
         return Excess("host", None, roles, plan.host.total - limits.host)

@@ -39,15 +39,15 @@ class Reserve:
     parts: tuple[ReservePart, ...] = ()
     slack: float = 0.0  # share of the tensors' bytes
 
-    def of_phase(self, tensor_bytes: int, *, engine_awake: bool, syncing: bool) -> tuple[ReservePart, ...]:
+    def of_phase(self, tensor_bytes: int, *, generator_awake: bool, syncing: bool) -> tuple[ReservePart, ...]:
         """Return the parts that count in a phase.
 
         Args:
             tensor_bytes: of the trainer: roles, activations, and what has come in ahead.
-            engine_awake: vLLM has its share of the device, which its graphs are a part of.
+            generator_awake: vLLM has its share of the device, which its graphs are a part of.
             syncing: vLLM has its weights alone.
         """
-        counts = {"always": True, "asleep": not engine_awake, "sync": syncing}
+        counts = {"always": True, "asleep": not generator_awake, "sync": syncing}
         parts = tuple(part for part in self.parts if counts[part.when])
         if not self.slack:
             return parts

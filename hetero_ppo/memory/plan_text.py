@@ -9,7 +9,7 @@ from typing import Any
 
 from hetero_ppo.config.schema import ResidencyConfig
 from hetero_ppo.memory.plan import GIB, MemoryPlan, PhasePlan
-from hetero_ppo.memory.plan_engine import EnginePlan
+from hetero_ppo.memory.plan_generator import GeneratorPlan
 from hetero_ppo.memory.plan_limits import Limits
 from hetero_ppo.memory.plan_reserve import ReservePart
 from hetero_ppo.observability.json_text import json_text
@@ -51,8 +51,8 @@ def render_plan(plan: MemoryPlan, limits: Limits) -> str:
     parts = [_roles_table(plan), _device_table(plan, unit)]
     if plan.peak.reserves:
         parts.append(_reserve_table(plan, unit))
-    if plan.engine is not None and plan.engine.awake:
-        parts.append(_engine_line(plan.engine, unit))
+    if plan.generator is not None and plan.generator.awake:
+        parts.append(_generator_line(plan.generator, unit))
     if plan.residency is not None and plan.residency.offload:
         parts.append(_copies_table(plan, plan.residency, unit))
     parts.append(_host_lines(plan, limits, unit))
@@ -113,10 +113,10 @@ def _device_table(plan: MemoryPlan, unit: Unit) -> str:
     scale = plan.device_bytes or plan.peak.total
     limit = f"of {unit.text(plan.device_bytes)}" if plan.device_bytes is not None else "the CPU"
     kinds = [kind.value for kind in Kind]
-    head = ["phase", "resident", *kinds, "activations", "ahead", "engine", *(["reserve"] if plan.peak.reserve else []), "total", ""]
+    head = ["phase", "resident", *kinds, "activations", "ahead", "generator", *(["reserve"] if plan.peak.reserve else []), "total", ""]
     lines = [head]
     for phase in plan.phases:
-        sizes = [*(phase.of_kind(kind) for kind in Kind), phase.activations, phase.ahead, phase.engine]
+        sizes = [*(phase.of_kind(kind) for kind in Kind), phase.activations, phase.ahead, phase.generator]
         sizes += [phase.reserve] if plan.peak.reserve else []
         mark = "  <- peak" if phase is plan.peak else ""
         mark += "  DOES NOT FIT" if plan.device_bytes is not None and phase.total > plan.device_bytes else ""
@@ -169,16 +169,16 @@ def _reserve_table(plan: MemoryPlan, unit: Unit) -> str:
     return "\n".join(f"{row}  {line[-1]}".rstrip() for row, line in zip(rows, lines, strict=True))
 
 
-def _engine_line(engine: EnginePlan, unit: Unit) -> str:
-    if not engine.weights:
-        when = "while it generates" if engine.sleeps else "throughout"
+def _generator_line(generator: GeneratorPlan, unit: Unit) -> str:
+    if not generator.weights:
+        when = "while it generates" if generator.sleeps else "throughout"
         return (
-            f"rollout engine: the actor itself, with {unit.text(engine.awake)} {unit.name} for {engine.kv_tokens:,} tokens of KV "
+            f"generator: the actor itself, with {unit.text(generator.awake)} {unit.name} for {generator.kv_tokens:,} tokens of KV "
             f"cache {when}"
         )
     return (
-        f"rollout engine: {unit.text(engine.awake)} {unit.name} of a device while it generates, of which {unit.text(engine.weights)} weights "
-        f"and at most {engine.kv_tokens:,} tokens of KV cache;\nits weights alone during the weight sync; asleep otherwise"
+        f"generator: {unit.text(generator.awake)} {unit.name} of a device while it generates, of which {unit.text(generator.weights)} weights "
+        f"and at most {generator.kv_tokens:,} tokens of KV cache;\nits weights alone during the weight sync; asleep otherwise"
     )
 
 
@@ -207,8 +207,8 @@ def _copies_table(plan: MemoryPlan, residency: ResidencyConfig, unit: Unit) -> s
 def _host_lines(plan: MemoryPlan, limits: Limits, unit: Unit) -> str:
     host = plan.host
     sizes = {f"{name}, pinned": size for name, size in host.pinned.items()}
-    sizes["rollout engine's weights on their way (shared memory)"] = host.weight_files
-    sizes["rollout engine"] = host.engine
+    sizes["generator's weights on their way (shared memory)"] = host.weight_files
+    sizes["generator"] = host.generator
     if host.checkpoint >= host.loading:
         sizes["a checkpoint's copy, until it is written"] = host.checkpoint
     else:
@@ -235,7 +235,7 @@ def plan_values(plan: MemoryPlan, limits: Limits) -> dict[str, Any]:
             values["seconds_serial"] = phase.seconds(rate, overlap=False)
             values["seconds_overlapped"] = phase.seconds(rate, overlap=True)
         phases.append(values)
-    engine = plan.engine
+    generator = plan.generator
     return {
         "kind": plan.kind,
         "world_size": plan.world_size,
@@ -243,7 +243,7 @@ def plan_values(plan: MemoryPlan, limits: Limits) -> dict[str, Any]:
         "roles": [asdict(role) for role in plan.roles],
         "phases": phases,
         "peak": plan.peak.phase,
-        "engine": None if engine is None else {**asdict(engine), "kv_tokens": engine.kv_tokens},
+        "generator": None if generator is None else {**asdict(generator), "kv_tokens": generator.kv_tokens},
         "host": {**asdict(plan.host), "total": plan.host.total},
         "limits": asdict(limits),
     }

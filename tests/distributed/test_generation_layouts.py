@@ -1,4 +1,4 @@
-"""The actor as its own rollout engine on two ranks answers as on one, however the layout divides the work."""
+"""The actor as its own generator on two ranks answers as on one, however the layout divides the work."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A PPO run whose actor is its own rollout engine, on two data-parallel ranks, roles taking turns."""
+"""A PPO run whose actor is its own generator, on two data-parallel ranks, roles taking turns."""
 
 from __future__ import annotations
 

@@ -205,9 +205,9 @@ def test_the_plan_counts_the_cache(actor: TrainEngine, model_path: Path, tmp_pat
     loaded = load_config(str(path), overrides).config
     cache = SlotCache(actor.bridge.transformer, 7, max_model_len(loaded))
     plan = plan_memory(loaded, 1)
-    assert plan.engine is not None
-    assert plan.engine.awake == cache.keys.nbytes + cache.values.nbytes
-    assert plan.engine.kv_tokens == 7 * (40 + 128)  # rollout.eval_sampling's 128 are the longer response
+    assert plan.generator is not None
+    assert plan.generator.awake == cache.keys.nbytes + cache.values.nbytes
+    assert plan.generator.kv_tokens == 7 * (40 + 128)  # rollout.eval_sampling's 128 are the longer response
 
 
 def test_bf16_log_probs_are_near_the_trainers(tmp_path: Path) -> None:

@@ -83,13 +83,13 @@ def test_qwen3_8b_on_paper() -> None:
     # leaves room for what the actor's training, the largest turn, is larger.
     serial = {phase.phase: phase for phase in plan_memory(config_of(QWEN, SERIAL), 8, device_bytes=DEVICE).phases}
     assert serial["values"].ahead == 7 * critic
-    assert [phase.phase for phase in serial.values() if phase.engine] == ["rollout", "weight_sync"]
-    # Beside generation the engine is awake in the forwards. In "values" it is not while the optimizer comes in: the larger
-    # of the two counts, which is the engine here.
-    assert (phases["values"].ahead, phases["values"].engine) == (0, phases["rollout"].engine)
-    assert (phases["ref_log_probs"].ahead, phases["ref_log_probs"].engine) == (2 * actor, phases["rollout"].engine)
+    assert [phase.phase for phase in serial.values() if phase.generator] == ["rollout", "weight_sync"]
+    # Beside generation the generator is awake in the forwards. In "values" it is not while the optimizer comes in: the larger
+    # of the two counts, which is the generator here.
+    assert (phases["values"].ahead, phases["values"].generator) == (0, phases["rollout"].generator)
+    assert (phases["ref_log_probs"].ahead, phases["ref_log_probs"].generator) == (2 * actor, phases["rollout"].generator)
     assert phases["train_critic"].ahead == 9 * (actor - critic)
-    assert (phases["rollout"].engine, phases["weight_sync"].engine) == (int(0.6 * DEVICE), 2 * 8_190_735_360)
+    assert (phases["rollout"].generator, phases["weight_sync"].generator) == (int(0.6 * DEVICE), 2 * 8_190_735_360)
     assert plan.peak.phase == "ref_log_probs" and max(serial.values(), key=lambda phase: phase.total).phase == "rollout"
     # 8 ranks; trained roles 2 + 1 + 2 bytes a parameter, the others 2; two versions of the weights on their way.
     assert plan.host.pinned == {
@@ -150,10 +150,10 @@ def test_llama3_70b_on_paper() -> None:
     phases = {phase.phase: phase for phase in plan.phases}
     assert phases["train_actor"].rank >= 32  # the last stage's
     assert phases["rollout"].copied_out == 2 * actor
-    # TP 4 engine: a quarter of the weights, and keys and values of 2 of the 8 heads: 2 * 80 * 256 * 2 bytes a token.
-    assert plan.engine is not None
-    assert plan.engine.weights == 2 * 70_553_706_496 // 4
-    assert plan.engine.kv_tokens == (int(0.5 * DEVICE) - plan.engine.weights) // 81_920
+    # TP 4 generator: a quarter of the weights, and keys and values of 2 of the 8 heads: 2 * 80 * 256 * 2 bytes a token.
+    assert plan.generator is not None
+    assert plan.generator.weights == 2 * 70_553_706_496 // 4
+    assert plan.generator.kv_tokens == (int(0.5 * DEVICE) - plan.generator.weights) // 81_920
     # A node of 8 ranks is one pipeline stage: 8 * 5 bytes a parameter of the last; the critic 2 + 12 / 64 on each.
     assert plan.host.pinned["actor"] == 40 * actor
     assert plan.host.pinned["critic"] == 16 * critic + 8 * 12 * critic // 64
@@ -169,7 +169,7 @@ def test_without_offload_all_roles_stay() -> None:
 
 def test_an_engine_that_does_not_sleep() -> None:
     plan = plan_memory(config_of(QWEN, "rollout.sleep=false"), 8, device_bytes=DEVICE)
-    assert {phase.engine for phase in plan.phases} == {int(0.6 * DEVICE)}
+    assert {phase.generator for phase in plan.phases} == {int(0.6 * DEVICE)}
 
 
 @pytest.mark.parametrize(("device", "element"), [(DEVICE, 2), (None, 4)])
@@ -181,24 +181,24 @@ def test_the_actor_as_its_own_engine(device: int | None, element: int) -> None:
     config = config_of(QWEN, "rollout.engine=megatron", "rollout.max_num_seqs=16")
     plan = plan_memory(config, 8, device_bytes=device)
     cache = 16 * 4096 * 2 * 36 * 4 * 128 * element
-    engine = {phase.phase: phase.engine for phase in plan.phases}
-    assert engine["rollout"] == cache
-    assert {engine[phase] for phase in engine if phase != "rollout"} == ({0} if device else {cache})
+    generator = {phase.phase: phase.generator for phase in plan.phases}
+    assert generator["rollout"] == cache
+    assert {generator[phase] for phase in generator if phase != "rollout"} == ({0} if device else {cache})
     assert held(plan, "rollout") == {"actor": {Kind.params: 2 * 4_095_521_792}}
-    assert plan.host.weight_files == plan.host.engine == 0
+    assert plan.host.weight_files == plan.host.generator == 0
     with pytest.raises(ValueError, match="phase rollout: .* the cheapest change: rollout.max_num_seqs=128 "):
         check_fits(config_of(QWEN, "rollout.engine=megatron", "rollout.num_servers=1", "rollout.max_num_seqs=512"), 8)
 
 
 def test_a_rank_of_its_own() -> None:
-    """The first stage has no last norm, and two micro-batches in flight; the engine's cpu twin needs no device."""
+    """The first stage has no last norm, and two micro-batches in flight; the generator's cpu twin needs no device."""
     plan = plan_memory(config_of(LLAMA), 64, rank=0)
     assert held(plan, "train_actor")["actor"][Kind.params] == 2 * (4_410_187_776 - 8_192)
     assert [phase.rank for phase in plan.phases] == [0] * 8
-    assert plan.device_bytes is None and all(phase.engine == phase.reserve == 0 for phase in plan.phases)
+    assert plan.device_bytes is None and all(phase.generator == phase.reserve == 0 for phase in plan.phases)
     # On a CPU the device is host memory: the ranks' bytes count there, and the servers are processes beside them.
     assert plan.host.device_is_host == 8 * plan.peak.total
-    assert plan.host.engine == 2 * 70_553_706_496 + 256 * 2**20  # one of the two servers, dealt over eight nodes
+    assert plan.host.generator == 2 * 70_553_706_496 + 256 * 2**20  # one of the two servers, dealt over eight nodes
 
 
 @pytest.mark.parametrize(
@@ -371,7 +371,7 @@ def test_the_document_shows_what_the_command_prints(
     assert [phase["total"] for phase in values["phases"]] == [phase.total for phase in plan.phases]
     assert values["peak"] == {QWEN: "ref_log_probs", LLAMA: "scores"}[path]
     drawn = picture.read_text(encoding="utf-8")
-    assert all(text in drawn for text in ("train_critic", "main_params", "rollout engine", "one device"))
+    assert all(text in drawn for text in ("train_critic", "main_params", "generator", "one device"))
 
 
 def test_a_small_run_on_a_cpu_is_told_in_mib(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

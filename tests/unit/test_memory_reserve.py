@@ -49,7 +49,7 @@ def parts(*changes: tuple[str, Any], path: str = QWEN, world_size: int = 8, tens
     config = Change(changes).apply(loaded(path))
     check_config(config, world_size)
     reserve = plan_reserve(config, config_roles(config), world_size, one_node=world_size <= 8, has_experts=False)
-    return {part.name: part.num_bytes for part in reserve.of_phase(tensors, engine_awake=False, syncing=True)}
+    return {part.name: part.num_bytes for part in reserve.of_phase(tensors, generator_awake=False, syncing=True)}
 
 
 def test_qwen3_8b_on_paper() -> None:
@@ -66,7 +66,7 @@ def test_qwen3_8b_on_paper() -> None:
     assert phases["train_actor"].reserve == always + 768 * MIB + int(0.05 * tensors)
     sync = phases["weight_sync"]
     assert sync.reserve == always + (768 + 256) * MIB + int(0.05 * (2 * ACTOR + sync.activations + sync.ahead))
-    assert sync.total == sync.counted + sync.activations + sync.ahead + sync.engine + sync.reserve
+    assert sync.total == sync.counted + sync.activations + sync.ahead + sync.generator + sync.reserve
     # torch's allocator has the tensors, the workspaces that it allocates, and its slack.
     assert phases["train_actor"].pooled == tensors + (64 + 32) * MIB + int(0.05 * tensors)
 

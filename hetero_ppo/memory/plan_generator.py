@@ -1,4 +1,4 @@
-"""The rollout engine's share of the plan."""
+"""The generator's share of the plan."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ MIB = 2**20
 
 
 @dataclass(frozen=True)
-class EnginePlan:
+class GeneratorPlan:
     """vLLM: ``gpu_memory_utilization`` of a device while it generates, its weights alone during a weight sync, else asleep.
 
-    The actor as its own engine: the key-value cache, on a CPU too; its parameters are counted with its role.
+    The actor as its own generator: the key-value cache, on a CPU too; its parameters are counted with its role.
 
     Asleep it holds nothing: its weights come back from the files of the last weight sync. On a CPU its servers lie in host memory and sleep never; then ``awake`` is 0.
     """
@@ -38,14 +38,14 @@ class EnginePlan:
         return max(0, (self.awake - self.weights) // self.bytes_per_token)
 
 
-def plan_engine(
+def plan_generator(
     config: PpoConfig, actor: RoleStorage, device_bytes: int | None, world_size: int, ranks_per_node: int
-) -> EnginePlan | None:
-    """The engine's bytes; None when recorded rollouts take its place.
+) -> GeneratorPlan | None:
+    """The generator's bytes; None when recorded rollouts take its place.
 
     Args:
         config: checked.
-        actor: whose weights the engine runs.
+        actor: whose weights the generator runs.
         device_bytes: memory of one device; None: a CPU.
         world_size: ranks of the run.
         ranks_per_node: of them, over which servers are dealt.
@@ -53,7 +53,7 @@ def plan_engine(
     if config.train.replay_rollouts is not None:
         return None
     if actor_generates(config):
-        return _plan_own_engine(config, actor, device_bytes)
+        return _plan_actor_as_generator(config, actor, device_bytes)
     rollout, num_nodes = config.rollout, math.ceil(world_size / ranks_per_node)
     element = DTYPES[rollout.dtype or dtype_of(actor.config.model)].itemsize
     whole = sum(hf_tensor_sizes(actor.bridge, actor.head).values()) * element
@@ -62,7 +62,7 @@ def plan_engine(
     one_node = num_nodes == 1 or servers == 1
     transfer = weight_transfer(rollout, one_node=one_node)
     received = 0 if transfer is WeightTransfer.shared_memory else math.ceil(servers / num_nodes)
-    return EnginePlan(
+    return GeneratorPlan(
         awake=0 if device_bytes is None else int(rollout.gpu_memory_utilization * device_bytes),
         weights=whole // rollout.tensor_parallel,
         bytes_per_token=2 * layers * dims.key * element // rollout.tensor_parallel,
@@ -80,13 +80,13 @@ def _sync_blocks(actor: RoleStorage, element: int, whole: int, transfer: WeightT
     return block + (whole if transfer is WeightTransfer.cuda_ipc else block)
 
 
-def _plan_own_engine(config: PpoConfig, actor: RoleStorage, device_bytes: int | None) -> EnginePlan:
+def _plan_actor_as_generator(config: PpoConfig, actor: RoleStorage, device_bytes: int | None) -> GeneratorPlan:
     """The cache of one data-parallel rank: ``megatron_bridge.model.cached_attention.SlotCache``."""
     rollout, tensor = config.rollout, config.actor.parallel.tensor
     element = 4 if device_bytes is None else DTYPES[dtype_of(actor.config.model)].itemsize  # on a CPU attention is in float32
     dims, layers = actor.bridge.dims, actor.bridge.transformer.num_layers
     bytes_per_token = 2 * layers * dims.key * element // tensor
-    return EnginePlan(
+    return GeneratorPlan(
         awake=rollout.max_num_seqs * max_model_len(config) * bytes_per_token,
         weights=0,
         bytes_per_token=bytes_per_token,
