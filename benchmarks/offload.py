@@ -35,6 +35,7 @@ from hetero_ppo.config.schema import (
     TrainedRoleConfig,
 )
 from hetero_ppo.distributed.groups import finish, initialise
+from hetero_ppo.engines.loss_terms import LossTerm
 from hetero_ppo.engines.losses import critic_loss_fn, sft_loss_fn
 from hetero_ppo.engines.shared_device import SharedDevice
 from hetero_ppo.engines.train_engine import TrainEngine
@@ -82,7 +83,8 @@ class Roles:
         vocab_loss = sft_loss_fn(engine.vocab_size, engine.groups)
         loss = vocab_loss if engine.head == "lm" else critic_loss_fn(PpoConfig().algorithm)
         for _ in range(steps):
-            engine.train_step(engine.microbatches(self.ids, self.lengths, inputs, range(len(self.ids))), loss)
+            parts = engine.microbatches(self.ids, self.lengths, inputs, range(len(self.ids)))
+            engine.train_step([LossTerm(parts, loss, self.mask.sum().item())])
 
     def cycle(self, steps: int) -> None:
         """A turn of each."""

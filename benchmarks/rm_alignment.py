@@ -42,6 +42,7 @@ from hetero_ppo.config.schema import (
 from hetero_ppo.data.collate import collate_preferences, pad_right
 from hetero_ppo.data.preference import PreferenceExample
 from hetero_ppo.distributed.groups import finish, initialise
+from hetero_ppo.engines.loss_terms import LossTerm
 from hetero_ppo.engines.losses import reward_loss_fn
 from hetero_ppo.engines.model_engine import ModelEngine
 from hetero_ppo.engines.outputs import scores_output
@@ -133,7 +134,7 @@ def train(model: Path, out: Path, pairs: list[PreferenceExample], steps: int) ->
     loss_fn, random_numbers = reward_loss_fn(RewardModelLossConfig()), random.Random(0)
     for _ in range(steps):
         batch = collate_preferences(random_numbers.sample(pairs, 32))
-        engine.train_step(engine.pair_microbatches(batch), loss_fn)
+        engine.train_step([LossTerm(engine.pair_microbatches(batch), loss_fn, 32)])
     engine.export(str(out))
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hetero_ppo.config.schema import Dtype, ModelConfig, ParallelConfig, RewardModelLossConfig, TrainedRoleConfig
 from hetero_ppo.distributed.groups import is_last_stage
+from hetero_ppo.engines.loss_terms import LossTerm
 from hetero_ppo.engines.losses import reward_loss_fn
 from hetero_ppo.engines.model_engine import ModelEngine
 from hetero_ppo.engines.outputs import OutputFn, log_probs_output, scores_output
@@ -129,7 +130,7 @@ def training_scores(engine: TrainEngine) -> tuple[list[Tensor], float]:
         seen.extend(scores_output(output, microbatch).detach().clone())
         return loss_fn(output, microbatch)
 
-    return seen, engine.train_step(engine.pair_microbatches(pairs), keep).grad_norm
+    return seen, engine.train_step([LossTerm(engine.pair_microbatches(pairs), keep, len(rows) // 2)]).grad_norm
 
 
 def bits(values: list[Tensor]) -> str:

@@ -15,8 +15,8 @@ from hetero_ppo.algorithms.losses import (
     value_loss,
 )
 from hetero_ppo.config.schema import AlgorithmConfig, RewardModelLossConfig
+from hetero_ppo.engines.loss_terms import LossFn
 from hetero_ppo.engines.outputs import scores_output, token_log_probs, values_output
-from hetero_ppo.engines.train_engine import LossFn
 from hetero_ppo.types import Microbatch
 
 #: Losses come as sums over tokens; the engine divides gradients by the minibatch's number of tokens.

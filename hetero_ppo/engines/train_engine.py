@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import contextlib
+import operator
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from hetero_ppo.config.schema import Dtype, OptimizerConfig, TrainedRoleConfig
 from hetero_ppo.distributed.text import broadcast_text
 from hetero_ppo.distributed.groups import is_last_stage, last_stage_rank, world_of
 from hetero_ppo.engines.gradients import Ddp, FirstGradients, clip_divisor, divide_gradients
+from hetero_ppo.engines.loss_terms import LossTerm, TermResult, TrainStepResult, gradient_scales
 from hetero_ppo.engines.microbatches import MicrobatchSize, pair_tokens, split, split_pairs
 from hetero_ppo.engines.model_engine import ModelEngine
 from hetero_ppo.engines.optimizer_slices import OptimizerSlices, is_distributed, is_gathered
@@ -42,22 +45,6 @@ MAX_METRICS = 64
 COUNTS = ("steps_done", "skipped_in_a_row")
 #: Options of the optimizer that torch stores with its state. Learning rate and weight decay are set before every step.
 OPTIONS = ("betas", "eps")
-
-
-@dataclass(frozen=True)
-class TrainStepResult:
-    """What one optimizer step reports, the same on every rank."""
-
-    loss: float  # mean over the minibatch's tokens; 0 when none takes part
-    grad_norm: float  # before clipping
-    learning_rate: float
-    count: int  # tokens, or pairs
-    metric_sums: dict[str, Tensor]  # name -> [] float64, sum over them
-    is_skipped: bool = False  # the gradient was not finite: the weights are as before, and the other figures mean nothing
-
-
-#: (model output, micro-batch) -> loss with denominator 1: a sum over the micro-batch's tokens
-LossFn = Callable[[Tensor, Microbatch], Loss]
 
 
 class TrainEngine(ModelEngine):
@@ -263,18 +250,17 @@ class TrainEngine(ModelEngine):
             )
         return parts
 
-    def train_step(self, microbatches: Sequence[Microbatch], loss_fn: LossFn) -> TrainStepResult:
-        """One optimizer step on a minibatch. Collective over the role's ranks.
+    def train_step(self, terms: Sequence[LossTerm]) -> TrainStepResult:
+        """Run one optimizer step on the sum of some terms. Collective over the role's ranks.
 
-        The gradient is that of (sum of the losses of all tokens) / (number of all tokens), no matter how the rows are cut
-        into micro-batches and over ranks.
+        The gradient of a term is that of ``weight x (sum of the losses of all its tokens) / denominator``, no matter how its rows are
+        cut into micro-batches and over ranks.
 
         Args:
-            microbatches: this data-parallel rank's part, at least one.
-            loss_fn: on the last stage.
+            terms: Terms of the loss, at least one; weights, denominators and their order are the same on every rank.
 
         Raises:
-            FloatingPointError: a gradient is NaN or infinite, for more than ``optimizer.max_skipped_steps`` steps in a row. The
+            FloatingPointError: A gradient is NaN or infinite, for more than ``optimizer.max_skipped_steps`` steps in a row. The
                 weights are as before the step.
         """
         self.device.require(self.role, frozenset({Kind.params, Kind.grads}), "training")
@@ -284,24 +270,56 @@ class TrainEngine(ModelEngine):
         self.gradients.begin()
         self.optimizer.zero_grad()
         learning_rate = self._set_rates()
+        divisor, scales = gradient_scales(terms)
+        results = []
+        for number, (term, scale) in enumerate(zip(terms, scales, strict=True), start=1):
+            with self._schedule_of_term(scale, is_last=number == len(terms)):
+                results.append(self._backward(term))
+        self.device.require(self.role, TRAINING & self.residency.kinds, "an optimizer step")
+        self.residency.mark_changed(TRAINING)
+        with self.device.trace.span(self.role, "optimizer step"):
+            grad_norm = self._optimizer_step(divisor) if divisor > 0 else 0.0
+        self.steps_done += 1
+        if grad_norm is None:
+            nothing = [TermResult(0.0, 0, {name: torch.zeros_like(total) for name, total in r.metric_sums.items()}) for r in results]
+            return TrainStepResult(0.0, 0.0, learning_rate, nothing, is_skipped=True)
+        loss = sum(term.weight * result.loss for term, result in zip(terms, results, strict=True))
+        return TrainStepResult(loss, grad_norm, learning_rate, results)
+
+    @contextlib.contextmanager
+    def _schedule_of_term(self, scale: float, *, is_last: bool) -> Iterator[None]:
+        """Scale the losses of the schedules inside. Ranks add up their gradients in the last term's schedule only.
+
+        Args:
+            scale: Factor of the term's losses.
+            is_last: Whether it is the step's last term.
+        """
+        transformer = self.bridge.transformer
+        finalize, no_sync = transformer.finalize_model_grads_func, transformer.no_sync_func
+        transformer.grad_scale_func = None if scale == 1.0 else partial(operator.mul, scale)
+        with contextlib.ExitStack() as stack:
+            if not is_last:
+                transformer.finalize_model_grads_func = transformer.no_sync_func = None
+                for chunk in self.chunks:
+                    stack.enter_context(chunk.no_sync())
+            try:
+                yield
+            finally:
+                transformer.finalize_model_grads_func, transformer.no_sync_func = finalize, no_sync
+                transformer.grad_scale_func = None
+
+    def _backward(self, term: LossTerm) -> TermResult:
+        """Forward and backward of one term: gradients are added to those that the step has, losses and metrics to those of all ranks."""
 
         def last_stage(output: Tensor, microbatch: Microbatch) -> tuple[Tensor, Tensor, Loss]:
-            result = loss_fn(output, microbatch)
+            result = term.loss_fn(output, microbatch)
             # Every context-parallel rank has the whole loss, of which it differentiates its own columns; one of them counts.
             count = result.count if self.groups.cp.rank() == 0 else torch.zeros_like(result.count)
             return result.loss, count.to(torch.int), result
 
-        outputs = self.run_schedule(microbatches, last_stage, forward_only=False)
+        outputs = self.run_schedule(term.microbatches, last_stage, forward_only=False)
         loss_sum, count, metric_sums = self._reduce(outputs)
-        self.device.require(self.role, TRAINING & self.residency.kinds, "an optimizer step")
-        self.residency.mark_changed(TRAINING)
-        with self.device.trace.span(self.role, "optimizer step"):
-            grad_norm = self._optimizer_step(count) if count > 0 else 0.0
-        self.steps_done += 1
-        if grad_norm is None:
-            nothing = {name: torch.zeros_like(total) for name, total in metric_sums.items()}
-            return TrainStepResult(0.0, 0.0, learning_rate, 0, nothing, is_skipped=True)
-        return TrainStepResult(loss_sum / max(count, 1), grad_norm, learning_rate, count, metric_sums)
+        return TermResult(loss_sum / term.denominator if term.denominator > 0 else 0.0, count, metric_sums)
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -377,12 +395,17 @@ class TrainEngine(ModelEngine):
         counts = dict(zip(COUNTS, (self.steps_done, self.skipped_in_a_row), strict=True))
         return {**weights, "optimizer": optimizer, **counts}, slices
 
-    def _optimizer_step(self, count: int) -> float | None:
-        """MegatronOptimizer.step on the sum over ``count`` tokens, with a look at the norm of their mean before anything is written.
-        Returns that norm; None where it is not finite and the step may be skipped.
+    def _optimizer_step(self, denominator: float) -> float | None:
+        """Divide the gradients, clip them and run MegatronOptimizer.step; their norm is checked before anything is written.
+
+        Args:
+            denominator: Number that the sums of gradients are divided by.
+
+        Returns:
+            The norm after the division and before clipping; None where it is not finite and the step may be skipped.
         """
         found_bad = self.optimizer.prepare_grads()
-        grad_norm = float(self.optimizer.get_grad_norm()) / count
+        grad_norm = float(self.optimizer.get_grad_norm()) / denominator
         if found_bad or not grad_norm < float("inf"):
             self.skipped_in_a_row += 1
             allowed = self.train_config.optimizer.max_skipped_steps
@@ -394,7 +417,7 @@ class TrainEngine(ModelEngine):
                 "weights are unchanged. Lower the learning rate, or look at this step's data in the rollout dump"
             )
         self.skipped_in_a_row = 0
-        divisor = count * clip_divisor(grad_norm, self.train_config.optimizer.grad_clip)
+        divisor = denominator * clip_divisor(grad_norm, self.train_config.optimizer.grad_clip)
         divide_gradients(self._optimizers, divisor)
         self.optimizer.step_with_ready_grads()
         return grad_norm

@@ -9,13 +9,13 @@ from typing import Self
 import torch
 import torch.distributed as dist
 
-from hetero_ppo.algorithms.losses import add_metric_sums, mean_metrics
 from hetero_ppo.checkpoint.manager import CheckpointManager
 from hetero_ppo.config.derived import actor_generates, passes
 from hetero_ppo.config.schema import PpoConfig
 from hetero_ppo.data.export_files import export_files
+from hetero_ppo.engines.loss_terms import LossFn, LossTerm, TrainStepResult, num_loss_tokens, step_metrics
 from hetero_ppo.engines.losses import actor_loss_fn, critic_loss_fn
-from hetero_ppo.engines.train_engine import LossFn, TrainEngine, TrainStepResult
+from hetero_ppo.engines.train_engine import TrainEngine
 from hetero_ppo.experience.pending_rollout import PendingRollout
 from hetero_ppo.experience.pipeline import Pipeline
 from hetero_ppo.health.check import Moment
@@ -246,11 +246,10 @@ class PpoTrainer:
         with engine.on_device(grads=True, optimizer=True, phase=f"train_{name}", then=then):
             for rows in self._minibatches(name, rollout.batch_size, step):
                 parts = engine.microbatches(rollout.token_ids, rollout.sequence_lengths, inputs, rows)
-                results.append(engine.train_step(parts, loss_fn))
-        count = sum(result.count for result in results)
-        metrics = mean_metrics(add_metric_sums(result.metric_sums for result in results), count)
+                results.append(engine.train_step([LossTerm(parts, loss_fn, num_loss_tokens(inputs, rows))]))
+        metrics = step_metrics(results)
         if engine is self.actor:  # before any update the policy is the one that sampled: what is left is rounding
-            first = results[0]
+            first = results[0].terms[0]
             metrics["actor/ppo_kl_first"] = float(first.metric_sums["actor/ppo_kl"]) / max(first.count, 1)
         skipped = sum(result.is_skipped for result in results)
         metrics[f"{name}/grad_norm"] = sum(result.grad_norm for result in results) / max(len(results) - skipped, 1)

@@ -14,10 +14,11 @@ from hetero_ppo.data.dataset import Dataset
 from hetero_ppo.data.node_share import node_files
 from hetero_ppo.data.preference import PreferenceExample, load_preferences
 from hetero_ppo.data.sampler import sequential_batches
+from hetero_ppo.engines.loss_terms import LossTerm, TrainStepResult
 from hetero_ppo.engines.losses import reward_loss_fn
 from hetero_ppo.engines.microbatches import sequence_ends
 from hetero_ppo.engines.outputs import scores_output
-from hetero_ppo.engines.train_engine import TrainEngine, TrainStepResult
+from hetero_ppo.engines.train_engine import TrainEngine
 from hetero_ppo.reward.golden import GOLDEN_FILE, make_golden
 from hetero_ppo.trainers.run import Run
 from hetero_ppo.trainers.run_inputs import model_inputs, text_inputs
@@ -49,7 +50,7 @@ class RewardModelTrainer(SupervisedTrainer):
     def step(self, rows: list[int]) -> TrainStepResult:
         """One optimizer step on these pairs."""
         batch = collate_preferences([self.data.examples[row] for row in rows])
-        return self.engine.train_step(self.engine.pair_microbatches(batch), self.loss_fn)
+        return self.engine.train_step([LossTerm(self.engine.pair_microbatches(batch), self.loss_fn, len(rows))])
 
     def weight_files(self) -> dict[str, str]:
         """Golden scores of held-out pairs, or of training pairs without those, where the forward is aligned."""

@@ -13,9 +13,10 @@ from hetero_ppo.data.dataset import Dataset
 from hetero_ppo.data.node_share import node_files
 from hetero_ppo.data.sampler import sequential_batches
 from hetero_ppo.data.sft import SftExample, load_sft
+from hetero_ppo.engines.loss_terms import LossTerm, TrainStepResult, num_loss_tokens
 from hetero_ppo.engines.losses import sft_loss_fn
 from hetero_ppo.engines.outputs import log_probs_output
-from hetero_ppo.engines.train_engine import TrainEngine, TrainStepResult
+from hetero_ppo.engines.train_engine import TrainEngine
 from hetero_ppo.trainers.run import Run
 from hetero_ppo.trainers.run_inputs import model_inputs, text_inputs
 from hetero_ppo.trainers.supervised import SupervisedTrainer, build_role, make_sampler
@@ -46,10 +47,9 @@ class SftTrainer(SupervisedTrainer):
     def step(self, rows: list[int]) -> TrainStepResult:
         """One optimizer step on these examples."""
         batch = collate_sft([self.data.examples[row] for row in rows])
-        parts = self.engine.microbatches(
-            batch.token_ids, batch.sequence_lengths, AnswerInputs(batch.loss_mask), range(len(rows))
-        )
-        return self.engine.train_step(parts, self.loss_fn)
+        inputs, all_rows = AnswerInputs(batch.loss_mask), range(len(rows))
+        parts = self.engine.microbatches(batch.token_ids, batch.sequence_lengths, inputs, all_rows)
+        return self.engine.train_step([LossTerm(parts, self.loss_fn, num_loss_tokens(inputs, all_rows))])
 
     def evaluate(self) -> dict[str, float]:
         """Mean negative log-likelihood of the held-out answers' tokens."""

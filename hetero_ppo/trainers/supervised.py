@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from hetero_ppo.algorithms.losses import mean_metrics
 from hetero_ppo.checkpoint.manager import CheckpointManager
 from hetero_ppo.config.derived import SupervisedBatching
 from hetero_ppo.config.schema import CheckpointConfig, DataConfig, HeadInit, RoleConfig, RunConfig, SupervisedTrainConfig
@@ -17,7 +16,8 @@ from hetero_ppo.data.dataset import Dataset, Example
 from hetero_ppo.data.export_files import export_files
 from hetero_ppo.data.sampler import ResumableSampler
 from hetero_ppo.engines.model_engine import ModelEngine, head_init
-from hetero_ppo.engines.train_engine import TrainEngine, TrainStepResult
+from hetero_ppo.engines.loss_terms import TrainStepResult, step_metrics
+from hetero_ppo.engines.train_engine import TrainEngine
 from hetero_ppo.observability.metrics import MetricsLogger
 from hetero_ppo.observability.progress import progress
 from hetero_ppo.observability.timers import PhaseTimer
@@ -143,7 +143,7 @@ class SupervisedTrainer(ABC):
             "train/grad_norm": result.grad_norm,
             "train/lr": result.learning_rate,
             "train/skipped_steps": float(result.is_skipped),
-            **mean_metrics(result.metric_sums, result.count),
+            **step_metrics([result]),
         }
 
 

@@ -115,6 +115,7 @@ def residency(cpu: bool) -> dict[str, Any]:
 def forward_and_backward(cpu: bool) -> dict[str, Any]:
     """A bf16 role on the device against transformers in fp32 on the CPU: padded, packed, recomputed."""
     from hetero_ppo.config.schema import Dtype, ModelConfig, TrainedRoleConfig
+    from hetero_ppo.engines.loss_terms import LossTerm
     from hetero_ppo.engines.losses import sft_loss_fn
     from hetero_ppo.engines.outputs import log_probs_output
     from hetero_ppo.engines.train_engine import TrainEngine
@@ -146,7 +147,7 @@ def forward_and_backward(cpu: bool) -> dict[str, Any]:
                 found = engine.forward(ids, torch.tensor(lengths), output)
                 error = float((found - log_probs)[mask].abs().mean())
                 parts = engine.microbatches(ids, torch.tensor(lengths), AnswerInputs(mask), range(2))
-                result = engine.train_step(parts, sft_loss_fn(vocab, engine.groups))
+                result = engine.train_step([LossTerm(parts, sft_loss_fn(vocab, engine.groups), int(mask.sum()))])
                 name = f"{'packed' if packing else 'padded'}{'_recomputed' if recompute else ''}"
                 facts[name] = [round(error, 5), round(result.grad_norm / norm, 4)]
                 assert error < 0.02, f"{name}: mean |log-prob difference| {error}"
@@ -198,6 +199,7 @@ def ppo(cpu: bool) -> dict[str, Any]:
 def synchronisations(cpu: bool) -> dict[str, Any]:
     """How often a forward and a training step make the host wait for the device."""
     from hetero_ppo.config.schema import Dtype, ModelConfig, TrainedRoleConfig
+    from hetero_ppo.engines.loss_terms import LossTerm
     from hetero_ppo.engines.losses import sft_loss_fn
     from hetero_ppo.engines.outputs import log_probs_output
     from hetero_ppo.engines.train_engine import TrainEngine
@@ -214,7 +216,7 @@ def synchronisations(cpu: bool) -> dict[str, Any]:
         parts = engine.microbatches(ids, lengths, AnswerInputs(torch.ones(4, 63, dtype=torch.bool)), range(4))
         work = {
             "forward": lambda: engine.forward(ids, lengths, output),
-            "step": lambda: engine.train_step(parts, sft_loss_fn(1024, engine.groups)),
+            "step": lambda: engine.train_step([LossTerm(parts, sft_loss_fn(1024, engine.groups), 4 * 63)]),
         }
         for name, function in work.items():
             function()

@@ -120,6 +120,7 @@ def copies(cpu: bool) -> dict[str, Any]:
 def activations(cpu: bool) -> dict[str, Any]:
     """Compare the plan's estimate of a training step's activations with what the allocator had at most."""
     from hetero_ppo.config.schema import Dtype, ModelConfig, TrainedRoleConfig
+    from hetero_ppo.engines.loss_terms import LossTerm
     from hetero_ppo.engines.losses import sft_loss_fn
     from hetero_ppo.engines.train_engine import TrainEngine
     from hetero_ppo.memory.plan_activations import Work, training_bytes
@@ -142,7 +143,7 @@ def activations(cpu: bool) -> dict[str, Any]:
             )
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
-            engine.train_step(parts, sft_loss_fn(vocab, engine.groups))
+            engine.train_step([LossTerm(parts, sft_loss_fn(vocab, engine.groups), rows * (length - 1))])
             measured = torch.cuda.max_memory_allocated() - before
             planned = training_bytes(engine.bridge, "lm", recompute, 0, Work(rows, length, 1))
             facts[f"{rows}x{length}{'_full' if recompute else ''}"] = round(measured / planned, 3)

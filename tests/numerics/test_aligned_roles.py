@@ -18,12 +18,12 @@ from aligned_cases import LENGTHS, role_config, save_models, sequences
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hetero_ppo.algorithms.losses import mean_metrics
 from hetero_ppo.cli.main import main
 from hetero_ppo.config.schema import AlgorithmConfig, ResidencyConfig, TrainedRoleConfig
 from hetero_ppo.data.collate import pad_right
 from hetero_ppo.data.preference import PreferenceExample
 from hetero_ppo.distributed.groups import finish, initialise
+from hetero_ppo.engines.loss_terms import LossTerm, step_metrics
 from hetero_ppo.engines.losses import actor_loss_fn
 from hetero_ppo.engines.model_engine import ModelEngine
 from hetero_ppo.engines.outputs import log_probs_output, scores_output, values_output
@@ -86,8 +86,8 @@ def _first_ppo_kl(config: TrainedRoleConfig) -> float:
     actor = TrainEngine("actor", dataclasses.replace(config, packing=True), "lm", 1)
     inputs = PolicyInputs(old, old, torch.randn(mask.shape), mask)
     loss_fn = actor_loss_fn(AlgorithmConfig(), 0.7, actor.vocab_size, actor.groups, actor.vocab_parts)
-    result = actor.train_step(actor.microbatches(ids, lengths, inputs, range(len(LENGTHS))), loss_fn)
-    return mean_metrics(result.metric_sums, result.count)["actor/ppo_kl"]
+    parts = actor.microbatches(ids, lengths, inputs, range(len(LENGTHS)))
+    return step_metrics([actor.train_step([LossTerm(parts, loss_fn, int(mask.sum()))])])["actor/ppo_kl"]
 
 
 def test_values_of_training_and_of_forwards_are_equal_bits(world: None, models: Path) -> None:

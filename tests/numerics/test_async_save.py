@@ -23,6 +23,7 @@ from hetero_ppo.checkpoint import pending
 from hetero_ppo.checkpoint.manager import LATEST, CheckpointManager, checkpoint_step
 from hetero_ppo.checkpoint.manifest import COMPLETE
 from hetero_ppo.config.schema import CheckpointConfig, ModelConfig, OptimizerConfig, TrainedRoleConfig
+from hetero_ppo.engines.loss_terms import LossTerm
 from hetero_ppo.engines.losses import sft_loss_fn
 from hetero_ppo.engines.role_snapshot import RoleSnapshot
 from hetero_ppo.engines.train_engine import TrainEngine
@@ -48,7 +49,7 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TrainEngine]:
 def train(engine: TrainEngine) -> None:
     ids, mask = torch.randint(0, VOCAB, (ROWS, LENGTH)), torch.ones(ROWS, LENGTH - 1, dtype=torch.bool)
     parts = engine.microbatches(ids, torch.full((ROWS,), LENGTH), AnswerInputs(mask), range(ROWS))
-    engine.train_step(parts, sft_loss_fn(VOCAB, engine.groups))
+    engine.train_step([LossTerm(parts, sft_loss_fn(VOCAB, engine.groups), mask.sum().item())])
 
 
 def weights(engines: dict[str, TrainEngine]) -> list[Tensor]:

@@ -12,9 +12,10 @@ from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from hetero_ppo.config.schema import DdpConfig, Dtype, HeadInit, LrSchedule, ModelConfig, OptimizerConfig, TrainedRoleConfig
+from hetero_ppo.engines.loss_terms import LossTerm, TrainStepResult
 from hetero_ppo.engines.losses import sft_loss_fn
 from hetero_ppo.engines.outputs import log_probs_output
-from hetero_ppo.engines.train_engine import TrainEngine, TrainStepResult
+from hetero_ppo.engines.train_engine import TrainEngine
 from hetero_ppo.types import AnswerInputs, Microbatch
 from megatron_bridge.model.config_mapping import VOCAB_PARTS
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -50,7 +51,7 @@ def rows_of_step(step: int) -> Tensor:
 def our_step(engine: TrainEngine, step: int) -> TrainStepResult:
     mask = torch.ones(ROWS, LENGTH - 1, dtype=torch.bool)
     parts = engine.microbatches(rows_of_step(step), torch.full((ROWS,), LENGTH), AnswerInputs(mask), range(ROWS))
-    return engine.train_step(parts, sft_loss_fn(VOCAB, engine.groups))
+    return engine.train_step([LossTerm(parts, sft_loss_fn(VOCAB, engine.groups), mask.sum().item())])
 
 
 #: By hand: (step + 1) / 3 of the rate while it warms up; then it stays, or falls in a line to 2e-3 at step 4.

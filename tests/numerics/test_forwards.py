@@ -16,6 +16,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from hetero_ppo.algorithms.masking import response_mask
 from hetero_ppo.config.schema import Dtype, ModelConfig, OptimizerConfig, TrainedRoleConfig
+from hetero_ppo.engines.loss_terms import LossTerm
 from hetero_ppo.engines.losses import sft_loss_fn
 from hetero_ppo.engines.microbatches import sequence_ends, split
 from hetero_ppo.engines.model_input import model_inputs
@@ -97,7 +98,7 @@ def test_packed_values_scores_and_gradients_are_the_padded_ones(
         torch.testing.assert_close(scores[0], scores[1], rtol=0, atol=tolerance)
         lm = engine(model, dtype, "lm", packing=packing, tokens=96)
         parts = lm.microbatches(ids, LENGTHS, AnswerInputs(MASK), range(8))
-        step = lm.train_step(parts, sft_loss_fn(VOCAB, lm.groups))
+        step = lm.train_step([LossTerm(parts, sft_loss_fn(VOCAB, lm.groups), int(MASK.sum()))])
         gradient = torch.cat([p.main_grad.flatten() for p in lm.models[0].parameters()])
         results.append((values, scores[0], torch.tensor([step.loss, step.grad_norm]), gradient))
     scale = float(results[0][3].abs().max())

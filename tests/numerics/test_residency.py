@@ -21,6 +21,7 @@ from hetero_ppo.config.schema import (
     RoleConfig,
     TrainedRoleConfig,
 )
+from hetero_ppo.engines.loss_terms import LossTerm
 from hetero_ppo.engines.losses import sft_loss_fn
 from hetero_ppo.engines.model_engine import ModelEngine
 from hetero_ppo.engines.outputs import log_probs_output, scores_output, values_output
@@ -97,10 +98,8 @@ class Roles:
 
     def train(self, engine: TrainEngine) -> Tensor:
         parts = engine.microbatches(self.ids, self.lengths, AnswerInputs(self.mask), range(ROWS))
-        if engine.head == "lm":
-            result = engine.train_step(parts, sft_loss_fn(VOCAB, engine.groups))
-        else:
-            result = engine.train_step(parts, _square_loss)
+        loss_fn = sft_loss_fn(VOCAB, engine.groups) if engine.head == "lm" else _square_loss
+        result = engine.train_step([LossTerm(parts, loss_fn, self.mask.sum().item())])
         return torch.tensor([result.loss, result.grad_norm])
 
     def close(self) -> None:

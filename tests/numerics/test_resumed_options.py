@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from hetero_ppo.config.schema import Dtype, ModelConfig, OptimizerConfig, TrainedRoleConfig
+from hetero_ppo.engines.loss_terms import LossTerm
 from hetero_ppo.engines.losses import sft_loss_fn
 from hetero_ppo.engines.train_engine import TrainEngine
 from hetero_ppo.types import AnswerInputs
@@ -26,7 +27,7 @@ def train(engine: TrainEngine) -> None:
     ids = torch.randint(0, VOCAB, (ROWS, LENGTH), generator=generator)
     mask = AnswerInputs(torch.ones(ROWS, LENGTH - 1, dtype=torch.bool))
     parts = engine.microbatches(ids, torch.full((ROWS,), LENGTH), mask, range(ROWS))
-    engine.train_step(parts, sft_loss_fn(VOCAB, engine.groups))
+    engine.train_step([LossTerm(parts, sft_loss_fn(VOCAB, engine.groups), ROWS * (LENGTH - 1))])
 
 
 def weights(engine: TrainEngine) -> list[Tensor]:

@@ -25,6 +25,7 @@ from hetero_ppo.config.schema import (
     ResidencyConfig,
     TrainedRoleConfig,
 )
+from hetero_ppo.engines.loss_terms import LossTerm
 from hetero_ppo.engines.losses import sft_loss_fn
 from hetero_ppo.engines.outputs import log_probs_output, values_output
 from hetero_ppo.engines.residency import RoleResidency
@@ -99,7 +100,7 @@ class Role:
             parts = engine.microbatches(self.ids, self.lengths, inputs, range(ROWS))
             assert len(parts) == 3
             loss = sft_loss_fn(VOCAB, engine.groups) if engine.head == "lm" else _square_loss
-            result = engine.train_step(parts, loss)
+            result = engine.train_step([LossTerm(parts, loss, ROWS * (LENGTH - 1))])
             weights = [tensor.clone() for _, tensor in engine.stream_weights()]
         return [torch.tensor([result.loss, result.grad_norm]), *weights]
 

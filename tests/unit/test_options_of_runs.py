@@ -26,7 +26,7 @@ from hetero_ppo.config.schema import (
 from hetero_ppo.data.preference import PreferenceExample
 from hetero_ppo.data.sft import SftExample
 from hetero_ppo.engines.layouts import role_bridge
-from hetero_ppo.engines.train_engine import TrainStepResult
+from hetero_ppo.engines.loss_terms import TrainStepResult
 from hetero_ppo.observability.trace import TraceRecorder
 from hetero_ppo.rollout.generator import Capabilities, NullGenerator
 from hetero_ppo.runtime import heartbeat as heartbeat_module
@@ -94,7 +94,7 @@ class OneParameter(SupervisedTrainer):
 
     def step(self, rows: list[int]) -> TrainStepResult:
         self.done = getattr(self, "done", 0) + 1
-        return TrainStepResult(1.0, 1.0, 1.0, 1, {})
+        return TrainStepResult(1.0, 1.0, 1.0, [])
 
     def evaluate(self) -> dict[str, float]:
         self.evaluated.append(self.done)

@@ -23,6 +23,7 @@ from hetero_ppo.config.schema import (
     TrainedRoleConfig,
 )
 from hetero_ppo.distributed.groups import finish, initialise
+from hetero_ppo.engines.loss_terms import LossTerm
 from hetero_ppo.engines.losses import reward_loss_fn, sft_loss_fn
 from hetero_ppo.engines.microbatches import sequence_ends
 from hetero_ppo.engines.outputs import log_probs_output, scores_output, values_output
@@ -66,13 +67,17 @@ def measure(options: dict[str, Any]) -> dict[str, list[float]]:
     result["wanted"] = lm.forward(ids, lengths, output, wanted).masked_fill(~mask, 0).flatten().tolist()
     loss_fn = sft_loss_fn(lm.vocab_size, lm.groups)
     parts = lm.microbatches(ids, lengths, AnswerInputs(mask), range(8))
-    steps = [lm.train_step(parts, loss_fn) for _ in range(3)]
+    steps = [lm.train_step([LossTerm(parts, loss_fn, int(mask.sum()))]) for _ in range(3)]
     result["lm_loss"] = [step.loss for step in steps]
     result["lm_grad_norm"] = [step.grad_norm for step in steps]
+    # A second term on fewer rows, with a denominator of its own that is not the number of its tokens.
+    few = lm.microbatches(ids[:4], lengths[:4], AnswerInputs(mask[:4]), range(4))
+    step = lm.train_step([LossTerm(parts, loss_fn, int(mask.sum())), LossTerm(few, loss_fn, 50, 0.3)])
+    result["two_terms"] = [step.loss, step.grad_norm, *(term.loss for term in step.terms)]
 
     rm = TrainEngine("reward", config, "score", 10)
     pairs = PreferenceBatch(ids[:4], lengths[:4], ids[4:], lengths[4:])
-    steps = [rm.train_step(rm.pair_microbatches(pairs), reward_loss_fn(RewardModelLossConfig())) for _ in range(3)]
+    steps = [rm.train_step([LossTerm(rm.pair_microbatches(pairs), reward_loss_fn(RewardModelLossConfig()), 4)]) for _ in range(3)]
     result["rm_loss"] = [step.loss for step in steps]
     result["rm_grad_norm"] = [step.grad_norm for step in steps]
     result["scores"] = rm.forward(ids, lengths, scores_output).tolist()

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 import megatron_bridge.platform  # noqa: F401  before megatron.core
 from hetero_ppo.algorithms.losses import Loss
 from hetero_ppo.config.schema import DdpConfig, Dtype, ModelConfig, OptimizerConfig, ParallelConfig, TrainedRoleConfig
+from hetero_ppo.engines.loss_terms import LossTerm
 from hetero_ppo.engines.optimizer_slices import GATHERED, SLICES
 from hetero_ppo.engines.role_snapshot import RoleSnapshot
 from hetero_ppo.engines.train_engine import TrainEngine
@@ -79,7 +80,7 @@ def build(job: dict[str, Any], layout: dict[str, Any]) -> TrainEngine:
 def step(engine: TrainEngine) -> float:
     ids = torch.randint(0, 121, (8, LENGTH), generator=torch.Generator().manual_seed(engine.steps_done))
     rows = engine.microbatches(ids, torch.full((8,), LENGTH), None, range(8))
-    return engine.train_step(rows, squared_output).grad_norm
+    return engine.train_step([LossTerm(rows, squared_output, 8)]).grad_norm
 
 
 def squared_output(output: Tensor, microbatch: Microbatch) -> Loss:

@@ -16,6 +16,7 @@ from torch import Tensor
 import megatron_bridge.platform  # noqa: F401  before megatron.core
 from hetero_ppo.algorithms.losses import Loss
 from hetero_ppo.config.schema import DdpConfig, Dtype, ModelConfig, OptimizerConfig, ParallelConfig, TrainedRoleConfig
+from hetero_ppo.engines.loss_terms import LossTerm
 from hetero_ppo.engines.train_engine import TrainEngine
 from hetero_ppo.memory.plan_activations import Work, kept_bytes
 from hetero_ppo.memory.plan_storage import RoleStorage
@@ -39,7 +40,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     plan = RoleStorage(job["role"], config, dist.get_world_size())
     engine = TrainEngine(job["role"], config, section_of(job["role"]).head, 1)
     rows = engine.microbatches(torch.ones(8, LENGTH, dtype=torch.int64), torch.full((8,), LENGTH), None, range(8))
-    engine.train_step(rows, squared_output)
+    engine.train_step([LossTerm(rows, squared_output, 8)])
     buffers = [buffer for chunk in engine.chunks for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]]
     parameters = [dict(chunk.named_parameters()) for chunk in engine.models]
     states = [state for state in optimizer_states(engine) if state]
