@@ -94,6 +94,15 @@ class Chunk:
 
 
 @dataclass(frozen=True)
+class Scores:
+    """What the scorers give for B responses."""
+
+    outcome: Tensor  # [B] float32, of each whole response; NaN where the reward function has none
+    process: Tensor | None = None  # [B, T] float32, of the step that ends with token t + 1, and 0 elsewhere; None: no scorer scores steps
+    parts: dict[str, Tensor] = field(default_factory=dict)  # what outcome is made of, [B] float32 by name; {} where it is one score
+
+
+@dataclass(frozen=True)
 class Experience:
     """A rollout with all that the two losses need. Per-token tensors are 0 outside response_mask."""
 
@@ -102,12 +111,11 @@ class Experience:
     old_log_probs: Tensor  # [B, T] float32
     ref_log_probs: Tensor  # [B, T] float32
     values: Tensor  # [B, T] float32, of the state before token t + 1
-    scores: Tensor  # [B] float32, raw: the reward model's, the function's, or their sum; NaN where there is none
-    token_level_rewards: Tensor  # [B, T] float32, KL penalty and final score
+    scores: Scores  # raw: the reward model's, the function's, or their sum
+    token_level_rewards: Tensor  # [B, T] float32, KL penalty, process scores, and the outcome's at the end
     advantages: Tensor  # [B, T] float32, whitened
     returns: Tensor  # [B, T] float32
     tis_weights: Tensor | None = None  # [B, T] float32, truncated importance weights; None: no correction
-    score_parts: dict[str, Tensor] = field(default_factory=dict)  # what scores are made of, [B] float32 by name; {}: one score
     metrics: dict[str, float] = field(default_factory=dict)
 
 

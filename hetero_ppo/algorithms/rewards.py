@@ -1,4 +1,4 @@
-"""From one score per response to one reward per token."""
+"""From the scores of responses and of their steps to one reward per token."""
 
 from __future__ import annotations
 
@@ -149,13 +149,17 @@ def apply_truncation(
     raise ValueError(f"algorithm.truncated is {policy!r}: set it to score, penalise or mask")
 
 
-def token_level_rewards(scores: Tensor, kl: Tensor, response_mask: Tensor, kl_coef: float) -> Tensor:
-    """``-kl_coef * kl`` on each response token, and the score on the last one.
+def token_level_rewards(
+    outcome: Tensor, process: Tensor | None, kl: Tensor, response_mask: Tensor, kl_coef: float
+) -> Tensor:
+    """Return ``-kl_coef * kl`` on each response token, with the process scores at their tokens and the outcome score on the last one.
 
-    Ziegler et al. 2019, equation 2, spread over the tokens. A row without a True column gets zeros.
+    Ziegler et al. 2019, equation 2, spread over the tokens; process scores as in Uesato et al. 2022, "Solving math word problems with
+    process- and outcome-based feedback". A row without a True column gets zeros.
 
     Args:
-        scores: [B] float, normalised and clipped as configured.
+        outcome: [B] float, normalised and clipped as configured.
+        process: [B, T] float, the score of the step that ends with token t + 1, and 0 where no step ends; None: no scores of steps.
         kl: [B, T] float, nats per token (``kl_estimate``).
         response_mask: [B, T] bool.
         kl_coef: current coefficient of the controller.
@@ -166,4 +170,6 @@ def token_level_rewards(scores: Tensor, kl: Tensor, response_mask: Tensor, kl_co
     last = last_response_column(response_mask)[:, None]
     is_last = torch.arange(response_mask.shape[1], device=response_mask.device) == last
     rewards = (-kl_coef * kl).masked_fill(~response_mask, 0)
-    return rewards + scores.to(rewards.dtype)[:, None].expand_as(rewards).masked_fill(~is_last, 0)
+    if process is not None:
+        rewards = rewards + process.to(rewards.dtype).masked_fill(~response_mask, 0)
+    return rewards + outcome.to(rewards.dtype)[:, None].expand_as(rewards).masked_fill(~is_last, 0)

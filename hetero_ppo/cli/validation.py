@@ -222,9 +222,9 @@ def _what_it_does(loaded: LoadedConfig) -> str:
     elif isinstance(config, RmConfig):
         work = f"train a reward model from {config.reward.model.path} on the pairs"
     else:
-        judges = [role.model.path for role in config_reward_models(config).values()]
-        judge = " and ".join([*judges, *([config.reward.function] if config.reward.function is not None else [])])
-        work = f"answer the prompts with {config.actor.model.path}, score them with {judge}, and train actor and critic"
+        scorers = [role.model.path for role in config_reward_models(config).values()]
+        scored_with = " and ".join([*scorers, *([config.reward.function] if config.reward.function is not None else [])])
+        work = f"answer the prompts with {config.actor.model.path}, score them with {scored_with}, and train actor and critic"
     resume = f" It resumes from {config.checkpoint.load}." if config.checkpoint.load is not None else ""
     export = f" The trained model goes to {config.run.dir}/hf." if config.checkpoint.export_hf else ""
     return f"The run would {work}, and write to {config.run.dir}.{export}{resume} Nothing was trained now."

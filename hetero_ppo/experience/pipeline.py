@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from hetero_ppo.experience.judges import Stage
 from hetero_ppo.experience.pending_rollout import PendingRollout
+from hetero_ppo.experience.scorers import Stage
 from hetero_ppo.experience.stages import ExperienceMaker
 from hetero_ppo.observability.timers import PhaseTimer
 from hetero_ppo.reward.function import PendingScores

@@ -26,8 +26,8 @@ from hetero_ppo.distributed.statistics import global_masked_moments
 from hetero_ppo.engines.model_engine import ModelEngine
 from hetero_ppo.engines.outputs import log_probs_output, values_output
 from hetero_ppo.errors import RunError
-from hetero_ppo.experience.judges import FUNCTION_SCORES, Judges, Scores, Stage, part_metrics
-from hetero_ppo.types import Experience, Rollout
+from hetero_ppo.experience.scorers import FUNCTION_SCORES, Scorers, Stage, part_metrics
+from hetero_ppo.types import Experience, Rollout, Scores
 
 
 def policy_log_probs(engine: ModelEngine, rollout: Rollout, temperature: float) -> Tensor:
@@ -53,7 +53,7 @@ class ExperienceMaker:
     actor: ModelEngine
     critic: ModelEngine
     reference: ModelEngine
-    judges: Judges
+    scorers: Scorers
     algorithm: AlgorithmConfig
     reward_config: RewardConfig
     temperature: float
@@ -63,7 +63,7 @@ class ExperienceMaker:
     def stages(self) -> list[Stage]:
         """What an experience is made of, in the order of ``step.phases``: the critic comes last, being trained next."""
         stages = [
-            *self.judges.stages(),
+            *self.scorers.stages(),
             Stage("ref_log_probs", self.reference, partial(policy_log_probs, self.reference, temperature=self.temperature)),
         ]
         if self.algorithm.old_log_probs is OldLogProbs.actor:
@@ -88,16 +88,16 @@ class ExperienceMaker:
             if not bool((torch.isfinite(tensor) | (may_lack & tensor.isnan())).all()):
                 raise FloatingPointError(f"make experience: {name} has values that are not finite; see the rollout dump")
         algorithm = self.algorithm
-        scored = self.judges.combine(computed)
-        scores, values, ref_log_probs = scored.total, computed["values"], computed["ref_log_probs"]
+        scores = self.scorers.combine(computed)
+        values, ref_log_probs = computed["values"], computed["ref_log_probs"]
         old_log_probs = computed.get("old_log_probs", rollout.rollout_log_probs)  # no such stage: the engine's own
-        if bool(scores.isnan().all()):
-            assert self.judges.function is not None
-            last = self.judges.function.last_failure
+        if bool(scores.outcome.isnan().all()):
+            assert self.scorers.function is not None
+            last = self.scorers.function.last_failure
             raise RunError(
                 f"reward.function {self.reward_config.function} has failed for every response of the step; the last time: {last}"
             )
-        shaped, mask = self._shape_scores(rollout, scores)
+        shaped, mask = self._shape_outcome(rollout, scores.outcome)
         if not bool(mask.any()):
             raise RunError(
                 "make experience: no response of the step has a token to learn from: with algorithm.truncated=mask each one was "
@@ -105,13 +105,13 @@ class ExperienceMaker:
             )
         kl = kl_estimate(old_log_probs, ref_log_probs, algorithm.kl.estimator, algorithm.kl.clamp)
         kl = kl.masked_fill(~rollout.response_mask, 0)
-        rewards = token_level_rewards(shaped, kl, mask, self.kl_controller.coef)
+        rewards = token_level_rewards(shaped, scores.process, kl, mask, self.kl_controller.coef)
         advantages, returns = generalized_advantages(rewards, values, mask, algorithm.gamma, algorithm.lam)
         if algorithm.whiten_advantages:
             moments = global_masked_moments(advantages, mask, None)
             advantages = whiten(advantages, mask, moments.mean, moments.var)
         tis_weights, comparison = compare_with_engine(algorithm, rollout, old_log_probs, mask)
-        metrics = experience_metrics(rollout, scored, rewards, old_log_probs, ref_log_probs, self.kl_controller.coef)
+        metrics = experience_metrics(rollout, scores, rewards, old_log_probs, ref_log_probs, self.kl_controller.coef)
         return Experience(
             rollout=rollout,
             response_mask=mask,
@@ -119,16 +119,15 @@ class ExperienceMaker:
             ref_log_probs=ref_log_probs,
             values=values.masked_fill(~mask, 0),
             scores=scores,
-            score_parts=scored.parts,
             token_level_rewards=rewards,
             advantages=advantages,
             returns=returns,
             tis_weights=tis_weights,
-            metrics=metrics | comparison | self.judges.metrics(),
+            metrics=metrics | comparison | self.scorers.metrics(),
         )
 
-    def _shape_scores(self, rollout: Rollout, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores as the policy sees them, and the mask of what it learns from: no token of a response without a score."""
+    def _shape_outcome(self, rollout: Rollout, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Return outcome scores as the policy sees them, and the mask of what it learns from: no token of a response without a score."""
         has_score = ~scores.isnan()
         shaped = scores.masked_fill(~has_score, 0)
         if self.reward_config.normalise:
@@ -178,7 +177,7 @@ def sequence_kl(log_probs: Tensor, ref_log_probs: Tensor, mask: Tensor) -> Tenso
 
 def experience_metrics(
     rollout: Rollout,
-    scored: Scores,
+    scores: Scores,
     rewards: Tensor,
     old_log_probs: Tensor,
     ref_log_probs: Tensor,
@@ -188,15 +187,15 @@ def experience_metrics(
     mask = rollout.response_mask
     lengths = rollout.response_lengths.float()
     kl = sequence_kl(old_log_probs, ref_log_probs, mask)
-    has_score = ~scored.total.isnan()
-    scores = scored.total[has_score]
+    has_score = ~scores.outcome.isnan()
+    outcome = scores.outcome[has_score]
     return {
-        "reward/mean": float(scores.mean()),
-        "reward/std": float(scores.std(correction=0)),
-        "reward/min": float(scores.min()),
-        "reward/max": float(scores.max()),
+        "reward/mean": float(outcome.mean()),
+        "reward/std": float(outcome.std(correction=0)),
+        "reward/min": float(outcome.min()),
+        "reward/max": float(outcome.max()),
         "reward/num_excluded": float((~has_score).sum()),
-        **part_metrics(scored.parts),
+        **part_metrics(scores.parts),
         "reward/with_kl_mean": float(rewards[has_score].sum(dim=1).mean()),
         "kl/reference": float(kl.mean()),
         "kl/coef": kl_coef,

@@ -188,7 +188,7 @@ class PpoTrainer:
         return self.roles.actor
 
     def make_experience(self, step: int) -> Experience:
-        """Roll the current policy out on the step's prompts, and judge what it answered."""
+        """Roll the current policy out on the step's prompts, and score what it answered."""
         seed = self.config.run.seed * 1_000_003 + step
         with self.timer.phase("rollout"):
             self.turns.wake(shared=self.config.pipeline.overlap)

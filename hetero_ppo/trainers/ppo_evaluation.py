@@ -63,7 +63,7 @@ class Evaluator:
         self.check = check
 
     def run(self, version: str) -> Evaluation | None:
-        """Sample and judge; None without held-out prompts, or when recorded rollouts are replayed. Collective."""
+        """Sample and score; None without held-out prompts, or when recorded rollouts are replayed. Collective."""
         prompts = self.data.eval_prompts
         if prompts is None or self.turns.generator.capabilities.is_recorded:
             return None
@@ -80,8 +80,8 @@ class Evaluator:
         # Their workers score while the models do.
         checked = [answers for answers in (rollout, greedy_rollout) if answers is not None and self.check is not None]
         checks = [self.check.start(answers) for answers in checked]
-        scored = self.maker.judges.score(rollout, "eval")
-        scores = scored.total
+        scored = self.maker.scorers.score(rollout, "eval")
+        scores = scored.outcome
         with self.maker.actor.on_device(phase="eval"):
             log_probs = policy_log_probs(self.maker.actor, rollout, sampling.temperature)
         with self.maker.reference.on_device(phase="eval"):
@@ -140,8 +140,8 @@ class Evaluator:
             return
         rollout = experience.rollout
         extra: dict[str, list[Any]] = {
-            "score": score_column(experience.scores),
-            **{f"score_{name}": score_column(part) for name, part in experience.score_parts.items()},
+            "score": score_column(experience.scores.outcome),
+            **{f"score_{name}": score_column(part) for name, part in experience.scores.parts.items()},
             "prompt": rollout.prompt_texts,
             "response": response_texts(rollout, self.data.encoder.decode),
         }

@@ -29,7 +29,7 @@ from hetero_ppo.engines.model_engine import ModelEngine
 from hetero_ppo.engines.outputs import log_probs_output
 from hetero_ppo.engines.shared_device import SharedDevice
 from hetero_ppo.engines.train_engine import TrainEngine
-from hetero_ppo.experience.judges import Judges
+from hetero_ppo.experience.scorers import Scorers
 from hetero_ppo.experience.stages import ExperienceMaker
 from hetero_ppo.health.mismatch import MismatchGuard
 from hetero_ppo.health.monitor import HealthMonitor
@@ -208,7 +208,7 @@ def build_maker(
         actor=roles.actor,
         critic=roles.critic,
         reference=roles.reference,
-        judges=Judges(roles.reward_models, function, config.reward, re_encoders),
+        scorers=Scorers(roles.reward_models, function, config.reward, re_encoders),
         algorithm=config.algorithm,
         reward_config=config.reward,
         temperature=config.rollout.sampling.temperature,

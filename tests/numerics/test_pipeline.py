@@ -33,9 +33,9 @@ from hetero_ppo.engines.shared_device import SharedDevice
 from hetero_ppo.engines.train_engine import TrainEngine
 from hetero_ppo.errors import RunError
 from hetero_ppo.experience.bank import RolloutBank
-from hetero_ppo.experience.judges import Judges
 from hetero_ppo.experience.pending_rollout import PendingRollout, collect_rollout
 from hetero_ppo.experience.pipeline import Pipeline
+from hetero_ppo.experience.scorers import Scorers
 from hetero_ppo.experience.stages import ExperienceMaker
 from hetero_ppo.observability.timers import PhaseTimer
 from hetero_ppo.reward.function import FunctionReward
@@ -187,7 +187,7 @@ class Roles:
             actor=TrainEngine("actor", trained, "lm", 1, self.device),
             critic=self.critic,
             reference=ModelEngine("reference", plain, "lm", device=self.device),
-            judges=Judges([ModelEngine("reward_model", plain, "score", device=self.device)], None, RewardConfig()),
+            scorers=Scorers([ModelEngine("reward_model", plain, "score", device=self.device)], None, RewardConfig()),
             algorithm=AlgorithmConfig(old_log_probs=old_log_probs),
             reward_config=RewardConfig(),
             temperature=1.0,
@@ -274,7 +274,7 @@ def test_a_reward_function_scores_while_the_engine_and_the_models_are_at_work(
     for overlap in (True, False):
         roles = Roles(model, overlap=overlap)
         reward = FunctionReward(f"{tmp_path}/reward.py:score", lambda ids: "x" * len(ids), timeout_s=30.0, workers=2, world=dist.group.WORLD)
-        roles.maker.judges = Judges(roles.maker.judges.models, reward, RewardConfig(source=RewardSource.mix))
+        roles.maker.scorers = Scorers(roles.maker.scorers.models, reward, RewardConfig(source=RewardSource.mix))
         generator = Paced(recorded)
         let_waves_happen(roles, generator)
         if not overlap:
@@ -286,7 +286,7 @@ def test_a_reward_function_scores_while_the_engine_and_the_models_are_at_work(
         reward.close()
         roles.device.close()
     assert differing(*made) == []
-    assert made[0].score_parts["function"].tolist() == made[0].rollout.response_lengths.tolist()
+    assert made[0].scores.parts["function"].tolist() == made[0].rollout.response_lengths.tolist()
 
 
 def test_the_cut_into_chunks_changes_no_value(model: Path, prompts: PromptBatch, recorded: Path) -> None:

@@ -25,8 +25,9 @@ def record(self: Evaluator, step: int, experience: Experience) -> None:
             weights[name] = {weight: tensor.clone() for weight, tensor in role.stream_weights()}
     if self.run_info.is_writer:
         tensors = {name: value for name, value in vars(experience).items() if isinstance(value, torch.Tensor)}
+        scores = {"scores": experience.scores.outcome}
         masks = {"mask": experience.response_mask, "responses": experience.rollout.response_mask}
-        torch.save({**tensors, **masks, **weights}, self.run_info.dir / f"recorded_{step}.pt")
+        torch.save({**tensors, **scores, **masks, **weights}, self.run_info.dir / f"recorded_{step}.pt")
 
 
 if __name__ == "__main__":

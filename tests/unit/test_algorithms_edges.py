@@ -84,7 +84,7 @@ def test_whitening_and_normalising_divide_by_the_standard_deviation() -> None:
 
 def test_scores_are_clipped_below_one_and_keep_the_dtype_of_the_kl() -> None:
     assert clip_scores(torch.tensor([0.7, -0.2]), 0.5).tolist() == pytest.approx([0.5, -0.2])
-    assert token_level_rewards(torch.ones(1, dtype=torch.float64), torch.zeros(1, 1), ONE, 0.1).dtype == torch.float32
+    assert token_level_rewards(torch.ones(1, dtype=torch.float64), None, torch.zeros(1, 1), ONE, 0.1).dtype == torch.float32
 
 
 def test_the_kl_controllers_edges() -> None:

@@ -19,8 +19,16 @@ MASK = torch.tensor([[False, True, True, False], [True, True, True, True], [Fals
 
 def test_token_level_rewards_by_hand() -> None:
     kl = torch.tensor([[9.0, 1.0, 2.0, 9.0], [1.0, -1.0, 0.0, 4.0], [5.0, 5.0, 5.0, 5.0]])
-    rewards = token_level_rewards(torch.tensor([10.0, -3.0, 7.0]), kl, MASK, kl_coef=0.5)
+    rewards = token_level_rewards(torch.tensor([10.0, -3.0, 7.0]), None, kl, MASK, kl_coef=0.5)
     assert rewards.tolist() == [[0.0, -0.5, 9.0, 0.0], [-0.5, 0.5, 0.0, -5.0], [0.0, 0.0, 0.0, 0.0]]
+
+
+def test_process_scores_by_hand() -> None:
+    """Two steps in each of the first rows, the last of which ends the response; what lies outside the mask counts nowhere."""
+    kl = torch.tensor([[9.0, 1.0, 2.0, 9.0], [1.0, -1.0, 0.0, 4.0], [5.0, 5.0, 5.0, 5.0]])
+    process = torch.tensor([[8.0, 4.0, -2.0, 8.0], [0.0, 0.25, 0.0, 1.0], [3.0, 3.0, float("nan"), 3.0]])
+    rewards = token_level_rewards(torch.tensor([10.0, -3.0, 7.0]), process, kl, MASK, kl_coef=0.5)
+    assert rewards.tolist() == [[0.0, 3.5, 7.0, 0.0], [-0.5, 0.75, 0.0, -4.0], [0.0, 0.0, 0.0, 0.0]]
 
 
 def test_ensemble_scores_by_hand() -> None:

@@ -31,9 +31,9 @@ from hetero_ppo.config.schema import (
     RolloutCorrectionKind,
     TruncatedResponses,
 )
-from hetero_ppo.experience.judges import FUNCTION_SCORES, Judges
+from hetero_ppo.experience.scorers import FUNCTION_SCORES, Scorers
 from hetero_ppo.experience.stages import ExperienceMaker
-from hetero_ppo.types import Experience, Rollout
+from hetero_ppo.types import Experience, Rollout, Scores
 
 #: Three responses of 2, 4 and 2 tokens; the second was cut at the length limit.
 MASK = torch.tensor([[0, 1, 1, 0], [1, 1, 1, 1], [0, 0, 1, 1]], dtype=torch.bool)
@@ -58,7 +58,7 @@ def rollout(engine_log_probs: Tensor = OLD) -> Rollout:
     )
 
 
-def make_maker(reward: RewardConfig | None = None, judges: Judges | None = None, **algorithm: Any) -> ExperienceMaker:
+def make_maker(reward: RewardConfig | None = None, scorers: Scorers | None = None, **algorithm: Any) -> ExperienceMaker:
     reward = reward or RewardConfig(clip=0.0)
     neutral: dict[str, Any] = {"gamma": 1.0, "lam": 1.0, "whiten_advantages": False, "kl": KlConfig(coef=0.0)}
     config = AlgorithmConfig(**{**neutral, **algorithm})
@@ -67,7 +67,7 @@ def make_maker(reward: RewardConfig | None = None, judges: Judges | None = None,
         actor=engine,
         critic=engine,
         reference=engine,
-        judges=judges or Judges([engine], None, reward),
+        scorers=scorers or Scorers([engine], None, reward),
         algorithm=config,
         reward_config=reward,
         temperature=1.0,
@@ -100,6 +100,17 @@ def test_token_rewards_are_the_score_less_the_kl_penalty(estimator: KlEstimator,
     assert experience.metrics["kl/reference"] == pytest.approx((1 + 3 - 2) / 3)  # k1, whatever the estimator
     assert experience.metrics["reward/with_kl_mean"] == pytest.approx(sum(map(sum, rewards)) / 3)
     assert experience.metrics["reward/mean"] == pytest.approx(5 / 3)
+
+
+def test_process_scores_are_rewards_at_the_ends_of_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the KL penalty and the outcome; those of a response that is left out count nowhere."""
+    maker = make_maker(kl=KlConfig(coef=0.5), truncated=TruncatedResponses.mask)
+    process = torch.tensor([[0.0, 3, -1, 0], [7, 7, 7, 7], [0, 0, 0.5, 0]])
+    monkeypatch.setattr(Scorers, "combine", lambda self, computed: Scores(computed["scores"], process))
+    experience = assemble(maker)
+    assert experience.token_level_rewards.tolist() == [[0, 2.5, 1, 0], [0, 0, 0, 0], [0, 0, 1.5, 4]]
+    assert experience.advantages.tolist() == [[0, 3.5, 1, 0], [0, 0, 0, 0], [0, 0, 5.5, 4]]
+    assert experience.metrics["reward/mean"] == pytest.approx(5 / 3)  # of outcomes
 
 
 def test_a_tokens_kl_is_clamped() -> None:
@@ -137,7 +148,7 @@ def last_rewards(experience: Experience) -> list[float]:
 def test_scores_are_clipped() -> None:
     experience = assemble(make_maker(RewardConfig(clip=1.5)))
     assert last_rewards(experience) == [1.5, -1, 1.5]
-    assert experience.scores.tolist() == [2, -1, 4] and experience.metrics["reward/max"] == 4  # these are raw
+    assert experience.scores.outcome.tolist() == [2, -1, 4] and experience.metrics["reward/max"] == 4  # these are raw
 
 
 def test_scores_are_normalised_by_the_moments_of_all_steps_and_then_clipped() -> None:
@@ -171,7 +182,7 @@ def test_truncated_responses(truncated: TruncatedResponses, rewards: list[float]
 def test_a_response_without_a_score_teaches_nothing() -> None:
     """The function failed for the first one: its tokens are in no loss, its score in no mean and no moment."""
     reward = RewardConfig(source=RewardSource.function, clip=0.0, normalise=True)
-    maker = make_maker(reward, Judges([], None, reward))
+    maker = make_maker(reward, Scorers([], None, reward))
     experience = assemble(maker, **{FUNCTION_SCORES: torch.tensor([math.nan, 1, 3])})
     assert experience.response_mask.any(dim=1).tolist() == [False, True, True]
     assert last_rewards(experience) == pytest.approx([0, -1, 1])
@@ -208,9 +219,9 @@ def test_old_log_probs_of_the_engine() -> None:
     assert [stage.name for stage in make_maker().stages()] == ["scores", "ref_log_probs", "old_log_probs", "values"]
 
 
-def judge(names: list[str], **reward: Any) -> Judges:
+def scorers_of(names: list[str], **reward: Any) -> Scorers:
     models: Any = [SimpleNamespace(role=name) for name in names]
-    return Judges(models, None, RewardConfig(**reward))
+    return Scorers(models, None, RewardConfig(**reward))
 
 
 @pytest.mark.parametrize(
@@ -219,9 +230,9 @@ def judge(names: list[str], **reward: Any) -> Judges:
 )
 def test_several_reward_models_give_one_score(ensemble: EnsembleScore, k: float, expected: float) -> None:
     """Scores 1 and 3: mean 2, standard deviation 1."""
-    judges = judge(["reward_models.0", "reward_models.1"], ensemble=ensemble, ensemble_k=k)
-    scores = judges.combine({"scores_0": torch.tensor([1.0]), "scores_1": torch.tensor([3.0])})
-    assert scores.total.tolist() == [expected]
+    scorers = scorers_of(["reward_models.0", "reward_models.1"], ensemble=ensemble, ensemble_k=k)
+    scores = scorers.combine({"scores_0": torch.tensor([1.0]), "scores_1": torch.tensor([3.0])})
+    assert scores.outcome.tolist() == [expected]
     assert {name: part.tolist() for name, part in scores.parts.items()} == {
         "model_0": [1.0],
         "model_1": [3.0],
@@ -230,9 +241,9 @@ def test_several_reward_models_give_one_score(ensemble: EnsembleScore, k: float,
 
 
 def test_model_and_function_are_mixed_with_their_weights() -> None:
-    judges = judge(["reward_model"], source=RewardSource.mix, model_weight=2.0, function_weight=-0.5)
-    scores = judges.combine({"scores": torch.tensor([1.0, 2.0]), FUNCTION_SCORES: torch.tensor([4.0, math.nan])})
-    assert scores.total[0] == 0.0 and scores.total[1].isnan()
+    scorers = scorers_of(["reward_model"], source=RewardSource.mix, model_weight=2.0, function_weight=-0.5)
+    scores = scorers.combine({"scores": torch.tensor([1.0, 2.0]), FUNCTION_SCORES: torch.tensor([4.0, math.nan])})
+    assert scores.outcome[0] == 0.0 and scores.outcome[1].isnan()
 
 
 @pytest.mark.parametrize("name", ["scores", "ref_log_probs", "old_log_probs", "values"])

@@ -15,7 +15,7 @@ from hetero_ppo.algorithms.kl import build_kl_controller
 from hetero_ppo.algorithms.rewards import RunningMoments
 from hetero_ppo.config.schema import AlgorithmConfig, RewardConfig, RewardErrors, RewardSource
 from hetero_ppo.errors import RunError
-from hetero_ppo.experience.judges import Judges
+from hetero_ppo.experience.scorers import Scorers
 from hetero_ppo.experience.stages import ExperienceMaker
 from hetero_ppo.reward.function import FunctionReward
 from hetero_ppo.trainers.ppo_evaluation import score_column
@@ -89,7 +89,7 @@ def maker_of(reward: FunctionReward | None, config: RewardConfig = FUNCTION_ALON
         actor=nothing,
         critic=nothing,
         reference=nothing,
-        judges=Judges(models, reward, config),
+        scorers=Scorers(models, reward, config),
         algorithm=(algorithm := AlgorithmConfig()),
         reward_config=config,
         temperature=1.0,
@@ -139,7 +139,7 @@ def test_a_mix_is_a_weighted_sum_and_lacks_what_the_function_lacks(tmp_path: Pat
     assert [stage.name for stage in maker.stages()][:2] == ["function_scores", "scores"]
     computed = {"scores": torch.tensor([4.0, 5.0, -6.0]), "function_scores": reward.score(rollout)}
     found = maker.assemble(rollout, computed | {"values": zeros, "ref_log_probs": zeros, "old_log_probs": zeros})
-    assert found.scores[0] == 0.0 and found.scores[1].isnan() and found.scores[2] == 3.0
+    assert found.scores.outcome[0] == 0.0 and found.scores.outcome[1].isnan() and found.scores.outcome[2] == 3.0
     assert found.token_level_rewards[:, -1].tolist() == [0.0, 0.0, 3.0] and not found.response_mask[1].any()
     expected = {
         "reward/mean": 1.5,
@@ -149,7 +149,7 @@ def test_a_mix_is_a_weighted_sum_and_lacks_what_the_function_lacks(tmp_path: Pat
         "reward/function/std": 2.0,
     }
     assert {name: found.metrics[name] for name in expected} == expected
-    assert score_column(found.score_parts["function"]) == [1.0, None, -3.0]
+    assert score_column(found.scores.parts["function"]) == [1.0, None, -3.0]
 
 
 def test_a_score_that_is_not_finite_is_never_a_models() -> None:

@@ -1,4 +1,4 @@
-"""What scores responses: a reward model or an ensemble of them, a Python function, or both."""
+"""The scorers of responses: a reward model or an ensemble of them, a Python function, or both."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hetero_ppo.engines.outputs import scores_output
 from hetero_ppo.reward.function import FunctionReward, PendingScores
 from hetero_ppo.reward.re_encoding import ReEncoder
 from hetero_ppo.step.phases import score_phases
-from hetero_ppo.types import Rollout
+from hetero_ppo.types import Rollout, Scores
 
 #: Stage of the reward function; those of the models are named by ``step.phases.score_phases``.
 FUNCTION_SCORES = "function_scores"
@@ -36,16 +36,8 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Scores:
-    """Of B responses."""
-
-    total: Tensor  # [B] float32, NaN where the reward function has none
-    parts: dict[str, Tensor]  # what it is made of, [B] float32 by name; {} where it is one score
-
-
-@dataclass(frozen=True)
-class Judges:
-    """A run's reward models and its reward function, and how their scores become one."""
+class Scorers:
+    """The reward models of a run and its reward function. They give one record of scores."""
 
     models: Sequence[ModelEngine]  # with score heads; empty: the function alone
     function: FunctionReward | None
@@ -53,7 +45,7 @@ class Judges:
     re_encoders: Mapping[str, ReEncoder] = field(default_factory=dict)  # by role, of models with a tokenizer of their own
 
     def stages(self) -> list[Stage]:
-        """The function first: it needs no role, and the first model comes in meanwhile."""
+        """Return the stages, the function's first: it needs no role, and the first model comes in meanwhile."""
         stages = []
         if self.function is not None:
             function = self.function
@@ -68,9 +60,13 @@ class Judges:
         return list(score_phases([engine.role for engine in self.models]))
 
     def combine(self, computed: Mapping[str, Tensor]) -> Scores:
-        """One score of what the stages gave, by their names, [B] float32 each."""
+        """Return the scores that follow from what the stages gave.
+
+        Args:
+            computed: Scores of every stage by its name, [B] float32.
+        """
         if not self.models:
-            return Scores(computed[FUNCTION_SCORES], {})
+            return Scores(computed[FUNCTION_SCORES])
         config, parts = self.config, {}
         model = computed[self._phases[0]]
         if len(self.models) > 1:
@@ -79,13 +75,13 @@ class Judges:
             parts["ensemble_std"] = members.std(dim=0, correction=0)
             model = ensemble_score(members, config.ensemble, config.ensemble_k)
         if config.source is not RewardSource.mix:
-            return Scores(model, parts)
+            return Scores(model, parts=parts)
         function = computed[FUNCTION_SCORES]
-        total = mix_scores([(config.model_weight, model), (config.function_weight, function)])
-        return Scores(total, {"model": model, "function": function, **parts})
+        outcome = mix_scores([(config.model_weight, model), (config.function_weight, function)])
+        return Scores(outcome, parts={"model": model, "function": function, **parts})
 
     def score(self, rollout: Rollout, phase: str) -> Scores:
-        """Of a whole rollout, every model in a turn of its own. Collective over the world."""
+        """Score a whole rollout, every model in a turn of its own. Collective over the world."""
         computed, stages = {}, self.stages()
         pending = {stage.name: stage.begin(rollout) for stage in stages if stage.begin is not None}
         for stage in stages:
