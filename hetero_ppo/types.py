@@ -104,17 +104,17 @@ class Scores:
 
 @dataclass(frozen=True)
 class Experience:
-    """A rollout with all that the two losses need. Per-token tensors are 0 outside response_mask."""
+    """A rollout with all that the losses need. Per-token tensors are 0 outside response_mask."""
 
     rollout: Rollout
     response_mask: Tensor  # [B, T] bool; rows that the losses leave out are False throughout
     old_log_probs: Tensor  # [B, T] float32
     ref_log_probs: Tensor  # [B, T] float32
-    values: Tensor  # [B, T] float32, of the state before token t + 1
+    values: Tensor | None  # [B, T] float32, of the state before token t + 1; None: the run has no critic
     scores: Scores  # raw: the reward model's, the function's, or their sum
     token_level_rewards: Tensor  # [B, T] float32, KL penalty, process scores, and the outcome's at the end
     advantages: Tensor  # [B, T] float32, whitened
-    returns: Tensor  # [B, T] float32
+    returns: Tensor | None  # [B, T] float32; None: the run has no critic
     tis_weights: Tensor | None = None  # [B, T] float32, truncated importance weights; None: no correction
     metrics: dict[str, float] = field(default_factory=dict)
 

@@ -2,15 +2,50 @@
 
 from __future__ import annotations
 
+from typing import Self
+
 import torch
 from torch import Tensor
+
+from hetero_ppo.algorithms.advantages import AdvantageEstimator, AdvantageInputs, Advantages
+from hetero_ppo.config.schema import AlgorithmConfig
+
+
+class Gae(AdvantageEstimator):
+    """Generalised advantage estimation, from the values of a critic."""
+
+    name = "gae"
+    needs_values = True
+
+    def __init__(self, gamma: float, lam: float) -> None:
+        """Take the constants.
+
+        Args:
+            gamma: Discount per token.
+            lam: Lambda of the estimator.
+        """
+        self.gamma = gamma
+        self.lam = lam
+
+    @classmethod
+    def for_run(cls, config: AlgorithmConfig) -> Self:
+        """Build the estimator with ``algorithm.gamma`` and ``algorithm.lam``."""
+        return cls(config.gamma, config.lam)
+
+    def estimate(self, inputs: AdvantageInputs) -> Advantages:
+        """Return advantages and the critic's TD(lambda) targets."""
+        assert inputs.values is not None, "algorithm.advantage=gae was checked to have a critic"
+        advantages, returns = generalized_advantages(
+            inputs.token_level_rewards, inputs.values, inputs.response_mask, self.gamma, self.lam
+        )
+        return Advantages(advantages, returns)
 
 
 @torch.no_grad()
 def generalized_advantages(
     token_level_rewards: Tensor, values: Tensor, response_mask: Tensor, gamma: float, lam: float
 ) -> tuple[Tensor, Tensor]:
-    """Advantages and returns of response tokens.
+    """Return advantages and returns of response tokens.
 
     Schulman et al. 2016, "High-Dimensional Continuous Control Using Generalized Advantage Estimation", equation 16:
     ``A_t = sum_l (gamma lam)^l delta_{t+l}`` with ``delta_t = r_t + gamma V_{t+1} - V_t``. V after the last response

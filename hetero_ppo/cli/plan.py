@@ -37,6 +37,7 @@ def register(subparsers: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> None:
     """Prints the plan; ValueError when the run does not fit."""
     # Megatron-Core takes seconds to import; `hetero-ppo --help` should not.
+    from hetero_ppo.algorithms.advantage_registry import check_advantage
     from hetero_ppo.config.checks import check_config
     from hetero_ppo.config.load import load_config
     from hetero_ppo.engines.layouts import check_models_fit_layouts
@@ -55,6 +56,7 @@ def run(args: argparse.Namespace) -> None:
     on_cuda = limits.device is not None
     loaded, decided = settle(loaded, on_cuda=on_cuda)
     check_config(loaded.config, args.world_size)
+    check_advantage(loaded.config)
     check_models_fit_layouts(loaded.config, on_cuda=on_cuda)
     plan = plan_memory(loaded.config, args.world_size, ranks_per_node=args.ranks_per_node, device_bytes=limits.device)
     print("\n".join([f"memory plan of {loaded.source}", *decided, "", render_plan(plan, limits)]), flush=True)

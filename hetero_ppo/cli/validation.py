@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from hetero_ppo.algorithms.advantage_registry import check_advantage
 from hetero_ppo.config.checks import check_config, check_paths
 from hetero_ppo.config.derived import (
     config_reward_models,
@@ -11,6 +12,7 @@ from hetero_ppo.config.derived import (
     data_parallel_size,
     derive_ppo,
     derive_supervised,
+    trained_roles,
 )
 from hetero_ppo.config.devices import dtype_of
 from hetero_ppo.config.load import AnyConfig, LoadedConfig, load_config
@@ -59,6 +61,7 @@ def print_validation(config_path: str, overrides: list[str], world_size: int, de
     loaded, decided = settle(loaded, on_cuda=on_cuda)
     config = loaded.config
     check_config(config, world_size)
+    check_advantage(config)
     check_paths(config)
     check_tokenizers(config)
     check_models_fit_layouts(config, on_cuda=on_cuda)
@@ -223,8 +226,9 @@ def _what_it_does(loaded: LoadedConfig) -> str:
         work = f"train a reward model from {config.reward.model.path} on the pairs"
     else:
         scorers = [role.model.path for role in config_reward_models(config).values()]
+        trained = " and ".join(trained_roles(config))
         scored_with = " and ".join([*scorers, *([config.reward.function] if config.reward.function is not None else [])])
-        work = f"answer the prompts with {config.actor.model.path}, score them with {scored_with}, and train actor and critic"
+        work = f"answer the prompts with {config.actor.model.path}, score them with {scored_with}, and train {trained}"
     resume = f" It resumes from {config.checkpoint.load}." if config.checkpoint.load is not None else ""
     export = f" The trained model goes to {config.run.dir}/hf." if config.checkpoint.export_hf else ""
     return f"The run would {work}, and write to {config.run.dir}.{export}{resume} Nothing was trained now."

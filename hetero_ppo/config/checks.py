@@ -226,6 +226,15 @@ def check_critic_warmup(config: PpoConfig, world_size: int) -> None:
     )
 
 
+def check_absent_critic(config: PpoConfig, world_size: int) -> None:
+    """Refuse options of a critic that the run does not have."""
+    if config.critic is not None:
+        return
+    for field, unset in (("critic_epochs", None), ("critic_minibatch_size", None), ("critic_warmup_steps", 0), ("value_clip", None)):
+        value = vars(config.algorithm)[field]
+        _require(value == unset, f"algorithm.{field}", value, "critic is null, so the run trains no values; leave it out, or give a critic")
+
+
 def check_adaptive_kl(config: PpoConfig, world_size: int) -> None:
     kl = config.algorithm.kl
     if kl.controller is KlController.adaptive:
@@ -380,6 +389,7 @@ PPO_CHECKS: tuple[Callable[[PpoConfig, int], None], ...] = (
     check_rollout_batch,
     check_mismatch,
     check_critic_warmup,
+    check_absent_critic,
     check_adaptive_kl,
     check_same_distribution,
     check_reward_source,

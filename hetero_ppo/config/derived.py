@@ -188,8 +188,9 @@ class PpoBatching:
             ("minibatches", self.minibatches_per_epoch["actor"], f"per PPO epoch, {self.epochs['actor']} PPO epochs per step"),
             *self._rows_of_other_passes(),
             ("PPO steps", self.total_steps, f"{passes:.2f} passes over the prompts"),
-            ("critic warm-up", self.critic_warmup_steps, "PPO steps that train the critic alone"),
         ]
+        if "critic" in self.roles:
+            rows.append(("critic warm-up", self.critic_warmup_steps, "PPO steps that train the critic alone"))
         return _aligned(rows + [row for role in self.roles.values() for row in _role_rows(role, "responses")])
 
     def _rows_of_other_passes(self) -> list[tuple[str, int, str]]:

@@ -95,6 +95,8 @@ def load_draft(path: str, overrides: list[str]) -> DraftConfig:
     for override in overrides:
         for field, value, hint in _override_leaves(override, schema_class):
             _assign(node, schema_class, field, value, hint, f"override {override!r}")
+            if section_class(hint) is not None:  # null: what the file says below it is gone
+                origins = {name: origin for name, origin in origins.items() if not name.startswith(f"{field}.")}
             origins[field] = f"override {override!r}"
     return DraftConfig(kind, node, path, origins)
 

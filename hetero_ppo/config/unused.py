@@ -84,6 +84,7 @@ PPO_OPTIONS = (
         _fields("data", "max_sequence_tokens"), _always, "data.max_prompt_tokens and rollout.sampling.max_tokens limit a sequence of PPO"
     ),
     UnusedOptions(("reward.golden_every",), lambda config: not config_reward_models(config), "there is no reward model"),
+    UnusedOptions(("algorithm.lam",), lambda config: config.critic is None, "critic is null, and lambda is of values"),
     UnusedOptions(("reward.on_error",), lambda config: config.reward.function is None, "there is no reward.function"),
     UnusedOptions(
         ("reward.timeout_s",),

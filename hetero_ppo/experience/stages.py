@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from hetero_ppo.algorithms.gae import generalized_advantages
+from hetero_ppo.algorithms.advantages import AdvantageEstimator, AdvantageInputs
 from hetero_ppo.algorithms.kl import AdaptiveKlController, FixedKlController, kl_estimate
 from hetero_ppo.algorithms.masking import whiten
 from hetero_ppo.algorithms.rewards import (
@@ -51,9 +51,10 @@ class ExperienceMaker:
     """The stages, and what follows them. The engines are the PPO trainer's; their weights are those of the rollout."""
 
     actor: ModelEngine
-    critic: ModelEngine
+    critic: ModelEngine | None  # None: the estimator needs no values
     reference: ModelEngine
     scorers: Scorers
+    estimator: AdvantageEstimator
     algorithm: AlgorithmConfig
     reward_config: RewardConfig
     temperature: float
@@ -61,7 +62,7 @@ class ExperienceMaker:
     score_moments: RunningMoments
 
     def stages(self) -> list[Stage]:
-        """What an experience is made of, in the order of ``step.phases``: the critic comes last, being trained next."""
+        """Return what an experience is made of, in the order of ``step.phases``: the critic comes last, being trained next."""
         stages = [
             *self.scorers.stages(),
             Stage("ref_log_probs", self.reference, partial(policy_log_probs, self.reference, temperature=self.temperature)),
@@ -69,10 +70,12 @@ class ExperienceMaker:
         if self.algorithm.old_log_probs is OldLogProbs.actor:
             compute = partial(policy_log_probs, self.actor, temperature=self.temperature)
             stages.append(Stage("old_log_probs", self.actor, compute))
-        return [*stages, Stage("values", self.critic, partial(state_values, self.critic))]
+        if self.critic is not None:
+            stages.append(Stage("values", self.critic, partial(state_values, self.critic)))
+        return stages
 
     def assemble(self, rollout: Rollout, computed: Mapping[str, Tensor]) -> Experience:
-        """Rewards, generalised advantages, whitening. Every rank holds all rows, so no collective is needed.
+        """Compute rewards and advantages, and whiten these. Every rank holds all rows, so no collective is needed.
 
         Args:
             rollout: B responses.
@@ -89,7 +92,7 @@ class ExperienceMaker:
                 raise FloatingPointError(f"make experience: {name} has values that are not finite; see the rollout dump")
         algorithm = self.algorithm
         scores = self.scorers.combine(computed)
-        values, ref_log_probs = computed["values"], computed["ref_log_probs"]
+        values, ref_log_probs = computed.get("values"), computed["ref_log_probs"]
         old_log_probs = computed.get("old_log_probs", rollout.rollout_log_probs)  # no such stage: the engine's own
         if bool(scores.outcome.isnan().all()):
             assert self.scorers.function is not None
@@ -106,7 +109,8 @@ class ExperienceMaker:
         kl = kl_estimate(old_log_probs, ref_log_probs, algorithm.kl.estimator, algorithm.kl.clamp)
         kl = kl.masked_fill(~rollout.response_mask, 0)
         rewards = token_level_rewards(shaped, scores.process, kl, mask, self.kl_controller.coef)
-        advantages, returns = generalized_advantages(rewards, values, mask, algorithm.gamma, algorithm.lam)
+        estimated = self.estimator.estimate(AdvantageInputs(rewards, mask, torch.tensor(rollout.prompt_index), values))
+        advantages = estimated.advantages
         if algorithm.whiten_advantages:
             moments = global_masked_moments(advantages, mask, None)
             advantages = whiten(advantages, mask, moments.mean, moments.var)
@@ -117,11 +121,11 @@ class ExperienceMaker:
             response_mask=mask,
             old_log_probs=old_log_probs,
             ref_log_probs=ref_log_probs,
-            values=values.masked_fill(~mask, 0),
+            values=None if values is None else values.masked_fill(~mask, 0),
             scores=scores,
             token_level_rewards=rewards,
             advantages=advantages,
-            returns=returns,
+            returns=estimated.returns,
             tis_weights=tis_weights,
             metrics=metrics | comparison | self.scorers.metrics(),
         )

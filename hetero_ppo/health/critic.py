@@ -20,9 +20,9 @@ class FirstValues(HealthCheck):
     moment = Moment.after_step
 
     @classmethod
-    def for_run(cls, config: PpoConfig) -> Self:
-        """Build the check."""
-        return cls()
+    def for_run(cls, config: PpoConfig) -> Self | None:
+        """Build the check; None without a critic."""
+        return None if config.critic is None else cls()
 
     def check(self, step: int, metrics: Mapping[str, float]) -> Finding | None:
         """Describe the values of step 1, and warn of values that are worse than none."""

@@ -2,7 +2,7 @@
 
 Memory plan, residency, trace and ledger read this list. Its order saves switches. The first reward model waits on the device while the
 generator works, in the critic's place. The critic's values come last of the forwards, so its training finds the parameters there. The
-actor's training comes last of all, so the weight synchronisation does too. With overlapped generation the forwards run once for every wave
+actor's training comes last of all, so the weight synchronisation does too. Without a critic its two phases are absent. With overlapped generation the forwards run once for every wave
 of chunks (``experience.pipeline``), the last time in this order.
 """
 
@@ -16,7 +16,7 @@ from hetero_ppo.config.derived import actor_generates, config_reward_models, ove
 from hetero_ppo.config.load import AnyConfig
 from hetero_ppo.config.schema import OldLogProbs, PpoConfig
 from hetero_ppo.step.kinds import FORWARD, TRAINING, Kind
-from hetero_ppo.step.roles import run_roles
+from hetero_ppo.step.roles import ACTOR, CRITIC, REFERENCE, run_roles
 
 
 #: How the names of a role's weights begin among what phases read and write.
@@ -67,6 +67,7 @@ def step_phases(config: AnyConfig) -> list[Phase]:
         return [training_phase(name, phase="train") for name, spec in run_roles(config).items() if spec.is_trained]
     return ppo_phases(
         reward_models=list(config_reward_models(config)),
+        has_critic=config.critic is not None,
         actor_scores_old=config.algorithm.old_log_probs is OldLogProbs.actor,
         overlap=overlaps_generation(config),
         actor_generates=actor_generates(config),
@@ -77,6 +78,7 @@ def ppo_phases(
     *,
     reward_models: Sequence[str],
     actor_scores_old: bool,
+    has_critic: bool = True,
     overlap: bool = False,
     actor_generates: bool = False,
 ) -> list[Phase]:
@@ -85,20 +87,21 @@ def ppo_phases(
     Args:
         reward_models: Roles that score; empty: a function alone does.
         actor_scores_old: Whether old log-probs come from a forward of the actor; otherwise they are the generator's.
+        has_critic: Whether a critic gives values and is trained.
         overlap: Whether forwards run while the generator works, for chunk after chunk; it is then awake in them.
         actor_generates: Whether the actor is the generator, whose turn is then the actor's.
     """
-    waiting = {"actor": FORWARD} if actor_generates else {name: FORWARD for name in reward_models[:1]}
+    waiting = {ACTOR: FORWARD} if actor_generates else {name: FORWARD for name in reward_models[:1]}
     phases = [Phase("rollout", None, waiting, writes=("rollout",), generator=GeneratorMemory.everything)]
     scoring = score_phases(reward_models)
     phases += [forward_phase(phase, name, overlap=overlap) for phase, name in scoring.items()]
-    phases.append(forward_phase("ref_log_probs", "reference", overlap=overlap))
-    phases += [forward_phase("old_log_probs", "actor", overlap=overlap)] if actor_scores_old else []
-    phases.append(forward_phase("values", "critic", overlap=overlap))
+    phases.append(forward_phase("ref_log_probs", REFERENCE, overlap=overlap))
+    phases += [forward_phase("old_log_probs", ACTOR, overlap=overlap)] if actor_scores_old else []
+    phases += [forward_phase("values", CRITIC, overlap=overlap)] if has_critic else []
     experience = [name for phase in phases for name in phase.writes]
-    phases += [training_phase("critic", experience), training_phase("actor", experience)]
-    sync_reads = (weights_of("actor"),)
-    phases.append(Phase("weight_sync", "actor", {"actor": FORWARD}, sync_reads, generator=GeneratorMemory.weights))
+    phases += [training_phase(name, experience) for name in ([CRITIC, ACTOR] if has_critic else [ACTOR])]
+    sync_reads = (weights_of(ACTOR),)
+    phases.append(Phase("weight_sync", ACTOR, {ACTOR: FORWARD}, sync_reads, generator=GeneratorMemory.weights))
     return phases
 
 

@@ -22,11 +22,14 @@ class RoleSection:
     colour: int  # index into the report's palette
 
 
+#: Names of the roles that a PPO run treats one by one.
+ACTOR, CRITIC, REFERENCE = "actor", "critic", "reference"
+
 #: Section of the configuration -> its role, or the roles of its list. The order is that of building them, and of the trace's lanes.
 ROLE_SECTIONS: Mapping[str, RoleSection] = {
-    "actor": RoleSection("lm", True, 0),
-    "critic": RoleSection("value", True, 1),
-    "reference": RoleSection("lm", False, 2),
+    ACTOR: RoleSection("lm", True, 0),
+    CRITIC: RoleSection("value", True, 1),
+    REFERENCE: RoleSection("lm", False, 2),
     "reward": RoleSection("score", True, 3),
     "reward_model": RoleSection("score", False, 3),
     "reward_models": RoleSection("score", False, 3),

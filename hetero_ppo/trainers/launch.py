@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from hetero_ppo.algorithms.advantage_registry import check_advantage
 from hetero_ppo.config.checks import check_config, check_paths
 from hetero_ppo.config.load import LoadedConfig, load_config
 from hetero_ppo.config.unused import unused_options
@@ -35,6 +36,7 @@ def main(config_path: str, overrides: list[str]) -> None:
     loaded, decided = settle(load_config(config_path, overrides), on_cuda=torch.cuda.is_available())
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     check_config(loaded.config, world_size)
+    check_advantage(loaded.config)
     check_paths(loaded.config)
     check_tokenizers(loaded.config)
     # Imported now: torch.distributed takes seconds.

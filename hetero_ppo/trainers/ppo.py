@@ -26,6 +26,7 @@ from hetero_ppo.observability.progress import progress
 from hetero_ppo.observability.timers import PhaseTimer
 from hetero_ppo.rollout.generator import Generator
 from hetero_ppo.runtime.unsaved import UnsavedWork
+from hetero_ppo.step.roles import ACTOR
 from hetero_ppo.trainers import ppo_bank, ppo_functions, ppo_generator, ppo_memory, ppo_nodes, ppo_setup
 from hetero_ppo.trainers.ppo_turns import GeneratorTurns
 from hetero_ppo.trainers.ppo_evaluation import Evaluator
@@ -36,7 +37,7 @@ from megatron_bridge import platform
 
 
 class PpoTrainer:
-    """Rollout, experience, critic and actor updates, weight sync; once per PPO step."""
+    """Rollout, experience, updates of critic and actor, weight sync; once per PPO step."""
 
     def __init__(self, config: PpoConfig, run: Run) -> None:
         """Load data, start the generator, build the roles.
@@ -144,11 +145,7 @@ class PpoTrainer:
                     with self.timer.phase("checkpoint"):
                         manager.finish(wait=False)
                 self.health.check(Moment.before_training, step + 1, experience.metrics)
-                with self.timer.phase("train_critic"):
-                    metrics = self.update_critic(experience, step)
-                if step >= config.algorithm.critic_warmup_steps:
-                    with self.timer.phase("train_actor"):
-                        metrics |= self.update_actor(experience, step)
+                metrics = self.update_roles(experience, step)
                 with self.timer.phase("weight_sync"):
                     metrics |= self.sync_weights(step + 1)
                 for golden in self.golden:
@@ -209,11 +206,23 @@ class PpoTrainer:
             self.data.waiting.keep(*pending.unused())
         return experience
 
-    def update_critic(self, experience: Experience, step: int) -> dict[str, float]:
+    def update_roles(self, experience: Experience, step: int) -> dict[str, float]:
+        """Train the critic, where there is one, and the actor, once the critic's warm-up is over."""
+        metrics: dict[str, float] = {}
+        critic = self.roles.critic
+        if critic is not None:
+            with self.timer.phase("train_critic"):
+                metrics |= self.update_critic(critic, experience, step)
+        if step >= self.config.algorithm.critic_warmup_steps:
+            with self.timer.phase("train_actor"):
+                metrics |= self.update_actor(experience, step)
+        return metrics
+
+    def update_critic(self, critic: TrainEngine, experience: Experience, step: int) -> dict[str, float]:
         """Fit the values to the returns."""
+        assert experience.values is not None and experience.returns is not None, "estimators that need values give returns"
         inputs = ValueInputs(experience.values, experience.returns, experience.response_mask)
-        loss_fn = critic_loss_fn(self.config.algorithm)
-        return self._update(self.roles.critic, experience, inputs, loss_fn, step)
+        return self._update(critic, experience, inputs, critic_loss_fn(self.config.algorithm), step)
 
     def update_actor(self, experience: Experience, step: int) -> dict[str, float]:
         """Improve the policy within the clip range."""
@@ -242,7 +251,7 @@ class PpoTrainer:
         rollout, name = experience.rollout, engine.role
         results: list[TrainStepResult] = []
         # Without the actor's training the weight sync comes next.
-        then = ["actor"] if step < self.config.algorithm.critic_warmup_steps else None
+        then = [ACTOR] if step < self.config.algorithm.critic_warmup_steps else None
         with engine.on_device(grads=True, optimizer=True, phase=f"train_{name}", then=then):
             for rows in self._minibatches(name, rollout.batch_size, step):
                 parts = engine.microbatches(rollout.token_ids, rollout.sequence_lengths, inputs, rows)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from hetero_ppo.algorithms.advantage_registry import build_estimator
 from hetero_ppo.algorithms.kl import build_kl_controller
 from hetero_ppo.algorithms.rewards import RunningMoments
 from hetero_ppo.config.derived import (
@@ -41,7 +42,7 @@ from hetero_ppo.rollout.generator import GenerationRequest
 from hetero_ppo.rollout.partial import PartialBuffer
 from hetero_ppo.rollout.sweep import find_running_batch
 from hetero_ppo.step.phases import step_phases
-from hetero_ppo.step.roles import RoleSpec, run_roles
+from hetero_ppo.step.roles import ACTOR, CRITIC, REFERENCE, RoleSpec, run_roles
 from hetero_ppo.trainers.ppo_turns import GeneratorTurns
 from hetero_ppo.trainers.run import Run
 from hetero_ppo.trainers.supervised import build_role, load_sampler
@@ -87,15 +88,18 @@ class Roles:
 
     @property
     def actor(self) -> TrainEngine:
-        return self.trained["actor"]
+        """The policy."""
+        return self.trained[ACTOR]
 
     @property
-    def critic(self) -> TrainEngine:
-        return self.trained["critic"]
+    def critic(self) -> TrainEngine | None:
+        """The value model; None where the estimator of advantages needs none."""
+        return self.trained.get(CRITIC)
 
     @property
     def reference(self) -> ModelEngine:
-        return self.engines["reference"]
+        """The frozen policy."""
+        return self.engines[REFERENCE]
 
     @property
     def reward_models(self) -> list[ModelEngine]:
@@ -209,6 +213,7 @@ def build_maker(
         critic=roles.critic,
         reference=roles.reference,
         scorers=Scorers(roles.reward_models, function, config.reward, re_encoders),
+        estimator=build_estimator(config.algorithm),
         algorithm=config.algorithm,
         reward_config=config.reward,
         temperature=config.rollout.sampling.temperature,

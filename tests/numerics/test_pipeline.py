@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from hetero_ppo.algorithms.advantage_registry import build_estimator
 from hetero_ppo.algorithms.kl import FixedKlController
 from hetero_ppo.algorithms.rewards import RunningMoments
 from hetero_ppo.config import derived
@@ -188,6 +189,7 @@ class Roles:
             critic=self.critic,
             reference=ModelEngine("reference", plain, "lm", device=self.device),
             scorers=Scorers([ModelEngine("reward_model", plain, "score", device=self.device)], None, RewardConfig()),
+            estimator=build_estimator(AlgorithmConfig()),
             algorithm=AlgorithmConfig(old_log_probs=old_log_probs),
             reward_config=RewardConfig(),
             temperature=1.0,

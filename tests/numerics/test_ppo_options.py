@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from chain import read_metrics
+from critic_free import registered
 from distributed.ppo_runs import PpoRuns, prepare
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
@@ -165,6 +166,36 @@ def test_a_resumed_run_takes_the_step_of_the_straight_one_to_the_bit(rank: OneRa
     assert list(resumed) == [2] and resumed[2] == straight[2]
     expected, found = (load_file(folder / "hf" / "model.safetensors") for folder in (rank.folder("aligned"), rank.runs.root / "resumed"))
     assert expected.keys() == found.keys() and all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_a_run_without_a_critic_trains_saves_and_resumes_to_the_bit(rank: OneRank) -> None:
+    """No phase, metric, lane or checkpoint folder of a critic is left; the policy moves all the same."""
+    fields = {**RUNS["aligned"], "algorithm.advantage": "group_mean", "critic": "null"}
+    del fields["critic.optimizer.lr_schedule"]
+    folder, resumed = rank.runs.root / "critic-free", rank.runs.root / "critic-free resumed"
+    with registered():
+        assert rank.launch(folder.name, fields) == 0
+        assert rank.launch(resumed.name, {**fields, "checkpoint.load": folder, "checkpoint.step": 1}) == 0
+    metrics = results(folder)
+    assert list(metrics) == [1, 2] and not [name for name in metrics[2] if "critic" in name or "vf_" in name]
+    assert metrics[2]["actor/grad_norm"] > 0 and abs(metrics[2]["kl/reference"]) > 1e-3
+    assert results(resumed) == {2: metrics[2]}
+    expected, found = (load_file(run / "hf" / "model.safetensors") for run in (folder, resumed))
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    (checkpoint,) = (folder / "checkpoints").glob("iter_0000002")
+    assert [path.name for path in checkpoint.iterdir() if "critic" in path.name] == []
+    lanes = {span.lane for path in (folder / "trace").glob("step_*.json") for span in read_trace(path).spans}
+    assert "actor" in lanes and "critic" not in lanes
+
+
+def test_a_resumed_run_keeps_its_critic(rank: OneRank, capfd: pytest.CaptureFixture[str]) -> None:
+    load = {"checkpoint.load": rank.folder("aligned"), "checkpoint.step": 1}
+    fields = {**RUNS["aligned"], **load, "algorithm.advantage": "group_mean", "critic": "null"}
+    del fields["critic.optimizer.lr_schedule"]
+    with registered():
+        assert rank.launch("refused", fields) == 2
+    error = capfd.readouterr().err
+    assert "critic" in error and "algorithm.advantage" in error
 
 
 def results(folder: Path) -> dict[int, dict[str, float]]:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from data_fixtures import chatml_tokenizer, write_jsonl, write_llama
+from critic_free import registered
 
 from hetero_ppo.cli import config as config_command
 from hetero_ppo.cli.main import build_parser, main
@@ -112,6 +113,21 @@ def test_validate_says_what_a_run_would_do(
     for text in [*expected, "memory (hetero-ppo plan says more)\n  device  ", "on the fullest node"]:
         assert text in printed
     assert sorted(work.rglob("*")) == before
+
+
+def test_validate_and_plan_take_a_run_without_a_critic(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Roles, batching, plan and summary leave it out; its section of the file is gone with ``critic=null``."""
+    options = ["--config", "ppo.yaml", "algorithm.advantage=group_mean", "critic=null", "critic.micro_batch_size=3", "critic=null"]
+    with registered():
+        assert main(["validate", *options]) == 0
+        printed = capsys.readouterr().out
+        assert "critic" not in printed and "score them with judge, and train actor, and write" in printed
+        assert main(["plan", *options]) == 0
+        printed = capsys.readouterr().out
+        assert "critic" not in printed and "values" not in printed and "train_actor" in printed
+        assert "set critic: null" in failure(capsys, "validate", "--config", "ppo.yaml", "algorithm.advantage=group_mean")
+        assert "set critic: null" in failure(capsys, "plan", "--config", "ppo.yaml", "algorithm.advantage=group_mean")
+    assert "algorithm.advantage=group_mean: no such estimator" in failure(capsys, "validate", *options)
 
 
 def test_validate_takes_a_run_with_the_size_of_a_gpu_for_one_on_gpus(work: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -70,6 +70,7 @@ def test_an_option_that_is_not_used_is_printed_where_it_was_set(
         ("rollout.mismatch.patience=3", "algorithm.old_log_probs=rollout"),
         ("rollout.verify_sync_tolerance=0.1", "rollout.verify_sync=false"),
         ("residency.overlap=false", "residency.offload=false"),
+        ("algorithm.lam=0.9", "critic=null"),
     ],
 )
 def test_an_option_may_be_unused_because_of_another(tmp_path: Path, override: str, condition: str) -> None:

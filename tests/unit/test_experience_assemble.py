@@ -6,16 +6,19 @@ lambda 1, values 0, no KL penalty, no clipping, no whitening. Then a token's adv
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from critic_free import GroupMean
 from torch import Tensor
 
 import megatron_bridge.platform  # noqa: F401  before megatron.core
 
+from hetero_ppo.algorithms.advantage_registry import build_estimator
 from hetero_ppo.algorithms.kl import build_kl_controller
 from hetero_ppo.algorithms.rewards import RunningMoments
 from hetero_ppo.config.schema import (
@@ -68,6 +71,7 @@ def make_maker(reward: RewardConfig | None = None, scorers: Scorers | None = Non
         critic=engine,
         reference=engine,
         scorers=scorers or Scorers([engine], None, reward),
+        estimator=build_estimator(config),
         algorithm=config,
         reward_config=reward,
         temperature=1.0,
@@ -217,6 +221,21 @@ def test_old_log_probs_of_the_engine() -> None:
     assert float(experience.token_level_rewards[0, 2]) == pytest.approx(2 + math.log(4))
     assert [stage.name for stage in maker.stages()] == ["scores", "ref_log_probs", "values"]  # the actor computes nothing
     assert [stage.name for stage in make_maker().stages()] == ["scores", "ref_log_probs", "old_log_probs", "values"]
+
+
+def test_without_a_critic_there_are_neither_values_nor_returns() -> None:
+    """The group of all three responses: scores 2, -1 and 4 less their mean 5/3, and whitened where that is asked for."""
+    maker = make_maker()
+    maker.critic, maker.estimator = None, GroupMean()
+    assert [stage.name for stage in maker.stages()] == ["scores", "ref_log_probs", "old_log_probs"]
+    given = {"scores": SCORES, "old_log_probs": OLD, "ref_log_probs": REFERENCE}
+    experience = maker.assemble(dataclasses.replace(rollout(), prompt_index=[7, 7, 7]), given)
+    assert experience.values is None and experience.returns is None
+    expected = (SCORES - 5 / 3)[:, None] * MASK
+    torch.testing.assert_close(experience.advantages, expected)
+    maker.algorithm.whiten_advantages = True
+    whitened = maker.assemble(dataclasses.replace(rollout(), prompt_index=[7, 7, 7]), given).advantages
+    assert float(whitened[MASK].mean()) == pytest.approx(0, abs=1e-6) and float(whitened[MASK].std(correction=0)) == pytest.approx(1, rel=1e-4)
 
 
 def scorers_of(names: list[str], **reward: Any) -> Scorers:

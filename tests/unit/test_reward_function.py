@@ -11,6 +11,7 @@ import pytest
 from one_rank import ONE_RANK
 import torch
 
+from hetero_ppo.algorithms.advantage_registry import build_estimator
 from hetero_ppo.algorithms.kl import build_kl_controller
 from hetero_ppo.algorithms.rewards import RunningMoments
 from hetero_ppo.config.schema import AlgorithmConfig, RewardConfig, RewardErrors, RewardSource
@@ -90,7 +91,8 @@ def maker_of(reward: FunctionReward | None, config: RewardConfig = FUNCTION_ALON
         critic=nothing,
         reference=nothing,
         scorers=Scorers(models, reward, config),
-        algorithm=(algorithm := AlgorithmConfig()),
+        estimator=build_estimator(algorithm := AlgorithmConfig()),
+        algorithm=algorithm,
         reward_config=config,
         temperature=1.0,
         kl_controller=build_kl_controller(algorithm.kl),

@@ -45,6 +45,14 @@ def test_an_ensemble_scores_in_phases_of_its_own_and_the_first_waits_during_the_
     assert ppo_phases(reward_models=[], actor_scores_old=True, actor_generates=True)[0].needs == {"actor": FORWARD}
 
 
+def test_without_a_critic_its_phases_are_absent() -> None:
+    phases = ppo_phases(reward_models=["reward_model"], actor_scores_old=True, has_critic=False)
+    check_order(phases)
+    names = ["rollout", "scores", "ref_log_probs", "old_log_probs", "train_actor", "weight_sync"]
+    assert [phase.name for phase in phases] == names
+    assert {name for phase in phases for name in phase.needs} == {"reward_model", "reference", "actor"}
+
+
 def test_a_phase_reads_what_an_earlier_one_wrote() -> None:
     phases = ppo_phases(reward_models=["reward_model"], actor_scores_old=True)
     check_order(phases)

@@ -71,6 +71,11 @@ class RolloutCorrectionConfig:
 class AlgorithmConfig:
     """PPO's objective and batches."""
 
+    advantage: str = option(
+        "gae",
+        "Estimator of advantages: gae (Schulman et al. 2016), which needs a critic",
+        resume=OnResume.objective,
+    )
     gamma: float = option(1.0, "Discount of later rewards", unit=PLAIN, minimum=0, maximum=1, resume=OnResume.objective)
     lam: float = option(
         0.95,

@@ -58,7 +58,9 @@ class PpoConfig:
     run: RunConfig = section(RunConfig, _RUN)
     data: DataConfig = section(DataConfig, _DATA)
     actor: TrainedRoleConfig = section(TrainedRoleConfig, "Policy that is trained")
-    critic: TrainedRoleConfig = section(TrainedRoleConfig, "Value model")
+    critic: TrainedRoleConfig | None = section(
+        TrainedRoleConfig, "Value model; null: none, with an algorithm.advantage that needs no values"
+    )
     reference: RoleConfig = section(RoleConfig, "Frozen policy that the KL penalty is measured from")
     reward_model: RewardRoleConfig | None = option(
         None, "Model that scores responses; null: none", resume=OnResume.section

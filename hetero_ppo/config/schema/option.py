@@ -120,7 +120,7 @@ def option(
 
 
 def section(section_class: type, text: str, *, resume: OnResume = OnResume.section) -> Any:
-    """Return the dataclass field of a section that is always there, with its defaults.
+    """Return the dataclass field of a section that is there with its defaults where the user gives nothing.
 
     Args:
         section_class: Dataclass of the section.
