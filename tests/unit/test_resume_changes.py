@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, get_type_hints
 
 import pytest
+from one_rank import ONE_RANK
 
 from hetero_ppo.checkpoint.manifest import COMPLETE, look_at_share, write_marker
 from hetero_ppo.config import schema
@@ -276,5 +277,5 @@ def test_a_checkpoint_notes_which_open_roles_were_aligned(tmp_path: Path) -> Non
     run_dir = save_checkpoint(configured(tmp_path, "ppo"), aligned={"reward_model": True})
     resume = read_resume(configured(tmp_path, "ppo", f"checkpoint.load={run_dir}"))
     assert resume is not None and resume.aligned == {"reward_model": True}
-    nothing = functools.partial(Run, tmp_path, True, 1, None, None, beginning(None), None)
+    nothing = functools.partial(Run, tmp_path, ONE_RANK, None, None, beginning(None), None)
     assert nothing(aligned={"reward_model": False}).about["aligned"] == {"reward_model": False}
