@@ -71,7 +71,7 @@ def measure(rows: int, judge_s: float, workers: int) -> dict[str, Any]:
 
 def _seconds(file: Path, name: str, calls: list[list[Any]], *, workers: int | None, batch: int | None = None) -> float:
     """Seconds of all calls."""
-    pool = FunctionPool(FunctionSpec(f"{file}:{name}", "benchmark", 60.0, workers, batch), print)
+    pool = FunctionPool(FunctionSpec(f"{file}:{name}", "benchmark", 60.0, workers, batch))
     pool.open()
     pool.loaded()
     try:
@@ -94,7 +94,7 @@ def _seconds(file: Path, name: str, calls: list[list[Any]], *, workers: int | No
 def _worker(file: Path) -> dict[str, float]:
     """Start and memory of one worker."""
     start = time.perf_counter()
-    pool = FunctionPool(FunctionSpec(f"{file}:empty", "benchmark", 60.0, 1), print)
+    pool = FunctionPool(FunctionSpec(f"{file}:empty", "benchmark", 60.0, 1))
     pool.open()
     pool.loaded()
     seconds = time.perf_counter() - start

@@ -13,6 +13,7 @@ if not USES_GPU:
 import fcntl
 import gc
 import json
+import logging
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -50,6 +51,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _variables_of_runs() -> dict[str, str]:
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     return {name: value for name, value in os.environ.items() if name in names or name.startswith("HETERO_PPO_")}
+
+
+@pytest.fixture
+def logged(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    """What the package logs, information included."""
+    caplog.set_level(logging.INFO, logger="hetero_ppo")
+    return caplog
 
 
 @pytest.fixture(autouse=True)

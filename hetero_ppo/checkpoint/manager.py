@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import re
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -40,6 +41,8 @@ from hetero_ppo.disk import free_text, size_text
 from hetero_ppo.engines.role_snapshot import RoleSnapshot
 from hetero_ppo.engines.train_engine import TrainEngine
 from hetero_ppo.errors import RunError
+
+log = logging.getLogger(__name__)
 
 LATEST = "latest_checkpointed_iteration.txt"
 #: Names the step whose weights ``<run.dir>/hf`` has; there as long as no newer checkpoint is.
@@ -248,7 +251,7 @@ class CheckpointManager:
 
     def _check_contents(self, folder: Path) -> None:
         if self.world.rank() == 0 and not has_own_checksum(folder):
-            print(f"checkpoint {folder}: an older version wrote it, without a checksum of its list of files ({COMPLETE})", flush=True)
+            log.info(f"checkpoint {folder}: an older version wrote it, without a checksum of its list of files ({COMPLETE})")
         fault = find_fault(folder, self.world.rank(), self.world.size())
         worst = torch.tensor([int(fault is not None)])
         dist.all_reduce(worst, op=dist.ReduceOp.MAX, group=self.world)

@@ -20,6 +20,7 @@ from hetero_ppo.cli.ranks import say_error
 from hetero_ppo.config.versions import check_versions
 from hetero_ppo.disk import describe, takes_no_more
 from hetero_ppo.errors import EXIT_STOPPED, RunError, StoppedOnRequest
+from hetero_ppo.observability.logs import console_logging
 
 SUBCOMMANDS = (config, validate, plan, train, export, report, reward_model, tokenizer, init_model)
 
@@ -45,7 +46,8 @@ def main(arguments: list[str] | None = None) -> int:
     gc.disable()  # until a run begins: the objects of imported modules stay, and are looked through again and again for garbage
     try:
         check_versions()
-        args.run(args)
+        with console_logging():
+            args.run(args)
     except (ValueError, FileNotFoundError) as error:
         if args.traceback:
             raise

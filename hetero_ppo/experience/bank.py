@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import threading
 import zlib
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from io import FileIO
 from pathlib import Path
@@ -21,6 +21,8 @@ from typing import Any
 
 from hetero_ppo.disk import writing
 from hetero_ppo.types import Response
+
+log = logging.getLogger(__name__)
 
 REMEDY = "choose another run.dir, or set rollout.bank=false"
 
@@ -36,12 +38,10 @@ class RolloutBank:
     Args:
         folder: Folder of the files; it is made when it is needed.
         resumes: Whether to keep what an earlier run left there; False removes it.
-        say: Function that prints a line for the user.
     """
 
-    def __init__(self, folder: Path, *, resumes: bool, say: Callable[[str], None] = print) -> None:
+    def __init__(self, folder: Path, *, resumes: bool) -> None:
         self.folder = folder
-        self._say = say
         self._file: FileIO | None = None
         self._lock = threading.Lock()
         if not resumes:
@@ -64,7 +64,7 @@ class RolloutBank:
         path = self._path(step)
         found = _read(path, key) if path.exists() else _Found([], [], None)
         if found.fault is not None:
-            self._say(f"bank of responses: {path}: {found.fault}; the generator is asked for them again")
+            log.warning(f"bank of responses: {path}: {found.fault}; the generator is asked for them again")
         with self._lock, writing(path, "bank of responses", remedy=REMEDY):
             self.folder.mkdir(parents=True, exist_ok=True)
             # Written again, so that a line that a kill has cut, or that is damaged, is there no more.

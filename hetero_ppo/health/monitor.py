@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hetero_ppo.health.check import Finding, HealthCheck, Moment, Severity, run_checks
+from hetero_ppo.observability.logs import ONCE
+
+log = logging.getLogger(__name__)
 
 #: Metric: warnings of all checks since the run began. It appears with the first one.
 WARNINGS = "health/warnings"
 
 
 class HealthMonitor:
-    """Holds the checks of a run. A rule's first warning is logged; later ones are counted.
+    """Holds the checks of a run. A rule's first warning is logged; later ones are counted, and logged for debugging alone.
 
     Every warning is in the record of its step all the same (``take_note``).
     """
 
-    def __init__(self, checks: Sequence[HealthCheck], log: Callable[[str], None]) -> None:
+    def __init__(self, checks: Sequence[HealthCheck]) -> None:
         """Take the checks.
 
         Args:
             checks: Checks of the run, each rule once.
-            log: Prints a line once for the run.
         """
         self._checks = checks
-        self._log = log
         self._warnings: Counter[str] = Counter()  # rule -> warnings since the run began
         self._logged: set[str] = set()  # rules whose warning this process has logged
         self._notes: list[str] = []  # warnings of the step
@@ -46,14 +48,14 @@ class HealthMonitor:
             self._report(finding)
 
     def _report(self, finding: Finding) -> None:
+        extra = {**ONCE, "data": {"rule": finding.rule, "step": finding.step, "values": dict(finding.values)}}
         if finding.severity is Severity.info:
-            self._log(finding.message)
+            log.info(finding.message, extra=extra)
             return
         self._warnings[finding.rule] += 1
         self._notes.append(finding.message)
-        if finding.rule not in self._logged:
-            self._logged.add(finding.rule)
-            self._log(f"warning: {finding.message}")
+        log.log(logging.DEBUG if finding.rule in self._logged else logging.WARNING, finding.message, extra=extra)
+        self._logged.add(finding.rule)
 
     def take_note(self) -> str | None:
         """Return the warnings of the step for its record, and forget them; None without any."""
@@ -70,7 +72,7 @@ class HealthMonitor:
         """Log how often each rule has warned, for rules of which only the first warning was logged."""
         for rule, count in self._warnings.items():
             if count > 1:
-                self._log(f"health: {rule} warned {count} times; the notes of metrics.jsonl have every one")
+                log.info(f"health: {rule} warned {count} times; the notes of metrics.jsonl have every one")
 
     def state_dict(self) -> dict[str, Any]:
         """Return the checks' states and the counts, for a checkpoint."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 import weakref
@@ -19,6 +20,8 @@ from hetero_ppo.distributed.text import broadcast_json
 from hetero_ppo.errors import RunError
 from hetero_ppo.reward.function_pool import Failure, FailureKind, FunctionPool, FunctionSpec, LoadedFunction, Ticket
 from hetero_ppo.types import Rollout
+
+log = logging.getLogger(__name__)
 
 #: Seconds between two reports of progress while a batch is scored.
 PROGRESS_S = 2.0
@@ -87,7 +90,7 @@ class FunctionReward:
     def open(self) -> None:
         """Start the first worker, on rank 0. Returns at once."""
         if self._pool is None and self._world.rank() == 0:
-            self._pool = FunctionPool(self.spec, _say)
+            self._pool = FunctionPool(self.spec)
             weakref.finalize(self, self._pool.close)
             self._pool.open()
 
@@ -221,7 +224,7 @@ class FunctionReward:
         self.last_failure = text
         if self.on_error is RewardErrors.exclude and kind not in self._reported:
             self._reported.add(kind)
-            _say(f"{text}. The response is left out; further ones are counted in {_metric(kind)}")
+            log.warning(f"{text}. The response is left out; further ones are counted in {_metric(kind)}")
 
     def collect(self) -> dict[str, float]:
         """Return the number of responses without a score since the last call, by kind; {} where a failure stops the run."""
@@ -233,10 +236,6 @@ class FunctionReward:
 
 def _metric(kind: FailureKind) -> str:
     return f"reward/function/num_{kind.value}"
-
-
-def _say(text: str) -> None:
-    print(text, flush=True)
 
 
 def check_concurrency(spec: FunctionSpec, loaded: LoadedFunction) -> None:
@@ -266,7 +265,7 @@ def try_function(spec: FunctionSpec) -> str:
         ValueError: It cannot be imported or called so.
     """
     start = time.monotonic()
-    pool = FunctionPool(spec, _say)
+    pool = FunctionPool(spec)
     pool.open()
     try:
         loaded = pool.loaded()

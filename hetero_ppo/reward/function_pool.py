@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import io
 import itertools
+import logging
 import os
 import signal
 import socket
@@ -22,7 +23,7 @@ import sys
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -30,6 +31,8 @@ from typing import Any
 
 from hetero_ppo.errors import RunError
 from hetero_ppo.reward import function_worker
+
+log = logging.getLogger(__name__)
 
 #: Seconds that the import of the function's module may take.
 START_LIMIT_S = 300.0
@@ -196,14 +199,12 @@ class _Worker:
 class FunctionPool:
     """Makes calls of one function in worker processes. ``open``, ``loaded`` and then any number of ``submit``; ``close`` ends it."""
 
-    def __init__(self, function: FunctionSpec, say: Callable[[str], None]) -> None:
+    def __init__(self, function: FunctionSpec) -> None:
         """
         Args:
             function: What is called, and how.
-            say: Prints a line for the user.
         """
         self.function = function
-        self._say = say
         self._loaded: LoadedFunction | None = None
         self._load_error: ValueError | None = None
         self._load_ended = threading.Event()
@@ -503,7 +504,7 @@ class FunctionPool:
             late = worker.overdue is not None
             call.fail(self._too_late(worker.overdue or "") if late else Failure(FailureKind.crash, f"its worker {how}"))
         else:
-            self._say(f"{self.function.field}: a worker {how} between two calls; another takes its place")
+            log.warning(f"{self.function.field}: a worker {how} between two calls; another takes its place")
         self._dispatch()
 
     def _give_up(self, text: str, traceback: str = "") -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import logging
 import random
 from collections.abc import Callable
 from typing import TypeVar
@@ -19,8 +20,11 @@ from hetero_ppo.distributed.text import broadcast_json
 from hetero_ppo.engines.model_engine import ModelEngine
 from hetero_ppo.engines.outputs import OutputFn, log_probs_output, scores_output, values_output
 from hetero_ppo.errors import RunError
+from hetero_ppo.observability.logs import ONCE
 from hetero_ppo.reward.layer_digests import layer_digests
 from megatron_bridge import platform
+
+log = logging.getLogger(__name__)
 
 C = TypeVar("C", bound=RoleConfig)
 E = TypeVar("E", bound=ModelEngine)
@@ -98,7 +102,7 @@ def _agreed(difference: str | None, world: dist.ProcessGroup) -> str | None:
     return str(broadcast_json(difference, int(first), world))
 
 
-def build_proved(config: C, build: Callable[[C], E], say: Callable[[str], None], consequence: str = "no golden scores") -> E:
+def build_proved(config: C, build: Callable[[C], E], consequence: str = "no golden scores") -> E:
     """Build a role, and on CUDA have it prove its bits before it is used. Collective over the world.
 
     Where ``aligned`` is null and the role cannot be aligned, or fails the proof, it is built as a plain one and a line says why.
@@ -106,7 +110,6 @@ def build_proved(config: C, build: Callable[[C], E], say: Callable[[str], None],
     Args:
         config: Model and layout.
         build: Makes the engine of a configuration.
-        say: Prints a line once for the run.
         consequence: What a plain role means, for that line.
 
     Raises:
@@ -115,21 +118,22 @@ def build_proved(config: C, build: Callable[[C], E], say: Callable[[str], None],
     engine = build(config)
     if config.aligned is None and engine.bridge.plain_because is not None:
         engine.plain_because = f"aligned is null, and it {engine.bridge.plain_because}"
-        say(f"{engine.role}: not aligned ({engine.role}.{engine.plain_because}): {consequence}")
+        log.info(f"{engine.role}: not aligned ({engine.role}.{engine.plain_because}): {consequence}")
     if not (engine.bridge.aligned and platform.HAS_CUDA):
         return engine
     if config.aligned is not None:
-        say(check_alignment(engine))
+        log.info(check_alignment(engine))
         return engine
     difference, num_compared = find_difference(engine)
     if difference is None:
-        say(f"{engine.role}: aligned: {num_compared} outputs of layers have the same bits alone and among others on this device")
+        log.info(f"{engine.role}: aligned: {num_compared} outputs of layers have the same bits alone and among others on this device")
         return engine
     role = engine.role
-    say(
-        f"WARNING: {role}: NOT ALIGNED. {role}.aligned is null, which is true where it holds, and the self-check found: {difference}. "
+    log.warning(
+        f"{role}: NOT ALIGNED. {role}.aligned is null, which is true where it holds, and the self-check found: {difference}. "
         f"The run goes on with the plain layers: {consequence}, and bits that depend on batch and layout. Set {role}.aligned to false for "
-        "no such line, or to true to be stopped by it"
+        "no such line, or to true to be stopped by it",
+        extra=ONCE,
     )
     engine.device.remove(role)
     del engine

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
+
+from hetero_ppo.observability.logs import ONCE
+
+log = logging.getLogger(__name__)
 
 #: A run of so many steps is called long before its first step has been measured.
 LONG_RUN_STEPS = 200
@@ -19,17 +24,16 @@ class UnsavedWork:
     """Warns once when a run whose ``checkpoint.every`` is 0 is long: at the start by its steps, later by their measured time."""
 
     def __init__(
-        self, every: int, total_steps: int, warn: Callable[[str], None], now: Callable[[], float] = time.monotonic
+        self, every: int, total_steps: int, now: Callable[[], float] = time.monotonic
     ) -> None:
         """Take the run's settings.
 
         Args:
             every: ``checkpoint.every``, in steps; 0: one checkpoint, at the end.
             total_steps: Step at which the run ends.
-            warn: Prints once for the run.
             now: Clock, in seconds.
         """
-        self._total_steps, self._warn, self._now = total_steps, warn, now
+        self._total_steps, self._now = total_steps, now
         self._is_done = every > 0
         self._first: tuple[int, float] | None = None  # (step, when it ended) of the first step seen
 
@@ -37,7 +41,7 @@ class UnsavedWork:
         """Look at the number of steps that are left when the run begins, or goes on, at ``step``."""
         left = self._total_steps - step
         if not self._is_done and left >= LONG_RUN_STEPS:
-            self._say(f"{left} steps", f"about {max(1, left // 20)}")
+            self._warn(f"{left} steps", f"about {max(1, left // 20)}")
 
     def step_done(self, step: int) -> None:
         """Look at the time that the steps take."""
@@ -53,13 +57,14 @@ class UnsavedWork:
         left = self._total_steps - step
         if left * step_s >= LONG_RUN_S:
             proposed = max(1, round(PROPOSED_S / step_s))
-            self._say(f"about {left * step_s / 3600:.1f} h ({left} steps of {step_s:.3g} s)", f"{proposed}, one in about 10 minutes,")
+            self._warn(f"about {left * step_s / 3600:.1f} h ({left} steps of {step_s:.3g} s)", f"{proposed}, one in about 10 minutes,")
         elif step - first_step >= 2 * MEASURED_STEPS:
             self._is_done = True  # it is short
 
-    def _say(self, length: str, proposed: str) -> None:
+    def _warn(self, length: str, proposed: str) -> None:
         self._is_done = True
-        self._warn(
-            f"warning: checkpoint.every is 0 and the run has {length} to go: its only checkpoint is that of its end, and a run that is killed "
-            f"or fails before loses everything. Set checkpoint.every ({proposed} would do); SIGTERM stops a run with a checkpoint"
+        log.warning(
+            f"checkpoint.every is 0 and the run has {length} to go: its only checkpoint is that of its end, and a run that is killed "
+            f"or fails before loses everything. Set checkpoint.every ({proposed} would do); SIGTERM stops a run with a checkpoint",
+            extra=ONCE,
         )

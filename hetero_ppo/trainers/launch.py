@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from hetero_ppo.runtime.heartbeat import Heartbeat
     from hetero_ppo.trainers.run import Run
     from hetero_ppo.trainers.stopping import StopRequests
+
+log = logging.getLogger(__name__)
 
 
 def main(config_path: str, overrides: list[str]) -> None:
@@ -86,7 +89,7 @@ def _train(loaded: LoadedConfig, decided: list[str], world_size: int, stop: Stop
     check_fits(loaded.config, world_size)
     with start_run(loaded, stop, heartbeat) as run:
         for line in [*decided, *unused_options(loaded)]:
-            run.say(line)
+            log.info(line)
         try:
             with run.watchdog:
                 _fit(loaded, run)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -35,6 +36,8 @@ from hetero_ppo.trainers.run_inputs import model_inputs, text_inputs
 from hetero_ppo.types import Experience, PolicyInputs, StepMetrics, ValueInputs
 from megatron_bridge import platform
 
+log = logging.getLogger(__name__)
+
 
 class PpoTrainer:
     """Rollout, experience, updates of critic and actor, weight sync; once per PPO step."""
@@ -48,10 +51,10 @@ class PpoTrainer:
         """
         self.config = config
         self.run = run
-        ppo_memory.say_plan(config, run)
+        ppo_memory.log_plan(config, run)
         self.data = ppo_setup.load_data(config, run)
         self.functions = ppo_functions.open_functions(config, run, self.data.encoder)
-        re_encoders = ppo_setup.build_re_encoders(config, run, self.data)
+        re_encoders = ppo_setup.build_re_encoders(config, self.data)
         self.functions.check(run)
         run.check_inputs(text_inputs(config, run.resume, self.data.encoder, self.data.train, re_encoders) + model_inputs(config, run.world))
         self.batching = ppo_setup.describe_batching(config, run, self.data)
@@ -71,14 +74,14 @@ class PpoTrainer:
         # An error here is raised at once, not when the generator is up: its guardian ends it with this process.
         self.device = ppo_setup.shared_device(config, self.trace)
         self.roles = ppo_setup.build_roles(config, run, self.batching, self.device)
-        self.golden = ppo_setup.build_golden_guards(config, run, self.roles)
+        self.golden = ppo_setup.build_golden_guards(config, self.roles)
         self.maker = ppo_setup.build_maker(config, self.roles, self.functions.reward, re_encoders)
         self.generator: Generator = (
             ppo_generator.generator_of_actor(config, self.data.encoder, self.roles.actor)
             if starting is None
             else starting.wait()
         )
-        self.health = HealthMonitor(build_checks(config), run.say)
+        self.health = HealthMonitor(build_checks(config))
         self.turns = GeneratorTurns(self.generator, self.device, run.world)
         self.bank = ppo_bank.open_bank(config, run, self.generator, resumes=self.run.continues_its_folder)
         self.chunk_size = self.batching.chunk_size
@@ -135,7 +138,7 @@ class PpoTrainer:
                 first_step=self.start + 1,
             ) as logger,
         ):
-            unsaved = UnsavedWork(config.checkpoint.every, self.total_steps, self.run.say)
+            unsaved = UnsavedWork(config.checkpoint.every, self.total_steps)
             unsaved.start(self.start)
             self.timer.collect()
             for step in progress(range(self.start, self.total_steps), description="PPO"):
@@ -160,7 +163,7 @@ class PpoTrainer:
                 metrics |= self.health.metrics
                 logger.log(StepMetrics(step + 1, metrics, self.timer.collect(), self.health.take_note()))
                 if step == self.start:
-                    ppo_memory.say_ledger(config, self.run, self.device)
+                    ppo_memory.log_ledger(config, self.run, self.device)
                 self.evaluator.dump_rollout(step + 1, experience)
                 unsaved.step_done(step + 1)
                 due = config.checkpoint.every and (step + 1) % config.checkpoint.every == 0
@@ -314,4 +317,4 @@ class PpoTrainer:
         state = manager.load(Path(self.config.checkpoint.load), self.roles.trained, names)
         ppo_setup.load_trainer_state(state, self.data, self.maker, self.health, self.run)
         self.chunk_size = int(state["chunk_size"])
-        self.run.say(f"resumed PPO from {self.config.checkpoint.load} at step {self.start}")
+        log.info(f"resumed PPO from {self.config.checkpoint.load} at step {self.start}")

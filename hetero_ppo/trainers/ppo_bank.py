@@ -24,7 +24,7 @@ def open_bank(config: PpoConfig, run: Run, generator: Generator, *, resumes: boo
     """
     if not (generator.is_here and generator.capabilities.can_resume and config.rollout.bank and config.checkpoint.every):
         return None
-    return RolloutBank(run.dir / FOLDER, resumes=resumes, say=run.say)
+    return RolloutBank(run.dir / FOLDER, resumes=resumes)
 
 
 def begin_step(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,8 @@ from hetero_ppo.trainers.ppo_turns import GeneratorTurns
 from hetero_ppo.trainers.ppo_setup import PpoData
 from hetero_ppo.trainers.run import Run
 from hetero_ppo.types import Experience
+
+log = logging.getLogger(__name__)
 
 #: Answers that an evaluation file shows.
 NUM_SAMPLES = 8
@@ -113,7 +116,7 @@ class Evaluator:
         if evaluation is None:
             return
         shown = ", ".join(f"{key} {value:.4g}" for key, value in self.metrics(evaluation).items())
-        self.run_info.say(f"{name} PPO, {evaluation.num_prompts} held-out prompts: {shown}")
+        log.info(f"{name} PPO, {evaluation.num_prompts} held-out prompts: {shown}")
         if self.run_info.is_writer:
             path = self.run_info.dir / f"eval_{name}.json"
             with writing(path, "evaluation"):

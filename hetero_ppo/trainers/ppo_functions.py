@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 from hetero_ppo.config.schema import PpoConfig
 from hetero_ppo.data.chat_template import TextEncoder
 from hetero_ppo.reward.function import FunctionReward
 from hetero_ppo.trainers.run import Run
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -25,8 +28,8 @@ class PpoFunctions:
         """
         for function in self._all:
             function.check()
-            if run.is_writer:
-                run.say(function.describe())
+            if run.is_writer:  # the workers are on its rank
+                log.info(function.describe())
 
     def close(self) -> None:
         """End the worker processes."""

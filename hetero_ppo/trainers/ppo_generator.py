@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,6 +21,8 @@ from hetero_ppo.rollout.vllm import VllmGenerator
 from hetero_ppo.trainers import ppo_nodes
 from hetero_ppo.trainers.run import Run
 from megatron_bridge import platform
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -71,7 +74,7 @@ def begin_generator(
     if not run.is_writer:
         return StartingGenerator(NullGenerator(capabilities)).begin()
     transfer = weight_transfer(config.rollout, one_node=cluster is None)
-    run.say(f"weights get into the rollout servers by {transfer.value} (rollout.weight_transfer)")
+    log.info(f"weights get into the rollout servers by {transfer.value} (rollout.weight_transfer)")
     generator = VllmGenerator(
         replace(config.rollout, num_servers=num_servers(config.rollout, run.world_size), weight_transfer=transfer),
         model_path=config.actor.model.path,

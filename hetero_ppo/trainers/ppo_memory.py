@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import torch.distributed as dist
 
 from hetero_ppo.config.schema import PpoConfig
@@ -17,8 +18,10 @@ from hetero_ppo.observability.jsonl import write_whole
 from hetero_ppo.observability.records import LEDGER_FILE
 from hetero_ppo.trainers.run import Run
 
+log = logging.getLogger(__name__)
 
-def say_plan(config: PpoConfig, run: Run) -> None:
+
+def log_plan(config: PpoConfig, run: Run) -> None:
     """Print the peak of the plan.
 
     Raises:
@@ -26,13 +29,13 @@ def say_plan(config: PpoConfig, run: Run) -> None:
     """
     plan = check_fits(config, run.world_size)
     turns = "roles take turns" if config.residency.offload else "all roles stay"
-    run.say(
+    log.info(
         f"memory plan ({turns}): at most {plan.peak.total / GIB:.2f} GiB on a device, in phase {plan.peak.phase}, "
         f"{plan.host.total / GIB:.2f} GiB of host memory on a node; hetero-ppo plan shows all of it"
     )
 
 
-def say_ledger(config: PpoConfig, run: Run, device: SharedDevice) -> None:
+def log_ledger(config: PpoConfig, run: Run, device: SharedDevice) -> None:
     """Print the plan of this rank beside what its storages held in each phase, and write it to the run folder.
 
     The writer's rank stands for all: ranks of one role hold the same but for the ends of a pipeline.
@@ -41,10 +44,10 @@ def say_ledger(config: PpoConfig, run: Run, device: SharedDevice) -> None:
         return
     plan = plan_memory(config, run.world_size, rank=dist.get_rank(), device_bytes=find_limits(config).device)
     compared = compare(plan, device.ledger.phases)
-    run.say("memory on the device, plan and ledger of rank 0:\n" + compared.render())
+    log.info("memory on the device, plan and ledger of rank 0:\n" + compared.render())
     reserved = device.ledger.reserved_phases
     if reserved:
-        run.say("memory that torch has reserved on rank 0, activations, workspaces and slack included:\n" + compare_reserved(plan, reserved))
+        log.info("memory that torch has reserved on rank 0, activations, workspaces and slack included:\n" + compare_reserved(plan, reserved))
     phases = {
         phase: {role: {kind.value: size for kind, size in kinds.items()} for role, kinds in roles.items()}
         for phase, roles in device.ledger.phases.items()

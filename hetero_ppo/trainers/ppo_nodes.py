@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 from hetero_ppo.config.derived import actor_generates, max_model_len, servers_of_nodes
@@ -13,6 +14,8 @@ from hetero_ppo.rollout.servers.server import server_spec, sleeps
 from hetero_ppo.trainers.run import Run
 from megatron_bridge import platform
 
+log = logging.getLogger(__name__)
+
 
 def meet(config: PpoConfig, run: Run) -> Cluster | None:
     """The nodes, acquainted; None where all servers are on rank 0's, or there are none. Collective over the world."""
@@ -20,7 +23,7 @@ def meet(config: PpoConfig, run: Run) -> Cluster | None:
     if actor_generates(config) or config.train.replay_rollouts is not None or not any(counts[1:]):
         return None
     cluster = meet_nodes(counts, config.rollout.interface, os.environ["MASTER_ADDR"], config.rollout.sync_timeout_s, run.world)
-    run.say(f"rollout servers on {sum(map(bool, counts))} nodes, {counts}; node 0 is reached at {cluster.address}")
+    log.info(f"rollout servers on {sum(map(bool, counts))} nodes, {counts}; node 0 is reached at {cluster.address}")
     return cluster
 
 

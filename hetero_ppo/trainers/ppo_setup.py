@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -47,6 +48,8 @@ from hetero_ppo.trainers.ppo_turns import GeneratorTurns
 from hetero_ppo.trainers.run import Run
 from hetero_ppo.trainers.supervised import build_role, load_sampler
 from hetero_ppo.types import PromptBatch
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -114,14 +117,14 @@ def load_data(config: PpoConfig, run: Run) -> PpoData:
         ValueError: bad data.
     """
     encoder = load_text_encoder(config.actor.model, config.data, "actor", run.beginning.begun)
-    run.say(encoder.describe_ends())
+    log.info(encoder.describe_ends())
     run.keep_template(encoder)
     train = load_prompts(config.data.train, config.data, encoder, node_files(run.world))
-    run.say(train.report.describe())
+    log.info(train.report.describe())
     held_out = eval_prompts = None
     if config.data.eval is not None:
         held_out = load_prompts(config.data.eval, config.data, encoder, node_files(run.world))
-        run.say(held_out.report.describe())
+        log.info(held_out.report.describe())
         eval_prompts = collate_prompts(held_out.examples)
     sampler = ResumableSampler(
         len(train),
@@ -138,7 +141,7 @@ def load_data(config: PpoConfig, run: Run) -> PpoData:
 def describe_batching(config: PpoConfig, run: Run, data: PpoData) -> PpoBatching:
     """Derive the batch arithmetic and print it."""
     batching = derive_ppo(config, run.world_size, len(data.train))
-    run.say(batching.describe())
+    log.info(batching.describe())
     return batching
 
 
@@ -182,25 +185,25 @@ def build_roles(config: PpoConfig, run: Run, batching: PpoBatching, device: Shar
     return Roles(engines)
 
 
-def build_golden_guards(config: PpoConfig, run: Run, roles: Roles) -> list[GoldenGuard]:
-    """Of the reward models whose scores can be compared; which cannot is said."""
+def build_golden_guards(config: PpoConfig, roles: Roles) -> list[GoldenGuard]:
+    """Build a guard for every reward model that has golden scores; log why the others have none."""
     guards = []
     for engine in roles.reward_models:
         guard, note = golden_guard(engine, config.reward.golden_every)
-        run.say(note)
+        log.info(note)
         guards += [] if guard is None else [guard]
     return guards
 
 
-def build_re_encoders(config: PpoConfig, run: Run, data: PpoData) -> dict[str, ReEncoder]:
-    """Of the reward models that read texts anew, by role, which is said.
+def build_re_encoders(config: PpoConfig, data: PpoData) -> dict[str, ReEncoder]:
+    """Build the re-encoders of reward models that have a tokenizer of their own, by role, and log what they do.
 
     Raises:
         ValueError: a template does not take the prompts.
     """
     found = load_re_encoders(config, data.encoder, [data.train, *([] if data.held_out is None else [data.held_out])])
     for re_encoder in found.values():
-        run.say(re_encoder.describe())
+        log.info(re_encoder.describe())
     return found
 
 
@@ -233,7 +236,7 @@ def chunk_size(config: PpoConfig, run: Run, data: PpoData, batching: PpoBatching
             prompts = collate_prompts(data.train.examples[:largest])
             sampling, budget_s = config.rollout.sampling, config.pipeline.sweep_s
             result = find_running_batch(generator, prompts, sampling, largest=largest, budget_s=budget_s)
-            run.say(result.table())
+            log.info(result.table())
             found[0] = min(result.batch, batching.responses_per_step)
     if run.world_size > 1:
         dist.broadcast(found, 0, group=run.world)

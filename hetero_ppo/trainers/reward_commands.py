@@ -61,15 +61,10 @@ def reward_engine(args: argparse.Namespace, *, has_to_be_aligned: bool = False) 
 
 
 def _build(config: RoleConfig, checkpoint: Path) -> ModelEngine:
-    engine = build_proved(config, lambda role: ModelEngine("reward_model", role, "score"), _say, "scores whose bits are no record")
+    engine = build_proved(config, lambda role: ModelEngine("reward_model", role, "score"), "scores whose bits are no record")
     if engine.load_report.initialised:
         raise ValueError(f"--checkpoint {checkpoint}: the model has no score head; give the export of a reward-model run")
     return engine
-
-
-def _say(line: str) -> None:
-    if dist.get_rank() == 0:
-        print(line)
 
 
 def _dtype(given: str | None, checkpoint: Path) -> Dtype | None:

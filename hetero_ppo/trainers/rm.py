@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import torch
 from torch import Tensor
 
@@ -24,23 +25,25 @@ from hetero_ppo.trainers.run import Run
 from hetero_ppo.trainers.run_inputs import model_inputs, text_inputs
 from hetero_ppo.trainers.supervised import SupervisedTrainer, build_role, make_sampler
 
+log = logging.getLogger(__name__)
+
 
 class RewardModelTrainer(SupervisedTrainer):
     """Trains the reward model to score the chosen answer above the rejected one."""
 
     def __init__(self, config: RmConfig, run: Run) -> None:
         encoder = load_text_encoder(config.reward.model, config.data, "reward", run.beginning.begun)
-        run.say(encoder.describe_ends())
+        log.info(encoder.describe_ends())
         run.keep_template(encoder)
         self.data = load_preferences(config.data.train, config.data, encoder, node_files(run.world))
-        run.say(self.data.report.describe())
+        log.info(self.data.report.describe())
         self.held_out: Dataset[PreferenceExample] | None = None
         if config.data.eval is not None:
             self.held_out = load_preferences(config.data.eval, config.data, encoder, node_files(run.world))
-            run.say(self.held_out.report.describe())
+            log.info(self.held_out.report.describe())
         run.check_inputs(text_inputs(config, run.resume, encoder, self.data, {}) + model_inputs(config, run.world))
         batching = derive_supervised(config, run.world_size, len(self.data))
-        run.say(batching.describe())
+        log.info(batching.describe())
         engine = build_role(run, "reward", config.reward, lambda role: TrainEngine("reward", role, "score", batching.total_steps))
         sampler = make_sampler(self.data, config.train.global_batch_size, config.run, config.data)
         super().__init__(run, config.run, config.train, config.checkpoint, batching, sampler, engine, encoder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import random
 from collections.abc import Iterator, Sequence
@@ -25,6 +26,7 @@ from hetero_ppo.data.export_files import TEMPLATE_FILE
 from hetero_ppo.distributed.groups import finish, initialise
 from hetero_ppo.distributed.text import broadcast_json
 from hetero_ppo.errors import StoppedOnRequest
+from hetero_ppo.observability.logs import ONCE, console_logging
 from hetero_ppo.observability.watchdog import Watchdog
 from hetero_ppo.runtime.heartbeat import Heartbeat
 from hetero_ppo.runtime.inputs import Input, check_inputs, differing
@@ -37,6 +39,8 @@ from megatron_bridge.platform.compiler import check_compiler
 from megatron_bridge.platform.idle_gpus import check_gpus_are_used
 from megatron_bridge.platform.determinism import set_deterministic
 from megatron_bridge.model.layers import HAS_TRANSFORMER_ENGINE
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,7 @@ class Run:
             ValueError: It has another content, which ``checkpoint.allow_changes`` does not name.
         """
         for line in check_inputs(self.resume, inputs):
-            self.say(line)
+            log.info(line)
         self.inputs.update({one.name: one.digest for one in inputs})
         self.changed_inputs.update(one.name for one in differing(self.resume, inputs))
 
@@ -93,11 +97,6 @@ class Run:
     def has_changed(self, name: str) -> bool:
         """Whether a field has another value than in the checkpoint that the run goes on from."""
         return self.resume is not None and self.resume.has_changed(name)
-
-    def say(self, text: str) -> None:
-        """Print once for the run."""
-        if self.is_writer:
-            print(text, flush=True)
 
     def keep_template(self, encoder: TextEncoder) -> None:
         """Write the chat template of the run into its folder, where `hetero-ppo export` finds it."""
@@ -120,11 +119,11 @@ class Run:
         """
         if self.is_writer and self.continues_its_folder:
             for line in forget_later_steps(self.dir, step, replayed=None if replayed is None else Path(replayed)):
-                self.say(line)
+                log.info(line)
 
     def exported(self, what: str, step: int) -> None:
-        """Say and note that the weights of the last step are in ``<run.dir>/hf``."""
-        self.say(f"exported {what}to {self.dir / 'hf'}")
+        """Log and note that the weights of the last step are in ``<run.dir>/hf``."""
+        log.info(f"exported {what}to {self.dir / 'hf'}")
         if self.is_writer:
             mark_exported(self.dir, step)
 
@@ -151,13 +150,14 @@ def start_run(loaded: LoadedConfig, stop: StopRequests, heartbeat: Heartbeat | N
             from, or it is of another objective; or the run would leave the machine's GPUs idle.
     """
     config: RunConfig = loaded.config.run
-    if platform.HAS_CUDA:
-        check_compiler()
-    else:
-        check_gpus_are_used()
-    kept = set_deterministic(os.environ) if platform.HAS_CUDA and config.deterministic else {}
-    world = initialise(config.timeout_minutes)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(console_logging(config.log_level, config.log_format))
+        if platform.HAS_CUDA:
+            check_compiler()
+        else:
+            check_gpus_are_used()
+        kept = set_deterministic(os.environ) if platform.HAS_CUDA and config.deterministic else {}
+        world = initialise(config.timeout_minutes)
         stack.callback(end_run)
         threads = _set_threads(config)
         random.seed(config.seed)
@@ -175,18 +175,18 @@ def start_run(loaded: LoadedConfig, stop: StopRequests, heartbeat: Heartbeat | N
         said, begun = _claim_folder(loaded, resume, stack, world)
         run = Run(Path(config.dir), world, stop, watchdog, begun, resume)
         spec = "Transformer Engine (in bf16; in fp32 the local)" if HAS_TRANSFORMER_ENGINE else "local"
-        run.say(
+        log.info(
             f"{loaded.kind} run in {run.dir}: {run.world_size} rank(s) on {platform.device().type}, "
             f"{threads} CPU thread(s) each, Megatron-Core with the {spec} layer spec"
         )
         for name, value in kept.items():
-            run.say(f"warning: {name}={value} is set outside of the run: two runs may differ in bits (run.deterministic)")
+            log.warning(f"{name}={value} is set outside of the run: two runs may differ in bits (run.deterministic)", extra=ONCE)
         if platform.HAS_CUDA and not config.deterministic:
-            run.say("run.deterministic=false: two runs may differ in bits, and so may a resumed one")
+            log.info("run.deterministic=false: two runs may differ in bits, and so may a resumed one")
         if config.heartbeat_timeout_s is not None and (heartbeat is None or not heartbeat.is_judged):
-            run.say("run.heartbeat_timeout_s: nobody looks at heartbeats; scripts/train_*.sh and hetero_ppo.cli.launcher do")
+            log.info("run.heartbeat_timeout_s: nobody looks at heartbeats; scripts/train_*.sh and hetero_ppo.cli.launcher do")
         for line in [*said, *([] if resume is None else [resume.describe()])]:
-            run.say(line)
+            log.info(line)
         dist.barrier(world)
         yield run
 

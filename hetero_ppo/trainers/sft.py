@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import torch
 from torch.nn.functional import pad
 
@@ -22,23 +23,25 @@ from hetero_ppo.trainers.run_inputs import model_inputs, text_inputs
 from hetero_ppo.trainers.supervised import SupervisedTrainer, build_role, make_sampler
 from hetero_ppo.types import AnswerInputs
 
+log = logging.getLogger(__name__)
+
 
 class SftTrainer(SupervisedTrainer):
     """Trains the actor on prompts and their answers."""
 
     def __init__(self, config: SftConfig, run: Run) -> None:
         encoder = load_text_encoder(config.actor.model, config.data, "actor", run.beginning.begun)
-        run.say(encoder.describe_ends())
+        log.info(encoder.describe_ends())
         run.keep_template(encoder)
         self.data = load_sft(config.data.train, config.data, encoder, node_files(run.world))
-        run.say(self.data.report.describe())
+        log.info(self.data.report.describe())
         self.held_out: Dataset[SftExample] | None = None
         if config.data.eval is not None:
             self.held_out = load_sft(config.data.eval, config.data, encoder, node_files(run.world))
-            run.say(self.held_out.report.describe())
+            log.info(self.held_out.report.describe())
         run.check_inputs(text_inputs(config, run.resume, encoder, self.data, {}) + model_inputs(config, run.world))
         batching = derive_supervised(config, run.world_size, len(self.data))
-        run.say(batching.describe())
+        log.info(batching.describe())
         engine = build_role(run, "actor", config.actor, lambda role: TrainEngine("actor", role, "lm", batching.total_steps))
         sampler = make_sampler(self.data, config.train.global_batch_size, config.run, config.data)
         super().__init__(run, config.run, config.train, config.checkpoint, batching, sampler, engine, encoder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from hetero_ppo.data.sampler import ResumableSampler
 from hetero_ppo.engines.model_engine import ModelEngine, head_init
 from hetero_ppo.engines.loss_terms import TrainStepResult, step_metrics
 from hetero_ppo.engines.train_engine import TrainEngine
+from hetero_ppo.observability.logs import ONCE
 from hetero_ppo.observability.metrics import MetricsLogger
 from hetero_ppo.observability.progress import progress
 from hetero_ppo.observability.timers import PhaseTimer
@@ -26,6 +28,8 @@ from hetero_ppo.runtime.unsaved import UnsavedWork
 from hetero_ppo.trainers.run import Run, first_step
 from hetero_ppo.types import StepMetrics
 from megatron_bridge import platform
+
+log = logging.getLogger(__name__)
 
 E = TypeVar("E", bound=Example)
 C = TypeVar("C", bound=RoleConfig)
@@ -89,7 +93,7 @@ class SupervisedTrainer(ABC):
         start = first_step(self.checkpoint, self.run.dir, self.total_steps)
         self._resume(manager)
         timer = PhaseTimer(platform.synchronize, watchdog=self.run.watchdog)
-        unsaved = UnsavedWork(self.checkpoint.every, self.total_steps, self.run.say)
+        unsaved = UnsavedWork(self.checkpoint.every, self.total_steps)
         unsaved.start(start)
         self.run.forget_later_steps(start)
         with (
@@ -135,7 +139,7 @@ class SupervisedTrainer(ABC):
             return
         state: dict[str, Any] = manager.load(Path(self.checkpoint.load), {self.engine.role: self.engine}, {"sampler"})
         load_sampler(self.sampler, state["sampler"], self.run)
-        self.run.say(f"resumed {self.engine.role} from {self.checkpoint.load} at step {state['step']}")
+        log.info(f"resumed {self.engine.role} from {self.checkpoint.load} at step {state['step']}")
 
     def _train_metrics(self, result: TrainStepResult) -> dict[str, float]:
         return {
@@ -187,31 +191,32 @@ def build_role(run: Run, name: str, config: C, build: Callable[[C], RoleEngine])
         RunError: the role was asked to be aligned, and its bits depend on the batch.
     """
     if config.aligned is not None:
-        engine = build_proved(config, build, run.say)
-        describe_loaded(run, engine)
+        engine = build_proved(config, build)
+        describe_loaded(engine)
         return engine
     before = None if run.resume is None else run.resume.aligned.get(name)
-    engine = build_proved(config if before is not False else dataclasses.replace(config, aligned=False), build, run.say)
-    describe_loaded(run, engine)
+    engine = build_proved(config if before is not False else dataclasses.replace(config, aligned=False), build)
+    describe_loaded(engine)
     run.aligned[name] = engine.bridge.aligned
     if before is False:
         engine.plain_because = "aligned is null, and it was plain in the run that the checkpoint is of"
-        run.say(f"{name}: plain, as in the run of {run.resume.folder} ({name}.aligned is null): no golden scores; set it to true to be aligned")
+        log.info(f"{name}: plain, as in the run of {run.resume.folder} ({name}.aligned is null): no golden scores; set it to true to be aligned")
     elif before and not engine.bridge.aligned:
-        run.say(
-            f"WARNING: {name} was aligned in the run of {run.resume.folder} and is not any more ({name}.{engine.plain_because}): the bits of "
-            "its outputs are other ones from here on"
+        log.warning(
+            f"{name} was aligned in the run of {run.resume.folder} and is not any more ({name}.{engine.plain_because}): the bits of "
+            "its outputs are other ones from here on",
+            extra=ONCE,
         )
     elif before is None and run.resume is not None and engine.bridge.aligned and platform.HAS_CUDA:
-        run.say(f"{name}: aligned from here on; {run.resume.folder} does not say whether it was")
+        log.info(f"{name}: aligned from here on; {run.resume.folder} does not say whether it was")
     return engine
 
 
-def describe_loaded(run: Run, engine: ModelEngine) -> None:
+def describe_loaded(engine: ModelEngine) -> None:
     """Name every tensor that was initialised rather than loaded."""
     report = engine.load_report
     model = engine.config.model
-    run.say(f"{engine.role}: {report.loaded} tensors loaded from {model.path}")
+    log.info(f"{engine.role}: {report.loaded} tensors loaded from {model.path}")
     for name in report.initialised:
         start = "at zero" if head_init(model, engine.head) is HeadInit.zero else f"at random, seed {model.init_seed}"
-        run.say(f"{engine.role}: {name} was INITIALISED ({start}): the checkpoint has none")
+        log.info(f"{engine.role}: {name} was INITIALISED ({start}): the checkpoint has none")

@@ -78,7 +78,8 @@ def test_a_checkpoint_says_what_made_it(runs: Path) -> None:
     state = json.loads((folder / "trainer.json").read_text())
     assert {"step", "world_size", "code_version", "metrics", "prompts", "kl_controller", "score_moments", "chunk_size"} <= set(state)
     assert state["run_id"] and state["begun"] and set(state["inputs"]) >= {"data.train", "reference.model.path (weights)"}
-    assert state["health"] == {"checks": {"mismatch": {"steps_beyond": 0}, "first_values": {}}, "warnings": {}} and len(state["template_sha256"]) in (4, 64)
+    assert state["health"]["checks"] == {"first_values": {}}  # recorded rollouts have no bounds
+    assert len(state["template_sha256"]) in (4, 64)
     assert (folder / "config.yaml").read_text() == (runs / "straight" / "config.yaml").read_text()
     assert [path.name for path in (folder / "rng").iterdir()] == ["rank_00000.json"]
     names = sorted(path.name for path in folder.parent.iterdir())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 import math
 import re
 import shutil
@@ -140,9 +141,8 @@ def faulty_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _run(aligned: dict[str, bool] | None = None) -> SimpleNamespace:
     """A run as ``build_role`` sees it; with the notes of a checkpoint that it goes on from."""
-    said: list[str] = []
     resume = None if aligned is None else SimpleNamespace(aligned=aligned, folder=Path("checkpoint"))
-    return SimpleNamespace(say=said.append, said=said, aligned={}, resume=resume)
+    return SimpleNamespace(aligned={}, resume=resume)
 
 
 def _build(run: SimpleNamespace, folder: Path, aligned: bool | None, device: SharedDevice | None = None) -> ModelEngine:
@@ -150,16 +150,17 @@ def _build(run: SimpleNamespace, folder: Path, aligned: bool | None, device: Sha
     return build_role(run, "reward", config, lambda role: TrainEngine("reward", role, "score", 1, device))
 
 
-def test_by_default_a_role_is_aligned_where_it_proves_it(world: None, models: Path, on_cuda: None) -> None:
+def test_by_default_a_role_is_aligned_where_it_proves_it(world: None, models: Path, on_cuda: None, logged: pytest.LogCaptureFixture) -> None:
     for aligned, noted in ((None, {"reward": True}), (True, {})):
         run = _run()
+        logged.clear()
         engine = _build(run, models / "qwen3-score", aligned)
         assert engine.bridge.aligned and engine.plain_because is None and run.aligned == noted
-        assert any("have the same bits alone and among others" in line for line in run.said)
+        assert any("have the same bits alone and among others" in line for line in logged.messages)
 
 
 def test_by_default_a_role_that_fails_the_self_check_is_plain(
-    world: None, models: Path, on_cuda: None, faulty_kernel: None, tmp_path: Path
+    world: None, models: Path, on_cuda: None, faulty_kernel: None, tmp_path: Path, logged: pytest.LogCaptureFixture
 ) -> None:
     """One loud line; what was built first leaves nothing on the device; there are no golden scores, and none are checked."""
     ids, lengths = pad_right([tokens.tolist() for tokens in sequences()])
@@ -167,8 +168,8 @@ def test_by_default_a_role_that_fails_the_self_check_is_plain(
     with contextlib.closing(SharedDevice(ResidencyConfig(offload=True))) as device:
         run = _run()
         engine = _build(run, models / "qwen3-score", None, device)
-        (line,) = [line for line in run.said if "WARNING" in line]
-        assert re.match(r"WARNING: reward: NOT ALIGNED\. .* the first layer whose output differs is the layer 0\. .*no golden scores", line)
+        (line,) = [record.message for record in logged.records if record.levelno == logging.WARNING]
+        assert re.match(r"reward: NOT ALIGNED\. .* the first layer whose output differs is the layer 0\. .*no golden scores", line)
         assert not engine.bridge.aligned and run.aligned == {"reward": False} and engine.config.aligned is False
         device.settle()
         assert device.roles == {"reward": engine.residency} and device.limit == engine.residency.num_bytes(FORWARD)
@@ -183,23 +184,30 @@ def test_by_default_a_role_that_fails_the_self_check_is_plain(
 
 
 def test_a_run_that_goes_on_computes_its_roles_as_before(
-    world: None, models: Path, on_cuda: None, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+    world: None,
+    models: Path,
+    on_cuda: None,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+    logged: pytest.LogCaptureFixture,
 ) -> None:
     was_plain = _run({"reward": False})
     with monkeypatch.context() as patch:
         patch.setattr(self_check, "find_difference", lambda engine: pytest.fail("a plain role proves nothing"))
         engine = _build(was_plain, models / "qwen3-score", None)
     assert not engine.bridge.aligned and was_plain.aligned == {"reward": False}
-    assert any(line.startswith("reward: plain, as in the run of checkpoint") for line in was_plain.said)
+    assert any(line.startswith("reward: plain, as in the run of checkpoint") for line in logged.messages)
     assert "it was plain in the run that the checkpoint is of" in golden_guard(engine, 1)[1]
     for noted, line in (({"reward": True}, None), ({}, "reward: aligned from here on; checkpoint does not say whether it was")):
         run = _run(noted)
+        logged.clear()
         assert _build(run, models / "qwen3-score", None).bridge.aligned
-        assert [said for said in run.said if "checkpoint" in said] == ([] if line is None else [line])
+        assert [text for text in logged.messages if "checkpoint" in text] == ([] if line is None else [line])
     request.getfixturevalue("faulty_kernel")
     was_aligned = _run({"reward": True})
     assert not _build(was_aligned, models / "qwen3-score", None).bridge.aligned
-    assert any(line.startswith("WARNING: reward was aligned in the run of checkpoint and is not any more") for line in was_aligned.said)
+    warnings = [record.message for record in logged.records if record.levelno == logging.WARNING]
+    assert any(line.startswith("reward was aligned in the run of checkpoint and is not any more") for line in warnings)
 
 
 def test_the_commands_fall_back_too_but_for_verify(
@@ -211,7 +219,7 @@ def test_the_commands_fall_back_too_but_for_verify(
     data.write_text(json.dumps({"token_ids": [5, 6]}) + "\n")
     options = ["--checkpoint", str(folder), "--dtype", "bf16"]
     assert main(["score", *options, "--data", str(data), "--out", str(tmp_path / "out.jsonl")]) == 0
-    assert "WARNING: reward_model: NOT ALIGNED" in capsys.readouterr().out
+    assert "warning: reward_model: NOT ALIGNED" in capsys.readouterr().out
     pair = {"pair": 0, "chosen_ids": [5], "rejected_ids": [6], "chosen_score": "0x0p+0", "rejected_score": "0x0p+0", "layers": []}
     (folder / GOLDEN_FILE).write_text("\n".join(map(json.dumps, [{"record": {"dtype": "bf16"}}, pair])))
     assert main(["verify", "rm", *options]) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable
 from datetime import timedelta
@@ -73,6 +74,24 @@ def test_a_run_starts_with_its_options(deterministic: bool, tmp_path: Path, monk
     assert given == {"threads": 3, "minutes": 7, "timeout_s": 120, "deterministic": deterministic}
     torch.manual_seed(5)
     assert drawn == (random.Random(5).random(), numpy.random.RandomState(5).rand(), torch.rand(1))
+
+
+def test_a_run_logs_with_its_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(run, "initialise", lambda minutes: dist.group.WORLD)
+    monkeypatch.setattr(run, "end_run", lambda: None)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    path = tmp_path / "sft.yaml"
+    path.write_text("kind: sft\ndata: {train: a.jsonl}\nactor: {model: {path: m}}\n")
+    printed: dict[str, str] = {}
+    for level, form in (("info", "text"), ("warning", "text"), ("info", "json")):
+        overrides = ["run.threads=1", f"run.dir={tmp_path / form / level}", f"run.log_level={level}", f"run.log_format={form}"]
+        with run.start_run(load_config(str(path), overrides), StopRequests(1.0)):
+            pass
+        printed[f"{level} {form}"] = capsys.readouterr().out
+    assert printed["info text"].startswith("sft run in ") and printed["warning text"] == ""
+    first = json.loads(printed["info json"].splitlines()[0])
+    assert (first["level"], first["rank"], first["logger"]) == ("info", 0, "hetero_ppo.trainers.run")
+    assert first["message"].startswith("sft run in ")
 
 
 def test_the_deadline_of_a_run_is_that_of_every_group() -> None:

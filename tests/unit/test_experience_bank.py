@@ -7,6 +7,8 @@ import re
 from dataclasses import asdict
 from pathlib import Path
 
+import pytest
+
 from hetero_ppo.experience.bank import RolloutBank, bank_key
 from hetero_ppo.types import Response
 
@@ -33,10 +35,10 @@ def flip(path: Path, position: int) -> None:
     path.write_bytes(data)
 
 
-def test_damaged_lines_are_dropped_and_counted_and_the_rest_is_used(tmp_path: Path) -> None:
+def test_damaged_lines_are_dropped_and_counted_and_the_rest_is_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A bit in a token, in a log-prob, in a checksum, in a line's end, in the key: each costs its line, and nothing wrong is used."""
-    said: list[str] = []
-    bank = RolloutBank(tmp_path, resumes=False, say=said.append)
+    said = caplog.records
+    bank = RolloutBank(tmp_path, resumes=False)
     bank.begin(3, "key")
     for place in range(6):
         bank.add(place, ONE)
@@ -53,22 +55,22 @@ def test_damaged_lines_are_dropped_and_counted_and_the_rest_is_used(tmp_path: Pa
         flip(path, position)
         expected = [(place, ONE) for place in range(6) if place not in lost]
         assert bank.begin(3, "key") == expected
-        assert re.search(r"step_000003.jsonl: 1 of \d responses are damaged and dropped", said.pop())
+        assert re.search(r"step_000003.jsonl: 1 of \d responses are damaged and dropped", said.pop().message)
         bank.add(min(lost), RESUMED)  # the generator has answered again
         assert bank.begin(3, "key") == [*expected, (min(lost), RESUMED)] and not said
     path.write_bytes(intact)
     flip(path, 2)
     assert bank.begin(3, "key") == []
-    assert "its first line, which says whose responses they are, is damaged: its 6 responses are dropped" in said.pop()
+    assert "its first line, which says whose responses they are, is damaged: its 6 responses are dropped" in said.pop().message
 
 
-def test_lines_of_an_older_version_have_no_checksum_and_are_not_used(tmp_path: Path) -> None:
-    said: list[str] = []
+def test_lines_of_an_older_version_have_no_checksum_and_are_not_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    said = caplog.records
     lines = [{"key": "key"}, {"place": 0, "response": asdict(ONE)}]
     (tmp_path / "step_000003.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    bank = RolloutBank(tmp_path, resumes=True, say=said.append)
+    bank = RolloutBank(tmp_path, resumes=True)
     assert bank.begin(3, "key") == []
-    assert "an older version wrote it, without checksums: its 1 responses are dropped" in said.pop()
+    assert "an older version wrote it, without checksums: its 1 responses are dropped" in said.pop().message
     bank.add(0, ONE)
     assert bank.begin(3, "key") == [(0, ONE)] and not said
 

@@ -54,9 +54,8 @@ class OtherThreshold(Threshold):
     rule = "other_threshold"
 
 
-def monitor_of(*checks: HealthCheck) -> tuple[HealthMonitor, list[str]]:
-    lines: list[str] = []
-    return HealthMonitor(checks, lines.append), lines
+def lines_of(logged: pytest.LogCaptureFixture) -> list[tuple[str, str]]:
+    return [(record.levelname, record.message) for record in logged.records]
 
 
 def test_first_values_that_are_worse_than_none_are_warned_of() -> None:
@@ -82,36 +81,39 @@ def test_a_stop_raises_with_the_messages_of_all_that_ask_for_it() -> None:
 
 
 def test_a_check_runs_at_its_moment_alone() -> None:
-    monitor, _ = monitor_of(Threshold())
+    monitor = HealthMonitor([Threshold()])
     monitor.check(Moment.before_training, 1, {})
     with pytest.raises(RunError, match="x is 3"):
         monitor.check(Moment.after_step, 1, {"x": 3.0})
 
 
-def test_the_first_warning_of_a_rule_is_logged_and_every_one_is_counted_and_noted() -> None:
-    monitor, lines = monitor_of(Threshold(), OtherThreshold())
+def test_the_first_warning_of_a_rule_is_logged_and_every_one_is_counted_and_noted(logged: pytest.LogCaptureFixture) -> None:
+    monitor = HealthMonitor([Threshold(), OtherThreshold()])
     assert monitor.metrics == {} and monitor.take_note() is None
     monitor.check(Moment.after_step, 1, {"x": 1.5})
-    assert lines == ["warning: x is 1.5", "warning: x is 1.5"]  # of two rules
+    assert lines_of(logged) == [("WARNING", "x is 1.5"), ("WARNING", "x is 1.5")]  # of two rules
+    assert [vars(record)["data"]["rule"] for record in logged.records] == ["threshold", "other_threshold"]
     assert monitor.take_note() == "x is 1.5; x is 1.5" and monitor.take_note() is None
     monitor.check(Moment.after_step, 2, {"x": 1.25})
-    assert len(lines) == 2 and monitor.take_note() == "x is 1.25; x is 1.25"
+    assert len(logged.records) == 2 and monitor.take_note() == "x is 1.25; x is 1.25"
     assert monitor.metrics == {WARNINGS: 4.0}
     monitor.log_counts()
-    assert lines[2:] == [
-        f"health: {rule} warned 2 times; the notes of metrics.jsonl have every one" for rule in ("threshold", "other_threshold")
+    assert lines_of(logged)[2:] == [
+        ("INFO", f"health: {rule} warned 2 times; the notes of metrics.jsonl have every one") for rule in ("threshold", "other_threshold")
     ]
 
 
-def test_information_is_logged_and_not_counted() -> None:
-    monitor, lines = monitor_of(FirstValues())
+def test_information_is_logged_and_not_counted(logged: pytest.LogCaptureFixture) -> None:
+    monitor = HealthMonitor([FirstValues()])
     monitor.check(Moment.after_step, 1, {EXPLAINED_VARIANCE: 0.5})
-    assert len(lines) == 1 and not lines[0].startswith("warning") and monitor.metrics == {} and monitor.take_note() is None
+    assert [level for level, _ in lines_of(logged)] == ["INFO"] and monitor.metrics == {} and monitor.take_note() is None
 
 
-def test_states_and_counts_go_through_a_checkpoint_and_a_new_rule_starts_from_the_beginning() -> None:
+def test_states_and_counts_go_through_a_checkpoint_and_a_new_rule_starts_from_the_beginning(
+    logged: pytest.LogCaptureFixture,
+) -> None:
     guard, threshold = MismatchGuard([MEAN], patience=3), Threshold()
-    monitor, _ = monitor_of(guard, threshold)
+    monitor = HealthMonitor([guard, threshold])
     metrics = {MEAN.metric: 0.2, "x": 1.5}
     monitor.check(Moment.before_training, 1, metrics)
     monitor.check(Moment.after_step, 1, metrics)
@@ -121,12 +123,13 @@ def test_states_and_counts_go_through_a_checkpoint_and_a_new_rule_starts_from_th
         "warnings": {"mismatch": 1, "threshold": 1},
     }
     guard, threshold, new = MismatchGuard([MEAN], patience=3), Threshold(), OtherThreshold()
-    resumed, lines = monitor_of(guard, threshold, new, FirstValues())
+    resumed = HealthMonitor([guard, threshold, new, FirstValues()])
     resumed.load_state_dict(state)
     assert (guard.steps_beyond, threshold.num_steps, new.num_steps) == (1, 1, 0)
     assert resumed.metrics == {WARNINGS: 2.0}
+    logged.clear()
     resumed.check(Moment.before_training, 2, metrics)
-    assert lines == ["warning: engine against trainer: rollout/log_prob_diff_mean 0.2 exceeds rollout.mismatch.max_log_prob_diff_mean (0.1); step 2 in a row of 3"]
+    assert logged.messages == ["engine against trainer: rollout/log_prob_diff_mean 0.2 exceeds rollout.mismatch.max_log_prob_diff_mean (0.1); step 2 in a row of 3"]
 
 
 def test_rules_have_names_of_their_own() -> None:

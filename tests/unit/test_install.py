@@ -16,6 +16,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 import hetero_ppo.trainers.run as run_module
+from hetero_ppo.config.schema import RunConfig
 from hetero_ppo.config.versions import OLDEST
 from megatron_bridge import platform
 from megatron_bridge.platform.idle_gpus import check_gpus_are_used
@@ -295,6 +296,6 @@ def test_training_asks_before_it_joins_the_world(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(platform, "HAS_CUDA", False)
     monkeypatch.setattr(run_module, "check_gpus_are_used", refuse)
-    loaded = types.SimpleNamespace(config=types.SimpleNamespace(run=None))
+    loaded = types.SimpleNamespace(config=types.SimpleNamespace(run=RunConfig(dir="r")))
     with pytest.raises(ValueError, match="idle"), run_module.start_run(loaded, None):  # type: ignore[arg-type]
         pass

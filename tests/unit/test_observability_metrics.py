@@ -12,6 +12,7 @@ import pytest
 
 from hetero_ppo.config.schema import RunConfig
 from hetero_ppo.observability import metrics
+from hetero_ppo.observability.logs import console_logging
 from hetero_ppo.observability.metrics import MetricsLogger
 from hetero_ppo.observability.progress import PlainProgress, progress
 from hetero_ppo.observability.sinks.base import MetricsSink, SinkSettings
@@ -30,7 +31,7 @@ def read_lines(path: Path) -> list[dict]:
 
 def test_jsonl_has_one_object_per_record_and_null_for_nan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = RunConfig(dir=str(tmp_path), tensorboard=False)
-    with MetricsLogger(tmp_path, config, is_writer=True) as logger:
+    with console_logging(), MetricsLogger(tmp_path, config, is_writer=True) as logger:
         logger.log(StepMetrics(1, {"reward/mean": 0.5, "actor/pg_loss": math.nan}, {"rollout": 1.25, "total": 2.0}))
         logger.log(StepMetrics(2, {"reward/mean": math.inf}, note="resumed"))
     first, second = read_lines(tmp_path / "metrics.jsonl")
@@ -56,7 +57,7 @@ def test_a_resumed_run_appends(tmp_path: Path) -> None:
 
 def test_non_writer_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = RunConfig(dir=str(tmp_path / "run"), wandb_project="p")
-    with MetricsLogger(tmp_path / "run", config, is_writer=False) as logger:
+    with console_logging(), MetricsLogger(tmp_path / "run", config, is_writer=False) as logger:
         logger.log(StepMetrics(1, {"train/loss": 1.0}))
     assert not (tmp_path / "run").exists()
     assert capsys.readouterr().out == ""
@@ -64,7 +65,7 @@ def test_non_writer_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture
 
 def test_log_every_thins_the_console_but_not_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = RunConfig(dir=str(tmp_path), tensorboard=False, log_every=3)
-    with MetricsLogger(tmp_path, config, is_writer=True, total_steps=7) as logger:
+    with console_logging(), MetricsLogger(tmp_path, config, is_writer=True, total_steps=7) as logger:
         for step in range(1, 8):
             logger.log(StepMetrics(step, {"train/loss": 1.0} | ({"eval/accuracy": 0.5} if step == 4 else {})))
     lines = capsys.readouterr().out.splitlines()

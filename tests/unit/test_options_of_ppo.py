@@ -39,12 +39,8 @@ class FakeRun:
     is_writer: bool = True
     world_size: int = 1
     world: Any = field(default_factory=lambda: ONE_RANK)
-    said: list[str] = field(default_factory=list)
     beginning: Any = field(default_factory=lambda: SimpleNamespace(begun=None))
     watchdog: Any = field(default_factory=lambda: SimpleNamespace(progress=None))
-
-    def say(self, text: str) -> None:
-        self.said.append(text)
 
     def keep_template(self, encoder: object) -> None: ...
 
@@ -178,15 +174,16 @@ def test_functions_get_their_options(config: PpoConfig, tmp_path: Path, monkeypa
     ]
 
 
-def test_traces_checks_and_sweeps(config: PpoConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_traces_checks_and_sweeps(
+    config: PpoConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, logged: pytest.LogCaptureFixture
+) -> None:
     config.train.trace_every = 3
     recorder = ppo_setup.trace_recorder(config, FakeRun(tmp_path), 10)
     assert [step for step in range(11, 19) if recorder.is_due(step)] == [11, 12, 15, 18]  # the first two, and every third
     monkeypatch.setattr(ppo_setup, "golden_guard", lambda engine, every: (None, f"{engine} {every}"))
     config.reward.golden_every = 4
-    run = FakeRun(tmp_path)
-    ppo_setup.build_golden_guards(config, run, SimpleNamespace(reward_models=["judge"]))
-    assert run.said == ["judge 4"]
+    ppo_setup.build_golden_guards(config, SimpleNamespace(reward_models=["judge"]))
+    assert logged.messages == ["judge 4"]
 
 
 def test_a_sweep_has_its_time(config: PpoConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -106,7 +106,7 @@ def test_a_supervised_run_evaluates_saves_and_exports(export: bool, tmp_path: Pa
     exported: list[str] = []
     monkeypatch.setattr(supervised, "CheckpointManager", Saves)
     monkeypatch.setattr(supervised, "export_files", lambda *_: SimpleNamespace(files={}, config={}))
-    run: Any = SimpleNamespace(dir=tmp_path, is_writer=False, world=ONE_RANK, about=None, watchdog=None, say=print, exported=lambda *_: None)
+    run: Any = SimpleNamespace(dir=tmp_path, is_writer=False, world=ONE_RANK, about=None, watchdog=None, exported=lambda *_: None)
     run.forget_later_steps, run.should_stop = (lambda *_: None), (lambda *_: False)
     model: Any = SimpleNamespace(role="actor", head="lm", config=SimpleNamespace(model=ModelConfig(path="m")))
     model.export = lambda folder, **_: exported.append(folder)

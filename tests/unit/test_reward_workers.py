@@ -261,7 +261,7 @@ def test_what_a_call_started_ends_with_its_worker(open_reward: Callable[..., Fun
 PARENT = """
 import os, signal, sys
 from hetero_ppo.reward.function_pool import FunctionPool, FunctionSpec
-pool = FunctionPool(FunctionSpec(sys.argv[1], "reward.function", 60.0, 2), print)
+pool = FunctionPool(FunctionSpec(sys.argv[1], "reward.function", 60.0, 2))
 pool.open()
 ticket = pool.submit([(["", "", "leave_children", {"pids": name}], (0,)) for name in sys.argv[2:]], 2)
 while not all(os.path.exists(name) and os.path.getsize(name) for name in sys.argv[2:]):

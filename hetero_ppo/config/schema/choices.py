@@ -43,6 +43,22 @@ class KlController(str, Enum):
     adaptive = "adaptive"
 
 
+class LogLevel(str, Enum):
+    """Lowest level of the lines that a run prints."""
+
+    debug = "debug"
+    info = "info"
+    warning = "warning"
+    error = "error"
+
+
+class LogFormat(str, Enum):
+    """Form of the lines that a run prints on stdout."""
+
+    text = "text"
+    json = "json"  # one object per line
+
+
 class TruncatedResponses(str, Enum):
     """How to treat a response that reached the length limit without an end-of-sequence token."""
 

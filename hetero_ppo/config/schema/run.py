@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from omegaconf import MISSING
 
+from hetero_ppo.config.schema.choices import LogFormat, LogLevel
 from hetero_ppo.config.schema.option import PLAIN, OnResume, option
 
 
@@ -26,6 +27,14 @@ class RunConfig:
         resume=OnResume.objective,
     )
     log_every: int = option(1, "Interval of metrics in the log", unit="steps", minimum=1, resume=OnResume.operation)
+    log_level: LogLevel = option(
+        LogLevel.info,
+        "Lowest level of the lines that are printed on stdout. Ranks other than 0 print warnings and errors alone",
+        resume=OnResume.operation,
+    )
+    log_format: LogFormat = option(
+        LogFormat.text, "Form of these lines; json: one object per line", resume=OnResume.operation
+    )
     threads: int | None = option(
         None, "CPU threads of one rank; null: cores / local ranks", unit="threads", minimum=1, resume=OnResume.operation
     )

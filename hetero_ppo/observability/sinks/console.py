@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 from typing import Self
-
-from tqdm import tqdm
 
 from hetero_ppo.observability.sinks.base import MetricsSink, SinkSettings, non_finite
 from hetero_ppo.observability.timers import TOTAL
 from hetero_ppo.types import StepMetrics
+
+log = logging.getLogger(__name__)
 
 #: Metrics of the console line, in order: name, label, format. A record prints those that it has, so one table serves
 #: SFT, reward model, PPO, and their evaluations. Everything else is in the files.
@@ -39,7 +39,7 @@ HEADLINES: tuple[tuple[str, str, str], ...] = (
 
 
 class ConsoleSink(MetricsSink):
-    """Prints a record every ``run.log_every`` steps, and always the first and the last step and a record with an evaluation or with a
+    """Logs a record every ``run.log_every`` steps, and always the first and the last step and a record with an evaluation or with a
     value that is not finite."""
 
     def __init__(self, log_every: int, total_steps: int | None) -> None:
@@ -58,11 +58,9 @@ class ConsoleSink(MetricsSink):
         return cls(max(1, settings.config.log_every), settings.total_steps)
 
     def write(self, record: StepMetrics) -> None:
-        """Print the record if it is due."""
+        """Log the record if it is due."""
         if self._is_due(record):
-            # tqdm.write keeps a bar on the terminal below the line.
-            tqdm.write(console_line(record, self._total_steps), file=sys.stdout)
-            sys.stdout.flush()
+            log.info(console_line(record, self._total_steps), extra={"data": {"step": record.step}})
 
     def _is_due(self, record: StepMetrics) -> bool:
         return (
