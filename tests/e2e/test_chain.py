@@ -153,7 +153,7 @@ def test_trace_has_all_lanes(chain: Chain) -> None:
     names = {lane: {span.name for span in trace.spans if span.lane == lane} for lane in trace.lanes()}
     for phase in step_phases(config):
         assert phase.name in names[TRAINER] and (phase.role is None or phase.name in names[phase.role]), phase.name
-    assert {"generate", "weight sync"} <= names["engine"]
+    assert {"generate", "weight sync"} <= names[GENERATOR]
     assert {"rollout", "experience", "scores", "train_critic", "train_actor", "weight_sync"} <= names["trainer"]
     assert names["actor"] == {"old_log_probs", "train_actor", "optimizer step", "weight_sync"}
     assert names["critic"] == {"values", "train_critic", "optimizer step"}
@@ -164,9 +164,9 @@ def test_the_engine_takes_its_cache_back_after_the_sync(chain: Chain) -> None:
     """Its weights are written beside the actor's parameters alone: the KV cache comes when the actor has left."""
     trace = newest_trace(chain.run_dir("ppo"))
     assert trace is not None
-    synced = next(span for span in trace.spans if (span.lane, span.name) == ("engine", "weight sync"))
+    synced = next(span for span in trace.spans if (span.lane, span.name) == (GENERATOR, "weight sync"))
     turn = next(span for span in trace.spans if (span.lane, span.name) == ("actor", "weight_sync"))
-    woken = [span for span in trace.spans if span.lane == "engine" and span.name.startswith("wake")]
+    woken = [span for span in trace.spans if span.lane == GENERATOR and span.name.startswith("wake")]
     assert any(turn.start <= span.start <= span.end <= synced.start for span in woken if span.name == "wake for weights")
     assert not any(turn.start <= span.start < turn.end for span in woken if span.name == "wake")
     assert any(turn.end <= span.start for span in woken if span.name == "wake")
