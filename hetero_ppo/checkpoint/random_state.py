@@ -16,6 +16,7 @@ def random_state() -> dict[str, Any]:
     """State of Python's, NumPy's and torch's generators, the device's included."""
     version, internal, gauss = random.getstate()
     name, keys, position, has_gauss, cached = numpy.random.get_state(legacy=True)
+    assert isinstance(keys, numpy.ndarray)
     state = {
         "python": [version, list(internal), gauss],
         "numpy": [name, keys.tolist(), position, has_gauss, cached],

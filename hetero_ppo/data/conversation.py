@@ -11,7 +11,7 @@ the same steps, and agree.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -262,7 +262,7 @@ def _cuts(
         context = found[-1].text
     else:
         context = next(cut.text for cut in found if cut.answer is not None and cut.answer >= first_answer)
-    cuts = []
+    cuts: list[Cut] = []
     for cut in found:
         place = cut.answer if cut.answer is not None else cut.ends
         of_prompt = place is not None and (first_answer is None or place < first_answer)
@@ -343,7 +343,7 @@ def _encode_conversation(
     return EncodedSequence(token_ids, learned)
 
 
-def _answer_end(ends: set[int], ids: list[int], start: int) -> int:
+def _answer_end(ends: AbstractSet[int], ids: list[int], start: int) -> int:
     """One past the answer's end-of-sequence token; the end of ``ids`` where the template writes none."""
     for position in range(len(ids) - 1, start - 1, -1):
         if ids[position] in ends:

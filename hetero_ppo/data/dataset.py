@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
+from tqdm import tqdm
+
 from hetero_ppo.config.schema import OverlongPrompts
 from hetero_ppo.data.node_share import Place
 from hetero_ppo.data.reading import FileFacts, Row
 from hetero_ppo.data.storage import Codec, ExampleWriter, StoredExamples
-from hetero_ppo.observability.progress import progress
+from hetero_ppo.observability.progress import PlainProgress, progress
 
 #: Rows that are handed to the tokenizer in one call.
 BLOCK_ROWS = 1024
@@ -87,7 +89,8 @@ def encode_in_blocks(
 ) -> Iterator[tuple[Row, T]]:
     """Each row with its encoding, in file order; tokenizers are many times faster on blocks than on single texts."""
     remaining = iter(rows)
-    with progress(description=f"tokenise {path}", unit="row") as bar:
+    counter: tqdm | PlainProgress[Row] = progress(description=f"tokenise {path}", unit="row")
+    with counter as bar:
         while block := list(itertools.islice(remaining, BLOCK_ROWS)):
             yield from zip(block, encode(block), strict=True)
             bar.update(len(block))

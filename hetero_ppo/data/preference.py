@@ -90,12 +90,12 @@ def load_preferences(
     )
 
 
-def _pair(row: Row, data: DataConfig, with_template: bool) -> list[PlainPair | Conversation]:
+def _pair(row: Row, data: DataConfig, with_template: bool) -> Sequence[PlainPair | Conversation]:
     fields = (data.chosen_key, data.rejected_key)
     if not with_template:
         refuse_tools(row, data)
-        prompt = row.text(data.prompt_key) if row.has(data.prompt_key) else ""
-        return [PlainPair(row, prompt, row.text(field)) for field in fields]
+        prompt_text = row.text(data.prompt_key) if row.has(data.prompt_key) else ""
+        return [PlainPair(row, prompt_text, row.text(field)) for field in fields]
     answers = [answer_messages(row, field) for field in fields]
     if row.has(data.prompt_key):
         prompt_of = [prompt_messages(row, data.prompt_key)] * 2

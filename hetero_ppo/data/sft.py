@@ -18,7 +18,7 @@ from hetero_ppo.data.dataset import Dataset, DatasetRules, encode_in_blocks, mak
 from hetero_ppo.data.file_notes import file_notes
 from hetero_ppo.data.node_share import OWN_FILES, Place
 from hetero_ppo.data.prompts import prompt_messages, refuse_tools
-from hetero_ppo.data.reading import Row, iter_rows
+from hetero_ppo.data.reading import Message, Row, iter_rows
 
 #: Options that name the fields of a row.
 KEYS = ("messages_key", "prompt_key", "completion_key", "tools_key")
@@ -109,7 +109,7 @@ def _item(row: Row, data: DataConfig, with_template: bool) -> PlainPair | Conver
     return conversation(row, data.completion_key, prompt + answer, len(prompt), tools)
 
 
-def answer_messages(row: Row, field: str, *, with_turn_keys: bool = False) -> list[dict]:
+def answer_messages(row: Row, field: str, *, with_turn_keys: bool = False) -> list[Message]:
     """An answer as messages: text becomes one assistant message.
 
     Args:

@@ -57,10 +57,12 @@ def initialise(timeout_minutes: float) -> dist.ProcessGroup:
     dist.init_process_group(
         platform.distributed_backend(), store=store, rank=rank, world_size=world_size, timeout=_made.timeout
     )
-    _prove(dist.group.WORLD, "the world")
+    world = dist.group.WORLD
+    assert world is not None  # init_process_group has just made it
+    _prove(world, "the world")
     # Scratch memory of sequence-parallel all-gathers; the one thing in parallel_state that is not a group.
     parallel_state._set_global_memory_buffer()
-    return dist.group.WORLD
+    return world
 
 
 def _prove(group: dist.ProcessGroup, name: str) -> None:

@@ -15,7 +15,7 @@ class Moments(NamedTuple):
 
     mean: float
     var: float  # population variance
-    count: int
+    count: int  # type: ignore[assignment]  # hides tuple.count, which nothing calls
 
 
 def global_masked_moments(values: Tensor, mask: Tensor, group: dist.ProcessGroup | None) -> Moments:

@@ -149,8 +149,8 @@ def _forward(
         results = _one_rank_rows(rows, flat_targets, temperature, with_entropy)
     else:
         results = _split_rows(rows, flat_targets - first, temperature, tp_group, with_entropy)
-    log_probs, log_sum_exp, entropy = (None if x is None else x.view(targets.shape) for x in results)
-    return log_probs, entropy, log_sum_exp
+    log_probs, log_sum_exp, entropy = results
+    return log_probs.view(targets.shape), None if entropy is None else entropy.view(targets.shape), log_sum_exp.view(targets.shape)
 
 
 def _one_rank_rows(
@@ -270,6 +270,7 @@ def _backward(
         if grad_entropy is None:
             work.exp_().mul_(-grad_log_probs[rows_of])
         else:
+            assert entropy is not None  # it was computed where it has a gradient
             weight = (work + entropy[rows_of]).mul_(-grad_entropy[rows_of]).sub_(grad_log_probs[rows_of])
             work.exp_().mul_(weight)
         work.scatter_add_(1, columns[rows_of], at_target[rows_of])

@@ -53,11 +53,12 @@ class FirstGradients:
 
     def _take(self, parameter: Tensor) -> None:
         assert parameter.grad is not None
+        main_grad: Tensor = parameter.main_grad  # type: ignore[attr-defined]  # Megatron-Core gives it to its parameters
         if parameter in self._written:
-            parameter.main_grad.add_(parameter.grad)
+            main_grad.add_(parameter.grad)
         else:
             self._written.add(parameter)
-            parameter.main_grad.copy_(parameter.grad)
+            main_grad.copy_(parameter.grad)
         parameter.grad = None
         chunk = self._chunk_of[parameter]
         if chunk.ddp_config.overlap_grad_reduce:

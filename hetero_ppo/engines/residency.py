@@ -59,7 +59,7 @@ class OffloadedParameter(torch.nn.Parameter):
                     )
         raise AssertionError("called without an offloaded parameter")
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # mypy reads torch's own as another
         return f"OffloadedParameter(shape={tuple(self.shape)}, dtype={self.dtype})"
 
 

@@ -125,6 +125,8 @@ class _MetadataUnpickler(pickle.Unpickler):
 class _MetadataReader(CachedMetadataFileSystemReader):
     """Reads ``.metadata`` with the allow-list."""
 
+    _cached_metadata: Metadata | None
+
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         if self._cached_metadata is None:
             metadata = read_metadata(Path(self.path))

@@ -38,7 +38,8 @@ class RoleSnapshot:
             OSError: the disk takes nothing.
         """
         # What the writer reports, it puts into this queue; one of its own for every save.
-        filesystem_async._results_queue = self._reports = queue.Queue()
+        self._reports: queue.Queue[Any] = queue.Queue()
+        filesystem_async._results_queue = self._reports
         try:
             request = dist_checkpointing.save(state, str(folder), async_sharded_save=True)
         except RuntimeError:  # torch.save's, of a small file: it says "iostream error" where the system has said why

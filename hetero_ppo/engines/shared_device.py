@@ -272,7 +272,7 @@ class SharedDevice:
             self._changed.notify_all()  # one that waits for room to come in gives up
         # Gradients make room at once, being released without a copy. What is still on its way in goes last: it may be queued behind
         # blocks that wait for the room which the others leave.
-        for block in sorted(going, key=lambda b: (bool(b.moving) and not b.moving.done(), b.kind is not Kind.grads)):
+        for block in sorted(going, key=lambda b: (b.moving is not None and not b.moving.done(), b.kind is not Kind.grads)):
             waiting.add(owner[id(block)], block)
         for residency, group in waiting.take():
             self._queue_out(residency, group, done)

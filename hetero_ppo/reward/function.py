@@ -7,7 +7,7 @@ import math
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -146,6 +146,7 @@ class FunctionReward:
             rollout.metadata,
         )
         rows = range(rollout.batch_size)
+        calls: list[tuple[list[Any], Sequence[int]]]
         if self.spec.batch is None:
             calls = [([column[row] for column in columns], (row,)) for row in rows]
         else:

@@ -58,7 +58,7 @@ def frame(message: Any) -> bytes:
     return _HEADER.pack(len(text)) + text
 
 
-def frame_length(header: bytes) -> int:
+def frame_length(header: bytes | bytearray) -> int:
     """Return the length of the JSON text that follows a header of four bytes."""
     return _HEADER.unpack(header)[0]
 
@@ -92,7 +92,9 @@ def _untagged(value: dict[str, Any]) -> Any:
         return decimal.Decimal(content)
     if kind == "bytes":
         return base64.b64decode(content)
-    return {"datetime": datetime.datetime, "date": datetime.date, "time": datetime.time}[kind].fromisoformat(content)
+    kinds: dict[str, type[datetime.date | datetime.time]]
+    kinds = {"datetime": datetime.datetime, "date": datetime.date, "time": datetime.time}
+    return kinds[kind].fromisoformat(content)
 
 
 class Channel:

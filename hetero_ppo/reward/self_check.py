@@ -81,8 +81,8 @@ def find_difference(engine: ModelEngine) -> tuple[str | None, int]:
                         found.append(_difference(f"of a sequence of {len(row)} tokens {setting}", name))
                     num_compared += 1
         together = _outputs(engine, rows)
-        for row, expected in zip(rows, together, strict=True):
-            if not torch.equal(_outputs(engine, [row])[0], expected):
+        for row, output in zip(rows, together, strict=True):
+            if not torch.equal(_outputs(engine, [row])[0], output):
                 where = f"of a sequence of {len(row)} tokens in the run's micro-batches"
                 found.append(_difference(where, f"{engine.head} head"))
             num_compared += 1

@@ -72,7 +72,7 @@ class Heartbeat:
     def __enter__(self) -> Self:
         if self._path is None:
             return self
-        faulthandler.register(STACKS_SIGNAL, file=sys.__stderr__, all_threads=True)
+        faulthandler.register(STACKS_SIGNAL, file=sys.__stderr__ or sys.stderr, all_threads=True)
         with open(self._path, "r+b", buffering=0) as file:
             self._memory = mmap.mmap(file.fileno(), MAX_LOCAL_RANKS * SLOT_BYTES)
         self.note("start")

@@ -42,7 +42,8 @@ def settle(loaded: LoadedConfig, *, on_cuda: bool) -> tuple[LoadedConfig, list[s
         else f"{dtype.value} for {', '.join(fields)}: as in the checkpoint; the default on {device} is {default.value}"
         for dtype, fields in decided.items()
     ]
-    return dataclasses.replace(loaded, config=OmegaConf.to_object(node), node=node), lines
+    config: Any = OmegaConf.to_object(node)  # omegaconf does not know which class it makes
+    return dataclasses.replace(loaded, config=config, node=node), lines
 
 
 def _checkpoint_values(config: AnyConfig) -> dict[str, Any]:

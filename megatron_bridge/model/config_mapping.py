@@ -259,7 +259,7 @@ def _moe_settings(hf: dict[str, Any], expert: int) -> dict[str, Any]:
 
 def _with_defaults(hf_config: dict[str, Any], family: Family) -> dict[str, Any]:
     given = {name: value for name, value in hf_config.items() if value is not None}
-    required = _REQUIRED_FIELDS
+    required: tuple[str, ...] = _REQUIRED_FIELDS
     if family.expert_rules:
         required += _MOE_FIELDS
         if "num_local_experts" in given:

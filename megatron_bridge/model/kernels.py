@@ -155,7 +155,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: float, out: Tensor) -> Non
 @contextmanager
 def products_of(dtype: torch.dtype) -> Iterator[None]:
     """On a CPU float32 products inside may round their factors to bf16 where ``dtype`` is bf16, as kernels for GPUs do."""
-    matmul = torch.backends.mkldnn.matmul
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # torch puts an object in the module's place
     before = matmul.fp32_precision
     matmul.fp32_precision = "bf16" if dtype == torch.bfloat16 else before
     try:

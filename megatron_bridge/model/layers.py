@@ -104,7 +104,7 @@ class RMSNorm(torch.nn.Module):
         device = torch.device("cpu") if config.use_cpu_initialization else platform.device()
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
         # Megatron-Core sums the gradients of such weights over the tensor-parallel ranks.
-        self.weight.sequence_parallel = config.sequence_parallel
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]  # Megatron-Core's attribute
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[..., hidden] -> [..., hidden]."""

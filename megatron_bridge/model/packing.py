@@ -162,9 +162,11 @@ def attend_packed(query: Tensor, key: Tensor, value: Tensor, scale: float | None
         causal = (-1, 0)
 
         def kernel(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            return varlen_attn(
+            out = varlen_attn(
                 query, key, value, ends, ends, longest, longest, scale=scale, window_size=causal, enable_gqa=grouped
             )
+            assert isinstance(out, Tensor)  # a pair only where log-sum-exps are asked for
+            return out
 
         return deterministic_attention(kernel, query, key, value).flatten(1)
     return by_group(lambda q, k, v: attend(q, k, v, scale), (query, key, value), packing)

@@ -7,7 +7,7 @@ and ``exp_avg_sq`` alone in the state. The arithmetic is torch's own functional 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, overload
 from collections.abc import Callable, Iterable
 
 import torch
@@ -31,6 +31,12 @@ class Adam(torch.optim.Optimizer):
         self.adam_w_mode = adam_w_mode
         #: What the next step divides the gradients by, and writes back: a pass over them less than scaling them before.
         self.grad_scale = 1.0
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:

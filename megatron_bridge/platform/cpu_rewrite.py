@@ -75,8 +75,7 @@ def _adapt_random(module: ModuleType) -> None:
     def set_state(new_state: torch.Tensor, device: Any = -1, graph_safe: bool = False) -> None:
         torch.set_rng_state(new_state)
 
-    module._get_cuda_rng_state = get_state
-    module._set_cuda_rng_state = set_state
+    vars(module).update(_get_cuda_rng_state=get_state, _set_cuda_rng_state=set_state)
 
 
 def _adapt_jit(module: ModuleType) -> None:

@@ -28,7 +28,7 @@ def exported_entries(bridge: BridgeConfig, head: str) -> Iterator[Entry]:
     """
     if head not in HEADS:
         raise ValueError(f"head {head!r} is unknown; use one of {', '.join(HEADS)}")
-    output = decoder.SCORE_HEAD
+    output: Rule | None = decoder.SCORE_HEAD
     if head == "lm":
         output = None if bridge.tie_word_embeddings else decoder.LM_HEAD
     return entries(

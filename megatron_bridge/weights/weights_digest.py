@@ -59,10 +59,10 @@ def model_digest(
         for name, digest in _tensor_digests(file, mine):
             table[row_of[name]] = torch.frombuffer(bytearray(digest), dtype=torch.uint8)
     add(table)
-    digest = hashlib.sha256(config_digest(folder).encode())
-    digest.update(json.dumps(names).encode())
-    digest.update(bytes(table.flatten().tolist()))
-    return digest.hexdigest()
+    whole = hashlib.sha256(config_digest(folder).encode())
+    whole.update(json.dumps(names).encode())
+    whole.update(bytes(table.flatten().tolist()))
+    return whole.hexdigest()
 
 
 def _tensor_digests(file: Path, names: set[str]) -> list[tuple[str, bytes]]:

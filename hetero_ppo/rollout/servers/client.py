@@ -186,6 +186,7 @@ class ServerClient:
             finally:
                 pulse.close()
         self._dead = True
+        assert self._session is not None  # whoever closes it ends this task first
         await self._session.close()
         if self._on_death is not None:
             self._on_death(ServerHangs(self._hang) if self._hang else ServerDied("it takes no connections"))
@@ -303,6 +304,7 @@ class ServerClient:
         if self._dead:
             raise ServerDied(f"{route}: the server takes no connections")
         timeout, url = aiohttp.ClientTimeout(total=timeout_s), f"{self.server.endpoint.url}{route}"
+        assert self._session is not None  # it was opened, and is not dead
         is_long = not route.startswith(PROMPT_ROUTES)
         self._num_long_calls += is_long
         try:

@@ -233,8 +233,12 @@ class ServerPool:
                 await self._wait_for_server(phase)
                 member = min(self.up, key=lambda m: m.in_flight)
                 member.in_flight += 1
+
+                async def send_to(client: ServerClient, to: Member = member) -> T:
+                    return await send(client, to)
+
                 try:
-                    answer = await self.call(member, phase, lambda client, to=member: send(client, to))
+                    answer = await self.call(member, phase, send_to)
                 except ServerIsDown:
                     continue
                 finally:
@@ -290,7 +294,8 @@ class ServerPool:
                 if isinstance(error, BaseException) and not isinstance(error, ServerDied):
                     raise error
             if not died:
-                return dict(zip(members, results, strict=True))
+                seconds = [result for result in results if not isinstance(result, BaseException)]
+                return dict(zip(members, seconds, strict=True))
         for index, cause in died.items():
             await self._restart(members[index], starts[index], "weight sync", cause)
         return None

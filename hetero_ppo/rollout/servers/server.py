@@ -306,6 +306,7 @@ class VllmServer:
                 command, cwd=tmp, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, text=True,
                 start_new_session=True, pass_fds=() if listen_fd < 0 else (listen_fd,),
             )  # fmt: skip
+        assert self._process.stdout is not None  # it is a pipe
         self._group = int(self._process.stdout.readline())
         self._guardian_clock = SilenceClock(LONGEST_GAP_S)
 
@@ -341,7 +342,9 @@ class VllmServer:
 
     def _stopped_processes(self) -> str:
         """`` (process 12 is T (stopped))`` for those of its processes, the guardian included, that cannot do anything."""
-        found = []
+        found: list[str] = []
+        if self._process is None or self._group is None:
+            return ""
         for pid in [self._process.pid, *guardian.processes_of(self._group)]:
             state = process_state(pid)
             if state is not None and state[0] in "TtD":
@@ -367,7 +370,7 @@ class VllmServer:
 
     def terminate(self) -> None:
         """Asks the process to stop; :meth:`wait` sees to the rest."""
-        if self.running:
+        if self._process is not None and self.running:
             self._process.send_signal(signal.SIGTERM)
 
     def wait_exit(self, timeout_s: float) -> None:
@@ -387,9 +390,11 @@ class VllmServer:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        guardian.kill_group(self._group)  # only a guardian that was itself killed leaves something
+        if self._group is not None:
+            guardian.kill_group(self._group)  # only a guardian that was itself killed leaves something
         self.refuse_clients()
-        self._process.stdout.close()
+        if self._process.stdout is not None:
+            self._process.stdout.close()
         self._process = None
         self._remove_socket()
 
@@ -405,7 +410,7 @@ class VllmServer:
 
     def kill(self) -> None:
         """Ends the server without asking."""
-        if self._process is not None:
+        if self._process is not None and self._group is not None:
             guardian.kill_group(self._group)
             self.wait_exit(KILL_WAIT_S)
             if self.running:

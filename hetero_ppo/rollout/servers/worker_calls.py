@@ -43,4 +43,5 @@ async def call_workers(
         if isinstance(errors[0], RunError):  # names the server
             raise errors[0]
         raise RunError(f"{PHASE}: {method}: the trainer's end: {errors[0]}") from errors[0]
-    return results[: len(clients)], died
+    answers = [[] if isinstance(result, BaseException) else result for result in results]
+    return answers[: len(clients)], died

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -56,7 +57,8 @@ def dense_pieces(prefix: str, layer: nn.Module, packed: Mapping[str, Sequence[st
         if parameter.numel() == 0:
             continue
         if leaf in packed:
-            views = parameter.data.split(list(layer.output_partition_sizes))
+            sizes: Any = layer.output_partition_sizes  # vLLM's; nn.Module types every attribute as a tensor or a module
+            views = parameter.data.split(list(sizes))
             pieces |= {f"{parent}.{part}.{name}": view for part, view in zip(packed[leaf], views, strict=True)}
         else:
             pieces[f"{prefix}.{name}"] = parameter.data
@@ -66,8 +68,9 @@ def dense_pieces(prefix: str, layer: nn.Module, packed: Mapping[str, Sequence[st
 def expert_pieces(prefix: str, layer: nn.Module) -> dict[str, Tensor]:
     """The same for a layer of routed experts: w13_weight [E, 2 * I, H], w2_weight [E, H, I]."""
     experts = prefix[: prefix.index(".experts") + len(".experts")]
-    gates, ups = layer.w13_weight.data.chunk(2, dim=1)
-    tensors = dict(zip(EXPERT_PROJECTIONS, (gates, ups, layer.w2_weight.data), strict=True))
+    w13, w2 = layer.get_parameter("w13_weight").data, layer.get_parameter("w2_weight").data
+    gates, ups = w13.chunk(2, dim=1)
+    tensors = dict(zip(EXPERT_PROJECTIONS, (gates, ups, w2), strict=True))
     return {
         f"{experts}.{expert}.{projection}.weight": tensor[expert]
         for projection, tensor in tensors.items()
@@ -180,7 +183,8 @@ class LoadedWeights:
         if isinstance(layer, RoutedExperts):
             pieces = expert_pieces(name, layer)
         else:
-            pieces = dense_pieces(name, layer, self.model.packed_modules_mapping)
+            packed: Any = self.model.packed_modules_mapping  # vLLM's, as above
+            pieces = dense_pieces(name, layer, packed)
         padded = isinstance(layer, VocabParallelEmbedding)
         self.differs |= compare_pieces(
             pieces, self.staged, self.checksums, rank=self.rank, size=self.size, padded=padded, checksum=self.checksum

@@ -64,7 +64,7 @@ class SignedStore(dist.Store):
         """Write a value, newer than all that this member wrote before."""
         value = value.encode() if isinstance(value, str) else bytes(value)
         content = next(self._counter).to_bytes(COUNTER_BYTES, "big") + value
-        self._store.set(self._full(key), self._mac(key, content) + content)
+        self._store.set(self._full(key), self._mac(key, content) + content)  # type: ignore[arg-type]  # bytes are not in torch's stub
 
     def get(self, key: str) -> bytes:
         """Wait for a value and return it.

@@ -117,8 +117,9 @@ class WeightGroup:
         signed = SignedStore(store, bytes.fromhex(meeting.key), meeting.name)
         signed.set_timeout(timeout)
         self._store = signed  # it lives as long as the group
+        self._group: Any  # torch's stubs have no collectives of a backend
         if device.type == "cpu":
-            options = dist.ProcessGroupGloo._Options()
+            options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # not in torch's stubs
             # One that leads to the others, where gloo's own choice is what the host name stands for.
             options._devices = [dist.ProcessGroupGloo.create_device(hostname=own_address(meeting.host))]
             options._threads = 1

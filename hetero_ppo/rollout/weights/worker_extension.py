@@ -106,6 +106,13 @@ def _read_files(paths: list[str]) -> dict[str, Tensor]:
 class WeightReceiver:
     """Mixed into vLLM's Worker; ``self`` is the worker. The names must not clash with the Worker's."""
 
+    # vLLM's Worker has these:
+    device: torch.device
+    model_config: Any
+    parallel_config: Any
+    get_model: Callable[[], Any]
+    reload_weights: Callable[..., None]
+
     hetero_ppo_staged: dict[str, Tensor] | None = None
     hetero_ppo_checksums: dict[str, str] | None = None  # of the staged tensors
     #: What the first sync found: building the model's skeleton takes longer than checking the tensors.
@@ -157,6 +164,7 @@ class WeightReceiver:
             shard.path.unlink(missing_ok=True)  # not overwritten: the last version may still be mapped
             data = shard.map()
             if self.hetero_ppo_group is None:
+                assert handle is not None  # the trainer sends one to servers without a member
                 # Complete when it returns: the trainer's memory may then be used for something else.
                 data.copy_(IpcHandle.from_json(handle).open(self.device))
             elif self.device.type == "cpu":
@@ -220,7 +228,8 @@ class WeightReceiver:
             RuntimeError: nothing is staged.
         """
         tensors, self.hetero_ppo_staged = self.hetero_ppo_staged, None
-        if tensors is None:
+        checksums = self.hetero_ppo_checksums
+        if tensors is None or checksums is None:
             raise RuntimeError("no weights are staged: call hetero_ppo_stage_weights first")
         checksum = self.hetero_ppo_checksum
         for shard in self.hetero_ppo_arrived:
@@ -233,7 +242,7 @@ class WeightReceiver:
         loaded = LoadedWeights(
             self.get_model(),
             tensors,
-            self.hetero_ppo_checksums,
+            checksums,
             rank=self.hetero_ppo_rank,
             size=self.parallel_config.tensor_parallel_size,
             cpu=self.device.type == "cpu",
