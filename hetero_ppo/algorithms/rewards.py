@@ -21,7 +21,7 @@ class RunningMoments:
     equal when each merges the moments of the global batch.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.count = 0.0
         self.mean = 0.0
         self.m2 = 0.0  # sum of (score - mean)^2

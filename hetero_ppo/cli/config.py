@@ -11,7 +11,7 @@ from hetero_ppo.config.redact import redact
 from hetero_ppo.config.render import render_yaml
 
 
-def register(subparsers: argparse._SubParsersAction) -> None:
+def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subparsers.add_parser("config", help="print the resolved configuration")
     parser.add_argument("--print", action="store_true", help="print it (the default; there is nothing else to do yet)")
     add_config_arguments(parser)

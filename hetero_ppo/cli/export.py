@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 
-def register(subparsers: argparse._SubParsersAction) -> None:
+def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subparsers.add_parser("export", help="write a Hugging Face checkpoint from a run's newest checkpoint")
     parser.add_argument(
         "--run", dest="run_dir", required=True, metavar="DIR", help="run folder (run.dir of its config)"

@@ -19,7 +19,7 @@ FAMILIES = ("llama", "qwen2", "qwen3")
 VOCAB_MULTIPLE = 64
 
 
-def register(subparsers: argparse._SubParsersAction) -> None:
+def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subparsers.add_parser("init-model", help="write a randomly initialised checkpoint to train from scratch")
     parser.add_argument("--family", choices=FAMILIES, required=True)
     parser.add_argument("--hidden-size", type=int, required=True)

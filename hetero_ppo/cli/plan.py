@@ -7,7 +7,7 @@ import argparse
 from hetero_ppo.cli.arguments import add_config_arguments
 
 
-def register(subparsers: argparse._SubParsersAction) -> None:
+def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subparsers.add_parser(
         "plan", help="say what a run needs of devices and host memory, phase by phase, and whether it fits"
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 DTYPES = ("fp32", "bf16")
 
 
-def register(subparsers: argparse._SubParsersAction) -> None:
+def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     score = subparsers.add_parser("score", help="score sequences with a reward model: JSON lines in, scores out")
     _add_model_arguments(score)
     _add_data_arguments(score, "rows with token_ids, messages, or prompt and completion")

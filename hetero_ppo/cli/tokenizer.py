@@ -10,7 +10,7 @@ from hetero_ppo.cli.arguments import add_out_argument, clear_out
 DEFAULT_KEYS = "messages,prompt,completion,chosen,rejected,text"
 
 
-def register(subparsers: argparse._SubParsersAction) -> None:
+def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subparsers.add_parser("tokenizer", help="train a byte-level BPE tokenizer on a data file")
     parser.add_argument("--input", type=Path, required=True, nargs="+", help=".jsonl, .parquet or .txt files")
     parser.add_argument("--keys", default=DEFAULT_KEYS, help="fields that hold text, comma-separated (%(default)s)")

@@ -8,7 +8,7 @@ import gc
 from hetero_ppo.cli.arguments import add_config_arguments
 
 
-def register(subparsers: argparse._SubParsersAction) -> None:
+def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subparsers.add_parser("train", help="run SFT, reward-model or PPO training, as the file's kind says")
     add_config_arguments(parser)
     parser.set_defaults(run=run)

@@ -7,7 +7,7 @@ import argparse
 from hetero_ppo.cli.arguments import add_config_arguments
 
 
-def register(subparsers: argparse._SubParsersAction) -> None:
+def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subparsers.add_parser("validate", help="check config, data and tokenizer; say what a run would do")
     parser.add_argument("--world-size", type=int, default=1, metavar="N", help="processes of the run (%(default)s)")
     parser.add_argument(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from hetero_ppo.algorithms.advantage_registry import check_advantage
 from hetero_ppo.config.checks import check_config, check_paths
@@ -112,15 +113,17 @@ def _try_functions(config: AnyConfig) -> list[str]:
     ]
 
 
-def _re_encoders(config: AnyConfig, encoder: TextEncoder, datasets: list[Dataset]) -> dict[str, ReEncoder]:
+def _re_encoders(config: AnyConfig, encoder: TextEncoder, datasets: list[Dataset[Any]]) -> dict[str, ReEncoder]:
     """Those of the reward models that read texts anew, by role; their templates have been tried on the prompts."""
     if not isinstance(config, PpoConfig):
         return {}
     return load_re_encoders(config, encoder, datasets)
 
 
-def _loader(config: AnyConfig) -> Callable[..., Dataset]:
-    return {SftConfig: load_sft, RmConfig: load_preferences, PpoConfig: load_prompts}[type(config)]
+def _loader(config: AnyConfig) -> Callable[..., Dataset[Any]]:
+    loaders: dict[type[AnyConfig], Callable[..., Dataset[Any]]]
+    loaders = {SftConfig: load_sft, RmConfig: load_preferences, PpoConfig: load_prompts}
+    return loaders[type(config)]
 
 
 def _batching(config: AnyConfig, world_size: int, num_rows: int) -> str:
@@ -161,7 +164,7 @@ def percentile(values: Sequence[int], percent: int) -> int:
     return sorted(values)[max(rank, 1) - 1]
 
 
-def _table(datasets: list[Dataset]) -> str:
+def _table(datasets: list[Dataset[Any]]) -> str:
     """One line per file: counts of rows, percentiles of tokens."""
     head = [
         "file",

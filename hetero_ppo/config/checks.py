@@ -341,7 +341,7 @@ def check_data_files(config: AnyConfig) -> None:
     }
     if isinstance(config, PpoConfig):
         for name, role in config_reward_models(config).items():
-            files[f"{name}.re_encode.chat_template"] = role.re_encode and role.re_encode.chat_template
+            files[f"{name}.re_encode.chat_template"] = None if role.re_encode is None else role.re_encode.chat_template
     for field, path in files.items():
         if path is not None:
             _require(os.path.isfile(path), field, path, f"no such file (current folder: {os.getcwd()})")

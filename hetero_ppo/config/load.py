@@ -49,7 +49,8 @@ class DraftConfig:
 
     def missing_fields(self) -> list[str]:
         """Mandatory fields that neither the file nor an override gives, sorted."""
-        return sorted(_missing(OmegaConf.to_container(self.node, resolve=False), ""))
+        values: Any = OmegaConf.to_container(self.node, resolve=False)
+        return sorted(_missing(values, ""))
 
 
 def load_config(path: str, overrides: list[str]) -> LoadedConfig:
@@ -69,7 +70,8 @@ def load_config(path: str, overrides: list[str]) -> LoadedConfig:
         )
     _resolve(draft)
     expand_paths(draft.node)
-    return LoadedConfig(draft.kind, OmegaConf.to_object(draft.node), draft.node, path, draft.origins)
+    config: Any = OmegaConf.to_object(draft.node)  # an object of the kind's dataclass
+    return LoadedConfig(draft.kind, config, draft.node, path, draft.origins)
 
 
 def load_draft(path: str, overrides: list[str]) -> DraftConfig:
@@ -108,7 +110,7 @@ def _read_yaml(path: str) -> tuple[dict[str, Any], dict[str, int]]:
     try:
         with open(path, encoding="utf-8") as file:
             tree = yaml.compose(file, Loader=yaml.SafeLoader)
-        values = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+        values: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
         raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict) or not values:
@@ -154,7 +156,8 @@ def _override_leaves(override: str, schema_class: type) -> Iterator[tuple[str, A
     if field == "kind":
         raise ValueError(f"override {override!r}: kind chooses the schema; change it in the file")
     try:
-        value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)["value"]
+        whole: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)
+        value = whole["value"]
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise ValueError(f"override {override!r}: {text!r} is not a YAML value; quote it if it is text") from error
     nested: Any = value
@@ -244,7 +247,7 @@ def is_optional(hint: Any) -> bool:
 def section_class(hint: Any) -> type | None:
     """The dataclass of a section, or None for a plain field."""
     hint, _ = _strip_optional(hint)
-    return hint if dataclasses.is_dataclass(hint) else None
+    return hint if isinstance(hint, type) and dataclasses.is_dataclass(hint) else None
 
 
 def item_class(hint: Any) -> type | None:
@@ -315,6 +318,7 @@ def _open_sections(node: DictConfig, schema_class: type, field: str, origin: str
             section = item
             continue
         nested = section_class(hint)
+        assert nested is not None  # the field was found in it
         if OmegaConf.select(node, prefix) is None:
             OmegaConf.update(node, prefix, OmegaConf.structured(nested))
         section = nested

@@ -24,7 +24,7 @@ def render_yaml(config: LoadedConfig | DraftConfig) -> str:
 
     A draft is shown as it was written: mandatory fields that are missing are ``???``, interpolations stay.
     """
-    values = OmegaConf.to_container(config.node, resolve=False, enum_to_str=True)
+    values: Any = OmegaConf.to_container(config.node, resolve=False, enum_to_str=True)
     return "\n".join(_render_section(values, schema.SCHEMAS[config.kind], "")) + "\n"
 
 

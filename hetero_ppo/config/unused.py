@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, get_type_hints
+from typing import Any, Generic, TypeVar, get_type_hints
 
 from omegaconf import OmegaConf
 
@@ -45,12 +45,15 @@ _SERVERS_MEMORY = ("memory.engine_graphs_mib", "memory.engine_runtime_mib")
 _GENERATORS = (*_SERVERS, "max_num_seqs", "verify_sync", "verify_sync_tolerance")
 
 
+C_contra = TypeVar("C_contra", bound=AnyConfig, contravariant=True)
+
+
 @dataclass(frozen=True)
-class UnusedOptions:
+class UnusedOptions(Generic[C_contra]):
     """Options that runs of a kind do not read under a condition."""
 
     fields: tuple[str, ...]  # dotted
-    applies: Callable[[AnyConfig], bool]
+    applies: Callable[[C_contra], bool]
     reason: str
 
 
@@ -62,23 +65,23 @@ def _always(config: AnyConfig) -> bool:
     return True
 
 
-SFT_OPTIONS = (
+SFT_OPTIONS: tuple[UnusedOptions[SftConfig], ...] = (
     UnusedOptions(
         _fields("data", "chosen_key", "rejected_key", "label_key", "metadata_key"), _always, "SFT reads conversations, or prompts with completions"
     ),
     UnusedOptions(_fields("data", "max_prompt_tokens"), _always, "data.max_sequence_tokens limits prompt and answer together"),
 )
-RM_OPTIONS = (
+RM_OPTIONS: tuple[UnusedOptions[RmConfig], ...] = (
     UnusedOptions(
         _fields("data", "messages_key", "completion_key", "label_key", "metadata_key"), _always, "a reward model reads chosen and rejected answers"
     ),
     UnusedOptions(_fields("data", "max_prompt_tokens"), _always, "data.max_sequence_tokens limits prompt and answer together"),
 )
-SUPERVISED_OPTIONS = (
+SUPERVISED_OPTIONS: tuple[UnusedOptions[SftConfig | RmConfig], ...] = (
     UnusedOptions(("train.eval_batches",), lambda config: config.data.eval is None, "there is no data.eval"),
     UnusedOptions(_SERVERS_MEMORY, _always, "the run has no rollout engine"),
 )
-PPO_OPTIONS = (
+PPO_OPTIONS: tuple[UnusedOptions[PpoConfig], ...] = (
     UnusedOptions(_fields("data", "completion_key", "chosen_key", "rejected_key"), _always, "PPO reads prompts"),
     UnusedOptions(
         _fields("data", "max_sequence_tokens"), _always, "data.max_prompt_tokens and rollout.sampling.max_tokens limit a sequence of PPO"
@@ -134,10 +137,10 @@ PPO_OPTIONS = (
     UnusedOptions(("pipeline.overlap",), lambda config: actor_generates(config), "rollout.engine is megatron"),
     UnusedOptions(("residency.overlap",), lambda config: not config.residency.offload, "residency.offload is false"),
 )
-COMMON_OPTIONS = (
+COMMON_OPTIONS: tuple[UnusedOptions[AnyConfig], ...] = (
     UnusedOptions(("train.epochs",), lambda config: config.train.steps is not None, "train.steps says how long the run is"),
 )
-BY_KIND: dict[type, tuple[UnusedOptions, ...]] = {
+BY_KIND: dict[type, tuple[UnusedOptions[Any], ...]] = {
     SftConfig: (*SFT_OPTIONS, *SUPERVISED_OPTIONS),
     RmConfig: (*RM_OPTIONS, *SUPERVISED_OPTIONS),
     PpoConfig: PPO_OPTIONS,
@@ -164,11 +167,13 @@ def _default(section: type, field: str) -> Any:
     for part in sections:
         if not part.isdecimal():
             hint = get_type_hints(section)[part]
-            section = item_class(hint) or section_class(hint)
+            nested = item_class(hint) or section_class(hint)
+            assert nested is not None  # the field was found in it
+            section = nested
     return {option.name: option.default for option in dataclasses.fields(section)}[name]
 
 
-def _role_options(config: AnyConfig) -> Iterator[UnusedOptions]:
+def _role_options(config: AnyConfig) -> Iterator[UnusedOptions[AnyConfig]]:
     """What depends on a role; the condition is that the options are given at all."""
     for name, role in config_roles(config).items():
         if role.micro_batch_tokens is not None:

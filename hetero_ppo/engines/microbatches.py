@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -95,12 +95,11 @@ def select(record: Record, rows: Sequence[int], num_columns: int) -> Record:
     """The rows of every tensor of a record; tensors with two dimensions get ``num_columns`` columns, added ones 0."""
     index = torch.as_tensor(rows)
     picked: dict[str, Any] = {}
-    for entry in fields(record):
-        value = getattr(record, entry.name)
+    for name, value in vars(record).items():
         if isinstance(value, Tensor):
             value = value[index]
             value = to_columns(value, num_columns) if value.dim() == 2 else value
-        picked[entry.name] = value
+        picked[name] = value
     return type(record)(**picked)
 
 

@@ -119,7 +119,7 @@ class ModelEngine:
         self.load_report = model.report
         self.plain_because: str | None = None  # "aligned is ...", where the choice was left open and the role is not aligned
         #: What the schedules run: the GPTModels here, their DDP wrappers in a TrainEngine.
-        self.chunks: list[torch.nn.Module] = list(model.chunks)
+        self.chunks: list[Any] = list(model.chunks)
         self.models: list[GPTModel] = model.chunks
         for chunk in self.models:
             chunk.eval()

@@ -129,7 +129,9 @@ class PendingRollout:
             if int(count) != RESTART:
                 break
             self._stalled = False
+            assert self._restart is not None  # without one the generator is not asked to report that it waits
             self._restart()
+        assert fresh is not None
         rows, part = self._share(fresh, int(count))
         for own, values in zip((self._lengths, self._truncated, self._tokens, self._log_probs), part, strict=True):
             own[rows] = values

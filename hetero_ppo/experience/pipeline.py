@@ -97,6 +97,7 @@ class Pipeline:
     def _turn(stage: Stage, following: str | None, is_last: bool) -> contextlib.AbstractContextManager[None]:
         if stage.role is None:
             return contextlib.nullcontext()
+        then: list[str] | None
         if following is not None:
             then = [following]
         else:  # the next wave begins with this role; after the last wave the step's schedule goes on

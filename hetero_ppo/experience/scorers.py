@@ -119,7 +119,7 @@ def model_scores(engine: ModelEngine, re_encoder: ReEncoder | None, rollout: Rol
 
 def part_metrics(parts: Mapping[str, Tensor]) -> dict[str, float]:
     """Mean and population standard deviation of every part, rows without a score left out."""
-    metrics = {}
+    metrics: dict[str, float] = {}
     for name, scores in parts.items():
         scores = scores[~scores.isnan()]
         metrics |= {f"reward/{name}/mean": float(scores.mean()), f"reward/{name}/std": float(scores.std(correction=0))}

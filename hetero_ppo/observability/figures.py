@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -14,6 +15,7 @@ matplotlib.use("svg")
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from matplotlib.typing import RcKeyType
 
 from hetero_ppo.observability.records import RunRecord, Series
 from hetero_ppo.observability.timers import TOTAL, top_level
@@ -28,7 +30,7 @@ INK = "#3b4351"
 MAX_POINTS = 400
 MAX_BARS = 80
 
-STYLE = {
+STYLE: dict[RcKeyType, Any] = {
     "svg.fonttype": "none",  # text stays text: small, sharp, searchable
     "font.size": 9,
     "axes.edgecolor": "#ccd1d9",

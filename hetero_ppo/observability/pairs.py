@@ -106,7 +106,7 @@ def _calibration(found: PairStatistics) -> str:
 def _margins(found: PairStatistics) -> str:
     figure = Figure(figsize=(5.0, 3.4), layout="constrained")
     axes = figure.add_subplot()
-    edges = np.histogram_bin_edges(found.margins, bins=min(40, max(10, len(found.margins) // 10)))
+    edges = np.histogram_bin_edges(found.margins, bins=min(40, max(10, len(found.margins) // 10))).tolist()
     axes.hist(found.margins[found.margins > 0], edges, color=COLOURS[0], label="right")
     axes.hist(found.margins[found.margins <= 0], edges, color=COLOURS[1], label="wrong")
     axes.set_xlabel("score of chosen minus score of rejected")

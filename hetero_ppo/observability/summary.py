@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 from hetero_ppo.observability.sinks.jsonl import METRICS_FILE
@@ -76,7 +77,7 @@ def format_summary(run_dir: Path, report: Path | None = None) -> str:
     return "\n".join(lines)
 
 
-def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
     """First column to the left, the others to the right."""
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
 

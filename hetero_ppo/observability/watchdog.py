@@ -112,6 +112,7 @@ class Watchdog:
                 self._changed.wait(max(left, 0.01))
 
     def _end(self) -> None:
+        assert self.timeout_s is not None  # the thread that calls this runs with a limit alone
         with self.path.open("w") as file:
             file.write(f"rank {self.rank}, phase {self._phase}\n")
             file.flush()

@@ -13,13 +13,14 @@ the worst of the ``num_return`` best finished hypotheses: from then on nothing t
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from hetero_ppo.rollout.servers.pool import gather_all
 
 #: Most probable next tokens of a sequence: (token id, log-prob), best first.
-Expand = Callable[[list[int]], Awaitable[list[tuple[int, float]]]]
+Expand = Callable[[list[int]], Coroutine[Any, Any, list[tuple[int, float]]]]
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ class GenerationRequest:
         """
         if not responses:
             return self
-        partial = [None] * self.num_places if self.partial is None else list(self.partial)
+        partial: list[Response | None] = [None] * self.num_places if self.partial is None else list(self.partial)
         for place, response in responses:
             partial[place] = response
         return replace(self, partial=partial)

@@ -53,7 +53,8 @@ class Requests:
         n = self.request.n
         calls = [self._one(place) for place in range(self.request.num_places)]
         self._open = len(calls)
-        flat = await gather_all([*calls, self._abort_the_rest()])
+        answers = await gather_all([*calls, self._abort_the_rest()])
+        flat = [response for response in answers if response is not None]  # without that of the last call
         return [flat[i * n : (i + 1) * n] for i in range(len(self.request.prompts))]
 
     async def _one(self, place: int) -> Response:

@@ -355,6 +355,7 @@ class VllmGenerator(Generator):
         writer = None
         if self._device.type == "cuda" or transport.keeps_blocks:
             writer = BlockWriter(self._staging, transport.keep if transport.keeps_blocks else None)
+        assert self._private_dir is not None  # made before the pool
         files = write_weights(self._private_dir.path / f"weights_{self._num_syncs}", tensors, version, self.dtype, writer)
         written = time.perf_counter()
         previous = pool.files
@@ -426,6 +427,7 @@ class VllmGenerator(Generator):
         pool, self._pool = self._pool, None
         if pool is None:
             return
+        assert self._loop is not None and self._thread is not None and self._private_dir is not None  # all made with the pool
         try:
             asyncio.run_coroutine_threadsafe(pool.stop(), self._loop).result()
         finally:
@@ -444,6 +446,7 @@ class VllmGenerator(Generator):
 
     def _run(self, call: Coroutine[Any, Any, T]) -> T:
         """Run a call on the generator's loop. Any error but ValueError ends the generator."""
+        assert self._loop is not None  # the callers have asked for the pool
         future = asyncio.run_coroutine_threadsafe(call, self._loop)
         try:
             return future.result()

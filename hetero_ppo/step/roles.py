@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from hetero_ppo.config.derived import config_roles
 from hetero_ppo.config.load import AnyConfig
 from hetero_ppo.config.schema import RoleConfig, TrainedRoleConfig
+
+#: What the last stage of a model computes.
+Head = Literal["lm", "value", "score"]
 
 #: Places of the report's palette that roles leave to the generator and to waiting.
 GENERATOR_COLOUR, WAIT_COLOUR = 4, 5
@@ -17,7 +21,7 @@ GENERATOR_COLOUR, WAIT_COLOUR = 4, 5
 class RoleSection:
     """What all roles of one section of the configuration have in common."""
 
-    head: str  # what the last stage computes: "lm", "value" or "score"
+    head: Head  # what the last stage computes
     is_trained: bool  # it has gradients and an optimizer, and lies in checkpoints
     colour: int  # index into the report's palette
 
@@ -41,7 +45,7 @@ class RoleSpec:
     """One model of a run."""
 
     name: str  # path of its section: "actor", "reward_models.0"; also its lane in the trace and its folder in a checkpoint
-    head: str  # "lm", "value" or "score"
+    head: Head
     is_trained: bool
     config: RoleConfig
 

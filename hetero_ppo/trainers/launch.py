@@ -12,6 +12,7 @@ import torch
 from hetero_ppo.algorithms.advantage_registry import check_advantage
 from hetero_ppo.config.checks import check_config, check_paths
 from hetero_ppo.config.load import LoadedConfig, load_config
+from hetero_ppo.config.schema import RmConfig, SftConfig
 from hetero_ppo.config.unused import unused_options
 from hetero_ppo.data.chat_template import check_tokenizers
 from hetero_ppo.errors import RunError, StoppedOnRequest
@@ -53,12 +54,12 @@ def main(config_path: str, overrides: list[str]) -> None:
 
 
 def _fit(loaded: LoadedConfig, run: Run) -> None:
-    if loaded.kind == "sft":
+    if isinstance(loaded.config, SftConfig):
         from hetero_ppo.trainers.sft import SftTrainer
 
         _collect_garbage()
         SftTrainer(loaded.config, run).fit()
-    elif loaded.kind == "rm":
+    elif isinstance(loaded.config, RmConfig):
         from hetero_ppo.trainers.rm import RewardModelTrainer
 
         _collect_garbage()

@@ -81,8 +81,9 @@ class Evaluator:
                 asked = dataclasses.replace(request, sampling=greedy)
                 greedy_rollout = collect_rollout(generator, asked, self.turns.world, version=version, trace=trace)
         # Their workers score while the models do.
-        checked = [answers for answers in (rollout, greedy_rollout) if answers is not None and self.check is not None]
-        checks = [self.check.start(answers) for answers in checked]
+        checks = []
+        if self.check is not None:
+            checks = [self.check.start(answers) for answers in (rollout, greedy_rollout) if answers is not None]
         scored = self.maker.scorers.score(rollout, "eval")
         scores = scored.outcome
         with self.maker.actor.on_device(phase="eval"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from functools import partial
 
 from hetero_ppo.config.schema import PpoConfig
 from hetero_ppo.data.chat_template import TextEncoder
@@ -44,21 +45,21 @@ class PpoFunctions:
 def open_functions(config: PpoConfig, run: Run, encoder: TextEncoder) -> PpoFunctions:
     """Start a worker of each function on rank 0; they import the functions' modules while the run goes on to load."""
     reward, train = config.reward, config.train
-    common = {
-        "timeout_s": reward.timeout_s,
-        "workers": reward.workers,
-        "concurrency": reward.concurrency,
-        "progress": run.watchdog.progress,
-        "world": run.world,
-    }
+    function = partial(
+        FunctionReward,
+        decode=encoder.decode,
+        timeout_s=reward.timeout_s,
+        workers=reward.workers,
+        concurrency=reward.concurrency,
+        progress=run.watchdog.progress,
+        world=run.world,
+    )
     functions = PpoFunctions(
-        None
-        if reward.function is None
-        else FunctionReward(reward.function, encoder.decode, on_error=reward.on_error, batch=reward.batch, **common),
+        None if reward.function is None else function(reward.function, on_error=reward.on_error, batch=reward.batch),
         None
         if train.eval_function is None
-        else FunctionReward(train.eval_function, encoder.decode, "train.eval_function", batch=train.eval_batch, **common),
+        else function(train.eval_function, field="train.eval_function", batch=train.eval_batch),
     )
-    for function in functions._all:
-        function.open()
+    for each in functions._all:
+        each.open()
     return functions

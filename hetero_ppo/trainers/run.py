@@ -27,12 +27,13 @@ from hetero_ppo.distributed.groups import finish, initialise
 from hetero_ppo.distributed.text import broadcast_json
 from hetero_ppo.errors import StoppedOnRequest
 from hetero_ppo.observability.logs import ONCE, console_logging
+from hetero_ppo.observability.records import CONFIG_FILE
 from hetero_ppo.observability.watchdog import Watchdog
 from hetero_ppo.runtime.heartbeat import Heartbeat
 from hetero_ppo.runtime.inputs import Input, check_inputs, differing
 from hetero_ppo.runtime.later_steps import forget_later_steps
 from hetero_ppo.runtime.resume import DIGESTS_VERSION, Beginning, Resume, beginning, read_resume
-from hetero_ppo.runtime.run_folder import CONFIG_FILE, claimed_folder
+from hetero_ppo.runtime.run_folder import claimed_folder
 from hetero_ppo.trainers.stopping import StopRequests
 from megatron_bridge import platform
 from megatron_bridge.platform.compiler import check_compiler
@@ -211,7 +212,7 @@ def _claim_folder(
         found |= {"run_id": begun.run_id, "begun": begun.begun.isoformat()}
         try:
             found["said"] = stack.enter_context(claimed_folder(loaded))
-            save_config(loaded, folder / CONFIG_FILE)
+            save_config(loaded, str(folder / CONFIG_FILE))
         except ValueError as error:
             found["error"] = str(error)
         except OSError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch.distributed as dist
 
@@ -13,7 +14,7 @@ from hetero_ppo.config.on_resume import rule_of
 from hetero_ppo.config.schema import PpoConfig
 from hetero_ppo.config.schema.option import OnResume
 from hetero_ppo.data.chat_template import TextEncoder
-from hetero_ppo.data.dataset import Dataset, Example
+from hetero_ppo.data.dataset import Dataset
 from hetero_ppo.data.prompts import PromptExample, labels_digest
 from hetero_ppo.reward.re_encoding import ReEncoder
 from hetero_ppo.runtime.inputs import Input, differing, function_digest
@@ -25,7 +26,7 @@ def text_inputs(
     config: AnyConfig,
     resume: Resume | None,
     encoder: TextEncoder,
-    train: Dataset[Example],
+    train: Dataset[Any],
     re_encoders: Mapping[str, ReEncoder],
 ) -> list[Input]:
     """Return tokenizers, templates, training data, labels and the reward function.

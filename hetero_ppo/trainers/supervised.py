@@ -198,10 +198,10 @@ def build_role(run: Run, name: str, config: C, build: Callable[[C], RoleEngine])
     engine = build_proved(config if before is not False else dataclasses.replace(config, aligned=False), build)
     describe_loaded(engine)
     run.aligned[name] = engine.bridge.aligned
-    if before is False:
+    if before is False and run.resume is not None:
         engine.plain_because = "aligned is null, and it was plain in the run that the checkpoint is of"
         log.info(f"{name}: plain, as in the run of {run.resume.folder} ({name}.aligned is null): no golden scores; set it to true to be aligned")
-    elif before and not engine.bridge.aligned:
+    elif before and run.resume is not None and not engine.bridge.aligned:
         log.warning(
             f"{name} was aligned in the run of {run.resume.folder} and is not any more ({name}.{engine.plain_because}): the bits of "
             "its outputs are other ones from here on",
