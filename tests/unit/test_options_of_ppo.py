@@ -167,10 +167,10 @@ def test_functions_get_their_options(config: PpoConfig, tmp_path: Path, monkeypa
     config.reward.timeout_s, config.reward.workers, config.reward.concurrency = 7.0, 8, 9
     config.reward.on_error = RewardErrors.exclude
     ppo_functions.open_functions(config, FakeRun(tmp_path), SimpleNamespace(decode="decode"))
-    common = {"timeout_s": 7.0, "workers": 8, "concurrency": 9, "progress": None, "world": ONE_RANK}
+    common = {"timeout_s": 7.0, "workers": 8, "concurrency": 9, "progress": None, "world": ONE_RANK, "decode": "decode"}
     assert made == [
-        (("judge.py:score", "decode"), {"on_error": RewardErrors.exclude, "batch": 5, **common}),
-        (("judge.py:check", "decode", "train.eval_function"), {"batch": 6, **common}),
+        (("judge.py:score",), {"on_error": RewardErrors.exclude, "batch": 5, **common}),
+        (("judge.py:check",), {"field": "train.eval_function", "batch": 6, **common}),
     ]
 
 
