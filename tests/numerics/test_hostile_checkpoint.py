@@ -123,17 +123,18 @@ def test_no_pickle_of_a_checkpoint_runs(
 
 
 def test_a_checkpoint_of_an_older_version_is_loaded_and_said(
-    actor: TrainEngine, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    actor: TrainEngine, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO")
     (tmp_path / "config.yaml").write_text("kind: sft\n")
     folder = tmp_path / "checkpoints" / "iter_0000001"
     with CheckpointManager(tmp_path, CheckpointConfig(), dist.group.WORLD, timeout_s=60.0) as manager:
         manager.save(1, {"actor": actor}, {}, {}, wait=True)
         manager.load(tmp_path, {"actor": actor}, ())
-        assert "an older version" not in capfd.readouterr().out
+        assert "an older version" not in caplog.text
         (folder / COMPLETE).write_text(json.dumps({"files": read_marker(folder)}))
         manager.load(tmp_path, {"actor": actor}, ())
-    assert f"checkpoint {folder}: an older version wrote it, without a checksum of its list of files" in capfd.readouterr().out
+    assert f"checkpoint {folder}: an older version wrote it, without a checksum of its list of files" in caplog.text
 
 
 def test_an_export_looks_at_the_contents_first(

@@ -231,10 +231,11 @@ def test_a_worker_keeps_state_and_has_nothing_of_the_trainers_world(
     assert reward.score(rollout_of(["num_calls", "environment"])).tolist() == [3.0, 0.0]
 
 
-def test_the_first_failure_of_each_kind_is_printed(shared: FunctionReward, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_first_failure_of_each_kind_is_printed(shared: FunctionReward, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
     shared._reported.clear()
     shared.score(rollout_of(["raise", "raise", "sys.exit"]))
-    printed = capfd.readouterr().out
+    printed = caplog.text
     assert printed.count("The response is left out") == 1 and "counted in reward/function/num_error" in printed
 
 
