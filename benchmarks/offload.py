@@ -181,7 +181,7 @@ def measure_turns(roles: Roles, cycles: int, steps: int) -> dict[str, float]:
 
 
 def planned_bytes(engine: TrainEngine) -> int:
-    """What ``hetero-ppo plan`` says of a role, from its config alone."""
+    """Return what ``hetero-ppo plan`` counts for a role, from its config alone."""
     return sum(RoleStorage(engine.role, engine.train_config, 1).bytes_by_kind(0).values())
 
 

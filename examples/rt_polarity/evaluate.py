@@ -30,7 +30,7 @@ NUM_SAMPLES = 6
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the judge says of some reviews, and how diverse they are."""
+    """Verdict of the judge on some reviews, and how diverse they are."""
 
     name: str
     reviews: int

@@ -13,7 +13,7 @@ from hetero_ppo.config.schema import AlgorithmConfig
 
 @dataclass(frozen=True)
 class AdvantageInputs:
-    """What advantages of B responses are computed from. Every rank holds all rows."""
+    """Inputs of an estimator, for B responses. Every rank holds all rows."""
 
     token_level_rewards: Tensor  # [B, T] float32, 0 outside response_mask
     response_mask: Tensor  # [B, T] bool; the True columns of a row follow each other without a gap, a row that is left out has none
@@ -23,7 +23,7 @@ class AdvantageInputs:
 
 @dataclass(frozen=True)
 class Advantages:
-    """What an estimator gives, without a graph."""
+    """Results of an estimator, without a graph."""
 
     advantages: Tensor  # [B, T] float32, 0 outside response_mask
     returns: Tensor | None  # [B, T] float32, what the critic is trained towards; None: the estimator has none

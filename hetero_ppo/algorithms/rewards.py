@@ -125,9 +125,9 @@ def clip_scores(scores: Tensor, clip: float) -> Tensor:
 def apply_truncation(
     scores: Tensor, response_mask: Tensor, truncated: Tensor, policy: TruncatedResponses, truncation_score: float
 ) -> tuple[Tensor, Tensor]:
-    """What becomes of responses that hit the length limit without an end-of-sequence token.
+    """Treat the responses that reached the length limit without an end-of-sequence token as the policy says.
 
-    To be called after normalisation and clipping: ``truncation_score`` is a reward as the policy sees it.
+    Call it after normalisation and clipping: ``truncation_score`` is a reward as the policy sees it.
 
     Args:
         scores: [B] float.

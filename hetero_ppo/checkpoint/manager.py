@@ -67,7 +67,7 @@ class CheckpointManager:
     ) -> None:
         """
         Args:
-            run_dir: of this run, where ``config.yaml`` lies.
+            run_dir: Folder of this run, which has its ``config.yaml``.
             config: what is kept.
             world: Group of all ranks.
             timeout_s: seconds that a rank waits for its disk.
@@ -277,10 +277,10 @@ class CheckpointManager:
 
 
 def checkpoint_folder(run_dir: Path, step: int | None) -> Path:
-    """Folder of a complete checkpoint below a run folder.
+    """Return the folder of a complete checkpoint below a run folder.
 
     Args:
-        run_dir: of the run that wrote it.
+        run_dir: Folder of the run that wrote it.
         step: None for the newest.
 
     Raises:
@@ -304,7 +304,7 @@ def check_contents(folder: Path) -> None:
     """Compare all files of a checkpoint with its manifest, in one process.
 
     Args:
-        folder: of the checkpoint (``checkpoint_folder``).
+        folder: Folder of the checkpoint (``checkpoint_folder``).
 
     Raises:
         ValueError: A file differs.
@@ -333,10 +333,10 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def checkpoint_step(run_dir: Path, step: int | None) -> int:
-    """Steps that a complete checkpoint of a run folder has behind it.
+    """Return the number of steps that were done before a complete checkpoint of a run folder.
 
     Args:
-        run_dir: of the run that wrote it.
+        run_dir: Folder of the run that wrote it.
         step: None for the newest.
 
     Raises:
@@ -419,6 +419,6 @@ def _say_damaged(folder: Path, fault: str) -> str:
 
 
 def _reason(error: OSError | CheckpointException) -> str:
-    """What the system said; torch's exception holds those of all ranks as text, with their tracebacks."""
+    """Return the message of the system; torch's exception holds those of all ranks as text, with their tracebacks."""
     found = re.search(r"\[Errno \d+\] [^\n]*", str(error))
     return str(error) if found is None else found[0].strip("\"')")

@@ -146,7 +146,7 @@ class Generator(ABC):
         Raises:
             RuntimeError: The difference exceeds ``rollout.verify_sync_tolerance``.
         """
-        raise NotImplementedError(f"{type(self).__name__} computes no log-probs of a probe prompt")
+        raise AssertionError(f"{type(self).__name__} computes no log-probs of a probe prompt")
 
     def sync_metrics(self) -> dict[str, float]:
         """Return what the last weight sync took, and how the requests since the one before were shared among servers."""
@@ -180,7 +180,7 @@ class Generator(ABC):
     @property
     def weights_key(self) -> str:
         """Name of the weights by their content, for responses that are kept on disk. For generators that can resume."""
-        raise NotImplementedError(f"{type(self).__name__} resumes no responses")
+        raise AssertionError(f"{type(self).__name__} resumes no responses")
 
 
 class NullGenerator(Generator):
@@ -202,7 +202,7 @@ class NullGenerator(Generator):
         on_response: OnResponse | None = None,
         on_stalled: Callable[[], None] | None = None,
     ) -> list[list[Response]]:
-        raise NotImplementedError("this rank has no generator; it gets the responses from rank 0")
+        raise AssertionError("this rank has no generator; it gets the responses from rank 0")
 
     def sync_weights(self, tensors: Iterator[tuple[str, Tensor]], version: str) -> None:
         """Read the tensors to their end where the generator's rank does, since making them is collective."""
