@@ -56,7 +56,10 @@ def gathered_state(engine: TrainEngine, *, is_loading: bool) -> dict[str, Any]:
     """Return the role's state as Megatron-Core's fully_reshardable describes it."""
     weights = engine._sharded_weights()
     metadata = {**engine._sharding_metadata, **GATHERED}
-    return {**weights, "optimizer": engine.optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=metadata)}
+    return {
+        **weights,
+        "optimizer": engine.optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=metadata),
+    }
 
 
 def save_gathered(engine: TrainEngine, folder: Path) -> RoleSnapshot:
@@ -87,7 +90,9 @@ def peak_growth(work: Callable[[], Any]) -> tuple[Any, float, float]:
 def measure(model: Path, form: str, folder: Path, layout: ParallelConfig) -> dict[str, float]:
     """Measure one format on this rank."""
     config = TrainedRoleConfig(
-        model=ModelConfig(path=str(model), dtype=Dtype.bf16), parallel=layout, optimizer=OptimizerConfig(distributed=True)
+        model=ModelConfig(path=str(model), dtype=Dtype.bf16),
+        parallel=layout,
+        optimizer=OptimizerConfig(distributed=True),
     )
     engine = TrainEngine("actor", config, "lm", 10)
     if dist.get_rank() == 0:
@@ -97,7 +102,12 @@ def measure(model: Path, form: str, folder: Path, layout: ParallelConfig) -> dic
     load = engine.load if form == "slices" else lambda path: load_gathered(engine, path)
     with Sent() as sent:
         snapshot, save_peak, save_s = peak_growth(lambda: save(folder))
-    found = {"sent_mib": sent.num_bytes / MIB, "copied_mib": snapshot.num_bytes / MIB, "save_peak_mib": save_peak, "copy_s": save_s}
+    found = {
+        "sent_mib": sent.num_bytes / MIB,
+        "copied_mib": snapshot.num_bytes / MIB,
+        "save_peak_mib": save_peak,
+        "copy_s": save_s,
+    }
     assert snapshot.write()
     snapshot.finish()
     del snapshot

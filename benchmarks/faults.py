@@ -106,24 +106,40 @@ def main() -> None:
     """Run the command."""
     is_heard = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", default=[""], metavar="TEXT", help="cases whose name has one of these in it")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], metavar="TEXT", help="cases whose name has one of these in it"
+    )
     parser.add_argument("--minutes", type=float, help="a sample of the cases that fits into this time")
-    parser.add_argument("--seed", type=int, default=0, help="of the sample, and of the times at which processes are killed")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the sample, and of the times at which processes are killed"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="cases at a time")
     parser.add_argument("--json", type=Path, help="write figures and outcomes here, after every case")
-    parser.add_argument("--go-on", action="store_true", help="leave out the cases that have survived in FILE, and add to it")
-    parser.add_argument("--folder", type=Path, help="run here and leave it; runs without a fault that are there are taken as they are")
-    parser.add_argument("--fork", action="store_true", help="fork launchers and ranks from a process that has imported everything: faster")
+    parser.add_argument(
+        "--go-on", action="store_true", help="leave out the cases that have survived in FILE, and add to it"
+    )
+    parser.add_argument(
+        "--folder", type=Path, help="run here and leave it; runs without a fault that are there are taken as they are"
+    )
+    parser.add_argument(
+        "--fork",
+        action="store_true",
+        help="fork launchers and ranks from a process that has imported everything: faster",
+    )
     parser.add_argument("--stall", action="store_true", help="measure the stall of a save, as with the whole table")
     args = parser.parse_args()
-    signal.signal(signal.SIGHUP, lambda *_: sys.exit(128 + signal.SIGHUP) if is_heard else None)  # under nohup runs would ignore it, too
+    signal.signal(
+        signal.SIGHUP, lambda *_: sys.exit(128 + signal.SIGHUP) if is_heard else None
+    )  # under nohup runs would ignore it, too
     if args.fork and args.jobs > 1:
         parser.error("--fork runs one case at a time: leave --jobs out")
     table = Table(args.json, go_on=args.go_on)
     done = {outcome.name for outcome in table.outcomes}
     chosen = [case for case in cases() if any(text in case.name for text in args.only)]
     if not chosen:
-        parser.error(f"no case has one of {args.only} in its name; there are: {', '.join(case.name for case in cases())}")
+        parser.error(
+            f"no case has one of {args.only} in its name; there are: {', '.join(case.name for case in cases())}"
+        )
     is_whole = len(chosen) == len(cases()) and args.minutes is None and not done
     chosen = [case for case in chosen if case.name not in done]
     if args.minutes is not None:

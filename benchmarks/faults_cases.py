@@ -43,7 +43,11 @@ WRITES = {
 SYNC = "call:hetero_ppo.rollout.servers.pool:swap"
 FROZEN = ("run.heartbeat_timeout_s=5",)
 NO_SIGN = "has given no sign of life for"
-FUNCTION = ("reward.source=function", f"reward.function={Path(__file__).with_name('faults_reward.py')}:score", "reward_model=null")
+FUNCTION = (
+    "reward.source=function",
+    f"reward.function={Path(__file__).with_name('faults_reward.py')}:score",
+    "reward_model=null",
+)
 CONSTANT = ("actor.optimizer.lr_schedule=constant",)
 
 
@@ -120,7 +124,12 @@ def killed_in_phases() -> list[Case]:
         for phase in LONG_PHASES
     ]
     for role in ("critic", "actor"):
-        point = {"point": "call:hetero_ppo.engines.train_engine:TrainEngine._optimizer_step", "logged": 1, "role": role, "what": "kill"}
+        point = {
+            "point": "call:hetero_ppo.engines.train_engine:TrainEngine._optimizer_step",
+            "logged": 1,
+            "role": role,
+            "what": "kill",
+        }
         found.append(Case(f"kill in the {role}'s optimizer step", KILLED, point=point))
     found.append(Case("kill before any checkpoint", KILLED, point=kill_in("train_actor", 0)))
     return found
@@ -147,7 +156,9 @@ def killed_while_saving() -> list[Case]:
 def killed_in_a_write() -> list[Case]:
     """Return the cases that kill a run within a file's write, which leaves half of the file."""
     return [
-        Case(f"kill in a write of {name}", KILLED, point={"point": f"write:{pattern}", "logged": logged, "what": "kill"})
+        Case(
+            f"kill in a write of {name}", KILLED, point={"point": f"write:{pattern}", "logged": logged, "what": "kill"}
+        )
         for name, (pattern, logged) in WRITES.items()
     ]
 
@@ -158,7 +169,12 @@ def killed_ranks() -> list[Case]:
     return [
         Case("kill rank 1 of 2 in train_actor", KILLED, point=two, num_ranks=2),
         Case("kill rank 1 of 2, a save in flight", KILLED, point={**two, "logged": 2, "held": True}, num_ranks=2),
-        Case("kill rank 1 of 2 while saving", KILLED, point={**two, "point": "phase:checkpoint", "logged": 2}, num_ranks=2),
+        Case(
+            "kill rank 1 of 2 while saving",
+            KILLED,
+            point={**two, "point": "phase:checkpoint", "logged": 2},
+            num_ranks=2,
+        ),
     ]
 
 
@@ -166,8 +182,14 @@ def killed_at_random() -> list[Case]:
     """Every process of the run at once, at a time that the seed chooses, from its start to its end."""
     everything = (Blow(signal.SIGKILL, "all", at_random=True),)
     found = [Case(f"kill everything at once, time {n}", -signal.SIGKILL, blows=everything) for n in range(1, 5)]
-    found += [Case(f"kill everything of 2 ranks at once, time {n}", -signal.SIGKILL, blows=everything, num_ranks=2) for n in (1, 2)]
-    return found + [Case(f"vllm: kill everything at once, time {n}", -signal.SIGKILL, blows=everything, engine="vllm") for n in (1, 2, 3)]
+    found += [
+        Case(f"kill everything of 2 ranks at once, time {n}", -signal.SIGKILL, blows=everything, num_ranks=2)
+        for n in (1, 2)
+    ]
+    return found + [
+        Case(f"vllm: kill everything at once, time {n}", -signal.SIGKILL, blows=everything, engine="vllm")
+        for n in (1, 2, 3)
+    ]
 
 
 def frozen() -> list[Case]:
@@ -179,8 +201,21 @@ def frozen() -> list[Case]:
     stop = {"point": "phase:values", "logged": 1, "what": "stop"}
     return [
         Case("SIGSTOP of a rank", EXIT_STUCK, point=stop, overrides=FROZEN, message=NO_SIGN),
-        Case("SIGSTOP of rank 1 of 2", EXIT_STUCK, point={**stop, "rank": 1}, overrides=FROZEN, message=NO_SIGN, num_ranks=2),
-        Case("a rank's GIL is held for good", EXIT_STUCK, point={**stop, "what": "hold the gil"}, overrides=FROZEN, message=NO_SIGN),
+        Case(
+            "SIGSTOP of rank 1 of 2",
+            EXIT_STUCK,
+            point={**stop, "rank": 1},
+            overrides=FROZEN,
+            message=NO_SIGN,
+            num_ranks=2,
+        ),
+        Case(
+            "a rank's GIL is held for good",
+            EXIT_STUCK,
+            point={**stop, "what": "hold the gil"},
+            overrides=FROZEN,
+            message=NO_SIGN,
+        ),
         Case("SIGSTOP of the launcher, continued", 0, blows=suspended("launcher"), overrides=FROZEN),
         Case("SIGSTOP of everything, continued", 0, blows=suspended("all"), overrides=FROZEN),
         Case("SIGSTOP of everything of 2 ranks, continued", 0, blows=suspended("all"), overrides=FROZEN, num_ranks=2),
@@ -191,7 +226,9 @@ def frozen() -> list[Case]:
             overrides=("run.phase_timeout_minutes=0.05",),
             message="is stuck in phase",
         ),
-        Case("a reward function holds the GIL for good", 1, flag=True, setup=FUNCTION, overrides=("reward.timeout_s=3",)),
+        Case(
+            "a reward function holds the GIL for good", 1, flag=True, setup=FUNCTION, overrides=("reward.timeout_s=3",)
+        ),
     ]
 
 
@@ -218,7 +255,10 @@ def signalled() -> list[Case]:
 def damaged() -> list[Case]:
     """Checkpoints that were altered."""
     damages = (truncate_weights, flip_a_bit, lose_a_file, cut_the_state, cut_the_marker)
-    found = [Case(f"checkpoint: {d.__name__.replace('_', ' ')}", 2, damage=d, setup=CONSTANT, message="is damaged") for d in damages]
+    found = [
+        Case(f"checkpoint: {d.__name__.replace('_', ' ')}", 2, damage=d, setup=CONSTANT, message="is damaged")
+        for d in damages
+    ]
     return [
         *found,
         Case("checkpoint: half-written one beside it", 0, damage=leave_half_a_checkpoint, setup=CONSTANT),
@@ -269,8 +309,21 @@ def runs_with_servers() -> list[Case]:
             point={"point": "write:*/bank/*", "logged": 1, "what": "kill"},
             engine="vllm",
         ),
-        Case("vllm: SIGSTOP of a rank", EXIT_STUCK, point={**rollout, "what": "stop"}, overrides=FROZEN, message=NO_SIGN, engine="vllm"),
-        Case("vllm: SIGTERM", EXIT_STOPPED, blows=(Blow(signal.SIGTERM),), message="stopped on request after step", engine="vllm"),
+        Case(
+            "vllm: SIGSTOP of a rank",
+            EXIT_STUCK,
+            point={**rollout, "what": "stop"},
+            overrides=FROZEN,
+            message=NO_SIGN,
+            engine="vllm",
+        ),
+        Case(
+            "vllm: SIGTERM",
+            EXIT_STOPPED,
+            blows=(Blow(signal.SIGTERM),),
+            message="stopped on request after step",
+            engine="vllm",
+        ),
     ]
 
 

@@ -60,12 +60,22 @@ class Run:
             command = ["prlimit", f"--fsize={file_limit}", *command]
         if start == "nohup":
             command = ["nohup", *command]
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false", MARK: self.mark}
+        env = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONUNBUFFERED": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            MARK: self.mark,
+        }
         self._terminal: int | None = None
         self.log.write_text("")
         self.started = time.monotonic()
         RUNS.append(self)
-        self.process = self._start(command, env | variables) if start != "terminal" else self._start_on_terminal(command, env | variables)
+        self.process = (
+            self._start(command, env | variables)
+            if start != "terminal"
+            else self._start_on_terminal(command, env | variables)
+        )
 
     def _start(self, command: Sequence[str], env: Mapping[str, str]) -> Any:
         """The process of the launcher."""
@@ -144,4 +154,3 @@ class Run:
             os.kill(pid, signal.SIGKILL)
         self.process.wait()
         return not left
-

@@ -56,7 +56,12 @@ def write_setup(folder: Path, engine: str) -> Path:
     config["actor"]["optimizer"] = {"lr": 1e-3, "lr_schedule": "cosine", "warmup_steps": 2}
     config["critic"]["optimizer"] = {"lr": 1e-3}
     kl = {"controller": "adaptive", "horizon": 100, "target": 0.5, "coef": 0.05}
-    config["algorithm"] |= {"old_log_probs": "actor", "kl": kl, "rollout_batch_size": work.prompts_per_step - 2, "minibatch_size": 2}
+    config["algorithm"] |= {
+        "old_log_probs": "actor",
+        "kl": kl,
+        "rollout_batch_size": work.prompts_per_step - 2,
+        "minibatch_size": 2,
+    }
     config["reward"] = {"normalise": True}
     sampling = config["rollout"]["sampling"]
     config["train"] |= {"dump_rollouts": True}
@@ -119,7 +124,9 @@ class Faults:
 
     def straight(self, case: Case) -> Straight:
         """The run without a fault, long enough to compare a stopped run with."""
-        name = f"straight_{case.engine}_{case.num_ranks}" + ("" if not case.setup else f"_{case.setup[0].replace('=', '_')}")
+        name = f"straight_{case.engine}_{case.num_ranks}" + (
+            "" if not case.setup else f"_{case.setup[0].replace('=', '_')}"
+        )
         with self._lock:
             if name not in self._straight:
                 run_dir, there = self.folder / name, self.folder / f"{name}.json"
@@ -128,7 +135,11 @@ class Faults:
                     run = self.start(case, run_dir)
                     if run.wait() != 0 or not run.end():
                         raise RuntimeError(f"the run without a fault failed:\n{run.log.read_text()[-3000:]}")
-                    there.write_text(json.dumps({"seconds": time.monotonic() - run.started, "phases": records(run_dir)[2]["seconds"]}))
+                    there.write_text(
+                        json.dumps(
+                            {"seconds": time.monotonic() - run.started, "phases": records(run_dir)[2]["seconds"]}
+                        )
+                    )
                 self._straight[name] = Straight(run_dir, **json.loads(there.read_text()))
             return self._straight[name]
 
@@ -280,7 +291,9 @@ class Faults:
         if outcome.why or (outcome.status == 0 and case.kind != "damage"):
             return
         done = len(records(run_dir))
-        saved = [path for path in (run_dir / "checkpoints").glob("iter_*/COMPLETE") if not path.parent.name.endswith(".tmp")]
+        saved = [
+            path for path in (run_dir / "checkpoints").glob("iter_*/COMPLETE") if not path.parent.name.endswith(".tmp")
+        ]
         begin = [f"checkpoint.load={run_dir}"] if saved else ["run.overwrite=true"]
         since = time.time()
 

@@ -45,7 +45,14 @@ def measure_stall(folder: Path, work: Work) -> dict[str, float]:
         config["residency"] = {"offload": True}
         config["checkpoint"] |= {"every": 2, "keep": 1}
         write_config(config, folder / "ppo.yaml")
-        program = ["-m", "hetero_ppo.cli.main", "train", "--config", str(folder / "ppo.yaml"), f"checkpoint.async_save={is_async}"]
+        program = [
+            "-m",
+            "hetero_ppo.cli.main",
+            "train",
+            "--config",
+            str(folder / "ppo.yaml"),
+            f"checkpoint.async_save={is_async}",
+        ]
         run = Run(program, 1, run_dir.with_suffix(".log"))
         if run.wait() != 0 or not run.end():
             raise RuntimeError(f"the run that measures the stall failed:\n{run.log.read_text()[-3000:]}")

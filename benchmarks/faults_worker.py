@@ -31,7 +31,11 @@ from hetero_ppo.observability.metrics import MetricsLogger
 from hetero_ppo.observability.timers import PhaseTimer
 
 #: What the command lines of a server's processes have in them. The guardian's has its server's.
-SERVER_PROCESSES = {"api server": "vllm.entrypoints.openai.api_server", "engine core": "EngineCore", "guardian": "guardian.py"}
+SERVER_PROCESSES = {
+    "api server": "vllm.entrypoints.openai.api_server",
+    "engine core": "EngineCore",
+    "guardian": "guardian.py",
+}
 
 
 def descendants(pid: int) -> list[int]:

@@ -57,7 +57,12 @@ def kind_of(pid: int) -> str:
     """Return the kind of a process of a run, from its command line and name."""
     command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
     name = Path(f"/proc/{pid}/comm").read_text().strip()
-    for text, kind in (("VLLM", "engine"), ("launcher", "launcher"), ("guardian", "guardian"), ("api_server", "server")):
+    for text, kind in (
+        ("VLLM", "engine"),
+        ("launcher", "launcher"),
+        ("guardian", "guardian"),
+        ("api_server", "server"),
+    ):
         if text in name or text in command:
             return kind
     return "rank" if "hetero_ppo.cli.main" in command else "other"
@@ -138,7 +143,10 @@ class Load:
         config["residency"] = {"offload": True}
         rollout = config["rollout"] | {"max_num_seqs": min(MAX_NUM_SEQS, args.rows)}
         if args.engine == "megatron":
-            rollout = {"engine": "megatron", **{name: rollout[name] for name in ("max_num_seqs", "sampling", "eval_sampling")}}
+            rollout = {
+                "engine": "megatron",
+                **{name: rollout[name] for name in ("max_num_seqs", "sampling", "eval_sampling")},
+            }
         else:
             rollout |= {"num_servers": 1, "server_threads": 1, "kv_cache_mib": KV_CACHE_MIB}
         config["rollout"] = rollout
@@ -173,7 +181,9 @@ class Load:
                 os.kill(pid, signal.SIGKILL)
             run.process.wait()
         if self._kept() <= 2:
-            raise RuntimeError(f"the run came to {len(self.samples)} steps, too few for a slope after a warm-up of {self.args.warm_up}:\n{log.read_text()[-3000:]}")
+            raise RuntimeError(
+                f"the run came to {len(self.samples)} steps, too few for a slope after a warm-up of {self.args.warm_up}:\n{log.read_text()[-3000:]}"
+            )
 
     def _kept(self) -> int:
         return len(self.samples) - self.args.warm_up
@@ -218,14 +228,23 @@ def parse_args(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=10_000, help="prompts in the file; a multiple of --rows")
     parser.add_argument("--engine", choices=("vllm", "megatron"), default="vllm")
     parser.add_argument("--ranks", type=int, default=1)
-    parser.add_argument("--warm-up", type=int, help="steps that are left out: pools fill in them (default: a tenth of --steps)")
-    parser.add_argument("--minutes", type=float, default=600.0, help="end the run after so long; the figures are of the steps until then")
+    parser.add_argument(
+        "--warm-up", type=int, help="steps that are left out: pools fill in them (default: a tenth of --steps)"
+    )
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=600.0,
+        help="end the run after so long; the figures are of the steps until then",
+    )
     parser.add_argument("--json", type=Path, help="write the figures here")
     args = parser.parse_args(arguments)
     if args.warm_up is None:
         args.warm_up = max(3, args.steps // 10)
     if args.prompts % args.rows:
-        parser.error(f"--prompts {args.prompts} is no multiple of --rows {args.rows}: a step would have prompts of two epochs")
+        parser.error(
+            f"--prompts {args.prompts} is no multiple of --rows {args.rows}: a step would have prompts of two epochs"
+        )
     return args
 
 

@@ -112,9 +112,7 @@ class Bench:
     def started(self, generator: Generator, lengths: list[int]) -> PendingRollout:
         """Return a rollout that is started; the device is the generator's."""
         self.trainer.turns.wake()
-        request = GenerationRequest(
-            self.prompts, self.trainer.config.rollout.sampling, n=1, seed=1, max_tokens=lengths
-        )
+        request = GenerationRequest(self.prompts, self.trainer.config.rollout.sampling, n=1, seed=1, max_tokens=lengths)
         return PendingRollout(generator, request, dist.group.WORLD, version="step0", chunk_size=self.chunk_size).start()
 
     def generate_alone(self, lengths: list[int]) -> tuple[float, float]:
@@ -253,7 +251,9 @@ def table(lengths: dict[str, dict[str, Any]], sync: dict[str, Any]) -> str:
         ("response tokens", "response_tokens", "{}"),
     ]
     lines = [f"{'':36}" + "".join(f"{kind:>16}" for kind in lengths)]
-    lines += [f"{title:36}" + "".join(f"{text.format(r[key]):>16}" for r in lengths.values()) for title, key, text in rows]
+    lines += [
+        f"{title:36}" + "".join(f"{text.format(r[key]):>16}" for r in lengths.values()) for title, key, text in rows
+    ]
     if sync["sync_none"] is not None:
         return "\n".join([*lines, f"weight sync: none, {sync['sync_none']}"])
     lines.append(
@@ -304,7 +304,9 @@ def main() -> None:
     parser.add_argument("--model", choices=SHAPES, default="2.4m")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--prompts", type=int, default=256, help="of the rollout batch")
-    parser.add_argument("--longest", type=int, default=128, help="tokens of the longest response; fixed ones have half of it")
+    parser.add_argument(
+        "--longest", type=int, default=128, help="tokens of the longest response; fixed ones have half of it"
+    )
     parser.add_argument("--running-batch", type=int, default=64, help="sequences that the engine decodes at once")
     parser.add_argument("--chunk", type=int, help="responses of a chunk (default: the running batch)")
     parser.add_argument("--micro-batch", type=int, default=16, help="sequences per forward")

@@ -55,7 +55,12 @@ WARM = (
     "megatron.core.distributed",
 )
 NOT_MUTATED = "megatron_bridge/platform/"
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "VLLM_NO_USAGE_STATS": "1"}
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "VLLM_NO_USAGE_STATS": "1",
+}
 #: A test that takes longer than on the unmutated tree by this factor (and this many seconds at least) has noticed the mutant.
 TIMEOUT_FACTOR, TIMEOUT_S = 10.0, 120.0
 
@@ -116,7 +121,9 @@ def read_mutants(path: Path = MUTANTS) -> list[Mutant]:
         unknown = table.keys() - {field.name for field in fields(Mutant)}
         missing = {"name", "area", "file", "old", "new", "test"} - table.keys()
         if unknown or missing:
-            raise ValueError(f"{path.name}: {table.get('name', table)}: unknown fields {sorted(unknown)}, missing {sorted(missing)}")
+            raise ValueError(
+                f"{path.name}: {table.get('name', table)}: unknown fields {sorted(unknown)}, missing {sorted(missing)}"
+            )
         mutants.append(Mutant(**{**table, "options": tuple(table.get("options", ()))}))
     names = [mutant.name for mutant in mutants]
     twice = sorted({name for name in names if names.count(name) > 1})
@@ -144,7 +151,9 @@ def mutated(mutant: Mutant, root: Path) -> str:
     if count != 1 or mutant.old == mutant.new:
         raise ValueError(f"{mutant.name}: {mutant.file} has the old text {count} times, not once:\n{mutant.old}")
     file, _, test = mutant.test.partition("::")
-    if not (root / file).is_file() or (test and f"def {test.split('[')[0].split('::')[-1]}(" not in (root / file).read_text()):
+    if not (root / file).is_file() or (
+        test and f"def {test.split('[')[0].split('::')[-1]}(" not in (root / file).read_text()
+    ):
         raise ValueError(f"{mutant.name}: there is no test {mutant.test}")
     edited = source.replace(mutant.old, mutant.new)
     try:
@@ -253,7 +262,17 @@ def _run_tests(base: Path, tree: Path, tests: Sequence[str], stop_at_first: bool
         if name.split(".")[0] == "megatron_bridge" and hasattr(module, "__path__"):
             module.__path__ = [str(tree / Path(folder).relative_to(base)) for folder in module.__path__]
     outcome = Outcome()
-    options = ["-p", "no:cacheprovider", "-p", "no:xdist", "--rootdir", str(tree), "--basetemp", f"{tree}.tmp", "--tb=short"]
+    options = [
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        "--rootdir",
+        str(tree),
+        "--basetemp",
+        f"{tree}.tmp",
+        "--tb=short",
+    ]
     code = pytest.main([*options, *(["-x"] if stop_at_first else []), *tests], plugins=[outcome])
     package = sys.modules.get("hetero_ppo")
     if package is not None and Path(str(package.__file__)).parents[1] != tree:
@@ -268,7 +287,9 @@ def _run_tests(base: Path, tree: Path, tests: Sequence[str], stop_at_first: bool
 def read_outcome(tree: Path) -> dict[str, Any]:
     """Read what a child left; where it left nothing, it died in its test."""
     path = tree.with_suffix(".json")
-    return json.loads(path.read_text()) if path.exists() else {"failed": "the process died", "broken": None, "seconds": {}}
+    return (
+        json.loads(path.read_text()) if path.exists() else {"failed": "the process died", "broken": None, "seconds": {}}
+    )
 
 
 def run_baseline(pool: Pool, tests: Sequence[str]) -> dict[str, float]:
@@ -296,7 +317,9 @@ def run_baseline(pool: Pool, tests: Sequence[str]) -> dict[str, float]:
             failures.append(f"{file}: {wrong}\n{tree.with_suffix('.log').read_text()[-3000:]}")
         for test in by_file[file]:
             name = test.split("[")[0]
-            seconds[test] = sum(s for node, s in outcome["seconds"].items() if node == name or node.startswith(f"{name}::"))
+            seconds[test] = sum(
+                s for node, s in outcome["seconds"].items() if node == name or node.startswith(f"{name}::")
+            )
         _keep_compiled(tree, pool.base)
         shutil.rmtree(tree)
         print(f"unmutated: {file} {'FAILS' if wrong else 'passes'}, {spent:.1f} s", flush=True)
@@ -328,7 +351,10 @@ def run_mutants(pool: Pool, mutants: Sequence[Mutant], seconds: dict[str, float]
         (mutant, tree), spent, is_late = pool.wait()
         results.append(judge(mutant, read_outcome(tree), spent, is_late))
         result = results[-1]
-        print(f"{len(results):3}/{len(mutants)} {result.outcome:8} {result.seconds:5.1f} s  {mutant.name}: {result.why}", flush=True)
+        print(
+            f"{len(results):3}/{len(mutants)} {result.outcome:8} {result.seconds:5.1f} s  {mutant.name}: {result.why}",
+            flush=True,
+        )
         if result.outcome == "error":
             print(tree.with_suffix(".log").read_text()[-3000:], flush=True)
         for left in (tree, Path(f"{tree}.tmp")):
@@ -391,9 +417,13 @@ def chosen(mutants: Sequence[Mutant], patterns: Sequence[str], *, fast: bool) ->
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN", help="mutants with this in their name or area")
+    parser.add_argument(
+        "--only", nargs="+", default=["*"], metavar="PATTERN", help="mutants with this in their name or area"
+    )
     parser.add_argument("--fast", action="store_true", help="the mutants that run with the suite")
-    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="tests at a time (default: the cores)")
+    parser.add_argument(
+        "--jobs", type=int, default=len(os.sched_getaffinity(0)), help="tests at a time (default: the cores)"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures and every mutant's outcome here")
     parser.add_argument("--check", action="store_true", help="only check that every edit applies")
     parser.add_argument("--no-baseline", action="store_true", help="do not run the tests on the unmutated tree first")
@@ -418,7 +448,9 @@ def main() -> int:
     figures = {"survived": len(by_outcome["survived"]), "total": len(results), "errors": len(by_outcome["error"])}
     figures["seconds"] = round(time.monotonic() - start)
     if args.json is not None:
-        args.json.write_text(json.dumps({**figures, "mutants": [asdict(result) for result in results]}, indent=1) + "\n")
+        args.json.write_text(
+            json.dumps({**figures, "mutants": [asdict(result) for result in results]}, indent=1) + "\n"
+        )
     print(f"survived: {figures['survived']} of {figures['total']}")
     print(json.dumps(figures))
     return 2 if by_outcome["error"] else 1 if by_outcome["survived"] else 0

@@ -146,7 +146,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, help="runs of each system (default: 1, with a peer 3)")
     parser.add_argument("--micro-batch", type=int, help="sequences per forward of ours (default: the minibatch)")
     parser.add_argument("--peer", choices=["trl"], help="system to run in turn with ours")
-    parser.add_argument("--peer-dtypes", nargs="+", choices=DTYPES, default=DTYPES, help="of the peer; ours is always in")
+    parser.add_argument(
+        "--peer-dtypes", nargs="+", choices=DTYPES, default=DTYPES, help="of the peer; ours is always in"
+    )
     parser.add_argument("--peer-step-every-minibatch", action="store_true", help="TRL: optimizer step per minibatch")
     parser.add_argument("--peer-venv", type=Path, default=default_folder(), help="where the peer is installed")
     parser.add_argument("--timeout", type=float, default=3600, help="seconds that one run may take")

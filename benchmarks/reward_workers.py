@@ -1,6 +1,6 @@
 """Reward functions in worker processes: a judge that waits, with one worker and with many, and the cost of a call.
 
-    python benchmarks/reward_workers.py --rows 512 --judge-s 0.5 --workers 16 --json reward_workers.json
+python benchmarks/reward_workers.py --rows 512 --judge-s 0.5 --workers 16 --json reward_workers.json
 """
 
 from __future__ import annotations
@@ -55,7 +55,11 @@ def measure(rows: int, judge_s: float, workers: int) -> dict[str, Any]:
         file = Path(folder, "functions.py")
         file.write_text(FUNCTIONS)
         row = [TEXT, TEXT, judge_s, {}]
-        for name, function, count in (("1_workers", "judge", 1), (f"{workers}_workers", "judge", workers), ("async", "async_judge", None)):
+        for name, function, count in (
+            ("1_workers", "judge", 1),
+            (f"{workers}_workers", "judge", workers),
+            ("async", "async_judge", None),
+        ):
             found[f"judge_s_{name}"] = _seconds(file, function, [row] * rows, workers=count)
         calls = [[TEXT, TEXT, None, {}]] * EMPTY_CALLS
         found["empty_calls_per_s_worker"] = EMPTY_CALLS / _seconds(file, "empty", calls, workers=1)
@@ -81,7 +85,9 @@ def _seconds(file: Path, name: str, calls: list[list[Any]], *, workers: int | No
         else:
             parts = [range(first, min(first + batch, len(calls))) for first in range(0, len(calls), batch)]
             columns = [list(column) for column in zip(*calls, strict=True)]
-            ticket = pool.submit([([[column[row] for row in part] for column in columns], part) for part in parts], len(calls))
+            ticket = pool.submit(
+                [([[column[row] for row in part] for column in columns], part) for part in parts], len(calls)
+            )
         while not ticket.wait(60.0, until_failure=True):
             pass
         seconds = time.perf_counter() - start

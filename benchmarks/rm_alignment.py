@@ -52,7 +52,13 @@ from hetero_ppo.types import Microbatch
 VOCAB = 4096
 DTYPES = ("fp32", "bf16")
 #: name -> layers, hidden, MLP, heads, key-value heads
-SHAPES = {"tiny": (2, 52, 100, 4, 4), "1m": (4, 128, 384, 4, 2), "10m": (4, 256, 768, 8, 4), "30m": (8, 512, 1536, 8, 4), "125m": (12, 768, 2048, 12, 4)}
+SHAPES = {
+    "tiny": (2, 52, 100, 4, 4),
+    "1m": (4, 128, 384, 4, 2),
+    "10m": (4, 256, 768, 8, 4),
+    "30m": (8, 512, 1536, 8, 4),
+    "125m": (12, 768, 2048, 12, 4),
+}
 #: rows of a micro-batch, order
 BATCHINGS: dict[str, tuple[int, str]] = {
     "one row": (1, "as it comes"),
@@ -92,7 +98,9 @@ def generated_pairs(seed: int) -> tuple[list[PreferenceExample], list[Preference
     def sequence(share: float) -> list[int]:
         half = VOCAB // 2
         length = random_numbers.randint(4, 60)
-        return [random_numbers.randrange(2, half) + (random_numbers.random() > share) * (half - 2) for _ in range(length)] + [1]
+        return [
+            random_numbers.randrange(2, half) + (random_numbers.random() > share) * (half - 2) for _ in range(length)
+        ] + [1]
 
     pairs = [PreferenceExample(sequence(0.65), sequence(0.35), 0) for _ in range(2200)]
     return pairs[600:], pairs[:600]
@@ -138,7 +146,9 @@ def train(model: Path, out: Path, pairs: list[PreferenceExample], steps: int) ->
     engine.export(str(out))
 
 
-def microbatches(sequences: list[list[int]], batching: str, padding: int, multiple: int) -> list[tuple[list[int], Microbatch]]:
+def microbatches(
+    sequences: list[list[int]], batching: str, padding: int, multiple: int
+) -> list[tuple[list[int], Microbatch]]:
     """Rows and micro-batches of a batching."""
     size, order = BATCHINGS[batching]
     rows = list(range(len(sequences)))
@@ -153,12 +163,14 @@ def microbatches(sequences: list[list[int]], batching: str, padding: int, multip
         width = ids.shape[1] + padding
         ids = torch.nn.functional.pad(ids, (0, width + -width % multiple - ids.shape[1]))
         # Padding is computed where its outputs are asked for.
-        parts.append((taken, Microbatch(ids, lengths, wanted=torch.ones_like(ids, dtype=torch.bool) if padding else None)))
+        parts.append(
+            (taken, Microbatch(ids, lengths, wanted=torch.ones_like(ids, dtype=torch.bool) if padding else None))
+        )
     return parts
 
 
 def all_scores(engine: ModelEngine, sequences: list[list[int]]) -> dict[str, Tensor]:
-    """"batching, padding" -> [B] float32 scores; the first data-parallel rank computes all rows, the others none."""
+    """ "batching, padding" -> [B] float32 scores; the first data-parallel rank computes all rows, the others none."""
     if engine.groups.dp.rank() > 0:
         return {}
     found = {}
@@ -198,7 +210,11 @@ def launch(
     job, out = folder / f"{processes}.json", folder / f"{processes}.pt"
     job.write_text(json.dumps({"model": str(model), "sequences": sequences, "out": str(out)}))
     command = [sys.executable, "-W", "ignore", "-m", "hetero_ppo.cli.launcher", "--standalone"]
-    subprocess.run([*command, f"--nproc-per-node={processes}", __file__, "--job", str(job)], check=True, env={**os.environ, "PYTHONWARNINGS": "ignore"})
+    subprocess.run(
+        [*command, f"--nproc-per-node={processes}", __file__, "--job", str(job)],
+        check=True,
+        env={**os.environ, "PYTHONWARNINGS": "ignore"},
+    )
     return torch.load(out, weights_only=True)
 
 
@@ -299,7 +315,9 @@ def summary(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def print_table(result: dict[str, Any], args: argparse.Namespace) -> None:
-    print(f"{'':6}{'scores':>8}{'aligned':>10}{'plain':>8}{'seconds':>10}{'plain':>8}{'ratio':>7}{'accuracy':>11}{'plain':>8}")
+    print(
+        f"{'':6}{'scores':>8}{'aligned':>10}{'plain':>8}{'seconds':>10}{'plain':>8}{'ratio':>7}{'accuracy':>11}{'plain':>8}"
+    )
     for dtype, found in result["dtypes"].items():
         print(
             f"{dtype:6}{found['aligned']['num_scores']:8}{found['aligned']['mismatched_scores']:10}"

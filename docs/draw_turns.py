@@ -49,7 +49,8 @@ def draw_turns(phases: list[Phase]) -> Figure:
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     axes.set_xlabel(
-        "dark: it computes; pale: it waits on the device; high: with gradients and optimizer (generator: with its key-value cache)", color=INK
+        "dark: it computes; pale: it waits on the device; high: with gradients and optimizer (generator: with its key-value cache)",
+        color=INK,
     )
     return figure
 
@@ -57,7 +58,14 @@ def draw_turns(phases: list[Phase]) -> Figure:
 def _bar(axes: Axes, column: int, row: int, height: float, colour: str, *, computes: bool) -> None:
     edge = GREY if not computes else colour
     axes.add_patch(
-        Rectangle((column - 0.46, row - height / 2), 0.92, height, facecolor=colour, alpha=1.0 if computes else 0.3, edgecolor=edge)
+        Rectangle(
+            (column - 0.46, row - height / 2),
+            0.92,
+            height,
+            facecolor=colour,
+            alpha=1.0 if computes else 0.3,
+            edgecolor=edge,
+        )
     )
 
 

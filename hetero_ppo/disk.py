@@ -26,7 +26,9 @@ def takes_no_more(error: OSError) -> bool:
 
 
 @contextmanager
-def writing(path: Path, what: str, num_bytes: int | None = None, remedy: str = "choose another run.dir") -> Iterator[None]:
+def writing(
+    path: Path, what: str, num_bytes: int | None = None, remedy: str = "choose another run.dir"
+) -> Iterator[None]:
     """Report a disk that takes no more during the body. Other errors pass through.
 
     Args:
@@ -46,7 +48,9 @@ def writing(path: Path, what: str, num_bytes: int | None = None, remedy: str = "
         raise RunError(describe(error, path, what, num_bytes, remedy)) from error
 
 
-def describe(error: OSError, path: Path | None, what: str, num_bytes: int | None = None, remedy: str | None = None) -> str:
+def describe(
+    error: OSError, path: Path | None, what: str, num_bytes: int | None = None, remedy: str | None = None
+) -> str:
     """Say in words that a disk takes no more.
 
     Args:

@@ -37,7 +37,9 @@ def prove_peers(group: dist.ProcessGroup, key: bytes, name: str) -> None:
         return
     sent = b"".join(_proof(key, name, rank, peer) for peer in range(size))
     received = torch.empty(size * PROOF_BYTES, dtype=torch.uint8)
-    group.alltoall_base(received, torch.frombuffer(bytearray(sent), dtype=torch.uint8), [], [], dist.AllToAllOptions()).wait()
+    group.alltoall_base(
+        received, torch.frombuffer(bytearray(sent), dtype=torch.uint8), [], [], dist.AllToAllOptions()
+    ).wait()
     found = bytes(received.tolist())
     for peer in range(size):
         if not hmac.compare_digest(found[peer * PROOF_BYTES : (peer + 1) * PROOF_BYTES], _proof(key, name, peer, rank)):

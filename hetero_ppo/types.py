@@ -69,8 +69,12 @@ class Rollout:
     prompt_index: list[int]
     labels: list[Any]
     metadata: list[dict[str, Any]] = field(default_factory=list)
-    prompt_messages: list[Messages | None] = field(default_factory=list)  # what the template rendered; None without a template
-    chunk_index: list[int] = field(default_factory=list)  # of every row, the chunk that it was complete in; [] in a chunk
+    prompt_messages: list[Messages | None] = field(
+        default_factory=list
+    )  # what the template rendered; None without a template
+    chunk_index: list[int] = field(
+        default_factory=list
+    )  # of every row, the chunk that it was complete in; [] in a chunk
     #: Of every row, (label, tokens) of older weights, oldest first; [] when no response can be resumed.
     earlier_versions: list[list[tuple[str, int]]] = field(default_factory=list)
 
@@ -98,8 +102,12 @@ class Scores:
     """What the scorers give for B responses."""
 
     outcome: Tensor  # [B] float32, of each whole response; NaN where the reward function has none
-    process: Tensor | None = None  # [B, T] float32, of the step that ends with token t + 1, and 0 elsewhere; None: no scorer scores steps
-    parts: dict[str, Tensor] = field(default_factory=dict)  # what outcome is made of, [B] float32 by name; {} where it is one score
+    process: Tensor | None = (
+        None  # [B, T] float32, of the step that ends with token t + 1, and 0 elsewhere; None: no scorer scores steps
+    )
+    parts: dict[str, Tensor] = field(
+        default_factory=dict
+    )  # what outcome is made of, [B] float32 by name; {} where it is one score
 
 
 @dataclass(frozen=True)
@@ -126,7 +134,9 @@ class Microbatch:
     token_ids: Tensor  # [b, s] int64
     sequence_lengths: Tensor  # [b] int64
     inputs: Any = None  # PolicyInputs, ValueInputs, ... with b rows and s - 1 columns; None for a forward alone
-    wanted: Tensor | None = None  # [b, s] bool, tokens whose output is read: the head computes these alone; None: every token
+    wanted: Tensor | None = (
+        None  # [b, s] bool, tokens whose output is read: the head computes these alone; None: every token
+    )
 
 
 @dataclass(frozen=True)

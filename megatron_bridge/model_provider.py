@@ -54,7 +54,9 @@ class RoleModel(GPTModel):
             return super().forward(*args, **kwargs)
         head, config = self.output_layer, self.config
         self._head_rows = head_rows
-        if config.sequence_parallel:  # the rows are chosen from whole hidden states, gathered before the head and not by it
+        if (
+            config.sequence_parallel
+        ):  # the rows are chosen from whole hidden states, gathered before the head and not by it
             head.sequence_parallel, head.allreduce_dgrad = False, True
         try:
             return super().forward(*args, **kwargs)

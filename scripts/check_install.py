@@ -68,8 +68,10 @@ def lists_gpu() -> bool:
 def main(device: str, with_transformer_engine: bool) -> None:
     """Import everything, print the versions, and end with an error where something is wrong."""
     if with_transformer_engine and not has_driver():
-        print("no driver here: that everything imports with Transformer Engine shows on a GPU node, with "
-              "`python scripts/check_install.py gpu --transformer-engine`")
+        print(
+            "no driver here: that everything imports with Transformer Engine shows on a GPU node, with "
+            "`python scripts/check_install.py gpu --transformer-engine`"
+        )
         return
     import torch
 
@@ -91,8 +93,10 @@ def main(device: str, with_transformer_engine: bool) -> None:
         faults.append(transformer_engine_fault())
     for fault in filter(None, faults):
         raise SystemExit(f"error: {fault}")
-    print(f"torch {torch.__version__}, megatron-core {megatron.core.__version__}, vllm {vllm.__version__}, "
-          f"transformers {transformers.__version__}")
+    print(
+        f"torch {torch.__version__}, megatron-core {megatron.core.__version__}, vllm {vllm.__version__}, "
+        f"transformers {transformers.__version__}"
+    )
     if device == "gpu" and not works:
         print("no GPU here: that torch can use one shows on a GPU node, where a run refuses to start without")
 

@@ -23,7 +23,10 @@ VOCAB = 131
 #: Sizes are no multiples of a vector or a tile; four tensor-parallel ranks have fractions of 13, 25, 33 and 69.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", {"hidden_size": 52, "intermediate_size": 100, "num_attention_heads": 4, "head_dim": 20}),
-    "qwen2": ("qwen2", {"hidden_size": 80, "intermediate_size": 276, "num_attention_heads": 8}),  # biases, grouped heads
+    "qwen2": (
+        "qwen2",
+        {"hidden_size": 80, "intermediate_size": 276, "num_attention_heads": 8},
+    ),  # biases, grouped heads
 }
 LENGTHS = (2, 3, 17, 40, 63, 64, 65, 130)
 Row = tuple[int, ...]
@@ -43,7 +46,13 @@ def save_models(folder: Path) -> None:
 
     for name, (model_type, sizes) in MODELS.items():
         config = AutoConfig.for_model(
-            model_type, vocab_size=VOCAB, num_hidden_layers=2, num_key_value_heads=4, pad_token_id=0, num_labels=1, **sizes
+            model_type,
+            vocab_size=VOCAB,
+            num_hidden_layers=2,
+            num_key_value_heads=4,
+            pad_token_id=0,
+            num_labels=1,
+            **sizes,
         )
         for head, kind in (("lm", AutoModelForCausalLM), ("score", AutoModelForSequenceClassification)):
             torch.manual_seed(7)

@@ -130,7 +130,16 @@ def launch_nodes(num_nodes: int, command: Sequence[str], *, timeout_s: float = 4
     mark = uuid.uuid4().hex
 
     def node(rank: int) -> str:
-        rendezvous = ["--nnodes", str(num_nodes), "--node-rank", str(rank), "--master-addr", "127.0.0.1", "--master-port", str(port)]
+        rendezvous = [
+            "--nnodes",
+            str(num_nodes),
+            "--node-rank",
+            str(rank),
+            "--master-addr",
+            "127.0.0.1",
+            "--master-port",
+            str(port),
+        ]
         program = ["--nproc-per-node", "1", "-m", "hetero_ppo.cli.main", *command]
         done = run_in_session([sys.executable, "-m", "hetero_ppo.cli.launcher", *rendezvous, *program], mark, timeout_s)
         assert done.returncode == 0, f"node {rank}: exit status {done.returncode}:\n{done.stdout[-6000:]}"
@@ -255,7 +264,10 @@ def configs(chain: Chain) -> dict[str, dict[str, Any]]:
                 "sampling": {"max_tokens": 12, "temperature": 0.8},
                 "eval_sampling": {"max_tokens": 12},
             },
-            "train": {"steps": NUM_STEPS, "eval_function": str(ROOT / "examples" / "word_sort" / "check.py") + ":exact"},
+            "train": {
+                "steps": NUM_STEPS,
+                "eval_function": str(ROOT / "examples" / "word_sort" / "check.py") + ":exact",
+            },
             "checkpoint": {"every": CHECKPOINT_STEP},
         },
     }

@@ -19,9 +19,7 @@ from hetero_ppo.cli.main import main
 
 RANK, WORLD_SIZE = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 #: Where ranks agree on the address of each command's world.
-STORE = TCPStore(
-    os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), WORLD_SIZE, RANK == 0, timedelta(minutes=2)
-)
+STORE = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), WORLD_SIZE, RANK == 0, timedelta(minutes=2))
 
 
 def free_port(number: int) -> int:

@@ -65,7 +65,9 @@ def _leaves_no_variable_of_a_run() -> Iterator[None]:
     """A test that leaves a key or a rank behind would be part of the runs that later tests start."""
     before = _variables_of_runs()
     yield
-    assert _variables_of_runs() == before, "the test changed the environment of this process (monkeypatch.setenv undoes it)"
+    assert _variables_of_runs() == before, (
+        "the test changed the environment of this process (monkeypatch.setenv undoes it)"
+    )
 
 
 def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:

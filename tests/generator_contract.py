@@ -176,7 +176,9 @@ class SamplingContract(GeneratorContract):
         assert any(EOS in r.token_ids for r in free)
         for long, short in zip(free, at_eos, strict=True):
             end = long.token_ids.index(EOS) + 1 if EOS in long.token_ids else 200
-            assert short.token_ids == long.token_ids[:end] and short.finish_reason == ("stop" if end < 200 else "length")
+            assert short.token_ids == long.token_ids[:end] and short.finish_reason == (
+                "stop" if end < 200 else "length"
+            )
 
     def test_probe_prompt_is_scored_as_the_trainer_scores_it(self, generator: Generator) -> None:
         ours = model_log_probs(make_model(0), PROMPTS[-1]).tolist()
@@ -209,7 +211,9 @@ class SamplingContract(GeneratorContract):
                 texts = [tokenizer.decode(long.token_ids[: end + 1]) for end in range(len(long.token_ids))]
                 ends = [end for end, text in enumerate(texts) if any(stop in text for stop in stops)]
                 kept = ends[0] + 1 if ends else len(texts)
-                assert short.token_ids == long.token_ids[:kept] and short.finish_reason == ("stop" if ends else "length")
+                assert short.token_ids == long.token_ids[:kept] and short.finish_reason == (
+                    "stop" if ends else "length"
+                )
                 assert short.log_probs == pytest.approx(long.log_probs[:kept], abs=1e-4)
                 reasons += [next(stop for stop in stops if stop in texts[ends[0]])] if ends else []
         assert set(reasons) == set(stops)

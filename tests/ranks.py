@@ -110,7 +110,11 @@ def _become(rank: int, num_processes: int, port: int, log: str) -> None:
     """Make this process a rank: what the launcher sets, and output that goes to the log."""
     world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_processes, "LOCAL_WORLD_SIZE": num_processes}
     os.environ |= {name: str(value) for name, value in world.items()}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "HETERO_PPO_RUN_KEY": f"of these tests, {port}"}
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "HETERO_PPO_RUN_KEY": f"of these tests, {port}",
+    }
     out = os.open(log, os.O_WRONLY | os.O_APPEND)
     nothing = os.open(os.devnull, os.O_RDONLY)
     for source, target in ((nothing, 0), (out, 1), (out, 2)):
@@ -145,7 +149,9 @@ if __name__ == "__main__":
     import hetero_ppo.trainers.sft  # noqa: F401
     from transformers import AutoModelForCausalLM  # noqa: F401
 
-    assert not NOT_IMPORTED & sys.modules.keys(), f"trainers import {sorted(NOT_IMPORTED & sys.modules.keys())} before they need it"
+    assert not NOT_IMPORTED & sys.modules.keys(), (
+        f"trainers import {sorted(NOT_IMPORTED & sys.modules.keys())} before they need it"
+    )
     gc.collect()
     gc.freeze()  # ranks collect what they made themselves, and share the rest
     file, *arguments = serve()

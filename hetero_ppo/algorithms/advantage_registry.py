@@ -38,7 +38,9 @@ def check_advantage(config: AnyConfig) -> None:
     if needs_values and not has_critic:
         free = [other for other, estimator in ESTIMATORS.items() if not estimator.needs_values]
         instead = f", or choose an estimator that needs none ({', '.join(free)})" if free else ""
-        raise ValueError(f"critic=null: algorithm.advantage={name} needs the values of a critic; give critic.model.path{instead}")
+        raise ValueError(
+            f"critic=null: algorithm.advantage={name} needs the values of a critic; give critic.model.path{instead}"
+        )
     if has_critic and not needs_values:
         raise ValueError(
             f"algorithm.advantage={name}: the estimator reads no values, and the critic would be trained for nothing; set critic: null"

@@ -238,7 +238,10 @@ class CheckpointManager:
 
     def _retire(self, step: int) -> None:
         """Keep the newest of this run, and its best by ``checkpoint.keep_best``. Later ones are of a run that was gone back from."""
-        own = (self.about["run_id"], None)  # a damaged state says nothing, and this run began in a folder without checkpoints
+        own = (
+            self.about["run_id"],
+            None,
+        )  # a damaged state says nothing, and this run began in a folder without checkpoints
         complete = [folder for folder in _complete(self.root) if run_id_of(folder) in own]
         until_now = [folder for folder in complete if _step_of(folder) <= step]
         kept = set(until_now[-self.config.keep :])
@@ -251,7 +254,9 @@ class CheckpointManager:
 
     def _check_contents(self, folder: Path) -> None:
         if self.world.rank() == 0 and not has_own_checksum(folder):
-            log.info(f"checkpoint {folder}: an older version wrote it, without a checksum of its list of files ({COMPLETE})")
+            log.info(
+                f"checkpoint {folder}: an older version wrote it, without a checksum of its list of files ({COMPLETE})"
+            )
         fault = find_fault(folder, self.world.rank(), self.world.size())
         worst = torch.tensor([int(fault is not None)])
         dist.all_reduce(worst, op=dist.ReduceOp.MAX, group=self.world)

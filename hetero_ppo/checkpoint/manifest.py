@@ -70,7 +70,9 @@ def read_marker(folder: Path) -> dict[str, tuple[int, int]]:
         raise ValueError(f"{path} is damaged: its own checksum (SHA-256) does not fit its list of files")
     outside = [name for name in manifest if not _is_inside(name)]
     if outside:
-        raise ValueError(f"{path} names {outside[0]!r}, which is not a file of the checkpoint: do not use what wrote this list")
+        raise ValueError(
+            f"{path} names {outside[0]!r}, which is not a file of the checkpoint: do not use what wrote this list"
+        )
     return manifest
 
 

@@ -33,6 +33,8 @@ def clear_out(out: Path, patterns: Sequence[str], *, overwrite: bool) -> None:
     found = sorted({path for pattern in patterns for path in out.glob(pattern)})
     if found and not overwrite:
         names = ", ".join(path.name for path in found)
-        raise ValueError(f"--out {out}: there is {names} already; choose another folder, or replace it with --overwrite")
+        raise ValueError(
+            f"--out {out}: there is {names} already; choose another folder, or replace it with --overwrite"
+        )
     for path in found:
         path.unlink()

@@ -32,7 +32,12 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="export of a reward-model run")
-    parser.add_argument("--dtype", choices=DTYPES, default=None, help="default: that of the golden scores, else bf16 on CUDA and fp32 on a CPU")
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default=None,
+        help="default: that of the golden scores, else bf16 on CUDA and fp32 on a CPU",
+    )
     parser.add_argument("--plain", action="store_true", help="not the aligned forward")
     parser.add_argument("--tensor", type=int, default=1, help="tensor-parallel ranks, under torchrun")
     parser.add_argument("--pipeline", type=int, default=1, help="pipeline stages, under torchrun")

@@ -230,7 +230,9 @@ def _what_it_does(loaded: LoadedConfig) -> str:
     else:
         scorers = [role.model.path for role in config_reward_models(config).values()]
         trained = " and ".join(trained_roles(config))
-        scored_with = " and ".join([*scorers, *([config.reward.function] if config.reward.function is not None else [])])
+        scored_with = " and ".join(
+            [*scorers, *([config.reward.function] if config.reward.function is not None else [])]
+        )
         work = f"answer the prompts with {config.actor.model.path}, score them with {scored_with}, and train {trained}"
     resume = f" It resumes from {config.checkpoint.load}." if config.checkpoint.load is not None else ""
     export = f" The trained model goes to {config.run.dir}/hf." if config.checkpoint.export_hf else ""

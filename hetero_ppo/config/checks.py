@@ -165,7 +165,12 @@ def check_data_formats(config: AnyConfig, world_size: int) -> None:
 
 def check_checkpoint_step(config: AnyConfig, world_size: int) -> None:
     checkpoint = config.checkpoint
-    _require(checkpoint.step is None or checkpoint.load is not None, "checkpoint.step", checkpoint.step, "needs checkpoint.load")
+    _require(
+        checkpoint.step is None or checkpoint.load is not None,
+        "checkpoint.step",
+        checkpoint.step,
+        "needs checkpoint.load",
+    )
 
 
 def check_eval(config: AnyConfig, world_size: int) -> None:
@@ -230,9 +235,19 @@ def check_absent_critic(config: PpoConfig, world_size: int) -> None:
     """Refuse options of a critic that the run does not have."""
     if config.critic is not None:
         return
-    for field, unset in (("critic_epochs", None), ("critic_minibatch_size", None), ("critic_warmup_steps", 0), ("value_clip", None)):
+    for field, unset in (
+        ("critic_epochs", None),
+        ("critic_minibatch_size", None),
+        ("critic_warmup_steps", 0),
+        ("value_clip", None),
+    ):
         value = vars(config.algorithm)[field]
-        _require(value == unset, f"algorithm.{field}", value, "critic is null, so the run trains no values; leave it out, or give a critic")
+        _require(
+            value == unset,
+            f"algorithm.{field}",
+            value,
+            "critic is null, so the run trains no values; leave it out, or give a critic",
+        )
 
 
 def check_adaptive_kl(config: PpoConfig, world_size: int) -> None:
@@ -269,7 +284,12 @@ def check_function_names(config: PpoConfig, world_size: int) -> None:
 
 def check_sweep(config: PpoConfig, world_size: int) -> None:
     size, replayed = config.pipeline.chunk_size, config.train.replay_rollouts is not None
-    _require(size != 0 or not replayed, "pipeline.chunk_size", size, "a sweep needs a generator to measure, not train.replay_rollouts")
+    _require(
+        size != 0 or not replayed,
+        "pipeline.chunk_size",
+        size,
+        "a sweep needs a generator to measure, not train.replay_rollouts",
+    )
 
 
 # --- the disk -------------------------------------------------------------------------------------------------------

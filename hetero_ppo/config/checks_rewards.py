@@ -25,7 +25,12 @@ def check_reward_source(config: PpoConfig, world_size: int) -> None:
         require(has_model, "reward.source", source, fix)
     for field in ("model_weight", "function_weight"):
         weight, name = vars(reward)[field], f"reward.{field}"
-        require(weight != 0, name, weight, "a score with weight 0 would not be used; give another weight, or change reward.source")
+        require(
+            weight != 0,
+            name,
+            weight,
+            "a score with weight 0 would not be used; give another weight, or change reward.source",
+        )
         fix = f"reward.source is {source}, so it would not be used; set reward.source=mix, or leave it out"
         require(weight == 1 or reward.source is RewardSource.mix, name, weight, fix)
 

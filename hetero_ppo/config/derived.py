@@ -37,7 +37,9 @@ def config_roles(config: AnyConfig) -> dict[str, RoleConfig]:
         if isinstance(value, RoleConfig):
             roles[field.name] = value
         elif isinstance(value, list):
-            roles |= {f"{field.name}.{number}": role for number, role in enumerate(value) if isinstance(role, RoleConfig)}
+            roles |= {
+                f"{field.name}.{number}": role for number, role in enumerate(value) if isinstance(role, RoleConfig)
+            }
     return roles
 
 
@@ -124,10 +126,14 @@ class RoleBatching:
 
     role: str
     data_parallel_size: int  # ranks
-    batch_per_rank: int  # sequences (SFT, PPO) or pairs (reward model) per optimizer step on one data-parallel rank, on average
+    batch_per_rank: (
+        int  # sequences (SFT, PPO) or pairs (reward model) per optimizer step on one data-parallel rank, on average
+    )
     micro_batch_size: int  # of them per forward, where micro_batch_tokens is None
     micro_batch_tokens: int | None  # tokens per forward
-    micro_batches: int | None  # per optimizer step on one rank, the last one may be smaller; None: a budget of tokens and lengths decide
+    micro_batches: (
+        int | None
+    )  # per optimizer step on one rank, the last one may be smaller; None: a budget of tokens and lengths decide
     optimizer_steps_per_step: int  # optimizer steps per PPO step; 1 for SFT and reward model
     total_optimizer_steps: int
 
@@ -184,8 +190,16 @@ class PpoBatching:
                 self.responses_per_rank,
                 "responses per PPO step, on one data-parallel rank of the actor",
             ),
-            ("chunks", len(chunk_sizes(self.responses_per_step, self.chunk_size)), f"of up to {self.chunk_size} responses per PPO step"),
-            ("minibatches", self.minibatches_per_epoch["actor"], f"per PPO epoch, {self.epochs['actor']} PPO epochs per step"),
+            (
+                "chunks",
+                len(chunk_sizes(self.responses_per_step, self.chunk_size)),
+                f"of up to {self.chunk_size} responses per PPO step",
+            ),
+            (
+                "minibatches",
+                self.minibatches_per_epoch["actor"],
+                f"per PPO epoch, {self.epochs['actor']} PPO epochs per step",
+            ),
             *self._rows_of_other_passes(),
             ("PPO steps", self.total_steps, f"{passes:.2f} passes over the prompts"),
         ]

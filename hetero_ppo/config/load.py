@@ -308,7 +308,9 @@ def _open_sections(node: DictConfig, schema_class: type, field: str, origin: str
         if name.isdecimal():  # an item of the list before it
             items = OmegaConf.select(node, ".".join(parts[: depth - 1]))
             if int(name) > len(items):
-                raise ValueError(f"{origin}: {field}: the list has {len(items)} items, the next one is number {len(items)}")
+                raise ValueError(
+                    f"{origin}: {field}: the list has {len(items)} items, the next one is number {len(items)}"
+                )
             if int(name) == len(items):
                 items.append(OmegaConf.structured(section))
             continue

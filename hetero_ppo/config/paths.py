@@ -38,7 +38,9 @@ def expand_paths(node: DictConfig) -> None:
         if not any(field == name or field.endswith(f".{name}") for name in PATH_FIELDS):
             continue
         if _SHELL_VARIABLE.search(value):
-            raise ValueError(f"{field}={value}: shell variables are not replaced in a path; write ${{oc.env:NAME}} for the variable NAME")
+            raise ValueError(
+                f"{field}={value}: shell variables are not replaced in a path; write ${{oc.env:NAME}} for the variable NAME"
+            )
         if value.startswith("~"):
             expanded = os.path.expanduser(value)
             if expanded == value:

@@ -67,15 +67,23 @@ def _always(config: AnyConfig) -> bool:
 
 SFT_OPTIONS: tuple[UnusedOptions[SftConfig], ...] = (
     UnusedOptions(
-        _fields("data", "chosen_key", "rejected_key", "label_key", "metadata_key"), _always, "SFT reads conversations, or prompts with completions"
+        _fields("data", "chosen_key", "rejected_key", "label_key", "metadata_key"),
+        _always,
+        "SFT reads conversations, or prompts with completions",
     ),
-    UnusedOptions(_fields("data", "max_prompt_tokens"), _always, "data.max_sequence_tokens limits prompt and answer together"),
+    UnusedOptions(
+        _fields("data", "max_prompt_tokens"), _always, "data.max_sequence_tokens limits prompt and answer together"
+    ),
 )
 RM_OPTIONS: tuple[UnusedOptions[RmConfig], ...] = (
     UnusedOptions(
-        _fields("data", "messages_key", "completion_key", "label_key", "metadata_key"), _always, "a reward model reads chosen and rejected answers"
+        _fields("data", "messages_key", "completion_key", "label_key", "metadata_key"),
+        _always,
+        "a reward model reads chosen and rejected answers",
     ),
-    UnusedOptions(_fields("data", "max_prompt_tokens"), _always, "data.max_sequence_tokens limits prompt and answer together"),
+    UnusedOptions(
+        _fields("data", "max_prompt_tokens"), _always, "data.max_sequence_tokens limits prompt and answer together"
+    ),
 )
 SUPERVISED_OPTIONS: tuple[UnusedOptions[SftConfig | RmConfig], ...] = (
     UnusedOptions(("train.eval_batches",), lambda config: config.data.eval is None, "there is no data.eval"),
@@ -84,9 +92,13 @@ SUPERVISED_OPTIONS: tuple[UnusedOptions[SftConfig | RmConfig], ...] = (
 PPO_OPTIONS: tuple[UnusedOptions[PpoConfig], ...] = (
     UnusedOptions(_fields("data", "completion_key", "chosen_key", "rejected_key"), _always, "PPO reads prompts"),
     UnusedOptions(
-        _fields("data", "max_sequence_tokens"), _always, "data.max_prompt_tokens and rollout.sampling.max_tokens limit a sequence of PPO"
+        _fields("data", "max_sequence_tokens"),
+        _always,
+        "data.max_prompt_tokens and rollout.sampling.max_tokens limit a sequence of PPO",
     ),
-    UnusedOptions(("reward.golden_every",), lambda config: not config_reward_models(config), "there is no reward model"),
+    UnusedOptions(
+        ("reward.golden_every",), lambda config: not config_reward_models(config), "there is no reward model"
+    ),
     UnusedOptions(("algorithm.lam",), lambda config: config.critic is None, "critic is null, and lambda is of values"),
     UnusedOptions(("reward.on_error",), lambda config: config.reward.function is None, "there is no reward.function"),
     UnusedOptions(
@@ -104,7 +116,11 @@ PPO_OPTIONS: tuple[UnusedOptions[PpoConfig], ...] = (
         lambda config: config.algorithm.kl.controller is not KlController.adaptive,
         "algorithm.kl.controller is fixed",
     ),
-    UnusedOptions(("algorithm.kl.loss_estimator",), lambda config: config.algorithm.kl.loss_coef == 0, "algorithm.kl.loss_coef is 0"),
+    UnusedOptions(
+        ("algorithm.kl.loss_estimator",),
+        lambda config: config.algorithm.kl.loss_coef == 0,
+        "algorithm.kl.loss_coef is 0",
+    ),
     UnusedOptions(
         _fields("algorithm.rollout_correction", "cap", "level"),
         lambda config: config.algorithm.rollout_correction.kind is RolloutCorrectionKind.none,
@@ -118,7 +134,9 @@ PPO_OPTIONS: tuple[UnusedOptions[PpoConfig], ...] = (
     UnusedOptions(_fields("rollout", *_SERVERS), lambda config: actor_generates(config), "rollout.engine is megatron"),
     UnusedOptions(_SERVERS_MEMORY, lambda config: actor_generates(config), "rollout.engine is megatron"),
     UnusedOptions(
-        _SERVERS_MEMORY, lambda config: config.train.replay_rollouts is not None, "train.replay_rollouts takes the place of an engine"
+        _SERVERS_MEMORY,
+        lambda config: config.train.replay_rollouts is not None,
+        "train.replay_rollouts takes the place of an engine",
     ),
     UnusedOptions(
         _fields("rollout", "engine", *_GENERATORS),
@@ -131,14 +149,20 @@ PPO_OPTIONS: tuple[UnusedOptions[PpoConfig], ...] = (
         "a run of recorded rollouts answers no held-out prompts",
     ),
     UnusedOptions(
-        ("rollout.verify_sync_tolerance",), lambda config: not config.rollout.verify_sync, "rollout.verify_sync is false"
+        ("rollout.verify_sync_tolerance",),
+        lambda config: not config.rollout.verify_sync,
+        "rollout.verify_sync is false",
     ),
-    UnusedOptions(("pipeline.sweep_s",), lambda config: config.pipeline.chunk_size != 0, "pipeline.chunk_size is not 0"),
+    UnusedOptions(
+        ("pipeline.sweep_s",), lambda config: config.pipeline.chunk_size != 0, "pipeline.chunk_size is not 0"
+    ),
     UnusedOptions(("pipeline.overlap",), lambda config: actor_generates(config), "rollout.engine is megatron"),
     UnusedOptions(("residency.overlap",), lambda config: not config.residency.offload, "residency.offload is false"),
 )
 COMMON_OPTIONS: tuple[UnusedOptions[AnyConfig], ...] = (
-    UnusedOptions(("train.epochs",), lambda config: config.train.steps is not None, "train.steps says how long the run is"),
+    UnusedOptions(
+        ("train.epochs",), lambda config: config.train.steps is not None, "train.steps says how long the run is"
+    ),
 )
 BY_KIND: dict[type, tuple[UnusedOptions[Any], ...]] = {
     SftConfig: (*SFT_OPTIONS, *SUPERVISED_OPTIONS),
@@ -177,9 +201,13 @@ def _role_options(config: AnyConfig) -> Iterator[UnusedOptions[AnyConfig]]:
     """What depends on a role; the condition is that the options are given at all."""
     for name, role in config_roles(config).items():
         if role.micro_batch_tokens is not None:
-            yield UnusedOptions(_fields(name, "micro_batch_size"), _always, f"{name}.micro_batch_tokens cuts micro-batches by tokens")
+            yield UnusedOptions(
+                _fields(name, "micro_batch_size"), _always, f"{name}.micro_batch_tokens cuts micro-batches by tokens"
+            )
         if name not in ("critic", "reward"):
-            yield UnusedOptions(_fields(name, "model.init_seed"), _always, "the role has no head that a checkpoint may lack")
+            yield UnusedOptions(
+                _fields(name, "model.init_seed"), _always, "the role has no head that a checkpoint may lack"
+            )
     for name, role in trained_roles(config).items():
         if role.optimizer.lr_schedule is LrSchedule.constant:
             yield UnusedOptions(_fields(name, "optimizer.min_lr"), _always, f"{name}.optimizer.lr_schedule is constant")

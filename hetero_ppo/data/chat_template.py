@@ -49,7 +49,9 @@ class TextEncoder:
     def written_end_ids(self) -> frozenset[int]:
         """Those of them that a template may write to end an answer: not an ordinary token that a model's config names."""
         added = self.tokenizer.added_tokens_decoder
-        return frozenset(token_id for token_id in self.end_token_ids if token_id == self.eos_token_id or token_id in added)
+        return frozenset(
+            token_id for token_id in self.end_token_ids if token_id == self.eos_token_id or token_id in added
+        )
 
     def describe_ends(self) -> str:
         """One line: which tokens end a sequence, and where that is written."""
@@ -86,7 +88,9 @@ class TextEncoder:
         """
         assert self.template is not None
         if tools is not None and "tools" not in self.template:
-            raise ValueError("the chat template does not read tools, so the model would not see them; set data.chat_template to one that does")
+            raise ValueError(
+                "the chat template does not read tools, so the model would not see them; set data.chat_template to one that does"
+            )
         try:
             text = self.tokenizer.apply_chat_template(
                 messages,
@@ -156,9 +160,7 @@ def load_tokenizer(folder: str, field: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_text_encoder(
-    model: ModelConfig, data: DataConfig, role: str, begun: datetime | None = None
-) -> TextEncoder:
+def load_text_encoder(model: ModelConfig, data: DataConfig, role: str, begun: datetime | None = None) -> TextEncoder:
     """The tokenizer of ``role``'s model with the template that ``data`` chooses.
 
     Args:

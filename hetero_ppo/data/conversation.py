@@ -47,7 +47,9 @@ class EncodedSequence:
     """Token ids that end with a token that ends a sequence."""
 
     token_ids: list[int]
-    answer_spans: list[tuple[int, int]]  # [start, end) of each answer that is learned, its end-of-sequence token included
+    answer_spans: list[
+        tuple[int, int]
+    ]  # [start, end) of each answer that is learned, its end-of-sequence token included
 
     @property
     def prompt_length(self) -> int:
@@ -102,7 +104,9 @@ def conversation(
     answers = [place for place in range(first_answer, len(messages)) if messages[place]["role"] == "assistant"]
     not_learned = frozenset(place for place in answers if not is_learned(messages[place]))
     if len(not_learned) == len(answers):
-        raise row.error(field, "every answer has weight 0 or train false, so there is nothing to learn; leave the row out")
+        raise row.error(
+            field, "every answer has weight 0 or train false, so there is nothing to learn; leave the row out"
+        )
     shown = [{key: value for key, value in message.items() if key not in TURN_KEYS} for message in messages]
     return Conversation(row, field, shown, first_answer, not_learned, tools)
 
@@ -160,9 +164,7 @@ def encode_contexts(encoder: TextEncoder, items: Sequence[Context]) -> list[list
     return contexts
 
 
-def encode_responses(
-    encoder: TextEncoder, items: Sequence[tuple[Messages | None, str, str, bool]]
-) -> list[list[int]]:
+def encode_responses(encoder: TextEncoder, items: Sequence[tuple[Messages | None, str, str, bool]]) -> list[list[int]]:
     """Token ids of prompts with a response that a policy made, in one call of the tokenizer.
 
     Of a finished response the ids are those that ``encode_sequences`` gives for the same conversation. One that is not
@@ -339,7 +341,9 @@ def _encode_conversation(
     spans[last] = (start, len(token_ids))
     learned = [span for place, span in sorted(spans.items()) if place not in item.not_learned]
     if any(start == end for start, end in learned):
-        raise item.row.error(item.field, "the chat template writes nothing for an answer, so there is nothing to learn from it")
+        raise item.row.error(
+            item.field, "the chat template writes nothing for an answer, so there is nothing to learn from it"
+        )
     return EncodedSequence(token_ids, learned)
 
 

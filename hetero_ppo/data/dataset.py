@@ -104,7 +104,9 @@ class DatasetRules:
     limit_field: str  # option that sets it
     overlong: OverlongPrompts  # what to do with a longer example
     is_identical: Callable[[Any], bool]  # whether an example teaches nothing because its two answers are the same
-    notes: Callable[[FileFacts], Sequence[str]]  # lines to print about what the whole file has and lacks; it may refuse the file
+    notes: Callable[
+        [FileFacts], Sequence[str]
+    ]  # lines to print about what the whole file has and lacks; it may refuse the file
 
 
 def make_dataset(
@@ -161,7 +163,14 @@ def _build(
                 writer.append(example)
                 add_to_fingerprint(digest, example)
     report = LoadReport(
-        path, len(lengths), num_too_long, num_identical, lengths, rules.max_tokens, rules.limit_field, tuple(rules.notes(facts))
+        path,
+        len(lengths),
+        num_too_long,
+        num_identical,
+        lengths,
+        rules.max_tokens,
+        rules.limit_field,
+        tuple(rules.notes(facts)),
     )
     if num_too_long and rules.overlong is OverlongPrompts.error:
         where, tokens = longest

@@ -38,9 +38,13 @@ class LabelTypes:
             return [f"{about}: no row has one; functions get None"]
         lines = []
         if missing:
-            lines.append(f"{about}: {missing} of {missing + sum(types.values())} rows have none; functions get None for these")
+            lines.append(
+                f"{about}: {missing} of {missing + sum(types.values())} rows have none; functions get None for these"
+            )
         if len(types) > 1 and set(types) != {"int", "float"}:
-            lines.append(f"{about}: of several types: {', '.join(f'{name} in {count} rows' for name, count in types.items())}")
+            lines.append(
+                f"{about}: of several types: {', '.join(f'{name} in {count} rows' for name, count in types.items())}"
+            )
         return lines
 
 

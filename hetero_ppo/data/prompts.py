@@ -64,9 +64,7 @@ class PromptCodec:
         return PromptExample(lists[0], text, messages if self.with_template else None, label, metadata, index, tools)
 
 
-def load_prompts(
-    path: str, data: DataConfig, encoder: TextEncoder, place: Place = OWN_FILES
-) -> Dataset[PromptExample]:
+def load_prompts(path: str, data: DataConfig, encoder: TextEncoder, place: Place = OWN_FILES) -> Dataset[PromptExample]:
     """Read, template and tokenise the prompts of ``path``; over-long ones as ``data.overlong_prompts`` says.
 
     A row has the prompt under ``data.prompt_key`` or, without that, under ``data.messages_key``.

@@ -100,7 +100,9 @@ class Row:
         elif isinstance(value, float) and not math.isfinite(value):
             raise self.error(field, f"is {value}; a missing value has to be null")
         elif not isinstance(value, (str, int, float, bool, type(None))):
-            raise self.error(field, f"is of the type {type(value).__name__}, which JSON does not have; store text or a number")
+            raise self.error(
+                field, f"is of the type {type(value).__name__}, which JSON does not have; store text or a number"
+            )
 
     def has(self, field: str) -> bool:
         """Whether the field is there; null, and what parquet stores for a missing value, is not."""
@@ -190,15 +192,21 @@ class Row:
     def _check_turn_keys(self, name: str, message: Message, allowed: bool) -> None:
         for key in FOREIGN_TURN_KEYS:
             if key in message:
-                raise self.error(f"{name}.{key}", "is not read; SFT leaves a turn out of the loss with weight 0 or train false")
+                raise self.error(
+                    f"{name}.{key}", "is not read; SFT leaves a turn out of the loss with weight 0 or train false"
+                )
         for key in TURN_KEYS:
             if key not in message:
                 continue
             value = message[key]
             if not allowed:
-                raise self.error(f"{name}.{key}", "would not be used: SFT alone learns from turns of a conversation; leave it out")
+                raise self.error(
+                    f"{name}.{key}", "would not be used: SFT alone learns from turns of a conversation; leave it out"
+                )
             if value not in (0, 1) or not isinstance(value, (bool, int, float)):
-                raise self.error(f"{name}.{key}", f"is {excerpt(value)}; a turn is in the loss (1, true) or not (0, false)")
+                raise self.error(
+                    f"{name}.{key}", f"is {excerpt(value)}; a turn is in the loss (1, true) or not (0, false)"
+                )
             if value and message["role"] != "assistant":
                 raise self.error(f"{name}.{key}", f"is {excerpt(value)}; the loss is on assistant messages alone")
         if len({bool(message[key]) for key in TURN_KEYS if key in message}) > 1:

@@ -98,7 +98,9 @@ class ResumableSampler:
             "fingerprint": self.fingerprint,
         }
 
-    def load_state_dict(self, state: dict[str, Any], *, allowed: Collection[str] = (), is_data_allowed: bool = False) -> None:
+    def load_state_dict(
+        self, state: dict[str, Any], *, allowed: Collection[str] = (), is_data_allowed: bool = False
+    ) -> None:
         """Go on where ``state`` was taken. The batch size and the number of ranks may differ.
 
         Args:

@@ -150,7 +150,11 @@ def _forward(
     else:
         results = _split_rows(rows, flat_targets - first, temperature, tp_group, with_entropy)
     log_probs, log_sum_exp, entropy = results
-    return log_probs.view(targets.shape), None if entropy is None else entropy.view(targets.shape), log_sum_exp.view(targets.shape)
+    return (
+        log_probs.view(targets.shape),
+        None if entropy is None else entropy.view(targets.shape),
+        log_sum_exp.view(targets.shape),
+    )
 
 
 def _one_rank_rows(

@@ -76,7 +76,9 @@ def check_checkpoints(config: AnyConfig, *, on_cuda: bool | None = None) -> dict
     for name, role in config_roles(config).items():
         place = f"{name}.model.path={role.model.path}"
         try:
-            initialised[name] = check_checkpoint(role.model.path, role_bridge(role, on_cuda=on_cuda), section_of(name).head)
+            initialised[name] = check_checkpoint(
+                role.model.path, role_bridge(role, on_cuda=on_cuda), section_of(name).head
+            )
         except ValueError as error:
             raise ValueError(f"{place}: {error}") from error
         if isinstance(role, RewardRoleConfig) and initialised[name]:

@@ -43,7 +43,9 @@ class TrainStepResult:
     grad_norm: float  # before clipping
     learning_rate: float
     terms: Sequence[TermResult]  # in the order of the step's terms
-    is_skipped: bool = False  # the gradient was not finite: the weights are as before, and the other figures mean nothing
+    is_skipped: bool = (
+        False  # the gradient was not finite: the weights are as before, and the other figures mean nothing
+    )
 
 
 def num_loss_tokens(inputs: Any, rows: Sequence[int]) -> int:

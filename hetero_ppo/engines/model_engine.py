@@ -117,7 +117,9 @@ class ModelEngine:
         self.bridge = model.bridge
         self.groups = model.groups
         self.load_report = model.report
-        self.plain_because: str | None = None  # "aligned is ...", where the choice was left open and the role is not aligned
+        self.plain_because: str | None = (
+            None  # "aligned is ...", where the choice was left open and the role is not aligned
+        )
         #: What the schedules run: the GPTModels here, their DDP wrappers in a TrainEngine.
         self.chunks: list[Any] = list(model.chunks)
         self.models: list[GPTModel] = model.chunks
@@ -307,9 +309,7 @@ class ModelEngine:
             given = next(iterator)
             # Rotary embeddings count positions themselves; the model takes an argument for learned ones.
             positions = torch.zeros_like(given.token_ids)
-            output = model(
-                given.token_ids, positions, None, packed_seq_params=given.packing, head_rows=given.head_rows
-            )
+            output = model(given.token_ids, positions, None, packed_seq_params=given.packing, head_rows=given.head_rows)
 
             def collect(tensor: Tensor, non_loss_data: bool = False) -> Any:
                 if self.head != "lm":

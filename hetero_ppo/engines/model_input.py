@@ -81,7 +81,9 @@ def _padded(
     device: torch.device,
 ) -> ModelInput:
     ids = own_columns(to_columns(microbatch.token_ids, length), 1, cp_group)
-    wanted = _rounded(own_columns(to_columns(wanted, length), 1, cp_group), torch.ones(ids.shape, dtype=torch.bool), size)
+    wanted = _rounded(
+        own_columns(to_columns(wanted, length), 1, cp_group), torch.ones(ids.shape, dtype=torch.bool), size
+    )
     row, column = wanted.nonzero().unbind(1)
     head_rows = column * len(ids) + row
     return _on_device(ids, head_rows, None, microbatch, wanted, device)

@@ -51,7 +51,14 @@ def is_distributed(names: Collection[str]) -> bool:
 class OptimizerSlices:
     """This rank's part of the state of a role's optimizers, for one save or one load. The constructor is not collective."""
 
-    def __init__(self, optimizers: Sequence[DistributedOptimizer], weights: Mapping[str, Any], world: dist.ProcessGroup, *, gathered: bool = False) -> None:
+    def __init__(
+        self,
+        optimizers: Sequence[DistributedOptimizer],
+        weights: Mapping[str, Any],
+        world: dist.ProcessGroup,
+        *,
+        gathered: bool = False,
+    ) -> None:
         """Describe the state.
 
         Args:
@@ -62,8 +69,14 @@ class OptimizerSlices:
         """
         self._world = world
         self._gathered = gathered
-        self._main_params: list[tuple[torch.nn.Parameter, int, Tensor]] = []  # (parameter, first element, its main parameter)
-        places = {entry.data: entry for entry in nested_values(weights) if isinstance(entry, (ShardedTensor, ShardedTensorFactory))}
+        self._main_params: list[
+            tuple[torch.nn.Parameter, int, Tensor]
+        ] = []  # (parameter, first element, its main parameter)
+        places = {
+            entry.data: entry
+            for entry in nested_values(weights)
+            if isinstance(entry, (ShardedTensor, ShardedTensorFactory))
+        }
         states = [{**one.state_dict(), "slices": self._slices(one, places)} for one in optimizers]
         #: ``state_dict()``, which is the same on all ranks, and under "slices" number -> ShardedTensor; of several optimizers by index.
         self.state: dict[Any, Any] = states[0] if len(states) == 1 else dict(enumerate(states))
@@ -181,7 +194,9 @@ def _pieces(entry: ShardedTensor | ShardedTensorFactory, shape: torch.Size) -> l
     return [(piece.data.storage_offset(), piece) for piece in pieces]
 
 
-def _cut(piece: ShardedTensor, flat: Tensor, start: int, key: str, replica_id: tuple[int, ...]) -> Iterator[ShardedTensor]:
+def _cut(
+    piece: ShardedTensor, flat: Tensor, start: int, key: str, replica_id: tuple[int, ...]
+) -> Iterator[ShardedTensor]:
     """Cut what ``flat`` has of a piece into boxes.
 
     Args:

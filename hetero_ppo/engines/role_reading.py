@@ -56,7 +56,10 @@ def load_role(state: dict[str, Any], folder: Path) -> dict[str, Any]:
     _join_in_place(state)
     try:
         return dist_checkpointing.load(
-            state, str(folder), sharded_strategy=torch_strategy.TorchDistLoadShardedStrategy(), common_strategy=_CommonReader()
+            state,
+            str(folder),
+            sharded_strategy=torch_strategy.TorchDistLoadShardedStrategy(),
+            common_strategy=_CommonReader(),
         )
     except CheckpointException as error:
         refused = [fault for fault, _ in error.failures.values() if isinstance(fault, ValueError)]
@@ -119,7 +122,9 @@ class _MetadataUnpickler(pickle.Unpickler):
         value = getattr(torch, name, None) if module == "torch" else None
         if isinstance(value, torch.dtype):
             return value
-        raise ValueError(f"{self._path} would run or make {module}.{name} when it is read, which a checkpoint has no use for. {_DO}")
+        raise ValueError(
+            f"{self._path} would run or make {module}.{name} when it is read, which a checkpoint has no use for. {_DO}"
+        )
 
 
 class _MetadataReader(CachedMetadataFileSystemReader):
@@ -160,7 +165,9 @@ def _load_values(source: Path | BytesIO, where: str) -> Any:
     try:
         return torch.load(source, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = next((line for line in str(error).splitlines() if "GLOBAL" in line), "it is no file of torch.save").strip()
+        reason = next(
+            (line for line in str(error).splitlines() if "GLOBAL" in line), "it is no file of torch.save"
+        ).strip()
         raise ValueError(f"{where} holds more than values: {reason}. {_DO}") from error
 
 

@@ -54,7 +54,9 @@ class RoleSnapshot:
                 copies = [(item, t.clone() if t.untyped_storage().data_ptr() in live else t) for item, t in tensors]
                 self._buckets.append((name, key, (texts, copies)))
         self.files = [Path(name) for name, _, _ in self._buckets]
-        self.num_bytes = sum(tensor.nbytes for _, _, (_, tensors) in self._buckets for _, tensor in tensors)  # of this rank's tensors
+        self.num_bytes = sum(
+            tensor.nbytes for _, _, (_, tensors) in self._buckets for _, tensor in tensors
+        )  # of this rank's tensors
 
     def write(self) -> bool:
         """Write this rank's files and wait until they are on the disk. From any thread.
@@ -68,7 +70,9 @@ class RoleSnapshot:
             reports: queue.Queue[tuple[int, Any]] = queue.Queue()
             unfinished: queue.Queue[int] = queue.Queue()
             unfinished.put(number)
-            FileSystemWriterAsync.write_preloaded_data(self._transforms, number, bucket, reports, unfinished, use_fsync=True)
+            FileSystemWriterAsync.write_preloaded_data(
+                self._transforms, number, bucket, reports, unfinished, use_fsync=True
+            )
             _, report = reports.get_nowait()
             if isinstance(report, Exception):
                 self._reports.put(report)

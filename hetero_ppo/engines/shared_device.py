@@ -216,9 +216,7 @@ class SharedDevice:
 
     # --- switches ---
 
-    def _switch(
-        self, resident: Mapping[str, frozenset[Kind]], phase: str, then: Mapping[str, frozenset[Kind]]
-    ) -> None:
+    def _switch(self, resident: Mapping[str, frozenset[Kind]], phase: str, then: Mapping[str, frozenset[Kind]]) -> None:
         """Queue everything that makes ``resident`` true, and after it what the next turn will want."""
         if self._generator_phase is not None:  # its bytes came in while the engine was at work, or still do
             for role, kinds in self._generator_phase[1].items():
@@ -272,7 +270,9 @@ class SharedDevice:
             self._changed.notify_all()  # one that waits for room to come in gives up
         # Gradients make room at once, being released without a copy. What is still on its way in goes last: it may be queued behind
         # blocks that wait for the room which the others leave.
-        for block in sorted(going, key=lambda b: (b.moving is not None and not b.moving.done(), b.kind is not Kind.grads)):
+        for block in sorted(
+            going, key=lambda b: (b.moving is not None and not b.moving.done(), b.kind is not Kind.grads)
+        ):
             waiting.add(owner[id(block)], block)
         for residency, group in waiting.take():
             self._queue_out(residency, group, done)

@@ -128,9 +128,7 @@ class TrainEngine(ModelEngine):
             bucket_size=config.ddp.bucket_size,
         )
         # Buckets after the first chunk's are reduced while earlier chunks still compute: no need to cut them.
-        return Ddp(
-            self.bridge.transformer, ddp, chunk, disable_bucketing=index > 0, pg_collection=self.groups
-        )
+        return Ddp(self.bridge.transformer, ddp, chunk, disable_bucketing=index > 0, pg_collection=self.groups)
 
     def _build_optimizer(self) -> MegatronOptimizer:
         config: OptimizerConfig = self.train_config.optimizer
@@ -281,7 +279,10 @@ class TrainEngine(ModelEngine):
             grad_norm = self._optimizer_step(divisor) if divisor > 0 else 0.0
         self.steps_done += 1
         if grad_norm is None:
-            nothing = [TermResult(0.0, 0, {name: torch.zeros_like(total) for name, total in r.metric_sums.items()}) for r in results]
+            nothing = [
+                TermResult(0.0, 0, {name: torch.zeros_like(total) for name, total in r.metric_sums.items()})
+                for r in results
+            ]
             return TrainStepResult(0.0, 0.0, learning_rate, nothing, is_skipped=True)
         loss = sum(term.weight * result.loss for term, result in zip(terms, results, strict=True))
         return TrainStepResult(loss, grad_norm, learning_rate, results)
@@ -369,7 +370,9 @@ class TrainEngine(ModelEngine):
                 group.update(values)
         counts = [name for name in COUNTS if name not in state]
         if counts:
-            raise ValueError(f"checkpoint {folder} has no {', '.join(counts)}: it was written by another version of this code")
+            raise ValueError(
+                f"checkpoint {folder} has no {', '.join(counts)}: it was written by another version of this code"
+            )
         self.steps_done, self.skipped_in_a_row = (int(state[name]) for name in COUNTS)
 
     def _check_kind_of_optimizer(self, folder: Path, names: set[str]) -> None:
@@ -382,7 +385,9 @@ class TrainEngine(ModelEngine):
                 f"that alone; set {field}={str(saved).lower()}"
             )
 
-    def _sharded_state_dict(self, *, is_loading: bool, gathered: bool = False) -> tuple[dict[str, Any], OptimizerSlices | None]:
+    def _sharded_state_dict(
+        self, *, is_loading: bool, gathered: bool = False
+    ) -> tuple[dict[str, Any], OptimizerSlices | None]:
         """Return the role's state in sharded form, and its slices of distributed optimizers; see OptimizerSlices for ``gathered``."""
         self._settle_parameters()
         weights = self._sharded_weights()
@@ -391,7 +396,9 @@ class TrainEngine(ModelEngine):
             slices = OptimizerSlices(self._optimizers, weights, world_of(self.groups), gathered=gathered)
             optimizer = slices.state
         else:
-            optimizer = self.optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=self._sharding_metadata)
+            optimizer = self.optimizer.sharded_state_dict(
+                weights, is_loading=is_loading, metadata=self._sharding_metadata
+            )
         counts = dict(zip(COUNTS, (self.steps_done, self.skipped_in_a_row), strict=True))
         return {**weights, "optimizer": optimizer, **counts}, slices
 

@@ -135,7 +135,11 @@ def _read(path: Path, key: str) -> _Found:
     first = _record(whole[0])
     if first is None:
         is_older = whole[0].startswith(b"{")
-        what = "an older version wrote it, without checksums" if is_older else "its first line, which says whose responses they are, is damaged"
+        what = (
+            "an older version wrote it, without checksums"
+            if is_older
+            else "its first line, which says whose responses they are, is damaged"
+        )
         return _Found([], [], f"{what}: its {len(whole) - 1} responses are dropped")
     if first != {"key": key}:
         return _Found([], [], None)
@@ -146,7 +150,9 @@ def _read(path: Path, key: str) -> _Found:
             lines.append(line)
             banked.append((record["place"], _response(record["response"])))
     num_damaged = len(whole) - len(lines)
-    return _Found(lines, banked, f"{num_damaged} of {len(whole) - 1} responses are damaged and dropped" if num_damaged else None)
+    return _Found(
+        lines, banked, f"{num_damaged} of {len(whole) - 1} responses are damaged and dropped" if num_damaged else None
+    )
 
 
 def _response(values: dict[str, Any]) -> Response:

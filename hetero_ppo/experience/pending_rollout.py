@@ -68,7 +68,9 @@ class PendingRollout:
         self._stalled = False  # the generator waits for its restart
         self._bank = bank
         self._banked = {place for place, _ in banked}
-        self._keeps_order = request.num_needed is None  # rows have their places; otherwise they follow each other as they complete
+        self._keeps_order = (
+            request.num_needed is None
+        )  # rows have their places; otherwise they follow each other as they complete
         self._generator = generator
         self._world = world
         self._trace = trace or TraceRecorder()
@@ -211,7 +213,9 @@ class PendingRollout:
         with self._changed:
             num_needed = self.num_rows if wait_for_all else self._num_shared + self._sizes[0]
             start = time.perf_counter()
-            self._changed.wait_for(lambda: len(self._complete) >= num_needed or self._error is not None or self._stalled)
+            self._changed.wait_for(
+                lambda: len(self._complete) >= num_needed or self._error is not None or self._stalled
+            )
             self._trace.add(TRAINER, WAIT_FOR_GENERATOR, start, time.perf_counter())
             self._raise_error()
             if len(self._complete) < num_needed:

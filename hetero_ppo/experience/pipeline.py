@@ -69,7 +69,9 @@ class Pipeline:
                     when_generated()
             start = time.perf_counter()
             with timer.phase("experience"):
-                scores_to_come += [(stage, chunk, begin(chunk.rollout)) for chunk in chunks for stage, begin in elsewhere]
+                scores_to_come += [
+                    (stage, chunk, begin(chunk.rollout)) for chunk in chunks for stage, begin in elsewhere
+                ]
                 self._run_wave(stages, chunks, collected, timer, is_last=pending.finished)
             forward_s += time.perf_counter() - start
         for stage, chunk, scores in scores_to_come:
@@ -81,7 +83,13 @@ class Pipeline:
         return experience
 
     def _run_wave(
-        self, stages: Sequence[Stage], chunks: Sequence[Chunk], collected: _Collected, timer: PhaseTimer, *, is_last: bool
+        self,
+        stages: Sequence[Stage],
+        chunks: Sequence[Chunk],
+        collected: _Collected,
+        timer: PhaseTimer,
+        *,
+        is_last: bool,
     ) -> None:
         """Every stage over the chunks. The last wave ends with the last stage, whose role is trained next."""
         backwards = bool(self.waves) and self.waves[-1].stages[0] == stages[0].name and not is_last

@@ -29,7 +29,9 @@ def build_rollout(
     """
     empty = (lengths == 0).nonzero().flatten().tolist()
     if empty:
-        raise ValueError(f"rollout: response {empty[0]} has no token; the generator must return the end-of-sequence token")
+        raise ValueError(
+            f"rollout: response {empty[0]} has no token; the generator must return the end-of-sequence token"
+        )
     prompt_lengths = torch.tensor([len(ids) for ids in prompts.prompt_ids])
     sequence_lengths = prompt_lengths + lengths
     width = int(sequence_lengths.max())

@@ -32,7 +32,9 @@ class Stage:
     role: ModelEngine | None  # whose turn it needs; None: no role's
     compute: Callable[[Rollout], Tensor]  # in the role's turn: [B, T] or [B] float32 of B rows
     per_token: bool = True
-    begin: Callable[[Rollout], PendingScores] | None = None  # starts it elsewhere, in parallel with other stages; None: it cannot
+    begin: Callable[[Rollout], PendingScores] | None = (
+        None  # starts it elsewhere, in parallel with other stages; None: it cannot
+    )
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,9 @@ class Scorers:
     models: Sequence[ModelEngine]  # with score heads; empty: the function alone
     function: FunctionReward | None
     config: RewardConfig
-    re_encoders: Mapping[str, ReEncoder] = field(default_factory=dict)  # by role, of models with a tokenizer of their own
+    re_encoders: Mapping[str, ReEncoder] = field(
+        default_factory=dict
+    )  # by role, of models with a tokenizer of their own
 
     def stages(self) -> list[Stage]:
         """Return the stages, the function's first: it needs no role, and the first model comes in meanwhile."""

@@ -65,7 +65,9 @@ class ExperienceMaker:
         """Return what an experience is made of, in the order of ``step.phases``: the critic comes last, being trained next."""
         stages = [
             *self.scorers.stages(),
-            Stage("ref_log_probs", self.reference, partial(policy_log_probs, self.reference, temperature=self.temperature)),
+            Stage(
+                "ref_log_probs", self.reference, partial(policy_log_probs, self.reference, temperature=self.temperature)
+            ),
         ]
         if self.algorithm.old_log_probs is OldLogProbs.actor:
             compute = partial(policy_log_probs, self.actor, temperature=self.temperature)
@@ -89,7 +91,9 @@ class ExperienceMaker:
             # A reward function leaves NaN where it failed, and reward.on_error=exclude.
             may_lack = name == FUNCTION_SCORES
             if not bool((torch.isfinite(tensor) | (may_lack & tensor.isnan())).all()):
-                raise FloatingPointError(f"make experience: {name} has values that are not finite; see the rollout dump")
+                raise FloatingPointError(
+                    f"make experience: {name} has values that are not finite; see the rollout dump"
+                )
         algorithm = self.algorithm
         scores = self.scorers.combine(computed)
         values, ref_log_probs = computed.get("values"), computed["ref_log_probs"]

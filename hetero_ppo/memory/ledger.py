@@ -46,7 +46,9 @@ class Ledger:
     reserved: Callable[[], int | None]
     entries: list[LedgerEntry] = field(default_factory=list)
     phases: dict[str, dict[str, dict[Kind, int]]] = field(default_factory=dict)  # phase -> role -> kind -> bytes
-    reserved_phases: dict[str, int] = field(default_factory=dict)  # phase -> bytes that torch's allocator had as it ended; CUDA alone
+    reserved_phases: dict[str, int] = field(
+        default_factory=dict
+    )  # phase -> bytes that torch's allocator had as it ended; CUDA alone
     max_entries: int = 256
 
     def record(self, phase: str, moment: str) -> LedgerEntry:

@@ -89,7 +89,9 @@ class PhasePlan:
     @property
     def pooled(self) -> int:
         """Bytes that torch's allocator of the trainer has reserved: tensors, workspaces and slack."""
-        return self.counted + self.activations + self.ahead + sum(part.num_bytes for part in self.reserves if part.pooled)
+        return (
+            self.counted + self.activations + self.ahead + sum(part.num_bytes for part in self.reserves if part.pooled)
+        )
 
     def of_kind(self, kind: Kind) -> int:
         """Bytes of a kind, all roles together."""
@@ -257,7 +259,9 @@ class _PhasePlanner:
         activations = 0 if phase.role is None else self._activations_of(phase, self.roles[phase.role], rank)
         syncing = self.generator is not None and self.generator.sleeps and holds is GeneratorMemory.weights
         reserves = self.reserve.of_phase(
-            self._held(phase, rank) + activations + ahead, generator_awake=generator > 0 and not syncing, syncing=syncing
+            self._held(phase, rank) + activations + ahead,
+            generator_awake=generator > 0 and not syncing,
+            syncing=syncing,
         )
         return PhasePlan(
             phase=phase.name,

@@ -47,7 +47,9 @@ class LayerWidths:
     element: int  # bytes
     qk_norm: bool
     aligned: bool = False  # attention in tiles, fp32 inside
-    whole_heads: bool = False  # attention keeps a key and a value of every query head (megatron_bridge.model.context_parallel)
+    whole_heads: bool = (
+        False  # attention keeps a key and a value of every query head (megatron_bridge.model.context_parallel)
+    )
     num_experts: int = 0  # 0: a dense MLP
     experts_per_token: int = 0
 

@@ -80,11 +80,16 @@ def compare_reserved(plan: MemoryPlan, reserved: Mapping[str, int]) -> str:
     phases = [phase for phase in plan.phases if phase.phase in reserved]
     lines = [("phase", "plan GiB", "reserved GiB", "difference")]
     lines += [(phase.phase, *_cells(phase.pooled, reserved[phase.phase], GIB)) for phase in phases]
-    most = max((phase.pooled for phase in phases), default=0), max((reserved[phase.phase] for phase in phases), default=0)
+    most = (
+        max((phase.pooled for phase in phases), default=0),
+        max((reserved[phase.phase] for phase in phases), default=0),
+    )
     lines.append(("the most", *_cells(*most, GIB)))
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     return "\n".join(
-        "  ".join([line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))])
+        "  ".join(
+            [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))]
+        )
         for line in lines
     )
 

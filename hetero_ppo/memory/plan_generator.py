@@ -27,8 +27,12 @@ class GeneratorPlan:
     awake: int  # bytes of one device
     weights: int  # bytes of one device (GPU), or of one server (CPU)
     bytes_per_token: int  # of KV cache on one device
-    weight_files: int  # bytes in shared memory of rank 0's node at a weight sync: old and new version, and what servers received
-    sync_blocks: int  # bytes of a GPU at a weight sync: tensors that are packed into a block, and with cuda_ipc all blocks
+    weight_files: (
+        int  # bytes in shared memory of rank 0's node at a weight sync: old and new version, and what servers received
+    )
+    sync_blocks: (
+        int  # bytes of a GPU at a weight sync: tensors that are packed into a block, and with cuda_ipc all blocks
+    )
     host_bytes: int  # of all servers of the fullest node on a CPU
     sleeps: bool  # gives the device back between rollouts
 
@@ -83,7 +87,9 @@ def _sync_blocks(actor: RoleStorage, element: int, whole: int, transfer: WeightT
 def _plan_actor_as_generator(config: PpoConfig, actor: RoleStorage, device_bytes: int | None) -> GeneratorPlan:
     """The cache of one data-parallel rank: ``megatron_bridge.model.cached_attention.SlotCache``."""
     rollout, tensor = config.rollout, config.actor.parallel.tensor
-    element = 4 if device_bytes is None else DTYPES[dtype_of(actor.config.model)].itemsize  # on a CPU attention is in float32
+    element = (
+        4 if device_bytes is None else DTYPES[dtype_of(actor.config.model)].itemsize
+    )  # on a CPU attention is in float32
     dims, layers = actor.bridge.dims, actor.bridge.transformer.num_layers
     bytes_per_token = 2 * layers * dims.key * element // tensor
     return GeneratorPlan(

@@ -92,7 +92,9 @@ def num_communicators(roles: Mapping[str, RoleConfig], world_size: int) -> int:
     return 1 + len(kinds)
 
 
-def plan_reserve(config: AnyConfig, roles: Mapping[str, RoleConfig], world_size: int, *, one_node: bool, has_experts: bool) -> Reserve:
+def plan_reserve(
+    config: AnyConfig, roles: Mapping[str, RoleConfig], world_size: int, *, one_node: bool, has_experts: bool
+) -> Reserve:
     """Return what a CUDA device holds beside tensors.
 
     Args:
@@ -107,8 +109,12 @@ def plan_reserve(config: AnyConfig, roles: Mapping[str, RoleConfig], world_size:
     parts = [
         _part("the trainer's CUDA context", memory.context_mib, "estimate: memory.context_mib"),
         _communicators("the trainer's NCCL communicators", num_communicators(roles, world_size), memory),
-        replace(_part("cuBLAS workspaces", memory.cublas_mib, "2 threads x 8 x 4 MiB (memory.cublas_mib)"), pooled=True),
-        replace(_part("Transformer Engine's workspaces", te, "where it is installed (memory.te_workspace_mib)"), pooled=True),
+        replace(
+            _part("cuBLAS workspaces", memory.cublas_mib, "2 threads x 8 x 4 MiB (memory.cublas_mib)"), pooled=True
+        ),
+        replace(
+            _part("Transformer Engine's workspaces", te, "where it is installed (memory.te_workspace_mib)"), pooled=True
+        ),
     ]
     if isinstance(config, PpoConfig) and config.train.replay_rollouts is None and not actor_generates(config):
         parts += _engine_parts(config, memory, world_size, one_node=one_node)
@@ -121,8 +127,12 @@ def _engine_parts(config: PpoConfig, memory: MemoryConfig, world_size: int, *, o
     few_nodes = one_node or num_servers(rollout, world_size) == 1
     joins = weight_transfer(rollout, one_node=few_nodes) is WeightTransfer.collective
     own = ENGINE_COMMUNICATORS if rollout.tensor_parallel > 1 else 0
-    graphs = _part("vLLM's CUDA graphs, which it keeps asleep", memory.engine_graphs_mib, "estimate: memory.engine_graphs_mib")
-    runtime = _part("what vLLM's weights wake with them", memory.engine_runtime_mib, "estimate: memory.engine_runtime_mib")
+    graphs = _part(
+        "vLLM's CUDA graphs, which it keeps asleep", memory.engine_graphs_mib, "estimate: memory.engine_graphs_mib"
+    )
+    runtime = _part(
+        "what vLLM's weights wake with them", memory.engine_runtime_mib, "estimate: memory.engine_runtime_mib"
+    )
     return [
         _part("vLLM's CUDA context", memory.context_mib, "estimate: memory.context_mib"),
         _communicators("vLLM's NCCL communicators", own + joins, memory),

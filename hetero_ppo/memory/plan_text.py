@@ -113,7 +113,17 @@ def _device_table(plan: MemoryPlan, unit: Unit) -> str:
     scale = plan.device_bytes or plan.peak.total
     limit = f"of {unit.text(plan.device_bytes)}" if plan.device_bytes is not None else "the CPU"
     kinds = [kind.value for kind in Kind]
-    head = ["phase", "resident", *kinds, "activations", "ahead", "generator", *(["reserve"] if plan.peak.reserve else []), "total", ""]
+    head = [
+        "phase",
+        "resident",
+        *kinds,
+        "activations",
+        "ahead",
+        "generator",
+        *(["reserve"] if plan.peak.reserve else []),
+        "total",
+        "",
+    ]
     lines = [head]
     for phase in plan.phases:
         sizes = [*(phase.of_kind(kind) for kind in Kind), phase.activations, phase.ahead, phase.generator]

@@ -135,7 +135,12 @@ def read_evaluation(path: Path) -> Evaluation | None:
             response_length=float(raw["response_length"]),
             num_prompts=int(raw["num_prompts"]),
             samples=[
-                Sample(str(row["prompt"]), str(row["response"]), row["label"], None if row["score"] is None else float(row["score"]))
+                Sample(
+                    str(row["prompt"]),
+                    str(row["response"]),
+                    row["label"],
+                    None if row["score"] is None else float(row["score"]),
+                )
                 for row in raw["samples"]
             ],
         )

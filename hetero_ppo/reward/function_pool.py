@@ -509,7 +509,9 @@ class FunctionPool:
 
     def _give_up(self, text: str, traceback: str = "") -> None:
         """Make no calls any more."""
-        about = text if text.startswith(self.function.field) else f"{self.function.field} is {self.function.spec!r}: {text}"
+        about = (
+            text if text.startswith(self.function.field) else f"{self.function.field} is {self.function.spec!r}: {text}"
+        )
         if self._loaded is None:
             self._load_error = ValueError(about)
             if traceback:

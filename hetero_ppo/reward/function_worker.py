@@ -170,8 +170,12 @@ def load_function(spec: str, field: str) -> Callable[..., Any]:
         raise LoadError(f"{field} is {spec!r}: {_import_problem(error, target)}") from error
     found = vars(module).get(name)
     if not callable(found):
-        functions = [key for key, value in vars(module).items() if inspect.isfunction(value) and not key.startswith("_")]
-        raise LoadError(f"{field} is {spec!r}: {target} has no function {name!r}; it has {', '.join(functions) or 'none'}")
+        functions = [
+            key for key, value in vars(module).items() if inspect.isfunction(value) and not key.startswith("_")
+        ]
+        raise LoadError(
+            f"{field} is {spec!r}: {target} has no function {name!r}; it has {', '.join(functions) or 'none'}"
+        )
     return found
 
 

@@ -247,7 +247,10 @@ def golden_guard(engine: ModelEngine, every: int) -> tuple[GoldenGuard | None, s
     """
     path = Path(engine.config.model.path) / GOLDEN_FILE
     if not engine.bridge.aligned:
-        return None, f"{engine.role}: golden scores are not checked, {engine.role}.{engine.plain_because or 'aligned is false'}"
+        return (
+            None,
+            f"{engine.role}: golden scores are not checked, {engine.role}.{engine.plain_because or 'aligned is false'}",
+        )
     if not path.is_file():
         return None, f"{engine.role}: there are no golden scores to check, {path} does not exist"
     golden = read_golden(path)
@@ -260,4 +263,6 @@ def golden_guard(engine: ModelEngine, every: int) -> tuple[GoldenGuard | None, s
     elsewhere = golden.made_elsewhere(engine)
     if elsewhere:
         return None, f"{engine.role}: golden scores are not checked, they were made elsewhere ({'; '.join(elsewhere)})"
-    return GoldenGuard(engine, golden, path, every), f"{engine.role}: checked against {len(golden.pairs)} golden pairs of {path}"
+    return GoldenGuard(
+        engine, golden, path, every
+    ), f"{engine.role}: checked against {len(golden.pairs)} golden pairs of {path}"

@@ -76,7 +76,9 @@ class ReEncoder:
         Raises:
             ValueError: the template refuses one.
         """
-        orders = {tuple(message["role"] for message in messages): messages for messages in prompts if messages is not None}
+        orders = {
+            tuple(message["role"] for message in messages): messages for messages in prompts if messages is not None
+        }
         for messages in orders.values():
             try:
                 encode_responses(self.encoder, [(messages, "", "Yes", True)])
@@ -108,7 +110,9 @@ def load_re_encoders(
     found = {}
     for name, role in config_reward_models(config).items():
         if role.re_encode is not None:
-            found[name] = ReEncoder(name, load_reward_encoder(role, config.data, name, actor.begun), actor, role.re_encode.max_tokens)
+            found[name] = ReEncoder(
+                name, load_reward_encoder(role, config.data, name, actor.begun), actor, role.re_encode.max_tokens
+            )
             found[name].check_templates(example.messages for data in datasets for example in data.examples)
             for data in datasets:
                 if any(example.tools is not None for example in data.examples):

@@ -73,7 +73,11 @@ def find_difference(engine: ModelEngine) -> tuple[str | None, int]:
         for number, row in enumerate(rows):
             others = rows[:number] + rows[number + 1 :]
             alone = layer_digests(engine, row)
-            settings = {"beside one other": (others[-1:], 0), "beside six others": (others, 0), "padded": (others[:2], LENGTHS[-1] + 13)}
+            settings = {
+                "beside one other": (others[-1:], 0),
+                "beside six others": (others, 0),
+                "padded": (others[:2], LENGTHS[-1] + 13),
+            }
             for setting, (neighbours, num_columns) in settings.items():
                 among = layer_digests(engine, row, neighbours, min(num_columns, longest))
                 for (name, expected), (_, value) in zip(alone, among, strict=True):
@@ -126,7 +130,9 @@ def build_proved(config: C, build: Callable[[C], E], consequence: str = "no gold
         return engine
     difference, num_compared = find_difference(engine)
     if difference is None:
-        log.info(f"{engine.role}: aligned: {num_compared} outputs of layers have the same bits alone and among others on this device")
+        log.info(
+            f"{engine.role}: aligned: {num_compared} outputs of layers have the same bits alone and among others on this device"
+        )
         return engine
     role = engine.role
     log.warning(

@@ -84,7 +84,9 @@ class BeamSearch:
             return True
         if len(self.finished) < self.num_return:
             return False
-        return self.bound(self.live[0]) <= self.finished[-1].score  # the first has the largest sum, so the largest bound
+        return (
+            self.bound(self.live[0]) <= self.finished[-1].score
+        )  # the first has the largest sum, so the largest bound
 
     def score(self, log_prob: float, length: int) -> float:
         """Of a hypothesis of ``length`` tokens."""

@@ -33,11 +33,15 @@ def check_request(request: GenerationRequest, capabilities: Capabilities, max_mo
     if request.partial is None:
         return
     if len(request.partial) != request.num_places:
-        raise ValueError(f"generate: partial has {len(request.partial)} responses for {num_prompts} prompts with {n} each")
+        raise ValueError(
+            f"generate: partial has {len(request.partial)} responses for {num_prompts} prompts with {n} each"
+        )
     for place, response in enumerate(request.partial):
         limit = request.limit_of(place // n)
         if response is not None and response.finish_reason == ABORTED and len(response.token_ids) >= limit:
-            raise ValueError(f"generate: partial response {place} has {len(response.token_ids)} tokens, and may have {limit}")
+            raise ValueError(
+                f"generate: partial response {place} has {len(response.token_ids)} tokens, and may have {limit}"
+            )
 
 
 def check_resumption(request: GenerationRequest, capabilities: Capabilities) -> None:

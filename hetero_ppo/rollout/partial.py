@@ -66,7 +66,9 @@ class PartialBuffer:
         while len(self) < size:
             fresh = next_prompts()
             fresh = fresh.select([row for row in range(len(fresh)) for _ in range(n)])
-            self.prompts = PromptBatch(**{name: value + vars(fresh)[name] for name, value in vars(self.prompts).items()})
+            self.prompts = PromptBatch(
+                **{name: value + vars(fresh)[name] for name, value in vars(self.prompts).items()}
+            )
             self.partial += [None] * len(fresh)
         return self.prompts.select(range(size))
 

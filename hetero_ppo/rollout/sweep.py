@@ -71,7 +71,9 @@ def find_running_batch(
         ValueError: A number is out of its range.
     """
     if largest < 1 or not 0 < share <= 1 or budget_s <= 0:
-        raise ValueError(f"sweep: largest={largest}, share={share}, budget_s={budget_s}: at least 1, in (0, 1], above 0")
+        raise ValueError(
+            f"sweep: largest={largest}, share={share}, budget_s={budget_s}: at least 1, in (0, 1], above 0"
+        )
     num_tokens = min(NUM_TOKENS, sampling.max_tokens)
     short = dataclasses.replace(sampling, max_tokens=num_tokens, ignore_eos=True, stop_token_ids=[], stop=[])
     start = clock()

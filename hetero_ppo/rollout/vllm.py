@@ -61,7 +61,9 @@ def check_devices(config: RolloutConfig, num_here: int, num_devices: int | None)
     """
     needed = num_here * config.tensor_parallel
     if num_devices is None and config.weight_transfer is WeightTransfer.cuda_ipc:
-        raise ValueError("rollout.weight_transfer=cuda_ipc: there is no GPU here; use auto, shared_memory or collective")
+        raise ValueError(
+            "rollout.weight_transfer=cuda_ipc: there is no GPU here; use auto, shared_memory or collective"
+        )
     if num_devices is None and config.batch_invariant:
         raise ValueError("rollout.batch_invariant=True: it is for GPUs, and there is none here; leave it out")
     if num_devices is not None and needed > num_devices:
@@ -236,7 +238,9 @@ class VllmGenerator(Generator):
         check_request(request, self.capabilities, self.max_model_len)
         sampling = request.sampling
         if sampling.stop and self._spec.tokenizer_path is None:
-            raise ValueError(f"generate: sampling.stop={sampling.stop} needs a tokenizer; give the generator tokenizer_path")
+            raise ValueError(
+                f"generate: sampling.stop={sampling.stop} needs a tokenizer; give the generator tokenizer_path"
+            )
         self._require(ServersState.awake, "generate")
         pool = self._started_pool()
         if pool.version is None:
@@ -271,12 +275,12 @@ class VllmGenerator(Generator):
             RuntimeError: a server failed beyond ``max_restarts``; nothing is left running.
         """
         check_prompts(prompts, [max_tokens] * len(prompts), self.max_model_len)
-        searches = [
-            BeamSearch(num_beams, max_tokens, length_penalty, self.eos_token_ids, num_return) for _ in prompts
-        ]
+        searches = [BeamSearch(num_beams, max_tokens, length_penalty, self.eos_token_ids, num_return) for _ in prompts]
         count = min(searches[0].num_candidates, self._vocab_size)
         if count > MAX_LOG_PROBS:
-            raise ValueError(f"beam search: num_beams={num_beams} needs {count} tokens at once; there are {MAX_LOG_PROBS}")
+            raise ValueError(
+                f"beam search: num_beams={num_beams} needs {count} tokens at once; there are {MAX_LOG_PROBS}"
+            )
         self._require(ServersState.awake, "beam search")
         pool, timeout_s = self._started_pool(), self.config.request_timeout_s
 
@@ -356,7 +360,9 @@ class VllmGenerator(Generator):
         if self._device.type == "cuda" or transport.keeps_blocks:
             writer = BlockWriter(self._staging, transport.keep if transport.keeps_blocks else None)
         assert self._private_dir is not None  # made before the pool
-        files = write_weights(self._private_dir.path / f"weights_{self._num_syncs}", tensors, version, self.dtype, writer)
+        files = write_weights(
+            self._private_dir.path / f"weights_{self._num_syncs}", tensors, version, self.dtype, writer
+        )
         written = time.perf_counter()
         previous = pool.files
         if previous is None:
@@ -427,7 +433,9 @@ class VllmGenerator(Generator):
         pool, self._pool = self._pool, None
         if pool is None:
             return
-        assert self._loop is not None and self._thread is not None and self._private_dir is not None  # all made with the pool
+        assert (
+            self._loop is not None and self._thread is not None and self._private_dir is not None
+        )  # all made with the pool
         try:
             asyncio.run_coroutine_threadsafe(pool.stop(), self._loop).result()
         finally:
@@ -439,9 +447,7 @@ class VllmGenerator(Generator):
 
     def _started_pool(self) -> ServerPool:
         if self._pool is None:
-            raise RuntimeError(
-                "the generator is not running: it was not started, was closed, or ended with an error"
-            )
+            raise RuntimeError("the generator is not running: it was not started, was closed, or ended with an error")
         return self._pool
 
     def _run(self, call: Coroutine[Any, Any, T]) -> T:

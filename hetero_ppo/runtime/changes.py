@@ -68,7 +68,8 @@ def compare(saved: dict[str, Any], values: dict[str, Any], kind: str) -> list[Ch
         old, new = (Presence.present if name in side else Presence.absent for side in (there, here))
         changes.append(Change(name, old, new, rule_of(schema_class, name)))
     old_leaves, new_leaves = (
-        {field: value for field, value in leaves(one, schema_class) if not is_named(field, alone)} for one in (saved, values)
+        {field: value for field, value in leaves(one, schema_class) if not is_named(field, alone)}
+        for one in (saved, values)
     )
     for field in [*new_leaves, *(name for name in old_leaves if name not in new_leaves)]:
         old, new = (side.get(field, Presence.absent) for side in (old_leaves, new_leaves))
@@ -103,4 +104,8 @@ def _default(schema_class: type, field: str) -> Any:
 
 
 def _text(value: Any) -> str:
-    return value.value if isinstance(value, Presence) else yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n").strip()
+    return (
+        value.value
+        if isinstance(value, Presence)
+        else yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n").strip()
+    )

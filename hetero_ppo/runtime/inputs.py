@@ -48,7 +48,13 @@ def check_inputs(resume: Resume | None, inputs: Sequence[Input]) -> list[str]:
     if resume is None:
         return []
     unknown = [one.name for one in inputs if resume.inputs is None or one.name not in resume.inputs]
-    said = [f"{resume.folder} does not say what it was made from, or its version says it differently. Not compared: {', '.join(unknown)}"] if unknown else []
+    said = (
+        [
+            f"{resume.folder} does not say what it was made from, or its version says it differently. Not compared: {', '.join(unknown)}"
+        ]
+        if unknown
+        else []
+    )
     changed = differing(resume, inputs)
     refused = [one for one in changed if not any(is_named(field, resume.allowed) for field in one.fields)]
     if refused:

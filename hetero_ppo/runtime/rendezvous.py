@@ -139,14 +139,21 @@ class StaticRendezvous(RendezvousHandler):
         world = None if self._num_nodes == 1 else self._num_nodes
         try:
             return dist.TCPStore(
-                self._host, port, world_size=world, is_master=True, timeout=self._timeout, master_listen_fd=listener.detach()
+                self._host,
+                port,
+                world_size=world,
+                is_master=True,
+                timeout=self._timeout,
+                master_listen_fd=listener.detach(),
             )
         except dist.DistError as error:
             raise self._not_met(error) from error
 
     def _connect(self) -> dist.TCPStore:
         try:
-            return dist.TCPStore(self._host, self._port, world_size=self._num_nodes, is_master=False, timeout=self._timeout)
+            return dist.TCPStore(
+                self._host, self._port, world_size=self._num_nodes, is_master=False, timeout=self._timeout
+            )
         except dist.DistError as error:
             raise self._not_met(error) from error
 

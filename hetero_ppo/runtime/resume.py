@@ -30,11 +30,15 @@ class Resume:
     run_id: str  # of the run that wrote it
     is_own_folder: bool  # it lies in the folder of this run
     begun: datetime | None  # when that run began, local time; None: its version did not note it
-    inputs: dict[str, str] | None  # digests of what it was made from; None: its version did not note them, or made them differently
+    inputs: (
+        dict[str, str] | None
+    )  # digests of what it was made from; None: its version did not note them, or made them differently
     changes: list[Change] = field(default_factory=list)  # fields with other values than the checkpoint's
     allowed: list[str] = field(default_factory=list)  # checkpoint.allow_changes
     note: str | None = None  # why the configurations cannot be compared, for the user
-    aligned: dict[str, bool] = field(default_factory=dict)  # role whose ``aligned`` was null -> what it came to; empty in older ones
+    aligned: dict[str, bool] = field(
+        default_factory=dict
+    )  # role whose ``aligned`` was null -> what it came to; empty in older ones
 
     def has_changed(self, name: str) -> bool:
         """Whether a field has another value than the checkpoint's."""
@@ -119,7 +123,9 @@ def check_changes(resume: Resume) -> None:
             f"{', '.join(f'{change.field}={change.old}' for change in form)}"
         )
     refused = [
-        change for change in resume.changes if change.rule is OnResume.objective and not is_named(change.field, resume.allowed)
+        change
+        for change in resume.changes
+        if change.rule is OnResume.objective and not is_named(change.field, resume.allowed)
     ]
     if refused:
         names = ",".join(change.field for change in refused)

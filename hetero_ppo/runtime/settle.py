@@ -25,7 +25,9 @@ def settle(loaded: LoadedConfig, *, on_cuda: bool) -> tuple[LoadedConfig, list[s
         loaded: As it was read.
         on_cuda: Whether the run computes on GPUs.
     """
-    open_fields = [f"{name}.model.dtype" for name, role in config_roles(loaded.config).items() if role.model.dtype is None]
+    open_fields = [
+        f"{name}.model.dtype" for name, role in config_roles(loaded.config).items() if role.model.dtype is None
+    ]
     if not open_fields:
         return loaded, []
     node, default, saved = copy.deepcopy(loaded.node), default_dtype(on_cuda=on_cuda), _checkpoint_values(loaded.config)

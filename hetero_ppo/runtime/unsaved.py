@@ -23,9 +23,7 @@ PROPOSED_S = 600.0
 class UnsavedWork:
     """Warns once when a run whose ``checkpoint.every`` is 0 is long: at the start by its steps, later by their measured time."""
 
-    def __init__(
-        self, every: int, total_steps: int, now: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, every: int, total_steps: int, now: Callable[[], float] = time.monotonic) -> None:
         """Take the run's settings.
 
         Args:
@@ -57,7 +55,10 @@ class UnsavedWork:
         left = self._total_steps - step
         if left * step_s >= LONG_RUN_S:
             proposed = max(1, round(PROPOSED_S / step_s))
-            self._warn(f"about {left * step_s / 3600:.1f} h ({left} steps of {step_s:.3g} s)", f"{proposed}, one in about 10 minutes,")
+            self._warn(
+                f"about {left * step_s / 3600:.1f} h ({left} steps of {step_s:.3g} s)",
+                f"{proposed}, one in about 10 minutes,",
+            )
         elif step - first_step >= 2 * MEASURED_STEPS:
             self._is_done = True  # it is short
 

@@ -136,9 +136,13 @@ def check_order(phases: Sequence[Phase]) -> None:
         if phase.name in names:
             raise ValueError(f"phase {phase.name!r} is in the step twice; give each phase a name of its own")
         if phase.role is not None and not phase.needs.get(phase.role):
-            raise ValueError(f"phase {phase.name!r} needs nothing of {phase.role}, whose work it is; add its kinds to needs")
+            raise ValueError(
+                f"phase {phase.name!r} needs nothing of {phase.role}, whose work it is; add its kinds to needs"
+            )
         for name in phase.reads:
             if name not in written and not name.startswith(WEIGHTS):
-                raise ValueError(f"phase {phase.name!r} reads {name}, which no phase before it writes; move it behind the one that does")
+                raise ValueError(
+                    f"phase {phase.name!r} reads {name}, which no phase before it writes; move it behind the one that does"
+                )
         names.add(phase.name)
         written |= {*phase.writes}

@@ -56,7 +56,10 @@ class PpoTrainer:
         self.functions = ppo_functions.open_functions(config, run, self.data.encoder)
         re_encoders = ppo_setup.build_re_encoders(config, self.data)
         self.functions.check(run)
-        run.check_inputs(text_inputs(config, run.resume, self.data.encoder, self.data.train, re_encoders) + model_inputs(config, run.world))
+        run.check_inputs(
+            text_inputs(config, run.resume, self.data.encoder, self.data.train, re_encoders)
+            + model_inputs(config, run.world)
+        )
         self.batching = ppo_setup.describe_batching(config, run, self.data)
         self.total_steps = self.batching.total_steps
         self.start = first_step(config.checkpoint, run.dir, self.total_steps)
@@ -112,7 +115,11 @@ class PpoTrainer:
         """The algorithm (Schulman et al. 2017, algorithm 1; Ouyang et al. 2022, section 3.5)."""
         config = self.config
         manager = CheckpointManager(
-            self.run.dir, config.checkpoint, self.run.world, timeout_s=60 * config.run.timeout_minutes, about=self.run.about
+            self.run.dir,
+            config.checkpoint,
+            self.run.world,
+            timeout_s=60 * config.run.timeout_minutes,
+            about=self.run.about,
         )
         manager.check_room(self.roles.trained)
         self._resume(manager)
@@ -223,7 +230,9 @@ class PpoTrainer:
 
     def update_critic(self, critic: TrainEngine, experience: Experience, step: int) -> dict[str, float]:
         """Fit the values to the returns."""
-        assert experience.values is not None and experience.returns is not None, "estimators that need values give returns"
+        assert experience.values is not None and experience.returns is not None, (
+            "estimators that need values give returns"
+        )
         inputs = ValueInputs(experience.values, experience.returns, experience.response_mask)
         return self._update(critic, experience, inputs, critic_loss_fn(self.config.algorithm), step)
 

@@ -22,7 +22,9 @@ def open_bank(config: PpoConfig, run: Run, generator: Generator, *, resumes: boo
         generator: The generator.
         resumes: Whether the run continues in its own folder.
     """
-    if not (generator.is_here and generator.capabilities.can_resume and config.rollout.bank and config.checkpoint.every):
+    if not (
+        generator.is_here and generator.capabilities.can_resume and config.rollout.bank and config.checkpoint.every
+    ):
         return None
     return RolloutBank(run.dir / FOLDER, resumes=resumes)
 

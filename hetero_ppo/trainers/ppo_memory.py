@@ -47,7 +47,10 @@ def log_ledger(config: PpoConfig, run: Run, device: SharedDevice) -> None:
     log.info("memory on the device, plan and ledger of rank 0:\n" + compared.render())
     reserved = device.ledger.reserved_phases
     if reserved:
-        log.info("memory that torch has reserved on rank 0, activations, workspaces and slack included:\n" + compare_reserved(plan, reserved))
+        log.info(
+            "memory that torch has reserved on rank 0, activations, workspaces and slack included:\n"
+            + compare_reserved(plan, reserved)
+        )
     phases = {
         phase: {role: {kind.value: size for kind, size in kinds.items()} for role, kinds in roles.items()}
         for phase, roles in device.ledger.phases.items()

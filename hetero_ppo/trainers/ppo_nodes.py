@@ -22,7 +22,9 @@ def meet(config: PpoConfig, run: Run) -> Cluster | None:
     counts = servers_of_nodes(config.rollout, run.world_size)
     if actor_generates(config) or config.train.replay_rollouts is not None or not any(counts[1:]):
         return None
-    cluster = meet_nodes(counts, config.rollout.interface, os.environ["MASTER_ADDR"], config.rollout.sync_timeout_s, run.world)
+    cluster = meet_nodes(
+        counts, config.rollout.interface, os.environ["MASTER_ADDR"], config.rollout.sync_timeout_s, run.world
+    )
     log.info(f"rollout servers on {sum(map(bool, counts))} nodes, {counts}; node 0 is reached at {cluster.address}")
     return cluster
 

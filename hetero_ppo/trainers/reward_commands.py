@@ -61,9 +61,13 @@ def reward_engine(args: argparse.Namespace, *, has_to_be_aligned: bool = False) 
 
 
 def _build(config: RoleConfig, checkpoint: Path) -> ModelEngine:
-    engine = build_proved(config, lambda role: ModelEngine("reward_model", role, "score"), "scores whose bits are no record")
+    engine = build_proved(
+        config, lambda role: ModelEngine("reward_model", role, "score"), "scores whose bits are no record"
+    )
     if engine.load_report.initialised:
-        raise ValueError(f"--checkpoint {checkpoint}: the model has no score head; give the export of a reward-model run")
+        raise ValueError(
+            f"--checkpoint {checkpoint}: the model has no score head; give the export of a reward-model run"
+        )
     return engine
 
 
@@ -94,7 +98,9 @@ def score(args: argparse.Namespace) -> None:
             ]
             with writing(args.out, "scores", remedy="choose another --out"):
                 args.out.parent.mkdir(parents=True, exist_ok=True)
-                args.out.write_text("".join(json.dumps(line, allow_nan=False) + "\n" for line in lines), encoding="utf-8")
+                args.out.write_text(
+                    "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines), encoding="utf-8"
+                )
             print(f"{len(lines)} scores in {args.out}, mean {sum(scores) / len(scores):.6f}")
 
 
@@ -115,7 +121,10 @@ def _sequences(args: argparse.Namespace, engine: ModelEngine) -> list[list[int]]
         raise ValueError(f"--data {args.data}: there are no rows")
     if not rows[0].has("token_ids"):
         data = _data_config(args)
-        return [e.token_ids for e in load_sft(args.data, data, load_text_encoder(engine.config.model, data, "reward_model")).examples]
+        return [
+            e.token_ids
+            for e in load_sft(args.data, data, load_text_encoder(engine.config.model, data, "reward_model")).examples
+        ]
     sequences = []
     for row in rows:
         ids = row.value("token_ids")
@@ -159,7 +168,9 @@ def verify(args: argparse.Namespace) -> None:
     if args.plain:
         raise ValueError("--plain: the plain forward promises no bits to verify; leave it out")
     if not file.is_file():
-        raise ValueError(f"--checkpoint {args.checkpoint}: has no {GOLDEN_FILE}; a run whose reward model is aligned writes it")
+        raise ValueError(
+            f"--checkpoint {args.checkpoint}: has no {GOLDEN_FILE}; a run whose reward model is aligned writes it"
+        )
     golden = read_golden(file)
     with reward_engine(args, has_to_be_aligned=True) as engine:
         elsewhere = "; ".join(golden.made_elsewhere(engine))

@@ -44,7 +44,9 @@ class RewardModelTrainer(SupervisedTrainer):
         run.check_inputs(text_inputs(config, run.resume, encoder, self.data, {}) + model_inputs(config, run.world))
         batching = derive_supervised(config, run.world_size, len(self.data))
         log.info(batching.describe())
-        engine = build_role(run, "reward", config.reward, lambda role: TrainEngine("reward", role, "score", batching.total_steps))
+        engine = build_role(
+            run, "reward", config.reward, lambda role: TrainEngine("reward", role, "score", batching.total_steps)
+        )
         sampler = make_sampler(self.data, config.train.global_batch_size, config.run, config.data)
         super().__init__(run, config.run, config.train, config.checkpoint, batching, sampler, engine, encoder)
         self.loss = config.loss

@@ -54,9 +54,15 @@ class Run:
     watchdog: Watchdog
     beginning: Beginning
     resume: Resume | None  # what it goes on from; None: it is a run from the beginning
-    inputs: dict[str, str] = field(default_factory=dict)  # name -> digest of what it is made from; filled by check_inputs
-    aligned: dict[str, bool] = field(default_factory=dict)  # role whose ``aligned`` is null -> what it came to; filled by build_role
-    changed_inputs: set[str] = field(default_factory=set)  # names of those that are not the checkpoint's, which is allowed
+    inputs: dict[str, str] = field(
+        default_factory=dict
+    )  # name -> digest of what it is made from; filled by check_inputs
+    aligned: dict[str, bool] = field(
+        default_factory=dict
+    )  # role whose ``aligned`` is null -> what it came to; filled by build_role
+    changed_inputs: set[str] = field(
+        default_factory=set
+    )  # names of those that are not the checkpoint's, which is allowed
 
     @property
     def is_writer(self) -> bool:
@@ -77,7 +83,12 @@ class Run:
     def about(self) -> dict[str, Any]:
         """What every checkpoint says of its run."""
         begun = self.beginning.begun.isoformat()
-        about = {"run_id": self.beginning.run_id, "begun": begun, "inputs": self.inputs, "digests_version": DIGESTS_VERSION}
+        about = {
+            "run_id": self.beginning.run_id,
+            "begun": begun,
+            "inputs": self.inputs,
+            "digests_version": DIGESTS_VERSION,
+        }
         return {**about, "aligned": self.aligned}
 
     def check_inputs(self, inputs: Sequence[Input]) -> None:
@@ -139,7 +150,9 @@ class Run:
             raise StoppedOnRequest(
                 f"stopped on request after step {step}, which is saved: go on with checkpoint.load={self.dir}"
             )
-        raise StoppedOnRequest(f"stopped on request at step {step}, before another was done: there is nothing new to save, and the same command goes on")
+        raise StoppedOnRequest(
+            f"stopped on request at step {step}, before another was done: there is nothing new to save, and the same command goes on"
+        )
 
 
 @contextlib.contextmanager
@@ -181,11 +194,15 @@ def start_run(loaded: LoadedConfig, stop: StopRequests, heartbeat: Heartbeat | N
             f"{threads} CPU thread(s) each, Megatron-Core with the {spec} layer spec"
         )
         for name, value in kept.items():
-            log.warning(f"{name}={value} is set outside of the run: two runs may differ in bits (run.deterministic)", extra=ONCE)
+            log.warning(
+                f"{name}={value} is set outside of the run: two runs may differ in bits (run.deterministic)", extra=ONCE
+            )
         if platform.HAS_CUDA and not config.deterministic:
             log.info("run.deterministic=false: two runs may differ in bits, and so may a resumed one")
         if config.heartbeat_timeout_s is not None and (heartbeat is None or not heartbeat.is_judged):
-            log.info("run.heartbeat_timeout_s: nobody looks at heartbeats; scripts/train_*.sh and hetero_ppo.cli.launcher do")
+            log.info(
+                "run.heartbeat_timeout_s: nobody looks at heartbeats; scripts/train_*.sh and hetero_ppo.cli.launcher do"
+            )
         for line in [*said, *([] if resume is None else [resume.describe()])]:
             log.info(line)
         dist.barrier(world)

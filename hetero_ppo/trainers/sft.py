@@ -42,7 +42,9 @@ class SftTrainer(SupervisedTrainer):
         run.check_inputs(text_inputs(config, run.resume, encoder, self.data, {}) + model_inputs(config, run.world))
         batching = derive_supervised(config, run.world_size, len(self.data))
         log.info(batching.describe())
-        engine = build_role(run, "actor", config.actor, lambda role: TrainEngine("actor", role, "lm", batching.total_steps))
+        engine = build_role(
+            run, "actor", config.actor, lambda role: TrainEngine("actor", role, "lm", batching.total_steps)
+        )
         sampler = make_sampler(self.data, config.train.global_batch_size, config.run, config.data)
         super().__init__(run, config.run, config.train, config.checkpoint, batching, sampler, engine, encoder)
         self.loss_fn = sft_loss_fn(engine.vocab_size, engine.groups, engine.vocab_parts)

@@ -52,7 +52,11 @@ class StopRequests:
     def __enter__(self) -> Self:
         self._read_end, self._write_end = os.pipe()
         os.set_blocking(self._write_end, False)
-        heard = [number for number in SIGNALS if number is not signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN]
+        heard = [
+            number
+            for number in SIGNALS
+            if number is not signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN
+        ]
         self._previous = {number: signal.signal(number, _leave_it_to_the_thread) for number in heard}
         self._previous_fd = signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
         self._thread = threading.Thread(target=self._listen, name="stop-requests", daemon=True)
@@ -94,7 +98,10 @@ class StopRequests:
             if not ready:
                 self._look_at_launcher()
                 if self._seconds_left() == 0.0:
-                    self._end(EXIT_NOT_STOPPED_IN_TIME, f"not stopped within run.stop_within_s={self.within_s:g}: no checkpoint")
+                    self._end(
+                        EXIT_NOT_STOPPED_IN_TIME,
+                        f"not stopped within run.stop_within_s={self.within_s:g}: no checkpoint",
+                    )
                 continue
             numbers = os.read(self._read_end, 64)
             if not numbers:
@@ -105,7 +112,9 @@ class StopRequests:
 
     def _look_at_launcher(self) -> None:
         if self._launcher is not None and os.getppid() != self._launcher:
-            self._end(1, "the launcher has ended without its ranks: this run ends, and goes on from its last checkpoint")
+            self._end(
+                1, "the launcher has ended without its ranks: this run ends, and goes on from its last checkpoint"
+            )
 
     def _seconds_left(self) -> float | None:
         if self._is_honoured or self._requested_at is None:

@@ -11,7 +11,14 @@ from typing import Any, TypeVar
 
 from hetero_ppo.checkpoint.manager import CheckpointManager
 from hetero_ppo.config.derived import SupervisedBatching
-from hetero_ppo.config.schema import CheckpointConfig, DataConfig, HeadInit, RoleConfig, RunConfig, SupervisedTrainConfig
+from hetero_ppo.config.schema import (
+    CheckpointConfig,
+    DataConfig,
+    HeadInit,
+    RoleConfig,
+    RunConfig,
+    SupervisedTrainConfig,
+)
 from hetero_ppo.data.chat_template import TextEncoder
 from hetero_ppo.data.dataset import Dataset, Example
 from hetero_ppo.data.export_files import export_files
@@ -87,7 +94,11 @@ class SupervisedTrainer(ABC):
     def fit(self) -> None:
         """Train, evaluate, save, export."""
         manager = CheckpointManager(
-            self.run.dir, self.checkpoint, self.run.world, timeout_s=60 * self.run_config.timeout_minutes, about=self.run.about
+            self.run.dir,
+            self.checkpoint,
+            self.run.world,
+            timeout_s=60 * self.run_config.timeout_minutes,
+            about=self.run.about,
         )
         manager.check_room({self.engine.role: self.engine})
         start = first_step(self.checkpoint, self.run.dir, self.total_steps)
@@ -200,7 +211,9 @@ def build_role(run: Run, name: str, config: C, build: Callable[[C], RoleEngine])
     run.aligned[name] = engine.bridge.aligned
     if before is False and run.resume is not None:
         engine.plain_because = "aligned is null, and it was plain in the run that the checkpoint is of"
-        log.info(f"{name}: plain, as in the run of {run.resume.folder} ({name}.aligned is null): no golden scores; set it to true to be aligned")
+        log.info(
+            f"{name}: plain, as in the run of {run.resume.folder} ({name}.aligned is null): no golden scores; set it to true to be aligned"
+        )
     elif before and run.resume is not None and not engine.bridge.aligned:
         log.warning(
             f"{name} was aligned in the run of {run.resume.folder} and is not any more ({name}.{engine.plain_because}): the bits of "

@@ -42,7 +42,9 @@ def _bmm_in_batches(left: Tensor, right: Tensor) -> Tensor:
     result = torch.empty(left.shape[0], left.shape[1], right.shape[2], dtype=left.dtype, device=left.device)
     for start in range(0, left.shape[0], BATCH):
         size = min(BATCH, left.shape[0] - start)
-        factors = [torch.zeros(BATCH, *factor.shape[1:], dtype=factor.dtype, device=factor.device) for factor in (left, right)]
+        factors = [
+            torch.zeros(BATCH, *factor.shape[1:], dtype=factor.dtype, device=factor.device) for factor in (left, right)
+        ]
         for padded, factor in zip(factors, (left, right)):
             padded[:size] = factor[start : start + size]
         result[start : start + size] = torch.bmm(*factors)[:size]

@@ -69,7 +69,9 @@ class SlotCache(BaseInferenceContext):
         """True when every token of the forward is the next one of a sequence."""
         return not self._stretches
 
-    def take(self, positions: Sequence[int], stretches: Sequence[Stretch], num_tokens: int, rows: Sequence[int]) -> None:
+    def take(
+        self, positions: Sequence[int], stretches: Sequence[Stretch], num_tokens: int, rows: Sequence[int]
+    ) -> None:
         """Say what the next forward's tokens are.
 
         Args:
@@ -87,7 +89,9 @@ class SlotCache(BaseInferenceContext):
         self._stretches = list(stretches)
         self._rows = torch.tensor(rows, device=device)
         self._longest = max(positions, default=-1) + 1
-        self._visible = torch.arange(self._longest, device=device) <= self._positions[: len(positions), None, None, None]
+        self._visible = (
+            torch.arange(self._longest, device=device) <= self._positions[: len(positions), None, None, None]
+        )
         #: [num_tokens] int64, the padding at position 0.
         self.positions = F.pad(self._positions, (0, num_tokens - len(places)))
 
@@ -172,7 +176,9 @@ class CachedSelfAttention(SelfAttention):
             assert isinstance(packed_seq_params, Packing), "packed sequences are made by packing.pack"
             self._packed_angles = packed_seq_params.angles(rotary_pos_emb)
             try:
-                return super().forward(hidden_states, attention_mask, *args, packed_seq_params=packed_seq_params, **kwargs)
+                return super().forward(
+                    hidden_states, attention_mask, *args, packed_seq_params=packed_seq_params, **kwargs
+                )
             finally:
                 self._packed_angles = None
         assert isinstance(inference_context, SlotCache)

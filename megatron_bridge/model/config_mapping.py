@@ -53,7 +53,9 @@ class BridgeConfig:
     inv_freq: Tensor  # [head_dim / 2] float32, installed by rope.install_rope
     attention_scaling: float  # factor on cosine and sine; set on `transformer` already
     aligned: bool = False  # the layers of megatron_bridge.aligned
-    plain_because: str | None = None  # why they are not, where the choice was left open: "has no context parallelism (context 2)"
+    plain_because: str | None = (
+        None  # why they are not, where the choice was left open: "has no context parallelism (context 2)"
+    )
 
     @property
     def dims(self) -> Dims:
@@ -142,7 +144,9 @@ def bridge_config(
     check_tensor_parallel(tensor, heads=heads, num_query_groups=groups, ffn=None if moe else hf["intermediate_size"])
     _check_layout(hf, tensor, pipeline, virtual_pipeline, sequence)
     _check_experts(hf, moe, tensor, expert, sequence)
-    refusal = _aligned_refusal(hf, moe, tensor, context, dtype, on_cuda=platform.HAS_CUDA if on_cuda is None else on_cuda)
+    refusal = _aligned_refusal(
+        hf, moe, tensor, context, dtype, on_cuda=platform.HAS_CUDA if on_cuda is None else on_cuda
+    )
     if aligned and refusal is not None:
         raise ValueError(f"aligned {refusal}; change that, or set aligned to false")
     plain_because = refusal if aligned is None else None

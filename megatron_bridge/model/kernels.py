@@ -126,7 +126,9 @@ class _RotaryCausalAttention(torch.autograd.Function):
         grad_rotated = torch.empty_like(rotated)
         with products_of(ctx.dtype):
             grad_inputs[:, :, r + 1] = torch.bmm(probs.transpose(1, 2), grad_out).view(b, g, s, d)
-            grad_scores = torch._softmax_backward_data(torch.bmm(grad_out, value.transpose(1, 2)), probs, -1, torch.float32)
+            grad_scores = torch._softmax_backward_data(
+                torch.bmm(grad_out, value.transpose(1, 2)), probs, -1, torch.float32
+            )
             grad_scores.mul_(ctx.softmax_scale)
             grad_rotated[:, :, :r] = torch.bmm(grad_scores, key).view(b, g, r, s, d)
             grad_rotated[:, :, r] = torch.bmm(grad_scores.transpose(1, 2), query).view(b, g, s, d)

@@ -42,7 +42,9 @@ class Packing(PackedSeqParams):
     """PackedSeqParams, with what the layers would otherwise ask the device for: every question makes the host wait for it."""
 
     total: int = 0  # tokens, the fill at the end included
-    positions: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))  # [total] int64: of every token in its sequence
+    positions: Tensor = field(
+        default_factory=lambda: torch.zeros(0, dtype=torch.int64)
+    )  # [total] int64: of every token in its sequence
     groups: tuple[Group, ...] = ()  # for attention that knows rectangles alone
     _angles: tuple[Tensor, Tensor] | None = None  # what ``angles`` was given last, and what it gave
 

@@ -130,7 +130,11 @@ def exported_config(source: dict[str, Any], architecture: str, head: str, dtype:
     """The source's config with architecture and dtype of what is saved, and one label for a scalar head."""
     # transformers 5 writes "dtype", older ones "torch_dtype"; where a folder has both, either may be read
     keys = [key for key in ("torch_dtype", "dtype") if key in source] or ["dtype"]
-    config: dict[str, Any] = {**source, "architectures": [architecture], **dict.fromkeys(keys, str(dtype).removeprefix("torch."))}
+    config: dict[str, Any] = {
+        **source,
+        "architectures": [architecture],
+        **dict.fromkeys(keys, str(dtype).removeprefix("torch.")),
+    }
     if head != "lm":
         config.pop("num_labels", None)  # transformers derives it from id2label
         config |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}

@@ -144,7 +144,9 @@ def _check_stays_inside(file: Path, folder: Path) -> None:
     found = file.resolve()
     is_blob = found.parent.name == "blobs" and found.parent.parent.name.startswith("models--")
     if not is_blob and not found.is_relative_to(folder.resolve()):
-        raise ValueError(f"{file} is a link to {found}, out of the checkpoint folder; copy the file there if it belongs to the model")
+        raise ValueError(
+            f"{file} is a link to {found}, out of the checkpoint folder; copy the file there if it belongs to the model"
+        )
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -160,7 +162,9 @@ def _weight_map(index: Path) -> dict[str, str]:
         raise ValueError(f"{index}: no index of safetensors files ({error!r}); download it again") from error
     for file in sorted(files):
         if PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts:
-            raise ValueError(f"{index}: lists {file!r}, which is not in the checkpoint folder; do not use this checkpoint")
+            raise ValueError(
+                f"{index}: lists {file!r}, which is not in the checkpoint folder; do not use this checkpoint"
+            )
     return weight_map
 
 

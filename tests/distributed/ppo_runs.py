@@ -109,7 +109,9 @@ def _save_models(root: Path, model: str, sizes: Mapping[str, int]) -> None:
     model_type, fields = MODELS[model]
     vocab_size = len(AutoTokenizer.from_pretrained(root / "tokenizer"))
     torch.manual_seed(0)
-    config = AutoConfig.for_model(model_type, vocab_size=vocab_size, pad_token_id=0, num_labels=1, **{**fields, **sizes})
+    config = AutoConfig.for_model(
+        model_type, vocab_size=vocab_size, pad_token_id=0, num_labels=1, **{**fields, **sizes}
+    )
     AutoModelForCausalLM.from_config(config).save_pretrained(root / model / "policy")
     AutoModelForSequenceClassification.from_config(config).save_pretrained(root / model / "scorer")
 

@@ -22,13 +22,23 @@ JOBS: dict[str, dict[str, Any]] = {
         "compared": True,
         "read": {"itself": ("slices", {}), "tp2": ("slices", TP2), "gathered, pp2": ("gathered", {"pipeline": 2})},
     },
-    "fp32": {"case": "qwen2_tied", "dtype": "fp32", "written": {}, "compared": False, "read": {"gathered, tp2": ("gathered", TP2)}},
+    "fp32": {
+        "case": "qwen2_tied",
+        "dtype": "fp32",
+        "written": {},
+        "compared": False,
+        "read": {"gathered, tp2": ("gathered", TP2)},
+    },
     "experts, buckets": {
         "case": "qwen3_moe_untied",
         "dtype": "bf16",
         "written": BUCKETS,
         "compared": False,
-        "read": {"itself": ("slices", BUCKETS), "ep2": ("slices", {"expert": 2}), "gathered, itself": ("gathered", BUCKETS)},
+        "read": {
+            "itself": ("slices", BUCKETS),
+            "ep2": ("slices", {"expert": 2}),
+            "gathered, itself": ("gathered", BUCKETS),
+        },
     },
 }
 
@@ -40,14 +50,18 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, 
     for job in JOBS.values():
         if not (folder / job["case"]).is_dir():
             hf_model(job["case"], num_hidden_layers=2).save_pretrained(folder / job["case"])
-    jobs = {name: {**job, "path": str(folder / job["case"]), "folder": str(folder / name)} for name, job in JOBS.items()}
+    jobs = {
+        name: {**job, "path": str(folder / job["case"]), "folder": str(folder / name)} for name, job in JOBS.items()
+    }
     (folder / "jobs.json").write_text(json.dumps(jobs))
     run_ranks(2, [WORKER, str(folder / "jobs.json"), str(folder / "out.json")])
     return json.loads((folder / "out.json").read_text())
 
 
 @pytest.mark.parametrize("name", JOBS)
-def test_a_save_sends_no_tensor_and_copies_what_the_plan_says(saved: dict[str, list[dict[str, Any]]], name: str) -> None:
+def test_a_save_sends_no_tensor_and_copies_what_the_plan_says(
+    saved: dict[str, list[dict[str, Any]]], name: str
+) -> None:
     for rank in saved[name]:
         assert rank["sent"] == 0
         assert rank["copied"] == rank["planned"]
@@ -60,15 +74,24 @@ def test_global_tensors_are_those_of_megatron_core(saved: dict[str, list[dict[st
         assert rank["beside Megatron-Core"] == []
 
 
-LOADS = [(name, load) for name, job in JOBS.items() for load in job["read"] if (name, load) != ("experts, buckets", "gathered, itself")]
+LOADS = [
+    (name, load)
+    for name, job in JOBS.items()
+    for load in job["read"]
+    if (name, load) != ("experts, buckets", "gathered, itself")
+]
 
 
 @pytest.mark.parametrize(("name", "load"), LOADS)
-def test_every_layout_loads_the_same_bits_in_place(saved: dict[str, list[dict[str, Any]]], name: str, load: str) -> None:
+def test_every_layout_loads_the_same_bits_in_place(
+    saved: dict[str, list[dict[str, Any]]], name: str, load: str
+) -> None:
     for rank in saved[name]:
         assert rank[load]["differing"] == []
         # Main parameters of fp32 roles are the parameters; those of the older format are read apart, and compared with them.
-        assert rank[load]["allocated"] == (4 * rank[load]["parameters"] if (name, load) == ("fp32", "gathered, tp2") else 0)
+        assert rank[load]["allocated"] == (
+            4 * rank[load]["parameters"] if (name, load) == ("fp32", "gathered, tp2") else 0
+        )
         if load == "itself":
             again, straight = rank[load]["steps"]
             assert again == straight

@@ -24,7 +24,12 @@ JOBS: dict[str, dict[str, Any]] = {
         "bucket_size": 9000,
     },
     "dp2 distributed fp32": {"case": "llama_untied", "dtype": "fp32", "layout": {}, "distributed": True},
-    "dp2 aligned": {"case": "qwen3_tied", "dtype": "bf16", "layout": {}, "aligned": True},  # 132 tokens, as in every layout
+    "dp2 aligned": {
+        "case": "qwen3_tied",
+        "dtype": "bf16",
+        "layout": {},
+        "aligned": True,
+    },  # 132 tokens, as in every layout
     "tp2 value head": {"case": "qwen3_tied", "dtype": "bf16", "layout": {"tensor": 2}, "role": "critic"},
     "tp2 sequence parallel fp32": {
         "case": "llama_untied",

@@ -241,7 +241,9 @@ def test_an_ensemble_and_a_function_mix(metrics: Metrics, runs: PpoRuns) -> None
         assert logged[f"reward/{name}/mean"] == pytest.approx(parts[f"score_{name}"].mean(), rel=1e-5)
     assert logged["reward/re_encoded/model_1/num_cut"] == 0 < logged["reward/re_encoded/model_1/length/mean"]
     ledger = json.loads((runs.root / JUDGES / "memory_ledger.json").read_text())
-    assert {"reward_models.0"} == set(ledger["phases"]["scores_0"]) and {"reward_models.1"} == set(ledger["phases"]["scores_1"])
+    assert {"reward_models.0"} == set(ledger["phases"]["scores_0"]) and {"reward_models.1"} == set(
+        ledger["phases"]["scores_1"]
+    )
     assert ledger["plan_error_pct"] == 0
 
 
@@ -249,7 +251,9 @@ def test_scores_of_ppo_are_those_of_the_command_bit_for_bit(metrics: Metrics, ru
     """Ids of two tensor-parallel ranks, and texts that were encoded anew, by one process."""
     rows = read_rollouts(runs.root / JUDGES / "rollouts" / "step_000001.jsonl")
     ids = [{"token_ids": row.prompt_ids + row.response_ids} for row in rows]
-    assert scored(runs.root / "dense" / "scorer", ids, tmp_path, "fp32") == [row.extra["score_model_0"].hex() for row in rows]
+    assert scored(runs.root / "dense" / "scorer", ids, tmp_path, "fp32") == [
+        row.extra["score_model_0"].hex() for row in rows
+    ]
     ended = [row for row in rows if row.finish_reason == "stop" and row.extra["response"].strip()]
     texts = [{"messages": conversation(row)} for row in ended]
     assert len(ended) > 3

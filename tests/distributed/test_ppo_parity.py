@@ -25,5 +25,9 @@ def test_two_processes_take_the_steps_of_one(chain: Chain, two_processes: Path) 
     for step in two:
         for name in COMPARED:
             assert two[step][name] == pytest.approx(one[step][name], **TOLERANCE), (step, name)
-    sizes = [line.split()[3] for line in (two_processes / "log").read_text().splitlines() if line.startswith("actor data parallel")]
+    sizes = [
+        line.split()[3]
+        for line in (two_processes / "log").read_text().splitlines()
+        if line.startswith("actor data parallel")
+    ]
     assert sizes == ["2", "2", "2"]

@@ -136,11 +136,21 @@ def test_layout_of_a_run_folder(chain: Chain) -> None:
     assert (checkpoints / "latest_checkpointed_iteration.txt").read_text() == str(NUM_STEPS)
     for step in (CHECKPOINT_STEP, NUM_STEPS):
         folder = checkpoints / f"iter_{step:07d}"
-        assert {path.name for path in folder.iterdir()} == {"actor", "critic", "rng", "config.yaml", "trainer.json", "COMPLETE"}
+        assert {path.name for path in folder.iterdir()} == {
+            "actor",
+            "critic",
+            "rng",
+            "config.yaml",
+            "trainer.json",
+            "COMPLETE",
+        }
         state = json.loads((folder / "trainer.json").read_text())
         assert state["step"] == step and {"prompts", "kl_controller", "score_moments"} <= state.keys()
     assert [path.name for path in run_dir.glob("tensorboard/events.*")]
-    assert load_config(str(run_dir / "config.yaml"), []).config == settle(load_config(str(chain.configs["ppo"]), []), on_cuda=False)[0].config
+    assert (
+        load_config(str(run_dir / "config.yaml"), []).config
+        == settle(load_config(str(chain.configs["ppo"]), []), on_cuda=False)[0].config
+    )
 
 
 def test_trace_has_all_lanes(chain: Chain) -> None:
@@ -167,7 +177,9 @@ def test_the_engine_takes_its_cache_back_after_the_sync(chain: Chain) -> None:
     synced = next(span for span in trace.spans if (span.lane, span.name) == (GENERATOR, "weight sync"))
     turn = next(span for span in trace.spans if (span.lane, span.name) == ("actor", "weight_sync"))
     woken = [span for span in trace.spans if span.lane == GENERATOR and span.name.startswith("wake")]
-    assert any(turn.start <= span.start <= span.end <= synced.start for span in woken if span.name == "wake for weights")
+    assert any(
+        turn.start <= span.start <= span.end <= synced.start for span in woken if span.name == "wake for weights"
+    )
     assert not any(turn.start <= span.start < turn.end for span in woken if span.name == "wake")
     assert any(turn.end <= span.start for span in woken if span.name == "wake")
 
@@ -198,7 +210,10 @@ def test_the_reward_models_numbers_are_those_of_another_layout(chain: Chain, two
     assert f"accuracy {accuracy:.4%} (" in text
     assert (two_processes / "pairs.html").read_text().count("<svg") == 2
     pairs = golden_lines(chain)
-    assert f"{2 * len(pairs)} scores of {len(pairs)} pairs have the same bits, and so have all 4 layers of 4 of them" in text
+    assert (
+        f"{2 * len(pairs)} scores of {len(pairs)} pairs have the same bits, and so have all 4 layers of 4 of them"
+        in text
+    )
     scores = [json.loads(line)["score_hex"] for line in (two_processes / "scores.jsonl").read_text().splitlines()]
     assert scores == [pair["chosen_score"] for pair in pairs]
 

@@ -67,6 +67,8 @@ def test_killed_in_generation(chain: Chain, tmp_path: Path) -> None:
     assert [chunks.count(chunk) for chunk in range(3)] == [CHUNK, CHUNK, BATCH - 2 * CHUNK]
 
     expected = results(straight)
-    found = {step: {n: v for n, v in values.items() if n in expected[step]} for step, values in results(run_dir).items()}
+    found = {
+        step: {n: v for n, v in values.items() if n in expected[step]} for step, values in results(run_dir).items()
+    }
     assert found == expected
     assert_same_weights(straight / "hf", run_dir / "hf")

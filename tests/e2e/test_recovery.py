@@ -52,7 +52,9 @@ def make_runs(chain: Chain, root: Path) -> Path:
         ],
     )
     shutil.copytree(straight / "checkpoints", damaged / "checkpoints")
-    weights = max((damaged / "checkpoints" / "iter_0000002" / "actor").glob("*.distcp"), key=lambda path: path.stat().st_size)
+    weights = max(
+        (damaged / "checkpoints" / "iter_0000002" / "actor").glob("*.distcp"), key=lambda path: path.stat().st_size
+    )
     data = bytearray(weights.read_bytes())
     data[len(data) // 2] ^= 1
     weights.write_bytes(data)
@@ -76,8 +78,19 @@ def test_what_differs_is_printed(runs: Path, chain: Chain) -> None:
 def test_a_checkpoint_says_what_made_it(runs: Path) -> None:
     folder = runs / "straight" / "checkpoints" / "iter_0000003"
     state = json.loads((folder / "trainer.json").read_text())
-    assert {"step", "world_size", "code_version", "metrics", "prompts", "kl_controller", "score_moments", "chunk_size"} <= set(state)
-    assert state["run_id"] and state["begun"] and set(state["inputs"]) >= {"data.train", "reference.model.path (weights)"}
+    assert {
+        "step",
+        "world_size",
+        "code_version",
+        "metrics",
+        "prompts",
+        "kl_controller",
+        "score_moments",
+        "chunk_size",
+    } <= set(state)
+    assert (
+        state["run_id"] and state["begun"] and set(state["inputs"]) >= {"data.train", "reference.model.path (weights)"}
+    )
     assert state["health"]["checks"] == {"first_values": {}}  # recorded rollouts have no bounds
     assert len(state["template_sha256"]) in (4, 64)
     assert (folder / "config.yaml").read_text() == (runs / "straight" / "config.yaml").read_text()

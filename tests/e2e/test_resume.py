@@ -86,13 +86,18 @@ def test_a_run_that_goes_back_in_its_folder_has_every_step_once(chain: Chain, on
     assert (last["run_id"], last["begun"]) == (first["run_id"], first["begun"])
     assert_same_weights(run_dir / "hf", straight / "hf")
     text = (one_process / "log").read_text()
-    assert "metrics.jsonl: 3 records of steps after 5, which are done again, removed, a last line that a kill had cut removed" in text
+    assert (
+        "metrics.jsonl: 3 records of steps after 5, which are done again, removed, a last line that a kill had cut removed"
+        in text
+    )
 
 
 def test_a_second_run_in_a_used_folder_is_refused(chain: Chain, one_process: Path) -> None:
     run_dir, text = chain.run_dir("sft"), (one_process / "log").read_text()
     steps = f"{SFT_CHECKPOINT_STEP}, {SFT_STEPS}"
-    assert f"error: run.dir is '{run_dir}', which holds results of another run: checkpoints of the steps {steps}" in text
+    assert (
+        f"error: run.dir is '{run_dir}', which holds results of another run: checkpoints of the steps {steps}" in text
+    )
     assert set(read_metrics(run_dir)) == set(range(1, SFT_STEPS + 1)) and chain.export("sft").is_dir()
 
 

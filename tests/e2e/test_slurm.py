@@ -38,7 +38,16 @@ def test_a_preempted_job_is_requeued_and_finishes(chain: Chain, tmp_path: Path) 
         submit = ["sbatch", "--parsable", "--partition", "low", "--exclusive", "--time", "10", f"--output={log}"]
         job = cluster.call(*submit, "scripts/slurm/ppo.sbatch", *overrides, **env).strip()
         wait_for(lambda: steps_done() >= 2, "two steps", START_S)
-        urgent = ["sbatch", "--parsable", "--partition", "high", "--exclusive", "--output=/dev/null", "--wrap", "sleep 1"]
+        urgent = [
+            "sbatch",
+            "--parsable",
+            "--partition",
+            "high",
+            "--exclusive",
+            "--output=/dev/null",
+            "--wrap",
+            "sleep 1",
+        ]
         other = cluster.call(*urgent).strip()
         wait_for(lambda: cluster.job_state(other) == "COMPLETED", "the urgent job", START_S)
         saved = int((run_dir / "checkpoints" / "latest_checkpointed_iteration.txt").read_text())

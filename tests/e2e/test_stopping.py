@@ -31,7 +31,12 @@ def test_sigterm_to_the_launcher_saves_ppo_and_engine_and_trainer_have_stayed_to
     roles = {"actor": {"expert": 2}, "critic": {"expert": 2}}
     run_dir, command = tmp_path / "live", runs.command("live", "moe", roles, steps=400)
     rollout = {"kv_cache_mib": 32, "server_threads": 1, "max_num_seqs": 16}
-    command += ["train.replay_rollouts=null", "train.dump_rollouts=true", "algorithm.minibatch_size=16", "rollout.sampling.temperature=1.0"]
+    command += [
+        "train.replay_rollouts=null",
+        "train.dump_rollouts=true",
+        "algorithm.minibatch_size=16",
+        "rollout.sampling.temperature=1.0",
+    ]
     command += [f"rollout.{name}={value}" for name, value in rollout.items()]
     with running(2, command, run_dir) as job:
         job.wait_steps(1, START_S)
@@ -60,7 +65,9 @@ def test_sigterm_to_the_launcher_saves_ppo_and_engine_and_trainer_have_stayed_to
 def test_sigusr1_to_one_rank_stops_all_after_the_same_step(chain: Chain, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     constant = {"actor__optimizer__lr_schedule": "constant"}  # the runs have other last steps
-    with running(2, chain.train_command("sft", run_dir, train__steps=4000, checkpoint__every=0, **constant), run_dir) as job:
+    with running(
+        2, chain.train_command("sft", run_dir, train__steps=4000, checkpoint__every=0, **constant), run_dir
+    ) as job:
         job.wait_steps(2, START_S)
         os.kill(max(set(job.find("hetero_ppo.cli.main")) - set(job.find("launcher"))), signal.SIGUSR1)
         assert job.wait_end(SOON_S) == EXIT_STOPPED, job.text[-3000:]

@@ -47,6 +47,7 @@ from hetero_ppo.rollout.weights.weight_sync import WeightFiles, stage, swap, wri
 
 pytestmark = pytest.mark.slow
 
+
 @pytest.fixture(scope="module")
 def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.set_num_threads(1)
@@ -59,7 +60,11 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def doomed_trainer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.Popen[str]]:
     """A trainer process that starts a generator of its own, beside the tests' one, and will be killed; see tied_trainer.py."""
     folder = tmp_path_factory.mktemp("doomed")
-    process = subprocess.Popen([sys.executable, str(Path(__file__).with_name("tied_trainer.py")), str(folder)], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, str(Path(__file__).with_name("tied_trainer.py")), str(folder)],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     yield process
     process.kill()
     process.wait()
@@ -140,7 +145,9 @@ def test_no_other_machine_reaches_the_server(generator: VllmGenerator) -> None:
     assert listening_addresses([server.process_group, *children(server.process_group)]) <= LOOPBACK_ADDRESSES
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="acting as another user takes root; the folder's mode is tested for everybody")
+@pytest.mark.skipif(
+    os.geteuid() != 0, reason="acting as another user takes root; the folder's mode is tested for everybody"
+)
 def test_no_other_user_reaches_the_server(generator: VllmGenerator) -> None:
     """The sockets' folder is closed to others, development routes included."""
     server = generator.servers[0]
@@ -255,7 +262,9 @@ def test_corrupted_tensors_are_named_whether_they_arrived_so_or_were_loaded_so(g
 
 
 @pytest.mark.parametrize("transfer", [WeightTransfer.shared_memory, WeightTransfer.collective])
-def test_a_sleeping_engine_takes_weights_and_wakes_with_them(generator: VllmGenerator, transfer: WeightTransfer) -> None:
+def test_a_sleeping_engine_takes_weights_and_wakes_with_them(
+    generator: VllmGenerator, transfer: WeightTransfer
+) -> None:
     """Weights come before the KV cache; what needs the cache is refused until it is back."""
     use_transfer(generator, transfer)  # the tests after this one go on with the second
     generator.sleep()
@@ -287,13 +296,22 @@ def test_unfinished_responses_are_aborted_and_resumed_under_new_weights(generato
     whole = ask(generator, PROMPTS, sampling, n=1, seed=9, max_tokens=limits)
     reported: list[int] = []
     answers = ask(
-            generator, PROMPTS, sampling, n=1, seed=9, max_tokens=limits, num_needed=6, on_response=lambda prompt, *_: reported.append(prompt)
+        generator,
+        PROMPTS,
+        sampling,
+        n=1,
+        seed=9,
+        max_tokens=limits,
+        num_needed=6,
+        on_response=lambda prompt, *_: reported.append(prompt),
     )
     first = [group[0] for group in answers]
     assert sorted(reported) == list(range(6)) and {r.finish_reason for r in first[:6]} == {"length"}
     assert {r.finish_reason for r in first[6:]} == {"abort"}
     for part, (response,) in zip(first, whole, strict=True):
-        assert part.token_ids == response.token_ids[: len(part.token_ids)] and len(part.log_probs) == len(part.token_ids)
+        assert part.token_ids == response.token_ids[: len(part.token_ids)] and len(part.log_probs) == len(
+            part.token_ids
+        )
     partial = [response if response.token_ids else None for response in first[6:]]
     assert any(partial), "some responses had tokens when they were aborted"
 
@@ -351,7 +369,9 @@ def test_the_sweep_measures_the_engine(generator: VllmGenerator) -> None:
     assert all(rate > 10 for rate in result.tokens_per_s.values())
 
 
-def test_a_cpu_server_takes_long_prompts_and_syncs_both_uses_of_a_tied_matrix(doomed_trainer: subprocess.Popen[str]) -> None:
+def test_a_cpu_server_takes_long_prompts_and_syncs_both_uses_of_a_tied_matrix(
+    doomed_trainer: subprocess.Popen[str],
+) -> None:
     """Where vLLM on a CPU differs from vLLM on a GPU: packed weights of a tied matrix, and random generators of a request."""
     assert doomed_trainer.stdout is not None
     found = json.loads(doomed_trainer.stdout.readline())
@@ -382,8 +402,12 @@ def test_a_server_that_hangs_is_as_one_that_died_and_too_many_end_the_run(genera
         ask(generator, PROMPTS, SamplingConfig(max_tokens=200, ignore_eos=True), n=8, seed=4)
     assert time.monotonic() - start < 60
     text = str(caught.value)
-    assert re.match(r"generate: rollout server 0 \(unix:.*\) hangs \(no answer for 1\d s; rollout.hang_timeout_s=10\)", text)
-    assert re.search(rf"still running \(process {core} is T \(stopped\)\); log: .*server_0\.log; its last lines:\n", text)
+    assert re.match(
+        r"generate: rollout server 0 \(unix:.*\) hangs \(no answer for 1\d s; rollout.hang_timeout_s=10\)", text
+    )
+    assert re.search(
+        rf"still running \(process {core} is T \(stopped\)\); log: .*server_0\.log; its last lines:\n", text
+    )
     assert "rollout.max_restarts allows 0" in text
     assert alive(family) == [] and not private.exists()
     with pytest.raises(RuntimeError, match="not running"):

@@ -87,7 +87,10 @@ def main(path: Path) -> None:
     old, new = make_model(0), make_model(0)
     with torch.no_grad():  # the tied matrix alone is another one
         new.model.embed_tokens.weight.copy_(make_model(1).model.embed_tokens.weight)
-    found = {"lengths": [len(group[0].token_ids) for group in answers], "before": [generator.prompt_log_probs(PROMPT), log_probs(old)]}
+    found = {
+        "lengths": [len(group[0].token_ids) for group in answers],
+        "before": [generator.prompt_log_probs(PROMPT), log_probs(old)],
+    }
     generator.sync_weights(weights(new), "step_1")
     found["after"] = [generator.prompt_log_probs(PROMPT), log_probs(new)]
     print(json.dumps(found), flush=True)

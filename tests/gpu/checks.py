@@ -188,7 +188,9 @@ def aligned(cpu: bool) -> dict[str, Any]:
 
 def transports(cpu: bool) -> dict[str, Any]:
     """Weights by CUDA IPC and by a process group."""
-    return _pytest([str(TESTS / "unit" / name) for name in ("test_rollout_transports.py", "test_rollout_device_blocks.py")])
+    return _pytest(
+        [str(TESTS / "unit" / name) for name in ("test_rollout_transports.py", "test_rollout_device_blocks.py")]
+    )
 
 
 def ppo(cpu: bool) -> dict[str, Any]:

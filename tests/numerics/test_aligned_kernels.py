@@ -24,7 +24,9 @@ def threads(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("function", [torch.exp, torch.log, torch.rsqrt, torch.cos, torch.sin], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "function", [torch.exp, torch.log, torch.rsqrt, torch.cos, torch.sin], ids=lambda f: f.__name__
+)
 def test_functions_do_not_depend_on_the_offset(function: Callable[[Tensor], Tensor]) -> None:
     values = torch.rand(70_001) * 20 + 1e-6
     if function is torch.exp:
@@ -37,7 +39,9 @@ def test_functions_do_not_depend_on_the_offset(function: Callable[[Tensor], Tens
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("k", "n"), [(48, 96), (52, 100), (276, 72), (72, 276), (256, 1024), (1024, 256), (300, 132), (2560, 264)])
+@pytest.mark.parametrize(
+    ("k", "n"), [(48, 96), (52, 100), (276, 72), (72, 276), (256, 1024), (1024, 256), (300, 132), (2560, 264)]
+)
 def test_products_do_not_depend_on_rows_and_columns(k: int, n: int, dtype: torch.dtype) -> None:
     inputs, weight = torch.randn(700, k).to(dtype), torch.randn(n, k).to(dtype)
     alone = torch.cat([products.product(row[None], weight) for row in inputs[:8]])
@@ -78,9 +82,7 @@ def test_rows_do_not_depend_on_other_rows(dtype: torch.dtype) -> None:
         for part in (slice(0, 1), slice(5, 6), slice(3, 70), slice(899, 900), slice(1, 899)):
             assert torch.equal(function(inputs[part]), whole[part])
     gate, up = inputs.chunk(2, dim=1)
-    split = [
-        rows.swiglu(torch.cat(part, dim=1)) for part in zip(gate.chunk(3, dim=1), up.chunk(3, dim=1), strict=True)
-    ]
+    split = [rows.swiglu(torch.cat(part, dim=1)) for part in zip(gate.chunk(3, dim=1), up.chunk(3, dim=1), strict=True)]
     assert torch.equal(torch.cat(split, dim=1), rows.swiglu(inputs))
 
 
@@ -108,7 +110,11 @@ def test_gradients_are_those_of_the_plain_functions(kept: int, monkeypatch: pyte
     monkeypatch.setattr(attention, "KEPT", kept)
     weight = torch.randn(40)
     cases: list[tuple[Callable[..., Tensor], Callable[..., Tensor], list[Tensor]]] = [
-        (lambda x, w: rows.rms_norm(x, w, 0.1), lambda x, w: F.rms_norm(x, (40,), w, 0.1), [torch.randn(7, 40), weight]),
+        (
+            lambda x, w: rows.rms_norm(x, w, 0.1),
+            lambda x, w: F.rms_norm(x, (40,), w, 0.1),
+            [torch.randn(7, 40), weight],
+        ),
         (rows.swiglu, kernels.swiglu, [torch.randn(7, 40)]),
         (rows.row_dot, torch.mv, [torch.randn(7, 40), weight]),
         (products.product, F.linear, [torch.randn(70, 40), torch.randn(9, 40)]),

@@ -150,7 +150,9 @@ def _build(run: SimpleNamespace, folder: Path, aligned: bool | None, device: Sha
     return build_role(run, "reward", config, lambda role: TrainEngine("reward", role, "score", 1, device))
 
 
-def test_by_default_a_role_is_aligned_where_it_proves_it(world: None, models: Path, on_cuda: None, logged: pytest.LogCaptureFixture) -> None:
+def test_by_default_a_role_is_aligned_where_it_proves_it(
+    world: None, models: Path, on_cuda: None, logged: pytest.LogCaptureFixture
+) -> None:
     for aligned, noted in ((None, {"reward": True}), (True, {})):
         run = _run()
         logged.clear()
@@ -164,19 +166,29 @@ def test_by_default_a_role_that_fails_the_self_check_is_plain(
 ) -> None:
     """One loud line; what was built first leaves nothing on the device; there are no golden scores, and none are checked."""
     ids, lengths = pad_right([tokens.tolist() for tokens in sequences()])
-    expected = ModelEngine("plain", dataclasses.replace(role_config(models / "qwen3-score", "bf16", {}, False), micro_batch_size=3), "score")
+    expected = ModelEngine(
+        "plain",
+        dataclasses.replace(role_config(models / "qwen3-score", "bf16", {}, False), micro_batch_size=3),
+        "score",
+    )
     with contextlib.closing(SharedDevice(ResidencyConfig(offload=True))) as device:
         run = _run()
         engine = _build(run, models / "qwen3-score", None, device)
         (line,) = [record.message for record in logged.records if record.levelno == logging.WARNING]
-        assert re.match(r"reward: NOT ALIGNED\. .* the first layer whose output differs is the layer 0\. .*no golden scores", line)
+        assert re.match(
+            r"reward: NOT ALIGNED\. .* the first layer whose output differs is the layer 0\. .*no golden scores", line
+        )
         assert not engine.bridge.aligned and run.aligned == {"reward": False} and engine.config.aligned is False
         device.settle()
         assert device.roles == {"reward": engine.residency} and device.limit == engine.residency.num_bytes(FORWARD)
         with engine.on_device(phase="scores"):
-            assert torch.equal(engine.forward(ids, lengths, scores_output), expected.forward(ids, lengths, scores_output))
+            assert torch.equal(
+                engine.forward(ids, lengths, scores_output), expected.forward(ids, lengths, scores_output)
+            )
     guard, note = golden_guard(engine, 1)
-    assert guard is None and "golden scores are not checked, reward.aligned is null, and it failed the self-check" in note
+    assert (
+        guard is None and "golden scores are not checked, reward.aligned is null, and it failed the self-check" in note
+    )
     trainer = SimpleNamespace(engine=engine)
     assert RewardModelTrainer.weight_files(trainer) == {}
     with pytest.raises(RunError, match="reward.aligned: the bits of .* set reward.aligned to false"):
@@ -198,7 +210,10 @@ def test_a_run_that_goes_on_computes_its_roles_as_before(
     assert not engine.bridge.aligned and was_plain.aligned == {"reward": False}
     assert any(line.startswith("reward: plain, as in the run of checkpoint") for line in logged.messages)
     assert "it was plain in the run that the checkpoint is of" in golden_guard(engine, 1)[1]
-    for noted, line in (({"reward": True}, None), ({}, "reward: aligned from here on; checkpoint does not say whether it was")):
+    for noted, line in (
+        ({"reward": True}, None),
+        ({}, "reward: aligned from here on; checkpoint does not say whether it was"),
+    ):
         run = _run(noted)
         logged.clear()
         assert _build(run, models / "qwen3-score", None).bridge.aligned
@@ -211,7 +226,12 @@ def test_a_run_that_goes_on_computes_its_roles_as_before(
 
 
 def test_the_commands_fall_back_too_but_for_verify(
-    models: Path, tmp_path: Path, on_cuda: None, faulty_kernel: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    models: Path,
+    tmp_path: Path,
+    on_cuda: None,
+    faulty_kernel: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     folder = tmp_path / "rm"
     shutil.copytree(models / "qwen3-score", folder)
@@ -220,7 +240,14 @@ def test_the_commands_fall_back_too_but_for_verify(
     options = ["--checkpoint", str(folder), "--dtype", "bf16"]
     assert main(["score", *options, "--data", str(data), "--out", str(tmp_path / "out.jsonl")]) == 0
     assert "warning: reward_model: NOT ALIGNED" in capsys.readouterr().out
-    pair = {"pair": 0, "chosen_ids": [5], "rejected_ids": [6], "chosen_score": "0x0p+0", "rejected_score": "0x0p+0", "layers": []}
+    pair = {
+        "pair": 0,
+        "chosen_ids": [5],
+        "rejected_ids": [6],
+        "chosen_score": "0x0p+0",
+        "rejected_score": "0x0p+0",
+        "layers": [],
+    }
     (folder / GOLDEN_FILE).write_text("\n".join(map(json.dumps, [{"record": {"dtype": "bf16"}}, pair])))
     assert main(["verify", "rm", *options]) == 1
     assert "reward_model.aligned: the bits of a sequence of" in capsys.readouterr().err
@@ -247,7 +274,9 @@ def _with_golden(models: Path, folder: Path, dtype: str = "bf16") -> Path:
     return folder
 
 
-def _guard(folder: Path, dtype: str = "bf16", aligned: bool | None = True) -> tuple[GoldenGuard | None, str, ModelEngine]:
+def _guard(
+    folder: Path, dtype: str = "bf16", aligned: bool | None = True
+) -> tuple[GoldenGuard | None, str, ModelEngine]:
     config = dataclasses.replace(role_config(folder, dtype, {}, aligned), micro_batch_size=5, packing=True)
     engine = ModelEngine("reward_model", config, "score")
     guard, note = golden_guard(engine, every=2)
@@ -265,7 +294,9 @@ def test_golden_scores_are_repeated_or_the_run_stops(world: None, models: Path, 
         engine.models[0].decoder.layers[1].mlp.linear_fc2.weight[3, 5] += 0.5
     guard.check(1)  # it is not time
     stored = golden.pairs[0].chosen_score
-    with pytest.raises(RunError, match=rf"{GOLDEN_FILE}, pair 0: the chosen score is {stored} .* is the layer 1 \(pair 0\)"):
+    with pytest.raises(
+        RunError, match=rf"{GOLDEN_FILE}, pair 0: the chosen score is {stored} .* is the layer 1 \(pair 0\)"
+    ):
         guard.check(2)
 
 
@@ -297,7 +328,9 @@ def test_golden_scores_that_promise_nothing_are_said(world: None, models: Path, 
     assert "does not exist" in _guard(folder)[1]
 
 
-def test_commands(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     _one_rank(monkeypatch)
     initialise(2.0)
     folder = _with_golden(models, tmp_path / "rm", "fp32")
@@ -341,6 +374,11 @@ def test_scores_that_are_not_finite_are_errors(
     pairs = [PreferenceExample([5, 6], [5, 8], 1), PreferenceExample([5, 9], [5, 7], 1)]
     report = SimpleNamespace(describe=lambda: "")
     monkeypatch.setattr(reward_commands, "load_text_encoder", lambda *arguments: None)
-    monkeypatch.setattr(reward_commands, "load_preferences", lambda *arguments: SimpleNamespace(examples=pairs, report=report))
+    monkeypatch.setattr(
+        reward_commands, "load_preferences", lambda *arguments: SimpleNamespace(examples=pairs, report=report)
+    )
     assert main(["eval", "rm", "--checkpoint", str(folder), "--data", str(data)]) == 1
-    assert f"{data}, pair 1, rejected answer, counted from 0: the score is nan (1 of 2 scores are not finite)" in capsys.readouterr().err
+    assert (
+        f"{data}, pair 1, rejected answer, counted from 0: the score is nan (1 of 2 scores are not finite)"
+        in capsys.readouterr().err
+    )

@@ -41,7 +41,9 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TrainEngine]:
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("model")
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "head_dim": 8}
-    Qwen3ForCausalLM(Qwen3Config(vocab_size=VOCAB, num_attention_heads=2, num_key_value_heads=1, **sizes)).save_pretrained(folder)
+    Qwen3ForCausalLM(
+        Qwen3Config(vocab_size=VOCAB, num_attention_heads=2, num_key_value_heads=1, **sizes)
+    ).save_pretrained(folder)
     role = TrainedRoleConfig(ModelConfig(path=str(folder)), optimizer=OptimizerConfig(lr=1e-2, max_skipped_steps=3))
     return {name: TrainEngine(name, role, "lm", 100) for name in ("actor", "critic")}
 
@@ -98,7 +100,9 @@ def test_nothing_is_complete_before_all_is_written(
         assert not all(torch.equal(a, b) for a, b in zip(weights(engines), before, strict=True))
         manager.load(tmp_path, engines, {"a"})
         assert all(torch.equal(a, b) for a, b in zip(weights(engines), before, strict=True))
-        with pytest.raises(ValueError, match=r"iter_0000001 has no b, c in trainer.json: another version of this code wrote it \(0\."):
+        with pytest.raises(
+            ValueError, match=r"iter_0000001 has no b, c in trainer.json: another version of this code wrote it \(0\."
+        ):
             manager.load(tmp_path, engines, {"a", "c", "b"})
 
 
@@ -152,7 +156,11 @@ def test_a_fault_in_the_background_ends_the_run_and_the_last_good_one_stays(
         assert checkpoint_step(run_dir, None) == 1
         with manager_of(run_dir) as manager:  # a run that goes on removes what the other one left
             manager.save(3, engines, {}, {}, wait=True)
-        assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["iter_0000001", "iter_0000003", LATEST]
+        assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == [
+            "iter_0000001",
+            "iter_0000003",
+            LATEST,
+        ]
 
 
 def test_an_export_has_the_rights_of_the_umask_and_one_on_a_full_disk_leaves_the_old_one(
@@ -179,7 +187,10 @@ def test_a_disk_without_room_for_one_is_said_before_the_first_step(
     engines: dict[str, TrainEngine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    with manager_of(tmp_path) as manager, pytest.raises(ValueError, match=r"a checkpoint takes .* GiB and .* GiB are free there"):
+    with (
+        manager_of(tmp_path) as manager,
+        pytest.raises(ValueError, match=r"a checkpoint takes .* GiB and .* GiB are free there"),
+    ):
         manager.check_room(engines)
 
 
@@ -187,8 +198,14 @@ def test_a_disk_that_does_not_answer_is_not_waited_for_forever(
     engines: dict[str, TrainEngine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pending, "END_WITHIN_S", 0.1)
-    message = r"phase checkpoint, rank 0: the files of step 1 are not written .* within 0.00\d+ min \(run.timeout_minutes\)"
-    with held_writer(monkeypatch), pytest.raises(RunError, match=message), manager_of(tmp_path, timeout_s=0.1) as manager:
+    message = (
+        r"phase checkpoint, rank 0: the files of step 1 are not written .* within 0.00\d+ min \(run.timeout_minutes\)"
+    )
+    with (
+        held_writer(monkeypatch),
+        pytest.raises(RunError, match=message),
+        manager_of(tmp_path, timeout_s=0.1) as manager,
+    ):
         manager.save(1, engines, {}, {}, wait=True)
     assert not complete(tmp_path)
 

@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from hetero_ppo.config.schema import DdpConfig, Dtype, HeadInit, LrSchedule, ModelConfig, OptimizerConfig, TrainedRoleConfig
+from hetero_ppo.config.schema import (
+    DdpConfig,
+    Dtype,
+    HeadInit,
+    LrSchedule,
+    ModelConfig,
+    OptimizerConfig,
+    TrainedRoleConfig,
+)
 from hetero_ppo.engines.loss_terms import LossTerm, TrainStepResult
 from hetero_ppo.engines.losses import sft_loss_fn
 from hetero_ppo.engines.outputs import log_probs_output
@@ -29,7 +37,13 @@ VOCAB, ROWS, LENGTH, LAYERS, STEPS = 61, 6, 9, 2, 4
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("model")
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": LAYERS, "head_dim": 8, "initializer_range": 0.2}
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": LAYERS,
+        "head_dim": 8,
+        "initializer_range": 0.2,
+    }
     Qwen3ForCausalLM(
         Qwen3Config(vocab_size=VOCAB, num_attention_heads=4, num_key_value_heads=2, **sizes)
     ).save_pretrained(folder)
@@ -67,7 +81,14 @@ def test_steps_are_those_of_torchs_adam(model: Path, schedule: LrSchedule, distr
     """Betas, epsilon and clipping are not the defaults, and the rate changes from step to step. Weights within 1e-5 of torch's."""
     options: dict[str, Any] = {"beta1": 0.7, "beta2": 0.8, "eps": 1e-3, "grad_clip": 0.5}
     engine = role(
-        model, lr=8e-3, min_lr=2e-3, lr_schedule=schedule, warmup_steps=2, distributed=distributed, weight_decay=0.0, **options
+        model,
+        lr=8e-3,
+        min_lr=2e-3,
+        lr_schedule=schedule,
+        warmup_steps=2,
+        distributed=distributed,
+        weight_decay=0.0,
+        **options,
     )
     reference = Qwen3ForCausalLM.from_pretrained(model, dtype=torch.float32)
     adam = torch.optim.AdamW(reference.parameters(), 1.0, (0.7, 0.8), eps=1e-3, weight_decay=0.0)
@@ -114,9 +135,7 @@ def test_weight_decay_is_that_of_torch(model: Path, distributed: bool) -> None:
         assert float((weight - before[name]).abs().max()) > 0.02, name
 
 
-@pytest.mark.parametrize(
-    ("recompute", "layers", "mlps"), [(None, 1, 1), ("full", 2, 2), ("selective", 1, 2)]
-)
+@pytest.mark.parametrize(("recompute", "layers", "mlps"), [(None, 1, 1), ("full", 2, 2), ("selective", 1, 2)])
 def test_recomputation_computes_again(model: Path, recompute: str | None, layers: int, mlps: int) -> None:
     """Forwards of a layer, and of the MLP in it, for each micro-batch of a training step; in a plain forward there is one."""
     engine = role(model, recompute=recompute)
@@ -138,7 +157,11 @@ def test_recomputation_computes_again(model: Path, recompute: str | None, layers
 
 def test_sizes_of_micro_batches_are_the_roles_own(model: Path) -> None:
     config = TrainedRoleConfig(
-        ModelConfig(path=str(model)), micro_batch_size=5, micro_batch_tokens=70, forward_micro_batch_tokens=90, packing=False
+        ModelConfig(path=str(model)),
+        micro_batch_size=5,
+        micro_batch_tokens=70,
+        forward_micro_batch_tokens=90,
+        packing=False,
     )
     engine = TrainEngine("actor", config, "lm", STEPS)
     assert (engine.training_size.rows, engine.training_size.tokens, engine.forward_size.tokens) == (5, 70, 90)
@@ -194,6 +217,9 @@ def test_an_aligned_roles_log_probs_are_sums_over_parts_of_the_vocabulary(model:
         shifted = logits - logits.amax(-1, keepdim=True)
         sums = [shifted[..., start : start + part].exp().sum(-1) for start in range(0, VOCAB, part)]
         assert len(sums) == VOCAB_PARTS
-        whole, expected = expected, shifted.gather(-1, targets)[..., 0] - (((sums[0] + sums[1]) + sums[2]) + sums[3]).log()
+        whole, expected = (
+            expected,
+            shifted.gather(-1, targets)[..., 0] - (((sums[0] + sums[1]) + sums[2]) + sums[3]).log(),
+        )
         assert not torch.equal(whole, expected)
     assert torch.equal(ours, expected)

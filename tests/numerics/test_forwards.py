@@ -44,7 +44,13 @@ WANTED = pad(MASK, (0, 1))
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("model")
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8, "initializer_range": 0.2}
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "head_dim": 8,
+        "initializer_range": 0.2,
+    }
     config = Qwen3Config(vocab_size=VOCAB, num_attention_heads=4, num_key_value_heads=2, **sizes)
     Qwen3ForCausalLM(config).save_pretrained(folder)
     return folder
@@ -113,8 +119,12 @@ def test_the_head_computes_wanted_tokens_alone(model: Path, ids: Tensor) -> None
         role = engine(model, Dtype.fp32, "lm", packing=packing, tokens=1024)
         chunk = role.models[0]
         chunk.output_layer.register_forward_hook(lambda _m, given, _o: seen.update(head=given[0].shape[:2].numel()))
-        chunk.decoder.layers[0].mlp.register_forward_hook(lambda _m, given, _o: seen.update(body=given[0].shape[:2].numel()))
-        chunk.decoder.layers[-1].mlp.register_forward_hook(lambda _m, given, _o: seen.update(last=given[0].shape[:2].numel()))
+        chunk.decoder.layers[0].mlp.register_forward_hook(
+            lambda _m, given, _o: seen.update(body=given[0].shape[:2].numel())
+        )
+        chunk.decoder.layers[-1].mlp.register_forward_hook(
+            lambda _m, given, _o: seen.update(last=given[0].shape[:2].numel())
+        )
         log_probs(role, ids, WANTED)
         count = int(MASK.sum())
         assert seen == {"head": count, "last": count, "body": int((LENGTHS - 1).sum()) if packing else 8 * 39}
@@ -198,7 +208,9 @@ class ScalarsRead(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("dtype", [Dtype.fp32, Dtype.bf16])
-def test_a_packed_forward_asks_the_device_nothing(model: Path, ids: Tensor, dtype: Dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_packed_forward_asks_the_device_nothing(
+    model: Path, ids: Tensor, dtype: Dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """No tolist(), item(), int() or nonzero() between the model's inputs and its output, nor in the backward."""
     monkeypatch.setattr(ShortSequenceSelfAttention, "MAX_SEQUENCE", 32)  # of bf16 both ways are taken
     lists: list[Tensor] = []
@@ -220,7 +232,9 @@ def test_a_packed_forward_asks_the_device_nothing(model: Path, ids: Tensor, dtyp
     assert scalars.count == 1
 
 
-def test_transformer_engine_rotates_packed_tokens_in_one_kernel(model: Path, ids: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_transformer_engine_rotates_packed_tokens_in_one_kernel(
+    model: Path, ids: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A stub takes the kernel's place: it gets every token's own angles, as a sequence of one row, and the outputs are the same."""
     calls: list[tuple[torch.Size, torch.Size]] = []
 

@@ -44,7 +44,9 @@ def role(tmp_path_factory: pytest.TempPathFactory) -> TrainedRoleConfig:
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("model")
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "head_dim": 8}
-    Qwen3ForCausalLM(Qwen3Config(vocab_size=VOCAB, num_attention_heads=2, num_key_value_heads=1, **sizes)).save_pretrained(folder)
+    Qwen3ForCausalLM(
+        Qwen3Config(vocab_size=VOCAB, num_attention_heads=2, num_key_value_heads=1, **sizes)
+    ).save_pretrained(folder)
     return TrainedRoleConfig(ModelConfig(path=str(folder)), optimizer=OptimizerConfig(lr=1e-2))
 
 
@@ -72,7 +74,9 @@ def in_an_object(folder: Path, command: Command) -> None:
     """One of those that lie beside the tensors: appended to its file, and the description names the new place."""
     metadata, planted = metadata_of(folder), io.BytesIO()
     torch.save([command], planted)
-    index = next(i for i in metadata.storage_data if isinstance(metadata.state_dict_metadata[i.fqn], BytesStorageMetadata))
+    index = next(
+        i for i in metadata.storage_data if isinstance(metadata.state_dict_metadata[i.fqn], BytesStorageMetadata)
+    )
     info = metadata.storage_data[index]
     with (folder / info.relative_path).open("ab") as file:
         info.offset, info.length = file.tell(), len(planted.getvalue())
@@ -141,7 +145,9 @@ def test_an_export_looks_at_the_contents_first(
     actor: TrainEngine, role: TrainedRoleConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """It takes the weights alone, and needs no more of the run than its configuration."""
-    (tmp_path / "config.yaml").write_text(f"kind: sft\nrun: {{dir: r}}\ndata: {{train: d}}\nactor: {{model: {{path: {role.model.path}}}}}\n")
+    (tmp_path / "config.yaml").write_text(
+        f"kind: sft\nrun: {{dir: r}}\ndata: {{train: d}}\nactor: {{model: {{path: {role.model.path}}}}}\n"
+    )
     with CheckpointManager(tmp_path, CheckpointConfig(), dist.group.WORLD, timeout_s=60.0) as manager:
         manager.save(1, {"actor": actor}, {}, {}, wait=True)
     path = tmp_path / "checkpoints" / "iter_0000001" / "actor" / "__0_0.distcp"
@@ -149,7 +155,10 @@ def test_an_export_looks_at_the_contents_first(
     data[-200] ^= 1
     path.write_bytes(data)
     assert main(["export", "--run", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
-    assert f"{path} has other contents than were written (CRC-32)" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert (
+        f"{path} has other contents than were written (CRC-32)" in capsys.readouterr().err
+        and not (tmp_path / "out").exists()
+    )
 
 
 @pytest.mark.parametrize(
@@ -161,9 +170,13 @@ def test_an_export_looks_at_the_contents_first(
         ("qwen3_moe_tied", Dtype.fp32, False, "score"),
     ],
 )
-def test_honest_checkpoints_of_every_kind_load(tmp_path: Path, case: str, dtype: Dtype, distributed: bool, head: Head) -> None:
+def test_honest_checkpoints_of_every_kind_load(
+    tmp_path: Path, case: str, dtype: Dtype, distributed: bool, head: Head
+) -> None:
     source = save_case(case, tmp_path / "source")
-    config = TrainedRoleConfig(ModelConfig(path=str(source), dtype=dtype), optimizer=OptimizerConfig(distributed=distributed))
+    config = TrainedRoleConfig(
+        ModelConfig(path=str(source), dtype=dtype), optimizer=OptimizerConfig(distributed=distributed)
+    )
     (tmp_path / "config.yaml").write_text("kind: sft\n")
     engine = TrainEngine("actor", config, head, 100)
     before = {name: tensor.clone() for name, tensor in engine.stream_weights()}

@@ -64,7 +64,12 @@ PROBS = torch.tensor([0.5, 0.25, 0.125, 0.125])
 
 
 def one_token_loss(
-    groups: ProcessGroupCollection, config: AlgorithmConfig, *, ratio: float = 1.0, advantage: float = 0.0, ref_ratio: float = 1.0
+    groups: ProcessGroupCollection,
+    config: AlgorithmConfig,
+    *,
+    ratio: float = 1.0,
+    advantage: float = 0.0,
+    ref_ratio: float = 1.0,
 ) -> Loss:
     """The actor's loss of one token of log-prob ln 1/2 at the temperature 0.7: ``ratio`` to the old policy, ``ref_ratio`` to the reference."""
     log_prob = torch.full((1, 1), math.log(0.5))
@@ -74,7 +79,9 @@ def one_token_loss(
         advantages=torch.full((1, 1), advantage),
         mask=torch.ones(1, 1, dtype=torch.bool),
     )
-    microbatch = Microbatch(torch.zeros(1, 2, dtype=torch.int64), torch.tensor([2]), inputs, torch.ones(1, 2, dtype=torch.bool))
+    microbatch = Microbatch(
+        torch.zeros(1, 2, dtype=torch.int64), torch.tensor([2]), inputs, torch.ones(1, 2, dtype=torch.bool)
+    )
     logits = (0.7 * PROBS.log()).expand(1, 2, 4).clone().requires_grad_()
     return actor_loss_fn(config, 0.7, 4, groups)(logits, microbatch)
 

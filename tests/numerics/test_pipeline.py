@@ -84,9 +84,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory, prompts: PromptBatch) -> 
         tokens = torch.randint(1, VOCAB, (length,), generator=generator).tolist()
         log_probs = (-4 * torch.rand(length, generator=generator)).tolist()
         ids = prompts.prompt_ids[row // SAMPLES]
-        records.append(
-            RolloutRecord(1, row // SAMPLES, ids, tokens, log_probs, "stop", "step0", None, chunk_of[row])
-        )
+        records.append(RolloutRecord(1, row // SAMPLES, ids, tokens, log_probs, "stop", "step0", None, chunk_of[row]))
     write_records(folder, 1, records)
     return folder
 
@@ -161,7 +159,13 @@ class Collective(ReplayGenerator):
 
 
 def started(
-    generator: Generator, prompts: PromptBatch, *, n: int = SAMPLES, version: str = "step0", chunk_size: int = CHUNK, **more: Any
+    generator: Generator,
+    prompts: PromptBatch,
+    *,
+    n: int = SAMPLES,
+    version: str = "step0",
+    chunk_size: int = CHUNK,
+    **more: Any,
 ) -> PendingRollout:
     request = GenerationRequest(prompts, SAMPLING, n=n, seed=0)
     return PendingRollout(generator, request, dist.group.WORLD, version=version, chunk_size=chunk_size, **more).start()
@@ -169,7 +173,10 @@ def started(
 
 def collected(recorded: Path, prompts: PromptBatch) -> Rollout:
     return collect_rollout(
-        ReplayGenerator(recorded), GenerationRequest(prompts, SAMPLING, n=SAMPLES, seed=0), dist.group.WORLD, version="step0"
+        ReplayGenerator(recorded),
+        GenerationRequest(prompts, SAMPLING, n=SAMPLES, seed=0),
+        dist.group.WORLD,
+        version="step0",
     )
 
 
@@ -275,7 +282,9 @@ def test_a_reward_function_scores_while_the_engine_and_the_models_are_at_work(
     made = []
     for overlap in (True, False):
         roles = Roles(model, overlap=overlap)
-        reward = FunctionReward(f"{tmp_path}/reward.py:score", lambda ids: "x" * len(ids), timeout_s=30.0, workers=2, world=dist.group.WORLD)
+        reward = FunctionReward(
+            f"{tmp_path}/reward.py:score", lambda ids: "x" * len(ids), timeout_s=30.0, workers=2, world=dist.group.WORLD
+        )
         roles.maker.scorers = Scorers(roles.maker.scorers.models, reward, RewardConfig(source=RewardSource.mix))
         generator = Paced(recorded)
         let_waves_happen(roles, generator)

@@ -90,7 +90,9 @@ def test_work_on_cuda_is_planned_with_whole_heads_in_float32_alone() -> None:
     without the product of 48 + 2 x 24 and the rotated keys of 24."""
     for dtype, grown in ((torch.float32, 4 * 2 * 64 * (96 - 96 - 24)), (torch.bfloat16, 0)):
         bridge = bridge_of("llama_untied", dtype, None, 1)
-        planned = [training_bytes(bridge, "value", None, 0, Work(2, 64, 1, on_cuda=on_cuda)) for on_cuda in (False, True)]
+        planned = [
+            training_bytes(bridge, "value", None, 0, Work(2, 64, 1, on_cuda=on_cuda)) for on_cuda in (False, True)
+        ]
         assert planned[1] - planned[0] == grown
 
 

@@ -37,7 +37,12 @@ STATEFUL: dict[str, object] = {
     "checkpoint.every": 1,
 }
 RUNS: dict[str, dict[str, object]] = {
-    "aligned": {**STATEFUL, "checkpoint.export_hf": True, "actor.aligned": True, "critic.optimizer.lr_schedule": "linear"},
+    "aligned": {
+        **STATEFUL,
+        "checkpoint.export_hf": True,
+        "actor.aligned": True,
+        "critic.optimizer.lr_schedule": "linear",
+    },
     "warm-up": {"algorithm.critic_warmup_steps": 1},
     "epochs": {
         "algorithm.ppo_epochs": 2,
@@ -146,10 +151,14 @@ def test_scores_are_those_of_transformers(rank: OneRank) -> None:
         with torch.no_grad():
             score = float(model(torch.tensor([row.prompt_ids + row.response_ids])).logits)
         assert row.extra["score"] == pytest.approx(score, abs=1e-5)
-    recorded = {tuple(r.response_ids): r.finish_reason for r in read_rollouts(rank.runs.root / "rollouts" / "step_000001.jsonl")}
+    recorded = {
+        tuple(r.response_ids): r.finish_reason for r in read_rollouts(rank.runs.root / "rollouts" / "step_000001.jsonl")
+    }
     truncated = [recorded[tuple(row.response_ids)] == "length" for row in rows]
     assert 0 < sum(truncated) < len(rows)
-    assert read_metrics(rank.folder("epochs"))[1]["response_length/clip_ratio"] == pytest.approx(sum(truncated) / len(rows))
+    assert read_metrics(rank.folder("epochs"))[1]["response_length/clip_ratio"] == pytest.approx(
+        sum(truncated) / len(rows)
+    )
 
 
 def test_old_checkpoints_go(rank: OneRank) -> None:
@@ -164,7 +173,10 @@ def test_a_resumed_run_takes_the_step_of_the_straight_one_to_the_bit(rank: OneRa
     assert rank.launch("resumed", {**RUNS["aligned"], **load}) == 0
     straight, resumed = (results(folder) for folder in (rank.folder("aligned"), rank.runs.root / "resumed"))
     assert list(resumed) == [2] and resumed[2] == straight[2]
-    expected, found = (load_file(folder / "hf" / "model.safetensors") for folder in (rank.folder("aligned"), rank.runs.root / "resumed"))
+    expected, found = (
+        load_file(folder / "hf" / "model.safetensors")
+        for folder in (rank.folder("aligned"), rank.runs.root / "resumed")
+    )
     assert expected.keys() == found.keys() and all(torch.equal(expected[name], found[name]) for name in expected)
 
 
@@ -226,7 +238,11 @@ def test_held_out_prompts_are_answered_when_and_as_the_options_say(rank: OneRank
 def test_a_function_scores_and_a_signal_stops_after_the_step(rank: OneRank) -> None:
     """The mean of scores that are half numbers; a checkpoint of step 1, and no second step."""
     (rank.runs.root / "function.py").write_text(FUNCTION.format(pid=os.getpid()))
-    function = {"reward.source": "function", "reward.function": f"{rank.runs.root / 'function.py'}:score", "reward_model": "null"}
+    function = {
+        "reward.source": "function",
+        "reward.function": f"{rank.runs.root / 'function.py'}:score",
+        "reward_model": "null",
+    }
     folder = rank.runs.root / "stopped"
     assert rank.launch("stopped", {**function, "reward.timeout_s": 60, "train.dump_rollouts": True}) == EXIT_STOPPED
     metrics = read_metrics(folder)
@@ -242,7 +258,11 @@ def test_a_role_is_on_its_way_before_its_turn(rank: OneRank) -> None:
     came_early = 0
     for path in sorted((rank.folder("aligned") / "trace").glob("step_*.json")):
         spans = read_trace(path).spans
-        turns = [span for span in spans if span.name in ("scores", "ref_log_probs", "old_log_probs", "values") and span.lane != "trainer"]
+        turns = [
+            span
+            for span in spans
+            if span.name in ("scores", "ref_log_probs", "old_log_probs", "values") and span.lane != "trainer"
+        ]
         assert [turn.lane for turn in turns] == ["reward_model", "reference", "actor", "critic"]
         for before, turn in itertools.pairwise(turns):
             copies = [s for s in spans if s.lane == COPY_IN and s.name == f"{turn.lane} params" and s.start < turn.end]
@@ -252,6 +272,8 @@ def test_a_role_is_on_its_way_before_its_turn(rank: OneRank) -> None:
 
 def test_a_step_beyond_the_mismatch_bound_is_not_trained_on(rank: OneRank, capfd: pytest.CaptureFixture[str]) -> None:
     """The recorded log-probs are random."""
-    assert rank.launch("mismatch", {"rollout.mismatch.max_log_prob_diff_mean": 0.5, "rollout.mismatch.patience": 2}) == 1
+    assert (
+        rank.launch("mismatch", {"rollout.mismatch.max_log_prob_diff_mean": 0.5, "rollout.mismatch.patience": 2}) == 1
+    )
     assert "step 2: the generator's log-probs are not the trainer's" in capfd.readouterr().err
     assert list(read_metrics(rank.runs.root / "mismatch")) == [1]

@@ -169,9 +169,7 @@ def test_the_ledger_reads_the_storages(roles: Roles) -> None:
 
 
 @pytest.mark.parametrize("overlap", [True, False])
-def test_one_role_comes_in_while_the_other_leaves(
-    model: Path, overlap: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_role_comes_in_while_the_other_leaves(model: Path, overlap: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The critic's last bytes do not leave before some of the actor's have come in, as far as anything comes in meanwhile."""
     roles = Roles(model, Dtype.bf16, False, overlap=overlap)
     critic, actor = (roles.device.roles[role] for role in ("critic", "actor"))
@@ -220,7 +218,9 @@ def test_memory_is_flat_over_twenty_cycles(roles: Roles) -> None:
         roles.device.generator_turn("rollout")
         roles.device.settle()
         device, host = roles.device.ledger.look()
-        buffers = [block.host for role in roles.device.roles.values() for block in role.blocks if block.host is not None]
+        buffers = [
+            block.host for role in roles.device.roles.values() for block in role.blocks if block.host is not None
+        ]
         places = tuple(buffer.data_ptr() for buffer in buffers)
         looks.append((total(device), total(host), len(roles.device.roles["actor"].blocks), places))
     assert len(set(looks[1:])) == 1, looks
@@ -366,7 +366,12 @@ def test_a_turn_that_is_left_out_does_not_stand_in_the_way(roles: Roles) -> None
 
 def test_the_next_role_is_on_its_way_before_its_turn(roles: Roles) -> None:
     """Its parameters come in during the turn before, as the schedule says, where there is room beside that turn's own."""
-    order = ((roles.reward, "scores"), (roles.reference, "ref_log_probs"), (roles.actor, "old_log_probs"), (roles.critic, "values"))
+    order = (
+        (roles.reward, "scores"),
+        (roles.reference, "ref_log_probs"),
+        (roles.actor, "old_log_probs"),
+        (roles.critic, "values"),
+    )
     for (engine, phase), (following, _) in itertools.pairwise(order):
         with engine.on_device(phase=phase):
             roles.device.settle()

@@ -25,7 +25,9 @@ def test_which_coefficient_a_run_goes_on_with(
     monkeypatch.setattr(ppo_setup, "load_sampler", lambda sampler, state, run: None)
     takes = SimpleNamespace(load_state_dict=lambda state: None)
     controller = build_kl_controller(new)
-    state = {name: {} for name in (*ppo_setup.STATE_NAMES, "health")} | {"kl_controller": {"controller": "adaptive", "coef": 0.07}}
+    state = {name: {} for name in (*ppo_setup.STATE_NAMES, "health")} | {
+        "kl_controller": {"controller": "adaptive", "coef": 0.07}
+    }
     data = SimpleNamespace(waiting=takes, sampler=takes)
     maker = SimpleNamespace(kl_controller=controller, score_moments=takes)
     run = SimpleNamespace(has_changed=lambda name: name in changed)

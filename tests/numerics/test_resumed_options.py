@@ -19,7 +19,15 @@ from hetero_ppo.types import AnswerInputs
 pytestmark = pytest.mark.usefixtures("world")
 
 VOCAB, ROWS, LENGTH = 61, 4, 9
-CHANGES = {"lr": 3e-2, "weight_decay": 0.3, "beta1": 0.5, "beta2": 0.5, "eps": 1e-2, "grad_clip": 0.01, "decay_norms_and_biases": True}
+CHANGES = {
+    "lr": 3e-2,
+    "weight_decay": 0.3,
+    "beta1": 0.5,
+    "beta2": 0.5,
+    "eps": 1e-2,
+    "grad_clip": 0.01,
+    "decay_norms_and_biases": True,
+}
 
 
 def train(engine: TrainEngine) -> None:
@@ -38,7 +46,9 @@ def weights(engine: TrainEngine) -> list[Tensor]:
 def test_the_configuration_decides_and_the_checkpoint_does_not(tmp_path: Path, distributed: bool, dtype: Dtype) -> None:
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "head_dim": 8}
-    Qwen3ForCausalLM(Qwen3Config(vocab_size=VOCAB, num_attention_heads=2, num_key_value_heads=1, **sizes)).save_pretrained(tmp_path)
+    Qwen3ForCausalLM(
+        Qwen3Config(vocab_size=VOCAB, num_attention_heads=2, num_key_value_heads=1, **sizes)
+    ).save_pretrained(tmp_path)
     options = OptimizerConfig(lr=1e-2, weight_decay=0.1, distributed=distributed)
 
     def engine_of(optimizer: OptimizerConfig) -> TrainEngine:

@@ -67,7 +67,9 @@ def test_a_run_starts_with_its_options(deterministic: bool, tmp_path: Path, monk
     path = tmp_path / "sft.yaml"
     path.write_text("kind: sft\ndata: {train: a.jsonl}\nactor: {model: {path: m}}\n")
     options = {"dir": tmp_path / "run", "threads": 3, "seed": 5, "timeout_minutes": 7, "phase_timeout_minutes": 2}
-    overrides = [f"run.{name}={value}" for name, value in {**options, "deterministic": str(deterministic).lower()}.items()]
+    overrides = [
+        f"run.{name}={value}" for name, value in {**options, "deterministic": str(deterministic).lower()}.items()
+    ]
     with run.start_run(load_config(str(path), overrides), StopRequests(1.0)) as started:
         drawn = random.random(), numpy.random.rand(), torch.rand(1)
         assert started.dir == tmp_path / "run" and (started.dir / "config.yaml").is_file()
@@ -76,7 +78,9 @@ def test_a_run_starts_with_its_options(deterministic: bool, tmp_path: Path, monk
     assert drawn == (random.Random(5).random(), numpy.random.RandomState(5).rand(), torch.rand(1))
 
 
-def test_a_run_logs_with_its_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_logs_with_its_options(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(run, "initialise", lambda minutes: dist.group.WORLD)
     monkeypatch.setattr(run, "end_run", lambda: None)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
@@ -84,7 +88,12 @@ def test_a_run_logs_with_its_options(tmp_path: Path, monkeypatch: pytest.MonkeyP
     path.write_text("kind: sft\ndata: {train: a.jsonl}\nactor: {model: {path: m}}\n")
     printed: dict[str, str] = {}
     for level, form in (("info", "text"), ("warning", "text"), ("info", "json")):
-        overrides = ["run.threads=1", f"run.dir={tmp_path / form / level}", f"run.log_level={level}", f"run.log_format={form}"]
+        overrides = [
+            "run.threads=1",
+            f"run.dir={tmp_path / form / level}",
+            f"run.log_level={level}",
+            f"run.log_format={form}",
+        ]
         with run.start_run(load_config(str(path), overrides), StopRequests(1.0)):
             pass
         printed[f"{level} {form}"] = capsys.readouterr().out

@@ -9,7 +9,14 @@ from typing import Any, cast
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from hetero_ppo.config.schema import DdpConfig, Dtype, HeadInit, ModelConfig, OptimizerConfig, TrainedRoleConfig
 from hetero_ppo.engines.gradients import clip_divisor
@@ -73,14 +80,22 @@ def test_three_steps_of_several_micro_batches(tmp_path: Path, clip: float, distr
 
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("weights", [(1.0, 0.3), (0.5, 2.0)])
-def test_a_step_on_two_terms_is_torchs_on_their_weighted_sum(tmp_path: Path, weights: tuple[float, float], overlap: bool) -> None:
+def test_a_step_on_two_terms_is_torchs_on_their_weighted_sum(
+    tmp_path: Path, weights: tuple[float, float], overlap: bool
+) -> None:
     """Each term has its own rows, number of micro-batches and denominator; the second one's is not its number of tokens.
 
     Weights after two steps within 1e-5, with a learning rate of 1e-2. ``overlap``: gradients are added up over ranks during the
     backward of the last micro-batch of the last term.
     """
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8, "initializer_range": 0.2}
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "head_dim": 8,
+        "initializer_range": 0.2,
+    }
     reference = Qwen3ForCausalLM(Qwen3Config(vocab_size=VOCAB, num_attention_heads=4, num_key_value_heads=2, **sizes))
     reference.save_pretrained(tmp_path)
     optimizer = OptimizerConfig(lr=1e-2, eps=1e-3, grad_clip=0.3)

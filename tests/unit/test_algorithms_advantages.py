@@ -40,8 +40,14 @@ def test_a_new_estimator_is_one_class_and_one_registration() -> None:
     ("overrides", "message"),
     [
         (["algorithm.advantage=gea"], "algorithm.advantage=gea: no such estimator; allowed: gae, group_mean"),
-        (["critic=null"], r"critic=null: algorithm.advantage=gae needs .* give critic.model.path, or choose .* none \(group_mean\)"),
-        (["algorithm.advantage=group_mean"], "algorithm.advantage=group_mean: the estimator reads no values, .* set critic: null"),
+        (
+            ["critic=null"],
+            r"critic=null: algorithm.advantage=gae needs .* give critic.model.path, or choose .* none \(group_mean\)",
+        ),
+        (
+            ["algorithm.advantage=group_mean"],
+            "algorithm.advantage=group_mean: the estimator reads no values, .* set critic: null",
+        ),
         (["algorithm.advantage=group_mean", "critic=null"], None),
         ([], None),
     ],
@@ -49,7 +55,9 @@ def test_a_new_estimator_is_one_class_and_one_registration() -> None:
 def test_estimator_and_critic_go_together(tmp_path: Path, overrides: list[str], message: str | None) -> None:
     model = "{model: {path: m}}"
     file = tmp_path / "ppo.yaml"
-    file.write_text(f"kind: ppo\nrun: {{dir: r}}\ndata: {{train: a}}\nactor: {model}\ncritic: {model}\nreference: {model}\n")
+    file.write_text(
+        f"kind: ppo\nrun: {{dir: r}}\ndata: {{train: a}}\nactor: {model}\ncritic: {model}\nreference: {model}\n"
+    )
     config = load_config(str(file), overrides).config
     with registered():
         if message is None:

@@ -9,7 +9,15 @@ import pytest
 import torch
 
 from hetero_ppo.algorithms.kl import AdaptiveKlController, FixedKlController, kl_estimate
-from hetero_ppo.algorithms.losses import Loss, bradley_terry_loss, kl_loss, mean_metrics, policy_loss, sft_loss, value_loss
+from hetero_ppo.algorithms.losses import (
+    Loss,
+    bradley_terry_loss,
+    kl_loss,
+    mean_metrics,
+    policy_loss,
+    sft_loss,
+    value_loss,
+)
 from hetero_ppo.algorithms.masking import whiten
 from hetero_ppo.algorithms.rewards import apply_truncation, clip_scores, normalise_scores, token_level_rewards
 from hetero_ppo.algorithms.sampling import sample_tokens
@@ -60,7 +68,9 @@ def test_losses_are_divided_by_the_minibatchs_count() -> None:
 
 
 def test_the_kl_loss_is_clamped() -> None:
-    loss = kl_loss(torch.full((1, 1), -1.0), torch.full((1, 1), -4.0), ONE, KlEstimator.k1, 0.5, kl_loss_coef=1.0, denominator=1)
+    loss = kl_loss(
+        torch.full((1, 1), -1.0), torch.full((1, 1), -4.0), ONE, KlEstimator.k1, 0.5, kl_loss_coef=1.0, denominator=1
+    )
     assert loss.loss.item() == 0.5
 
 
@@ -84,7 +94,10 @@ def test_whitening_and_normalising_divide_by_the_standard_deviation() -> None:
 
 def test_scores_are_clipped_below_one_and_keep_the_dtype_of_the_kl() -> None:
     assert clip_scores(torch.tensor([0.7, -0.2]), 0.5).tolist() == pytest.approx([0.5, -0.2])
-    assert token_level_rewards(torch.ones(1, dtype=torch.float64), None, torch.zeros(1, 1), ONE, 0.1).dtype == torch.float32
+    assert (
+        token_level_rewards(torch.ones(1, dtype=torch.float64), None, torch.zeros(1, 1), ONE, 0.1).dtype
+        == torch.float32
+    )
 
 
 def test_the_kl_controllers_edges() -> None:

@@ -14,7 +14,9 @@ def test_estimators_by_hand() -> None:
     log_probs, ref_log_probs = torch.tensor([[0.8, 0.2]]).log(), torch.tensor([[0.4, 0.4]]).log()
     log2 = math.log(2.0)
     assert kl_estimate(log_probs, ref_log_probs, KlEstimator.k1, clamp=None)[0].tolist() == pytest.approx([log2, -log2])
-    assert kl_estimate(log_probs, ref_log_probs, KlEstimator.k2, clamp=None)[0].tolist() == pytest.approx([log2**2 / 2] * 2)
+    assert kl_estimate(log_probs, ref_log_probs, KlEstimator.k2, clamp=None)[0].tolist() == pytest.approx(
+        [log2**2 / 2] * 2
+    )
     k3 = [0.5 - 1 + log2, 2 - 1 - log2]
     assert kl_estimate(log_probs, ref_log_probs, KlEstimator.k3, clamp=None)[0].tolist() == pytest.approx(k3)
 
@@ -23,7 +25,9 @@ def test_k1_and_k3_are_unbiased_and_k2_is_close() -> None:
     policy = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
     reference = torch.tensor([0.45, 0.25, 0.3], dtype=torch.float64)
     exact = (policy * (policy / reference).log()).sum().item()
-    expectation = {e: (policy * kl_estimate(policy.log(), reference.log(), e, clamp=None)).sum().item() for e in KlEstimator}
+    expectation = {
+        e: (policy * kl_estimate(policy.log(), reference.log(), e, clamp=None)).sum().item() for e in KlEstimator
+    }
     assert expectation[KlEstimator.k1] == pytest.approx(exact, rel=1e-12)
     assert expectation[KlEstimator.k3] == pytest.approx(exact, rel=1e-12)
     assert expectation[KlEstimator.k2] == pytest.approx(exact, rel=0.2)

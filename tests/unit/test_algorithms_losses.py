@@ -127,7 +127,9 @@ def test_entropy_bonus_and_kl_loss() -> None:
     assert not entropy_bonus(entropy, mask, 0.0, 2).loss.requires_grad
 
     log_probs = torch.tensor([[-1.0, -2.0, -9.0]], requires_grad=True)
-    kl = kl_loss(log_probs, torch.tensor([[-2.0, -2.0, 0.0]]), mask, KlEstimator.k2, clamp=None, kl_loss_coef=0.5, denominator=2)
+    kl = kl_loss(
+        log_probs, torch.tensor([[-2.0, -2.0, 0.0]]), mask, KlEstimator.k2, clamp=None, kl_loss_coef=0.5, denominator=2
+    )
     kl.loss.backward()
     assert kl.loss.item() == pytest.approx(0.125)  # 0.5 * (0.5 + 0) / 2
     assert log_probs.grad[0].tolist() == pytest.approx([0.25, 0.0, 0.0])

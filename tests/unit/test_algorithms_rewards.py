@@ -45,7 +45,9 @@ def test_mixed_scores_by_hand() -> None:
     model, function = torch.tensor([1.0, -2.0, 3.0]), torch.tensor([0.5, float("nan"), -1.0])
     mixed = mix_scores([(2.0, model), (-1.0, function)])
     assert mixed.dtype == torch.float32 and mixed[0] == 1.5 and mixed[1].isnan() and mixed[2] == 7.0
-    assert mix_scores([(1.0, torch.tensor([1.0])), (1.0, torch.tensor([2.0**-24]))]).item() == 1.0, "rounded once, to even"
+    assert mix_scores([(1.0, torch.tensor([1.0])), (1.0, torch.tensor([2.0**-24]))]).item() == 1.0, (
+        "rounded once, to even"
+    )
     assert mix_scores([(2.5, torch.tensor([2.0**-24])), (1.0, torch.tensor([1.0]))]).item() == 1.0 + 2.0**-23
 
 

@@ -69,7 +69,11 @@ def test_a_sequence_above_the_cap_is_truncated_as_a_whole() -> None:
 
 def test_a_ratio_that_overflows_is_truncated() -> None:
     weights, _ = truncated_weights(
-        torch.tensor([[0.0, 0.0]]), torch.tensor([[-500.0, 0.0]]), torch.tensor([[True, True]]), CorrectionLevel.token, 2.0
+        torch.tensor([[0.0, 0.0]]),
+        torch.tensor([[-500.0, 0.0]]),
+        torch.tensor([[True, True]]),
+        CorrectionLevel.token,
+        2.0,
     )
     assert weights.tolist() == [[2.0, 1.0]]
 

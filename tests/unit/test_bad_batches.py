@@ -27,7 +27,9 @@ def assembled(truncated: list[bool], *, whiten: bool) -> Experience:
 
 @pytest.mark.parametrize("whiten", [True, False])
 def test_a_step_whose_responses_are_all_masked_stops_the_run(whiten: bool) -> None:
-    with pytest.raises(RunError, match=r"no response of the step has a token .*rollout.sampling.max_tokens, or .*penalise"):
+    with pytest.raises(
+        RunError, match=r"no response of the step has a token .*rollout.sampling.max_tokens, or .*penalise"
+    ):
         assembled([True, True, True], whiten=whiten)
 
 
@@ -41,7 +43,9 @@ def test_one_response_that_is_not_masked_is_enough() -> None:
 def test_a_response_without_a_token_is_refused() -> None:
     prompts = PromptBatch(**{**prompt_fields(2), "prompt_ids": [[5, 6], [7]]})
     tokens, lengths = torch.zeros(2, 3, dtype=torch.int64), torch.tensor([3, 0])
-    with pytest.raises(ValueError, match="response 1 has no token; the generator must return the end-of-sequence token"):
+    with pytest.raises(
+        ValueError, match="response 1 has no token; the generator must return the end-of-sequence token"
+    ):
         build_rollout(prompts, lengths, tokens, torch.zeros(2, 3), torch.zeros(2, dtype=torch.bool), "step0")
 
 

@@ -297,7 +297,13 @@ def test_no_sync_is_said_not_measured() -> None:
 def test_the_ideal_ends_with_the_forwards_of_one_whole_chunk() -> None:
     """4 chunks of 64: a quarter of the forwards after generation, however the last chunk is cut; forwards alone wait for the first chunk."""
     metrics = {"pipeline/num_chunks": 6.0, "pipeline/num_waves": 5.0}
-    seconds = {"generate": [4.0, 1.0], "first": [1.0, 0.5], "forwards": [2.0, 2.0], "serial": [6.0, 3.0], "pipelined": [4.95, 2.75]}
+    seconds = {
+        "generate": [4.0, 1.0],
+        "first": [1.0, 0.5],
+        "forwards": [2.0, 2.0],
+        "serial": [6.0, 3.0],
+        "pipelined": [4.95, 2.75],
+    }
     found = make_experience.summary(seconds, [0.9, 1.0], True, [8] * 256, 64, metrics)
     assert found["ideal_s"] == (4.5 + 2.5) / 2
     assert found["pipelined_over_ideal"] == pytest.approx((4.95 / 4.5 + 2.75 / 2.5) / 2)
@@ -306,5 +312,12 @@ def test_the_ideal_ends_with_the_forwards_of_one_whole_chunk() -> None:
 def test_reward_workers_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reward_workers, "EMPTY_CALLS", 130)
     found = reward_workers.measure(rows=4, judge_s=0.01, workers=2)
-    names = {"judge_s_1_workers", "judge_s_2_workers", "judge_s_async", "empty_calls_per_s_worker", "worker_start_s", "worker_rss_mib"}
+    names = {
+        "judge_s_1_workers",
+        "judge_s_2_workers",
+        "judge_s_async",
+        "empty_calls_per_s_worker",
+        "worker_start_s",
+        "worker_rss_mib",
+    }
     assert names <= set(found) and all(value > 0 for value in found.values())

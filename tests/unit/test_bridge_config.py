@@ -103,7 +103,10 @@ def test_unsupported_checkpoints(fields: dict[str, Any], message: str) -> None:
         ({"virtual_pipeline": 2}, "virtual_pipeline 2 needs pipeline parallelism"),
         ({"sequence": True}, "sequence parallelism needs tensor parallelism"),
         ({"expert": 2}, "expert parallelism 2"),
-        ({"aligned": True, "context": 2}, r"aligned has no context parallelism \(context 2\); change that, or set aligned"),
+        (
+            {"aligned": True, "context": 2},
+            r"aligned has no context parallelism \(context 2\); change that, or set aligned",
+        ),
         ({"recompute": "some"}, "recompute 'some' is not supported"),
         ({"dtype": torch.float16}, "dtype torch.float16 is not supported"),
     ],
@@ -149,7 +152,10 @@ def test_an_open_choice_is_aligned_where_model_layout_and_device_allow_it() -> N
     """And says why it is not."""
     bf16 = {"dtype": torch.bfloat16, "aligned": None, "on_cuda": True}
     assert _bridge(bf16).aligned and _bridge({"aligned": None}).aligned and _bridge(bf16).plain_because is None
-    for layout, why in (({"dtype": torch.float32}, "needs bf16 on CUDA, not torch.float32"), ({"context": 2}, "has no context parallelism")):
+    for layout, why in (
+        ({"dtype": torch.float32}, "needs bf16 on CUDA, not torch.float32"),
+        ({"context": 2}, "has no context parallelism"),
+    ):
         bridge = _bridge({**bf16, **layout})
         assert not bridge.aligned and bridge.plain_because is not None and bridge.plain_because.startswith(why)
     chosen = _bridge({**bf16, "aligned": False})

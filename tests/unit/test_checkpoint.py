@@ -22,7 +22,14 @@ from hetero_ppo.checkpoint.manager import (
     checkpoint_step,
     complete_checkpoints,
 )
-from hetero_ppo.checkpoint.manifest import COMPLETE, find_fault, has_own_checksum, look_at_share, read_marker, write_marker
+from hetero_ppo.checkpoint.manifest import (
+    COMPLETE,
+    find_fault,
+    has_own_checksum,
+    look_at_share,
+    read_marker,
+    write_marker,
+)
 from hetero_ppo.checkpoint.random_state import random_state, set_random_state
 from hetero_ppo.checkpoint.version import code_version
 from hetero_ppo.config.schema import CheckpointConfig
@@ -121,7 +128,9 @@ def test_the_last_good_checkpoint_is_offered(tmp_path: Path) -> None:
     for step in (2, 4, 6):
         write_checkpoint(tmp_path, step)
     truncate(tmp_path / "checkpoints" / "iter_0000006")
-    with pytest.raises(ValueError, match=r"iter_0000006 is damaged: .*weights.* last good one is iter_0000004.*checkpoint.step=4"):
+    with pytest.raises(
+        ValueError, match=r"iter_0000006 is damaged: .*weights.* last good one is iter_0000004.*checkpoint.step=4"
+    ):
         checkpoint_folder(tmp_path, None)
     assert checkpoint_step(tmp_path, 4) == 4
     truncate(tmp_path / "checkpoints" / "iter_0000004")

@@ -117,7 +117,14 @@ def test_validate_says_what_a_run_would_do(
 
 def test_validate_and_plan_take_a_run_without_a_critic(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Roles, batching, plan and summary leave it out; its section of the file is gone with ``critic=null``."""
-    options = ["--config", "ppo.yaml", "algorithm.advantage=group_mean", "critic=null", "critic.micro_batch_size=3", "critic=null"]
+    options = [
+        "--config",
+        "ppo.yaml",
+        "algorithm.advantage=group_mean",
+        "critic=null",
+        "critic.micro_batch_size=3",
+        "critic=null",
+    ]
     with registered():
         assert main(["validate", *options]) == 0
         printed = capsys.readouterr().out
@@ -125,14 +132,21 @@ def test_validate_and_plan_take_a_run_without_a_critic(work: Path, capsys: pytes
         assert main(["plan", *options]) == 0
         printed = capsys.readouterr().out
         assert "critic" not in printed and "values" not in printed and "train_actor" in printed
-        assert "set critic: null" in failure(capsys, "validate", "--config", "ppo.yaml", "algorithm.advantage=group_mean")
+        assert "set critic: null" in failure(
+            capsys, "validate", "--config", "ppo.yaml", "algorithm.advantage=group_mean"
+        )
         assert "set critic: null" in failure(capsys, "plan", "--config", "ppo.yaml", "algorithm.advantage=group_mean")
     assert "algorithm.advantage=group_mean: no such estimator" in failure(capsys, "validate", *options)
 
 
-def test_validate_takes_a_run_with_the_size_of_a_gpu_for_one_on_gpus(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_validate_takes_a_run_with_the_size_of_a_gpu_for_one_on_gpus(
+    work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """It says of what device the open dtypes are, and compares with the limit."""
-    for options, dtype, place in ((["--device-gib", "40"], "bf16", "MiB of 40960.00 in train"), ([], "fp32", "MiB (the CPU) in train")):
+    for options, dtype, place in (
+        (["--device-gib", "40"], "bf16", "MiB of 40960.00 in train"),
+        ([], "fp32", "MiB (the CPU) in train"),
+    ):
         assert main(["validate", "--config", "rm.yaml", *options]) == 0
         printed = capsys.readouterr().out
         device = "CUDA" if options else "a CPU"
@@ -195,8 +209,14 @@ def test_validate_imports_the_functions_as_a_run_does(work: Path, capsys: pytest
     options = ["reward.batch=8", "reward.workers=3"]
     assert main(["validate", "--config", "ppo.yaml", *BY_FUNCTION, *functions, *options]) == 0
     printed = capsys.readouterr().out
-    assert "reward.function length.py:score: up to 8 responses a call, 60 s at most; up to 3 worker processes (reward.workers)" in printed
-    assert "train.eval_function length.py:wait: one response a call, 60 s at most; up to 3 worker processes (reward.workers), 64" in printed
+    assert (
+        "reward.function length.py:score: up to 8 responses a call, 60 s at most; up to 3 worker processes (reward.workers)"
+        in printed
+    )
+    assert (
+        "train.eval_function length.py:wait: one response a call, 60 s at most; up to 3 worker processes (reward.workers), 64"
+        in printed
+    )
 
 
 @pytest.mark.parametrize("command", ["validate", "train"])
@@ -243,14 +263,28 @@ def test_roles_with_other_tokens_are_refused(work: Path, capsys: pytest.CaptureF
     message = failure(capsys, "validate", "--config", "ppo.yaml", "reward_model.model.path=other")
     assert "reward_model: the tokenizer in other has another vocabulary" in message
     assert "2 tokens differ" in message and "or set reward_model.re_encode.max_tokens" in message
-    assert main(["validate", "--config", "ppo.yaml", "reward_model.model.path=other", "reward_model.re_encode.max_tokens=99"]) == 0
+    assert (
+        main(
+            [
+                "validate",
+                "--config",
+                "ppo.yaml",
+                "reward_model.model.path=other",
+                "reward_model.re_encode.max_tokens=99",
+            ]
+        )
+        == 0
+    )
     said = "reward_model: prompts and responses are decoded with the tokenizer in model (310 tokens, sha256 "
     assert said in capsys.readouterr().out
 
     (work / "model" / "config.json").write_text(json.dumps(MODEL_CONFIG | {"vocab_size": 100}))
     message = failure(capsys, "validate", "--config", "sft.yaml")
     num_tokens = max(vocabulary.values()) + 1
-    assert f"actor.model.path=model: the model has 100 embedding rows, and the tokenizer in model has {num_tokens} tokens" in message
+    assert (
+        f"actor.model.path=model: the model has 100 embedding rows, and the tokenizer in model has {num_tokens} tokens"
+        in message
+    )
 
 
 def test_a_tokenizer_without_a_template_needs_a_choice(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -265,14 +299,26 @@ def test_a_tokenizer_without_a_template_needs_a_choice(work: Path, capsys: pytes
     ("files", "message"),
     [
         ({"adapter_config.json": "{}"}, "a LoRA adapter, which would not be loaded. Merge it into its model with peft"),
-        ({"pytorch_model.bin": "", "model.safetensors": None}, "weights as pytorch_model.bin and no *.safetensors file"),
+        (
+            {"pytorch_model.bin": "", "model.safetensors": None},
+            "weights as pytorch_model.bin and no *.safetensors file",
+        ),
         (
             {"model.safetensors.index.json": '{"weight_map": {"lm_head.weight": "model-00002-of-00002.safetensors"}}'},
             "lists model-00002-of-00002.safetensors, but there is no such file; complete the download",
         ),
-        ({"config.json": json.dumps(MODEL_CONFIG | {"quantization_config": {"bits": 4}})}, "give the unquantised checkpoint"),
-        ({"config.json": json.dumps(MODEL_CONFIG | {"vocab_size": 400})}, "lm_head.weight has shape [320, 64], the config asks for [400, 64]"),
-        ({"config.json": json.dumps(MODEL_CONFIG | {"eos_token_id": 320})}, "= 320 (config.json) has no embedding row, of which the model has 320"),
+        (
+            {"config.json": json.dumps(MODEL_CONFIG | {"quantization_config": {"bits": 4}})},
+            "give the unquantised checkpoint",
+        ),
+        (
+            {"config.json": json.dumps(MODEL_CONFIG | {"vocab_size": 400})},
+            "lm_head.weight has shape [320, 64], the config asks for [400, 64]",
+        ),
+        (
+            {"config.json": json.dumps(MODEL_CONFIG | {"eos_token_id": 320})},
+            "= 320 (config.json) has no embedding row, of which the model has 320",
+        ),
         ({"generation_config.json": '{"eos_token_id": [2, "x"]}'}, "eos_token_id is [2, 'x']; it has to be a token id"),
     ],
 )
@@ -290,7 +336,10 @@ def test_validate_reports_the_heads_ends_and_options_of_a_run(work: Path, capsys
     (work / "model" / "generation_config.json").write_text('{"eos_token_id": [2, 0]}')
     assert main(["validate", "--config", "ppo.yaml", "data.max_sequence_tokens=99"]) == 0
     printed = capsys.readouterr().out
-    assert "ends         '<|im_end|>' = 2 (tokenizer, generation_config.json) or '<|endoftext|>' = 0 (generation_config.json)" in printed
+    assert (
+        "ends         '<|im_end|>' = 2 (tokenizer, generation_config.json) or '<|endoftext|>' = 0 (generation_config.json)"
+        in printed
+    )
     assert "critic       score.weight will be initialised: the checkpoint has none" in printed
     assert "note         data.max_sequence_tokens=99 is not used: " in printed
     assert "data.jsonl: fields that are not read: chosen, completion, rejected" in printed

@@ -75,8 +75,14 @@ def test_the_defaults_pass(tmp_path: Path, kind: str, world_size: int) -> None:
         ),
         (["algorithm.minibatch_size=2", "actor.parallel.tensor=2"], "the data-parallel size of critic = 4"),
         (["algorithm.critic_minibatch_size=24"], "is not a multiple of algorithm.critic_minibatch_size = 24"),
-        (["algorithm.critic_minibatch_size=2"], "algorithm.critic_minibatch_size = 2 is not .* the data-parallel size of critic = 4"),
-        (["algorithm.critic_epochs=0"], "algorithm.critic_epochs=0: allowed: at least 1 .passes., or null. Meaning: .* null: ppo_epochs"),
+        (
+            ["algorithm.critic_minibatch_size=2"],
+            "algorithm.critic_minibatch_size = 2 is not .* the data-parallel size of critic = 4",
+        ),
+        (
+            ["algorithm.critic_epochs=0"],
+            "algorithm.critic_epochs=0: allowed: at least 1 .passes., or null. Meaning: .* null: ppo_epochs",
+        ),
         (["algorithm.kl.clamp=0"], "algorithm.kl.clamp=0"),
         (["reference.model.head_init=zero"], "reference.model.head_init=zero: only the critic"),
         (["reward_model.model.head_init=normal"], "reward_model.model.head_init=normal: only the critic"),
@@ -96,7 +102,10 @@ def test_the_defaults_pass(tmp_path: Path, kind: str, world_size: int) -> None:
         (["algorithm.dual_clip=1"], "algorithm.dual_clip=1.0: allowed: above 1, or null. Meaning: .*dual-clip PPO"),
         (["algorithm.value_clip=0"], "algorithm.value_clip=0"),
         (["algorithm.gamma=1.1"], "algorithm.gamma=1.1"),
-        (["critic=null", "algorithm.critic_warmup_steps=1"], "algorithm.critic_warmup_steps=1: critic is null, so the run trains no values"),
+        (
+            ["critic=null", "algorithm.critic_warmup_steps=1"],
+            "algorithm.critic_warmup_steps=1: critic is null, so the run trains no values",
+        ),
         (["critic=null", "algorithm.critic_epochs=2"], "algorithm.critic_epochs=2: critic is null"),
         (["critic=null", "algorithm.critic_minibatch_size=16"], "algorithm.critic_minibatch_size=16: critic is null"),
         (["critic=null", "algorithm.value_clip=0.2"], "algorithm.value_clip=0.2: critic is null"),
@@ -108,7 +117,10 @@ def test_the_defaults_pass(tmp_path: Path, kind: str, world_size: int) -> None:
         (["reward.function=a:b"], "set reward.source=mix or function"),
         (["reward.source=mix"], "reward.source=mix: set reward.function"),
         (["reward.source=mix", "reward.function=a:b", "reward_model=null"], "set reward_model.model.path"),
-        (["reward.source=mix", "reward.function=a:b", "reward.model_weight=0"], "reward.model_weight=0.0: a score with weight 0 would not be used"),
+        (
+            ["reward.source=mix", "reward.function=a:b", "reward.model_weight=0"],
+            "reward.model_weight=0.0: a score with weight 0 would not be used",
+        ),
         (["reward_models=[{model: {path: m}}, {model: {path: m}}]"], "reward_model is set too"),
         (["reward_model=null", "reward_models=[{model: {path: m}}]"], "an ensemble has two at least"),
         (["reward.ensemble=min"], "reward.ensemble=min: there is no ensemble"),
@@ -129,14 +141,26 @@ def test_the_defaults_pass(tmp_path: Path, kind: str, world_size: int) -> None:
         ([*FUNCTION, "reward.concurrency=0"], "reward.concurrency=0: allowed: at least 1 .calls., or null"),
         ([*FUNCTION, "reward.batch=0"], "reward.batch=0: allowed: at least 1 .responses., or null"),
         ([*FUNCTION, "train.eval_batch=2"], "train.eval_batch=2: train.eval_function is not set"),
-        (["data.eval=e.jsonl", "train.eval_function=a:b", "reward.batch=2"], "reward.batch=2: reward.function is not set"),
+        (
+            ["data.eval=e.jsonl", "train.eval_function=a:b", "reward.batch=2"],
+            "reward.batch=2: reward.function is not set",
+        ),
         (["rollout.sampling.temperature=0"], "rollout.sampling.temperature=0"),
         (["rollout.eval_sampling.temperature=-1"], "rollout.eval_sampling.temperature=-1"),
         (["rollout.sampling.top_p=0"], "rollout.sampling.top_p=0"),
         (["rollout.sampling.top_k=0"], "rollout.sampling.top_k=0: allowed: at least 1 or -1 .tokens."),
-        (["rollout.sampling.stop_token_ids=[5,-1]"], "rollout.sampling.stop_token_ids=.5, -1.: allowed: at least 0 .token ids."),
-        (["pipeline.chunk_size=-1"], "pipeline.chunk_size=-1: allowed: at least 0 .responses., or null. Meaning: .* 0: a sweep"),
-        (["pipeline.chunk_size=0", "train.replay_rollouts=runs"], "pipeline.chunk_size=0: a sweep needs a generator to measure"),
+        (
+            ["rollout.sampling.stop_token_ids=[5,-1]"],
+            "rollout.sampling.stop_token_ids=.5, -1.: allowed: at least 0 .token ids.",
+        ),
+        (
+            ["pipeline.chunk_size=-1"],
+            "pipeline.chunk_size=-1: allowed: at least 0 .responses., or null. Meaning: .* 0: a sweep",
+        ),
+        (
+            ["pipeline.chunk_size=0", "train.replay_rollouts=runs"],
+            "pipeline.chunk_size=0: a sweep needs a generator to measure",
+        ),
         (["pipeline.sweep_s=0"], "pipeline.sweep_s=0"),
         (["rollout.sampling.stop=['']"], "rollout.sampling.stop=.*an empty text would end every response"),
         (["rollout.over_sampling=0.5"], "rollout.over_sampling=0.5"),
@@ -176,11 +200,20 @@ def test_the_defaults_pass(tmp_path: Path, kind: str, world_size: int) -> None:
             ["rollout.engine=megatron", "actor.parallel.pipeline=2"],
             "actor.parallel.pipeline=2: with rollout.engine=megatron .* rollout.engine to vllm",
         ),
-        (["rollout.engine=megatron", "actor.parallel.context=2"], "actor.parallel.context=2: with rollout.engine=megatron"),
-        (["rollout.engine=megatron", "actor.parallel.expert=2"], "actor.parallel.expert=2: with rollout.engine=megatron"),
+        (
+            ["rollout.engine=megatron", "actor.parallel.context=2"],
+            "actor.parallel.context=2: with rollout.engine=megatron",
+        ),
+        (
+            ["rollout.engine=megatron", "actor.parallel.expert=2"],
+            "actor.parallel.expert=2: with rollout.engine=megatron",
+        ),
         (["rollout.engine=megatron", "rollout.num_servers=2"], "rollout.num_servers=2: rollout.engine=megatron has no"),
         (["rollout.engine=megatron", "pipeline.chunk_size=0"], "pipeline.chunk_size=0: .* rollout.engine=megatron"),
-        (["rollout.engine=megatron", "rollout.dtype=bf16"], "rollout.dtype=bf16: rollout.engine=megatron .*fp32.* null"),
+        (
+            ["rollout.engine=megatron", "rollout.dtype=bf16"],
+            "rollout.dtype=bf16: rollout.engine=megatron .*fp32.* null",
+        ),
         (["rollout.gpu_memory_utilization=2"], "allowed: above 0 and at most 1 .share of the device."),
     ],
 )
@@ -330,8 +363,15 @@ def test_the_critic_has_passes_of_its_own(tmp_path: Path) -> None:
     config = config_of(tmp_path, "ppo", *own, "algorithm.critic_epochs=3", "train.steps=5", "critic.micro_batch_size=3")
     check_config(config, 2)
     batching = derive_ppo(config, world_size=2, num_prompts=100)
-    assert (batching.roles["actor"].total_optimizer_steps, batching.roles["critic"].total_optimizer_steps) == (5 * 2 * 2, 5 * 3 * 4)
-    assert (batching.roles["actor"].batch_per_rank, batching.roles["critic"].batch_per_rank, batching.roles["critic"].micro_batches) == (16, 8, 3)
+    assert (batching.roles["actor"].total_optimizer_steps, batching.roles["critic"].total_optimizer_steps) == (
+        5 * 2 * 2,
+        5 * 3 * 4,
+    )
+    assert (
+        batching.roles["actor"].batch_per_rank,
+        batching.roles["critic"].batch_per_rank,
+        batching.roles["critic"].micro_batches,
+    ) == (16, 8, 3)
     lines = [" ".join(line.split()) for line in batching.describe().splitlines()]
     assert "minibatches 2 per PPO epoch, 2 PPO epochs per step" in lines
     assert "critic minibatches 4 per critic epoch, 3 critic epochs per step" in lines
@@ -339,7 +379,9 @@ def test_the_critic_has_passes_of_its_own(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("estimator", "found"), [("k3+", "k3+"), ("k1", "k1")])
 def test_every_estimator_has_its_name_in_a_config(tmp_path: Path, estimator: str, found: str) -> None:
-    config = config_of(tmp_path, "ppo", f"algorithm.kl.estimator={estimator}", f"algorithm.kl.loss_estimator={estimator}")
+    config = config_of(
+        tmp_path, "ppo", f"algorithm.kl.estimator={estimator}", f"algorithm.kl.loss_estimator={estimator}"
+    )
     assert config.algorithm.kl.estimator.value == config.algorithm.kl.loss_estimator.value == found
     with pytest.raises(ValueError, match=r"algorithm.kl.estimator.*k3\+"):
         config_of(tmp_path, "ppo", "algorithm.kl.estimator=k4")

@@ -82,12 +82,15 @@ def test_an_optional_section_opens_with_its_defaults_and_closes_again(ppo: str) 
     assert "mandatory field not given: reward_model.model.path" in message(ppo, "reward_model.micro_batch_size=2")
 
 
-ENSEMBLE = PPO + """\
+ENSEMBLE = (
+    PPO
+    + """\
 reward_models:
   - model: {path: a}
     parallel: {tensor: 2}
   - {model: {path: "${actor.model.path}", dtype: bf16}}
 """
+)
 
 
 def test_a_list_of_sections(tmp_path: Path) -> None:
@@ -112,7 +115,10 @@ def test_a_list_of_sections(tmp_path: Path) -> None:
         ("reward_models.x.model.path=c", "reward_models.x: items of the list reward_models are numbered from 0"),
         ("reward_models=3", "allowed: a list of sections with the keys model, parallel"),
         ("reward_models=[3]", "reward_models.0 is a section with the keys model, parallel"),
-        ("reward_models.0.model.dtype=x", "reward_models.0.model.dtype: 'x' is not allowed; allowed: one of fp32, bf16"),
+        (
+            "reward_models.0.model.dtype=x",
+            "reward_models.0.model.dtype: 'x' is not allowed; allowed: one of fp32, bf16",
+        ),
     ],
 )
 def test_a_wrong_item_is_named(tmp_path: Path, override: str, expected: str) -> None:

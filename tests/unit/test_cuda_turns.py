@@ -156,4 +156,6 @@ def test_without_cuda_nothing_is_said_of_reserved_memory(monkeypatch: pytest.Mon
     with device.turn("critic", TRAINING, "train_critic"):
         pass
     assert device.ledger.entries and device.ledger.reserved_phases == {}
-    assert not [name for name in memory_metrics(device) if "reserved" in name or "allocated" in name or "cached" in name]
+    assert not [
+        name for name in memory_metrics(device) if "reserved" in name or "allocated" in name or "cached" in name
+    ]

@@ -62,7 +62,9 @@ def test_a_tokenizers_own_template_is_left_as_it_is(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("pad", "exported"), [("<|im_start|>", 1), ("<|im_end|>", None), (None, None)])
-def test_a_classifier_is_never_padded_with_what_ends_a_sequence(tmp_path: Path, pad: str | None, exported: int | None) -> None:
+def test_a_classifier_is_never_padded_with_what_ends_a_sequence(
+    tmp_path: Path, pad: str | None, exported: int | None
+) -> None:
     folder = model_folder(tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.pad_token = pad

@@ -72,7 +72,9 @@ def test_no_token_lies_over_the_beginning_of_an_answer(tmp_path: Path) -> None:
     (example,) = load_sft(path, data_config(), encoder).examples
     (pair,) = load_preferences(path, data_config(), encoder).examples
     text = encoder.render(multi_turn(["\n\napple"]), add_generation_prompt=False)
-    assert encoder.encode([text])[0][: len(prompt.prompt_ids)] != prompt.prompt_ids, "the tokenizer merges over the border"
+    assert encoder.encode([text])[0][: len(prompt.prompt_ids)] != prompt.prompt_ids, (
+        "the tokenizer merges over the border"
+    )
     (answer,) = encoder.encode(["\n\napple<|im_end|>"])
     assert example.token_ids == pair.chosen_ids == [*prompt.prompt_ids, *answer]
     assert example.answer_spans == [(len(prompt.prompt_ids), len(example.token_ids))]
@@ -104,14 +106,22 @@ def test_ids_and_masks_are_those_of_transformers(tmp_path: Path) -> None:
     theirs = encoder.tokenizer.apply_chat_template(
         messages, chat_template=encoder.template, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
     )
-    ours = [int(any(start <= place < end for start, end in example.answer_spans)) for place in range(example.num_tokens)]
+    ours = [
+        int(any(start <= place < end for start, end in example.answer_spans)) for place in range(example.num_tokens)
+    ]
     assert example.token_ids == list(theirs["input_ids"])
     assert ours == list(theirs["assistant_masks"])
 
 
 @pytest.mark.parametrize(
     ("prompt", "completion"),
-    [("sort: pear", " Sorted: pear"), ("sort: pear\n", "Sorted: pear"), ("sort", "\n\nSorted"), ("pear ", "  apple"), ("a:", ": a:")],
+    [
+        ("sort: pear", " Sorted: pear"),
+        ("sort: pear\n", "Sorted: pear"),
+        ("sort", "\n\nSorted"),
+        ("pear ", "  apple"),
+        ("a:", ": a:"),
+    ],
 )
 def test_a_sentencepiece_tokenizer_puts_no_space_between_prompt_and_answer(
     tmp_path: Path, prompt: str, completion: str
@@ -137,7 +147,7 @@ def test_an_answer_may_end_with_any_token_that_ends_a_sequence(tmp_path: Path) -
     for end_tokens, end in (((), "<|im_end|><|endoftext|>"), (ends, "<|im_end|>")):
         other = TextEncoder(tokenizer, encoder.template, [], end_of_text, "base", end_tokens)
         (example,) = load_sft(path, data_config(), other).examples
-        (start, stop), = example.answer_spans
+        ((start, stop),) = example.answer_spans
         assert tokenizer.decode(example.token_ids[start:stop]) == f"apple pears{end}"
 
 
@@ -162,7 +172,9 @@ def test_ends_are_the_union_of_tokenizer_and_model(
         find_end_tokens(chatml_encoder().tokenizer, str(tmp_path))
 
 
-@pytest.mark.parametrize("template", [None, "<|endoftext|><|endoftext|>{% for m in messages %}{{ m.content }}{% endfor %}"])
+@pytest.mark.parametrize(
+    "template", [None, "<|endoftext|><|endoftext|>{% for m in messages %}{{ m.content }}{% endfor %}"]
+)
 def test_a_sequence_that_begins_twice_is_refused(tmp_path: Path, template: str | None) -> None:
     tokenizer = chatml_encoder().tokenizer
     encoder = TextEncoder(tokenizer, template, [tokenizer.bos_token_id], tokenizer.eos_token_id, "tokenizer")

@@ -45,7 +45,10 @@ def test_parquet_drops_the_null_keys_that_a_column_of_messages_gets(tmp_path: Pa
         (b'{"a": 1}\n{"a": 1e999}', "line 2: the number 1e999 is too large"),
         (b'{"a": 1}\n{"a": ' + b"1" * 5000 + b"}", "line 2: a number of 5000 digits"),
         (b'{"a": ' + b"[" * 200_000, "line 1: nested too deeply"),
-        (b'{"a": "\\ud83d\\ude00"}\n{"a": [{"b": "x\\uD83d"}]}', r"line 2: field 'a\[0\]\.b': character 2 is half of a surrogate pair"),
+        (
+            b'{"a": "\\ud83d\\ude00"}\n{"a": [{"b": "x\\uD83d"}]}',
+            r"line 2: field 'a\[0\]\.b': character 2 is half of a surrogate pair",
+        ),
         (b'{"a\\udc00": 1}', "line 1: field 'a.*half of a surrogate pair"),
         (gzip.compress(b'{"a": 1}', mtime=0), "compressed with gzip; unpack it"),
         (b"PAR1....", "is a parquet file; give it a name that ends in .parquet"),

@@ -68,9 +68,15 @@ def test_a_turn_of_weight_0_is_read_and_not_learned(tmp_path: Path, key: dict[st
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
-        ([turn("user", "a"), turn("assistant", "b", weight=0.5)], r"messages\[1\]\.weight'.*is 0.5; a turn is in the loss"),
+        (
+            [turn("user", "a"), turn("assistant", "b", weight=0.5)],
+            r"messages\[1\]\.weight'.*is 0.5; a turn is in the loss",
+        ),
         ([turn("user", "a"), turn("assistant", "b", train="no")], r"messages\[1\]\.train'.*is no; a turn"),
-        ([turn("user", "a", train=True), turn("assistant", "b")], r"messages\[0\]\.train'.*on assistant messages alone"),
+        (
+            [turn("user", "a", train=True), turn("assistant", "b")],
+            r"messages\[0\]\.train'.*on assistant messages alone",
+        ),
         ([turn("user", "a"), turn("assistant", "b", weight=1, train=False)], "weight 1 and train False contradict"),
         ([turn("user", "a"), turn("assistant", "b", weight=0)], "every answer has weight 0"),
         ([turn("user", "a"), turn("assistant", "b", mask=0)], r"messages\[1\]\.mask': is not read"),
@@ -94,7 +100,12 @@ def test_tools_and_calls_give_the_same_ids_from_jsonl_and_parquet(tmp_path: Path
     calls = [{"name": "f", "arguments": arguments} for arguments in ({"city": "Oslo"}, {"zone": "CET", "day": 1})]
     rows: list[dict[str, Any]] = [
         {
-            "messages": [turn("user", "w?"), {"role": "assistant", "tool_calls": [call]}, turn("tool", ""), turn("assistant", "so")],
+            "messages": [
+                turn("user", "w?"),
+                {"role": "assistant", "tool_calls": [call]},
+                turn("tool", ""),
+                turn("assistant", "so"),
+            ],
             "tools": TOOLS,
         }
         for call in calls
@@ -135,9 +146,18 @@ def test_a_key_may_lie_in_an_object(tmp_path: Path) -> None:
 
 #: Kind of data -> a row, and its column -> the option that names the column.
 COLUMNS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
-    "conversation": ({"messages": [turn("user", "a"), turn("assistant", "b")], "tools": TOOLS}, {"messages": "messages_key", "tools": "tools_key"}),
-    "completion": ({"prompt": "hello", "completion": "there"}, {"prompt": "prompt_key", "completion": "completion_key"}),
-    "pair": ({"prompt": "hello", "chosen": "a", "rejected": "b"}, {"prompt": "prompt_key", "chosen": "chosen_key", "rejected": "rejected_key"}),
+    "conversation": (
+        {"messages": [turn("user", "a"), turn("assistant", "b")], "tools": TOOLS},
+        {"messages": "messages_key", "tools": "tools_key"},
+    ),
+    "completion": (
+        {"prompt": "hello", "completion": "there"},
+        {"prompt": "prompt_key", "completion": "completion_key"},
+    ),
+    "pair": (
+        {"prompt": "hello", "chosen": "a", "rejected": "b"},
+        {"prompt": "prompt_key", "chosen": "chosen_key", "rejected": "rejected_key"},
+    ),
     "question": ({"prompt": "hello"}, {"prompt": "prompt_key"}),
     "prompt": (
         {"messages": [turn("user", "hello")], "tools": TOOLS, "label": "4", "metadata": {"level": 2}},
@@ -153,7 +173,9 @@ def test_every_column_may_have_another_name(kind: str, tmp_path: Path) -> None:
     load = {"pair": load_preferences, "prompt": load_prompts, "question": load_prompts}.get(kind, load_sft)
 
     def examples(name: str, row: dict[str, Any], **changes: str) -> list[Any]:
-        return list(load(write_jsonl(tmp_path / name, [row]), data_config(**changes), chatml_encoder(TOOL_TEMPLATE)).examples)
+        return list(
+            load(write_jsonl(tmp_path / name, [row]), data_config(**changes), chatml_encoder(TOOL_TEMPLATE)).examples
+        )
 
     usual = examples("usual.jsonl", row)
     for column, option in options.items():

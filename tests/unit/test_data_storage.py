@@ -59,7 +59,10 @@ def test_examples_come_back_as_they_were(tmp_path: Path, codec: Codec[Any], exam
 
 
 def prompts_file(folder: Path, num_rows: int) -> str:
-    rows = [{"prompt": f"sort these words: apple pear plum {n} " * 8, "label": n, "metadata": {"row": n}} for n in range(num_rows)]
+    rows = [
+        {"prompt": f"sort these words: apple pear plum {n} " * 8, "label": n, "metadata": {"row": n}}
+        for n in range(num_rows)
+    ]
     return write_jsonl(folder / "prompts.jsonl", rows)
 
 

@@ -37,11 +37,23 @@ with StopRequests(60.0) as stop:
 
 
 @pytest.mark.parametrize("is_ignored", [False, True])
-def test_a_closed_terminal_asks_for_a_stop_unless_the_run_was_started_with_nohup(tmp_path: Path, is_ignored: bool) -> None:
+def test_a_closed_terminal_asks_for_a_stop_unless_the_run_was_started_with_nohup(
+    tmp_path: Path, is_ignored: bool
+) -> None:
     program, there = tmp_path / "program.py", tmp_path / "rank"
     program.write_text(STOPPABLE)
     nohup = ["nohup"] if is_ignored else []
-    command = [*nohup, sys.executable, "-m", "hetero_ppo.cli.launcher", "--standalone", "--nproc-per-node", "1", str(program), str(there)]
+    command = [
+        *nohup,
+        sys.executable,
+        "-m",
+        "hetero_ppo.cli.launcher",
+        "--standalone",
+        "--nproc-per-node",
+        "1",
+        str(program),
+        str(there),
+    ]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     # What has a handler is the default in a new process, also where the tests themselves run under nohup.
     previous = signal.signal(signal.SIGHUP, lambda number, frame: None)
@@ -65,7 +77,16 @@ def test_a_closed_terminal_asks_for_a_stop_unless_the_run_was_started_with_nohup
 def test_ranks_end_with_a_launcher_that_is_killed(tmp_path: Path) -> None:
     program, there = tmp_path / "program.py", tmp_path / "rank"
     program.write_text(RANK)
-    command = [sys.executable, "-m", "hetero_ppo.cli.launcher", "--standalone", "--nproc-per-node", "1", str(program), str(there)]
+    command = [
+        sys.executable,
+        "-m",
+        "hetero_ppo.cli.launcher",
+        "--standalone",
+        "--nproc-per-node",
+        "1",
+        str(program),
+        str(there),
+    ]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True) as launcher:
         until = time.monotonic() + 60

@@ -81,7 +81,13 @@ def make_maker(reward: RewardConfig | None = None, scorers: Scorers | None = Non
 
 
 def assemble(maker: ExperienceMaker, *, engine_log_probs: Tensor = OLD, **computed: Tensor) -> Experience:
-    given = {"scores": SCORES, "old_log_probs": OLD, "ref_log_probs": REFERENCE, "values": torch.zeros(3, 4), **computed}
+    given = {
+        "scores": SCORES,
+        "old_log_probs": OLD,
+        "ref_log_probs": REFERENCE,
+        "values": torch.zeros(3, 4),
+        **computed,
+    }
     return maker.assemble(rollout(engine_log_probs), given)
 
 
@@ -219,7 +225,11 @@ def test_old_log_probs_of_the_engine() -> None:
     experience = maker.assemble(rollout(ENGINE), given)
     assert torch.equal(experience.old_log_probs, ENGINE) and experience.tis_weights is None
     assert float(experience.token_level_rewards[0, 2]) == pytest.approx(2 + math.log(4))
-    assert [stage.name for stage in maker.stages()] == ["scores", "ref_log_probs", "values"]  # the actor computes nothing
+    assert [stage.name for stage in maker.stages()] == [
+        "scores",
+        "ref_log_probs",
+        "values",
+    ]  # the actor computes nothing
     assert [stage.name for stage in make_maker().stages()] == ["scores", "ref_log_probs", "old_log_probs", "values"]
 
 
@@ -235,7 +245,9 @@ def test_without_a_critic_there_are_neither_values_nor_returns() -> None:
     torch.testing.assert_close(experience.advantages, expected)
     maker.algorithm.whiten_advantages = True
     whitened = maker.assemble(dataclasses.replace(rollout(), prompt_index=[7, 7, 7]), given).advantages
-    assert float(whitened[MASK].mean()) == pytest.approx(0, abs=1e-6) and float(whitened[MASK].std(correction=0)) == pytest.approx(1, rel=1e-4)
+    assert float(whitened[MASK].mean()) == pytest.approx(0, abs=1e-6) and float(
+        whitened[MASK].std(correction=0)
+    ) == pytest.approx(1, rel=1e-4)
 
 
 def scorers_of(names: list[str], **reward: Any) -> Scorers:

@@ -35,7 +35,9 @@ def flip(path: Path, position: int) -> None:
     path.write_bytes(data)
 
 
-def test_damaged_lines_are_dropped_and_counted_and_the_rest_is_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_damaged_lines_are_dropped_and_counted_and_the_rest_is_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """A bit in a token, in a log-prob, in a checksum, in a line's end, in the key: each costs its line, and nothing wrong is used."""
     said = caplog.records
     bank = RolloutBank(tmp_path, resumes=False)
@@ -61,10 +63,15 @@ def test_damaged_lines_are_dropped_and_counted_and_the_rest_is_used(tmp_path: Pa
     path.write_bytes(intact)
     flip(path, 2)
     assert bank.begin(3, "key") == []
-    assert "its first line, which says whose responses they are, is damaged: its 6 responses are dropped" in said.pop().message
+    assert (
+        "its first line, which says whose responses they are, is damaged: its 6 responses are dropped"
+        in said.pop().message
+    )
 
 
-def test_lines_of_an_older_version_have_no_checksum_and_are_not_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_lines_of_an_older_version_have_no_checksum_and_are_not_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     said = caplog.records
     lines = [{"key": "key"}, {"place": 0, "response": asdict(ONE)}]
     (tmp_path / "step_000003.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

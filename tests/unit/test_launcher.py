@@ -41,12 +41,28 @@ def test_a_failed_rank_is_one_line(exit_code: int, text: str, status: int) -> No
     ("error", "line", "status"),
     [
         (ChildFailedError("x", {1: failure(2)}), "error: rank 1 ended with exit status 2; see the error above\n", 2),
-        (ChildFailedError("x", {0: failure(2), 1: failure(1)}), "error: rank 0 ended with exit status 2; see the error above\n", 2),
+        (
+            ChildFailedError("x", {0: failure(2), 1: failure(1)}),
+            "error: rank 0 ended with exit status 2; see the error above\n",
+            2,
+        ),
         # Rank 0 has only seen that rank 1 was gone, but was looked at first.
-        (ChildFailedError("x", {0: failure(1), 1: failure(-9)}), "error: rank 1 was ended by SIGKILL (signal 9)\n", 137),
+        (
+            ChildFailedError("x", {0: failure(1), 1: failure(-9)}),
+            "error: rank 1 was ended by SIGKILL (signal 9)\n",
+            137,
+        ),
         # torchrun has ended rank 0 since rank 1 had failed.
-        (ChildFailedError("x", {1: failure(2), 0: failure(-15)}), "error: rank 1 ended with exit status 2; see the error above\n", 2),
-        (ChildFailedError("x", {1: failure(2), 0: failure(-9, 30)}), "error: rank 1 ended with exit status 2; see the error above\n", 2),
+        (
+            ChildFailedError("x", {1: failure(2), 0: failure(-15)}),
+            "error: rank 1 ended with exit status 2; see the error above\n",
+            2,
+        ),
+        (
+            ChildFailedError("x", {1: failure(2), 0: failure(-9, 30)}),
+            "error: rank 1 ended with exit status 2; see the error above\n",
+            2,
+        ),
         (ChildFailedError("x", {0: failure(-15)}), "error: rank 0 was ended by SIGTERM (signal 15)\n", 143),
         (SignalException("x", signal.SIGTERM), "error: the run was stopped by SIGTERM\n", 143),
     ],
@@ -68,7 +84,9 @@ def test_a_run_that_ends_well_says_nothing(monkeypatch: pytest.MonkeyPatch, capf
     assert capfd.readouterr().err == ""
 
 
-def test_a_stop_is_one_though_torchrun_ends_the_slower_rank(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_stop_is_one_though_torchrun_ends_the_slower_rank(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     def run(args: object) -> None:
         raise ChildFailedError("x", {1: failure(EXIT_STOPPED), 0: failure(-signal.SIGTERM)})
 
@@ -125,7 +143,9 @@ def test_two_sigterms_end_a_run_at_once(tmp_path: Path) -> None:
         "    time.sleep(600)\n"
     )
     command = [sys.executable, "-m", "hetero_ppo.cli.launcher", *TORCHRUN, str(program)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}) as run:
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    ) as run:
         assert run.stderr is not None
         while not (tmp_path / "ready").exists():
             assert run.poll() is None

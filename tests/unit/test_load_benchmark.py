@@ -23,7 +23,9 @@ def samples(leak_per_step: int, fds_per_step: int = 0) -> list[load.Usage]:
     def one(step: int) -> load.Usage:
         noise = (step % 7) * 40 * load.MIB
         rank = 500 * load.MIB + min(step, 5) * 100 * load.MIB + step * leak_per_step + noise
-        return load.Usage(step, {"rank": rank, "engine": 300 * load.MIB}, {"rank": 50 + step * fds_per_step}, {"rank": 9, "engine": 4})
+        return load.Usage(
+            step, {"rank": rank, "engine": 300 * load.MIB}, {"rank": 50 + step * fds_per_step}, {"rank": 9, "engine": 4}
+        )
 
     return [one(step) for step in range(1, 61)]
 
@@ -40,7 +42,9 @@ def test_a_leak_is_seen_through_a_warm_up_and_garbage() -> None:
 def test_rows_that_are_missing_twice_or_short_are_lost(tmp_path: Path) -> None:
     def dump(*rows: tuple[int, int]) -> Path:
         path = tmp_path / "step_000001.jsonl"
-        path.write_text("".join(json.dumps({"prompt_index": index, "response_ids": [1] * length}) + "\n" for index, length in rows))
+        path.write_text(
+            "".join(json.dumps({"prompt_index": index, "response_ids": [1] * length}) + "\n" for index, length in rows)
+        )
         return path
 
     full = load.RESPONSE_TOKENS
@@ -53,7 +57,12 @@ def test_rows_that_are_missing_twice_or_short_are_lost(tmp_path: Path) -> None:
 
 def test_the_counts_are_those_of_living_processes() -> None:
     held = [os.open("/dev/null", os.O_RDONLY) for _ in range(7)]
-    child = subprocess.Popen([sys.executable, "-c", "print(flush=True); input()"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=held)
+    child = subprocess.Popen(
+        [sys.executable, "-c", "print(flush=True); input()"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        pass_fds=held,
+    )
     try:
         assert child.stdout is not None and child.stdout.readline()
         found = load.usage(SimpleNamespace(left=lambda: [child.pid, 2**22 - 1]), step=3)

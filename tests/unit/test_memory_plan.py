@@ -87,7 +87,10 @@ def test_qwen3_8b_on_paper() -> None:
     # Beside generation the generator is awake in the forwards. In "values" it is not while the optimizer comes in: the larger
     # of the two counts, which is the generator here.
     assert (phases["values"].ahead, phases["values"].generator) == (0, phases["rollout"].generator)
-    assert (phases["ref_log_probs"].ahead, phases["ref_log_probs"].generator) == (2 * actor, phases["rollout"].generator)
+    assert (phases["ref_log_probs"].ahead, phases["ref_log_probs"].generator) == (
+        2 * actor,
+        phases["rollout"].generator,
+    )
     assert phases["train_critic"].ahead == 9 * (actor - critic)
     assert (phases["rollout"].generator, phases["weight_sync"].generator) == (int(0.6 * DEVICE), 2 * 8_190_735_360)
     assert plan.peak.phase == "ref_log_probs" and max(serial.values(), key=lambda phase: phase.total).phase == "rollout"
@@ -115,11 +118,21 @@ def test_an_ensemble_takes_turns_and_each_member_is_counted() -> None:
     whole = 2 * 7_568_409_600
     names = [f"reward_models.{number}" for number in range(3)]
     assert [role.name for role in plan.roles[3:]] == names
-    assert [phase.phase for phase in plan.phases][:5] == ["rollout", "scores_0", "scores_1", "scores_2", "ref_log_probs"]
+    assert [phase.phase for phase in plan.phases][:5] == [
+        "rollout",
+        "scores_0",
+        "scores_1",
+        "scores_2",
+        "ref_log_probs",
+    ]
     assert held(plan, "rollout") == held(plan, "scores_0") == {names[0]: {Kind.params: judge}}
     assert held(plan, "scores_1") == {names[1]: {Kind.params: whole}}
     phases = {phase.phase: phase for phase in plan.phases}
-    assert (phases["scores_1"].computing, phases["scores_1"].copied_in, phases["scores_1"].copied_out) == (names[1], whole, 0)
+    assert (phases["scores_1"].computing, phases["scores_1"].copied_in, phases["scores_1"].copied_out) == (
+        names[1],
+        whole,
+        0,
+    )
     assert phases["scores_0"].ahead == whole, "the next member comes in while this one computes"
     assert [plan.host.pinned[name] for name in names] == [8 * judge, 8 * whole, 8 * judge]
 

@@ -76,7 +76,9 @@ def test_servers_of_several_gpus_and_nodes_have_communicators() -> None:
     found = parts(path=LLAMA, world_size=64)
     assert found["vLLM's NCCL communicators"] == int(3 * GROUP)
     assert found["the weight group, trainer's end"] == int(GROUP)
-    assert "vLLM's NCCL communicators" not in parts(("rollout.weight_transfer", WeightTransfer.cuda_ipc), ("rollout.num_servers", 1))
+    assert "vLLM's NCCL communicators" not in parts(
+        ("rollout.weight_transfer", WeightTransfer.cuda_ipc), ("rollout.num_servers", 1)
+    )
 
 
 def test_blocks_of_a_weight_sync_are_on_the_device() -> None:
@@ -125,7 +127,13 @@ def test_a_measured_value_takes_the_place_of_an_estimate(option: str, value: flo
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("context_mib", -1.0), ("nccl_channels", -2), ("allocator_slack", 1.0), ("cublas_mib", math.nan), ("te_workspace_mib", math.inf)],
+    [
+        ("context_mib", -1.0),
+        ("nccl_channels", -2),
+        ("allocator_slack", 1.0),
+        ("cublas_mib", math.nan),
+        ("te_workspace_mib", math.inf),
+    ],
 )
 def test_a_size_that_no_device_has_is_refused(option: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"memory.{option}={value}: "):

@@ -59,7 +59,9 @@ def test_every_option_has_a_mutant_or_a_reason() -> None:
     assert mutated & exempt.keys() == set(), "it has a mutant, so it needs no reason"
     assert options - mutated - exempt.keys() == set(), "add a mutant that ignores it, and a test that fails then"
     assert all(len(reason.split()) > 3 for reason in exempt.values())
-    assert {"KlConfig.clamp", "RoleConfig.aligned", "RolloutConfig.eval_sampling", "RmConfig.kind"} <= options and len(options) > 160
+    assert {"KlConfig.clamp", "RoleConfig.aligned", "RolloutConfig.eval_sampling", "RmConfig.kind"} <= options and len(
+        options
+    ) > 160
 
 
 @pytest.mark.slow
@@ -105,7 +107,10 @@ def test_an_edit_that_does_not_apply_is_an_error(root: Path, change: dict[str, s
 def test_the_list_is_checked(tmp_path: Path) -> None:
     table = "\n".join(f'{name} = "{value}"' for name, value in vars(MUTANT).items() if isinstance(value, str))
     path = tmp_path / "mutants.toml"
-    for text, message in ((f"[[mutant]]\n{table}\nwhy = 1", "unknown fields"), (f"[[mutant]]\n{table}\n" * 2, "come twice")):
+    for text, message in (
+        (f"[[mutant]]\n{table}\nwhy = 1", "unknown fields"),
+        (f"[[mutant]]\n{table}\n" * 2, "come twice"),
+    ):
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
             gate.read_mutants(path)

@@ -24,7 +24,9 @@ def log_all() -> None:
     log.error("broken")
 
 
-def printed(capsys: pytest.CaptureFixture[str], level: LogLevel = LogLevel.info, form: LogFormat = LogFormat.text) -> list[str]:
+def printed(
+    capsys: pytest.CaptureFixture[str], level: LogLevel = LogLevel.info, form: LogFormat = LogFormat.text
+) -> list[str]:
     with console_logging(level, form):
         log_all()
     captured = capsys.readouterr()
@@ -44,18 +46,25 @@ TEXT = ["100 % of it", "in two lines", "warning: of this rank", "warning: of eve
         (LogLevel.error, TEXT[4:]),
     ],
 )
-def test_levels(level: LogLevel, expected: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_levels(
+    level: LogLevel, expected: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("RANK", raising=False)
     assert printed(capsys, level) == expected
 
 
-def test_other_ranks_print_what_they_alone_know(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_ranks_print_what_they_alone_know(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("RANK", "3")
     assert printed(capsys, LogLevel.debug) == ["rank 3: warning: of this rank", "rank 3: error: broken"]
 
 
 def test_json_lines(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    for rank, messages in (("0", ["100 % of it\nin two lines", "of this rank", "of every rank", "broken"]), ("1", ["of this rank", "broken"])):
+    for rank, messages in (
+        ("0", ["100 % of it\nin two lines", "of this rank", "of every rank", "broken"]),
+        ("1", ["of this rank", "broken"]),
+    ):
         monkeypatch.setenv("RANK", rank)
         lines = [json.loads(line) for line in printed(capsys, form=LogFormat.json)]
         assert [line["message"] for line in lines] == messages

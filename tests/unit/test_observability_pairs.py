@@ -27,5 +27,7 @@ def test_no_pairs_is_an_error() -> None:
 
 
 def test_page_holds_figures_and_plots(tmp_path: Path) -> None:
-    page = write_pair_page(pair_statistics([1.0, 2.0], [0.0, 3.0]), tmp_path / "a" / "pairs.html", "model <x>").read_text()
+    page = write_pair_page(
+        pair_statistics([1.0, 2.0], [0.0, 3.0]), tmp_path / "a" / "pairs.html", "model <x>"
+    ).read_text()
     assert "50.00%" in page and page.count("<svg") == 2 and "model &lt;x&gt;" in page

@@ -161,7 +161,10 @@ def test_binning_and_smoothing() -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"step": 1, "time": 1, "metrics": {}, "seconds": {}}\n{"step": 2\n', r"metrics\.jsonl, line 2: not a metrics"),
+        (
+            '{"step": 1, "time": 1, "metrics": {}, "seconds": {}}\n{"step": 2\n',
+            r"metrics\.jsonl, line 2: not a metrics",
+        ),
         ('{"step": 1, "time": 1, "seconds": {}}\n', r"metrics\.jsonl, line 1: the field 'metrics' is missing"),
         ("", r"metrics\.jsonl: empty"),
     ],

@@ -89,7 +89,11 @@ def test_sizes_of_a_run(config: PpoConfig) -> None:
     assert (batching.total_steps, batching.responses_per_step, batching.chunk_size) == (5, 12, 5)
     config.train.steps = 9
     assert derive_ppo(config, 1, 6).total_steps == 9
-    config.data.max_prompt_tokens, config.rollout.sampling.max_tokens, config.rollout.eval_sampling.max_tokens = 50, 30, 40
+    config.data.max_prompt_tokens, config.rollout.sampling.max_tokens, config.rollout.eval_sampling.max_tokens = (
+        50,
+        30,
+        40,
+    )
     assert max_model_len(config) == 90
 
 
@@ -101,7 +105,9 @@ def test_a_step_asks_for_more_prompts_than_it_needs_with_over_sampling(config: P
     assert request.partial == [None] * 15
 
 
-def test_a_generator_is_what_the_options_say(config: PpoConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_generator_is_what_the_options_say(
+    config: PpoConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(ppo_generator.StartingGenerator, "begin", lambda self: self)  # it is not started
     config.rollout.num_servers, config.rollout.max_num_seqs = 3, 10
     config.rollout.weight_transfer = WeightTransfer.collective
@@ -127,11 +133,15 @@ def test_a_generator_is_what_the_options_say(config: PpoConfig, tmp_path: Path, 
     assert actor_generates(config)
 
 
-def test_servers_of_several_nodes_meet_over_the_interface(config: PpoConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_servers_of_several_nodes_meet_over_the_interface(
+    config: PpoConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     met: list[tuple[Any, ...]] = []
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     monkeypatch.setenv("MASTER_ADDR", "10.0.0.1")
-    monkeypatch.setattr(ppo_nodes, "meet_nodes", lambda *args: (met.append(args), SimpleNamespace(address="10.0.0.1"))[1])
+    monkeypatch.setattr(
+        ppo_nodes, "meet_nodes", lambda *args: (met.append(args), SimpleNamespace(address="10.0.0.1"))[1]
+    )
     config.rollout.interface, config.rollout.sync_timeout_s = "eth7", 5.0
     ppo_nodes.meet(config, FakeRun(tmp_path, world_size=2))
     assert met == [([1, 1], "eth7", "10.0.0.1", 5.0, ONE_RANK)]
@@ -179,7 +189,12 @@ def test_traces_checks_and_sweeps(
 ) -> None:
     config.train.trace_every = 3
     recorder = ppo_setup.trace_recorder(config, FakeRun(tmp_path), 10)
-    assert [step for step in range(11, 19) if recorder.is_due(step)] == [11, 12, 15, 18]  # the first two, and every third
+    assert [step for step in range(11, 19) if recorder.is_due(step)] == [
+        11,
+        12,
+        15,
+        18,
+    ]  # the first two, and every third
     monkeypatch.setattr(ppo_setup, "golden_guard", lambda engine, every: (None, f"{engine} {every}"))
     config.reward.golden_every = 4
     ppo_setup.build_golden_guards(config, SimpleNamespace(reward_models=["judge"]))
@@ -202,7 +217,9 @@ def test_a_sweep_has_its_time(config: PpoConfig, tmp_path: Path, monkeypatch: py
     assert size == 2 and found == {"largest": 20, "budget_s": 1.5}
 
 
-def test_texts_are_encoded_again_with_the_reward_models_template(config: PpoConfig, tokenizer: Path, tmp_path: Path) -> None:
+def test_texts_are_encoded_again_with_the_reward_models_template(
+    config: PpoConfig, tokenizer: Path, tmp_path: Path
+) -> None:
     template = tmp_path / "judge.jinja"
     template.write_text(CHATML_TEMPLATE.replace("assistant", "judge"))
     judge = RewardRoleConfig(re_encode=ReEncodeConfig(max_tokens=17, chat_template=str(template)))

@@ -74,7 +74,10 @@ def test_what_ends_a_response_and_how_long_it_may_take(
 def test_servers_have_the_dtype_of_the_engine_where_it_is_set() -> None:
     assert [make_generator(dtype=dtype)._spec.dtype for dtype in (None, Dtype.bf16)] == [Dtype.fp32, Dtype.bf16]
     asked = WeightTransfer.collective
-    assert make_generator(weight_transfer=asked)._transfer is asked and make_generator()._transfer is WeightTransfer.shared_memory
+    assert (
+        make_generator(weight_transfer=asked)._transfer is asked
+        and make_generator()._transfer is WeightTransfer.shared_memory
+    )
 
 
 class RecordingClient:
@@ -95,7 +98,9 @@ class RecordingClient:
 @pytest.mark.parametrize("verify", [False, True])
 def test_deadlines_of_servers_and_checks_of_their_weights(verify: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     client, found = RecordingClient(), []
-    monkeypatch.setattr(pool_module, "ServerClient", lambda server, hang_timeout_s, on_death: (found.append(hang_timeout_s), client)[1])
+    monkeypatch.setattr(
+        pool_module, "ServerClient", lambda server, hang_timeout_s, on_death: (found.append(hang_timeout_s), client)[1]
+    )
 
     async def stage(client: Any, files: Any, timeout_s: float, **_: Any) -> float:
         return found.append(("stage", timeout_s)) or 0.0
@@ -142,7 +147,8 @@ def test_what_ends_a_response_of_the_actor(sampling: dict[str, Any], ends: list[
 
 
 @pytest.mark.parametrize(
-    ("sampling", "token"), [({}, 2), ({"top_k": 2}, 1), ({"top_p": 0.4}, 0), ({"temperature": 0.5}, 1), ({"temperature": 0.0}, 0)]
+    ("sampling", "token"),
+    [({}, 2), ({"top_k": 2}, 1), ({"top_p": 0.4}, 0), ({"temperature": 0.5}, 1), ({"temperature": 0.0}, 0)],
 )
 def test_how_the_actor_samples(sampling: dict[str, Any], token: int) -> None:
     """Of probabilities 0.5, 0.3, 0.2 the random number 0.89 takes the last; of two of them 0.625, 0.375; of their squares' 0.66, 0.24, 0.11."""

@@ -60,7 +60,9 @@ def test_a_run_listens_and_beats_as_long_as_its_options_say(tmp_path: Path, monk
         monkeypatch.setattr(launch, name, lambda *_: None)
     monkeypatch.setattr(stopping, "StopRequests", lambda within_s: nullcontext(within_s))
     monkeypatch.setattr(heartbeat_module, "Heartbeat", lambda timeout_s: nullcontext(timeout_s))
-    monkeypatch.setattr(launch, "_train", lambda loaded, _, __, stop, beat: given.update(kind=loaded.kind, stop=stop, beat=beat))
+    monkeypatch.setattr(
+        launch, "_train", lambda loaded, _, __, stop, beat: given.update(kind=loaded.kind, stop=stop, beat=beat)
+    )
     (tmp_path / "sft.yaml").write_text(CONFIG)
     launch.main(str(tmp_path / "sft.yaml"), [])
     assert given == {"kind": "sft", "stop": 7, "beat": 8}
@@ -71,7 +73,9 @@ class Saves:
 
     is_saving = False
 
-    def __init__(self, folder: Path, config: CheckpointConfig, world: object, *, timeout_s: float, about: object) -> None:
+    def __init__(
+        self, folder: Path, config: CheckpointConfig, world: object, *, timeout_s: float, about: object
+    ) -> None:
         self.timeout_s = timeout_s
         self.steps: list[int] = []
         Saves.last = self
@@ -102,11 +106,15 @@ class OneParameter(SupervisedTrainer):
 
 
 @pytest.mark.parametrize("export", [False, True])
-def test_a_supervised_run_evaluates_saves_and_exports(export: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_supervised_run_evaluates_saves_and_exports(
+    export: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     exported: list[str] = []
     monkeypatch.setattr(supervised, "CheckpointManager", Saves)
     monkeypatch.setattr(supervised, "export_files", lambda *_: SimpleNamespace(files={}, config={}))
-    run: Any = SimpleNamespace(dir=tmp_path, is_writer=False, world=ONE_RANK, about=None, watchdog=None, exported=lambda *_: None)
+    run: Any = SimpleNamespace(
+        dir=tmp_path, is_writer=False, world=ONE_RANK, about=None, watchdog=None, exported=lambda *_: None
+    )
     run.forget_later_steps, run.should_stop = (lambda *_: None), (lambda *_: False)
     model: Any = SimpleNamespace(role="actor", head="lm", config=SimpleNamespace(model=ModelConfig(path="m")))
     model.export = lambda folder, **_: exported.append(folder)
@@ -187,7 +195,9 @@ def test_the_probe_prompt_is_compared_where_that_is_asked_for(
     trainer: Any = SimpleNamespace(
         data=SimpleNamespace(probe_ids=[1, 2]), config=config, actor=actor, turns=turns, generator=generator
     )
-    assert PpoTrainer.sync_weights(trainer, 1) == ({"rollout/golden_log_prob_diff": 0.25} if verify and not is_recorded else {})
+    assert PpoTrainer.sync_weights(trainer, 1) == (
+        {"rollout/golden_log_prob_diff": 0.25} if verify and not is_recorded else {}
+    )
 
 
 def test_the_actor_learns_from_the_tokens_of_its_losses_alone() -> None:
@@ -211,7 +221,11 @@ def test_a_layout_reaches_the_model(tmp_path: Path) -> None:
     layout = ParallelConfig(tensor=2, pipeline=2, virtual_pipeline=4, context=2, expert=4, sequence=True)
     model = ModelConfig(path=str(tmp_path), dtype=Dtype.bf16)
     found = role_bridge(RoleConfig(model=model, parallel=layout)).transformer
-    sizes = (found.tensor_model_parallel_size, found.pipeline_model_parallel_size, found.virtual_pipeline_model_parallel_size)
+    sizes = (
+        found.tensor_model_parallel_size,
+        found.pipeline_model_parallel_size,
+        found.virtual_pipeline_model_parallel_size,
+    )
     assert sizes == (2, 2, 4)
     assert (found.context_parallel_size, found.expert_model_parallel_size, found.sequence_parallel) == (2, 4, True)
     assert found.params_dtype is torch.bfloat16 and found.bf16

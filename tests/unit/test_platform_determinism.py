@@ -41,7 +41,9 @@ class _StrictKernels(TorchDispatchMode):
         self.strict: dict[str, set[bool]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        is_strict = torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
+        is_strict = (
+            torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
+        )
         for kind in ("mul", "attention_for_cpu_backward" if "backward" in str(func) else "attention"):
             if kind in str(func):
                 self.strict.setdefault(kind, set()).add(is_strict)

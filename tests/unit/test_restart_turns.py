@@ -37,7 +37,9 @@ UNIT = 1 << 12  # bytes of a tensor
 TRAINED = (Kind.params, Kind.grads, Kind.main_params, Kind.moments)
 TURN = 8 * len(TRAINED) * UNIT  # bytes of a trained role
 SHARE, WEIGHTS = TURN, TURN // 4  # bytes that a server takes to generate, and of them its weights
-TOTAL = TURN + WEIGHTS  # of the device: a training turn, or a server; a server does not start beside the actor's parameters
+TOTAL = (
+    TURN + WEIGHTS
+)  # of the device: a training turn, or a server; a server does not start beside the actor's parameters
 PARAMS = frozenset({Kind.params})
 SAMPLING = SamplingConfig(max_tokens=1)
 
@@ -153,7 +155,13 @@ class Job:
 
     def __init__(self, cuda: VirtualCuda, folder: Path, num_servers: int = 1) -> None:
         config = RolloutConfig(num_servers=num_servers, sleep=True)
-        about = {"model_path": str(folder), "dtype": Dtype.fp32, "run_dir": folder, "max_model_len": 8, "eos_token_ids": [1]}
+        about = {
+            "model_path": str(folder),
+            "dtype": Dtype.fp32,
+            "run_dir": folder,
+            "max_model_len": 8,
+            "eos_token_ids": [1],
+        }
         self.generator = VllmGenerator(config, **about, initial_version=None)
         self.generator.start()
         self.generator.sleep()
@@ -235,7 +243,9 @@ def test_deaths_that_wait_for_their_restart_count(job: Job) -> None:
 def test_in_an_generator_turn_of_its_own_a_server_starts_at_once(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     (server,) = Server.all
     job.turns.wake()
-    monkeypatch.setattr(Client, "when_asked", staticmethod(lambda one: one.die("ended") if one.num_spawns == 1 else None))
+    monkeypatch.setattr(
+        Client, "when_asked", staticmethod(lambda one: one.die("ended") if one.num_spawns == 1 else None)
+    )
     assert ask(job.generator, [[5]], SAMPLING, n=1, seed=0)[0][0].token_ids == [7]
     assert server.num_spawns == 2
 
@@ -276,7 +286,9 @@ def test_while_roles_compute_beside_generation_other_servers_answer(
     assert len(second.answered) >= 2
 
 
-def test_without_a_gpu_a_server_starts_at_once(cuda: VirtualCuda, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_gpu_a_server_starts_at_once(
+    cuda: VirtualCuda, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cuda.total += 2 * TURN
     monkeypatch.setattr(ppo_turns, "platform", SimpleNamespace(HAS_CUDA=False))
     job = Job(cuda, tmp_path)

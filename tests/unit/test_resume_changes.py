@@ -50,7 +50,13 @@ def save_checkpoint(loaded: LoadedConfig, step: int = 2, **state: Any) -> Path:
     folder = run_dir / "checkpoints" / f"iter_{step:07d}"
     folder.mkdir(parents=True)
     save_config(loaded, str(folder / "config.yaml"))
-    about = {"step": step, "run_id": "a", "begun": "2024-02-29T23:59:59", "inputs": {"a": "b"}, "digests_version": DIGESTS_VERSION}
+    about = {
+        "step": step,
+        "run_id": "a",
+        "begun": "2024-02-29T23:59:59",
+        "inputs": {"a": "b"},
+        "digests_version": DIGESTS_VERSION,
+    }
     (folder / "trainer.json").write_text(json.dumps(about | state))
     mark(folder)
     return run_dir
@@ -91,7 +97,10 @@ def values_of(kind: str) -> dict[str, Any]:
 def all_changed(values: Any) -> Any:
     """A configuration in which every field has another value."""
     if isinstance(values, dict):
-        return {name: value if value == [] and name == "reward_models" else all_changed(value) for name, value in values.items()}
+        return {
+            name: value if value == [] and name == "reward_models" else all_changed(value)
+            for name, value in values.items()
+        }
     if isinstance(values, list) and values and isinstance(values[0], dict):
         return [all_changed(value) for value in values]
     return other_value(values)
@@ -101,7 +110,9 @@ def all_changed(values: Any) -> Any:
 def test_a_change_of_any_field_does_what_its_rule_says(kind: str) -> None:
     section = schema.SCHEMAS[kind]
     found = {change.field: change for change in compare(all_changed(values_of(kind)), values_of(kind), kind)}
-    expected = {field: rule_of(section, field) for field in fields_of(section) if not field.startswith("reward_models.")}
+    expected = {
+        field: rule_of(section, field) for field in fields_of(section) if not field.startswith("reward_models.")
+    }
     assert set(found) == {field for field, rule in expected.items() if rule is not OnResume.start}
     for field, change in found.items():
         assert change.rule is expected[field], field
@@ -153,7 +164,10 @@ def test_options_that_are_newer_than_the_checkpoint() -> None:
     del old["algorithm"]["entropy_coef"], old["rollout"]["mismatch"]
     old["algorithm"]["gone"] = 3
     first, last = compare(old, values, "ppo")
-    assert first.describe() == "algorithm.entropy_coef: (not there) -> 0.0 (newer than the checkpoint, with its default; applied)"
+    assert (
+        first.describe()
+        == "algorithm.entropy_coef: (not there) -> 0.0 (newer than the checkpoint, with its default; applied)"
+    )
     assert last.describe() == "algorithm.gone: 3 -> (not there) (no longer an option)"
     check_changes(resumed({}, changes=[first, last]))
     changes = compare(old, {**values, "algorithm": {**values["algorithm"], "entropy_coef": 0.1}}, "ppo")
@@ -229,10 +243,15 @@ def resumed(inputs: dict[str, str] | None, *allowed: str, changes: Sequence[Chan
 
 
 def test_inputs_are_compared_by_content(tmp_path: Path) -> None:
-    inputs = [Input("reference.model.path", "new", ("reference.model.path",)), Input("data.train", "same", ("data.train",))]
+    inputs = [
+        Input("reference.model.path", "new", ("reference.model.path",)),
+        Input("data.train", "same", ("data.train",)),
+    ]
     old = {"reference.model.path": "old", "data.train": "same"}
     assert check_inputs(None, inputs) == []
-    with pytest.raises(ValueError, match=r"content of reference.model.path is not .*allow_changes=\[reference.model.path\]"):
+    with pytest.raises(
+        ValueError, match=r"content of reference.model.path is not .*allow_changes=\[reference.model.path\]"
+    ):
         check_inputs(resumed(old), inputs)
     for name in ("reference.model.path", "reference.model", "reference"):
         (line,) = check_inputs(resumed(old, name), inputs)

@@ -55,7 +55,9 @@ def rollout_of(labels: list[object]) -> Rollout:
 
 def reward_of(tmp_path: Path, on_error: RewardErrors) -> FunctionReward:
     (tmp_path / "reward.py").write_text(FUNCTION)
-    return FunctionReward(f"{tmp_path}/reward.py:score", lambda ids: "answer", timeout_s=1.0, on_error=on_error, world=ONE_RANK)
+    return FunctionReward(
+        f"{tmp_path}/reward.py:score", lambda ids: "answer", timeout_s=1.0, on_error=on_error, world=ONE_RANK
+    )
 
 
 BAD = {
@@ -111,7 +113,12 @@ def test_an_excluded_response_is_as_if_it_had_not_been(tmp_path: Path) -> None:
         values = torch.zeros(len(labels), 4)
         values[kept] = torch.randn(3, 4, generator=generator).masked_fill(~rollout.response_mask[:3], 0)
         zeros = torch.zeros(len(labels), 4)
-        computed = {"function_scores": reward.score(rollout), "values": values, "ref_log_probs": zeros, "old_log_probs": zeros}
+        computed = {
+            "function_scores": reward.score(rollout),
+            "values": values,
+            "ref_log_probs": zeros,
+            "old_log_probs": zeros,
+        }
         maker = maker_of(reward)
         made[name] = (maker.assemble(rollout, computed), kept, maker.score_moments.state_dict())
     (found, kept, moments), (expected, _, expected_moments) = made["with"], made["without"]
@@ -129,12 +136,15 @@ def test_a_function_that_fails_for_all_stops_the_run(tmp_path: Path) -> None:
     zeros = torch.zeros(2, 4)
     with pytest.raises(RunError, match="has failed for every response of the step"):
         maker_of(reward).assemble(
-            rollout, {"function_scores": reward.score(rollout), "values": zeros, "ref_log_probs": zeros, "old_log_probs": zeros}
+            rollout,
+            {"function_scores": reward.score(rollout), "values": zeros, "ref_log_probs": zeros, "old_log_probs": zeros},
         )
 
 
 def test_a_mix_is_a_weighted_sum_and_lacks_what_the_function_lacks(tmp_path: Path) -> None:
-    config = RewardConfig(source=RewardSource.mix, model_weight=0.5, function_weight=-2.0, on_error=RewardErrors.exclude)
+    config = RewardConfig(
+        source=RewardSource.mix, model_weight=0.5, function_weight=-2.0, on_error=RewardErrors.exclude
+    )
     reward, zeros = reward_of(tmp_path, config.on_error), torch.zeros(3, 4)
     rollout = rollout_of([1.0, "raise", -3.0])
     maker = maker_of(reward, config)

@@ -19,7 +19,11 @@ from hetero_ppo.reward.re_encoding import ReEncoder, special_texts, without
 from hetero_ppo.types import Messages, Rollout
 
 QUESTION: Messages = [{"role": "user", "content": "Sort pear apple"}]
-CONVERSATION: Messages = [*QUESTION, {"role": "assistant", "content": "apple pear"}, {"role": "user", "content": "Again"}]
+CONVERSATION: Messages = [
+    *QUESTION,
+    {"role": "assistant", "content": "apple pear"},
+    {"role": "user", "content": "Again"},
+]
 
 
 @cache
@@ -60,7 +64,9 @@ def test_text_without_a_template(tmp_path: Path) -> None:
 
 
 def test_a_response_that_was_cut_has_no_end() -> None:
-    found, _ = encoded(rollout_of(chatml_encoder(), [(QUESTION, "apple pear", True), (QUESTION, "apple pear", False)]), judge())
+    found, _ = encoded(
+        rollout_of(chatml_encoder(), [(QUESTION, "apple pear", True), (QUESTION, "apple pear", False)]), judge()
+    )
     assert found[1] == found[0][:-1] and judge().eos_token_id not in found[1]
 
 
@@ -92,7 +98,9 @@ def test_a_template_that_refuses_prompts_is_found_before_the_run() -> None:
     system: Messages = [{"role": "system", "content": "Be brief"}, *QUESTION]
     re_encoder = ReEncoder("reward_models.1", judge(), chatml_encoder(), 99)
     re_encoder.check_templates([QUESTION, None, CONVERSATION])
-    message = "reward_models.1.re_encode: .* roles system, user.*no system turns.*set reward_models.1.re_encode.chat_template"
+    message = (
+        "reward_models.1.re_encode: .* roles system, user.*no system turns.*set reward_models.1.re_encode.chat_template"
+    )
     with pytest.raises(ValueError, match=message):
         re_encoder.check_templates([QUESTION, system])
     with pytest.raises(RunError, match="reward_models.1.re_encode: .*no system turns"):

@@ -28,7 +28,7 @@ from hetero_ppo.reward import function, function_pool
 from hetero_ppo.reward.function import FunctionReward
 from hetero_ppo.reward.function_worker import as_score, frame, parse
 
-FUNCTIONS = '''
+FUNCTIONS = """
 import asyncio, ctypes, multiprocessing, os, re, signal, sqlite3, subprocess, sys, threading, time
 
 connection = sqlite3.connect(":memory:")
@@ -152,7 +152,7 @@ async def wait(prompt, response, label, metadata):
     finally:
         under_way -= 1
 
-'''
+"""
 TIMEOUT_S = 2.0
 
 
@@ -164,7 +164,9 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def reward_of(file: Path, name: str = "score", **options: Any) -> FunctionReward:
-    return FunctionReward(f"{file}:{name}", lambda ids: "answer", **{"timeout_s": TIMEOUT_S, "world": ONE_RANK, **options})
+    return FunctionReward(
+        f"{file}:{name}", lambda ids: "answer", **{"timeout_s": TIMEOUT_S, "world": ONE_RANK, **options}
+    )
 
 
 @pytest.fixture
@@ -193,7 +195,10 @@ FAULTS = {
     "odd": ("error", r"Odd: 1 \(.*functions.py:\d+ in fails\)"),
     "sys.exit": ("error", "SystemExit: 3"),
     "interrupt": ("error", "KeyboardInterrupt"),
-    "hold_gil": ("timeout", r"TimeoutError: it did not end within reward.timeout_s=2 \(it was at .*functions.py:\d+ in hold_gil\)"),
+    "hold_gil": (
+        "timeout",
+        r"TimeoutError: it did not end within reward.timeout_s=2 \(it was at .*functions.py:\d+ in hold_gil\)",
+    ),
     "_exit": ("crash", "its worker ended with exit status 0"),
     "segfault": ("crash", r"its worker was ended by SIGSEGV \(at .*functions.py:\d+ in <lambda>\)"),
     "kill": ("crash", "its worker was ended by SIGKILL; the kernel does so when memory is exhausted"),
@@ -215,7 +220,14 @@ def test_a_fault_is_the_calls_alone_and_says_where_it_was(shared: FunctionReward
 
 @pytest.mark.parametrize(
     ("label", "expected"),
-    [("alarm", 1.0), ("asyncio", 1.0), ("sqlite", 1.0), ("stop_signals", 1.0), ("fork_and_return", 2.0), ("chatter", 1.0)],
+    [
+        ("alarm", 1.0),
+        ("asyncio", 1.0),
+        ("sqlite", 1.0),
+        ("stop_signals", 1.0),
+        ("fork_and_return", 2.0),
+        ("chatter", 1.0),
+    ],
 )
 def test_what_a_program_may_do_a_function_may(shared: FunctionReward, label: str, expected: float) -> None:
     assert shared.score(rollout_of([label, 0.5])).tolist() == [expected, 0.5], shared.last_failure
@@ -294,7 +306,9 @@ def test_as_many_workers_as_the_option_says(open_reward: Callable[..., FunctionR
     assert len(set(scores.tolist())) == workers
 
 
-def test_a_function_with_a_model_on_the_gpu_gets_one_worker(open_reward: Callable[..., FunctionReward], tmp_path: Path) -> None:
+def test_a_function_with_a_model_on_the_gpu_gets_one_worker(
+    open_reward: Callable[..., FunctionReward], tmp_path: Path
+) -> None:
     (tmp_path / "torch" / "cuda").mkdir(parents=True)
     (tmp_path / "torch" / "__init__.py").touch()
     (tmp_path / "torch" / "cuda" / "__init__.py").write_text("def is_initialized(): return True\n")
@@ -332,11 +346,17 @@ def test_an_async_call_that_fails_takes_no_other_with_it(
     monkeypatch.setattr(function_pool, "CANCEL_S", 0.3)
     reward = open_reward("wait", timeout_s=1.0, on_error=RewardErrors.exclude)
     assert reward.score(rollout_of([None, None, label, None])).isnan().tolist() == [False, False, True, False]
-    expected = "its worker ended with exit status 1" if label == "exit" else "did not end within reward.timeout_s=1 (it was at "
+    expected = (
+        "its worker ended with exit status 1"
+        if label == "exit"
+        else "did not end within reward.timeout_s=1 (it was at "
+    )
     assert expected in reward.last_failure
 
 
-def test_a_file_that_changes_under_way_stops_the_run(open_reward: Callable[..., FunctionReward], tmp_path: Path) -> None:
+def test_a_file_that_changes_under_way_stops_the_run(
+    open_reward: Callable[..., FunctionReward], tmp_path: Path
+) -> None:
     (tmp_path / "helper.py").write_text("import os\nend = os._exit\n")
     source = tmp_path / "changing.py"
     source.write_text("from helper import end\ndef score(p, r, label, m): return end(1) if label else 1.0\n")
@@ -478,6 +498,10 @@ def test_neighbours_of_the_file_are_found_and_hide_nothing(
 
 def test_the_worker_needs_the_standard_library_alone() -> None:
     script = Path(importlib.import_module("hetero_ppo.reward.function_worker").__file__ or "")
-    code = f"import runpy, sys; runpy.run_path({str(script)!r}); print('asyncio' in sys.modules, 'torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    code = (
+        f"import runpy, sys; runpy.run_path({str(script)!r}); print('asyncio' in sys.modules, 'torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
     assert done.stdout.split() == ["False", "False"], done.stderr

@@ -67,7 +67,15 @@ def read(model: Path) -> dict[str, Any]:
         given = environment(spec, 0, Path("/private"), "key", {})
         variables |= {variable for variable in given if variable.startswith("VLLM_")}
     server = ["host", "port", "uds", "middleware", "disable_uvicorn_access_log", "api_key"]
-    engine = ["model", "served_model_name", "dtype", "max_model_len", "max_num_seqs", "tensor_parallel_size", "enforce_eager"]
+    engine = [
+        "model",
+        "served_model_name",
+        "dtype",
+        "max_model_len",
+        "max_num_seqs",
+        "tensor_parallel_size",
+        "enforce_eager",
+    ]
     engine += ["gpu_memory_utilization", "enable_sleep_mode", "load_format", "generation_config", "logprobs_mode"]
     engine += ["worker_extension_cls", "skip_tokenizer_init", "tokenizer", "kv_cache_memory_bytes", "max_logprobs"]
     request = {"lines": lines, "server": server, "engine": engine, "variables": sorted(variables)}

@@ -37,7 +37,10 @@ def test_a_checksum_by_hand() -> None:
     """Lanes 1, 2, -3: A = 0, B = 1 + 4 - 9 = -4. The float 1.0 is 0x3f800000: lanes 0 and 0x3f80, so B = 2 * 0x3f80. -1 as bf16: 0xbf80."""
     assert lane_checksum(torch.tensor([1, 2, -3], dtype=torch.int16)) == "3-0000000000000000-fffffffffffffffc"
     assert lane_checksum(torch.tensor(1.0)) == "2-0000000000003f80-0000000000007f00"
-    assert lane_checksum(torch.tensor([-1.0], dtype=torch.bfloat16)) == f"1-{WORD + 1 - 0x4080:016x}-{WORD + 1 - 0x4080:016x}"
+    assert (
+        lane_checksum(torch.tensor([-1.0], dtype=torch.bfloat16))
+        == f"1-{WORD + 1 - 0x4080:016x}-{WORD + 1 - 0x4080:016x}"
+    )
     assert lane_checksum(torch.empty(0)) == f"0-{0:016x}-{0:016x}"
 
 
@@ -108,8 +111,12 @@ def tensors(monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
 def test_a_block_has_the_bytes_of_its_file(tensors: dict[str, Tensor], tmp_path: Path, dtype: Dtype) -> None:
     plain = write_weights(tmp_path / "plain", iter(tensors.items()), "v1", dtype)
     blocks: list[Shard] = []
-    packed = write_weights(tmp_path / "packed", reused(tensors), "v1", dtype, BlockWriter(PinnedStaging(), blocks.append))
-    assert [path.read_bytes() for path in packed.paths] == [path.read_bytes() for path in plain.paths] and len(blocks) > 1
+    packed = write_weights(
+        tmp_path / "packed", reused(tensors), "v1", dtype, BlockWriter(PinnedStaging(), blocks.append)
+    )
+    assert [path.read_bytes() for path in packed.paths] == [path.read_bytes() for path in plain.paths] and len(
+        blocks
+    ) > 1
     assert packed.checksums == plain.checksums and packed.num_bytes == plain.num_bytes
     found = {name: tensor for block in blocks for name, tensor in block.tensors().items()}
     assert found.keys() == tensors.keys()
@@ -195,7 +202,9 @@ def test_a_worker_loads_from_the_trainer_s_memory(
     assert client.worker.hetero_ppo_arrived == () and transport._blocks == []
 
 
-def test_a_restarted_worker_gets_blocks_of_the_files(tensors: dict[str, Tensor], shared: dict[int, Tensor], tmp_path: Path) -> None:
+def test_a_restarted_worker_gets_blocks_of_the_files(
+    tensors: dict[str, Tensor], shared: dict[int, Tensor], tmp_path: Path
+) -> None:
     client, transport = Client(Worker(tensors)), DeviceBlocks(CPU, 5.0, PinnedStaging())
     files = write_weights(tmp_path / "w", iter(tensors.items()), "v1", Dtype.fp32)
     assert asyncio.run(transport.deliver([client], files)) == {}
@@ -214,7 +223,9 @@ def test_a_bit_that_is_lost_on_the_way_names_the_tensor_before_the_load(
     assert client.worker.loaded == {} and "hetero_ppo_load_staged" not in client.methods
 
 
-def test_blocks_of_another_sync_are_refused(tensors: dict[str, Tensor], shared: dict[int, Tensor], tmp_path: Path) -> None:
+def test_blocks_of_another_sync_are_refused(
+    tensors: dict[str, Tensor], shared: dict[int, Tensor], tmp_path: Path
+) -> None:
     client, transport = Client(Worker(tensors)), DeviceBlocks(CPU, 5.0, PinnedStaging())
     sync(transport, client, tensors, tmp_path / "w")
     files = write_weights(tmp_path / "other", iter([("x", torch.ones(3))]), "v2", Dtype.fp32)
@@ -222,7 +233,9 @@ def test_blocks_of_another_sync_are_refused(tensors: dict[str, Tensor], shared: 
         asyncio.run(transport.deliver([client], files))
 
 
-def test_a_worker_on_another_device_is_an_error(tensors: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_on_another_device_is_an_error(
+    tensors: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     client, transport = Client(Worker(tensors)), DeviceBlocks(CPU, 5.0, PinnedStaging())
     monkeypatch.setattr(Worker, "hetero_ppo_device", lambda worker: {"device": "GPU-7"})
     with pytest.raises(RunError, match="cuda_ipc: server 0 is on the device GPU-7, the trainer on cpu; use collective"):

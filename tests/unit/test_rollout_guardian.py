@@ -17,7 +17,17 @@ STUBBORN = "trap '' TERM; sleep 300 & wait; wait"
 
 def start(directory: Path, *command: str, grace_s: float = 0.3) -> tuple[subprocess.Popen[str], int]:
     """The guardian, and the process group of its child."""
-    argv = [sys.executable, "-I", guardian.__file__, str(os.getpid()), str(grace_s), str(directory), "-1", "--", *command]
+    argv = [
+        sys.executable,
+        "-I",
+        guardian.__file__,
+        str(os.getpid()),
+        str(grace_s),
+        str(directory),
+        "-1",
+        "--",
+        *command,
+    ]
     process = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True)
     return process, int(process.stdout.readline())
 

@@ -32,7 +32,6 @@ class RunningServer(VllmServer):
         return True
 
 
-
 class FakeVllm:
     """Health is always fine; workers answer until ``is_stopped``, prompts and syncs never."""
 
@@ -132,9 +131,13 @@ def test_the_question_is_let_in_by_the_servers_guard() -> None:
 def test_a_deadline_that_is_missed_names_its_option() -> None:
     async def run() -> None:
         async with FakeVllm().serving(None) as client:
-            with pytest.raises(ServerHangs, match="/inference/v1/generate was not answered within 0 s; rollout.request_timeout_s"):
+            with pytest.raises(
+                ServerHangs, match="/inference/v1/generate was not answered within 0 s; rollout.request_timeout_s"
+            ):
                 await generate(client, 0.1)
-            with pytest.raises(ServerHangs, match="/collective_rpc was not answered within 0 s; rollout.sync_timeout_s"):
+            with pytest.raises(
+                ServerHangs, match="/collective_rpc was not answered within 0 s; rollout.sync_timeout_s"
+            ):
                 await client.post("weight sync", "/collective_rpc", 0.1, {"method": "stage"})
 
     asyncio.run(run())
@@ -172,7 +175,9 @@ def test_a_server_with_a_stopped_guardian_can_be_killed(tmp_path: Path, monkeypa
     monkeypatch.setattr(server_module, "command_line", lambda spec, endpoint: program)
     monkeypatch.setattr(server_module, "KILL_WAIT_S", 0.2)
     with tempfile.TemporaryDirectory() as folder:
-        server = VllmServer(0, ServerSpec("m", Dtype.fp32, 8, True, False, RolloutConfig(), 1), Path(folder), tmp_path / "log")
+        server = VllmServer(
+            0, ServerSpec("m", Dtype.fp32, 8, True, False, RolloutConfig(), 1), Path(folder), tmp_path / "log"
+        )
         server.spawn()
         os.kill(server._process.pid, signal.SIGSTOP)
         start = time.monotonic()

@@ -28,7 +28,9 @@ def checksums(tensors: dict[str, Tensor]) -> dict[str, str]:
 
 def sent_attention() -> dict[str, Tensor]:
     torch.manual_seed(0)
-    sent = {f"m.attn.{part}.weight": torch.randn(rows, 6) for part, rows in (("q_proj", 8), ("k_proj", 4), ("v_proj", 4))}
+    sent = {
+        f"m.attn.{part}.weight": torch.randn(rows, 6) for part, rows in (("q_proj", 8), ("k_proj", 4), ("v_proj", 4))
+    }
     return sent | {name.replace("weight", "bias"): tensor[:, 0].clone() for name, tensor in sent.items()}
 
 
@@ -79,16 +81,24 @@ def test_parts_of_tensor_parallel_ranks(rank: int) -> None:
     full = torch.arange(48.0).view(8, 6)
     assert torch.equal(part_of(full, (2, 6), rank, 4, padded=False), full[2 * rank : 2 * rank + 2])  # column-parallel
     columns = torch.arange(48.0).view(6, 8)
-    assert torch.equal(part_of(columns, (6, 2), rank, 4, padded=False), columns[:, 2 * rank : 2 * rank + 2])  # row-parallel
+    assert torch.equal(
+        part_of(columns, (6, 2), rank, 4, padded=False), columns[:, 2 * rank : 2 * rank + 2]
+    )  # row-parallel
     shared = rank // 2  # two key heads over four ranks: each is held twice
     assert torch.equal(part_of(full, (4, 6), rank, 4, padded=False), full[4 * shared : 4 * shared + 4])
-    assert torch.equal(part_of(full, (3, 6), rank, 4, padded=True), full[3 * rank : 3 * rank + 3])  # a vocabulary of 8 in 12 rows
+    assert torch.equal(
+        part_of(full, (3, 6), rank, 4, padded=True), full[3 * rank : 3 * rank + 3]
+    )  # a vocabulary of 8 in 12 rows
 
 
 def test_a_part_is_compared_without_its_padding() -> None:
     sent = {"embed.weight": torch.randn(8, 6)}
     held = torch.zeros(5, 6)
     held[:3] = sent["embed.weight"][5:]
-    assert compare_pieces({"embed.weight": held}, sent, checksums(sent), rank=1, size=2, padded=True) == {"embed.weight": False}
+    assert compare_pieces({"embed.weight": held}, sent, checksums(sent), rank=1, size=2, padded=True) == {
+        "embed.weight": False
+    }
     held[2, 5] += 1
-    assert compare_pieces({"embed.weight": held}, sent, checksums(sent), rank=1, size=2, padded=True) == {"embed.weight": True}
+    assert compare_pieces({"embed.weight": held}, sent, checksums(sent), rank=1, size=2, padded=True) == {
+        "embed.weight": True
+    }

@@ -29,7 +29,9 @@ PROGRAM = "import os, time; print('here', os.environ['VLLM_API_KEY'], os.getpid(
 
 def cluster(node: int, counts: list[int], store: dist.Store) -> Cluster:
     """As ``meet_nodes`` makes it."""
-    return Cluster(node, "127.0.0.1", counts, SignedStore(store, derived_key(SECRET, "orders and states"), "servers"), SECRET)
+    return Cluster(
+        node, "127.0.0.1", counts, SignedStore(store, derived_key(SECRET, "orders and states"), "servers"), SECRET
+    )
 
 
 def wait_until(condition: Callable[[], bool]) -> None:

@@ -66,7 +66,12 @@ def test_replay_answers_by_prompt_and_step(tmp_path: Path) -> None:
     generator = ReplayGenerator(tmp_path)
     reported: list[tuple[int, int, list[int]]] = []
     answers = ask(
-            generator, [[6], [5]], SAMPLING, n=2, seed=0, on_response=lambda i, j, response: reported.append((i, j, response.token_ids))
+        generator,
+        [[6], [5]],
+        SAMPLING,
+        n=2,
+        seed=0,
+        on_response=lambda i, j, response: reported.append((i, j, response.token_ids)),
     )
     assert reported == [(0, 0, [11]), (0, 1, [13]), (1, 0, [10]), (1, 1, [12])]
     assert [[r.token_ids for r in group] for group in answers] == [[[11], [13]], [[10], [12]]]
@@ -81,7 +86,9 @@ class TestContract(GeneratorContract):
     @pytest.fixture
     def generator(self, tmp_path: Path) -> ReplayGenerator:
         records = [
-            RolloutRecord(1, prompt, PROMPTS[prompt], [7] * limit, [-0.5] * limit, "length", "initial", chunk=int(prompt == 0))
+            RolloutRecord(
+                1, prompt, PROMPTS[prompt], [7] * limit, [-0.5] * limit, "length", "initial", chunk=int(prompt == 0)
+            )
             for prompt, limit in enumerate(LIMITS)
             for _ in range(2)
         ]

@@ -22,7 +22,15 @@ from hetero_ppo.rollout.servers import server as server_module
 from hetero_ppo.rollout.vllm import VllmGenerator, check_devices
 from hetero_ppo.rollout.checks import check_prompts
 from hetero_ppo.rollout.requests import response_seed
-from hetero_ppo.rollout.servers.server import Endpoint, ServerSpec, VllmServer, command_line, environment, first_error, server_threads
+from hetero_ppo.rollout.servers.server import (
+    Endpoint,
+    ServerSpec,
+    VllmServer,
+    command_line,
+    environment,
+    first_error,
+    server_threads,
+)
 
 
 SOCKET = Endpoint(socket_path=Path("/run/0.sock"))
@@ -60,7 +68,9 @@ def test_servers_have_a_tokenizer_only_when_stop_strings_need_one() -> None:
 
 
 def test_cuda_command_line_compiles_and_takes_a_share_of_the_device() -> None:
-    command = command_line(make_spec(cuda=True, load_weights=False, tensor_parallel=2, gpu_memory_utilization=0.3), SOCKET)
+    command = command_line(
+        make_spec(cuda=True, load_weights=False, tensor_parallel=2, gpu_memory_utilization=0.3), SOCKET
+    )
     assert option(command, "--gpu-memory-utilization") == "0.3" and option(command, "--tensor-parallel-size") == "2"
     assert "--enforce-eager" not in command and "--kv-cache-memory-bytes" not in command
     assert option(command, "--load-format") == "dummy"
@@ -96,10 +106,15 @@ def test_gpus_run_the_model_runner_that_a_cpu_has() -> None:
 def test_batch_invariance_is_asked_for_by_a_variable() -> None:
     for wanted, value in ((True, "1"), (False, "0")):  # whatever the user's shell has
         spec = make_spec(cuda=True, batch_invariant=wanted)
-        assert environment(spec, 0, Path("/private"), "key", {"VLLM_BATCH_INVARIANT": "x"})["VLLM_BATCH_INVARIANT"] == value
+        assert (
+            environment(spec, 0, Path("/private"), "key", {"VLLM_BATCH_INVARIANT": "x"})["VLLM_BATCH_INVARIANT"]
+            == value
+        )
 
 
-@pytest.mark.parametrize(("cores", "servers", "asked", "threads"), [(2, 1, None, 2), (16, 3, None, 5), (1, 2, None, 1), (2, 1, 1, 1)])
+@pytest.mark.parametrize(
+    ("cores", "servers", "asked", "threads"), [(2, 1, None, 2), (16, 3, None, 5), (1, 2, None, 1), (2, 1, 1, 1)]
+)
 def test_server_threads(cores: int, servers: int, asked: int | None, threads: int) -> None:
     assert server_threads(RolloutConfig(server_threads=asked), cores, servers) == threads
 
@@ -110,7 +125,9 @@ def test_a_server_for_every_rank_or_as_many_as_asked_for() -> None:
     config = RolloutConfig(num_servers=5, tensor_parallel=2)
     check_devices(config, 3, 6)
     check_devices(config, 3, None)
-    with pytest.raises(ValueError, match="num_servers=5 with rollout.tensor_parallel=2 needs 6 GPUs on .* for 3 servers; it has 4"):
+    with pytest.raises(
+        ValueError, match="num_servers=5 with rollout.tensor_parallel=2 needs 6 GPUs on .* for 3 servers; it has 4"
+    ):
         check_devices(config, 3, 4)
     with pytest.raises(ValueError, match="rollout.batch_invariant=True: it is for GPUs, and there is none"):
         check_devices(RolloutConfig(batch_invariant=True), 1, None)
@@ -127,7 +144,9 @@ def test_servers_are_dealt_over_the_nodes(monkeypatch: pytest.MonkeyPatch) -> No
     assert servers_of_nodes(RolloutConfig(tensor_parallel=2), 8) == [1, 1, 1, 1]
     assert servers_of_nodes(RolloutConfig(num_servers=6), 8) == [2, 2, 1, 1]
     config = PpoConfig(rollout=RolloutConfig(num_servers=6, weight_transfer=WeightTransfer.shared_memory))
-    with pytest.raises(ValueError, match="rollout.weight_transfer=shared_memory: .* and 4 of 6 are on other nodes; use auto"):
+    with pytest.raises(
+        ValueError, match="rollout.weight_transfer=shared_memory: .* and 4 of 6 are on other nodes; use auto"
+    ):
         check_weight_transfer(config, 8)
 
 
@@ -206,7 +225,10 @@ def test_nobody_takes_the_port_of_a_server_of_another_node(short_path: Path, mon
 def test_a_server_of_another_node_gets_a_socket_of_its_nodes_address() -> None:
     server = VllmServer(5, make_spec(), Path("/private"), Path("log"), place=1, address="127.0.0.1", api_key="k")
     command = command_line(server.spec, server.endpoint)
-    assert command[2:4] == ["hetero_ppo.rollout.servers.inherited_socket", str(server.endpoint.listen_fd)] and server.api_key == "k"
+    assert (
+        command[2:4] == ["hetero_ppo.rollout.servers.inherited_socket", str(server.endpoint.listen_fd)]
+        and server.api_key == "k"
+    )
     assert option(command, "--host") == "127.0.0.1" and int(option(command, "--port")) > 0 and "--uds" not in command
     assert server.name == f"rollout server 5 (127.0.0.1:{option(command, '--port')})"
     assert option(command, "--middleware") == "hetero_ppo.rollout.servers.server_token.RequireToken"
@@ -217,12 +239,19 @@ def test_a_server_that_ends_while_starting_is_one_clear_error(tmp_path: Path, mo
     program = "import sys; print('a line of the log', flush=True); sys.exit('OSError: no config.json')"
     monkeypatch.setattr(server_module, "command_line", lambda spec, endpoint: [sys.executable, "-c", program])
     engine = VllmGenerator(
-        RolloutConfig(), model_path=str(tmp_path), dtype=Dtype.fp32, run_dir=tmp_path, max_model_len=64, eos_token_ids=[1]
+        RolloutConfig(),
+        model_path=str(tmp_path),
+        dtype=Dtype.fp32,
+        run_dir=tmp_path,
+        max_model_len=64,
+        eos_token_ids=[1],
     )
     with pytest.raises(RunError) as caught:
         engine.start()
     text = str(caught.value)
-    assert re.match(r"start: rollout server 0 \(unix:.*\) ended while starting .*exit code 1; log: .*server_0.log; its last", text)
+    assert re.match(
+        r"start: rollout server 0 \(unix:.*\) ended while starting .*exit code 1; log: .*server_0.log; its last", text
+    )
     assert text.endswith("    a line of the log\n    OSError: no config.json")
     with pytest.raises(RuntimeError, match="not running"):
         ask(engine, [[2]], SamplingConfig(max_tokens=4), n=1, seed=0)
@@ -230,7 +259,10 @@ def test_a_server_that_ends_while_starting_is_one_clear_error(tmp_path: Path, mo
 
 def test_the_first_error_of_a_servers_log_is_named() -> None:
     """Lines as vLLM 0.32 writes them when its model has a head size without a kernel."""
-    core, server = "(EngineCore pid=7) ERROR 11-28 05:10:04 [core.py:1512] ", "(APIServer pid=5) ERROR 11-28 05:10:04 [async_llm.py:906] "
+    core, server = (
+        "(EngineCore pid=7) ERROR 11-28 05:10:04 [core.py:1512] ",
+        "(APIServer pid=5) ERROR 11-28 05:10:04 [async_llm.py:906] ",
+    )
     cause = core + "RuntimeError: Unsupported CPU attention configuration: head_dim=16 isa=2 kv_cache_idx=0"
     lines = [
         "(APIServer pid=5) WARNING 11-28 05:10:02 [base.py:380] ValueError: Tokenizer not available",
@@ -243,7 +275,10 @@ def test_the_first_error_of_a_servers_log_is_named() -> None:
     ]
     assert first_error(lines) == cause
     assert first_error([lines[0], lines[5], lines[1]]) is None
-    assert first_error(["Traceback (most recent call last):", "torch.OutOfMemoryError: CUDA"]) == "torch.OutOfMemoryError: CUDA"
+    assert (
+        first_error(["Traceback (most recent call last):", "torch.OutOfMemoryError: CUDA"])
+        == "torch.OutOfMemoryError: CUDA"
+    )
 
 
 def test_a_path_too_long_for_a_socket_is_refused(tmp_path: Path) -> None:
@@ -259,7 +294,9 @@ def test_seeds_differ_by_call_prompt_and_sample() -> None:
 
 def test_prompts_are_checked_before_they_are_sent() -> None:
     check_prompts([[1] * 8], [8], 16)
-    with pytest.raises(ValueError, match="prompt 1 has 9 tokens; with sampling.max_tokens=8 that is more than .* 16 tokens"):
+    with pytest.raises(
+        ValueError, match="prompt 1 has 9 tokens; with sampling.max_tokens=8 that is more than .* 16 tokens"
+    ):
         check_prompts([[1], [1] * 9], [8, 8], 16)
     with pytest.raises(ValueError, match="prompt 1 has no tokens"):
         check_prompts([[1], []], [8, 8], 16)

@@ -86,7 +86,15 @@ def test_nothing_without_the_token_and_of_vllm_only_what_the_trainer_uses(guard:
     for route in ROUTES - {"/collective_rpc"}:
         assert ask(guard, "POST", route, OWNER, b"{}")[:2] == (200, b"{}")
         assert ask(guard, "GET", route, OWNER)[0] == 404
-    for route in ("/v1/completions", "/server_info", "/update_weights", "/collective_rpc/", "//collective_rpc", "/metrics", "/health"):
+    for route in (
+        "/v1/completions",
+        "/server_info",
+        "/update_weights",
+        "/collective_rpc/",
+        "//collective_rpc",
+        "/metrics",
+        "/health",
+    ):
         assert ask(guard, "POST", route, OWNER)[0] == 404
     closed: list[Message] = []
 
@@ -101,11 +109,22 @@ def test_nothing_without_the_token_and_of_vllm_only_what_the_trainer_uses(guard:
 
 
 def test_workers_are_called_by_our_own_methods_alone(guard: RequireToken, tmp_path: Path) -> None:
-    own = {name for name in vars(WeightReceiver) if name.startswith("hetero_ppo_") and callable(vars(WeightReceiver)[name])}
+    own = {
+        name for name in vars(WeightReceiver) if name.startswith("hetero_ppo_") and callable(vars(WeightReceiver)[name])
+    }
     assert own == WORKER_METHODS
     for method in WORKER_METHODS:
         assert call(guard, method=method, kwargs={}, timeout=1.0) == 200
-    for method in ("load_model", "execute_method", "save_sharded_state", "hetero_ppo", "_hetero_ppo_load", "", None, ["hetero_ppo_device"]):
+    for method in (
+        "load_model",
+        "execute_method",
+        "save_sharded_state",
+        "hetero_ppo",
+        "_hetero_ppo_load",
+        "",
+        None,
+        ["hetero_ppo_device"],
+    ):
         assert call(guard, method=method, kwargs={}) == 403
     assert call(guard, method="hetero_ppo_device", args=[1], kwargs={}) == 403
     assert call(guard, method="hetero_ppo_device", kwargs=[1]) == 403
@@ -127,7 +146,9 @@ def test_workers_read_files_of_this_run_alone(guard: RequireToken, tmp_path: Pat
 def test_health_proves_that_the_server_knows_the_token(guard: RequireToken) -> None:
     status, _, headers = ask(guard, "GET", "/health", [(CHALLENGE.encode(), b"5")])
     assert status == 200 and headers[PROOF.encode()] == proof_of(TOKEN, "5").encode() and headers[b"x-a"] == b"b"
-    assert proof_of(TOKEN, "5") not in (proof_of(TOKEN, "6"), proof_of("another", "5")) and TOKEN not in proof_of(TOKEN, "5")
+    assert proof_of(TOKEN, "5") not in (proof_of(TOKEN, "6"), proof_of("another", "5")) and TOKEN not in proof_of(
+        TOKEN, "5"
+    )
     assert ask(guard, "GET", "/health", [])[0] == 401
     assert ask(guard, "GET", "/health", [(CHALLENGE.encode(), b"5" * (MAX_CHALLENGE_BYTES + 1))])[0] == 401
     assert ask(guard, "POST", "/pause", [(CHALLENGE.encode(), b"5")])[0] == 401
@@ -162,12 +183,16 @@ async def meet_a_thief(folder: Path, answers: dict[str, str]) -> None:
     application.router.add_route("*", "/{any:.*}", answer)
     runner = web.AppRunner(application)
     await runner.setup()
-    server = RunningServer(0, ServerSpec("model", Dtype.fp32, 8, True, False, RolloutConfig(), 1), folder, folder / "log")
+    server = RunningServer(
+        0, ServerSpec("model", Dtype.fp32, 8, True, False, RolloutConfig(), 1), folder, folder / "log"
+    )
     await web.UnixSite(runner, str(server.endpoint.socket_path)).start()
     client = ServerClient(server)
     await client.open()
     try:
-        with pytest.raises(RunError, match="start: rollout server 0 .* does not know the server's key; its token and prompts"):
+        with pytest.raises(
+            RunError, match="start: rollout server 0 .* does not know the server's key; its token and prompts"
+        ):
             await client.wait_ready(5.0)
         assert not await client.healthy()
     finally:

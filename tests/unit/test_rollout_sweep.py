@@ -43,7 +43,9 @@ class Timed(NullGenerator):
 
 def sweep(generator: Timed, budget_s: float = 100.0, max_tokens: int = 512) -> SweepResult:
     sampling = SamplingConfig(max_tokens=max_tokens, stop=["x"], stop_token_ids=[3], temperature=0.7)
-    return find_running_batch(generator, prompts_of([[1], [2, 3]]), sampling, largest=200, budget_s=budget_s, clock=generator.clock)
+    return find_running_batch(
+        generator, prompts_of([[1], [2, 3]]), sampling, largest=200, budget_s=budget_s, clock=generator.clock
+    )
 
 
 def test_the_fewest_requests_that_are_as_fast_as_the_best() -> None:

@@ -81,7 +81,10 @@ def test_a_checksum_sees_one_changed_bit() -> None:
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_expected_names_are_those_of_the_checkpoint(tied: bool) -> None:
-    for config in (LlamaConfig(**TINY, tie_word_embeddings=tied), Qwen3Config(**TINY, head_dim=4, tie_word_embeddings=tied)):
+    for config in (
+        LlamaConfig(**TINY, tie_word_embeddings=tied),
+        Qwen3Config(**TINY, head_dim=4, tie_word_embeddings=tied),
+    ):
         shapes, optional = expected_shapes(config)
         assert shapes["model.embed_tokens.weight"] == [16, 8]
         assert shapes["model.layers.1.self_attn.k_proj.weight"] == [4, 8]

@@ -58,7 +58,9 @@ def test_a_used_folder_is_refused_and_nothing_in_it_changes(tmp_path: Path) -> N
     assert names(folder) == before
 
 
-@pytest.mark.parametrize("name", ["rollouts/step_000001.jsonl", "bank/step_000000.jsonl", "hf/config.json", "metrics.jsonl"])
+@pytest.mark.parametrize(
+    "name", ["rollouts/step_000001.jsonl", "bank/step_000000.jsonl", "hf/config.json", "metrics.jsonl"]
+)
 def test_every_kind_of_result_is_refused(tmp_path: Path, name: str) -> None:
     file = tmp_path / "run" / name
     file.parent.mkdir(parents=True)

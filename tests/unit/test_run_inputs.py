@@ -42,7 +42,9 @@ def test_a_template_that_prints_the_date_prints_the_day_on_which_the_run_began(t
 
 def test_labels_and_metadata_are_part_of_the_data(tmp_path: Path) -> None:
     def digests(name: str, **row: object) -> tuple[str, str]:
-        path = write_jsonl(tmp_path / f"{name}.jsonl", [{"prompt": "hello there", **row}, {"prompt": "hello", "label": None}])
+        path = write_jsonl(
+            tmp_path / f"{name}.jsonl", [{"prompt": "hello there", **row}, {"prompt": "hello", "label": None}]
+        )
         found = load_prompts(path, data_config(), chatml_encoder())
         return found.fingerprint, labels_digest(found.examples)
 

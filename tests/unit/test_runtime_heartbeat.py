@@ -49,7 +49,9 @@ def launched(tmp_path: Path, *kinds: str) -> Iterator[subprocess.Popen[str]]:
     program.write_text(RANK)
     command = [sys.executable, "-m", "hetero_ppo.cli.launcher", "--standalone", "--nproc-per-node", "2", str(program)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen([*command, *kinds, str(tmp_path / "rank")], env=env, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [*command, *kinds, str(tmp_path / "rank")], env=env, stderr=subprocess.PIPE, text=True
+    ) as process:
         try:
             yield process
         finally:
@@ -61,7 +63,9 @@ def test_silent_ranks_end_the_run(tmp_path: Path) -> None:
         _, text = launcher.communicate(timeout=90)
     assert launcher.returncode == EXIT_STUCK, text
     lines = sorted(line for line in text.splitlines() if line.startswith("error: "))
-    assert len(lines) == 2 and all("(run.heartbeat_timeout_s), in phase values; its state is " in line for line in lines), text
+    assert len(lines) == 2 and all(
+        "(run.heartbeat_timeout_s), in phase values; its state is " in line for line in lines
+    ), text
     assert lines[0].startswith("error: rank 0 on ") and "R (runs)" in lines[0]
     assert "in never_returns" in text.partition("error: ")[0]
     assert lines[1].startswith("error: rank 1 on ") and "T (stopped)" in lines[1] and "SIGCONT" in lines[1]

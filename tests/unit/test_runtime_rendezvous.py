@@ -75,7 +75,10 @@ def test_every_way_to_start_gets_our_rendezvous(arguments: tuple[str, ...], endp
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--rdzv-backend", "c10d", "--rdzv-endpoint", "head:1"], "error: --rdzv-backend=c10d: .* runs code of whoever"),
+        (
+            ["--rdzv-backend", "c10d", "--rdzv-endpoint", "head:1"],
+            "error: --rdzv-backend=c10d: .* runs code of whoever",
+        ),
         (["--standalone", "--nnodes", "2"], "error: --standalone is for one node, --nnodes=2 for several"),
         (["--nnodes", "2", "--node-rank", "2"], r"error: --node-rank=2 of --nnodes=2: must be in 0\.\.1"),
     ],
@@ -107,7 +110,9 @@ def listening(port: int) -> set[str]:
     return {row[1].split(":")[0] for row in rows if row[3] == "0A" and row[1].endswith(f":{port:04X}")}
 
 
-def test_on_one_node_the_launchers_store_is_its_own_and_the_ranks_meet_in_a_private_file(one_node: StaticRendezvous) -> None:
+def test_on_one_node_the_launchers_store_is_its_own_and_the_ranks_meet_in_a_private_file(
+    one_node: StaticRendezvous,
+) -> None:
     info = one_node.next_rendezvous()
     info.store.set("of the launcher", "1")
     assert info.store.multi_get(["of the launcher"]) == [b"1"] and one_node.use_agent_store
@@ -147,15 +152,23 @@ def test_several_nodes_meet_at_the_masters_address_alone() -> None:
 def test_nodes_that_cannot_meet_are_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
     with listening_socket("127.0.0.1", 0) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(RendezvousConnectionError, match=f"node 0 cannot listen on 127.0.0.1:{port} .*MASTER_PORT free"):
+        with pytest.raises(
+            RendezvousConnectionError, match=f"node 0 cannot listen on 127.0.0.1:{port} .*MASTER_PORT free"
+        ):
             rendezvous(f"127.0.0.1:{port}", 0, 2).next_rendezvous()
-    with pytest.raises(RendezvousConnectionError, match=r"node 0 cannot listen on 192\.0\.2\.77:1 .*an address of this node"):
+    with pytest.raises(
+        RendezvousConnectionError, match=r"node 0 cannot listen on 192\.0\.2\.77:1 .*an address of this node"
+    ):
         rendezvous("192.0.2.77:1", 0, 2).next_rendezvous()
-    with pytest.raises(RendezvousConnectionError, match=f"node 0: the 2 nodes did not meet at 127.0.0.1:{port} within 1 s"):
+    with pytest.raises(
+        RendezvousConnectionError, match=f"node 0: the 2 nodes did not meet at 127.0.0.1:{port} within 1 s"
+    ):
         rendezvous(f"127.0.0.1:{port}", 0, 2, timeout_s=1).next_rendezvous()
     found = socket.getaddrinfo("127.0.1.1", port, type=socket.SOCK_STREAM)
     monkeypatch.setattr(network.socket, "getaddrinfo", lambda *args, **kwargs: found)
-    with pytest.raises(RendezvousConnectionError, match=r"MASTER_ADDR=head stands for 127\.0\.1\.1 on node 0, .*do not reach"):
+    with pytest.raises(
+        RendezvousConnectionError, match=r"MASTER_ADDR=head stands for 127\.0\.1\.1 on node 0, .*do not reach"
+    ):
         rendezvous(f"head:{port}", 0, 2).next_rendezvous()
 
 

@@ -27,9 +27,19 @@ def dtypes(config: AnyConfig) -> dict[str, Dtype]:
 
 @pytest.mark.parametrize(("on_cuda", "default"), [(True, BF16), (False, FP32)])
 def test_null_goes_by_the_device(tmp_path: Path, on_cuda: bool, default: Dtype) -> None:
-    given = ["critic.model.dtype=fp32", "reward_model=null", "reward_models=[{model: {path: a, dtype: bf16}}, {model: {path: b}}]"]
+    given = [
+        "critic.model.dtype=fp32",
+        "reward_model=null",
+        "reward_models=[{model: {path: a, dtype: bf16}}, {model: {path: b}}]",
+    ]
     loaded, lines = settle(configured(tmp_path, "ppo", *given), on_cuda=on_cuda)
-    expected = {"actor": default, "critic": FP32, "reference": default, "reward_models.0": BF16, "reward_models.1": default}
+    expected = {
+        "actor": default,
+        "critic": FP32,
+        "reference": default,
+        "reward_models.0": BF16,
+        "reward_models.1": default,
+    }
     assert dtypes(loaded.config) == expected
     device = "CUDA" if on_cuda else "a CPU"
     fields = "actor.model.dtype, reference.model.dtype, reward_models.1.model.dtype"
@@ -57,12 +67,18 @@ def test_a_run_that_goes_on_keeps_the_checkpoints_dtypes(tmp_path: Path, kind: s
         loaded, (line,) = settle(configured(tmp_path, kind, f"checkpoint.load={run_dir}"), on_cuda=on_cuda)
         assert set(dtypes(loaded.config).values()) == {FP32}
         assert line.startswith("fp32 for ")
-        assert line.endswith(": as in the checkpoint; the default on CUDA is bf16" if on_cuda else ": the default on a CPU")
+        assert line.endswith(
+            ": as in the checkpoint; the default on CUDA is bf16" if on_cuda else ": the default on a CPU"
+        )
         resume = read_resume(loaded)
         assert resume is not None and resume.changes == []
     role = "actor" if kind == "ppo" else "reward"
-    changed, _ = settle(configured(tmp_path, kind, f"checkpoint.load={run_dir}", f"{role}.model.dtype=bf16"), on_cuda=True)
-    with pytest.raises(ValueError, match=f"stored in another form than this run reads: {role}.model.dtype: fp32 -> bf16"):
+    changed, _ = settle(
+        configured(tmp_path, kind, f"checkpoint.load={run_dir}", f"{role}.model.dtype=bf16"), on_cuda=True
+    )
+    with pytest.raises(
+        ValueError, match=f"stored in another form than this run reads: {role}.model.dtype: fp32 -> bf16"
+    ):
         read_resume(changed)
 
 
@@ -73,16 +89,32 @@ def test_a_checkpoint_that_is_not_there_is_left_to_the_resume(tmp_path: Path) ->
         read_resume(loaded)
 
 
-def test_a_plan_with_the_size_of_a_gpu_is_one_for_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_plan_with_the_size_of_a_gpu_is_one_for_gpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(Path(__file__).parents[2])
     model = {"path": "examples/memory/llama3_8b"}
     file = tmp_path / "rm.yaml"
-    file.write_text(json.dumps({"kind": "rm", "run": {"dir": str(tmp_path)}, "data": {"train": "a.jsonl"}, "reward": {"model": model}}))
+    file.write_text(
+        json.dumps(
+            {"kind": "rm", "run": {"dir": str(tmp_path)}, "data": {"train": "a.jsonl"}, "reward": {"model": model}}
+        )
+    )
     sizes = {}
     for size in ("--device-gib=400", None):
-        options = ["--config", str(file), "--host-gib=2000", "--json", str(tmp_path / "plan.json"), *([size] if size else [])]
+        options = [
+            "--config",
+            str(file),
+            "--host-gib=2000",
+            "--json",
+            str(tmp_path / "plan.json"),
+            *([size] if size else []),
+        ]
         assert main(["plan", *options]) == 0
         (role,) = json.loads((tmp_path / "plan.json").read_text())["roles"]
         sizes[role["dtype"]] = role["parameters_per_rank"]
-        assert f"{role['dtype']} for reward.model.dtype: the default on {'CUDA' if size else 'a CPU'}" in capsys.readouterr().out
+        assert (
+            f"{role['dtype']} for reward.model.dtype: the default on {'CUDA' if size else 'a CPU'}"
+            in capsys.readouterr().out
+        )
     assert set(sizes) == {"bf16", "fp32"}

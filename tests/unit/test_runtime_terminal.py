@@ -25,7 +25,9 @@ open(sys.argv[1], "w").write("done")
 def test_output_to_a_closed_terminal_is_no_error(tmp_path: Path) -> None:
     ours, theirs = os.openpty()
     command = [sys.executable, "-c", PROGRAM, str(tmp_path / "done")]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=theirs, stderr=theirs, start_new_session=True) as process:
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=theirs, stderr=theirs, start_new_session=True
+    ) as process:
         os.close(theirs)
         assert os.read(ours, 6) == b"before"
         os.close(ours)

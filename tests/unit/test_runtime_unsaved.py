@@ -5,7 +5,9 @@ import pytest
 from hetero_ppo.runtime.unsaved import LONG_RUN_STEPS, UnsavedWork
 
 
-def warnings(caplog: pytest.LogCaptureFixture, every: int, total: int, step_s: float, steps: int = 8) -> list[tuple[int, str]]:
+def warnings(
+    caplog: pytest.LogCaptureFixture, every: int, total: int, step_s: float, steps: int = 8
+) -> list[tuple[int, str]]:
     """Return (step, warning) of a run whose first step takes long."""
     now = [0.0]
     work = UnsavedWork(every, total, now=lambda: now[0])
@@ -21,7 +23,11 @@ def warnings(caplog: pytest.LogCaptureFixture, every: int, total: int, step_s: f
 
 def test_many_steps_are_warned_of_at_the_start(caplog: pytest.LogCaptureFixture) -> None:
     ((step, text),) = warnings(caplog, 0, LONG_RUN_STEPS, 0.1)
-    assert step == 0 and text.startswith("checkpoint.every is 0 and the run has 200 steps to go") and "loses everything" in text
+    assert (
+        step == 0
+        and text.startswith("checkpoint.every is 0 and the run has 200 steps to go")
+        and "loses everything" in text
+    )
 
 
 def test_few_long_steps_are_warned_of_when_they_are_measured(caplog: pytest.LogCaptureFixture) -> None:

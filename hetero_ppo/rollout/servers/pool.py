@@ -220,7 +220,9 @@ class ServerPool:
             async with member.lock:  # held while the server is restarted
                 starts = member.starts
             if member.is_down:
-                raise ServerIsDown(f"{phase}: {member.server.name} is down until the generator's next turn on the devices")
+                raise ServerIsDown(
+                    f"{phase}: {member.server.name} is down until the generator's next turn on the devices"
+                )
             try:
                 return await send(member.client)
             except ServerDied as error:
@@ -255,7 +257,9 @@ class ServerPool:
         async with self._revived:
             while not self.up:
                 if self.on_stalled is None:
-                    raise ServerIsDown(f"{phase}: all rollout servers are down until the generator's next turn on the devices")
+                    raise ServerIsDown(
+                        f"{phase}: all rollout servers are down until the generator's next turn on the devices"
+                    )
                 self.on_stalled()
                 await self._revived.wait()
 
@@ -302,7 +306,9 @@ class ServerPool:
 
     async def _stage(self, client: ServerClient, files: WeightFiles) -> float:
         expected = self.transport.checksums(files)
-        return await stage(client, files, self.sync_timeout_s, reads_files=self.transport.reads_files, checksums=expected)
+        return await stage(
+            client, files, self.sync_timeout_s, reads_files=self.transport.reads_files, checksums=expected
+        )
 
     async def _swap(self, member: Member, files: WeightFiles) -> float:
         starts = member.starts

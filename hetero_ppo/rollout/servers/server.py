@@ -163,7 +163,10 @@ def command_line(spec: ServerSpec, endpoint: Endpoint) -> list[str]:
     command += ["--disable-uvicorn-access-log", "--disable-log-stats"]
     command += ["--skip-tokenizer-init"] if spec.tokenizer_path is None else ["--tokenizer", spec.tokenizer_path]
     command += ["--worker-extension-cls", "hetero_ppo.rollout.weights.worker_extension.WeightReceiver"]
-    command += ["--load-format", "safetensors" if spec.load_weights else "dummy"]  # vLLM's default takes pickled weights too
+    command += [
+        "--load-format",
+        "safetensors" if spec.load_weights else "dummy",
+    ]  # vLLM's default takes pickled weights too
     if spec.cuda:
         command += ["--gpu-memory-utilization", str(config.gpu_memory_utilization)]
         command += ["--enable-sleep-mode"] if sleeps(config, cuda=True) else []
@@ -221,7 +224,9 @@ def first_error(lines: list[str]) -> str | None:
 
     Its last lines say little: every process of the server reports that another one has died, and how it shuts down.
     """
-    return next((line for line in lines if LOG_ERROR.search(line) and not any(word in line for word in LOG_NO_CAUSE)), None)
+    return next(
+        (line for line in lines if LOG_ERROR.search(line) and not any(word in line for word in LOG_NO_CAUSE)), None
+    )
 
 
 def _indented(lines: list[str]) -> str:

@@ -34,7 +34,9 @@ async def call_workers(
     Raises:
         RunError: A call, or the trainer's part, failed.
     """
-    calls = [client.call_worker(PHASE, method, timeout_s, **own) for client, own in zip(clients, arguments, strict=True)]
+    calls = [
+        client.call_worker(PHASE, method, timeout_s, **own) for client, own in zip(clients, arguments, strict=True)
+    ]
     parts = calls if own_part is None else [*calls, asyncio.to_thread(own_part)]
     results = await asyncio.gather(*parts, return_exceptions=True)
     died = {index: result for index, result in enumerate(results) if isinstance(result, ServerDied)}

@@ -77,7 +77,9 @@ class DeviceBlocks:
         self._checksums = dict(zip(tensors, sums, strict=True))
         for index, block in enumerate(self._blocks):
             # A handle for each receiver: opening it counts.
-            handles = [{"header": block.header, "handle": IpcHandle.of(block.data).to_json(), "index": index} for _ in clients]
+            handles = [
+                {"header": block.header, "handle": IpcHandle.of(block.data).to_json(), "index": index} for _ in clients
+            ]
             _, died = await call_workers(clients, "hetero_ppo_open", handles, self.timeout_s)
             if died:
                 break

@@ -58,7 +58,9 @@ class SignedStore(dist.Store):
         return f"{self._name}/{key}"
 
     def _mac(self, key: str, content: bytes) -> bytes:
-        return hmac.digest(self._key, len(self._full(key)).to_bytes(4, "big") + self._full(key).encode() + content, "sha256")
+        return hmac.digest(
+            self._key, len(self._full(key)).to_bytes(4, "big") + self._full(key).encode() + content, "sha256"
+        )
 
     def set(self, key: str, value: str | bytes) -> None:
         """Write a value, newer than all that this member wrote before."""

@@ -153,7 +153,9 @@ class WeightGroup:
             while not work.is_completed():  # wait() orders streams alone, and would wait for ever
                 if time.monotonic() > deadline:
                     self._group.abort()
-                    raise RuntimeError(f"NCCL broadcast of weights: not done within {self.meeting.broadcast_timeout_s:.0f} s")
+                    raise RuntimeError(
+                        f"NCCL broadcast of weights: not done within {self.meeting.broadcast_timeout_s:.0f} s"
+                    )
                 time.sleep(POLL_S)
             work.wait()
             torch.cuda.synchronize()

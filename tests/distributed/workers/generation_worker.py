@@ -22,7 +22,8 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
     reported: list[list[int]] = []
     with MegatronGenerator(RolloutConfig(max_num_seqs=3), actor, max_model_len=64, eos_token_ids=[1]) as generator:
         answers = ask(
-            generator, job["prompts"],
+            generator,
+            job["prompts"],
             SamplingConfig(max_tokens=24, stop_token_ids=[2, 3, 4, 5, 6, 7, 8]),
             n=2,
             seed=11,

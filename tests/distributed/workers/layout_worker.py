@@ -77,7 +77,10 @@ def measure(options: dict[str, Any]) -> dict[str, list[float]]:
 
     rm = TrainEngine("reward", config, "score", 10)
     pairs = PreferenceBatch(ids[:4], lengths[:4], ids[4:], lengths[4:])
-    steps = [rm.train_step([LossTerm(rm.pair_microbatches(pairs), reward_loss_fn(RewardModelLossConfig()), 4)]) for _ in range(3)]
+    steps = [
+        rm.train_step([LossTerm(rm.pair_microbatches(pairs), reward_loss_fn(RewardModelLossConfig()), 4)])
+        for _ in range(3)
+    ]
     result["rm_loss"] = [step.loss for step in steps]
     result["rm_grad_norm"] = [step.grad_norm for step in steps]
     result["scores"] = rm.forward(ids, lengths, scores_output).tolist()

@@ -48,10 +48,12 @@ class Sent(TorchDispatchMode):
 class Allocated(TorchDispatchMode):
     """Counts the bytes of new floating-point tensors."""
 
-    ALLOCATING = frozenset({
-        *(aten.empty.memory_format, aten.empty_like.default, aten.zeros.default, aten.cat.default),
-        *(aten.clone.default, aten.constant_pad_nd.default),
-    })
+    ALLOCATING = frozenset(
+        {
+            *(aten.empty.memory_format, aten.empty_like.default, aten.zeros.default, aten.cat.default),
+            *(aten.clone.default, aten.constant_pad_nd.default),
+        }
+    )
 
     def __init__(self) -> None:
         super().__init__()
@@ -130,7 +132,9 @@ def differing(folder: Path, expected: dict[str, Tensor]) -> list[str]:
     found = whole_tensors(folder)
     names = sorted(expected.keys() ^ found.keys())
     for name in expected.keys() & found.keys():
-        rows = min(len(found[name]), len(expected[name])) if "word_embeddings" in name or "output_layer" in name else None
+        rows = (
+            min(len(found[name]), len(expected[name])) if "word_embeddings" in name or "output_layer" in name else None
+        )
         if not torch.equal(found[name][:rows], expected[name][:rows]):
             names.append(name)
     return names
@@ -161,7 +165,9 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
             result[name] = str(error)
             continue
         result[name] = {"allocated": allocated.num_bytes, "differing": differing(save(other, folder / name), saved)}
-        result[name]["parameters"] = sum(parameter.numel() for chunk in other.models for parameter in chunk.parameters())
+        result[name]["parameters"] = sum(
+            parameter.numel() for chunk in other.models for parameter in chunk.parameters()
+        )
         if layout == job["written"]:
             result[name]["steps"] = [step(other), following]
     return result

@@ -43,7 +43,9 @@ def main() -> None:
     assert group is not None and group.size() == 2
     if rank == 1:
         groups._made.key = b"of somebody else"
-    with pytest.raises(RunError, match=rf"rank {rank} of 2 in group 1 .*who connected as rank {1 - rank} is not of this run"):
+    with pytest.raises(
+        RunError, match=rf"rank {rank} of 2 in group 1 .*who connected as rank {1 - rank} is not of this run"
+    ):
         groups._group([[1, 0]])
     finish()
     os.environ[RUN_KEY] = f"of node {rank}"
