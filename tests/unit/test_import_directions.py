@@ -1,13 +1,12 @@
-"""The house rules that a reader of the source can check: imports go one way, files and functions stay small."""
+"""The rules of CONTRIBUTING.md that a reader of the source can check: imports go one way, files and functions stay small."""
 
 from __future__ import annotations
 
 import ast
 import functools
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
-
-import pytest
+from typing import TypeVar
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("hetero_ppo", "megatron_bridge")
@@ -73,6 +72,7 @@ TYPED = MODULES + sorted(
     path for folder in ("benchmarks", "examples", "scripts", "tests") for path in (ROOT / folder).rglob("*.py")
 )
 Function = ast.FunctionDef | ast.AsyncFunctionDef
+Node = TypeVar("Node", bound=ast.AST)
 
 
 def name_of(path: Path) -> str:
@@ -80,8 +80,8 @@ def name_of(path: Path) -> str:
 
 
 @functools.cache
-def tree_of(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"))
+def nodes_in(path: Path) -> list[ast.AST]:
+    return list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
 
 
 def package_of(path: Path) -> str:
@@ -92,7 +92,7 @@ def package_of(path: Path) -> str:
 
 def imports_of(path: Path) -> Iterator[str]:
     """Dotted names of everything imported anywhere in the module; ``from a import b`` gives ``a.b``."""
-    for node in ast.walk(tree_of(path)):
+    for node in nodes_in(path):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -110,15 +110,16 @@ def is_below(name: str, package: str) -> bool:
     return name == package or name.startswith(package + ".")
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_imports_go_one_way(path: Path) -> None:
-    package = package_of(path)
-    if package == "megatron_bridge":
-        assert not [name for name in imports_of(path) if is_below(name, "hetero_ppo")]
-    elif package != "__init__":
-        assert package in TIERS, f"give {package} a place in TIERS"
-        above = {other for other in inner_imports(path) if TIERS[other] > TIERS[package]}
-        assert not above, f"{name_of(path)} imports from above: {sorted(above)}"
+def test_imports_go_one_way() -> None:
+    above = []
+    for path in MODULES:
+        package = package_of(path)
+        if package == "megatron_bridge":
+            above += [f"{name_of(path)}: {name}" for name in imports_of(path) if is_below(name, "hetero_ppo")]
+        elif package != "__init__":
+            assert package in TIERS, f"give {package} a place in TIERS"
+            above += [f"{name_of(path)}: {other}" for other in inner_imports(path) if TIERS[other] > TIERS[package]]
+    assert not above, "imports from above"
 
 
 def module_of(path: Path) -> str:
@@ -144,12 +145,13 @@ def test_modules_have_no_cycle() -> None:
         done |= free
 
 
-@pytest.mark.parametrize("path", [path for path in MODULES if package_of(path) == "megatron_bridge"], ids=name_of)
-def test_imports_of_the_bridge_go_one_way(path: Path) -> None:
-    tier = BRIDGE_TIERS[path.relative_to(ROOT).with_suffix("").parts[1]]
-    inner = {name for name in imports_of(path) if name.startswith("megatron_bridge.")}
-    above = {name for name in inner if BRIDGE_TIERS[name.split(".")[1]] > tier}
-    assert not above, f"{name_of(path)} imports from above: {sorted(above)}"
+def test_imports_of_the_bridge_go_one_way() -> None:
+    above = []
+    for path in [path for path in MODULES if package_of(path) == "megatron_bridge"]:
+        tier = BRIDGE_TIERS[path.relative_to(ROOT).with_suffix("").parts[1]]
+        inner = {name for name in imports_of(path) if name.startswith("megatron_bridge.")}
+        above += [f"{name_of(path)}: {name}" for name in inner if BRIDGE_TIERS[name.split(".")[1]] > tier]
+    assert not above, "imports from above"
 
 
 def test_packages_of_one_tier_have_no_cycle() -> None:
@@ -164,69 +166,76 @@ def test_packages_of_one_tier_have_no_cycle() -> None:
         done |= free
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_megatron_core_and_vllm_stay_in_their_packages(path: Path) -> None:
-    names = list(imports_of(path))
-    if package_of(path) not in MEGATRON_CORE_PACKAGES:
-        assert not [name for name in names if is_below(name, "megatron")]
-    if name_of(path).removesuffix(".py").replace("/", ".") not in VLLM_MODULES:
-        assert not [name for name in names for package in ("vllm", *VLLM_MODULES) if is_below(name, package)]
+def test_megatron_core_and_vllm_stay_in_their_packages() -> None:
+    strays = []
+    for path in MODULES:
+        names = list(imports_of(path))
+        if package_of(path) not in MEGATRON_CORE_PACKAGES:
+            strays += [f"{name_of(path)}: {name}" for name in names if is_below(name, "megatron")]
+        if name_of(path).removesuffix(".py").replace("/", ".") not in VLLM_MODULES:
+            of_vllm = ("vllm", *VLLM_MODULES)
+            strays += [f"{name_of(path)}: {name}" for name in names if any(is_below(name, one) for one in of_vllm)]
+    assert not strays
 
 
-@pytest.mark.parametrize("path", [path for path in MODULES if package_of(path) == "algorithms"], ids=name_of)
-def test_algorithms_are_torch_and_types_alone(path: Path) -> None:
+def test_algorithms_are_torch_and_types_alone() -> None:
     foreign = ("numpy", "transformers", "megatron", "megatron_bridge", "torch.distributed")
-    assert not [name for name in imports_of(path) if any(is_below(name, package) for package in foreign)]
+    for path in [path for path in MODULES if package_of(path) == "algorithms"]:
+        assert not [name for name in imports_of(path) if any(is_below(name, one) for one in foreign)], name_of(path)
 
 
-@pytest.mark.parametrize("path", [path for path in MODULES if package_of(path) != "distributed"], ids=name_of)
-def test_no_global_process_group_accessors(path: Path) -> None:
+def nodes_of(paths: Iterable[Path], kind: type[Node]) -> Iterator[tuple[str, Node]]:
+    """Yield ("file:line", node) of every node of a kind in the files."""
+    for path in paths:
+        for node in nodes_in(path):
+            if isinstance(node, kind):
+                yield f"{name_of(path)}:{getattr(node, 'lineno', 0)}", node
+
+
+def test_no_global_process_group_accessors() -> None:
     """Every role has its own layout, so Megatron-Core's one global layout is the wrong one for most of them."""
-    calls = [
-        node for node in ast.walk(tree_of(path)) if isinstance(node, ast.Attribute) and node.attr.startswith("get_")
+    paths = [path for path in MODULES if package_of(path) != "distributed"]
+    assert not [
+        f"{where}: parallel_state.{node.attr}"
+        for where, node in nodes_of(paths, ast.Attribute)
+        if node.attr.startswith("get_")
+        and isinstance(node.value, ast.Name)
+        and node.value.id in ("parallel_state", "mpu")
     ]
-    for call in calls:
-        assert not (isinstance(call.value, ast.Name) and call.value.id in ("parallel_state", "mpu")), (
-            f"{name_of(path)}:{call.lineno}: parallel_state.{call.attr}"
-        )
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_every_collective_names_its_group(path: Path) -> None:
-    for call in [node for node in ast.walk(tree_of(path)) if isinstance(node, ast.Call)]:
+def test_every_collective_names_its_group() -> None:
+    unnamed = []
+    for where, call in nodes_of(MODULES, ast.Call):
         function = call.func
         if not (
             isinstance(function, ast.Attribute) and isinstance(function.value, ast.Name) and function.value.id == "dist"
         ):
             continue
         named = any(keyword.arg == "group" for keyword in call.keywords) or (function.attr == "barrier" and call.args)
-        assert named or function.attr not in COLLECTIVES, (
-            f"{name_of(path)}:{call.lineno}: dist.{function.attr} without a group"
-        )
+        if function.attr in COLLECTIVES and not named:
+            unnamed.append(f"{where}: dist.{function.attr}")
+    assert not unnamed, "collectives without a group"
 
 
-@pytest.mark.parametrize("path", TYPED, ids=name_of)
-def test_sizes(path: Path) -> None:
-    lines = len(path.read_text(encoding="utf-8").splitlines())
-    assert lines <= MAX_FILE_LINES, f"{name_of(path)} has {lines} lines"
-    for function in functions_of(path):
-        length = function.end_lineno - function.lineno + 1
-        assert length <= MAX_FUNCTION_LINES, f"{name_of(path)}:{function.lineno}: {function.name} has {length} lines"
+def test_sizes() -> None:
+    long = []
+    for path in TYPED:
+        lines = len(path.read_text(encoding="utf-8").splitlines())
+        long += [f"{name_of(path)}: {lines} lines"] if lines > MAX_FILE_LINES else []
+    for where, function in nodes_of(TYPED, Function):
+        length = (function.end_lineno or 0) - function.lineno + 1
+        long += [f"{where}: {function.name} has {length} lines"] if length > MAX_FUNCTION_LINES else []
+    assert not long
 
 
-@pytest.mark.parametrize("path", TYPED, ids=name_of)
-def test_every_argument_is_typed(path: Path) -> None:
-    untyped = [
-        f"{name_of(path)}:{function.lineno}: {function.name}({argument.arg})"
-        for function in functions_of(path)
+def test_every_argument_is_typed() -> None:
+    assert not [
+        f"{where}: {function.name}({argument.arg})"
+        for where, function in nodes_of(TYPED, Function)
         for argument in arguments_of(function)
         if argument.annotation is None and argument.arg not in ("self", "cls")
     ]
-    assert not untyped
-
-
-def functions_of(path: Path) -> list[Function]:
-    return [node for node in ast.walk(tree_of(path)) if isinstance(node, Function)]
 
 
 def arguments_of(function: Function) -> list[ast.arg]:
