@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
+import metrics_page
 import pytest
 import torch
 from chain import BATCH, CHECKPOINT_STEP, NUM_STEPS, SFT_STEPS, Chain, golden_lines, read_metrics, run_in_session
@@ -66,6 +67,15 @@ def test_every_step_reports_its_metrics(chain: Chain, stage: str, steps: int, na
     for step, values in metrics.items():
         assert names <= values.keys(), step
         assert all(value is not None and math.isfinite(value) for value in values.values()), (step, values)
+
+
+@pytest.mark.parametrize("stage", ["sft", "rm", "ppo"])
+def test_every_name_of_a_run_is_on_the_page_of_metrics(chain: Chain, stage: str) -> None:
+    phases = metrics_page.phases_of_page()
+    for line in (chain.run_dir(stage) / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        assert {name for name in record["metrics"] if not metrics_page.matches_page(name)} == set()
+        assert record["seconds"].keys() <= phases
 
 
 def test_training_learns(chain: Chain) -> None:
