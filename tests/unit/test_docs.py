@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import metrics_page
+import pytest
+from metrics_page import ROOT
 
 from hetero_ppo.config.load import load_config
 from hetero_ppo.step.phases import step_phases
+
+#: Paths of users, and of Megatron-Core, begin with one of these.
+OTHERS = {"runs", "path", "megatron"}
 
 
 def test_every_metric_of_the_code_is_explained() -> None:
@@ -22,3 +30,26 @@ def test_every_phase_of_a_ppo_step_is_explained() -> None:
     top = {phase for phase in metrics_page.phases_of_page() if "/" not in phase}
     assert {phase.name for phase in step_phases(config)} <= inner | top
     assert metrics_page.phases_of_code() - inner == top - {"total"}
+
+
+def pages() -> list[Path]:
+    """The pages of the documentation, and those in the root of the project."""
+    return sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda page: page.name)
+def test_links_and_paths_of_a_page_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
+    assert [link for link in links if not (page.parent / link).exists()] == []
+    paths = re.findall(r"`((?:[a-z_0-9]+/)+[a-z_0-9]+\.(?:py|sh|toml|lock|sbatch))", text)
+    folders = [ROOT, ROOT / "hetero_ppo", ROOT / "megatron_bridge"]
+    known = [path for path in paths if path.split("/")[0] not in OTHERS]
+    assert [path for path in known if not any((folder / path).exists() for folder in folders)] == []
+
+
+def test_the_index_links_every_page() -> None:
+    index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    assert [
+        page.name for page in (ROOT / "docs").glob("*.md") if page.name != "index.md" and f"({page.name})" not in index
+    ] == []
