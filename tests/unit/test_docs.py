@@ -33,7 +33,7 @@ def test_every_phase_of_a_ppo_step_is_explained() -> None:
 
 
 def pages() -> list[Path]:
-    """The pages of the documentation, and those in the root of the project."""
+    """Return the pages of the documentation, and those in the root of the project."""
     return sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 
 
