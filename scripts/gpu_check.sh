@@ -20,4 +20,4 @@ fi
 export PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH} HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 # The checks that are tests of the suite run on the device.
 export TESTS_USE_GPU=1
-exec "$PYTHON" tests/gpu/run_checks.py "$@"
+exec "$PYTHON" -m tests.gpu.run_checks "$@"

@@ -1,4 +1,4 @@
-"""Shared by all tests: this file puts ``tests/`` on the import path, hides GPUs, and runs the tiny chain once for all who look at it."""
+"""Fixtures of all tests. This file also hides GPUs and runs the tiny chain once for all tests that read its results."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import chain as tiny_chain
+from tests.helpers import chain as tiny_chain
 import pytest
-from ranks import run_ranks
+from tests.helpers.ranks import run_ranks
 
 
 MEGATRON_STEPS = 2
@@ -87,7 +87,7 @@ def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
 
 @pytest.fixture(scope="session")
 def chain(tmp_path_factory: pytest.TempPathFactory) -> tiny_chain.Chain:
-    """SFT, reward model and PPO with a real vLLM server; see tests/chain.py."""
+    """SFT, reward model and PPO with a real vLLM server; see tests/helpers/chain.py."""
     return tiny_chain.Chain(made_once(tmp_path_factory, "chain", tiny_chain.run_chain))
 
 
@@ -150,10 +150,10 @@ def two_processes(chain: tiny_chain.Chain, one_process: Path, tmp_path_factory: 
 
 @pytest.fixture(scope="session")
 def reference_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs that tests/reference compares with steps in plain torch, in several layouts; see reference/configurations.py."""
+    """Runs that tests/reference compares with steps in plain torch, in several layouts; see tests/reference/configurations.py."""
 
     def make(root: Path) -> None:
-        from reference import configurations
+        from tests.reference import configurations
 
         configurations.prepare(root)
         for processes in (1, 2):

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from aligned_cases import bits, results, role_config, save_models
-from ranks import run_ranks
+from tests.helpers.aligned_cases import bits, results, role_config, save_models
+from tests.helpers.ranks import run_ranks
 
 from hetero_ppo.engines.model_engine import ModelEngine
 

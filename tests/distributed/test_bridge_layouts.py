@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from bridge_models import CASES, hf_model, read_tensors, same_tensors, save_case, token_ids
-from ranks import run_ranks
+from tests.helpers.bridge_models import CASES, hf_model, read_tensors, same_tensors, save_case, token_ids
+from tests.helpers.ranks import run_ranks
 
 WORKER = Path(__file__).parent / "workers" / "bridge_worker.py"
 LAYOUTS: dict[str, dict[str, Any]] = {

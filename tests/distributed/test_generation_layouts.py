@@ -6,8 +6,8 @@ import json
 from typing import Any
 
 import pytest
-from bridge_models import save_case
-from ranks import run_ranks
+from tests.helpers.bridge_models import save_case
+from tests.helpers.ranks import run_ranks
 
 pytestmark = pytest.mark.slow
 

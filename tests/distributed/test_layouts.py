@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import run_ranks
+from tests.helpers.ranks import run_ranks
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
 
 WORKER = str(Path(__file__).parent / "workers" / "layout_worker.py")

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from ranks import run_ranks
+from tests.helpers.ranks import run_ranks
 
 from hetero_ppo.distributed.lost_peer import describe_lost_peer
 

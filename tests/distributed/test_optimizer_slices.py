@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bridge_models import hf_model
-from ranks import run_ranks
+from tests.helpers.bridge_models import hf_model
+from tests.helpers.ranks import run_ranks
 
 WORKER = str(Path(__file__).parent / "workers" / "slices_worker.py")
 TP2 = {"tensor": 2, "sequence": True}  # 131 tokens: it pads the vocabulary

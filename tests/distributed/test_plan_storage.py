@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bridge_models import save_case
-from ranks import run_ranks
+from tests.helpers.bridge_models import save_case
+from tests.helpers.ranks import run_ranks
 
 WORKER = str(Path(__file__).parent / "workers" / "storage_worker.py")
 #: Two processes. 131 tokens: TP 2 pads the vocabulary; sizes of 20 and 48: the distributed optimizer pads parameters.

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 import pytest
-from distributed.ppo_runs import NUM_STEPS, PpoRuns, prepare, prepare_judge
+from tests.helpers.ppo_runs import NUM_STEPS, PpoRuns, prepare, prepare_judge
 
 from hetero_ppo.cli.main import main
 from hetero_ppo.rollout.replay import RolloutRecord, read_rollouts

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from chain import NUM_STEPS, Chain, read_metrics
+from tests.helpers.chain import NUM_STEPS, Chain, read_metrics
 
 pytestmark = pytest.mark.slow
 

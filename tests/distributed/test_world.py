@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ranks import run_ranks
+from tests.helpers.ranks import run_ranks
 
 WORKER = str(Path(__file__).parent / "workers" / "world_worker.py")
 

@@ -9,10 +9,19 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
-import metrics_page
+from tests.helpers import metrics_page
 import pytest
 import torch
-from chain import BATCH, CHECKPOINT_STEP, NUM_STEPS, SFT_STEPS, Chain, golden_lines, read_metrics, run_in_session
+from tests.helpers.chain import (
+    BATCH,
+    CHECKPOINT_STEP,
+    NUM_STEPS,
+    SFT_STEPS,
+    Chain,
+    golden_lines,
+    read_metrics,
+    run_in_session,
+)
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 

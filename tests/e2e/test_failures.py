@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from chain import Chain, launch_all, launch_cli, read_metrics
-from e2e.processes import RunningJob, running, wait_for
+from tests.helpers.chain import Chain, launch_all, launch_cli, read_metrics
+from tests.helpers.processes import RunningJob, running, wait_for
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 

@@ -9,9 +9,9 @@ import signal
 from pathlib import Path
 
 import pytest
-from chain import BATCH, ROOT, Chain, launch_all, read_metrics
-from e2e.processes import RunningJob, running, wait_for
-from e2e.test_resume import assert_same_weights, results
+from tests.helpers.chain import BATCH, ROOT, Chain, launch_all, read_metrics
+from tests.helpers.processes import RunningJob, running, wait_for
+from tests.e2e.test_resume import assert_same_weights, results
 
 from hetero_ppo.checkpoint.manager import checkpoint_step
 from hetero_ppo.rollout.replay import read_rollouts, step_path

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 
 import pytest
-from chain import BATCH, read_metrics
+from tests.helpers.chain import BATCH, read_metrics
 
 from hetero_ppo.rollout.replay import read_rollouts, recorded_steps
 

@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from gpu.checks_memory import launch, metrics, write_ppo
+from tests.gpu.checks_memory import launch, metrics, write_ppo
 
-RUNNER = Path(__file__).parents[1] / "gpu" / "run_checks.py"
+ROOT = Path(__file__).resolve().parents[2]
 STEPS = 2
 LAYOUTS = {
     "dp2": [],
@@ -22,7 +22,8 @@ LAYOUTS = {
 @pytest.mark.gpu
 def test_every_gpu_check_passes(tmp_path: Path) -> None:
     out = tmp_path / "gpu_check.jsonl"
-    done = subprocess.run([sys.executable, str(RUNNER), "--out", str(out)], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "tests.gpu.run_checks", "--out", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     results = [json.loads(line) for line in out.read_text().splitlines()]
     assert done.returncode == 0, [(one["name"], one["output"]) for one in results if one["status"] != "passed"]
     assert [one["number"] for one in results] == list(range(12))

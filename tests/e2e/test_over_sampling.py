@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 import pytest
-from chain import Chain, launch_all, launch_nodes, read_metrics
+from tests.helpers.chain import Chain, launch_all, launch_nodes, read_metrics
 
 from hetero_ppo.rollout.replay import read_rollouts
 

@@ -7,8 +7,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from chain import Chain, launch_all
-from e2e.test_resume import assert_same_weights, results
+from tests.helpers.chain import Chain, launch_all
+from tests.e2e.test_resume import assert_same_weights, results
 from safetensors.torch import load_file, save_file
 
 pytestmark = pytest.mark.slow

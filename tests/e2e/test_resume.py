@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from chain import CHECKPOINT_STEP, NUM_STEPS, SFT_CHECKPOINT_STEP, SFT_STEPS, Chain, read_metrics
+from tests.helpers.chain import CHECKPOINT_STEP, NUM_STEPS, SFT_CHECKPOINT_STEP, SFT_STEPS, Chain, read_metrics
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow

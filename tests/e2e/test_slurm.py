@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from chain import Chain, environment, read_metrics
-from e2e.processes import marked, wait_for
-from e2e.slurm_cluster import slurm_cluster, why_not
+from tests.helpers.chain import Chain, environment, read_metrics
+from tests.helpers.processes import marked, wait_for
+from tests.helpers.slurm_cluster import slurm_cluster, why_not
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(why_not() is not None, reason=why_not() or "")]
 

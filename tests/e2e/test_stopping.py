@@ -9,9 +9,9 @@ from pathlib import Path
 from statistics import mean
 
 import pytest
-from chain import Chain, launch_all, read_metrics
-from distributed.ppo_runs import prepare
-from e2e.processes import LOOPBACK_ADDRESSES, listening_addresses, running
+from tests.helpers.chain import Chain, launch_all, read_metrics
+from tests.helpers.ppo_runs import prepare
+from tests.helpers.processes import LOOPBACK_ADDRESSES, listening_addresses, running
 
 from hetero_ppo.errors import EXIT_STOPPED
 

@@ -20,8 +20,8 @@ from typing import Any
 
 import pytest
 import torch
-from e2e.processes import LOOPBACK_ADDRESSES, listening_addresses
-from generator_contract import (
+from tests.helpers.processes import LOOPBACK_ADDRESSES, listening_addresses
+from tests.helpers.generator_contract import (
     EOS,
     FREE,
     MAX_MODEL_LEN,
@@ -35,7 +35,7 @@ from generator_contract import (
     weights,
     worst_difference,
 )
-from generator_requests import ask, prompts_of
+from tests.helpers.generator_requests import ask, prompts_of
 from torch import Tensor
 
 from hetero_ppo.config.schema import Dtype, RolloutConfig, SamplingConfig, WeightTransfer

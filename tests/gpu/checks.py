@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu import checks_memory
-from gpu.check_types import Check, Skip
-from gpu.worlds import save_model, world
+from tests.gpu import checks_memory
+from tests.gpu.check_types import Check, Skip
+from tests.gpu.worlds import save_model, world
 
 TESTS = Path(__file__).resolve().parents[1]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu.worlds import Neighbour, save_model, world
+from tests.gpu.worlds import Neighbour, save_model, world
 
 TESTS = Path(__file__).resolve().parents[1]
 MIB = 2**20

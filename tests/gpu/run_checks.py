@@ -23,7 +23,7 @@ from datetime import datetime, UTC
 from pathlib import Path
 from typing import Any
 
-TESTS = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 #: Exit status of a check that can't run here; its message says why.
 SKIPPED = 3
 #: Characters of a failed check's output that are kept.
@@ -52,7 +52,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", default="", help="numbers of checks, separated by commas; default: all")
     parser.add_argument("--minutes", type=float, default=15.0, help="no check begins after so many minutes")
     parser.add_argument("--cpu", action="store_true", help="rehearse on the CPU the checks that can be rehearsed")
-    parser.add_argument("--checks", default="gpu.checks", help="module that holds them; for tests of this program")
+    parser.add_argument(
+        "--checks", default="tests.gpu.checks", help="module that holds them; for tests of this program"
+    )
     parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--facts", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
@@ -93,7 +95,8 @@ def run_child(args: argparse.Namespace) -> int:
 
 def run_check(args: argparse.Namespace, number: int, check: Any) -> Result:
     """Run one check in a process group of its own, and end what is left of it."""
-    command = [sys.executable, "-W", "ignore", __file__, "--child", str(number), "--checks", args.checks]
+    program = [sys.executable, "-W", "ignore", "-m", "tests.gpu.run_checks"]
+    command = [*program, "--child", str(number), "--checks", args.checks]
     command += ["--cpu"] if args.cpu else []
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+", errors="replace") as output:
@@ -104,6 +107,7 @@ def run_check(args: argparse.Namespace, number: int, check: Any) -> Result:
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
+            cwd=ROOT,
             env=environment,
             start_new_session=True,
         )
@@ -139,7 +143,6 @@ def table(results: Sequence[Result]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
-    sys.path.insert(0, str(TESTS))
     if args.child is not None:
         return run_child(args)
     checks = importlib.import_module(args.checks).CHECKS

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from aligned_cases import LENGTHS, role_config, save_models, sequences
+from tests.helpers.aligned_cases import LENGTHS, role_config, save_models, sequences
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 

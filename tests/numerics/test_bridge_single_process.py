@@ -10,7 +10,16 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from bridge_models import CASES, VOCAB, hf_model, pipeline_forward, read_tensors, same_tensors, save_case, token_ids
+from tests.helpers.bridge_models import (
+    CASES,
+    VOCAB,
+    hf_model,
+    pipeline_forward,
+    read_tensors,
+    same_tensors,
+    save_case,
+    token_ids,
+)
 from safetensors.torch import save_file
 
 from hetero_ppo.config.schema import ParallelConfig

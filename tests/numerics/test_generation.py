@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from bridge_models import hf_model, save_case
-from generator_contract import (
+from tests.helpers.bridge_models import hf_model, save_case
+from tests.helpers.generator_contract import (
     EOS,
     FREE,
     MAX_MODEL_LEN,
@@ -22,7 +22,7 @@ from generator_contract import (
     save_model,
     tokens,
 )
-from generator_requests import ask
+from tests.helpers.generator_requests import ask
 from transformers import AutoTokenizer
 
 from hetero_ppo.config.derived import max_model_len

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from bridge_models import save_case
+from tests.helpers.bridge_models import save_case
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from transformers import Qwen3Config, Qwen3ForCausalLM
 

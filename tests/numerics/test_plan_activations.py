@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from bridge_models import VOCAB, hf_model
+from tests.helpers.bridge_models import VOCAB, hf_model
 
 from hetero_ppo.config.schema import ParallelConfig
 from hetero_ppo.distributed import vocab_parallel

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from chain import read_metrics
-from critic_free import registered
-from distributed.ppo_runs import PpoRuns, prepare
+from tests.helpers.chain import read_metrics
+from tests.helpers.critic_free import registered
+from tests.helpers.ppo_runs import PpoRuns, prepare
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 

@@ -12,9 +12,9 @@ from statistics import fmean, pstdev, pvariance
 from types import SimpleNamespace
 
 import torch
-from reference.plain_models import Trained, load, log_probs_and_entropy, padded, scalars
-from reference.ppo_metrics import experience_metrics, update_metrics
-from reference.recorded import Experience, Response, Rows
+from tests.reference.plain_models import Trained, load, log_probs_and_entropy, padded, scalars
+from tests.reference.ppo_metrics import experience_metrics, update_metrics
+from tests.reference.recorded import Experience, Response, Rows
 from torch import Tensor
 
 Terms = dict[str, Tensor]  # of an update, by name, [tokens]

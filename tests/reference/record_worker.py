@@ -6,7 +6,6 @@ That is the experience, and the weights of actor and critic.
 from __future__ import annotations
 
 import runpy
-from pathlib import Path
 
 import torch
 
@@ -32,4 +31,4 @@ def record(self: Evaluator, step: int, experience: Experience) -> None:
 
 if __name__ == "__main__":
     Evaluator.dump_rollout = record
-    runpy.run_path(str(Path(__file__).parents[1] / "commands_worker.py"), run_name="__main__")
+    runpy.run_module("tests.helpers.commands_worker", run_name="__main__")

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from reference.plain_models import Trained, load, log_probs_and_entropy, padded, scalars
+from tests.reference.plain_models import Trained, load, log_probs_and_entropy, padded, scalars
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-from chain import read_metrics
-from reference.configurations import COMMON, CONFIGURATIONS, LAYOUTS, NUM_STEPS, folder
-from reference.ppo_step import Ppo
-from reference.recorded import read_config, read_responses
+from tests.helpers.chain import read_metrics
+from tests.reference.configurations import COMMON, CONFIGURATIONS, LAYOUTS, NUM_STEPS, folder
+from tests.reference.ppo_step import Ppo
+from tests.reference.recorded import read_config, read_responses
 
 from hetero_ppo.algorithms.advantage_registry import ESTIMATORS
 from hetero_ppo.config.schema import PpoConfig

@@ -6,11 +6,11 @@ import math
 from pathlib import Path
 
 import pytest
-from chain import read_metrics
-from reference.configurations import LAYOUTS, NUM_STEPS, SUPERVISED, folder
-from reference.recorded import read_config
-from reference.supervised_steps import Supervised
-from reference.test_ppo_step import METRICS, WEIGHTS
+from tests.helpers.chain import read_metrics
+from tests.reference.configurations import LAYOUTS, NUM_STEPS, SUPERVISED, folder
+from tests.reference.recorded import read_config
+from tests.reference.supervised_steps import Supervised
+from tests.reference.test_ppo_step import METRICS, WEIGHTS
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow

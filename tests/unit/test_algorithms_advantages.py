@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from critic_free import GroupMean, registered
+from tests.helpers.critic_free import GroupMean, registered
 
 from hetero_ppo.algorithms.advantage_registry import ESTIMATORS, build_estimator, check_advantage
 from hetero_ppo.algorithms.advantages import AdvantageInputs

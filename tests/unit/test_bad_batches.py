@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from unit.test_reward_function import maker_of, rollout_of
+from tests.unit.test_reward_function import maker_of, rollout_of
 
 from hetero_ppo.config.schema import RewardConfig, TruncatedResponses
 from hetero_ppo.errors import RunError

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy
 import pytest
-from one_rank import ONE_RANK
+from tests.helpers.one_rank import ONE_RANK
 import torch
 
 from hetero_ppo.checkpoint import manager as manager_module

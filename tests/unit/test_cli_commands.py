@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from data_fixtures import chatml_tokenizer, write_jsonl, write_llama
-from critic_free import registered
+from tests.helpers.data_fixtures import chatml_tokenizer, write_jsonl, write_llama
+from tests.helpers.critic_free import registered
 
 from hetero_ppo.cli import config as config_command
 from hetero_ppo.cli.main import build_parser, main

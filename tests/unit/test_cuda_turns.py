@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from one_rank import ONE_RANK
+from tests.helpers.one_rank import ONE_RANK
 import torch
-from cuda_rig import COPY_RATE, VirtualCuda
+from tests.helpers.cuda_rig import COPY_RATE, VirtualCuda
 
 from hetero_ppo.config.schema import ResidencyConfig
 from hetero_ppo.engines.residency import RoleResidency

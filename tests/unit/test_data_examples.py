@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from data_fixtures import chatml_encoder, data_config, write_jsonl
+from tests.helpers.data_fixtures import chatml_encoder, data_config, write_jsonl
 
 from hetero_ppo.config.schema import OverlongPrompts
 from hetero_ppo.data.collate import collate_preferences, collate_prompts, collate_sft

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_fixtures import chatml_encoder, data_config, write_jsonl
+from tests.helpers.data_fixtures import chatml_encoder, data_config, write_jsonl
 from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 

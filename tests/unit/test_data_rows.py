@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
-from data_fixtures import chatml_encoder, data_config, write_jsonl
+from tests.helpers.data_fixtures import chatml_encoder, data_config, write_jsonl
 
 from hetero_ppo.config.schema import DataConfig
 from hetero_ppo.data.collate import collate_sft

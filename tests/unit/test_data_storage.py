@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from one_rank import ONE_RANK
-from data_fixtures import chatml_encoder, data_config, write_jsonl
+from tests.helpers.one_rank import ONE_RANK
+from tests.helpers.data_fixtures import chatml_encoder, data_config, write_jsonl
 
 from hetero_ppo.data import node_share
 from hetero_ppo.data.collate import collate_prompts

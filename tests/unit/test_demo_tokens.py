@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from test_demo_data import SMALL, make_data, user_text
+from tests.unit.test_demo_data import SMALL, make_data, user_text
 from transformers import PreTrainedTokenizerFast
 
 from hetero_ppo.data.tokenizer_training import train_tokenizer

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import metrics_page
+from tests.helpers import metrics_page
 import pytest
-from metrics_page import ROOT
+from tests.helpers.metrics_page import ROOT
 
 from hetero_ppo.config.load import load_config
 from hetero_ppo.step.phases import step_phases

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from critic_free import GroupMean
+from tests.helpers.critic_free import GroupMean
 from torch import Tensor
 
 import megatron_bridge.platform  # noqa: F401  before megatron.core

@@ -8,12 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-from gpu import checks
+from tests.gpu import checks
 
-RUNNER = Path(__file__).parents[1] / "gpu" / "run_checks.py"
+ROOT = Path(__file__).resolve().parents[2]
 FAKES = """
 import os, signal, time
-from gpu.check_types import Check, Skip
+from tests.gpu.check_types import Check, Skip
 
 def passes(cpu):
     return {"answer": 42, "cpu": cpu}
@@ -40,9 +40,9 @@ CHECKS.append(Check("device", "something", 60, passes, on_cpu=False))
 def test_each_check_has_its_own_end(tmp_path: Path) -> None:
     (tmp_path / "fakes.py").write_text(FAKES)
     out = tmp_path / "out.jsonl"
-    command = [sys.executable, str(RUNNER), "--checks", "fakes", "--cpu", "--out", str(out)]
+    command = [sys.executable, "-m", "tests.gpu.run_checks", "--checks", "fakes", "--cpu", "--out", str(out)]
     env = os.environ | {"PYTHONPATH": str(tmp_path)}
-    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, timeout=120, check=False)
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [row["status"] for row in rows] == ["passed", "failed", "failed", "timeout", "skipped", "skipped"], (
         done.stderr
@@ -54,12 +54,12 @@ def test_each_check_has_its_own_end(tmp_path: Path) -> None:
         and "needs a GPU" in rows[5]["output"]
     )
     assert done.returncode == 1 and "| 0 | passes | something | passed |" in done.stdout
-    again = subprocess.run([*command, "--only", "0"], capture_output=True, env=env, timeout=120, check=False)
+    again = subprocess.run([*command, "--only", "0"], capture_output=True, cwd=ROOT, env=env, timeout=120, check=False)
     assert again.returncode == 0 and len(out.read_text().splitlines()) == len(rows) + 1
 
 
 def test_the_checks_are_the_twelve_of_the_docs() -> None:
-    text = (Path(__file__).parents[2] / "docs" / "gpu.md").read_text()
+    text = (ROOT / "docs" / "gpu.md").read_text()
     assert len(checks.CHECKS) == 12
     for number, check in enumerate(checks.CHECKS):
         assert f"| {number} | {check.name} | {check.proves} |" in text

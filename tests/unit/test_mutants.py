@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import get_type_hints
 
 import pytest
-from ranks import ENVIRONMENT, outer_environment
+from tests.helpers.ranks import ENVIRONMENT, outer_environment
 
 from hetero_ppo.config.load import item_class, section_class
 from hetero_ppo.config.schema import SCHEMAS, SamplingConfig

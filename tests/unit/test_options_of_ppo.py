@@ -9,8 +9,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from one_rank import ONE_RANK
-from data_fixtures import TEXTS, write_jsonl
+from tests.helpers.one_rank import ONE_RANK
+from tests.helpers.data_fixtures import TEXTS, write_jsonl
 
 from hetero_ppo.config.derived import actor_generates, derive_ppo, max_model_len
 from hetero_ppo.config.schema import (

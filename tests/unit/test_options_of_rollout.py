@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from generator_requests import ask
+from tests.helpers.generator_requests import ask
 
 from hetero_ppo.config.schema import Dtype, RolloutConfig, SamplingConfig, WeightTransfer
 from hetero_ppo.inference.decoder import Decoder

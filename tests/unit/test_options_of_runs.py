@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any, Self
 
 import pytest
-from one_rank import ONE_RANK
+from tests.helpers.one_rank import ONE_RANK
 import torch
 from torch import Tensor
 

@@ -10,10 +10,10 @@ from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
-from one_rank import ONE_RANK
+from tests.helpers.one_rank import ONE_RANK
 import torch
-from cuda_rig import VirtualCuda
-from generator_requests import ask, prompts_of
+from tests.helpers.cuda_rig import VirtualCuda
+from tests.helpers.generator_requests import ask, prompts_of
 
 from hetero_ppo.config.schema import Dtype, ResidencyConfig, RolloutConfig, SamplingConfig
 from hetero_ppo.engines.residency import RoleResidency

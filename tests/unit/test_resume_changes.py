@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, get_type_hints
 
 import pytest
-from one_rank import ONE_RANK
+from tests.helpers.one_rank import ONE_RANK
 
 from hetero_ppo.checkpoint.manifest import COMPLETE, look_at_share, write_marker
 from hetero_ppo.config import schema

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from one_rank import ONE_RANK
+from tests.helpers.one_rank import ONE_RANK
 import torch
 
 from hetero_ppo.algorithms.advantage_registry import build_estimator

@@ -7,8 +7,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
-from data_fixtures import chatml_encoder, data_config, write_jsonl
-from re_encoding_cases import JUDGE_TEMPLATE, rollout_of
+from tests.helpers.data_fixtures import chatml_encoder, data_config, write_jsonl
+from tests.helpers.re_encoding_cases import JUDGE_TEMPLATE, rollout_of
 
 from hetero_ppo.data.chat_template import TextEncoder
 from hetero_ppo.data.collate import pad_right

@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy
 import pytest
-from one_rank import ONE_RANK
+from tests.helpers.one_rank import ONE_RANK
 import torch
-from unit.test_reward_function import rollout_of
+from tests.unit.test_reward_function import rollout_of
 
 from hetero_ppo.config.schema import RewardErrors
 from hetero_ppo.errors import RunError

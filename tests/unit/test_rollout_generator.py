@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from one_rank import ONE_RANK
+from tests.helpers.one_rank import ONE_RANK
 import torch
-from generator_requests import prompts_of
+from tests.helpers.generator_requests import prompts_of
 from torch import Tensor
 
 from hetero_ppo.config.schema import ResidencyConfig, RolloutConfig, SamplingConfig

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 
 import pytest
-from generator_requests import prompts_of
+from tests.helpers.generator_requests import prompts_of
 
 from hetero_ppo.config.schema import SamplingConfig
 from hetero_ppo.rollout.checks import check_request

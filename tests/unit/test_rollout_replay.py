@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from generator_contract import LIMITS, PROMPTS, GeneratorContract
-from generator_requests import ask
+from tests.helpers.generator_contract import LIMITS, PROMPTS, GeneratorContract
+from tests.helpers.generator_requests import ask
 
 from hetero_ppo.config.schema import SamplingConfig
 from hetero_ppo.rollout.replay import (

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from generator_requests import ask
+from tests.helpers.generator_requests import ask
 
 from hetero_ppo.config.checks_rollout import check_weight_transfer
 from hetero_ppo.config.derived import num_servers, servers_of_nodes

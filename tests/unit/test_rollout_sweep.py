@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from generator_requests import prompts_of
+from tests.helpers.generator_requests import prompts_of
 
 from hetero_ppo.config.schema import SamplingConfig
 from hetero_ppo.rollout.generator import Capabilities, GenerationRequest, NullGenerator

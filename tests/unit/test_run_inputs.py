@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from data_fixtures import chatml_encoder, data_config, write_jsonl
+from tests.helpers.data_fixtures import chatml_encoder, data_config, write_jsonl
 from safetensors.torch import save_file
 
 from hetero_ppo.data.chat_template import TextEncoder

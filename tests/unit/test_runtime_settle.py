@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from test_resume_changes import configured, save_checkpoint
+from tests.unit.test_resume_changes import configured, save_checkpoint
 
 from hetero_ppo.cli.main import main
 from hetero_ppo.config.derived import config_roles

@@ -14,9 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-sys.path.append(str(Path(__file__).resolve().parents[2]))
-from bridge_models import read_tensors, same_tensors
-from aligned_cases import bits, results, role_config, sequences, training_scores
+from tests.helpers.bridge_models import read_tensors, same_tensors
+from tests.helpers.aligned_cases import bits, results, role_config, sequences, training_scores
 
 from hetero_ppo.data.preference import PreferenceExample
 from hetero_ppo.distributed.groups import finish, initialise

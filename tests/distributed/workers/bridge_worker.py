@@ -5,13 +5,12 @@ Usage: see ``jobs.run_jobs``. A job: checkpoint, out, head, dtype and the layout
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from jobs import run_jobs
+from tests.distributed.workers.jobs import run_jobs
 
 from hetero_ppo.config.schema import ParallelConfig
 from hetero_ppo.distributed.groups import role_groups
@@ -21,8 +20,7 @@ from megatron_bridge.weights.export_hf import save_hf
 from megatron_bridge.weights.import_hf import load_hf
 from megatron_bridge.weights.stream import stream_hf
 
-sys.path.append(str(Path(__file__).resolve().parents[2]))
-from bridge_models import pipeline_forward, read_tensors, same_tensors, token_ids
+from tests.helpers.bridge_models import pipeline_forward, read_tensors, same_tensors, token_ids
 
 
 def run_job(job: dict[str, Any]) -> dict[str, Any]:

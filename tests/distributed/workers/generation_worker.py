@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from generator_requests import ask
-from jobs import run_jobs
+from tests.helpers.generator_requests import ask
+from tests.distributed.workers.jobs import run_jobs
 
 from hetero_ppo.config.schema import ModelConfig, ParallelConfig, RoleConfig, RolloutConfig, SamplingConfig
 from hetero_ppo.engines.model_engine import ModelEngine

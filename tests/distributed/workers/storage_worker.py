@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from jobs import run_jobs
+from tests.distributed.workers.jobs import run_jobs
 from torch import Tensor
 
 import megatron_bridge.platform  # noqa: F401  before megatron.core

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from hetero_ppo.reward.function_pool import FailureKind
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "metrics.md"
 
 #: A name in the code, or on the page; ``*`` is the part that a run fills in.

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from chain import MARK, ROOT, environment, launch_command
+from tests.helpers.chain import MARK, ROOT, environment, launch_command
 
 PRIVATE_DIR = re.compile(r"'uds': '(/[^']*/hetero_ppo_\w+)/\d+\.sock'")
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from generator_requests import ask
+from tests.helpers.generator_requests import ask
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast

@@ -3,7 +3,8 @@
 ``run_ranks`` does for a program in a file what torchrun would. Runs that are to start as a user's do go through the project's
 launcher (``chain.launch``).
 
-Run as a program, this file is the process that forks: a request in JSON on each line of its standard input, an answer on its output.
+Run as a program (``python -m tests.helpers.ranks``), this module is the process that forks. It reads one request in JSON per line of its
+standard input and prints one answer per request. The root of the project is on its import path, so programs import ``tests.helpers``.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 #: One thread a process, and nothing is fetched or reported. Ranks are forked after torch was asked for devices: torch must ask the driver's
 #: management library, since CUDA refuses children of a process that has initialised it.
 ENVIRONMENT = {
@@ -71,7 +72,7 @@ def outer_environment() -> dict[str, str]:
 def _server() -> subprocess.Popen[str]:
     """Started by the first test of this process that needs it; ends with this process."""
     server = subprocess.Popen(
-        [sys.executable, "-W", "ignore", __file__],
+        [sys.executable, "-W", "ignore", "-m", "tests.helpers.ranks"],
         cwd=ROOT,
         env={**outer_environment(), **ENVIRONMENT},
         stdin=subprocess.PIPE,
@@ -156,5 +157,4 @@ if __name__ == "__main__":
     gc.freeze()  # ranks collect what they made themselves, and share the rest
     file, *arguments = serve()
     sys.argv = [file, *arguments]
-    sys.path.insert(0, str(Path(file).parent))
     runpy.run_path(file, run_name="__main__")

@@ -17,10 +17,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ranks import ENVIRONMENT, outer_environment, run_ranks
+from tests.helpers.ranks import ENVIRONMENT, outer_environment, run_ranks
 
-ROOT = Path(__file__).resolve().parents[1]
-WORKER = ROOT / "tests" / "commands_worker.py"
+ROOT = Path(__file__).resolve().parents[2]
+WORKER = ROOT / "tests" / "helpers" / "commands_worker.py"
 #: In the environment of everything that a run starts, so that what it left can be found.
 MARK = "HETERO_PPO_TEST_MARK"
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from chain import launch_all, read_metrics, write_data
-from re_encoding_cases import JUDGE_TEMPLATE
+from tests.helpers.chain import launch_all, read_metrics, write_data
+from tests.helpers.re_encoding_cases import JUDGE_TEMPLATE
 
 NUM_STEPS = 3
 MAX_TOKENS = 12  # of a response

@@ -1,0 +1,1 @@
+"""Programs that the tests of several ranks run on every rank."""

@@ -1,0 +1,1 @@
+"""Tests of single modules. Most take less than a second."""
