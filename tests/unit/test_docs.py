@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from tests.helpers import metrics_page
 import pytest
+from tests.helpers import metrics_page
 from tests.helpers.metrics_page import ROOT
 
 from hetero_ppo.config.load import load_config
