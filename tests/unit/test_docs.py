@@ -37,11 +37,20 @@ def pages() -> list[Path]:
     return sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 
 
+def headings(page: Path) -> set[str]:
+    """Return the anchors that GitHub gives to the headings of a page."""
+    titles = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^a-z0-9_ -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
 @pytest.mark.parametrize("page", pages(), ids=lambda page: page.name)
 def test_links_and_paths_of_a_page_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
     assert [link for link in links if not (page.parent / link).exists()] == []
+    anchors = re.findall(r"\]\(([a-z_]*(?:\.md)?)#([^)\s]+)\)", text)
+    lost = [anchor for name, anchor in anchors if anchor not in headings(page.parent / name if name else page)]
+    assert lost == []
     paths = re.findall(r"`((?:[a-z_0-9]+/)+[a-z_0-9]+\.(?:py|sh|toml|lock|sbatch))", text)
     folders = [ROOT, ROOT / "hetero_ppo", ROOT / "megatron_bridge"]
     known = [path for path in paths if path.split("/")[0] not in OTHERS]
