@@ -1,7 +1,7 @@
-"""Between Hugging Face checkpoints and Megatron-Core. It knows nothing of reinforcement learning, and is not NVIDIA's Megatron-Bridge.
+"""Convert between Hugging Face checkpoints and Megatron-Core models. The package knows nothing of reinforcement learning.
 
-Start at ``model_provider.py`` for how a model is built, and at ``weights/import_hf.py`` for how its weights are loaded.
-Importing any module of this package makes Megatron-Core fit the machine (``platform``), before a module of Megatron-Core is loaded.
+It is not NVIDIA's Megatron-Bridge. Start at ``model_provider.py`` to see how a model is built, and at ``weights/import_hf.py`` to see how
+its weights are loaded. Importing any module of this package first adapts Megatron-Core to the machine (``platform``).
 """
 
 import megatron_bridge.platform  # noqa: F401

@@ -31,32 +31,32 @@ from megatron_bridge.model.config_mapping import BridgeConfig
 from megatron_bridge.model.layers import decoder_spec, uses_transformer_engine
 from megatron_bridge.model.rope import install_rope
 
-#: "lm" predicts tokens; "value" (critic) and "score" (reward model) give one number a token.
+#: "lm" predicts tokens; "value" (critic) and "score" (reward model) give one number per token.
 Head = Literal["lm", "value", "score"]
-#: How a scalar head starts that no checkpoint has: at zero, or drawn from N(0, 1 / (hidden + 1)).
+#: How a scalar head starts when the checkpoint has none: with zeros, or drawn from N(0, 1 / (hidden + 1)).
 HeadInit = Literal["zero", "normal"]
 
 
-class RoleModel(GPTModel):
-    """A GPTModel whose head computes the rows that are asked for, and whose sharded form asks no global accessor for groups."""
+class HeadRowsGPTModel(GPTModel):
+    """A GPTModel whose head can compute chosen rows only, and whose sharded state dict uses explicit process groups."""
 
     _head_rows: Tensor | None = None
-    _chosen_early = False  # in the last layer, behind its attention
+    _chosen_early = False  # True: the last layer chooses the rows, right after its attention
 
     def forward(self, *args: Any, head_rows: Tensor | None = None, **kwargs: Any) -> Tensor:
-        """GPTModel.forward.
+        """Run ``GPTModel.forward``; on the last stage, compute the head for ``head_rows`` only.
 
         Args:
-            head_rows: [n] int64, each at most once, of the hidden states [s * b, hidden] (of all tensor-parallel ranks' tokens):
-                the last stage gives the head's output [1, n, ...] of these alone. None: of all, [b, s, ...].
+            head_rows: [n] int64 row numbers, without repetition, of the hidden states [s * b, hidden] (the tokens of all
+                tensor-parallel ranks). The last stage then returns the head's output for these rows, [1, n, ...]. None: it returns
+                the output for all tokens, [b, s, ...].
         """
         if head_rows is None or not self.post_process:
             return super().forward(*args, **kwargs)
         head, config = self.output_layer, self.config
         self._head_rows = head_rows
-        if (
-            config.sequence_parallel
-        ):  # the rows are chosen from whole hidden states, gathered before the head and not by it
+        if config.sequence_parallel:
+            # The rows are chosen from whole hidden states, so these are gathered before the head instead of inside it.
             head.sequence_parallel, head.allreduce_dgrad = False, True
         try:
             return super().forward(*args, **kwargs)
@@ -66,8 +66,9 @@ class RoleModel(GPTModel):
                 head.sequence_parallel, head.allreduce_dgrad = True, False
 
     def choose_rows_early(self) -> None:
-        """From now on the last layer computes the head's rows alone: all of it behind its attention, which is the last that other
-        tokens take part in.
+        """Make the last layer compute only the head's rows from its attention on.
+
+        Attention is the last operation in which tokens depend on other tokens, so everything after it can skip the other rows.
         """
         layer = self.decoder.layers[-1]
         layer.self_attention.linear_proj.register_forward_pre_hook(self._choose_from_attention)
@@ -83,18 +84,21 @@ class RoleModel(GPTModel):
         return (self._chosen(args[0]), *args[1:])
 
     def _chosen(self, hidden: Tensor) -> Tensor:
-        """[s, b, hidden] -> [n, 1, hidden]; all of it where no rows are asked for."""
+        """Return the chosen rows, [s, b, hidden] -> [n, 1, hidden], or all of ``hidden`` when no rows are asked for."""
         if self._head_rows is None:
             return hidden
         return _Rows.apply(hidden.flatten(0, 1), self._head_rows).unsqueeze(1)
 
     def choose_head_rows(self, head: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        """Pre-hook of the head: [s, b, hidden] (a slice of s under sequence parallelism) -> [n, 1, hidden]."""
+        """Choose the rows before the head runs (a forward pre-hook of the head).
+
+        Maps [s, b, hidden] to [n, 1, hidden]; under sequence parallelism the input is a slice of s.
+        """
         if self._head_rows is None or self._chosen_early:
             return None
         (hidden,) = args
         if self.config.sequence_parallel:
-            # All ranks have the same gradient of whole hidden states, and each takes its own slice of it.
+            # All ranks have the same gradient of the whole hidden states; each keeps its own slice of it.
             hidden = tensor_parallel.gather_from_sequence_parallel_region(
                 hidden, tensor_parallel_output_grad=False, group=self.tp_group
             )
@@ -107,7 +111,7 @@ class RoleModel(GPTModel):
         first_stage_word_emb_key: str,
         metadata: dict[str, Any],
     ) -> None:
-        """The last pipeline stage's copy of tied embeddings is a replica of the first stage's."""
+        """Declare the last pipeline stage's copy of tied embeddings as a replica of the first stage's."""
         if not self.post_process or self.pre_process:
             return
         sharded_state_dict[output_layer_weight_key] = make_tp_sharded_tensor_for_checkpoint(
@@ -121,7 +125,7 @@ class RoleModel(GPTModel):
 
 
 class _Rows(torch.autograd.Function):
-    """[t, hidden] -> [n, hidden], no row twice: so that the backward is a copy, where indexing's adds up."""
+    """Choose rows, [t, hidden] -> [n, hidden], none twice. So the backward is a copy; the backward of plain indexing would be a sum."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, rows: Tensor) -> Tensor:
@@ -137,10 +141,11 @@ class _Rows(torch.autograd.Function):
 
 
 class ScalarHead(MegatronModule):
-    """hidden -> 1, in place of the output layer. Replicated over the tensor-parallel ranks, computed in fp32.
+    """Head with one output per token, in place of the output layer: [..., hidden] -> [..., 1].
 
-    Its weights start at zero, or from N(0, 1 / (hidden + 1)), the reward head of Stiennon et al. 2020, drawn from ``seed`` so
-    that every layout starts from the same numbers.
+    It is replicated over the tensor-parallel ranks and computed in fp32. Its weights start with zeros, or are drawn from
+    N(0, 1 / (hidden + 1)), the reward head of Stiennon et al. 2020. They are drawn from ``seed``, so every layout starts with the same
+    numbers.
     """
 
     def __init__(
@@ -155,7 +160,7 @@ class ScalarHead(MegatronModule):
         super().__init__(config=config)
         self.tp_group = groups.tp
         self.aligned = aligned
-        self.sequence_parallel = config.sequence_parallel  # the input is a slice of the sequence
+        self.sequence_parallel = config.sequence_parallel  # True: the input is a slice of the sequence
         generator = torch.Generator().manual_seed(seed)
         weight = torch.randn(1, config.hidden_size, generator=generator) / (config.hidden_size + 1) ** 0.5
         if init == "zero":
@@ -165,7 +170,7 @@ class ScalarHead(MegatronModule):
     def forward(
         self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
     ) -> tuple[Tensor, None]:
-        """[s, b, hidden] (a slice of s under sequence parallelism) -> ([s, b, 1] float32, no bias)."""
+        """Compute one number per token, [s, b, hidden] -> ([s, b, 1] float32, no bias). Under sequence parallelism the input is a slice of s."""
         if self.sequence_parallel:
             input_ = tensor_parallel.gather_from_sequence_parallel_region(
                 input_, tensor_parallel_output_grad=False, group=self.tp_group
@@ -177,7 +182,7 @@ class ScalarHead(MegatronModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """Sharded form for dist_checkpointing: one replicated tensor."""
+        """Return the sharded state dict for dist_checkpointing: one replicated tensor."""
         return make_sharded_tensors_for_checkpoint(
             self.state_dict(prefix="", keep_vars=True),
             prefix,
@@ -196,17 +201,17 @@ def build_model(
     init_seed: int = 1234,
     head_init: HeadInit = "normal",
 ) -> list[GPTModel]:
-    """The model chunks of this rank: one, or one for each virtual pipeline stage.
+    """Build the model chunks of this rank: one, or one for each virtual pipeline stage.
 
     Args:
-        bridge: the mapped Hugging Face config and layout.
-        groups: the role's process groups; their sizes are the layout's.
-        head: what the last stage computes.
-        init_seed: seed of a scalar head, which no checkpoint may have.
-        head_init: how that head starts.
+        bridge: Mapped Hugging Face config and layout.
+        groups: Process groups of the role; their sizes are the layout's.
+        head: Kind of head that the last stage has.
+        init_seed: Seed of a scalar head that the checkpoint does not have.
+        head_init: Initialisation of that head.
 
     Returns:
-        GPTModels in virtual-stage order, on this rank's device, weights not yet loaded.
+        GPTModels in virtual-stage order, on this rank's device. Their weights are not loaded yet.
     """
     config = bridge.transformer
     stages = config.virtual_pipeline_model_parallel_size
@@ -232,7 +237,7 @@ def _build_chunk(
     post_process = is_vp_last_stage(vp_stage, vp_size) and is_pp_last_stage(groups.pp)
     num_layers = get_num_layers_to_build(config, vp_stage, groups.pp.rank())
     layer_spec = aligned_decoder_spec if bridge.aligned else decoder_spec
-    chunk = RoleModel(
+    chunk = HeadRowsGPTModel(
         config=config,
         transformer_layer_spec=layer_spec(config, num_layers),
         vocab_size=bridge.padded_vocab_size,
@@ -253,13 +258,14 @@ def _build_chunk(
         chunk.setup_embeddings_and_output_layer()
     if post_process:
         chunk.output_layer.register_forward_pre_hook(chunk.choose_head_rows)
-        # Slices of a sequence are chosen from when they are gathered for the head, and a recomputed layer is not told of the rows.
+        # Not under sequence parallelism: the rows are chosen when the slices are gathered for the head. Not where a whole layer is
+        # recomputed: the recomputation would not know the rows.
         whole_layer = config.recompute_granularity == "full" or uses_transformer_engine(config.params_dtype)
         if not (config.sequence_parallel or whole_layer):
             chunk.choose_rows_early()
     for name, parameter in chunk.named_parameters():
         if ".experts." in name:
-            # Gradients are summed over groups.expt_dp. Megatron-Core says so of experts that are spread over ranks alone; those that
-            # are not see the tokens of every tensor-parallel rank all the same, and their optimizer state is to load in any layout.
+            # With this flag gradients are summed over groups.expt_dp. Megatron-Core sets it only for experts that are spread over ranks. We set
+            # it for all: every tensor-parallel rank sends its tokens to them too, and their optimizer state must load in any layout.
             parameter.allreduce = False
     return chunk.to(platform.device())

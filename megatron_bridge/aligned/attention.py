@@ -1,7 +1,7 @@
-"""Rotary embedding and causal attention, a tile of queries at a time.
+"""Rotary embedding and causal attention, one tile of queries at a time.
 
-A tile of ``TILE`` queries attends to the keys up to its own end. So the shape of every product, and with it the order of its sums,
-follows from the position of the tile in its sequence: padding beyond it, and other sequences, are never seen.
+A tile of ``TILE`` queries attends to the keys up to the tile's own end. So the shape of every product, and with it the order of its
+sums, depends only on where the tile lies in its sequence. Padding behind the tile and other sequences have no influence.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from torch.autograd.function import once_differentiable
 from megatron_bridge.aligned.products import batched_product
 from megatron_bridge.model.kernels import products_of, rotate
 
-#: Tokens of the longest sequence whose probabilities are kept for the backward; of longer ones they are computed anew, since their
-#: size grows with the square.
+#: Most tokens of a sequence whose probabilities are kept for the backward. Those of longer sequences are computed again, because their
+#: size grows with the square of the length.
 KEPT = 256
-#: Queries of a tile. Shapes are multiples of it, which leaves vector loops no remainder.
+#: Queries of a tile. Shapes are multiples of it, so vector loops have no remainder.
 TILE = 64
 
 
 def rotary_causal_attention(mixed: Tensor, cos: Tensor, sin: Tensor, softmax_scale: float) -> Tensor:
-    """``fused_attention.AttentionKernel``, a tile of queries at a time."""
+    """Compute ``fused_attention.AttentionKernel`` one tile of queries at a time."""
     return _TiledAttention.apply(mixed, cos, sin, softmax_scale)
 
 
@@ -79,7 +79,10 @@ class _TiledAttention(torch.autograd.Function):
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
-    """x cos + rotate_half(x) sin, every operation rounded by itself: where a kernel fuses two is the compiler's choice."""
+    """Write x cos + rotate_half(x) sin to ``out``, rounding after every operation.
+
+    A kernel that fuses two operations would leave the choice of roundings to the compiler.
+    """
     half = x.shape[-1] // 2
     cos, sin = cos[:, :half], sin[:, :half]
     first, second = x[..., :half], x[..., half:]
@@ -88,7 +91,11 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
 
 
 def _tile(rotated: Tensor, inputs: Tensor, end: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries [b * g, r * TILE, d] of the tile that ends at ``end``, a copy; keys and values [b * g, end, d] up to it, views."""
+    """Return the tile of queries that ends at ``end``, with the keys and values that it attends to.
+
+    Returns:
+        Queries [b * g, r * TILE, d], a copy; keys and values [b * g, end, d], views.
+    """
     b, g, heads, padded, d = inputs.shape
     query = rotated[:, :, : heads - 2, end - TILE : end].reshape(b * g, (heads - 2) * TILE, d)
     key = rotated.view(b * g, heads - 1, padded, d)[:, heads - 2, :end]
@@ -98,17 +105,17 @@ def _tile(rotated: Tensor, inputs: Tensor, end: int) -> tuple[Tensor, Tensor, Te
 
 @functools.cache
 def _future(device: torch.device) -> Tensor:
-    """[TILE, TILE] bool: the keys of a tile that come after each of its queries."""
+    """Return a mask [TILE, TILE] bool: the keys of a tile that come after each of its queries."""
     return torch.ones(TILE, TILE, dtype=torch.bool, device=device).triu_(1)
 
 
 def _probabilities(query: Tensor, key: Tensor, softmax_scale: float) -> Tensor:
-    """[n, r * TILE, d] queries of a tile and [n, end, d] keys -> [n, r * TILE, end]."""
+    """Compute the attention probabilities of a tile: queries [n, r * TILE, d] and keys [n, end, d] -> [n, r * TILE, end]."""
     return _causal_softmax(batched_product(query * softmax_scale, key.transpose(1, 2)))
 
 
 def _causal_softmax(scores: Tensor) -> Tensor:
-    """[n, r * TILE, end] scores of a tile's queries for the keys up to its end -> probabilities. Overwrites the scores."""
+    """Turn a tile's scores [n, r * TILE, end] for the keys up to its end into probabilities. Overwrites the scores."""
     n, rows, end = scores.shape
     own_tile = scores.view(n, rows // TILE, TILE, end)[..., end - TILE :]
     own_tile.masked_fill_(_future(scores.device), -torch.inf)

@@ -1,8 +1,8 @@
 """Megatron-Core's layers with aligned forwards: the modules of the aligned layer spec.
 
-A column-parallel layer is what it was, its product aside. The weight of an aligned row-parallel layer is divided by its outputs, not
-by its inputs: each rank gathers the whole input and makes whole sums for its part of the outputs, which the ranks then exchange. No
-sum is ever made over ranks.
+A column-parallel layer differs from Megatron-Core's only in its matrix product. An aligned row-parallel layer divides its weight by
+outputs instead of inputs: each rank gathers the whole input, computes complete sums for its part of the outputs, and the ranks then
+exchange the outputs. So no sum runs over ranks.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ from megatron_bridge.model.layers import RMSNorm, SdpaCoreAttention, SwiGlu
 
 
 class AlignedColumnParallelLinear(ColumnParallelLinear):
-    """Outputs divided over the tensor-parallel ranks."""
+    """Linear layer whose outputs are divided over the tensor-parallel ranks."""
 
     def _forward_impl(
         self, input: Tensor, weight: Tensor, *, bias: Tensor | None, allreduce_dgrad: bool, **_: Any
     ) -> Tensor:
-        """Called by ``ColumnParallelLinear.forward`` in place of Megatron-Core's product with the same arguments."""
+        """Compute the layer's product. ``ColumnParallelLinear.forward`` calls this instead of Megatron-Core's, with the same arguments."""
         if self.sequence_parallel:
             input = gather_from_sequence_parallel_region(input, tensor_parallel_output_grad=True, group=self.tp_group)
         elif allreduce_dgrad:
@@ -52,9 +52,9 @@ class AlignedColumnParallelLinear(ColumnParallelLinear):
 
 
 class AlignedRowParallelLinear(ColumnParallelLinear):
-    """Inputs come divided over the tensor-parallel ranks and outputs leave whole, or divided by tokens under sequence parallelism.
+    """Linear layer whose inputs are divided over the tensor-parallel ranks.
 
-    ``weight`` is [outputs / tp, inputs].
+    Its outputs are whole, or divided by tokens under sequence parallelism. ``weight`` is [outputs / tp, inputs].
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class AlignedRowParallelLinear(ColumnParallelLinear):
         )
 
     def forward(self, input_: Tensor) -> tuple[Tensor, None]:
-        """[s, b, inputs / tp] -> ([s, b, outputs], or [s / tp, b, outputs] under sequence parallelism; no bias)."""
+        """Compute [s, b, inputs / tp] -> ([s, b, outputs], no bias); under sequence parallelism the output is [s / tp, b, outputs]."""
         output = product(all_gather_last_dim_from_tensor_parallel_region(input_, group=self.tp_group), self.weight)
         if not self.sequence_parallel:
             return gather_from_tensor_model_parallel_region(output, group=self.tp_group), None
@@ -90,31 +90,31 @@ class AlignedRowParallelLinear(ColumnParallelLinear):
 
 
 class AlignedSelfAttention(FusedSelfAttention):
-    """Self-attention in tiles of queries. Its core attention, which comes with the spec, is not called.
+    """Self-attention in tiles of queries. The core attention of the layer spec is not called.
 
-    Through a key-value cache one token is attended to at a time, which is not aligned with a tile.
+    With a key-value cache attention takes one token at a time, so it has no tiles and is not aligned.
     """
 
     kernel = staticmethod(rotary_causal_attention)
 
 
 class AlignedRMSNorm(RMSNorm):
-    """Root-mean-square norm, in fp32 inside."""
+    """Root-mean-square norm, computed in fp32."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """[..., hidden] -> [..., hidden]."""
+        """Normalise [..., hidden] -> [..., hidden]."""
         return rms_norm(hidden_states, self.weight, self.eps)
 
 
 class AlignedSwiGlu(SwiGlu):
-    """The activation of the MLP, [..., 2 f] -> [..., f]."""
+    """Activation of the MLP, [..., 2 f] -> [..., f]."""
 
     def forward(self, gate_and_up: Tensor) -> Tensor:
         return swiglu(gate_and_up)
 
 
 def aligned_decoder_spec(config: TransformerConfig, num_local_layers: int) -> TransformerBlockSubmodules:
-    """Spec of the layers of one model chunk."""
+    """Return the layer spec of one model chunk."""
     layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
     submodules = layer.submodules
     submodules.input_layernorm = AlignedRMSNorm
@@ -123,7 +123,7 @@ def aligned_decoder_spec(config: TransformerConfig, num_local_layers: int) -> Tr
     mlp.linear_fc1 = AlignedColumnParallelLinear
     mlp.linear_fc2 = AlignedRowParallelLinear
     mlp.activation_func = AlignedSwiGlu
-    config.use_te_activation_func = True  # so Megatron-Core calls an activation that comes with the spec
+    config.use_te_activation_func = True  # Megatron-Core then calls the spec's activation
     attention: ModuleSpec = submodules.self_attention
     attention.module = AlignedSelfAttention
     attention.submodules.linear_qkv = AlignedColumnParallelLinear
@@ -136,7 +136,7 @@ def aligned_decoder_spec(config: TransformerConfig, num_local_layers: int) -> Tr
 
 
 def aligned_output_layer(config: TransformerConfig, model: GPTModel) -> AlignedColumnParallelLinear:
-    """In place of the output layer of a language model that was just built, with parameters as that has them."""
+    """Build the aligned output layer of a language model, with the same parameters as the layer that it replaces."""
     return AlignedColumnParallelLinear(
         config.hidden_size,
         model.vocab_size,

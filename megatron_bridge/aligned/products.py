@@ -1,7 +1,7 @@
-"""Matrix products whose rows do not depend on how many rows there are, nor their columns on how many columns.
+"""Matrix products in which a row does not depend on the number of rows, nor a column on the number of columns.
 
-On CUDA they are Megatron-Core's batch-invariant kernel, in which one program makes a whole tile of the result, over all of the inner
-size and in one order, whatever the number of rows and columns.
+On CUDA this is Megatron-Core's batch-invariant kernel: one program computes a whole tile of the result over the whole inner size, in
+one order, for any number of rows and columns.
 """
 
 from __future__ import annotations
@@ -13,32 +13,32 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
-#: Matrices of a batched product on CUDA.
+#: Number of matrices in a batched product on CUDA.
 BATCH = 16
-#: Rows of a product are a multiple of it. A BLAS chooses another kernel, with another order of additions, for a few rows (below 4 with
-#: one thread, below 16 with two); from there on kernels differ in how they cut rows and columns, not in a sum's order, which
-#: ``tests/numerics/test_aligned_kernels.py`` holds them to.
+#: Products get a multiple of so many rows. For few rows a BLAS chooses another kernel with another order of additions (below 4 rows with
+#: one thread, below 16 with two). From there on kernels differ in how they cut rows and columns, but not in the order of a sum;
+#: ``tests/numerics/test_aligned_kernels.py`` checks this.
 ROWS = 32
-#: Columns of a product at least, for the same reason: with fewer (below 12 on one machine), kernels for narrow results add in
-#: another order than those of the whole weight, of which a tensor-parallel rank has a part.
+#: Products get at least so many columns, for the same reason. With fewer (below 12 on one machine), kernels for narrow results add in
+#: another order than those for the whole weight, of which a tensor-parallel rank holds a part.
 COLUMNS = 16
-#: Terms of a float32 sum that a BLAS is given at once. On Intel, MKL cuts sums of 1000 terms and more, at places that depend on the
-#: number of columns; up to 768 it did not. bfloat16 products are oneDNN's, which does not.
+#: Most terms of a float32 sum that a BLAS gets at once. On Intel, MKL cuts sums of 1000 terms and more at places that depend on the
+#: number of columns; up to 768 it did not. bfloat16 products run in oneDNN, which does not cut them.
 TERMS = 512
 
 
 def product(inputs: Tensor, weight: Tensor) -> Tensor:
-    """[..., k] and [n, k] -> [..., n], the inputs times the transpose of the weight."""
+    """Compute the product of the inputs and the transposed weight: [..., k] and [n, k] -> [..., n]."""
     return _Product.apply(inputs, weight)
 
 
 def batched_product(left: Tensor, right: Tensor) -> Tensor:
-    """[n, m, k] and [n, k, p] -> [n, m, p]. What a matrix gives does not depend on how many there are."""
+    """Compute the products of pairs of matrices: [n, m, k] and [n, k, p] -> [n, m, p]. A pair's result does not depend on their number."""
     return _bmm_in_batches(left, right) if left.is_cuda else torch.bmm(left, right)
 
 
 def _bmm_in_batches(left: Tensor, right: Tensor) -> Tensor:
-    """Every call of cuBLAS is for ``BATCH`` matrices, contiguous and filled up with zeros: m, k and p alone decide over its kernel."""
+    """Compute products of pairs in batches of ``BATCH``, contiguous and filled up with zeros, so that only m, k and p choose cuBLAS's kernel."""
     result = torch.empty(left.shape[0], left.shape[1], right.shape[2], dtype=left.dtype, device=left.device)
     for start in range(0, left.shape[0], BATCH):
         size = min(BATCH, left.shape[0] - start)
@@ -52,7 +52,7 @@ def _bmm_in_batches(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _rows_product(rows: Tensor, weight: Tensor) -> Tensor:
-    """[m, k] and [n, k] -> [m, n]."""
+    """Compute the product of [m, k] and the transpose of [n, k] -> [m, n]."""
     if rows.is_cuda:
         from megatron.core.transformer.custom_layers.batch_invariant_kernels import matmul_persistent  # needs Triton
 

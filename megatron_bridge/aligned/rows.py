@@ -1,10 +1,10 @@
-"""Operations on rows: the result of a row depends on that row alone, and that of an element not on where it lies in memory.
+"""Operations on rows: a row's result depends on that row alone, and an element's result does not depend on where it lies in memory.
 
-Two things part the bits of equal inputs in elementwise and row-wise kernels: a vector loop and its scalar remainder that compute a
-function differently, so that an element's bits depend on its offset; and a sum whose order depends on the shape of the whole
-tensor. So here functions are composed of operations that IEEE 754 rounds correctly (+, -, *, /, square root) and of ``exp``, which
-in torch is the same at every offset (``tests/numerics/test_aligned_kernels.py``); and sums run over contiguous rows. On CUDA one thread
-computes an element in the same way wherever it lies, and sums are Megatron-Core's batch-invariant kernel.
+Elementwise and row-wise kernels can give equal inputs different bits for two reasons. A vector loop and its scalar remainder may compute
+a function differently, so that an element's bits depend on its offset. And the order of a sum may depend on the shape of the whole
+tensor. Therefore functions are composed of operations that IEEE 754 rounds correctly (+, -, *, /, square root) and of ``exp``, which in
+torch is the same at every offset (``tests/numerics/test_aligned_kernels.py``), and sums run over contiguous rows. On CUDA one thread
+computes an element the same way wherever it lies, and sums use Megatron-Core's batch-invariant kernel.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ import megatron_bridge.platform  # noqa: F401  before any module of Megatron-Cor
 
 from megatron_bridge.model.kernels import rms_norm_backward
 
-#: Elements of a piece that elementwise work is done on: a few of them stay in a core's cache.
+#: Number of elements that elementwise work processes at a time; a few such pieces fit into a core's cache.
 PIECE = 1 << 16
 
 
 def rms_norm(hidden_states: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """``kernels.rms_norm``, aligned: [..., hidden] and [hidden] -> [..., hidden]."""
-    return _RmsNorm.apply(hidden_states, weight, eps)
+    """Compute ``kernels.rms_norm`` with aligned operations: [..., hidden] and weight [hidden] -> [..., hidden]."""
+    return _AlignedRmsNorm.apply(hidden_states, weight, eps)
 
 
-class _RmsNorm(torch.autograd.Function):
+class _AlignedRmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         x = x.contiguous()
@@ -44,11 +44,11 @@ class _RmsNorm(torch.autograd.Function):
 
 
 def swiglu(gate_and_up: Tensor) -> Tensor:
-    """``kernels.swiglu``, aligned, float32 inside: [..., 2 f], the gate first -> [..., f]."""
-    return _Swiglu.apply(gate_and_up)
+    """Compute ``kernels.swiglu`` with aligned operations in float32: [..., 2 f], the gate first -> [..., f]."""
+    return _AlignedSwiglu.apply(gate_and_up)
 
 
-class _Swiglu(torch.autograd.Function):
+class _AlignedSwiglu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_and_up: Tensor) -> Tensor:
         ctx.save_for_backward(gate_and_up)
@@ -82,15 +82,15 @@ class _Swiglu(torch.autograd.Function):
 
 
 def row_dot(rows: Tensor, vector: Tensor) -> Tensor:
-    """[..., hidden] and [hidden] -> [...] float32: products summed over each row."""
+    """Compute the dot product of each row and a vector: [..., hidden] and [hidden] -> [...] float32."""
     return row_sums(rows.contiguous().float() * vector.float())
 
 
 def row_sums(rows: Tensor) -> Tensor:
-    """[..., n] contiguous -> [...]: sums over each row, in an order that depends on n alone.
+    """Sum over each row, [..., n] contiguous -> [...], in an order that depends on n alone.
 
-    torch's reductions on CUDA cut a row in as many parts as the number of rows leaves the device idle for; Megatron-Core's
-    batch-invariant mean has one program for a row.
+    torch's reductions on CUDA cut a row into more parts when few rows leave the device idle. Megatron-Core's batch-invariant mean computes
+    each row in one program.
     """
     if not rows.is_cuda:
         return rows.sum(dim=-1)

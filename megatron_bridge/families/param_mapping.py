@@ -1,7 +1,7 @@
-"""How Hugging Face tensors become Megatron-Core parameters and back: pure rules, no files, no collectives.
+"""Rules that turn Hugging Face tensors into Megatron-Core parameters and back. They use no files and no collectives.
 
-A rule joins one Megatron parameter with the Hugging Face tensors that it holds. Every tensor-parallel rank's part of
-each of those tensors is one contiguous block of rows or columns, so a loader reads no more than it keeps.
+A rule connects one Megatron parameter with the Hugging Face tensors that it holds. The part of such a tensor that a tensor-parallel
+rank needs is one contiguous block of rows or columns, so a loader reads only what it keeps.
 
 Megatron layouts (Shoeybi et al. 2019, "Megatron-LM"):
 
@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 
 
-class Kind(Enum):
+class Sharding(Enum):
     """How a parameter is divided over the tensor-parallel ranks and joined from its Hugging Face tensors."""
 
     REPLICATED = "replicated"
-    ROW = "row"  # columns divided: the input dimension of a row-parallel layer
-    OUTPUT = "output"  # rows divided: what ROW is in an aligned model
+    ROW = "row"  # columns are divided: the input dimension of a row-parallel layer
+    OUTPUT = "output"  # rows are divided: an aligned model uses it instead of ROW
     QKV = "qkv"
     GATE_UP = "gate_up"
     VOCAB = "vocab"
@@ -34,10 +34,10 @@ class Kind(Enum):
 
 @dataclass(frozen=True)
 class Dims:
-    """Sizes of a model that the rules need, all of the whole model."""
+    """Sizes of the whole model, as the rules need them."""
 
     hidden: int
-    ffn: int  # of a dense MLP, or of one expert
+    ffn: int  # inner size of a dense MLP, or of one expert
     query: int  # attention heads x head_dim
     key: int  # query groups x head_dim
     head_dim: int
@@ -50,27 +50,27 @@ class Dims:
 
 @dataclass(frozen=True)
 class HfTensor:
-    """A Hugging Face tensor: its name (within its layer, for a layer's) and its dimensions as names of ``Dims``."""
+    """One Hugging Face tensor: its name (within its layer, if it belongs to one) and its dimensions as names of ``Dims``."""
 
     name: str
     dims: tuple[str, ...]
 
     def shape(self, dims: Dims) -> tuple[int, ...]:
-        """The full tensor's shape."""
+        """Return the shape of the full tensor."""
         return tuple(getattr(dims, name) for name in self.dims)
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One Megatron parameter and what it holds."""
+    """One Megatron parameter and the Hugging Face tensors that it holds."""
 
-    megatron: tuple[str, ...]  # its name in the local layer spec and, where it differs, in Transformer Engine's
-    kind: Kind
+    megatron: tuple[str, ...]  # name in the local layer spec and, where it differs, in Transformer Engine's spec
+    kind: Sharding
     hf: tuple[HfTensor, ...]
 
 
 class Sliceable(Protocol):
-    """A tensor, or a tensor in a file, of which a part is read by indexing."""
+    """A tensor, or a tensor in a file; indexing reads a part of it."""
 
     def __getitem__(self, index: slice | tuple[slice, ...]) -> Tensor: ...
 
@@ -81,7 +81,7 @@ def _block(length: int, tp_rank: int, tp_size: int) -> slice:
 
 
 def check_tensor_parallel(tp_size: int, *, heads: int, num_query_groups: int, ffn: int | None) -> None:
-    """Raise ValueError where the sizes of a model cannot be divided over ``tp_size`` ranks; ``ffn`` is None for experts."""
+    """Raise ValueError when ``tp_size`` ranks cannot divide the sizes of a model; ``ffn`` is None for experts."""
     if tp_size > num_query_groups:
         raise ValueError(
             f"tensor parallelism {tp_size} exceeds num_key_value_heads {num_query_groups}: a key-value head would have "
@@ -94,29 +94,29 @@ def check_tensor_parallel(tp_size: int, *, heads: int, num_query_groups: int, ff
 
 
 def padded_vocab_size(vocab_size: int, multiple: int) -> int:
-    """The smallest multiple of ``multiple`` that holds the vocabulary."""
+    """Return the smallest multiple of ``multiple`` that is not below the vocabulary's size."""
     return -(-vocab_size // multiple) * multiple
 
 
 def shard(rule: Rule, dims: Dims, tensors: Sequence[Sliceable], tp_rank: int, tp_size: int) -> Tensor:
-    """The Megatron parameter of one tensor-parallel rank.
+    """Build the Megatron parameter of one tensor-parallel rank.
 
     Args:
-        tensors: the rule's Hugging Face tensors, whole, in the rule's order.
+        tensors: Whole Hugging Face tensors of the rule, in the rule's order.
 
     Returns:
         A tensor of the parameter's shape on this rank, in the dtype of the inputs.
     """
-    if rule.kind is Kind.REPLICATED:
+    if rule.kind is Sharding.REPLICATED:
         return tensors[0][:]
-    if rule.kind is Kind.ROW:
+    if rule.kind is Sharding.ROW:
         return tensors[0][:, _block(rule.hf[0].shape(dims)[1], tp_rank, tp_size)]
-    if rule.kind is Kind.OUTPUT:
+    if rule.kind is Sharding.OUTPUT:
         return tensors[0][_block(rule.hf[0].shape(dims)[0], tp_rank, tp_size)]
-    if rule.kind is Kind.VOCAB:
+    if rule.kind is Sharding.VOCAB:
         return _vocab_shard(dims, tensors[0], tp_rank, tp_size)
     parts = [t[_block(hf.shape(dims)[0], tp_rank, tp_size)] for t, hf in zip(tensors, rule.hf)]
-    if rule.kind is Kind.GATE_UP:
+    if rule.kind is Sharding.GATE_UP:
         return torch.cat(parts)
     groups = dims.num_query_groups // tp_size
     return torch.cat([part.unflatten(0, (groups, -1)) for part in parts], dim=1).flatten(0, 1)
@@ -131,19 +131,19 @@ def _vocab_shard(dims: Dims, tensor: Sliceable, tp_rank: int, tp_size: int) -> T
 
 
 def merge(rule: Rule, dims: Dims, shards: Sequence[Tensor]) -> list[Tensor]:
-    """The rule's Hugging Face tensors, whole, from the shards of all tensor-parallel ranks in rank order.
+    """Rebuild the rule's whole Hugging Face tensors from the shards of all tensor-parallel ranks, in rank order.
 
     The results may share memory with the shards.
     """
-    if rule.kind is Kind.REPLICATED:
+    if rule.kind is Sharding.REPLICATED:
         return [shards[0]]
-    if rule.kind is Kind.ROW:
+    if rule.kind is Sharding.ROW:
         return [_cat(shards, dim=1)]
-    if rule.kind is Kind.OUTPUT:
+    if rule.kind is Sharding.OUTPUT:
         return [_cat(shards, dim=0)]
-    if rule.kind is Kind.VOCAB:
+    if rule.kind is Sharding.VOCAB:
         return [_cat(shards, dim=0)[: dims.vocab]]
-    if rule.kind is Kind.GATE_UP:
+    if rule.kind is Sharding.GATE_UP:
         halves = [part.chunk(2) for part in shards]
         return [_cat([half[i] for half in halves], dim=0) for i in range(2)]
     heads = dims.query // dims.key
@@ -158,10 +158,10 @@ def _cat(tensors: Sequence[Tensor], dim: int) -> Tensor:
 
 @dataclass(frozen=True)
 class PipelineLayout:
-    """Which layers lie on which pipeline rank, in which model chunk. Layer numbers start at 0.
+    """Assignment of layers to pipeline ranks and model chunks. Layer numbers start at 0.
 
-    With virtual stages the chunks go round the ranks: chunk c of rank p comes before chunk c of rank p + 1, and all
-    chunks c before all chunks c + 1 (Narayanan et al. 2021, interleaved schedule).
+    With virtual stages chunks alternate over the ranks: chunk c of rank p comes before chunk c of rank p + 1, and all chunks c come before
+    all chunks c + 1 (Narayanan et al. 2021, interleaved schedule).
     """
 
     num_layers: int
@@ -174,15 +174,15 @@ class PipelineLayout:
 
     @property
     def last(self) -> tuple[int, int]:
-        """(pipeline rank, chunk) that holds the end of the model."""
+        """Pipeline rank and chunk that hold the end of the model."""
         return self.pp_size - 1, self.vp_size - 1
 
     def global_layer(self, pp_rank: int, chunk: int, local: int) -> int:
-        """Number of a chunk's local layer in the whole model."""
+        """Number the layer in the whole model, from its pipeline rank, its chunk and its number there."""
         return (chunk * self.pp_size + pp_rank) * self.layers_per_chunk + local
 
     def locate(self, layer: int) -> tuple[int, int, int]:
-        """(pipeline rank, chunk, local layer) of a layer of the whole model."""
+        """Return pipeline rank, chunk and local number of a layer of the whole model."""
         stage, local = divmod(layer, self.layers_per_chunk)
         chunk, pp_rank = divmod(stage, self.pp_size)
         return pp_rank, chunk, local
@@ -190,36 +190,35 @@ class PipelineLayout:
 
 @dataclass(frozen=True)
 class ExpertLayout:
-    """Which experts lie on which expert-parallel rank: contiguous blocks, the same in every layer."""
+    """Assignment of experts to expert-parallel ranks: contiguous blocks, the same in every layer."""
 
     num_experts: int  # 0: a dense model
     ep_size: int = 1
 
     def locate(self, expert: int) -> tuple[int, int]:
-        """(expert-parallel rank, its local number there) of an expert."""
+        """Return the expert-parallel rank that holds an expert, and the expert's number there."""
         return divmod(expert, self.num_experts // self.ep_size)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A rule at its place: in which chunk of which pipeline rank, and under which full names."""
+    """One rule applied at one place of the model: a chunk of a pipeline rank, with the full names."""
 
     rule: Rule
     pp_rank: int
     chunk: int
     megatron_prefix: str = ""
     hf_prefix: str = ""
-    ep_rank: int | None = (
-        None  # the one expert-parallel rank that holds it, whole; None: all do, divided as the rule says
-    )
+    #: Expert-parallel rank that holds the whole parameter. None: all hold it, divided as the rule says.
+    ep_rank: int | None = None
 
     def is_on(self, pp_rank: int, ep_rank: int) -> bool:
-        """True where a rank holds it, or its part of it."""
+        """Return whether a rank holds the parameter, or a part of it."""
         return self.pp_rank == pp_rank and self.ep_rank in (None, ep_rank)
 
     @property
     def megatron_names(self) -> list[str]:
-        """The parameter's possible names in the chunk; each layer spec has exactly one of them."""
+        """Possible names of the parameter in the chunk; each layer spec has exactly one of them."""
         return [self.megatron_prefix + name for name in self.rule.megatron]
 
     @property
@@ -237,7 +236,7 @@ def entries(
     final_norm: Rule,
     output: Rule | None,
 ) -> Iterator[Entry]:
-    """Every rule of a model, in the order of a Hugging Face state dict. ``output`` is None where it is tied."""
+    """Yield every rule of a model at its place, in the order of a Hugging Face state dict. ``output`` is None where it is tied."""
     last_rank, last_chunk = layout.last
     yield Entry(embedding, 0, 0)
     for layer in range(layout.num_layers):

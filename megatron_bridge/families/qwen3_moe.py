@@ -26,8 +26,8 @@ FAMILY = decoder.Family(
         "mlp_only_layers": [],
         "output_router_logits": False,
     },
-    # Layers without experts would need a layer spec for each; the load-balancing loss of Megatron-Core depends on how a minibatch is
-    # cut into micro-batches, and transformers adds its own only when router logits are asked for.
+    # Layers without experts would need their own layer spec. Router logits stay off because transformers adds its load-balancing loss only
+    # with them; Megatron-Core's depends on how a minibatch is cut into micro-batches.
     required_values={
         **decoder.COMMON_REQUIRED_VALUES,
         "decoder_sparse_step": 1,

@@ -1,4 +1,4 @@
-"""Model families by Hugging Face ``model_type``: a new family is one file, and one entry here."""
+"""Model families by Hugging Face ``model_type``. A new family is one file and one entry here."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def family_of(hf_config: dict[str, Any]) -> Family:
     """Return the family of a Hugging Face config.
 
     Raises:
-        ValueError: its ``model_type`` is missing or not supported.
+        ValueError: The config's ``model_type`` is missing or not supported.
     """
     model_type = hf_config.get("model_type")
     if model_type not in FAMILIES:

@@ -1,12 +1,11 @@
-"""Self-attention with a cache of keys and values, which generation with a GPTModel needs beside its parameters, and of packed sequences.
+"""Self-attention with a cache of keys and values, for decoding, and with packed sequences.
 
-Megatron-Core rotates packed queries and keys sequence by sequence, for which every layer asks the device for the lengths, and the host
-waits. Here each token's angles are gathered by its position, once for all layers.
+Megatron-Core rotates packed queries and keys sequence by sequence. For that every layer asks the device for the lengths, and the host
+waits. Here the angles of all tokens are gathered by position, once for all layers.
 
-Megatron-Core's own inference contexts do not fit: with the static one all rows of a batch are at one position, so no request can
-join a batch that is under way, and its attention refuses the dynamic one without flash-attention, which needs CUDA. ``SlotCache``
-follows the dynamic one's protocol with ``GPTModel`` (all tokens of a forward in one row, logits of some of them alone), and attends
-with torch on any device.
+Megatron-Core's own inference contexts do not fit. With the static one all rows of a batch are at one position, so no request can join
+a running batch. The dynamic one needs flash-attention, and so CUDA. ``SlotCache`` follows the dynamic one's protocol with ``GPTModel`` (all
+tokens of a forward in one row, logits of only some of them) and attends with torch on any device.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from megatron_bridge.model.packing import Packing
 
 @dataclass(frozen=True)
 class Stretch:
-    """Tokens of one sequence that a forward takes, one after the other."""
+    """Consecutive tokens of one sequence that a forward processes."""
 
     slot: int
     start: int  # position of the first of them
@@ -40,45 +39,47 @@ class Stretch:
 
 
 class SlotCache(BaseInferenceContext):
-    """Keys and values of up to ``num_slots`` sequences, and where the tokens of the forward under way belong.
+    """Keys and values of up to ``num_slots`` sequences, and the sequences that the tokens of the current forward belong to.
 
-    The tokens of a forward lie in one row: first one token of each of the slots 0 .. n - 1 (sequences that are decoded), then
-    whole stretches of other slots, then padding.
+    The tokens of a forward lie in one row: first one token of each of the slots 0 .. n - 1 (sequences in decoding), then whole stretches
+    of other slots, then padding.
     """
 
     def __init__(self, config: TransformerConfig, num_slots: int, max_length: int) -> None:
-        """Args:
-        config: of a model without pipeline stages.
-        num_slots: sequences at most.
-        max_length: tokens of a sequence at most.
+        """Allocate the cache on this rank's device.
+
+        Args:
+            config: Configuration of a model without pipeline stages.
+            num_slots: Most sequences.
+            max_length: Most tokens of a sequence.
         """
         super().__init__(materialize_only_last_token_logits=True)
         self.config = config
         self.max_sequence_length = max_length
         device = platform.device()
         shape = cache_shape(config, num_slots, max_length)
-        # Zeros: what lies behind a sequence's end is masked, which a NaN would survive.
+        # Zeros, not uninitialised memory: what lies behind a sequence's end is masked, but a NaN would survive the mask.
         self.keys = torch.zeros(shape, dtype=cache_dtype(config.params_dtype, device.type), device=device)
         self.values = torch.zeros_like(self.keys)
 
     def is_static_batching(self) -> bool:
-        """False: positions differ within a forward."""
+        """Return False: the positions within a forward differ."""
         return False
 
     def is_decode_only(self) -> bool:
-        """True when every token of the forward is the next one of a sequence."""
+        """Return True when every token of the forward is the next one of a sequence."""
         return not self._stretches
 
     def take(
         self, positions: Sequence[int], stretches: Sequence[Stretch], num_tokens: int, rows: Sequence[int]
     ) -> None:
-        """Say what the next forward's tokens are.
+        """Set the tokens of the next forward.
 
         Args:
-            positions: [n], of the tokens of slots 0 .. n - 1.
-            stretches: what follows them.
-            num_tokens: of the forward, padding included.
-            rows: the tokens whose logits are wanted, as places in the forward.
+            positions: Positions [n] of the tokens of slots 0 .. n - 1.
+            stretches: Stretches that follow these tokens.
+            num_tokens: Number of tokens of the forward, padding included.
+            rows: Places in the forward of the tokens whose logits are needed.
         """
         slots = [*range(len(positions)), *(s.slot for s in stretches for _ in range(s.length))]
         places = [*positions, *(s.start + i for s in stretches for i in range(s.length))]
@@ -96,19 +97,19 @@ class SlotCache(BaseInferenceContext):
         self.positions = F.pad(self._positions, (0, num_tokens - len(places)))
 
     def last_token_logits(self, hidden_states: Tensor) -> Tensor:
-        """[1, t, hidden] -> [rows, hidden]: called by GPTModel before its output layer."""
+        """Choose the tokens whose logits are needed, [1, t, hidden] -> [rows, hidden]. GPTModel calls this before its output layer."""
         return hidden_states[0, self._rows]
 
     def move(self, source: int, target: int, length: int) -> None:
-        """Copy the first ``length`` tokens of a slot to another one."""
+        """Copy the first ``length`` tokens of one slot to another."""
         for cache in (self.keys, self.values):
             cache[:, target, :, :length] = cache[:, source, :, :length]
 
     def attend(self, layer_number: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Store keys and values, and attend to all that came before them in their sequences.
+        """Store keys and values, then attend to the earlier tokens of the same sequences.
 
         Args:
-            layer_number: from 1.
+            layer_number: Number of the layer, from 1.
             query: [t, 1, heads, d], rotated.
             key: [t, 1, groups, d], rotated.
             value: [t, 1, groups, d].
@@ -133,7 +134,7 @@ class SlotCache(BaseInferenceContext):
         return result
 
     def _decode(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """[n, heads, d] -> [n, heads * d]. The query heads of a group are rows of one product with the group's keys."""
+        """Compute the attention of one token of each sequence, [n, heads, d] -> [n, heads * d]. One product covers the query heads of a group."""
         num, heads, d = query.shape
         grouped = query.view(num, keys.shape[1], -1, d)
         past = [cache[:num, :, : self._longest] for cache in (keys, values)]
@@ -143,20 +144,20 @@ class SlotCache(BaseInferenceContext):
 
 
 def cache_shape(config: TransformerConfig, num_slots: int, max_length: int) -> tuple[int, ...]:
-    """[layers, slots, groups of this rank, length, d], of keys, and of values too."""
+    """Return the shape of the cache of keys, which the cache of values shares: [layers, slots, groups of this rank, length, d]."""
     groups = max(1, config.num_query_groups // config.tensor_model_parallel_size)
     return config.num_layers, num_slots, groups, max_length, config.kv_channels
 
 
 def cache_dtype(params_dtype: torch.dtype, device_type: str) -> torch.dtype:
-    """What is computed with: on a CPU attention is done in float32, and the cache is not converted for every token."""
+    """Return the dtype of the cache. On a CPU attention is computed in float32, so a float32 cache needs no conversion for every token."""
     return torch.float32 if device_type == "cpu" else params_dtype
 
 
 class CachedSelfAttention(SelfAttention):
-    """Megatron-Core's self-attention, which reads a ``SlotCache`` where a forward comes with one, and rotates packed tokens itself."""
+    """Megatron-Core's self-attention, except that it uses a ``SlotCache`` if a forward brings one, and rotates packed tokens itself."""
 
-    _packed_angles: Tensor | None = None  # [t, 1, 1, d] while a packed forward is under way
+    _packed_angles: Tensor | None = None  # [t, 1, 1, d] during a packed forward
 
     def forward(
         self,
@@ -168,7 +169,10 @@ class CachedSelfAttention(SelfAttention):
         packed_seq_params: PackedSeqParams | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """[s, b, hidden] (a slice of s under sequence parallelism) -> ([s, b, hidden], no bias); packed, or with a cache, b is 1."""
+        """Compute attention, [s, b, hidden] -> ([s, b, hidden], no bias).
+
+        Under sequence parallelism the input is a slice of s. With packed sequences or a cache, b is 1.
+        """
         assert rotary_pos_emb is not None, "the supported families have rotary embeddings"
         if inference_context is None and packed_seq_params is None:
             return super().forward(hidden_states, attention_mask, *args, rotary_pos_emb=rotary_pos_emb, **kwargs)
@@ -190,7 +194,7 @@ class CachedSelfAttention(SelfAttention):
         return self.linear_proj(inference_context.attend(self.layer_number, query, key, value).to(dtype))
 
     def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> Any:
-        """Return what Megatron-Core's method returns; in a packed forward queries and keys are rotated already."""
+        """Return Megatron-Core's query, key and value; in a packed forward queries and keys are already rotated."""
         projected = super().get_query_key_value_tensors(*args, **kwargs)
         if self._packed_angles is None:
             return projected

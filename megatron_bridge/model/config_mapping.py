@@ -1,4 +1,4 @@
-"""Hugging Face config.json -> Megatron-Core TransformerConfig, with everything else that a GPTModel needs."""
+"""Map a Hugging Face config.json to Megatron-Core's TransformerConfig, and to everything else that a GPTModel needs."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ from megatron_bridge.families.registry import family_of
 from megatron_bridge.model.layers import uses_transformer_engine
 from megatron_bridge.model.rope import rope_frequencies, rope_parameters, set_attention_scaling
 
-#: Aligned log-probs sum over so many parts of the vocabulary, in their order: the tensor-parallel size has to divide it.
+#: Aligned log-probs sum over so many parts of the vocabulary, in order. The tensor-parallel size must divide it.
 VOCAB_PARTS = 4
 
 _REQUIRED_FIELDS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-#: Of a mixture of experts, beside them. transformers 5 writes num_local_experts where checkpoints had num_experts.
+#: Further fields of a mixture of experts. transformers 5 writes num_local_experts where checkpoints had num_experts.
 _MOE_FIELDS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
 
 
 @dataclass(frozen=True, eq=False)
 class BridgeConfig:
-    """A checkpoint's config and a layout, as Megatron-Core takes them."""
+    """A checkpoint's config and a parallel layout, in Megatron-Core's form."""
 
     family: Family
     transformer: TransformerConfig
@@ -51,15 +51,14 @@ class BridgeConfig:
     tie_word_embeddings: bool
     rope: dict[str, Any]  # keyword arguments of GPTModel
     inv_freq: Tensor  # [head_dim / 2] float32, installed by rope.install_rope
-    attention_scaling: float  # factor on cosine and sine; set on `transformer` already
-    aligned: bool = False  # the layers of megatron_bridge.aligned
-    plain_because: str | None = (
-        None  # why they are not, where the choice was left open: "has no context parallelism (context 2)"
-    )
+    attention_scaling: float  # factor on cosine and sine; `transformer` has it already
+    aligned: bool = False  # True: the layers of megatron_bridge.aligned are used
+    #: Why they are not used, if the choice was left open: "has no context parallelism (context 2)".
+    plain_because: str | None = None
 
     @property
     def dims(self) -> Dims:
-        """Sizes that the weight rules need."""
+        """Sizes of the model that the weight rules need."""
         config = self.transformer
         return Dims(
             hidden=config.hidden_size,
@@ -75,7 +74,7 @@ class BridgeConfig:
 
     @property
     def pipeline_layout(self) -> PipelineLayout:
-        """Layers on pipeline ranks and model chunks."""
+        """Assignment of layers to pipeline ranks and model chunks."""
         config = self.transformer
         return PipelineLayout(
             num_layers=config.num_layers,
@@ -85,15 +84,15 @@ class BridgeConfig:
 
     @property
     def expert_layout(self) -> ExpertLayout:
-        """Experts on expert-parallel ranks."""
+        """Assignment of experts to expert-parallel ranks."""
         return ExpertLayout(self.transformer.num_moe_experts or 0, self.transformer.expert_model_parallel_size)
 
 
 def read_hf_config(path: str | Path) -> dict[str, Any]:
-    """config.json of a checkpoint folder, as it stands.
+    """Read the config.json of a checkpoint folder, unchanged.
 
     Raises:
-        ValueError: there is none, or it is not JSON.
+        ValueError: The file does not exist or is not JSON.
     """
     file = Path(path) / "config.json"
     if not file.is_file():
@@ -119,22 +118,22 @@ def bridge_config(
     aligned: bool | None = False,
     on_cuda: bool | None = None,
 ) -> BridgeConfig:
-    """Map a Hugging Face config to a layout.
+    """Map a Hugging Face config and a parallel layout to a ``BridgeConfig``.
 
     Args:
-        hf_config: config.json, as ``read_hf_config`` returns it.
-        dtype: of the parameters: torch.float32 or torch.bfloat16.
-        tensor, pipeline, context, expert: ranks of each kind of parallelism.
-        virtual_pipeline: model chunks per pipeline rank; None: one.
-        sequence: sequence parallelism over the tensor-parallel ranks.
-        recompute: activation recomputation: None, "selective" (the MLP, or the experts) or "full" (every layer).
-        vocab_multiple: the vocabulary is padded to a multiple of vocab_multiple x tensor rows.
-        aligned: build the layers of ``megatron_bridge.aligned``; the padded vocabulary is then the same for every ``tensor``. None:
-            where model, layout and device allow it.
-        on_cuda: whether the model will run on GPUs; None: as this machine does.
+        hf_config: Contents of config.json, from ``read_hf_config``.
+        dtype: Dtype of the parameters: torch.float32 or torch.bfloat16.
+        tensor, pipeline, context, expert: Number of ranks of each kind of parallelism.
+        virtual_pipeline: Number of model chunks per pipeline rank; None: one.
+        sequence: Whether sequence parallelism divides the tokens over the tensor-parallel ranks.
+        recompute: Activation recomputation: None, "selective" (the MLP, or the experts) or "full" (every layer).
+        vocab_multiple: Factor of the padding: the vocabulary is padded to a multiple of vocab_multiple x tensor rows.
+        aligned: Whether to build the layers of ``megatron_bridge.aligned``; the padded vocabulary is then the same for every ``tensor``. With
+            None they are built if model, layout and device allow it.
+        on_cuda: Whether the model will run on GPUs; None: if this machine has CUDA.
 
     Raises:
-        ValueError: a setting of the checkpoint or of the layout that is not supported, with its name and value.
+        ValueError: The checkpoint or the layout has an unsupported setting; the message gives its name and value.
     """
     family = family_of(hf_config)
     hf = _with_defaults(hf_config, family)
@@ -195,7 +194,7 @@ def bridge_config(
     )
 
 
-#: What all supported families have in common.
+#: Settings that all supported families share.
 _ARCHITECTURE: dict[str, Any] = {
     "normalization": "RMSNorm",
     "activation_func": F.silu,
@@ -214,7 +213,7 @@ def _dtype_settings(dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _machine_settings() -> dict[str, Any]:
-    """Fused kernels are CUDA's; with gloo, batched sends of interleaved stages mix up their messages."""
+    """Return the settings that depend on the machine. Fused kernels need CUDA; gloo mixes up batched sends of interleaved stages."""
     return {
         "use_cpu_initialization": not platform.HAS_CUDA,
         "batch_p2p_comm": platform.HAS_CUDA,
@@ -227,15 +226,18 @@ def _machine_settings() -> dict[str, Any]:
 
 
 def has_fused_rope(dtype: torch.dtype) -> bool:
-    """Return whether Transformer Engine rotates queries and keys in one kernel, as Megatron-Core could import it.
+    """Return whether Megatron-Core could import Transformer Engine's kernel that rotates queries and keys.
 
-    It knows no factor on cosine and sine (YaRN's), which Megatron-Core drops without a word where sequences are packed.
+    The kernel has no factor on cosine and sine (YaRN's); with packed sequences Megatron-Core would drop it silently.
     """
     return uses_transformer_engine(dtype) and rope_utils.fused_apply_rotary_pos_emb is not None
 
 
 def _recompute_settings(recompute: str | None, moe: bool) -> dict[str, Any]:
-    """Attention kernels never store their scores, so what "selective" can save is the MLP's activations."""
+    """Return Megatron-Core's settings of activation recomputation.
+
+    Attention kernels never store their scores, so "selective" saves the activations of the MLP.
+    """
     if recompute is None:
         return {}
     if recompute == "selective":
@@ -246,12 +248,15 @@ def _recompute_settings(recompute: str | None, moe: bool) -> dict[str, Any]:
 
 
 def _moe_settings(hf: dict[str, Any], expert: int) -> dict[str, Any]:
-    """Every token goes to its experts, none is dropped, and the router computes in the parameters' dtype, as engines do."""
+    """Return the settings of a mixture of experts.
+
+    No token is dropped, and the router computes in the parameters' dtype, as inference libraries do.
+    """
     return {
         "num_moe_experts": hf["num_experts"],
         "moe_ffn_hidden_size": hf["moe_intermediate_size"],
         "moe_router_topk": hf["num_experts_per_tok"],
-        # A softmax over the chosen experts alone is the softmax over all, normalised to their sum.
+        # The softmax over only the chosen experts equals the softmax over all, divided by the sum of the chosen ones.
         "moe_router_pre_softmax": not hf["norm_topk_prob"],
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": 0.0,
@@ -299,7 +304,7 @@ def _check_settings(hf: dict[str, Any], family: Family) -> None:
 
 
 def _attention_sizes(hf: dict[str, Any]) -> tuple[int, int, int]:
-    """(attention heads, query groups, channels of a head)."""
+    """Return attention heads, query groups and channels of a head."""
     heads, hidden = hf["num_attention_heads"], hf["hidden_size"]
     groups = hf["num_key_value_heads"] or heads
     if heads % groups:
@@ -330,7 +335,7 @@ def _check_layout(hf: dict[str, Any], tensor: int, pipeline: int, virtual_pipeli
 def _aligned_refusal(
     hf: dict[str, Any], moe: bool, tensor: int, context: int, dtype: torch.dtype, *, on_cuda: bool
 ) -> str | None:
-    """Return why a role cannot be aligned; None: it can. GPUs of a plan that is made elsewhere are taken to have Triton."""
+    """Return why a role cannot be aligned; None: it can. A plan for another machine assumes that its GPUs have Triton."""
     has_triton = importlib.util.find_spec("triton") is not None
     reasons = {
         # Triton's product of float32 matrices rounds them to TF32.

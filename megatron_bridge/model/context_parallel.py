@@ -1,8 +1,8 @@
-"""Context parallelism: every rank holds two chunks of each sequence and attends to the keys and values of all before them.
+"""Context parallelism: every rank holds two chunks of each sequence and attends to all keys and values before them.
 
-A sequence of s tokens is cut into 2 * cp chunks, and rank r holds chunks r and 2 * cp - 1 - r: under a causal mask an early chunk
-has little to attend to and a late one much, so all ranks have the same work (Llama Team 2024, "The Llama 3 Herd of Models",
-section 3.3.2, with the all-gather of keys and values from there too). Megatron-Core's rotary embedding is cut in the same way.
+A sequence of s tokens is cut into 2 * cp chunks, and rank r holds chunks r and 2 * cp - 1 - r. Under a causal mask an early chunk has
+little to attend to and a late one much, so this gives all ranks the same work (Llama Team 2024, "The Llama 3 Herd of Models", section
+3.3.2; the all-gather of keys and values is from there too). Megatron-Core cuts its rotary embedding in the same way.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from megatron_bridge.platform.determinism import deterministic_attention
 
 
 def own_columns(tensor: Tensor, dim: int, cp_group: dist.ProcessGroup) -> Tensor:
-    """[..., s, ...] -> [..., s / cp, ...]: this rank's two chunks, the earlier one first.
+    """Cut out this rank's two chunks, the earlier one first: [..., s, ...] -> [..., s / cp, ...].
 
     Args:
-        dim: of the columns; their number is a multiple of 2 * cp.
+        dim: Dimension of the columns; their number is a multiple of 2 * cp.
     """
     if cp_group.size() == 1:
         return tensor
@@ -41,12 +41,14 @@ def own_columns(tensor: Tensor, dim: int, cp_group: dist.ProcessGroup) -> Tensor
 
 
 def whole_columns(tensor: Tensor, dim: int, cp_group: dist.ProcessGroup, *, sum_gradients: bool) -> Tensor:
-    """[..., s / cp, ...] -> [..., s, ...]: the reverse of ``own_columns``. Collective over ``cp_group``, and so is its backward.
+    """Gather the columns of all ranks, the reverse of ``own_columns``: [..., s / cp, ...] -> [..., s, ...].
+
+    Forward and backward are collective over ``cp_group``.
 
     Args:
-        dim: of the columns.
-        sum_gradients: the gradient of a rank's columns is summed over the ranks, since each used the result for something of its
-            own. False: all ranks compute the same from it, and each takes its own columns' gradient.
+        dim: Dimension of the columns.
+        sum_gradients: Whether the backward sums a column's gradients over the ranks, because each rank used the result for
+            something different. False: all ranks compute the same from it, and each takes the gradient of its own columns.
     """
     if cp_group.size() == 1:
         return tensor
@@ -59,7 +61,7 @@ def whole_columns(tensor: Tensor, dim: int, cp_group: dist.ProcessGroup, *, sum_
 
 
 class CoreAttention(MegatronModule):
-    """What Megatron-Core's self-attention builds from the layer spec: the scores, and the sums that they weigh."""
+    """Base of the core attentions that Megatron-Core's self-attention builds from the layer spec."""
 
     def __init__(
         self,
@@ -80,8 +82,10 @@ class CoreAttention(MegatronModule):
 
 
 class ContextParallelAttention(CoreAttention):
-    """Causal attention of this rank's queries over right-padded sequences; real tokens never see padding, which lies to their
-    right. On a CPU bf16 inputs are attended to in fp32, as without context parallelism.
+    """Causal attention of this rank's queries over right-padded sequences.
+
+    Padding lies to the right of real tokens, so these never see it. On a CPU bf16 inputs are attended to in fp32, as without context
+    parallelism.
     """
 
     def forward(
@@ -94,7 +98,7 @@ class ContextParallelAttention(CoreAttention):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        """query [s / cp, b, heads, d], key and value [s / cp, b, groups, d] -> [s / cp, b, heads * d]. Collective."""
+        """Compute attention, a collective: query [s / cp, b, heads, d], key and value [s / cp, b, groups, d] -> [s / cp, b, heads * d]."""
         assert packed_seq_params is None and attention_bias is None, "packed sequences come with their own layer spec"
         both = whole_columns(torch.cat([key, value], dim=-1), 0, self.cp_group, sum_gradients=True)
         key, value = both.split([key.shape[-1], value.shape[-1]], dim=-1)
@@ -108,7 +112,10 @@ class ContextParallelAttention(CoreAttention):
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-    """Causal attention: query [q, b, heads, d], the last of the k positions of key and value [k, b, groups, d] -> [q, b, heads * d]."""
+    """Compute causal attention: query [q, b, heads, d], key and value [k, b, groups, d] -> [q, b, heads * d].
+
+    The queries belong to the last q of the k positions.
+    """
     length, b, heads, d = query.shape
     dtype = query.dtype
     q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
@@ -117,7 +124,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Te
     whole = length == key.shape[0]
     mask = None if whole else causal_lower_right(length, key.shape[0])
     grouped = key.shape[2] != heads
-    if grouped and wants_whole_heads(q):
+    if grouped and needs_whole_heads(q):
         k, v = (expand_heads(tensor, heads) for tensor in (k, v))
         grouped = False
     kernel = functools.partial(
@@ -127,15 +134,15 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Te
     return out.permute(2, 0, 1, 3).reshape(length, b, heads * d).to(dtype)
 
 
-def wants_whole_heads(query: Tensor) -> bool:
-    """Return whether keys and values are to be copied for every query head: the kernel that keeps no scores takes no grouped heads.
+def needs_whole_heads(query: Tensor) -> bool:
+    """Return whether keys and values must be copied for every query head.
 
-    On CUDA torch has one kernel for float32 that keeps no [b, heads, q, k] scores, the memory-efficient one, and it takes no groups
+    On CUDA torch has one kernel for float32 that keeps no [b, heads, q, k] scores, the memory-efficient one. It does not take grouped heads
     (``check_batch_size_and_num_heads_dense<false>`` in ATen's ``sdp_utils.cpp``).
     """
     return query.is_cuda and query.dtype == torch.float32
 
 
 def expand_heads(grouped: Tensor, heads: int) -> Tensor:
-    """[b, groups, k, d] -> [b, heads, k, d]: a copy of each group's for every query head of it."""
+    """Copy each group for every query head of it: [b, groups, k, d] -> [b, heads, k, d]."""
     return grouped.repeat_interleave(heads // grouped.shape[1], dim=1)

@@ -1,4 +1,4 @@
-"""Self-attention whose rotary embedding, scores and sums are one function of the projected heads."""
+"""Self-attention that computes rotary embedding, scores and weighted sums in one function of the projected heads."""
 
 from __future__ import annotations
 
@@ -18,17 +18,19 @@ from megatron_bridge.model.packing import Packing, by_group
 
 
 class AttentionKernel(Protocol):
-    """Rotary embedding (Su et al. 2021) of queries and keys, then causal attention from every sequence's first token on.
+    """Rotary embedding (Su et al. 2021) of queries and keys, then causal attention from the first token of every sequence on.
 
-    The query heads of a group lie beside the group's key and value, which are never expanded.
+    The query heads of a group lie next to the group's key and value, which are never expanded.
     """
 
     def __call__(self, mixed: Tensor, cos: Tensor, sin: Tensor, softmax_scale: float) -> Tensor:
-        """Args:
-            mixed: [s, b, g, r + 2, d]: of each of g groups its r query heads, then the key, then the value.
-            cos: [s, d] float32, the halves of d equal ("rotate half"), times the attention scaling of YaRN.
-            sin: [s, d] float32, same.
-            softmax_scale: on the scores.
+        """Compute attention from the projected heads.
+
+        Args:
+            mixed: Projected heads [s, b, g, r + 2, d]: each of the g groups has r query heads, then the key, then the value.
+            cos: Cosines [s, d] float32, the halves of d equal ("rotate half"), times the attention scaling of YaRN.
+            sin: Sines [s, d] float32, in the same form.
+            softmax_scale: Factor on the scores.
 
         Returns:
             [s, b, g * r * d] in the dtype of ``mixed``.
@@ -37,18 +39,18 @@ class AttentionKernel(Protocol):
 
 @functools.lru_cache(maxsize=8)
 def rotation(angles: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    """Cosine and sine [s, d] of angles [s, 1, 1, d], the same tensor for all layers (Megatron-Core keeps it per length)."""
+    """Return cosine and sine [s, d] of angles [s, 1, 1, d]. The result is cached, since Megatron-Core keeps one tensor per length."""
     angles = angles[:, 0, 0].float()
     return angles.cos() * scaling, angles.sin() * scaling
 
 
 class FusedSelfAttention(CachedSelfAttention):
-    """Self-attention through ``kernel``, where ``is_fused``; elsewhere, and with a cache of keys and values, Megatron-Core's."""
+    """Self-attention through ``kernel`` where ``is_fused`` is true. Otherwise, and with a cache of keys and values, it is Megatron-Core's."""
 
     kernel: AttentionKernel
 
     def is_fused(self, hidden_states: Tensor, angles: Tensor) -> bool:
-        """Whether these inputs [s, b, hidden], with angles [s, 1, 1, d], go through the kernel: all do."""
+        """Return whether inputs [s, b, hidden] with angles [s, 1, 1, d] go through the kernel: here all do."""
         return True
 
     def forward(
@@ -59,7 +61,10 @@ class FusedSelfAttention(CachedSelfAttention):
         rotary_pos_emb: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """[s, b, hidden] (a slice of s under sequence parallelism; packed, b is 1) -> ([s, b, hidden], no bias)."""
+        """Compute attention, [s, b, hidden] -> ([s, b, hidden], no bias).
+
+        Under sequence parallelism the input is a slice of s. With packed sequences b is 1.
+        """
         assert rotary_pos_emb is not None, "the supported families have rotary embeddings"
         cached = kwargs.get("inference_context") is not None
         if cached or not self.is_fused(hidden_states, rotary_pos_emb):

@@ -1,8 +1,7 @@
-"""Autograd functions of the local spec: RMSNorm, SwiGLU, and rotary embedding with causal attention in one.
+"""Autograd functions of the local layer spec: RMSNorm, SwiGLU, and rotary embedding fused with causal attention.
 
-Each has its backward written out, so that elementwise work is done once, in float32, and nothing is kept that one
-operation on something kept anyway gives again. Arithmetic inside is float32 whatever the dtype of the tensors; a result
-is rounded once, when it is returned.
+Their backwards are written out. So elementwise work is done once, in float32, and nothing is stored that one operation on a stored tensor
+gives again. All arithmetic is float32, whatever the tensors' dtype; a result is rounded once, when it is returned.
 """
 
 from __future__ import annotations
@@ -18,12 +17,12 @@ from torch.autograd.function import once_differentiable
 
 
 def rms_norm(hidden_states: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Root-mean-square norm (Zhang and Sennrich 2019).
+    """Compute the root-mean-square norm (Zhang and Sennrich 2019).
 
     Args:
         hidden_states: [..., hidden].
         weight: [hidden].
-        eps: added to the mean square.
+        eps: Number added to the mean square.
 
     Returns:
         [..., hidden] in the dtype of ``hidden_states``.
@@ -49,7 +48,14 @@ class _RmsNorm(torch.autograd.Function):
 
 
 def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of x [..., hidden] and weight [hidden], from that of the norm and its ``scale`` [..., 1], r above."""
+    """Compute the gradients of x [..., hidden] and weight [hidden].
+
+    Args:
+        grad: Gradient of the norm's output, [..., hidden].
+        x: Input of the norm.
+        weight: Weight of the norm.
+        scale: R of ``_RmsNorm``, [..., 1].
+    """
     hidden = x.shape[-1]
     weight32 = weight.float()
     grad32 = grad.float()
@@ -62,7 +68,7 @@ def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) ->
 
 
 def swiglu(gate_and_up: Tensor) -> Tensor:
-    """silu(gate) * up (Shazeer 2020): [..., 2 f], the gate first -> [..., f]."""
+    """Compute silu(gate) * up (Shazeer 2020): [..., 2 f], the gate first -> [..., f]."""
     return _Swiglu.apply(gate_and_up)
 
 
@@ -87,7 +93,7 @@ class _Swiglu(torch.autograd.Function):
 
 
 def rotary_causal_attention(mixed: Tensor, cos: Tensor, sin: Tensor, softmax_scale: float) -> Tensor:
-    """``fused_attention.AttentionKernel``; the scores are a tensor."""
+    """Compute ``fused_attention.AttentionKernel``, keeping the whole tensor of scores."""
     return _RotaryCausalAttention.apply(mixed, cos, sin, softmax_scale)
 
 
@@ -96,7 +102,7 @@ class _RotaryCausalAttention(torch.autograd.Function):
     def forward(ctx: Any, mixed: Tensor, cos: Tensor, sin: Tensor, softmax_scale: float) -> Tensor:
         s, b, g, heads, d = mixed.shape
         r = heads - 2
-        # [b, g, r + 2, s, d]: what one product takes lies together
+        # [b, g, r + 2, s, d]: the factors of one product are contiguous
         inputs = torch.empty(b, g, heads, s, d, dtype=torch.float32, device=mixed.device)
         inputs.copy_(mixed.permute(1, 2, 3, 0, 4))
         rotated = torch.empty(b, g, r + 1, s, d, dtype=torch.float32, device=mixed.device)
@@ -138,7 +144,7 @@ class _RotaryCausalAttention(torch.autograd.Function):
 
 
 def _products(rotated: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries [b * g, r * s, d], keys and values [b * g, s, d], views."""
+    """Return views for the products: queries [b * g, r * s, d], keys and values [b * g, s, d]."""
     b, g, heads, s, d = inputs.shape
     rotated = rotated.view(b * g, heads - 1, s, d)
     query = rotated[:, : heads - 2].as_strided((b * g, (heads - 2) * s, d), (rotated.stride(0), d, 1))
@@ -146,7 +152,10 @@ def _products(rotated: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: float, out: Tensor) -> None:
-    """x cos + sign rotate_half(x) sin, where rotate_half((a, b)) = (-b, a); a rotation's gradient is that by -angle."""
+    """Write x cos + sign rotate_half(x) sin to ``out``, where rotate_half((a, b)) = (-b, a).
+
+    The gradient of a rotation is the rotation by the negative angle, ``sign`` -1.
+    """
     half = x.shape[-1] // 2
     sin = sin[:, :half]
     torch.mul(x, cos, out=out)
@@ -156,7 +165,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: float, out: Tensor) -> Non
 
 @contextmanager
 def products_of(dtype: torch.dtype) -> Iterator[None]:
-    """On a CPU float32 products inside may round their factors to bf16 where ``dtype`` is bf16, as kernels for GPUs do."""
+    """Let float32 products inside the body round their factors to bf16 on a CPU if ``dtype`` is bf16, as kernels for GPUs do."""
     matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # torch puts an object in the module's place
     before = matmul.fp32_precision
     matmul.fp32_precision = "bf16" if dtype == torch.bfloat16 else before

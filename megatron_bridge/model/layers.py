@@ -1,9 +1,9 @@
-"""Layers of the local spec that Megatron-Core has no portable version of, and the choice of spec.
+"""Layers of the local spec that Megatron-Core has no portable version of, and the choice of the layer spec.
 
-With Transformer Engine installed its spec is used in half precision. Otherwise the local spec, with replacements: attention through torch's
-``scaled_dot_product_attention`` instead of an explicit (batch, heads, s, s) score tensor, an RMSNorm whose weight is
-marked for sequence parallelism (Megatron-Core's torch wrapper refuses it), and the functions of ``kernels`` for RMSNorm, SwiGLU and,
-on a CPU, the attention to short sequences.
+In half precision, Transformer Engine's spec is used if it is installed. Otherwise the local spec is used, with these replacements:
+attention through torch's ``scaled_dot_product_attention`` instead of an explicit (batch, heads, s, s) score tensor; an RMSNorm whose
+weight is marked for sequence parallelism (Megatron-Core's torch wrapper refuses it); and the functions of ``kernels`` for RMSNorm,
+SwiGLU and, on a CPU, attention to short sequences.
 """
 
 from __future__ import annotations
@@ -32,23 +32,24 @@ from megatron_bridge.model.fused_attention import FusedSelfAttention
 from megatron_bridge.model.kernels import rms_norm, rotary_causal_attention, swiglu
 from megatron_bridge.model.packing import Packing, attend_packed
 
-#: Megatron-Core could import Transformer Engine, and there is a device for it.
+#: True when Megatron-Core could import Transformer Engine and there is a device for it.
 HAS_TRANSFORMER_ENGINE: bool = platform.HAS_CUDA and HAVE_TE
 
 
 def uses_transformer_engine(dtype: torch.dtype) -> bool:
-    """Return whether a model of parameters of ``dtype`` is built from Transformer Engine's layers.
+    """Return whether a model with parameters of ``dtype`` is built from Transformer Engine's layers.
 
-    Its attention in float32 would keep [b, heads, s, s] scores, and has no kernel for packed sequences; torch has one that keeps none.
+    Not in float32: its attention would keep [b, heads, s, s] scores and has no kernel for packed sequences, while torch has one that keeps
+    no scores.
     """
     return HAS_TRANSFORMER_ENGINE and dtype != torch.float32
 
 
 class SdpaCoreAttention(CoreAttention):
-    """Causal attention over right-padded sequences, no mask: real tokens never see padding, which lies to their right.
+    """Causal attention over right-padded sequences. It needs no mask: padding lies to the right of real tokens, so these never see it.
 
-    On a CPU bf16 inputs are attended to in fp32: torch's bf16 CPU kernel is several times slower at the short lengths of
-    CPU runs, and fp32 is the more exact of the two.
+    On a CPU bf16 inputs are attended to in fp32: torch's bf16 CPU kernel is several times slower at the short lengths of CPU runs, and fp32
+    is the more exact of the two.
     """
 
     def forward(
@@ -61,7 +62,7 @@ class SdpaCoreAttention(CoreAttention):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        """query [s, b, heads, d], key and value [s, b, groups, d] -> [s, b, heads * d]; packed, without b."""
+        """Compute attention: query [s, b, heads, d], key and value [s, b, groups, d] -> [s, b, heads * d]. Packed tensors have no b."""
         assert attention_bias is None, "causal attention takes no bias"
         if packed_seq_params is not None:
             assert isinstance(packed_seq_params, Packing), "packed sequences are made by packing.pack"
@@ -70,24 +71,24 @@ class SdpaCoreAttention(CoreAttention):
 
 
 class ShortSequenceSelfAttention(FusedSelfAttention):
-    """Self-attention that in bf16 on a CPU keeps the scores of short sequences: faster there than kernels that never do.
+    """Self-attention that keeps the scores of short sequences in bf16 on a CPU, where this is faster than kernels that never keep them.
 
-    In float32 the core attention rounds as transformers does, to which float32 models are compared.
+    In float32 it uses the core attention, which rounds as transformers does: float32 models are compared with transformers.
     """
 
-    #: Longer sequences go through the core attention. Scores take s * s * 4 bytes for each sequence, head and layer.
+    #: Longer sequences use the core attention. Scores take s * s * 4 bytes for each sequence, head and layer.
     MAX_SEQUENCE = 256
 
     kernel = staticmethod(rotary_causal_attention)
 
     def is_fused(self, hidden_states: Tensor, angles: Tensor) -> bool:
-        """Short, bf16, and on a CPU."""
+        """Return whether the inputs are short, bf16, and on a CPU."""
         bf16_on_cpu = hidden_states.device.type == "cpu" and hidden_states.dtype == torch.bfloat16
         return bf16_on_cpu and angles.shape[0] <= self.MAX_SEQUENCE
 
 
 class RMSNorm(torch.nn.Module):
-    """Root-mean-square norm, in fp32 inside."""
+    """Root-mean-square norm, computed in fp32."""
 
     def __init__(
         self,
@@ -107,14 +108,14 @@ class RMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]  # Megatron-Core's attribute
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """[..., hidden] -> [..., hidden]."""
+        """Normalise [..., hidden] -> [..., hidden]."""
         if hidden_states.dtype == torch.float32:
             return F.rms_norm(hidden_states, self.normalized_shape, self.weight, self.eps)
         return rms_norm(hidden_states, self.weight, self.eps)
 
 
 class SwiGlu(MegatronModule):
-    """The activation of the MLP, [..., 2 f] -> [..., f]."""
+    """Activation of the MLP, [..., 2 f] -> [..., f]."""
 
     def forward(self, gate_and_up: Tensor) -> Tensor:
         return swiglu(gate_and_up)
@@ -122,12 +123,12 @@ class SwiGlu(MegatronModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """Nothing to store; Megatron-Core's own asks the global process groups."""
+        """Return an empty state dict: there is nothing to store, and Megatron-Core's own method asks the global process groups."""
         return {}
 
 
 def decoder_spec(config: TransformerConfig, num_local_layers: int) -> TransformerBlockSubmodules:
-    """Spec of the layers of one model chunk."""
+    """Return the layer spec of one model chunk."""
     if uses_transformer_engine(config.params_dtype):
         layer = get_gpt_layer_with_transformer_engine_spec(
             num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm
@@ -144,7 +145,7 @@ def decoder_spec(config: TransformerConfig, num_local_layers: int) -> Transforme
     submodules.pre_mlp_layernorm = RMSNorm
     if config.num_moe_experts is None:
         submodules.mlp.submodules.activation_func = SwiGlu
-        config.use_te_activation_func = True  # so Megatron-Core calls an activation that comes with the spec
+        config.use_te_activation_func = True  # Megatron-Core then calls the spec's activation
     attention: ModuleSpec = submodules.self_attention
     if config.context_parallel_size == 1:
         attention.module = ShortSequenceSelfAttention

@@ -1,8 +1,8 @@
-"""Packed sequences: those of a micro-batch lie one after the other, [1, total] tokens, with no padding between them.
+"""Packed sequences: the sequences of a micro-batch lie one after the other, [1, total] tokens, with no padding between them.
 
-All that works on single tokens (norms, projections, MLPs, the head) computes real tokens alone. Attention does so through
-Transformer Engine or, in half precision on a GPU, torch's variable-length attention. Elsewhere sequences of similar length are
-attended to together, padded to the longest of them.
+So everything that works on single tokens (norms, projections, MLPs, the head) computes real tokens only. Attention uses Transformer
+Engine or, in half precision on a GPU, torch's variable-length attention. Elsewhere it processes sequences of similar length together,
+padded to the longest of them.
 """
 
 from __future__ import annotations
@@ -23,36 +23,35 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron_bridge.model.context_parallel import attend
 from megatron_bridge.platform.determinism import deterministic_attention
 
-#: A group's shortest sequence has at least this share of its longest one's tokens.
+#: The shortest sequence of a group has at least this share of the longest one's tokens.
 SIMILAR = 0.75
 
 
 @dataclass(frozen=True)
-class Group:
+class SequenceGroup:
     """Sequences of similar length, as the columns of a padded [s, b] rectangle of tokens."""
 
     shape: tuple[int, int]  # s, b
-    reads: Tensor  # [s * b] int64: the packed token of every place; padding reads the sequence's last one
-    tokens: Tensor  # [n] int64: the packed tokens of the group
-    places: Tensor  # [n] int64: where they are in the rectangle
+    reads: Tensor  # [s * b] int64: packed token of every place; padding reads the sequence's last one
+    tokens: Tensor  # [n] int64: packed tokens of the group
+    places: Tensor  # [n] int64: places of these tokens in the rectangle
 
 
 @dataclass
 class Packing(PackedSeqParams):
-    """PackedSeqParams, with what the layers would otherwise ask the device for: every question makes the host wait for it."""
+    """PackedSeqParams with precomputed positions and groups. Layers that asked the device for them would make the host wait."""
 
-    total: int = 0  # tokens, the fill at the end included
-    positions: Tensor = field(
-        default_factory=lambda: torch.zeros(0, dtype=torch.int64)
-    )  # [total] int64: of every token in its sequence
-    groups: tuple[Group, ...] = ()  # for attention that knows rectangles alone
-    _angles: tuple[Tensor, Tensor] | None = None  # what ``angles`` was given last, and what it gave
+    total: int = 0  # tokens, the filler at the end included
+    #: [total] int64: position of every token in its sequence.
+    positions: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    groups: tuple[SequenceGroup, ...] = ()  # groups for attention that only works on rectangles
+    _angles: tuple[Tensor, Tensor] | None = None  # last input and output of ``angles``
 
     def angles(self, by_position: Tensor) -> Tensor:
         """Return the rotary angles [total, 1, 1, d] of all tokens, gathered once for all layers.
 
         Args:
-            by_position: [s, 1, 1, d], of the positions from 0 on, as Megatron-Core's rotary embedding gives them.
+            by_position: Angles [s, 1, 1, d] of the positions from 0 on, as Megatron-Core's rotary embedding gives them.
         """
         if self._angles is None or self._angles[0] is not by_position:
             self._angles = by_position, by_position.index_select(0, self.positions)
@@ -60,12 +59,13 @@ class Packing(PackedSeqParams):
 
 
 def pack(lengths: Sequence[int], total: int, device: torch.device, grid: int = 1) -> Packing:
-    """Where the sequences lie among ``total`` packed tokens; what is left at the end is filled with sequences nobody reads.
+    """Lay out sequences among ``total`` packed tokens. The rest at the end is filled with sequences that nobody reads.
 
     Args:
-        lengths: tokens of every sequence, at least 1, in order.
-        total: sum of them, or more.
-        grid: groups are padded to a multiple of it.
+        lengths: Tokens of every sequence, at least 1, in order.
+        total: Number of packed tokens, at least the sum of the lengths.
+        device: Device of the result's tensors.
+        grid: Multiple that groups are padded to.
     """
     longest = max(lengths)
     left = total - sum(lengths)
@@ -87,7 +87,7 @@ def pack(lengths: Sequence[int], total: int, device: torch.device, grid: int = 1
 
 
 def _similar(lengths: Sequence[int]) -> list[list[int]]:
-    """Sequences of similar lengths, longest first."""
+    """Return groups of sequences of similar lengths, the longest first."""
     groups: list[list[int]] = []
     for row in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
         if not groups or lengths[row] < SIMILAR * lengths[groups[-1][0]]:
@@ -96,23 +96,26 @@ def _similar(lengths: Sequence[int]) -> list[list[int]]:
     return groups
 
 
-def _group(rows: list[int], lengths: Sequence[int], ends: Tensor, grid: int, device: torch.device) -> Group:
+def _group(rows: list[int], lengths: Sequence[int], ends: Tensor, grid: int, device: torch.device) -> SequenceGroup:
     longest = lengths[rows[0]]
     s = longest + -longest % grid
     own = torch.tensor([lengths[row] for row in rows])
     time = torch.arange(s)[:, None]
     reads = (ends[rows].long() + torch.minimum(time, own - 1)).flatten()
     places = (time < own).flatten().nonzero()[:, 0]
-    return Group((s, len(rows)), reads.to(device), reads[places].to(device), places.to(device))
+    return SequenceGroup((s, len(rows)), reads.to(device), reads[places].to(device), places.to(device))
 
 
 def unpack(packed: Tensor, packing: Packing) -> tuple[Tensor, ...]:
-    """[total, ...] -> of every group [s, b, ...]; padding holds what some token holds, and gets no gradient."""
+    """Split packed tokens into the groups' rectangles: [total, ...] -> [s, b, ...] for every group.
+
+    Padding repeats the values of some token, and gets no gradient.
+    """
     return _Unpack.apply(packed, packing)
 
 
 def repack(parts: Sequence[Tensor], packing: Packing) -> Tensor:
-    """Of every group [s, b, ...] -> [total, ...]; 0 in the fill at the end."""
+    """Join the groups' rectangles [s, b, ...] to packed tokens [total, ...]; the filler at the end is 0."""
     return _Repack.apply(packing, *parts)
 
 
@@ -155,7 +158,7 @@ def _to_packed(parts: Sequence[Tensor], packing: Packing) -> Tensor:
 
 
 def attend_packed(query: Tensor, key: Tensor, value: Tensor, scale: float | None, packing: Packing) -> Tensor:
-    """Causal attention within every sequence: query [total, heads, d], key and value [total, groups, d] -> [total, heads * d]."""
+    """Compute causal attention within every sequence: query [total, heads, d], key and value [total, groups, d] -> [total, heads * d]."""
     if query.is_cuda and query.dtype != torch.float32:
         from torch.nn.attention.varlen import varlen_attn
 
@@ -167,7 +170,7 @@ def attend_packed(query: Tensor, key: Tensor, value: Tensor, scale: float | None
             out = varlen_attn(
                 query, key, value, ends, ends, longest, longest, scale=scale, window_size=causal, enable_gqa=grouped
             )
-            assert isinstance(out, Tensor)  # a pair only where log-sum-exps are asked for
+            assert isinstance(out, Tensor)  # it is a pair only if log-sum-exps are asked for
             return out
 
         return deterministic_attention(kernel, query, key, value).flatten(1)
@@ -175,10 +178,12 @@ def attend_packed(query: Tensor, key: Tensor, value: Tensor, scale: float | None
 
 
 def by_group(function: Callable[..., Tensor], inputs: Sequence[Tensor], packing: Packing) -> Tensor:
-    """``function`` of each group's [s, b, ...] tensors, giving [s, b, ...], put together again to [total, ...].
+    """Apply a function to every group's rectangles and join the results to [total, ...].
 
     Args:
-        inputs: [total, ...] each.
+        function: Function of tensors [s, b, ...] that gives [s, b, ...].
+        inputs: Packed tensors, [total, ...] each.
+        packing: Layout of the packed sequences.
     """
     groups = zip(*(unpack(tensor, packing) for tensor in inputs))
     return repack([function(*tensors) for tensors in groups], packing)

@@ -1,8 +1,7 @@
 """Rotary frequencies of a Hugging Face config, and their installation in a GPTModel.
 
-Megatron-Core's own RoPE scaling has fixed constants (llama3: low 1, high 4, original context 8192) and reads YaRN's
-from attributes that its config class lacks. So the frequencies are computed here, exactly as the checkpoint's config
-asks, and replace those of the built model.
+Megatron-Core's own RoPE scaling has fixed constants (llama3: low 1, high 4, original context 8192) and reads YaRN's from attributes that
+its config class lacks. So this module computes the frequencies as the checkpoint's config asks, and replaces those of the built model.
 """
 
 from __future__ import annotations
@@ -24,10 +23,10 @@ ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
 def rope_parameters(hf_config: dict[str, Any]) -> dict[str, Any]:
-    """RoPE settings in one form: from ``rope_parameters`` (transformers 5), or ``rope_theta`` and ``rope_scaling``.
+    """Return RoPE settings in one form, from ``rope_parameters`` (transformers 5) or from ``rope_theta`` and ``rope_scaling``.
 
     Raises:
-        ValueError: a rope type or a partial rotary factor that the bridge has no rule for, or settings per layer type.
+        ValueError: The bridge does not support the rope type, a partial rotary factor, or settings per layer type.
     """
     source = "rope_scaling" if hf_config.get("rope_scaling") else "rope_parameters"
     parameters = dict(hf_config.get(source) or {})
@@ -50,18 +49,18 @@ def rope_parameters(hf_config: dict[str, Any]) -> dict[str, Any]:
 
 
 def rope_frequencies(parameters: dict[str, Any], head_dim: int, max_position_embeddings: int) -> tuple[Tensor, float]:
-    """Inverse frequencies and the factor on cosine and sine.
+    """Compute the inverse frequencies and the factor on cosine and sine.
 
     Args:
-        parameters: as ``rope_parameters`` returns them.
-        head_dim: channels of one attention head, all of them rotated.
-        max_position_embeddings: the original context length where the parameters don't name one.
+        parameters: Settings from ``rope_parameters``.
+        head_dim: Number of channels of one attention head, all of them rotated.
+        max_position_embeddings: Original context length if the parameters don't name one.
 
     Returns:
         inv_freq [head_dim / 2] float32, radians per position; attention scaling, 1.0 except for YaRN.
 
     Raises:
-        ValueError: a parameter that the rope type needs is missing.
+        ValueError: A parameter that the rope type needs is missing.
     """
     rope_type = parameters["rope_type"]
     exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
@@ -81,7 +80,7 @@ def rope_frequencies(parameters: dict[str, Any], head_dim: int, max_position_emb
 
 
 def _llama3(inv_freq: Tensor, parameters: dict[str, Any], original: int) -> Tensor:
-    """Llama 3.1: long wavelengths are interpolated, short ones kept, a linear passage between."""
+    """Scale frequencies as Llama 3.1 does: interpolate long wavelengths, keep short ones, and blend linearly between."""
     low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
     rotations = original / (2 * math.pi / inv_freq)
     keep = ((rotations - low) / (high - low)).clamp(0, 1)
@@ -89,7 +88,7 @@ def _llama3(inv_freq: Tensor, parameters: dict[str, Any], original: int) -> Tens
 
 
 def _yarn(inv_freq: Tensor, parameters: dict[str, Any], head_dim: int, original: int) -> Tensor:
-    """YaRN (Peng et al. 2023, section 3.2): "NTK-by-parts" interpolation between two numbers of rotations."""
+    """Scale frequencies as YaRN does (Peng et al. 2023, section 3.2): "NTK-by-parts" interpolation between two numbers of rotations."""
 
     def channel(rotations: float) -> float:
         return head_dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(parameters["rope_theta"]))
@@ -104,7 +103,7 @@ def _yarn(inv_freq: Tensor, parameters: dict[str, Any], head_dim: int, original:
 
 
 def _yarn_attention_scaling(parameters: dict[str, Any]) -> float:
-    """The factor on cosine and sine (Peng et al. 2023, equation 22), or the one that the config states."""
+    """Return the factor on cosine and sine (Peng et al. 2023, equation 22), unless the config sets it itself."""
 
     def scale(weight: float) -> float:
         return 1.0 if parameters["factor"] <= 1 else 0.1 * weight * math.log(parameters["factor"]) + 1.0
@@ -119,8 +118,8 @@ def _yarn_attention_scaling(parameters: dict[str, Any]) -> float:
 def set_attention_scaling(config: TransformerConfig, scaling: float) -> None:
     """Make Megatron-Core's attention multiply cosine and sine by ``scaling``.
 
-    It computes the factor as ``0.1 * yarn_mscale * ln(yarn_rotary_scaling_factor) + 1`` from attributes that only exist
-    on a config when somebody sets them; ln(e) = 1 leaves ``yarn_mscale`` alone to carry the value.
+    It computes the factor as ``0.1 * yarn_mscale * ln(yarn_rotary_scaling_factor) + 1`` from attributes that a config has only if somebody
+    sets them. With ``yarn_rotary_scaling_factor`` e, the logarithm is 1 and ``yarn_mscale`` alone carries the value.
     """
     if scaling == 1.0:
         return
@@ -130,10 +129,10 @@ def set_attention_scaling(config: TransformerConfig, scaling: float) -> None:
 
 
 def install_rope(model: GPTModel, inv_freq: Tensor) -> None:
-    """Replace the rotary frequencies of a freshly built model, one that has not run yet.
+    """Replace the rotary frequencies of a model that was just built and has not run yet.
 
     Args:
-        model: The model.
+        model: Model to change.
         inv_freq: Frequencies of the checkpoint, [head_dim / 2] float32.
     """
     rotary = model.rotary_pos_emb

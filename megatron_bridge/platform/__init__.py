@@ -1,9 +1,8 @@
-"""The one place that adapts Megatron-Core to the machine.
+"""The one place that adapts Megatron-Core to the machine. Start here; ``cpu_rewrite.py`` has the import hook.
 
-Import this package before any ``megatron.core`` module. On a machine with CUDA it changes nothing but what
-Transformer Engine's absence breaks (the Adam fallback, the router's product).
-Without CUDA it installs an import hook that rewrites ``torch.cuda`` and ``"cuda"`` inside ``megatron.core`` modules alone
-(``cpu_rewrite``) to a small CPU stand-in (``cpu_device``): torch itself and every other library stay as they are.
+Import this package before any ``megatron.core`` module. With CUDA it changes only what a missing Transformer Engine breaks (the fallback
+of Adam, the router's product). Without CUDA it installs an import hook that replaces ``torch.cuda`` and ``"cuda"`` inside
+``megatron.core`` modules (``cpu_rewrite``) by a small CPU stand-in (``cpu_device``). torch itself and all other libraries stay as they are.
 """
 
 from __future__ import annotations
@@ -16,9 +15,9 @@ import torch
 HAS_CUDA: bool = torch.cuda.is_available()
 
 
-#: What Megatron-Core causes in every run, rank by rank, and nobody can act on, as (message, category, module): optional kernels
-#: that are missing (a run prints once which layer spec it uses), a deprecated default of its own, its distributed optimizer's
-#: look at gradients of shards, and its use of collectives that torch has renamed.
+#: Warnings that Megatron-Core causes on every rank of every run and that nobody can act on, as (message, category, module): missing
+#: optional kernels (a run logs once which layer spec it uses), a deprecated default of its own, its distributed optimizer's access to
+#: gradients of shards, and its use of collectives that torch has renamed.
 _KNOWN_WARNINGS = (
     (r"(Transformer Engine and )?Apex (is|are) not installed", UserWarning, r"megatron\.core\."),
     (r"full scope is deprecated. Use empty cuda_graph_scope", UserWarning, r"megatron\.core\."),
@@ -55,16 +54,16 @@ _install()
 
 
 def device() -> torch.device:
-    """The device of this rank: the current CUDA device, or the CPU."""
+    """Return the device of this rank: the current CUDA device, or the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if HAS_CUDA else torch.device("cpu")
 
 
 def distributed_backend() -> str:
-    """NCCL for CUDA tensors and gloo for host tensors, or gloo alone."""
+    """Return the backend of process groups: NCCL for CUDA tensors and gloo for host tensors, or gloo alone."""
     return "cpu:gloo,cuda:nccl" if HAS_CUDA else "gloo"
 
 
 def synchronize() -> None:
-    """Wait for the device's queued work; nothing to wait for on a CPU."""
+    """Wait until the device has finished its queued work. On a CPU there is nothing to wait for."""
     if HAS_CUDA:
         torch.cuda.synchronize()

@@ -1,8 +1,8 @@
-"""Adam in the convention of FusedAdam, for machines with neither Transformer Engine nor NVIDIA's apex.
+"""Adam with FusedAdam's conventions, for machines with neither Transformer Engine nor NVIDIA's apex.
 
-Megatron-Core then falls back to ``torch.optim.AdamW``, whose step counter lives in the state of every parameter; the
-checkpoint code of its distributed optimizer expects FusedAdam's layout: ``step`` in the parameter group, and ``exp_avg``
-and ``exp_avg_sq`` alone in the state. The arithmetic is torch's own functional AdamW, in its fused kernel.
+Without these Megatron-Core falls back to ``torch.optim.AdamW``, which keeps a step counter in the state of every parameter. The
+checkpoint code of its distributed optimizer expects FusedAdam's layout: ``step`` in the parameter group, and only ``exp_avg`` and
+``exp_avg_sq`` in the state. The arithmetic is torch's own functional AdamW, in its fused kernel.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Adam(torch.optim.Optimizer):
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.adam_w_mode = adam_w_mode
-        #: What the next step divides the gradients by, and writes back: a pass over them less than scaling them before.
+        #: The next step divides the gradients by it and writes them back. That saves the pass over them that scaling before would take.
         self.grad_scale = 1.0
 
     @overload
@@ -40,7 +40,7 @@ class Adam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One update of every parameter that has a gradient."""
+        """Update every parameter that has a gradient."""
         loss = closure() if closure is not None else None
         grad_scale = torch.tensor(self.grad_scale)
         for group in self.param_groups:
@@ -52,8 +52,8 @@ class Adam(torch.optim.Optimizer):
                 if "exp_avg" not in self.state[p]:
                     self.state[p]["exp_avg"] = torch.zeros_like(p)
                     self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
-            # The functional form increments the counters that it is given, one tensor for each parameter. They lie where the
-            # parameters do: the fused CUDA kernel reads their addresses without asking.
+            # The functional form increments the counters that it is given, one tensor per parameter. They must lie on the parameters'
+            # device: the fused CUDA kernel reads their addresses unchecked.
             steps = torch.full((len(params),), float(group["step"] - 1), device=params[0].device).unbind()
             update = functional_adamw if self.adam_w_mode else functional_adam
             update(
@@ -83,8 +83,8 @@ class Adam(torch.optim.Optimizer):
 def install_if_needed() -> None:
     """Make Megatron-Core build this Adam where it fell back to torch's own.
 
-    Whether it did is asked of Megatron-Core: a package that is there, but whose optimizers it could not import (a Transformer Engine
-    of another torch, PyPI's ``apex``, which is another project), brings no fused Adam.
+    We ask Megatron-Core whether it did, not the installed packages. A package may be present without a usable fused Adam: a Transformer
+    Engine built for another torch, or PyPI's ``apex``, which is another project.
     """
     from megatron.core import optimizer
     from megatron.core.optimizer import distrib_optimizer

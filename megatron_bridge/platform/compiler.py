@@ -1,4 +1,4 @@
-"""The C compiler that Triton and torch.compile call at run time on CUDA."""
+"""Check for the C compiler that Triton and torch.compile call at run time on CUDA."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import os
 import shutil
 from collections.abc import Mapping
 
-#: Those that Triton looks for when CC names none.
+#: Compilers that Triton looks for when CC names none.
 COMPILERS = ("gcc", "clang", "cc")
 
 
 def check_compiler(environment: Mapping[str, str] = os.environ) -> None:
-    """Raise ValueError where there is no C compiler.
+    """Raise ValueError when there is no C compiler.
 
     Args:
-        environment: Variables: CC and PATH.
+        environment: Environment variables; CC and PATH are read.
     """
     named = environment.get("CC")
     if not any(shutil.which(name, path=environment.get("PATH")) for name in ([named] if named else COMPILERS)):

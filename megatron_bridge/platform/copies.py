@@ -1,8 +1,8 @@
-"""Copies between device and host memory beside the computation: pinned host memory, and a lane for each direction.
+"""Copies between device and host memory in parallel with the computation: pinned host memory, and one lane per direction.
 
-A lane is a thread that works its tasks off in order. On CUDA it owns a stream, so copies run on the device's copy engines
-beside kernels. On a machine without CUDA both sides of a copy are host memory and a lane's thread does the work; the order of
-events is the same, which is what the tests of everything above are run on.
+A lane is a thread that runs its tasks in order. On CUDA it owns a stream, so the device's copy engines work while kernels run. Without
+CUDA both sides of a copy are host memory and the lane's thread copies. The order of events is the same in both cases, so tests on a CPU
+cover it.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from torch import Tensor
 
 from megatron_bridge import platform
 
-#: Arena slices start at multiples of it, so that views of any dtype fit and copies are aligned.
+#: Slices of an arena start at multiples of it, so that views of any dtype fit and copies are aligned.
 ALIGNMENT = 512
 
 
 def pinned_host_memory(num_bytes: int) -> Tensor:
-    """[num_bytes] uint8 host memory, page-locked on CUDA.
+    """Allocate [num_bytes] uint8 of host memory, page-locked on CUDA.
 
-    Page-locking goes through cudaHostRegister: torch's own pinned allocator rounds every block up to a power of two.
+    Page-locking uses cudaHostRegister, because torch's own pinned allocator rounds every block up to a power of two.
 
     Raises:
-        RuntimeError: the host memory cannot be page-locked.
+        RuntimeError: The host memory cannot be page-locked.
     """
     memory = torch.empty(num_bytes, dtype=torch.uint8)
     if platform.HAS_CUDA and num_bytes:
@@ -40,29 +40,29 @@ def pinned_host_memory(num_bytes: int) -> Tensor:
 
 
 def release_pinned(memory: Tensor) -> None:
-    """End the page lock of ``pinned_host_memory``, before the tensor goes."""
+    """Undo the page lock of ``pinned_host_memory``. Call it before the tensor is released."""
     if platform.HAS_CUDA and memory.numel():
         torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
 
 
 def allocated_bytes() -> int | None:
-    """Bytes of tensors on this rank's device, as torch's allocator reports them; None without CUDA."""
+    """Return the bytes of tensors on this rank's device, as torch's allocator reports them; None without CUDA."""
     return torch.cuda.memory_allocated() if platform.HAS_CUDA else None
 
 
 def reserved_bytes() -> int | None:
-    """Return the bytes that torch's allocator has of the driver on this rank's device, tensors or not; None without CUDA."""
+    """Return the bytes that torch's allocator holds on this rank's device, in use or not; None without CUDA."""
     return torch.cuda.memory_reserved() if platform.HAS_CUDA else None
 
 
 def release_cached_memory() -> None:
-    """Give memory that torch keeps for later back to the driver, so that another process can have it; nothing to do on a CPU."""
+    """Give the memory that torch's allocator caches back to the driver, so that another process can have it. Does nothing on a CPU."""
     if platform.HAS_CUDA:
         torch.cuda.empty_cache()
 
 
 def describe_device_memory() -> str:
-    """Return what the driver has left of this rank's device and what this process holds of it, for an error; "" on a CPU."""
+    """Describe for an error message how much of this rank's device is free and how much this process holds; "" on a CPU."""
     if not platform.HAS_CUDA:
         return ""
     free, total = torch.cuda.mem_get_info()
@@ -74,7 +74,7 @@ def describe_device_memory() -> str:
 
 
 def computation_done() -> Callable[[], None]:
-    """Mark the end of what the calling thread has queued on the device; the result waits for it, from any thread."""
+    """Mark the end of the work that the calling thread has queued on the device. Calling the result waits for it, from any thread."""
     if not platform.HAS_CUDA:
         return _nothing
     event = torch.cuda.Event()
@@ -87,11 +87,11 @@ def _nothing() -> None:
 
 
 class CopyLane:
-    """Copies in one direction, in order, behind the back of the calling thread.
+    """Copies in one direction, in order, in a thread of their own.
 
-    On CUDA a lane's stream never waits for the computation's. What leaves was computed: its task waits for ``computation_done``. What
-    comes in gets memory of the lane's own: torch keeps memory apart by the stream that it was allocated on, so no queued kernel
-    reads or writes it, and activations never take a part of it.
+    On CUDA the lane's stream never waits for the computation's stream. What it copies out must be computed already, so such a task first
+    waits for ``computation_done``. What it copies in gets memory of the lane's own: torch keeps memory apart by the stream that it was
+    allocated on, so no queued kernel reads or writes it, and activations never occupy a part of it.
     """
 
     def __init__(self, name: str) -> None:
@@ -100,17 +100,17 @@ class CopyLane:
         self._threads = ThreadPoolExecutor(1, thread_name_prefix=name, initializer=self._begin)
 
     def _begin(self) -> None:
-        torch.set_num_threads(1)  # copies beside the computation, not instead of it
+        torch.set_num_threads(1)  # copies must not take cores from the computation
         if platform.HAS_CUDA:
             torch.cuda.set_device(self._device)
 
     def submit(self, task: Callable[[], None]) -> Future[None]:
-        """Queue a task; what it raises is raised by the future's ``result``."""
+        """Queue a task. If it raises, the future's ``result`` raises the same error."""
         return self._threads.submit(task)
 
     @contextlib.contextmanager
     def at_work(self) -> Iterator[None]:
-        """Allocate, copy and fill on the lane's stream; all of it is done when the body has ended. Inside a task."""
+        """Allocate, copy and fill on the lane's stream, inside a task. All of it is done when the body has ended."""
         if self._stream is None:
             yield
             return
@@ -119,10 +119,10 @@ class CopyLane:
         self._stream.synchronize()
 
     def copy(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Copy (target, source) pairs. Inside ``at_work``."""
+        """Copy (target, source) pairs. Call it inside ``at_work``."""
         for target, source in pairs:
             target.copy_(source, non_blocking=self._stream is not None)
 
     def close(self) -> None:
-        """Finish what is queued and end the thread."""
+        """Finish the queued tasks and end the thread."""
         self._threads.shutdown(wait=True)

@@ -1,7 +1,7 @@
-"""What ``torch.cuda`` is to Megatron-Core on a machine without CUDA.
+"""Stand-in for ``torch.cuda`` inside Megatron-Core on a machine without CUDA.
 
-Only names that Megatron-Core calls on the paths of this project exist here; anything else is an AttributeError that names
-it. Streams are inert, since CPU work is synchronous; events keep the wall time; the RNG is the CPU generator.
+It has only the names that Megatron-Core uses in this project; any other raises an AttributeError with its name. Streams do nothing,
+because CPU work is synchronous. Events keep the wall time, and the random state is the CPU generator's.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ import torch
 _CPU = torch.device("cpu")
 
 
-#: mallopt parameters of glibc's malloc.h.
+#: Parameters of ``mallopt`` in glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 
 
 def cache_freed_memory() -> None:
-    """Let this process keep the memory that tensors give back, as torch's CUDA allocator does.
+    """Let this process keep the memory that tensors release, as torch's CUDA allocator does.
 
-    glibc returns large blocks to the system at once and gets them back page by page: a role that comes in where another one
-    left then copies at a third of the rate. Other C libraries stay as they are.
+    glibc returns large blocks to the system at once and gets them back page by page. When one role leaves and another one comes in, copies
+    then run at a third of the rate. Other C libraries are left as they are.
     """
     if host.libc_ver()[0] != "glibc":
         return
     libc = ctypes.CDLL(None)
-    # One heap for all threads, since blocks are released by one and taken by another; all sizes on it; never trimmed.
+    # One heap for all threads, because one thread releases blocks that another takes; blocks of all sizes on it; never trimmed.
     for parameter, value in ((_M_ARENA_MAX, 1), (_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1)):
         if libc.mallopt(parameter, value) != 1:
             raise RuntimeError(f"mallopt({parameter}, {value}) failed")
 
 
 class Stream:
-    """An inert stream: CPU operations finish before they return."""
+    """A stream that does nothing: CPU operations finish before they return."""
 
     def __init__(self, device: Any = None, priority: int = 0, **_: Any) -> None:
         self.priority = priority
@@ -83,7 +83,7 @@ class Event:
         return True
 
     def elapsed_time(self, end_event: Event) -> float:
-        """Milliseconds between two recordings."""
+        """Return the milliseconds between two recordings."""
         return 1000.0 * (end_event._time - self._time)
 
 
@@ -175,14 +175,14 @@ default_generators = (torch.default_generator,)
 
 
 class random:
-    """``torch.cuda.random``."""
+    """Stand-in for ``torch.cuda.random``."""
 
     get_rng_state = staticmethod(get_rng_state)
     set_rng_state = staticmethod(set_rng_state)
 
 
 class nvtx:
-    """``torch.cuda.nvtx``: ranges for a profiler that is not there."""
+    """Stand-in for ``torch.cuda.nvtx``: ranges for a profiler that is not there."""
 
     @staticmethod
     def range_push(message: str) -> None:
@@ -199,14 +199,13 @@ class nvtx:
 
 
 class amp:
-    """``torch.cuda.amp``: the decorators of autograd functions."""
+    """Stand-in for ``torch.cuda.amp``: the decorators of autograd functions."""
 
     custom_fwd = staticmethod(torch.cuda.amp.custom_fwd)
     custom_bwd = staticmethod(torch.cuda.amp.custom_bwd)
 
 
-#: Classes that appear in annotations, isinstance checks and default arguments of modules that a CPU run imports without
-#: ever building one.
+#: Classes in annotations, isinstance checks and default arguments of modules that a CPU run imports. It never builds one.
 CUDAGraph = torch.cuda.CUDAGraph
 MemPool = torch.cuda.MemPool
 OutOfMemoryError = torch.cuda.OutOfMemoryError

@@ -1,13 +1,13 @@
 """Import hook that compiles ``megatron.core`` modules for a machine without CUDA.
 
-Four rewrites of the syntax tree, in these modules alone:
+It rewrites four things in the syntax tree, in these modules only:
 
-* ``torch.cuda`` becomes the stand-in of ``cpu_device``;
-* the string ``"cuda"``, and the type strings ``"torch.cuda.FloatTensor"`` and friends, become their CPU names;
+* ``torch.cuda`` becomes the stand-in ``cpu_device``;
+* the string ``"cuda"``, and type strings such as ``"torch.cuda.FloatTensor"``, become their CPU names;
 * ``tensor.cuda()`` and ``module.cuda()`` become ``.cpu()``;
-* ``pin_memory=True`` becomes ``False`` and ``tensor.pin_memory()`` the tensor: there is no device to copy to.
+* ``pin_memory=True`` becomes ``False`` and ``tensor.pin_memory()`` becomes the tensor, since there is no device to copy to.
 
-The compiled code is not cached beside the package, so an installation shared with GPU processes stays untouched.
+The compiled code is not cached next to the package, so an installation shared with GPU processes stays untouched.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def rewrite(source: str | bytes, path: str) -> CodeType:
 
 
 def _adapt_random(module: ModuleType) -> None:
-    """The tracker's state functions go through CUDA's lazy initialisation; on a CPU they are the generator's own."""
+    """Replace the state functions of the random tracker by the CPU generator's; the original ones go through CUDA's lazy initialisation."""
 
     def get_state(device: Any = None, clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
         return torch.get_rng_state()
@@ -79,7 +79,7 @@ def _adapt_random(module: ModuleType) -> None:
 
 
 def _adapt_jit(module: ModuleType) -> None:
-    """torch.compile would need a C++ compiler on the machine and seconds per function for kernels that are not hot here."""
+    """Disable the JIT fuser: torch.compile would need a C++ compiler and seconds per function, for kernels that are not hot here."""
     module.disable_jit_fuser()
 
 

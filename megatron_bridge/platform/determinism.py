@@ -1,4 +1,4 @@
-"""Settings under which CUDA gives the same bits twice: what exact resume and a serial twin rest on there."""
+"""Settings with which CUDA gives the same bits twice. Exact resume and the serial twins rely on them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: Variable -> value. cuBLAS keeps one workspace per stream, Transformer Engine leaves nondeterministic attention out, and NCCL does not
-#: let NVLink switches add numbers up.
+#: Variable -> value. cuBLAS keeps one workspace per stream, Transformer Engine avoids nondeterministic attention, and NCCL does not let
+#: NVLink switches sum.
 VARIABLES: Mapping[str, str] = {
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
     "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",
@@ -19,15 +19,15 @@ VARIABLES: Mapping[str, str] = {
 
 
 def set_deterministic(environment: MutableMapping[str, str]) -> dict[str, str]:
-    """Set the variables that are not set, and choose torch's deterministic kernels where it has some.
+    """Set the environment variables that are not set yet, and choose torch's deterministic kernels where they exist.
 
-    To be called before the first kernel and the first collective.
+    Call it before the first kernel and the first collective.
 
     Args:
-        environment: Of this process; changed in place.
+        environment: Environment variables of this process; changed in place.
 
     Returns:
-        Variable -> value for those that were set to something else before, and stay so.
+        Variable -> value for those that already had another value; they keep it.
     """
     kept = {name: environment[name] for name, value in VARIABLES.items() if environment.get(name, value) != value}
     for name, value in VARIABLES.items():
@@ -37,18 +37,18 @@ def set_deterministic(environment: MutableMapping[str, str]) -> dict[str, str]:
 
 
 def deterministic_attention(attention: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """Compute attention so that its backward gives the same bits twice, where :func:`set_deterministic` was called.
+    """Compute attention so that its backward gives the same bits twice, if :func:`set_deterministic` was called.
 
-    While torch only warns of kernels that have no deterministic form, its flash and memory-efficient attention take the nondeterministic
-    form of their backward, and it may choose cuDNN's, which has no other. So torch is strict during this forward and this backward, and
-    warns again after each of them. Elsewhere this calls ``attention`` and does no more.
+    While torch only warns of nondeterministic kernels, its flash and memory-efficient attention use the nondeterministic form of their
+    backward, and it may choose cuDNN's, which has no other form. So this makes torch strict during this forward and this backward, and lets
+    it warn again after each. Without :func:`set_deterministic` it only calls ``attention``.
 
     Args:
         attention: Function of the inputs that calls one attention kernel of torch, and no kernel that strict mode refuses.
         inputs: Query, key and value, in the shapes that ``attention`` takes.
 
     Returns:
-        What ``attention`` returns.
+        The output of ``attention``.
     """
     if not torch.is_deterministic_algorithms_warn_only_enabled():
         return attention(*inputs)

@@ -1,4 +1,4 @@
-"""Whether a run that would compute on the CPU is on a machine with GPUs: nobody asks for that by mistake twice."""
+"""Check that a run does not compute on the CPU by mistake on a machine that has GPUs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-#: Variables that Slurm sets in a job that was given GPUs; these count them or name them.
+#: Variables that Slurm sets in a job with GPUs: these list the GPUs' names, the next one counts them.
 SLURM_LISTS = ("SLURM_STEP_GPUS", "SLURM_JOB_GPUS")
 SLURM_COUNT = "SLURM_GPUS_ON_NODE"
 #: First entry of CUDA_VISIBLE_DEVICES that names a GPU. Anything else hides all of them.
@@ -17,12 +17,12 @@ VISIBLE = re.compile(r"\d+$|GPU-|MIG-")
 
 
 def check_gpus_are_used(environment: Mapping[str, str] = os.environ, devices: Path = Path("/dev")) -> None:
-    """Raise ValueError where there are GPUs that torch does not use. To be called when torch found none.
+    """Raise ValueError when the machine has GPUs that torch does not use. Call it when torch found none.
 
     ``CUDA_VISIBLE_DEVICES=`` (empty) asks for the CPU and passes.
 
     Args:
-        environment: Variables.
+        environment: Environment variables.
         devices: Folder with the driver's device files.
     """
     visible = environment.get("CUDA_VISIBLE_DEVICES")

@@ -1,4 +1,4 @@
-"""Mixture-of-experts layers without Transformer Engine, and on a CPU."""
+"""Adapt mixture-of-experts layers to machines without Transformer Engine and without CUDA."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def install_if_needed(has_cuda: bool) -> None:
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
     if importlib.util.find_spec("transformer_engine") is None:
-        # The router asks whether Transformer Engine's product is None, a name that only its import defines.
+        # The router asks whether Transformer Engine's product is None, but only an import of Transformer Engine defines that name.
         moe_utils.te_general_gemm = None
     if not has_cuda:
         token_dispatcher.maybe_move_tensor_to_cpu = _to_host
@@ -22,5 +22,5 @@ def install_if_needed(has_cuda: bool) -> None:
 def _to_host(
     tensor: torch.Tensor | None, as_numpy: bool = False, record_stream: bool = False
 ) -> torch.Tensor | numpy.ndarray | None:
-    """Split sizes are host arrays after a copy from a device, which never takes place where tensors are on the host already."""
+    """Return split sizes as host arrays. On a CPU they lie there already, so Megatron-Core's copy, which would convert them, does not run."""
     return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor

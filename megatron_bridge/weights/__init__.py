@@ -1,4 +1,4 @@
-"""Weights between Hugging Face names and Megatron-Core's shards: import, export, streaming, and their digests.
+"""Weights between Hugging Face names and Megatron-Core's shards: import, export, streaming, and digests.
 
-Start at ``import_hf.py``.
+Start at ``import_hf.py``; ``weight_plan.py`` lists the tensors of a model.
 """

@@ -1,4 +1,4 @@
-"""Save a distributed model as a Hugging Face checkpoint folder that transformers and vLLM load as it stands."""
+"""Save a distributed model as a Hugging Face checkpoint folder that transformers and vLLM can load."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-MORE_TEMPLATES = "additional_chat_templates"  # folder beside chat_template.jinja
+MORE_TEMPLATES = "additional_chat_templates"  # folder next to chat_template.jinja
 
 
 def save_hf(
@@ -61,23 +61,26 @@ def save_hf(
 ) -> None:
     """Write a whole checkpoint: config, generation config, tokenizer files, and weights in one file or several.
 
-    Collective over the role's ranks: one rank writes, and all return when the folder is in place. It is written beside
-    ``out_dir`` and then renamed, so ``out_dir`` is never half a checkpoint; what was there before is replaced.
+    Collective over the role's ranks: one rank writes, and all return when the folder is in place. The folder is written next to ``out_dir``
+    and then renamed, so ``out_dir`` is never half a checkpoint. A folder that was there before is replaced.
 
     Args:
-        groups: tp, ep and pp gather the weights; dp_cp tells the one replica that writes.
-        source_dir: checkpoint whose config.json, generation_config.json and tokenizer are taken over.
-        tokenizer_dir: takes the tokenizer from here instead.
+        model_chunks: Model chunks of this rank.
+        bridge: Mapped config and layout.
+        groups: Process groups of the role: tp, ep and pp gather the weights, dp_cp chooses the replica that writes.
+        out_dir: Folder to write.
+        source_dir: Checkpoint whose config.json, generation_config.json and tokenizer are copied.
+        tokenizer_dir: Folder to copy the tokenizer from instead.
         head: "lm", or "value" / "score": the folder is then a sequence classifier with one label.
-        dtype: of the saved tensors; None: the parameters'.
-        max_shard_bytes: most bytes of tensors in one file.
-        files: name -> text of what else goes into the folder, or there in another file's place.
+        dtype: Dtype of the saved tensors; None: the parameters'.
+        max_shard_bytes: Most bytes of tensors in one file.
+        files: Name -> text of further files; they replace copied files of the same name.
         config_changes: Entries of config.json that differ from the source's.
 
     Raises:
-        ValueError: unknown head, no checkpoint in source_dir, or chunks and groups that are not of the bridge's layout.
+        ValueError: The head is unknown, source_dir has no checkpoint, or chunks and groups do not have the bridge's layout.
     """
-    # Every rank looks at the source before the first collective: an error there must not leave the others waiting.
+    # Every rank checks the source before the first collective: an error later would leave the other ranks waiting.
     for folder in {source_dir, tokenizer_dir or source_dir}:
         check_links(Path(folder))
     dtype = dtype or bridge.transformer.params_dtype
@@ -85,7 +88,7 @@ def save_hf(
     config = exported_config(source_config, bridge.family.architecture(head), head, dtype)
     tied_twice = head == "lm" and bridge.tie_word_embeddings and _LM_HEAD in tensor_names(source_dir)
     writes = groups.dp_cp.rank() == groups.tp.rank() == groups.pp.rank() == 0
-    # Replicas have nothing to give, unless experts are spread over them.
+    # Replicas have no tensors to add, unless experts are spread over them.
     if groups.dp_cp.rank() == 0 or groups.ep.size() > 1:
         tensors = stream_hf(model_chunks, bridge, groups, head=head)
         if writes:
@@ -107,7 +110,7 @@ def save_hf(
 
 @contextmanager
 def _replacing(out_dir: Path) -> Iterator[Path]:
-    """A new folder beside ``out_dir`` that takes its name in the end, or is removed when writing fails."""
+    """Give a new folder next to ``out_dir``; at the end it takes ``out_dir``'s name. If writing fails, it is removed."""
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     new, old = (out_dir.with_name(f".{out_dir.name}.{state}") for state in ("partial", "old"))
     for left_by_a_killed_run in (new, old):
@@ -127,8 +130,8 @@ def _replacing(out_dir: Path) -> Iterator[Path]:
 
 
 def exported_config(source: dict[str, Any], architecture: str, head: str, dtype: torch.dtype) -> dict[str, Any]:
-    """The source's config with architecture and dtype of what is saved, and one label for a scalar head."""
-    # transformers 5 writes "dtype", older ones "torch_dtype"; where a folder has both, either may be read
+    """Return the source's config with the architecture and dtype of the saved model, and one label for a scalar head."""
+    # transformers 5 writes "dtype", older versions "torch_dtype"; if a config has both, either may be read
     keys = [key for key in ("torch_dtype", "dtype") if key in source] or ["dtype"]
     config: dict[str, Any] = {
         **source,
@@ -155,7 +158,7 @@ def _with_tied_head(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str
 def _write_weights(
     tensors: Iterable[tuple[str, Tensor]], folder: Path, dtype: torch.dtype, max_shard_bytes: float
 ) -> None:
-    """Fill one file after the other, holding at most one; names with the number of files are known at the end."""
+    """Write the tensors file by file, holding at most one file in memory. The names contain the number of files, so they come last."""
     shard: dict[str, Tensor] = {}
     files: list[list[str]] = []  # names of the tensors in each file
     size = total = 0
@@ -187,7 +190,7 @@ def _write_weights(
 
 
 def export_bytes(bridge: BridgeConfig, head: str, dtype: torch.dtype) -> int:
-    """Size in bytes of an export's tensors."""
+    """Return the size in bytes of an export's tensors."""
     shapes = (hf.shape(bridge.dims) for entry in exported_entries(bridge, head) for hf in entry.rule.hf)
     return sum(map(math.prod, shapes)) * dtype.itemsize
 
@@ -199,6 +202,6 @@ def _copy_files(names: Iterable[str], source: Path, target: Path) -> None:
 
 
 def _copy_templates(source: Path, target: Path, files: Mapping[str, str]) -> None:
-    """The tokenizer's further templates, unless another one takes the place of its own."""
+    """Copy the tokenizer's additional chat templates, unless ``files`` replaces its own template."""
     if (source / MORE_TEMPLATES).is_dir() and "chat_template.jinja" not in files:
         shutil.copytree(source / MORE_TEMPLATES, target / MORE_TEMPLATES)

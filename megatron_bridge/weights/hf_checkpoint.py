@@ -1,4 +1,4 @@
-"""The safetensors files of a Hugging Face checkpoint: what they hold, reading parts of it, and writing one."""
+"""The safetensors files of a Hugging Face checkpoint: their contents, reading parts of them, and writing one."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from torch import Tensor
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-#: Of the files of a folder that are read, or copied into an export.
+#: Suffixes of the files in a folder that are read, or copied into an export.
 READ_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt")
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A tensor's header."""
+    """Header of a tensor."""
 
     file: Path
     shape: tuple[int, ...]
@@ -44,10 +44,10 @@ class LazyTensor:
 
 
 class HfCheckpoint:
-    """All tensors of a checkpoint folder, one file or several with an index. Use as a context manager.
+    """All tensors of a checkpoint folder, in one file or several with an index. Use it as a context manager.
 
     Raises:
-        ValueError: no safetensors, an index that names a file or a tensor that is not there, a damaged file, or a link out of the folder.
+        ValueError: There are no safetensors, the index names a missing file or tensor, a file is damaged, or a link leads out of the folder.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -93,12 +93,12 @@ class HfCheckpoint:
 
     @property
     def source(self) -> Path:
-        """The file that says what the checkpoint holds."""
+        """File that lists the checkpoint's tensors."""
         index = self.path / INDEX_FILE
         return index if index.is_file() else self.path / SINGLE_FILE
 
     def lazy(self, name: str) -> LazyTensor:
-        """A tensor to read by indexing."""
+        """Return a tensor that is read by indexing."""
         return LazyTensor(self._open[self.tensors[name].file].get_slice(name))
 
     def __enter__(self) -> Self:
@@ -111,10 +111,10 @@ class HfCheckpoint:
 
 
 def check_names(folder: Path) -> None:
-    """``check_links``, and refuse an index that names a file outside of the folder. Reads no weights.
+    """Call ``check_links``, and refuse an index that names a file outside the folder. Reads no weights.
 
     Raises:
-        ValueError: A file is elsewhere, or the index is none.
+        ValueError: A file lies outside the folder, or the index is not valid.
     """
     check_links(folder)
     index = folder / INDEX_FILE
@@ -124,16 +124,16 @@ def check_names(folder: Path) -> None:
 
 
 def check_links(folder: Path) -> None:
-    """Refuse links among a checkpoint folder's files that lead out of it: an export copies some of the files, and may be published.
+    """Refuse links in a checkpoint folder that lead out of it: an export copies some of its files and may be published.
 
-    Links into a Hugging Face cache (``models--<name>/blobs/<hash>``) stay allowed: a cache's snapshot folder consists of them, and so
-    do folders that old versions of its client made.
+    Links into a Hugging Face cache (``models--<name>/blobs/<hash>``) are allowed: a cache's snapshot folder consists of them, and so do
+    folders that old versions of its client made.
 
     Args:
         folder: Folder of a model or a tokenizer.
 
     Raises:
-        ValueError: A file is elsewhere; the link is named.
+        ValueError: A file lies outside the folder; the message names the link.
     """
     for file in sorted(folder.glob("*")):
         if file.suffix in READ_SUFFIXES and file.is_symlink():
@@ -150,10 +150,10 @@ def _check_stays_inside(file: Path, folder: Path) -> None:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    """Tensor name -> file name of an index.
+    """Read tensor name -> file name from an index.
 
     Raises:
-        ValueError: it is no index, or names a file outside of its folder.
+        ValueError: The file is not an index, or names a file outside its folder.
     """
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
@@ -169,7 +169,7 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def write_safetensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write one file that its folder's other readers can read, as the umask says; the library's own files are 0600.
+    """Write one file with the permissions that the umask gives; the library's own files have 0600.
 
     Raises:
         OSError: The system refused.
@@ -181,7 +181,7 @@ def write_safetensors(tensors: dict[str, Tensor], path: Path) -> None:
 
 @contextmanager
 def system_errors() -> Iterator[None]:
-    """Raise the system's error where safetensors gives it as text alone."""
+    """Raise the system's error if safetensors reports it only as text."""
     try:
         yield
     except SafetensorError as error:
@@ -192,11 +192,11 @@ def system_errors() -> Iterator[None]:
 
 
 def set_default_rights(path: Path) -> None:
-    """Give a file that was made through a temporary one (0600) the rights that the umask leaves, as its new folder shows them."""
+    """Give a file that was made through a temporary one (0600) the permissions that the umask gives, as its new folder shows them."""
     path.chmod(stat.S_IMODE(path.parent.stat().st_mode) & 0o666)
 
 
 def tensor_names(path: str | Path) -> set[str]:
-    """Names of a checkpoint's tensors."""
+    """Return the names of a checkpoint's tensors."""
     with HfCheckpoint(path) as checkpoint:
         return set(checkpoint.tensors)

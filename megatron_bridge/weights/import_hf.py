@@ -1,4 +1,4 @@
-"""Load a Hugging Face checkpoint into Megatron-Core model chunks, every rank reading only its own part."""
+"""Load a Hugging Face checkpoint into Megatron-Core model chunks; every rank reads only its own part."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from megatron_bridge.model.config_mapping import BridgeConfig
 from megatron_bridge.weights.hf_checkpoint import FLOAT_DTYPES, HfCheckpoint
 from megatron_bridge.weights.weight_plan import chunk_parameters, loaded_entries, parameter_of
 
-#: Buffers that old transformers versions wrote; they follow from the config.
+#: Buffers that old transformers versions wrote; the config determines them.
 _ROTARY_BUFFER = re.compile(r"\.rotary_emb\.inv_freq$")
 _EMBEDDING = "model.embed_tokens.weight"
 _LM_HEAD = "lm_head.weight"
 _SCORE = "score.weight"
-_COMPARED_ROWS = 4096  # of two vocabulary matrices at a time
+_COMPARED_ROWS = 4096  # rows of two vocabulary matrices that are compared at a time
 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What a load did."""
+    """Result of loading a checkpoint on one rank."""
 
     loaded: int  # Hugging Face tensors of which this rank read its part
-    initialised: list[str] = field(default_factory=list)  # tensors that the checkpoint lacks, left as initialised
+    initialised: list[str] = field(default_factory=list)  # tensors that the checkpoint lacks; they stay as initialised
 
 
 def load_hf(
@@ -46,16 +46,18 @@ def load_hf(
 ) -> LoadReport:
     """Fill every parameter of this rank's chunks from the safetensors in ``path``.
 
-    The check of names, shapes and dtypes covers the whole checkpoint on every rank, so that all ranks stop or none.
+    Every rank checks the names, shapes and dtypes of the whole checkpoint, so that either all ranks stop or none.
 
     Args:
-        model_chunks: unwrapped chunks from ``build_model``, in virtual-stage order.
-        groups: the role's groups; tp, ep and pp are used, without communication.
-        head: "lm", or "value" / "score" for a model with one output. From a language model's checkpoint such a head
-            stays as it was initialised and ``lm_head.weight`` is left unread.
+        model_chunks: Unwrapped chunks from ``build_model``, in virtual-stage order.
+        bridge: Mapped config and layout.
+        path: Checkpoint folder.
+        groups: Process groups of the role; the ranks in tp, ep and pp choose this rank's part, without communication.
+        head: "lm", or "value" / "score" for a model with one output. If the checkpoint is a language model, such a head
+            stays as it was initialised and ``lm_head.weight`` is not read.
 
     Raises:
-        ValueError: a tensor is missing, unknown, of the wrong shape or not floating point, or the layouts disagree.
+        ValueError: A tensor is missing, unknown, of the wrong shape or not floating point, or the layouts disagree.
     """
     chunks = chunk_parameters(model_chunks, bridge, groups)
     plan = loaded_entries(bridge, head)
@@ -76,18 +78,18 @@ def load_hf(
 
 
 def check_checkpoint(path: str | Path, bridge: BridgeConfig, head: str) -> list[str]:
-    """Compare names, shapes and dtypes of a checkpoint's tensors with the model's. Reads the headers of the files.
+    """Compare names, shapes and dtypes of a checkpoint's tensors with the model's. Reads only the headers of the files.
 
     Args:
         path: Checkpoint folder.
-        bridge: The model in any layout.
+        bridge: Model in any layout.
         head: "lm", "value" or "score".
 
     Returns:
-        Names of tensors that the checkpoint lacks and that would be initialised.
+        Names of the tensors that the checkpoint lacks and that would be initialised.
 
     Raises:
-        ValueError: as ``load_hf``.
+        ValueError: A tensor is missing, unknown, of the wrong shape or not floating point.
     """
     with HfCheckpoint(path) as checkpoint:
         return _check(checkpoint, bridge, loaded_entries(bridge, head), head)
@@ -122,13 +124,13 @@ def _check(checkpoint: HfCheckpoint, bridge: BridgeConfig, plan: Sequence[Entry]
 
 
 def _initialised(found: set[str], bridge: BridgeConfig, head: str) -> list[str]:
-    """The scalar head, where the checkpoint is a language model's."""
+    """Return the scalar head's name if the checkpoint is a language model's, which has no such head."""
     classifier = bridge.family.sequence_classifier in (bridge.hf_config.get("architectures") or ())
     return [_SCORE] if head != "lm" and _SCORE not in found and not classifier else []
 
 
 def _check_tied(checkpoint: HfCheckpoint) -> None:
-    """A checkpoint may hold tied embeddings twice, but not two different ones."""
+    """Check that a checkpoint with two copies of tied embeddings has the same numbers in both."""
     head, embedding = checkpoint.lazy(_LM_HEAD), checkpoint.lazy(_EMBEDDING)
     info = checkpoint.tensors[_LM_HEAD]
     rows = checkpoint.tensors[_EMBEDDING].shape[0]
@@ -151,7 +153,7 @@ def _some(names: Sequence[str], limit: int = 4) -> str:
 
 
 def _check_complete(chunks: Sequence[dict[str, torch.nn.Parameter]], here: Sequence[Entry]) -> None:
-    """Our own tables must name every parameter of the model."""
+    """Assert that the tables have a rule for every parameter of the model."""
     for number, chunk in enumerate(chunks):
         named = {name for entry in here if entry.chunk == number for name in entry.megatron_names}
         left = chunk.keys() - named

@@ -1,7 +1,7 @@
-"""How many parameters every rank of a layout holds: from the rules that load them, on torch's meta device.
+"""Count the parameters that every rank of a layout holds, with the rules that load them, on torch's meta device.
 
-No weights are read, no process group and no device is needed. A shape is what ``param_mapping.shard`` makes of the Hugging
-Face shapes, so a count cannot part from what is loaded.
+This needs no weights, no process group and no device. Shapes come from ``param_mapping.shard``, so the counts always agree with what is
+loaded.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from functools import cache
 
 import torch
 
-from megatron_bridge.families.param_mapping import Dims, Entry, Kind, Rule, shard
+from megatron_bridge.families.param_mapping import Dims, Entry, Sharding, Rule, shard
 from megatron_bridge.model.config_mapping import BridgeConfig
 from megatron_bridge.weights.weight_plan import exported_entries, loaded_entries
 
-#: Modules in the order of ``named_parameters`` in Megatron-Core's local layer spec. Buffers are laid out in it.
+#: Modules in the order of ``named_parameters`` in Megatron-Core's local layer spec. Buffers are laid out in this order.
 _CHUNK_ORDER = ("embedding.word_embeddings", "decoder.layers", "decoder.final_layernorm", "output_layer")
 _LAYER_ORDER = (
     "input_layernorm",
@@ -36,16 +36,16 @@ _LAYER_ORDER = (
 class LocalParameter:
     """One parameter as one rank holds it."""
 
-    name: str  # in its chunk, by the local layer spec
+    name: str  # name in its chunk, by the local layer spec
     numel: int
-    tensor_sharded: bool  # every tensor-parallel rank has its own part; otherwise all have the same
-    shared_embedding: bool  # tied, and held by the first and the last pipeline stage
-    expert: bool = False  # of an expert, whole on one expert-parallel rank, with gradient buffers of its own
+    tensor_sharded: bool  # True: every tensor-parallel rank has its own part; False: all have the same
+    shared_embedding: bool  # True: tied, and held by the first and the last pipeline stage
+    expert: bool = False  # True: part of an expert, whole on one expert-parallel rank, with separate gradient buffers
 
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """Parameters of one rank."""
+    """Number of parameters of one rank."""
 
     replicated: int  # the same numbers on every tensor-parallel rank
     tensor_sharded: int
@@ -56,15 +56,15 @@ class ParameterCount:
 
 
 def local_parameters(bridge: BridgeConfig, head: str, pp_rank: int) -> list[list[LocalParameter]]:
-    """Parameters of every model chunk on a rank of this pipeline stage, in the order of ``named_parameters``.
+    """List the parameters of every model chunk on a rank of one pipeline stage, in the order of ``named_parameters``.
 
     Args:
-        bridge: the mapped config and layout.
+        bridge: Mapped config and layout.
         head: "lm", "value" or "score".
-        pp_rank: pipeline stage, from 0. All ranks of a stage hold parameters of the same sizes, those of the first experts here.
+        pp_rank: Pipeline stage, from 0. All ranks of a stage hold parameters of the same sizes; the list has those of the first experts.
 
     Raises:
-        ValueError: unknown head.
+        ValueError: The head is unknown.
     """
     layout = bridge.pipeline_layout
     tied = head == "lm" and bridge.tie_word_embeddings and layout.pp_size > 1
@@ -76,10 +76,10 @@ def local_parameters(bridge: BridgeConfig, head: str, pp_rank: int) -> list[list
 
 
 def count_parameters(bridge: BridgeConfig, head: str) -> list[ParameterCount]:
-    """Parameters of a rank of every pipeline stage, in stage order.
+    """Count the parameters of one rank of every pipeline stage, in stage order.
 
     Raises:
-        ValueError: unknown head.
+        ValueError: The head is unknown.
     """
     counts = []
     for pp_rank in range(bridge.pipeline_layout.pp_size):
@@ -90,10 +90,10 @@ def count_parameters(bridge: BridgeConfig, head: str) -> list[ParameterCount]:
 
 
 def hf_tensor_sizes(bridge: BridgeConfig, head: str) -> dict[str, int]:
-    """Elements of every Hugging Face tensor by name, without padding: their sum is the model's number of parameters.
+    """Return name -> number of elements of every Hugging Face tensor, without padding. Their sum is the model's number of parameters.
 
     Raises:
-        ValueError: unknown head.
+        ValueError: The head is unknown.
     """
     return {
         name: torch.Size(tensor.shape(bridge.dims)).numel()
@@ -108,8 +108,8 @@ def _local_parameter(entry: Entry, bridge: BridgeConfig, tied: bool) -> LocalPar
     return LocalParameter(
         name=entry.megatron_names[0],
         numel=_local_numel(entry.rule, bridge.dims, tp_size),
-        tensor_sharded=entry.rule.kind is not Kind.REPLICATED and not expert,
-        shared_embedding=tied and entry.rule.kind is Kind.VOCAB,
+        tensor_sharded=entry.rule.kind is not Sharding.REPLICATED and not expert,
+        shared_embedding=tied and entry.rule.kind is Sharding.VOCAB,
         expert=expert,
     )
 
@@ -121,7 +121,7 @@ def _local_numel(rule: Rule, dims: Dims, tp_size: int) -> int:
 
 
 def _place(name: str) -> tuple[int, int, int, int, bool]:
-    """Sort key: place of the module in the chunk, layer, place of the module in the layer, expert, bias after weight.
+    """Return the sort key: place of the module in the chunk, layer, place of the module in the layer, expert, bias after weight.
 
     Parameters with the same key stay in the order of the rules.
     """

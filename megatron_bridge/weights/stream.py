@@ -1,4 +1,4 @@
-"""Hugging Face tensors of a distributed model, whole, one after the other."""
+"""Stream the whole Hugging Face tensors of a distributed model, one after the other."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def stream_hf(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield (name, full tensor) for every Hugging Face tensor, in state-dict order, on every rank.
 
-    Collective over groups.tp, groups.ep and groups.pp: all their ranks must run the generator to its end, in step. At most one
-    Megatron parameter is held whole. The tensors are on the model's device, in the parameters' dtype, and may be views
-    of live parameters: read or copy each before the next step, and don't write to it.
+    Collective over groups.tp, groups.ep and groups.pp: all their ranks must run the generator to its end together. It holds at most one whole
+    Megatron parameter. The tensors are on the model's device, in the parameters' dtype, and may be views of live parameters: read or copy each
+    one before the next step, and don't write to it.
 
     Raises:
-        ValueError: unknown head, or chunks and groups that are not of the bridge's layout.
+        ValueError: The head is unknown, or chunks and groups do not have the bridge's layout.
     """
     chunks = chunk_parameters(model_chunks, bridge, groups)
     dims = bridge.dims
@@ -50,14 +50,14 @@ def stream_hf(
 
 
 def _broadcast(tensors: list[Tensor], source: int, group: dist.ProcessGroup) -> None:
-    """From the ``source``-th rank of a group to all of it, in place."""
+    """Copy tensors from the ``source``-th rank of a group to all its ranks, in place."""
     if group.size() > 1:
         for tensor in tensors:
             dist.broadcast(tensor, src=dist.get_global_rank(group, source), group=group)
 
 
 def _gather(shard: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
-    """All ranks' shards, in rank order."""
+    """Gather the shards of all ranks, in rank order."""
     if group.size() == 1:
         return [shard]
     shards = [torch.empty_like(shard) for _ in range(group.size())]

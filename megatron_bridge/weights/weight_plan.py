@@ -1,4 +1,4 @@
-"""Which rules make up a model with a given head: the one list that import, stream and export walk."""
+"""The list of rules that make up a model with a given head. Import, stream and export all use it."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_bridge.families import decoder
-from megatron_bridge.families.param_mapping import Entry, Kind, Rule, entries
+from megatron_bridge.families.param_mapping import Entry, Sharding, Rule, entries
 from megatron_bridge.model.config_mapping import BridgeConfig
 
 HEADS = ("lm", "value", "score")
 
 
 def exported_entries(bridge: BridgeConfig, head: str) -> Iterator[Entry]:
-    """Every Hugging Face tensor of the model once, in state-dict order. Tied embeddings have no ``lm_head.weight``.
+    """Yield every Hugging Face tensor of the model once, in state-dict order. With tied embeddings there is no ``lm_head.weight``.
 
     Raises:
-        ValueError: unknown head.
+        ValueError: The head is unknown.
     """
     if head not in HEADS:
         raise ValueError(f"head {head!r} is unknown; use one of {', '.join(HEADS)}")
@@ -43,12 +43,12 @@ def exported_entries(bridge: BridgeConfig, head: str) -> Iterator[Entry]:
 
 
 def _aligned(rule: Rule) -> Rule:
-    """Aligned row-parallel layers divide their weights by outputs."""
-    return replace(rule, kind=Kind.OUTPUT) if rule.kind is Kind.ROW else rule
+    """Return the rule of an aligned model: row-parallel layers divide their weights by outputs."""
+    return replace(rule, kind=Sharding.OUTPUT) if rule.kind is Sharding.ROW else rule
 
 
 def loaded_entries(bridge: BridgeConfig, head: str) -> list[Entry]:
-    """Every Megatron parameter once: the last stage of a pipeline has its own copy of tied embeddings."""
+    """List every Megatron parameter once. The last stage of a pipeline has its own copy of tied embeddings."""
     plan = list(exported_entries(bridge, head))
     layout = bridge.pipeline_layout
     if head == "lm" and bridge.tie_word_embeddings and layout.pp_size > 1:
@@ -59,10 +59,10 @@ def loaded_entries(bridge: BridgeConfig, head: str) -> list[Entry]:
 def chunk_parameters(
     model_chunks: Sequence[GPTModel], bridge: BridgeConfig, groups: ProcessGroupCollection
 ) -> list[dict[str, Parameter]]:
-    """Parameters of each chunk by name, after checking that chunks and groups are of the bridge's layout.
+    """Return the parameters of each chunk by name, after checking that chunks and groups have the bridge's layout.
 
     Raises:
-        ValueError: they are not.
+        ValueError: They have another layout.
     """
     config = bridge.transformer
     sizes = {
@@ -71,16 +71,16 @@ def chunk_parameters(
         "expert": (config.expert_model_parallel_size, groups.ep.size()),
         "virtual_pipeline": (bridge.pipeline_layout.vp_size, len(model_chunks)),
     }
-    for name, (wanted, given) in sizes.items():
-        if wanted != given:
+    for name, (planned, given) in sizes.items():
+        if planned != given:
             raise ValueError(
-                f"{name} parallelism is {wanted} in the bridge config but {given} in the model or its groups"
+                f"{name} parallelism is {planned} in the bridge config but {given} in the model or its groups"
             )
     return [dict(chunk.named_parameters()) for chunk in model_chunks]
 
 
 def parameter_of(entry: Entry, chunks: Sequence[dict[str, Parameter]]) -> Parameter:
-    """The parameter of an entry on a rank that holds it."""
+    """Return the parameter of an entry on a rank that holds it."""
     chunk = chunks[entry.chunk]
     found = [chunk[name] for name in entry.megatron_names if name in chunk]
     assert len(found) == 1, f"no single parameter among {entry.megatron_names} in chunk {entry.chunk}"

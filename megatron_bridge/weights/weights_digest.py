@@ -1,7 +1,7 @@
-"""A digest of a checkpoint's model: what it computes, wherever its files lie and however they are cut.
+"""A digest of a checkpoint's model that does not depend on where its files lie and how the weights are divided among them.
 
-It finds weights that were replaced or damaged. Who wants to replace them unseen can: blocks of a tensor are taken by their CRC-32, which
-is several times faster than a cryptographic hash.
+It finds weights that were replaced or damaged by accident. It does not stop somebody who replaces them on purpose: blocks of a tensor enter
+as CRC-32, which is several times faster than a cryptographic hash.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megatron_bridge.weights.hf_checkpoint import HfCheckpoint
 
-#: Bytes read at a time, of which the last block of a tensor has fewer.
+#: Number of bytes read at a time; the last block of a tensor is shorter.
 BLOCK = 1 << 22
 #: Keys of config.json that do not change what the weights compute.
 OTHER_KEYS = frozenset(
@@ -31,7 +31,7 @@ OTHER_KEYS = frozenset(
 
 
 def config_digest(folder: str | Path) -> str:
-    """Return a digest of what config.json says about the model's computation."""
+    """Return a digest of the keys of config.json that determine the model's computation."""
     values: dict[str, Any] = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
     kept = {key: value for key, value in values.items() if key not in OTHER_KEYS}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
@@ -40,13 +40,13 @@ def config_digest(folder: str | Path) -> str:
 def model_digest(
     folder: str | Path, rank: int = 0, num_ranks: int = 1, add: Callable[[Tensor], object] = lambda table: None
 ) -> str:
-    """Return a digest of names, dtypes, shapes and bytes of all tensors, and of ``config_digest``. Ranks share the reading.
+    """Return a digest of names, dtypes, shapes and bytes of all tensors, and of ``config_digest``. The ranks share the reading.
 
     Args:
         folder: Hugging Face checkpoint.
-        rank: Of this process.
-        num_ranks: Processes that read the folder together.
-        add: Sums a [tensors, 32] uint8 tensor over the processes, in place.
+        rank: Rank of this process.
+        num_ranks: Number of processes that read the folder together.
+        add: Function that sums a [tensors, 32] uint8 tensor over the processes, in place.
     """
     with HfCheckpoint(folder) as checkpoint:
         names = sorted(checkpoint.tensors)
@@ -66,7 +66,7 @@ def model_digest(
 
 
 def _tensor_digests(file: Path, names: set[str]) -> list[tuple[str, bytes]]:
-    """Return (name, SHA-256 of dtype, shape and blocks' CRC-32) of some tensors of a safetensors file, in the order of their bytes."""
+    """Return (name, SHA-256 of dtype, shape and blocks' CRC-32) of the given tensors of a safetensors file, in the order of their bytes."""
     found = []
     with file.open("rb") as stream:
         (length,) = struct.unpack("<Q", stream.read(8))

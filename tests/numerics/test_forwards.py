@@ -24,7 +24,7 @@ from hetero_ppo.engines.outputs import log_probs_output, scores_output, values_o
 from hetero_ppo.engines.train_engine import TrainEngine
 from hetero_ppo.types import AnswerInputs
 from megatron_bridge.model import config_mapping, context_parallel
-from megatron_bridge.model.context_parallel import attend, wants_whole_heads
+from megatron_bridge.model.context_parallel import attend, needs_whole_heads
 from megatron_bridge.model.layers import ShortSequenceSelfAttention
 from megatron_bridge.model.packing import attend_packed, by_group, pack, unpack
 
@@ -254,9 +254,9 @@ def test_transformer_engine_rotates_packed_tokens_in_one_kernel(
 
 def test_float32_on_cuda_attends_with_whole_heads(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch's only float32 kernel on CUDA without s x s scores takes no groups; values and gradients are those of grouped heads."""
-    assert not wants_whole_heads(torch.zeros(1))
+    assert not needs_whole_heads(torch.zeros(1))
     for dtype, whole in ((torch.float32, True), (torch.bfloat16, False)):
-        assert wants_whole_heads(SimpleNamespace(is_cuda=True, dtype=dtype)) is whole
+        assert needs_whole_heads(SimpleNamespace(is_cuda=True, dtype=dtype)) is whole
     torch.manual_seed(0)
     query, key, value = (torch.randn(s, 2, heads, 8, requires_grad=True) for s, heads in ((6, 6), (9, 2), (9, 2)))
     given: list[tuple[int, bool]] = []
@@ -269,7 +269,7 @@ def test_float32_on_cuda_attends_with_whole_heads(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(context_parallel, "F", SimpleNamespace(scaled_dot_product_attention=recorded))
     results = []
     for whole in (False, True):
-        monkeypatch.setattr(context_parallel, "wants_whole_heads", lambda query, whole=whole: whole)
+        monkeypatch.setattr(context_parallel, "needs_whole_heads", lambda query, whole=whole: whole)
         for past in (6, 9):
             out = attend(query, key[:past], value[:past], None)
             results.append((out, *torch.autograd.grad(out.square().sum(), (query, key, value))))

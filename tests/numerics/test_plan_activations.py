@@ -78,7 +78,7 @@ def test_a_layer_keeps_what_the_formula_says(case: str, recompute: str | None, g
 @pytest.mark.parametrize("case", ["llama_untied", "qwen3_tied"])
 def test_a_float32_layer_on_cuda(case: str, groups: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Attention keeps keys and values of every query head: copies of them, and no scores."""
-    monkeypatch.setattr(context_parallel, "wants_whole_heads", lambda query: True)
+    monkeypatch.setattr(context_parallel, "needs_whole_heads", lambda query: True)
     two, four = (bridge_of(case, torch.float32, None, num_layers) for num_layers in (2, 4))
     widths = LayerWidths.of(four, on_cuda=True)
     assert widths.whole_heads and not LayerWidths.of(four).whole_heads

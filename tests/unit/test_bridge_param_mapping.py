@@ -13,7 +13,7 @@ from megatron_bridge.families.param_mapping import (
     Dims,
     Entry,
     ExpertLayout,
-    Kind,
+    Sharding,
     PipelineLayout,
     Rule,
     check_tensor_parallel,
@@ -55,7 +55,7 @@ def test_row_parallel_divides_the_columns() -> None:
 
 
 def test_aligned_row_parallel_divides_the_rows() -> None:
-    rule = replace(decoder.ATTENTION_OUTPUT, kind=Kind.OUTPUT)
+    rule = replace(decoder.ATTENTION_OUTPUT, kind=Sharding.OUTPUT)
     weight = torch.randn(rule.hf[0].shape(replace(DIMS, hidden=4)))
     shards = [shard(rule, replace(DIMS, hidden=4), [weight], rank, 2) for rank in range(2)]
     assert torch.equal(shards[1], weight[2:])
