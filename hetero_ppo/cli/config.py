@@ -22,6 +22,8 @@ def run(args: argparse.Namespace) -> None:
     """Prints YAML that ``--config`` reads back. Mandatory fields without a value are shown as ``???``."""
     draft = load_draft(args.config, args.overrides)
     missing = draft.missing_fields()
+    for line in draft.removed:
+        print(f"note: {line}", file=sys.stderr)
     if missing:
         print(redact(render_yaml(draft)), end="")
         print(f"note: mandatory fields without a value: {', '.join(missing)}", file=sys.stderr)

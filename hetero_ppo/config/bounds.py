@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any, get_type_hints
+from typing import Any
 
-from hetero_ppo.config.load import is_optional
+from hetero_ppo.config.field_types import hints_of, is_optional
 from hetero_ppo.config.schema.option import PLAIN, option_of
 
 
@@ -25,7 +25,7 @@ def check_bounds(config: Any) -> None:
         if all(documented.bounds.allow(number) for number in numbers if isinstance(number, (int, float))):
             continue
         unit = "" if documented.unit in (None, PLAIN) else f" ({documented.unit})"
-        null = ", or null" if is_optional(get_type_hints(type(section))[field.name]) else ""
+        null = ", or null" if is_optional(hints_of(type(section))[field.name]) else ""
         raise ValueError(
             f"{name}={value}: allowed: {documented.bounds.describe()}{unit}{null}. Meaning: {documented.text}"
         )

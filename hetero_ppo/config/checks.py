@@ -21,7 +21,7 @@ from hetero_ppo.config.checks_microbatches import (
     check_pair_budget,
 )
 from hetero_ppo.config.checks_models import check_model_files
-from hetero_ppo.config.checks_numerics import check_head_init, check_same_distribution
+from hetero_ppo.config.checks_numerics import check_same_distribution
 from hetero_ppo.config.checks_reward_function import check_function_calls
 from hetero_ppo.config.checks_resume import check_allowed_changes
 from hetero_ppo.config.checks_rewards import check_ensemble, check_reward_source
@@ -391,7 +391,6 @@ COMMON_CHECKS: tuple[Callable[[AnyConfig, int], None], ...] = (
     check_virtual_pipeline,
     check_micro_batches,
     check_packing,
-    check_head_init,
     check_schedule_ends,
     check_overlap_param_gather,
     check_recompute,

@@ -1,26 +1,9 @@
-"""Rules about scalar heads and the distribution that log-probs are of, run by ``checks.check_config``."""
+"""Rule about the distribution that log-probs are of, run by ``checks.check_config``."""
 
 from __future__ import annotations
 
-from hetero_ppo.config.derived import config_roles
-from hetero_ppo.config.load import AnyConfig
 from hetero_ppo.config.require import require
 from hetero_ppo.config.schema import OldLogProbs, PpoConfig, RolloutCorrectionKind
-
-#: Roles whose scalar head may be missing in their checkpoint.
-HEADS_THAT_START = ("critic", "reward")
-
-
-def check_head_init(config: AnyConfig, world_size: int) -> None:
-    """Raise where ``head_init`` is given to a role without a scalar head, or with one that its checkpoint has to bring."""
-    for name, role in config_roles(config).items():
-        start = role.model.head_init
-        require(
-            start is None or name in HEADS_THAT_START,
-            f"{name}.model.head_init",
-            start and start.value,
-            "only the critic of a PPO run and the model of a reward-model run start a head; leave it out",
-        )
 
 
 def check_same_distribution(config: PpoConfig, world_size: int) -> None:

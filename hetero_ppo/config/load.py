@@ -3,7 +3,8 @@
 The YAML names its schema with ``kind: sft|rm|ppo`` and may hold ``${oc.env:VAR}`` and ``${actor.model.path}``-like
 interpolations. A list of sections is written as a list, and its items are numbered from 0 in dotted names:
 ``reward_models.0.model.path``. An unknown key, a value of the wrong type and a missing mandatory field are each a ``ValueError`` that
-says where it was written and what was meant.
+says where it was written and what was meant. An option that earlier versions accepted for a kind of run which never used it is left out,
+and ``removed`` names it; an override of one is an error.
 """
 
 from __future__ import annotations
@@ -13,16 +14,16 @@ import difflib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from enum import Enum
-from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin
 
 import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
 from hetero_ppo.config import schema
+from hetero_ppo.config.field_types import enum_choices, hints_of, is_optional, item_class, section_class, without_null
 from hetero_ppo.config.paths import expand_paths
+from hetero_ppo.config.removed import removed_options, without_removed
 
 AnyConfig = schema.SftConfig | schema.RmConfig | schema.PpoConfig
 
@@ -36,6 +37,9 @@ class LoadedConfig:
     node: DictConfig  # the same, resolved, as an OmegaConf node
     source: str  # the YAML file
     origins: dict[str, str]  # dotted field -> where the user wrote it; fields at their default are not there
+    removed: tuple[
+        str, ...
+    ] = ()  # lines about options of the file that no run of its kind ever used; they are left out
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,9 @@ class DraftConfig:
     node: DictConfig
     source: str
     origins: dict[str, str]  # dotted field -> where the user wrote it
+    removed: tuple[
+        str, ...
+    ] = ()  # lines about options of the file that no run of its kind ever used; they are left out
 
     def missing_fields(self) -> list[str]:
         """Mandatory fields that neither the file nor an override gives, sorted."""
@@ -71,7 +78,7 @@ def load_config(path: str, overrides: list[str]) -> LoadedConfig:
     _resolve(draft)
     expand_paths(draft.node)
     config: Any = OmegaConf.to_object(draft.node)  # an object of the kind's dataclass
-    return LoadedConfig(draft.kind, config, draft.node, path, draft.origins)
+    return LoadedConfig(draft.kind, config, draft.node, path, draft.origins, draft.removed)
 
 
 def load_draft(path: str, overrides: list[str]) -> DraftConfig:
@@ -91,6 +98,12 @@ def load_draft(path: str, overrides: list[str]) -> DraftConfig:
     def file_origin(field: str) -> str:
         return f"{path}:{lines[field]}"
 
+    removed = tuple(
+        f"{file_origin(field)}: {field} is no option of kind {kind}, remove it: {reason}"
+        for field, reason in removed_options(values, schema_class)
+    )
+    values = without_removed(values, schema_class)
+
     for field, value, hint in _leaves(values, schema_class, "", file_origin, schema_class):
         _assign(node, schema_class, field, value, hint, file_origin(field))
         origins[field] = file_origin(field)
@@ -100,7 +113,7 @@ def load_draft(path: str, overrides: list[str]) -> DraftConfig:
             if section_class(hint) is not None:  # null: what the file says below it is gone
                 origins = {name: origin for name, origin in origins.items() if not name.startswith(f"{field}.")}
             origins[field] = f"override {override!r}"
-    return DraftConfig(kind, node, path, origins)
+    return DraftConfig(kind, node, path, origins, removed)
 
 
 def _read_yaml(path: str) -> tuple[dict[str, Any], dict[str, int]]:
@@ -163,6 +176,8 @@ def _override_leaves(override: str, schema_class: type) -> Iterator[tuple[str, A
     nested: Any = value
     for name in reversed(field.split(".")):
         nested = {name: nested}
+    for removed, reason in removed_options(nested, schema_class):
+        raise ValueError(f"override {override!r}: {removed} is no option of this kind of run, leave it out: {reason}")
     return _leaves(nested, schema_class, "", lambda _: f"override {override!r}", schema_class)
 
 
@@ -170,7 +185,7 @@ def _leaves(
     values: dict[Any, Any], section: type, prefix: str, origin: Callable[[str], str], schema_class: type
 ) -> Iterator[tuple[str, Any, Any]]:
     """(dotted field, value, type) of everything set below a section; an unknown key is an error."""
-    hints = get_type_hints(section)
+    hints = hints_of(section)
     for key, value in values.items():
         field = f"{prefix}{key}"
         if key not in hints:
@@ -203,7 +218,7 @@ def _item_leaves(
         if not str(number).isdecimal():
             raise ValueError(f"{origin(field)}: {name}: items of the list {field} are numbered from 0")
         if not isinstance(item, dict) or not item:
-            keys = ", ".join(get_type_hints(section))
+            keys = ", ".join(hints_of(section))
             raise ValueError(f"{origin(field)}: {name} is a section with the keys {keys}; got the value {item!r}")
         yield from _leaves(item, section, f"{name}.", origin, schema_class)
 
@@ -225,7 +240,7 @@ def _suggestion(key: str, prefix: str, section: type, schema_class: type) -> str
 
 def all_fields(section: type, prefix: str = "") -> Iterator[str]:
     """Dotted names of all leaf fields of a schema class."""
-    for name, hint in get_type_hints(section).items():
+    for name, hint in hints_of(section).items():
         nested = section_class(hint)
         if nested is None:
             yield prefix + name
@@ -233,41 +248,12 @@ def all_fields(section: type, prefix: str = "") -> Iterator[str]:
             yield from all_fields(nested, f"{prefix}{name}.")
 
 
-def _strip_optional(hint: Any) -> tuple[Any, bool]:
-    if get_origin(hint) in (Union, UnionType) and type(None) in get_args(hint):
-        return next(arg for arg in get_args(hint) if arg is not type(None)), True
-    return hint, False
-
-
-def is_optional(hint: Any) -> bool:
-    """Return whether a field of this type may be null."""
-    return _strip_optional(hint)[1]
-
-
-def section_class(hint: Any) -> type | None:
-    """The dataclass of a section, or None for a plain field."""
-    hint, _ = _strip_optional(hint)
-    return hint if isinstance(hint, type) and dataclasses.is_dataclass(hint) else None
-
-
-def item_class(hint: Any) -> type | None:
-    """The dataclass of the items of a list of sections, or None for every other field."""
-    plain, _ = _strip_optional(hint)
-    return section_class(get_args(plain)[0]) if get_origin(plain) is list else None
-
-
-def enum_choices(hint: Any) -> list[str]:
-    """Names of the members of an enum field; empty for other fields."""
-    plain, _ = _strip_optional(hint)
-    return [member.name for member in plain] if isinstance(plain, type) and issubclass(plain, Enum) else []
-
-
 def _type_name(hint: Any) -> str:
-    plain, optional = _strip_optional(hint)
+    plain, optional, item = without_null(hint), is_optional(hint), item_class(hint)
     if enum_choices(hint):
         name = "one of " + ", ".join(enum_choices(hint))
-    elif item_class(hint) is not None:
-        name = f"a list of sections with the keys {', '.join(get_type_hints(item_class(hint)))}"
+    elif item is not None:
+        name = f"a list of sections with the keys {', '.join(hints_of(item))}"
     elif get_origin(plain) is list:
         name = f"a list of {get_args(plain)[0].__name__}"
     else:
@@ -276,11 +262,12 @@ def _type_name(hint: Any) -> str:
 
 
 def _assign(node: DictConfig, schema_class: type, field: str, value: Any, hint: Any, origin: str) -> None:
-    if section_class(hint) is not None:
-        if value is not None or not _strip_optional(hint)[1]:
-            keys = ", ".join(get_type_hints(section_class(hint)))
+    section = section_class(hint)
+    if section is not None:
+        if value is not None or not is_optional(hint):
+            keys = ", ".join(hints_of(section))
             raise ValueError(f"{origin}: {field} is a section with the keys {keys}; got the value {value!r}")
-    elif not _is_acceptable(value, _strip_optional(hint)[0]):
+    elif not _is_acceptable(value, without_null(hint)):
         raise ValueError(f"{origin}: {field}: {value!r} is not allowed; allowed: {_type_name(hint)}")
     _open_sections(node, schema_class, field, origin)
     try:
@@ -314,7 +301,7 @@ def _open_sections(node: DictConfig, schema_class: type, field: str, origin: str
             if int(name) == len(items):
                 items.append(OmegaConf.structured(section))
             continue
-        hint = get_type_hints(section)[name]
+        hint = hints_of(section)[name]
         item = item_class(hint)
         if item is not None:
             section = item

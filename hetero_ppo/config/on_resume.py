@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Iterator
-from functools import cache
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args
 
-from hetero_ppo.config.load import item_class, section_class
+from hetero_ppo.config.field_types import hints_of, item_class, section_class
 from hetero_ppo.config.schema import TrainedRoleConfig
 from hetero_ppo.config.schema.option import OnResume, option_of
-
-hints_of = cache(get_type_hints)
 
 
 def rule_of(schema_class: type, field: str) -> OnResume | None:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Iterator
-from typing import Any, get_type_hints
+from typing import Any
 
 import yaml
 from omegaconf import OmegaConf
 
 from hetero_ppo.config import schema
 from hetero_ppo.config.redact import redact
-from hetero_ppo.config.load import DraftConfig, LoadedConfig, enum_choices, item_class, section_class
+from hetero_ppo.config.field_types import enum_choices, hints_of, item_class, section_class
+from hetero_ppo.config.load import DraftConfig, LoadedConfig
 from hetero_ppo.config.schema.option import option_of
 
 #: Column of the comments, counted in characters.
@@ -38,7 +39,7 @@ def save_config(config: LoadedConfig, path: str) -> None:
 
 
 def _render_section(values: dict[str, Any], section: type, indent: str) -> Iterator[str]:
-    hints = get_type_hints(section)
+    hints = hints_of(section)
     for field in dataclasses.fields(section):
         value = values[field.name]
         comment = _comment(field, hints[field.name])

@@ -1,6 +1,7 @@
-"""Options that a run does not use: they are printed when somebody has set them.
+"""Options that a run does not use because of another option: they are printed when somebody has set them.
 
-Where an option that would be ignored is more likely a mistake than a left-over, ``checks`` refuses it instead.
+An option that a kind of run never uses is not in its schema. Where an option that would be ignored is more likely a mistake than a
+left-over, ``checks`` refuses it instead.
 """
 
 from __future__ import annotations
@@ -8,12 +9,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar, get_type_hints
+from typing import Any, Generic, TypeVar
 
 from omegaconf import OmegaConf
 
 from hetero_ppo.config.derived import actor_generates, config_reward_models, config_roles, trained_roles
-from hetero_ppo.config.load import AnyConfig, LoadedConfig, item_class, section_class
+from hetero_ppo.config.field_types import hints_of, item_class, section_class
+from hetero_ppo.config.load import AnyConfig, LoadedConfig
 from hetero_ppo.config.schema import (
     KlController,
     LrSchedule,
@@ -65,37 +67,10 @@ def _always(config: AnyConfig) -> bool:
     return True
 
 
-SFT_OPTIONS: tuple[UnusedOptions[SftConfig], ...] = (
-    UnusedOptions(
-        _fields("data", "chosen_key", "rejected_key", "label_key", "metadata_key"),
-        _always,
-        "SFT reads conversations, or prompts with completions",
-    ),
-    UnusedOptions(
-        _fields("data", "max_prompt_tokens"), _always, "data.max_sequence_tokens limits prompt and answer together"
-    ),
-)
-RM_OPTIONS: tuple[UnusedOptions[RmConfig], ...] = (
-    UnusedOptions(
-        _fields("data", "messages_key", "completion_key", "label_key", "metadata_key"),
-        _always,
-        "a reward model reads chosen and rejected answers",
-    ),
-    UnusedOptions(
-        _fields("data", "max_prompt_tokens"), _always, "data.max_sequence_tokens limits prompt and answer together"
-    ),
-)
 SUPERVISED_OPTIONS: tuple[UnusedOptions[SftConfig | RmConfig], ...] = (
     UnusedOptions(("train.eval_batches",), lambda config: config.data.eval is None, "there is no data.eval"),
-    UnusedOptions(_SERVERS_MEMORY, _always, "the run has no rollout engine"),
 )
 PPO_OPTIONS: tuple[UnusedOptions[PpoConfig], ...] = (
-    UnusedOptions(_fields("data", "completion_key", "chosen_key", "rejected_key"), _always, "PPO reads prompts"),
-    UnusedOptions(
-        _fields("data", "max_sequence_tokens"),
-        _always,
-        "data.max_prompt_tokens and rollout.sampling.max_tokens limit a sequence of PPO",
-    ),
     UnusedOptions(
         ("reward.golden_every",), lambda config: not config_reward_models(config), "there is no reward model"
     ),
@@ -165,16 +140,16 @@ COMMON_OPTIONS: tuple[UnusedOptions[AnyConfig], ...] = (
     ),
 )
 BY_KIND: dict[type, tuple[UnusedOptions[Any], ...]] = {
-    SftConfig: (*SFT_OPTIONS, *SUPERVISED_OPTIONS),
-    RmConfig: (*RM_OPTIONS, *SUPERVISED_OPTIONS),
+    SftConfig: SUPERVISED_OPTIONS,
+    RmConfig: SUPERVISED_OPTIONS,
     PpoConfig: PPO_OPTIONS,
 }
 
 
 def unused_options(loaded: LoadedConfig) -> list[str]:
-    """Return a line for every option that was set to something else than its default and that the run does not use."""
+    """Return a line for every option that the run does not use: removed ones, and those with another value than their default."""
     config = loaded.config
-    lines = []
+    lines = list(loaded.removed)
     for options in (*COMMON_OPTIONS, *BY_KIND[type(config)], *_role_options(config)):
         if not options.applies(config):
             continue
@@ -190,7 +165,7 @@ def _default(section: type, field: str) -> Any:
     *sections, name = field.split(".")
     for part in sections:
         if not part.isdecimal():
-            hint = get_type_hints(section)[part]
+            hint = hints_of(section)[part]
             nested = item_class(hint) or section_class(hint)
             assert nested is not None  # the field was found in it
             section = nested
@@ -203,10 +178,6 @@ def _role_options(config: AnyConfig) -> Iterator[UnusedOptions[AnyConfig]]:
         if role.micro_batch_tokens is not None:
             yield UnusedOptions(
                 _fields(name, "micro_batch_size"), _always, f"{name}.micro_batch_tokens cuts micro-batches by tokens"
-            )
-        if name not in ("critic", "reward"):
-            yield UnusedOptions(
-                _fields(name, "model.init_seed"), _always, "the role has no head that a checkpoint may lack"
             )
     for name, role in trained_roles(config).items():
         if role.optimizer.lr_schedule is LrSchedule.constant:

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from hetero_ppo.config.schema import DataConfig
+from hetero_ppo.config.schema import DataConfig, PromptDataConfig
 from hetero_ppo.data.reading import FileFacts
 
 #: Keys that a template need not read: what a message is, not what it says.
@@ -18,7 +18,7 @@ SILENT_MESSAGE_KEYS = ("id", "name", "timestamp")
 class LabelTypes:
     """Counts the labels of a file of prompts by type."""
 
-    def __init__(self, data: DataConfig) -> None:
+    def __init__(self, data: PromptDataConfig) -> None:
         """Args:
         data: Names of the fields.
         """
@@ -60,7 +60,7 @@ def file_notes(facts: FileFacts, data: DataConfig, keys: Sequence[str], template
     Raises:
         ValueError: an option names a field that no row has.
     """
-    defaults = {option.name: option.default for option in dataclasses.fields(DataConfig)}
+    defaults = {option.name: option.default for option in dataclasses.fields(data)}
     for key in keys:
         name = getattr(data, key)
         if name != defaults[key] and name not in facts.found:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hetero_ppo.config.schema import DataConfig
+from hetero_ppo.config.schema import PreferenceDataConfig
 from hetero_ppo.data.chat_template import TextEncoder
 from hetero_ppo.data.conversation import Conversation, PlainPair, conversation, encode_sequences
 from hetero_ppo.data.dataset import Dataset, DatasetRules, encode_in_blocks, make_dataset
@@ -53,7 +53,7 @@ class PreferenceCodec:
 
 
 def load_preferences(
-    path: str, data: DataConfig, encoder: TextEncoder, place: Place = OWN_FILES
+    path: str, data: PreferenceDataConfig, encoder: TextEncoder, place: Place = OWN_FILES
 ) -> Dataset[PreferenceExample]:
     """Read and tokenise ``path``; over-long pairs as ``data.overlong_prompts`` says.
 
@@ -90,7 +90,7 @@ def load_preferences(
     )
 
 
-def _pair(row: Row, data: DataConfig, with_template: bool) -> Sequence[PlainPair | Conversation]:
+def _pair(row: Row, data: PreferenceDataConfig, with_template: bool) -> Sequence[PlainPair | Conversation]:
     fields = (data.chosen_key, data.rejected_key)
     if not with_template:
         refuse_tools(row, data)
@@ -114,7 +114,7 @@ def _pair(row: Row, data: DataConfig, with_template: bool) -> Sequence[PlainPair
     return items
 
 
-def _common_prompt(row: Row, data: DataConfig, answers: list[list[Message]]) -> list[Message]:
+def _common_prompt(row: Row, data: PreferenceDataConfig, answers: list[list[Message]]) -> list[Message]:
     """The messages that two whole conversations share, up to the first assistant message that differs."""
     if answers[0][0]["role"] == "assistant":
         row.value(data.prompt_key)  # raises: without a prompt, chosen and rejected are whole conversations

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hetero_ppo.config.schema import DataConfig
+from hetero_ppo.config.schema import DataConfig, PromptDataConfig
 from hetero_ppo.data.chat_template import TextEncoder
 from hetero_ppo.data.conversation import Context, check_begin, encode_contexts
 from hetero_ppo.data.dataset import Dataset, DatasetRules, encode_in_blocks, make_dataset
@@ -64,7 +64,9 @@ class PromptCodec:
         return PromptExample(lists[0], text, messages if self.with_template else None, label, metadata, index, tools)
 
 
-def load_prompts(path: str, data: DataConfig, encoder: TextEncoder, place: Place = OWN_FILES) -> Dataset[PromptExample]:
+def load_prompts(
+    path: str, data: PromptDataConfig, encoder: TextEncoder, place: Place = OWN_FILES
+) -> Dataset[PromptExample]:
     """Read, template and tokenise the prompts of ``path``; over-long ones as ``data.overlong_prompts`` says.
 
     A row has the prompt under ``data.prompt_key`` or, without that, under ``data.messages_key``.
@@ -101,7 +103,7 @@ def load_prompts(path: str, data: DataConfig, encoder: TextEncoder, place: Place
     )
 
 
-def _example(row: Row, data: DataConfig, encoder: TextEncoder, prompt_ids: list[int]) -> PromptExample:
+def _example(row: Row, data: PromptDataConfig, encoder: TextEncoder, prompt_ids: list[int]) -> PromptExample:
     messages = None if encoder.template is None else prompt_messages(row, prompt_field(row, data))
     return PromptExample(
         prompt_ids,
@@ -114,7 +116,7 @@ def _example(row: Row, data: DataConfig, encoder: TextEncoder, prompt_ids: list[
     )
 
 
-def _encode_prompts(block: Sequence[Row], data: DataConfig, encoder: TextEncoder) -> list[list[int]]:
+def _encode_prompts(block: Sequence[Row], data: PromptDataConfig, encoder: TextEncoder) -> list[list[int]]:
     if encoder.template is None:
         for row in block:
             refuse_tools(row, data)
@@ -126,7 +128,7 @@ def _encode_prompts(block: Sequence[Row], data: DataConfig, encoder: TextEncoder
     return encode_contexts(encoder, [_context(row, data) for row in block])
 
 
-def _context(row: Row, data: DataConfig) -> Context:
+def _context(row: Row, data: PromptDataConfig) -> Context:
     field = prompt_field(row, data)
     messages = prompt_messages(row, field)
     if messages[-1]["role"] == "assistant":
@@ -140,12 +142,12 @@ def refuse_tools(row: Row, data: DataConfig) -> None:
         raise row.error(data.tools_key, "tools are written by a chat template, and data.apply_chat_template is false")
 
 
-def _question(row: Row, data: DataConfig) -> str:
+def _question(row: Row, data: PromptDataConfig) -> str:
     field = prompt_field(row, data)
     return row.messages(field)[-1]["content"] if isinstance(row.value(field), list) else row.text(field)
 
 
-def prompt_field(row: Row, data: DataConfig) -> str:
+def prompt_field(row: Row, data: PromptDataConfig) -> str:
     """``data.prompt_key`` where the row has it, else ``data.messages_key``, else an error about the first."""
     if not row.has(data.prompt_key) and row.has(data.messages_key):
         return data.messages_key
@@ -168,7 +170,7 @@ def user_message(text: str) -> list[Message]:
     return [{"role": "user", "content": text}]
 
 
-def _metadata(row: Row, data: DataConfig) -> dict[str, Any]:
+def _metadata(row: Row, data: PromptDataConfig) -> dict[str, Any]:
     if not row.has(data.metadata_key):
         return {}
     metadata = row.value(data.metadata_key)

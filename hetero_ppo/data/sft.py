@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hetero_ppo.config.schema import DataConfig
+from hetero_ppo.config.schema import SftDataConfig
 from hetero_ppo.data.chat_template import TextEncoder
 from hetero_ppo.data.conversation import (
     Conversation,
@@ -55,7 +55,7 @@ class SftCodec:
         return SftExample(ids, list(zip(borders[::2], borders[1::2], strict=True)))
 
 
-def load_sft(path: str, data: DataConfig, encoder: TextEncoder, place: Place = OWN_FILES) -> Dataset[SftExample]:
+def load_sft(path: str, data: SftDataConfig, encoder: TextEncoder, place: Place = OWN_FILES) -> Dataset[SftExample]:
     """Read and tokenise ``path``; over-long examples as ``data.overlong_prompts`` says.
 
     A row has ``data.messages_key``, of which every assistant message is an answer; or ``data.prompt_key`` and
@@ -88,7 +88,7 @@ def _example(sequence: EncodedSequence) -> SftExample:
     return SftExample(sequence.token_ids, sequence.answer_spans)
 
 
-def _item(row: Row, data: DataConfig, with_template: bool) -> PlainPair | Conversation:
+def _item(row: Row, data: SftDataConfig, with_template: bool) -> PlainPair | Conversation:
     if not with_template:
         refuse_tools(row, data)
         if row.has(data.messages_key) and not row.has(data.completion_key):

@@ -26,7 +26,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from hetero_ppo.config.devices import with_dtype
-from hetero_ppo.config.schema import Dtype, HeadInit, ModelConfig, ResidencyConfig, RoleConfig
+from hetero_ppo.config.schema import Dtype, HeadedModelConfig, HeadInit, ModelConfig, ResidencyConfig, RoleConfig
 from hetero_ppo.disk import writing
 from hetero_ppo.distributed.groups import is_last_stage, last_stage_rank, role_groups
 from hetero_ppo.engines.layouts import role_bridge
@@ -74,21 +74,21 @@ def build_role(role: str, config: RoleConfig, head: Head, recompute: str | None 
     """Create the groups, the model and its weights. Collective over the world."""
     bridge = role_bridge(config, recompute)
     groups = role_groups(role, config.parallel)
-    chunks = build_model(
-        bridge, groups, head=head, init_seed=config.model.init_seed, head_init=head_init(config.model, head).value
-    )
+    start, seed = head_start(config.model, head)
+    chunks = build_model(bridge, groups, head=head, init_seed=seed, head_init=start.value)
     report = load_hf(chunks, bridge, config.model.path, groups, head=head)
     return RoleModel(chunks, bridge, groups, report)
 
 
-def head_init(model: ModelConfig, head: Head) -> HeadInit:
-    """Return how the scalar head starts where the checkpoint has none.
+def head_start(model: ModelConfig, head: Head) -> tuple[HeadInit, int]:
+    """Return the initial value of a scalar head that the checkpoint lacks, and its seed.
 
     A critic's starts at zero: values of 0 explain none of the returns' variance, values at random add their own to it.
     """
-    if model.head_init is not None:
-        return model.head_init
-    return HeadInit.zero if head == "value" else HeadInit.normal
+    default = HeadInit.zero if head == "value" else HeadInit.normal
+    if isinstance(model, HeadedModelConfig):
+        return model.head_init or default, model.init_seed
+    return default, HeadedModelConfig.init_seed
 
 
 class ModelEngine:

@@ -117,13 +117,13 @@ def plan_reserve(
         ),
     ]
     if isinstance(config, PpoConfig) and config.train.replay_rollouts is None and not actor_generates(config):
-        parts += _engine_parts(config, memory, world_size, one_node=one_node)
+        parts += _engine_parts(config, world_size, one_node=one_node)
     return Reserve(tuple(part for part in parts if part.num_bytes), memory.allocator_slack)
 
 
-def _engine_parts(config: PpoConfig, memory: MemoryConfig, world_size: int, *, one_node: bool) -> Sequence[ReservePart]:
+def _engine_parts(config: PpoConfig, world_size: int, *, one_node: bool) -> Sequence[ReservePart]:
     """Return what vLLM holds beside its share of the device: it looks at free memory after its context and its communicators were made."""
-    rollout = config.rollout
+    rollout, memory = config.rollout, config.memory
     few_nodes = one_node or num_servers(rollout, world_size) == 1
     joins = weight_transfer(rollout, one_node=few_nodes) is WeightTransfer.collective
     own = ENGINE_COMMUNICATORS if rollout.tensor_parallel > 1 else 0

@@ -10,10 +10,12 @@ from typing import Any
 import yaml
 from omegaconf import MISSING
 
-from hetero_ppo.config.load import LoadedConfig, item_class, section_class
-from hetero_ppo.config.on_resume import hints_of, is_named, leaves, optional_sections, rule_of
+from hetero_ppo.config.field_types import hints_of, item_class, section_class
+from hetero_ppo.config.load import LoadedConfig
+from hetero_ppo.config.on_resume import is_named, leaves, optional_sections, rule_of
 from hetero_ppo.config.redact import redact
 from hetero_ppo.config.render import render_yaml
+from hetero_ppo.config.removed import without_removed
 from hetero_ppo.config.schema import SCHEMAS
 from hetero_ppo.config.schema.option import OnResume
 
@@ -56,11 +58,12 @@ def compare(saved: dict[str, Any], values: dict[str, Any], kind: str) -> list[Ch
     A field that is newer than the checkpoint, and has its default, is never refused, and named where it bears on the objective.
 
     Args:
-        saved: Values of the checkpoint's config.yaml, of the same kind.
+        saved: Values of the checkpoint's config.yaml, of the same kind. Removed options that no run used take no part.
         values: Those of this run (``config_values``).
         kind: Of both runs.
     """
     schema_class = SCHEMAS[kind]
+    saved = without_removed(saved, schema_class)
     there, here = (set(optional_sections(one, schema_class)) for one in (saved, values))
     alone = {name for name in there ^ here if not any(name.startswith(f"{outer}.") for outer in there ^ here)}
     changes = []

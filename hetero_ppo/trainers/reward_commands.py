@@ -9,11 +9,20 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
-from hetero_ppo.config.schema import DataConfig, Dtype, ModelConfig, ParallelConfig, RoleConfig
+from hetero_ppo.config.schema import (
+    AnsweredDataConfig,
+    Dtype,
+    ModelConfig,
+    ParallelConfig,
+    PreferenceDataConfig,
+    RoleConfig,
+    SftDataConfig,
+)
 from hetero_ppo.data.chat_template import load_text_encoder
 from hetero_ppo.data.collate import collate_preferences, pad_right
 from hetero_ppo.data.preference import load_preferences
@@ -30,6 +39,7 @@ from hetero_ppo.trainers.export import single_process
 from hetero_ppo.trainers.run import end_run
 
 TIMEOUT_MINUTES = 30.0
+Answered = TypeVar("Answered", bound=AnsweredDataConfig)
 
 
 @contextmanager
@@ -79,10 +89,8 @@ def _dtype(given: str | None, checkpoint: Path) -> Dtype | None:
     return None if given is None else Dtype(given)
 
 
-def _data_config(args: argparse.Namespace) -> DataConfig:
-    return DataConfig(
-        train=args.data, apply_chat_template=not args.no_chat_template, max_sequence_tokens=args.max_tokens
-    )
+def _data_config(args: argparse.Namespace, section: type[Answered]) -> Answered:
+    return section(train=args.data, apply_chat_template=not args.no_chat_template, max_sequence_tokens=args.max_tokens)
 
 
 def score(args: argparse.Namespace) -> None:
@@ -120,7 +128,7 @@ def _sequences(args: argparse.Namespace, engine: ModelEngine) -> list[list[int]]
     if not rows:
         raise ValueError(f"--data {args.data}: there are no rows")
     if not rows[0].has("token_ids"):
-        data = _data_config(args)
+        data = _data_config(args, SftDataConfig)
         return [
             e.token_ids
             for e in load_sft(args.data, data, load_text_encoder(engine.config.model, data, "reward_model")).examples
@@ -142,7 +150,7 @@ def evaluate(args: argparse.Namespace) -> None:
     from hetero_ppo.observability.pairs import pair_statistics, write_pair_page
 
     with reward_engine(args) as engine:
-        data = _data_config(args)
+        data = _data_config(args, PreferenceDataConfig)
         pairs = load_preferences(args.data, data, load_text_encoder(engine.config.model, data, "reward_model"))
         batch = collate_preferences(pairs.examples)
         chosen = engine.forward(batch.chosen_ids, batch.chosen_lengths, scores_output)

@@ -23,7 +23,7 @@ from hetero_ppo.data.chat_template import TextEncoder
 from hetero_ppo.data.dataset import Dataset, Example
 from hetero_ppo.data.export_files import export_files
 from hetero_ppo.data.sampler import ResumableSampler
-from hetero_ppo.engines.model_engine import ModelEngine, head_init
+from hetero_ppo.engines.model_engine import ModelEngine, head_start
 from hetero_ppo.engines.loss_terms import TrainStepResult, step_metrics
 from hetero_ppo.engines.train_engine import TrainEngine
 from hetero_ppo.observability.logs import ONCE
@@ -231,5 +231,6 @@ def describe_loaded(engine: ModelEngine) -> None:
     model = engine.config.model
     log.info(f"{engine.role}: {report.loaded} tensors loaded from {model.path}")
     for name in report.initialised:
-        start = "at zero" if head_init(model, engine.head) is HeadInit.zero else f"at random, seed {model.init_seed}"
-        log.info(f"{engine.role}: {name} was INITIALISED ({start}): the checkpoint has none")
+        start, seed = head_start(model, engine.head)
+        how = "at zero" if start is HeadInit.zero else f"at random, seed {seed}"
+        log.info(f"{engine.role}: {name} was INITIALISED ({how}): the checkpoint has none")

@@ -29,7 +29,7 @@ NUM_STEPS = 3
 CHECKPOINT_STEP = 2
 SFT_STEPS, SFT_CHECKPOINT_STEP = 8, 5
 BATCH, MINIBATCH = 16, 8
-TOKENS = {"max_prompt_tokens": 64, "max_sequence_tokens": 96}
+MAX_PROMPT_TOKENS, MAX_SEQUENCE_TOKENS = 64, 96
 ROWS = {
     "sft_rows": 192,
     "sft_eval_rows": 24,
@@ -212,8 +212,8 @@ def configs(chain: Chain) -> dict[str, dict[str, Any]]:
     def run(stage: str) -> dict[str, Any]:
         return {"dir": str(chain.run_dir(stage)), "threads": 1}
 
-    def data(train: str, held_out: str) -> dict[str, Any]:
-        return {"train": str(chain.data / train), "eval": str(chain.data / held_out), **TOKENS}
+    def data(train: str, held_out: str, **limit: int) -> dict[str, Any]:
+        return {"train": str(chain.data / train), "eval": str(chain.data / held_out), **limit}
 
     def role(path: Path, micro_batch_size: int, lr: float | None = None, **optimizer: Any) -> dict[str, Any]:
         model = {"model": {"path": str(path)}, "micro_batch_size": micro_batch_size}
@@ -224,7 +224,10 @@ def configs(chain: Chain) -> dict[str, dict[str, Any]]:
         "sft": {
             "kind": "sft",
             "run": run("sft"),
-            "data": {**data("sft.jsonl", "sft_eval.jsonl"), "chat_template": str(chain.template)},
+            "data": {
+                **data("sft.jsonl", "sft_eval.jsonl", max_sequence_tokens=MAX_SEQUENCE_TOKENS),
+                "chat_template": str(chain.template),
+            },
             "actor": role(chain.init, 32, 2e-3, lr_schedule="cosine", warmup_steps=2),
             "train": {"steps": SFT_STEPS, "global_batch_size": 32},
             "checkpoint": {"every": SFT_CHECKPOINT_STEP},
@@ -232,14 +235,14 @@ def configs(chain: Chain) -> dict[str, dict[str, Any]]:
         "rm": {
             "kind": "rm",
             "run": run("rm"),
-            "data": data("preference.jsonl", "preference_eval.jsonl"),
+            "data": data("preference.jsonl", "preference_eval.jsonl", max_sequence_tokens=MAX_SEQUENCE_TOKENS),
             "reward": {**role(sft, 32, 1e-3), "aligned": True},
             "train": {"steps": 4, "global_batch_size": 16},
         },
         "ppo": {
             "kind": "ppo",
             "run": run("ppo"),
-            "data": data("prompts.jsonl", "heldout.jsonl"),
+            "data": data("prompts.jsonl", "heldout.jsonl", max_prompt_tokens=MAX_PROMPT_TOKENS),
             "actor": role(sft, 3, 3e-4, distributed=True),
             "critic": role(rm, 4, 1e-3),
             "reference": role(sft, 16),

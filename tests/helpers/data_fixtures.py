@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,8 +13,11 @@ import numpy
 from safetensors.numpy import save_file
 from transformers import PreTrainedTokenizerFast
 
-from hetero_ppo.config.schema import DataConfig
+from hetero_ppo.config.schema import DataConfig, PreferenceDataConfig, PromptDataConfig, SftDataConfig
 from hetero_ppo.data.chat_template import TextEncoder
+from hetero_ppo.data.preference import load_preferences
+from hetero_ppo.data.prompts import load_prompts
+from hetero_ppo.data.sft import load_sft
 from hetero_ppo.data.tokenizer_training import CHATML_TEMPLATE, train_tokenizer
 
 TEXTS = ["user assistant system", "sort these words: apple pear plum", "the answer is apple pear plum.", "hello there"]
@@ -31,8 +35,17 @@ def chatml_encoder(template: str | None = CHATML_TEMPLATE) -> TextEncoder:
     return TextEncoder(tokenizer, template, [], tokenizer.eos_token_id, "tokenizer")
 
 
-def data_config(**changes: object) -> DataConfig:
-    return DataConfig(train="unused.jsonl", **changes)
+#: Function that loads a kind of rows -> its section of the configuration.
+SECTIONS: dict[Any, type[DataConfig]] = {
+    load_sft: SftDataConfig,
+    load_preferences: PreferenceDataConfig,
+    load_prompts: PromptDataConfig,
+}
+
+
+def data_config(load: Callable[..., Any], **changes: object) -> Any:
+    """Return the data section that a loader takes, with its defaults except for the changes."""
+    return SECTIONS[load](train="unused.jsonl", **changes)
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> str:

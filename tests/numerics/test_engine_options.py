@@ -12,8 +12,10 @@ from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from hetero_ppo.config.schema import (
+    CriticConfig,
     DdpConfig,
     Dtype,
+    HeadedModelConfig,
     HeadInit,
     LrSchedule,
     ModelConfig,
@@ -191,8 +193,8 @@ def test_gradients_are_reduced_in_buckets_while_others_are_computed(model: Path,
 def test_dtype_and_seed_of_a_model(model: Path) -> None:
     heads = []
     for seed in (3, 3, 4):
-        config = ModelConfig(path=str(model), dtype=Dtype.bf16, head_init=HeadInit.normal, init_seed=seed)
-        engine = TrainEngine("critic", TrainedRoleConfig(config), "value", STEPS)
+        config = HeadedModelConfig(path=str(model), dtype=Dtype.bf16, head_init=HeadInit.normal, init_seed=seed)
+        engine = TrainEngine("critic", CriticConfig(config), "value", STEPS)
         assert {parameter.dtype for parameter in engine.models[0].parameters()} == {torch.bfloat16}
         heads.append(dict(engine.stream_weights())["score.weight"].clone())
     assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])

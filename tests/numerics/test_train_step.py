@@ -18,7 +18,16 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from hetero_ppo.config.schema import DdpConfig, Dtype, HeadInit, ModelConfig, OptimizerConfig, TrainedRoleConfig
+from hetero_ppo.config.schema import (
+    CriticConfig,
+    DdpConfig,
+    Dtype,
+    HeadedModelConfig,
+    HeadInit,
+    ModelConfig,
+    OptimizerConfig,
+    TrainedRoleConfig,
+)
 from hetero_ppo.engines.gradients import clip_divisor
 from hetero_ppo.engines.loss_terms import LossFn, LossTerm, TrainStepResult, gradient_scales, step_metrics
 from hetero_ppo.engines.losses import sft_loss_fn
@@ -194,7 +203,7 @@ def test_a_critic_without_a_head_starts_at_zero(
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "head_dim": 8}
     config = Qwen3Config(vocab_size=VOCAB, num_attention_heads=2, num_key_value_heads=1, **sizes)
     Qwen3ForCausalLM(config).save_pretrained(tmp_path)
-    role = TrainedRoleConfig(ModelConfig(path=str(tmp_path), head_init=start))
+    role = CriticConfig(HeadedModelConfig(path=str(tmp_path), head_init=start))
     engine = TrainEngine("critic" if head == "value" else "reward", role, head, 10)
     assert bool(dict(engine.stream_weights())["score.weight"].any()) is not is_zero
 

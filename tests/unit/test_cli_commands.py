@@ -334,14 +334,14 @@ def test_a_model_folder_that_cannot_be_used(
 
 def test_validate_reports_the_heads_ends_and_options_of_a_run(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (work / "model" / "generation_config.json").write_text('{"eos_token_id": [2, 0]}')
-    assert main(["validate", "--config", "ppo.yaml", "data.max_sequence_tokens=99"]) == 0
+    assert main(["validate", "--config", "ppo.yaml", "algorithm.truncation_score=-2"]) == 0
     printed = capsys.readouterr().out
     assert (
         "ends         '<|im_end|>' = 2 (tokenizer, generation_config.json) or '<|endoftext|>' = 0 (generation_config.json)"
         in printed
     )
     assert "critic       score.weight will be initialised: the checkpoint has none" in printed
-    assert "note         data.max_sequence_tokens=99 is not used: " in printed
+    assert "note         algorithm.truncation_score=-2.0 is not used: " in printed
     assert "data.jsonl: fields that are not read: chosen, completion, rejected" in printed
     assert "data.jsonl: label 'label' (data.label_key): no row has one" in printed
     message = failure(capsys, "validate", "--config", "ppo.yaml", "reward_model.model.path=model")

@@ -84,8 +84,14 @@ def test_the_defaults_pass(tmp_path: Path, kind: str, world_size: int) -> None:
             "algorithm.critic_epochs=0: allowed: at least 1 .passes., or null. Meaning: .* null: ppo_epochs",
         ),
         (["algorithm.kl.clamp=0"], "algorithm.kl.clamp=0"),
-        (["reference.model.head_init=zero"], "reference.model.head_init=zero: only the critic"),
-        (["reward_model.model.head_init=normal"], "reward_model.model.head_init=normal: only the critic"),
+        (
+            ["reference.model.head_init=zero"],
+            "reference.model.head_init is no option of this kind of run, leave it out: only the critic",
+        ),
+        (
+            ["reward_model.model.head_init=normal"],
+            "reward_model.model.head_init is no option of this kind of run, leave it out: only the critic",
+        ),
         (
             ["rollout.sampling.top_p=0.9", "algorithm.rollout_correction.kind=truncated"],
             "rollout.sampling.top_p=0.9: .*no importance weight; .*top_p=1, or algorithm.rollout_correction.kind=none",

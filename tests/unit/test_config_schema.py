@@ -12,7 +12,8 @@ import pytest
 
 from hetero_ppo.config import schema
 from hetero_ppo.config.bounds import check_bounds
-from hetero_ppo.config.load import item_class, load_config, section_class
+from hetero_ppo.config.field_types import item_class, section_class
+from hetero_ppo.config.load import load_config
 from hetero_ppo.config.render import render_yaml
 from hetero_ppo.config.schema.option import PLAIN, Bounds, OnResume, Option, option_of
 

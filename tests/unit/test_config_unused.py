@@ -29,15 +29,8 @@ def lines(tmp_path: Path, kind: str, *overrides: str) -> list[str]:
 @pytest.mark.parametrize(
     ("kind", "override", "reason"),
     [
-        ("sft", "data.max_prompt_tokens=99", "data.max_sequence_tokens limits prompt and answer together"),
-        ("sft", "data.label_key=x", "SFT reads conversations"),
         ("sft", "actor.optimizer.min_lr=1e-06", "actor.optimizer.lr_schedule is constant"),
-        ("sft", "actor.model.init_seed=3", "no head that a checkpoint may lack"),
         ("sft", "train.eval_batches=3", "there is no data.eval"),
-        ("rm", "data.messages_key=x", "a reward model reads chosen and rejected answers"),
-        ("rm", "data.max_prompt_tokens=99", "data.max_sequence_tokens limits"),
-        ("ppo", "data.max_sequence_tokens=99", "limit a sequence of PPO"),
-        ("ppo", "data.completion_key=x", "PPO reads prompts"),
         ("ppo", "reward.golden_every=3", "there is no reward model"),
         ("ppo", "reward.on_error=exclude", "there is no reward.function"),
         ("ppo", "reward.timeout_s=3.0", "there is neither reward.function"),
@@ -47,7 +40,6 @@ def lines(tmp_path: Path, kind: str, *overrides: str) -> list[str]:
         ("ppo", "algorithm.rollout_correction.cap=3.0", "algorithm.rollout_correction.kind is none"),
         ("ppo", "pipeline.sweep_s=3.0", "pipeline.chunk_size is not 0"),
         ("ppo", "critic.optimizer.min_lr=1e-06", "critic.optimizer.lr_schedule is constant"),
-        ("ppo", "reference.model.init_seed=3", "no head that a checkpoint may lack"),
     ],
 )
 def test_an_option_that_is_not_used_is_printed_where_it_was_set(

@@ -68,9 +68,9 @@ def test_no_token_lies_over_the_beginning_of_an_answer(tmp_path: Path) -> None:
     encoder = merging_encoder()
     row = {"prompt": "hello", "completion": "\n\napple", "chosen": "\n\napple", "rejected": "\npear"}
     path = write_jsonl(tmp_path / "a.jsonl", [row])
-    (prompt,) = load_prompts(path, data_config(), encoder).examples
-    (example,) = load_sft(path, data_config(), encoder).examples
-    (pair,) = load_preferences(path, data_config(), encoder).examples
+    (prompt,) = load_prompts(path, data_config(load_prompts), encoder).examples
+    (example,) = load_sft(path, data_config(load_sft), encoder).examples
+    (pair,) = load_preferences(path, data_config(load_preferences), encoder).examples
     text = encoder.render(multi_turn(["\n\napple"]), add_generation_prompt=False)
     assert encoder.encode([text])[0][: len(prompt.prompt_ids)] != prompt.prompt_ids, (
         "the tokenizer merges over the border"
@@ -86,14 +86,16 @@ def test_the_context_of_every_turn_is_what_generation_would_have_seen(tmp_path: 
     encoder = merging_encoder()
     answers = [answer if answer.strip() else f"{answer}." for answer in answers]
     messages = multi_turn(answers)
-    (example,) = load_sft(write_jsonl(tmp_path / "a.jsonl", [{"messages": messages}]), data_config(), encoder).examples
+    (example,) = load_sft(
+        write_jsonl(tmp_path / "a.jsonl", [{"messages": messages}]), data_config(load_sft), encoder
+    ).examples
     asked = [{"prompt": messages[: 2 * turn + 1]} for turn in range(len(answers))]
-    prompts = load_prompts(write_jsonl(tmp_path / "b.jsonl", asked), data_config(), encoder).examples
+    prompts = load_prompts(write_jsonl(tmp_path / "b.jsonl", asked), data_config(load_prompts), encoder).examples
     for (start, end), answer, prompt in zip(example.answer_spans, answers, prompts, strict=True):
         assert example.token_ids[:start] == prompt.prompt_ids
         assert encoder.tokenizer.decode(example.token_ids[start:end]) == f"{answer}<|im_end|>"
     as_prompt = {"prompt": messages[:-1], "completion": messages[-1:]}
-    (again,) = load_sft(write_jsonl(tmp_path / "c.jsonl", [as_prompt]), data_config(), encoder).examples
+    (again,) = load_sft(write_jsonl(tmp_path / "c.jsonl", [as_prompt]), data_config(load_sft), encoder).examples
     assert again.token_ids == example.token_ids and again.answer_spans == example.answer_spans[-1:]
     assert encode_responses(encoder, [(messages[:-1], "", answers[-1], True)]) == [example.token_ids]
 
@@ -102,7 +104,9 @@ def test_ids_and_masks_are_those_of_transformers(tmp_path: Path) -> None:
     """Where no answer begins with what merges; the template marks what is learned."""
     encoder = chatml_encoder()
     messages = [turn("system", "sort"), *multi_turn(["apple pear", "<p>", "hello there"])]
-    (example,) = load_sft(write_jsonl(tmp_path / "a.jsonl", [{"messages": messages}]), data_config(), encoder).examples
+    (example,) = load_sft(
+        write_jsonl(tmp_path / "a.jsonl", [{"messages": messages}]), data_config(load_sft), encoder
+    ).examples
     theirs = encoder.tokenizer.apply_chat_template(
         messages, chat_template=encoder.template, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
     )
@@ -128,10 +132,9 @@ def test_a_sentencepiece_tokenizer_puts_no_space_between_prompt_and_answer(
 ) -> None:
     encoder = sentencepiece_encoder()
     path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": prompt, "completion": completion}])
-    data = data_config(apply_chat_template=False)
-    (example,) = load_sft(path, data, encoder).examples
+    (example,) = load_sft(path, data_config(load_sft, apply_chat_template=False), encoder).examples
     assert encoder.decode(example.token_ids) == prompt + completion
-    (asked,) = load_prompts(path, data, encoder).examples
+    (asked,) = load_prompts(path, data_config(load_prompts, apply_chat_template=False), encoder).examples
     assert example.token_ids[: example.answer_spans[0][0]] == asked.prompt_ids
     assert encode_responses(encoder, [(None, prompt, completion, True)]) == [example.token_ids]
 
@@ -146,7 +149,7 @@ def test_an_answer_may_end_with_any_token_that_ends_a_sequence(tmp_path: Path) -
     path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "hello", "completion": "apple pears"}])
     for end_tokens, end in (((), "<|im_end|><|endoftext|>"), (ends, "<|im_end|>")):
         other = TextEncoder(tokenizer, encoder.template, [], end_of_text, "base", end_tokens)
-        (example,) = load_sft(path, data_config(), other).examples
+        (example,) = load_sft(path, data_config(load_sft), other).examples
         ((start, stop),) = example.answer_spans
         assert tokenizer.decode(example.token_ids[start:stop]) == f"apple pears{end}"
 
@@ -181,4 +184,4 @@ def test_a_sequence_that_begins_twice_is_refused(tmp_path: Path, template: str |
     path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "<|endoftext|>hello", "completion": "there"}])
     for load in (load_sft, load_prompts):
         with pytest.raises(ValueError, match=r"a\.jsonl, line 1: the sequence begins with '<\|endoftext\|>' twice"):
-            load(path, data_config(apply_chat_template=template is not None), encoder)
+            load(path, data_config(load, apply_chat_template=template is not None), encoder)

@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 from tests.helpers.data_fixtures import chatml_encoder, data_config, write_jsonl
 
-from hetero_ppo.config.schema import DataConfig
+from hetero_ppo.config.schema import PromptDataConfig
 from hetero_ppo.data.collate import collate_sft
 from hetero_ppo.data.preference import load_preferences
 from hetero_ppo.data.prompts import load_prompts
@@ -53,14 +53,14 @@ def test_a_turn_of_weight_0_is_read_and_not_learned(tmp_path: Path, key: dict[st
     else:
         path = str(tmp_path / "a.parquet")
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    masked_first, masked_last, empty = load_sft(path, data_config(), chatml_encoder()).examples
+    masked_first, masked_last, empty = load_sft(path, data_config(load_sft), chatml_encoder()).examples
     assert [learned(example) for example in (masked_first, masked_last, empty)] == [
         "pear<|im_end|>",
         "apple<|im_end|>",
         "pear<|im_end|>",
     ]
     plain = write_jsonl(tmp_path / "b.jsonl", [conversation(turn("assistant", "apple"), turn("assistant", "pear"))])
-    (unmasked,) = load_sft(plain, data_config(), chatml_encoder()).examples
+    (unmasked,) = load_sft(plain, data_config(load_sft), chatml_encoder()).examples
     assert masked_first.token_ids == masked_last.token_ids == unmasked.token_ids
     assert learned(unmasked) == "apple<|im_end|>pear<|im_end|>"
 
@@ -85,7 +85,7 @@ def test_a_turn_of_weight_0_is_read_and_not_learned(tmp_path: Path, key: dict[st
 def test_what_a_turn_cannot_say(tmp_path: Path, messages: list[dict[str, Any]], message: str) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"messages": messages}])
     with pytest.raises(ValueError, match=rf"a\.jsonl, line 1, .*{message}"):
-        load_sft(path, data_config(), chatml_encoder())
+        load_sft(path, data_config(load_sft), chatml_encoder())
 
 
 def test_turn_keys_outside_sft_are_refused_by_name(tmp_path: Path) -> None:
@@ -93,7 +93,7 @@ def test_turn_keys_outside_sft_are_refused_by_name(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": prompt, "chosen": "d", "rejected": "e"}])
     for load in (load_prompts, load_preferences):
         with pytest.raises(ValueError, match=r"line 1, field 'prompt\[1\]\.weight': would not be used"):
-            load(path, data_config(), chatml_encoder())
+            load(path, data_config(load), chatml_encoder())
 
 
 def test_tools_and_calls_give_the_same_ids_from_jsonl_and_parquet(tmp_path: Path) -> None:
@@ -115,12 +115,12 @@ def test_tools_and_calls_give_the_same_ids_from_jsonl_and_parquet(tmp_path: Path
     as_text = [{**row, "tools": json.dumps(row["tools"])} for row in rows]
     paths = [write_jsonl(tmp_path / "a.jsonl", rows), parquet, write_jsonl(tmp_path / "b.jsonl", as_text)]
     encoder = chatml_encoder(TOOL_TEMPLATE)
-    one, *others = [load_sft(path, data_config(), encoder).examples for path in paths]
+    one, *others = [load_sft(path, data_config(load_sft), encoder).examples for path in paths]
     text = encoder.tokenizer.decode(one[0].token_ids)
     assert text.startswith("[TOOL weather]") and '[CALL {"name": "f", "arguments": {"city": "Oslo"}}]' in text
     assert all(list(other) == list(one) for other in others)
     asked = write_jsonl(tmp_path / "c.jsonl", [{"prompt": row["messages"][:3], "tools": TOOLS} for row in rows])
-    prompts = load_prompts(asked, data_config(), encoder).examples
+    prompts = load_prompts(asked, data_config(load_prompts), encoder).examples
     assert [one[n].token_ids[: one[n].answer_spans[-1][0]] for n in (0, 1)] == [p.prompt_ids for p in prompts]
     assert prompts[0].tools == TOOLS
 
@@ -128,19 +128,19 @@ def test_tools_and_calls_give_the_same_ids_from_jsonl_and_parquet(tmp_path: Path
 def test_tools_that_nobody_would_see_are_refused(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "a", "completion": "b", "tools": TOOLS}])
     with pytest.raises(ValueError, match="line 1, field 'completion': the chat template does not read tools"):
-        load_sft(path, data_config(), chatml_encoder())
+        load_sft(path, data_config(load_sft), chatml_encoder())
     for load in (load_sft, load_prompts):
         with pytest.raises(ValueError, match="line 1, field 'tools': tools are written by a chat template"):
-            load(path, data_config(apply_chat_template=False), chatml_encoder(None))
+            load(path, data_config(load, apply_chat_template=False), chatml_encoder(None))
     path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "a", "tools": ["weather"]}])
     with pytest.raises(ValueError, match="line 1, field 'tools': expected a list of tools"):
-        load_prompts(path, data_config(), chatml_encoder(TOOL_TEMPLATE))
+        load_prompts(path, data_config(load_prompts), chatml_encoder(TOOL_TEMPLATE))
 
 
 def test_a_key_may_lie_in_an_object(tmp_path: Path) -> None:
     rows = [{"prompt": "a", "reward_model": {"ground_truth": "4"}}, {"prompt": "a", "reward_model.ground_truth": "5"}]
     path = write_jsonl(tmp_path / "a.jsonl", rows)
-    prompts = load_prompts(path, data_config(label_key="reward_model.ground_truth"), chatml_encoder())
+    prompts = load_prompts(path, data_config(load_prompts, label_key="reward_model.ground_truth"), chatml_encoder())
     assert [example.label for example in prompts.examples] == ["4", "5"]
 
 
@@ -174,7 +174,9 @@ def test_every_column_may_have_another_name(kind: str, tmp_path: Path) -> None:
 
     def examples(name: str, row: dict[str, Any], **changes: str) -> list[Any]:
         return list(
-            load(write_jsonl(tmp_path / name, [row]), data_config(**changes), chatml_encoder(TOOL_TEMPLATE)).examples
+            load(
+                write_jsonl(tmp_path / name, [row]), data_config(load, **changes), chatml_encoder(TOOL_TEMPLATE)
+            ).examples
         )
 
     usual = examples("usual.jsonl", row)
@@ -187,10 +189,10 @@ def test_every_column_may_have_another_name(kind: str, tmp_path: Path) -> None:
 def test_a_sequence_may_be_so_long(kind: str, tmp_path: Path) -> None:
     load = load_preferences if kind == "pair" else load_sft
     path = write_jsonl(tmp_path / "a.jsonl", [COLUMNS[kind][0]])
-    (example,) = load(path, data_config(), chatml_encoder()).examples
-    load(path, data_config(max_sequence_tokens=example.num_tokens), chatml_encoder())
+    (example,) = load(path, data_config(load), chatml_encoder()).examples
+    load(path, data_config(load, max_sequence_tokens=example.num_tokens), chatml_encoder())
     with pytest.raises(ValueError, match=f"data.max_sequence_tokens.*{example.num_tokens - 1}"):
-        load(path, data_config(max_sequence_tokens=example.num_tokens - 1), chatml_encoder())
+        load(path, data_config(load, max_sequence_tokens=example.num_tokens - 1), chatml_encoder())
 
 
 @pytest.mark.parametrize("changes", [{"label_key": "gold"}, {"metadata_key": "info"}, {"messages_key": "chat"}])
@@ -198,10 +200,10 @@ def test_a_key_that_no_row_has_is_an_error(tmp_path: Path, changes: dict[str, st
     (option, name), rows = next(iter(changes.items())), [{"prompt": "a", "answer": "4", "extra": {"gold": 1}}] * 2
     message = rf"a\.jsonl: data\.{option}={name}: none of the 2 rows .* rows have: answer, extra, extra\.gold, prompt"
     with pytest.raises(ValueError, match=message):
-        load_prompts(write_jsonl(tmp_path / "a.jsonl", rows), data_config(**changes), chatml_encoder())
+        load_prompts(write_jsonl(tmp_path / "a.jsonl", rows), data_config(load_prompts, **changes), chatml_encoder())
 
 
-def notes(path: str, data: DataConfig) -> list[str]:
+def notes(path: str, data: PromptDataConfig) -> list[str]:
     report = load_prompts(path, data, chatml_encoder()).report
     assert report.describe().splitlines()[1:] == list(report.notes)
     return [note.removeprefix(f"{path}: ") for note in report.notes]
@@ -210,12 +212,15 @@ def notes(path: str, data: DataConfig) -> list[str]:
 def test_what_a_file_lacks_and_what_is_not_read_is_printed(tmp_path: Path) -> None:
     prompt = [turn("user", "a", name="x"), turn("assistant", "b", reasoning="c"), turn("user", "c")]
     rows = [{"prompt": prompt, "label": 4, "source": "web"}, {"prompt": "b", "label": "4"}, {"prompt": "c", "id": 3}]
-    assert notes(write_jsonl(tmp_path / "a.jsonl", rows), data_config()) == [
+    assert notes(write_jsonl(tmp_path / "a.jsonl", rows), data_config(load_prompts)) == [
         "label 'label' (data.label_key): 1 of 3 rows have none; functions get None for these",
         "label 'label' (data.label_key): of several types: int in 1 rows, str in 1 rows",
         "fields that are not read: id, source",
         "keys of messages that the chat template does not read: reasoning",
     ]
     path = write_jsonl(tmp_path / "b.jsonl", [{"prompt": "b", "answer": "4"}])
-    assert notes(path, data_config())[0] == "label 'label' (data.label_key): no row has one; functions get None"
-    assert notes(path, data_config(label_key="answer")) == []
+    assert (
+        notes(path, data_config(load_prompts))[0]
+        == "label 'label' (data.label_key): no row has one; functions get None"
+    )
+    assert notes(path, data_config(load_prompts, label_key="answer")) == []

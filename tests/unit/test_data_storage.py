@@ -68,12 +68,12 @@ def prompts_file(folder: Path, num_rows: int) -> str:
 
 def test_prompts_take_less_memory_than_their_file(tmp_path: Path) -> None:
     encoder = chatml_encoder()
-    load_prompts(prompts_file(tmp_path, 2), data_config(), encoder)  # what is made once
+    load_prompts(prompts_file(tmp_path, 2), data_config(load_prompts), encoder)  # what is made once
     path = prompts_file(tmp_path, 1500)
     gc.collect()
     tracemalloc.start()
     before, _ = tracemalloc.get_traced_memory()
-    dataset = load_prompts(path, data_config(), encoder)
+    dataset = load_prompts(path, data_config(load_prompts), encoder)
     gc.collect()
     kept = tracemalloc.get_traced_memory()[0] - before
     tracemalloc.stop()
@@ -112,14 +112,16 @@ def test_one_rank_of_a_node_reads_for_all(tmp_path: Path, monkeypatch: pytest.Mo
     encoders = [chatml_encoder(), None, None]  # the others have no use for one
 
     def load(number: int) -> Dataset[PromptExample]:
-        return load_prompts(path, data_config(), encoders[number] or chatml_encoder("not used"), ranks[number])
+        return load_prompts(
+            path, data_config(load_prompts), encoders[number] or chatml_encoder("not used"), ranks[number]
+        )
 
     with ThreadPoolExecutor(3) as pool:
         one, *others = pool.map(load, range(3))
     for other in others:
         assert list(other.examples) == list(one.examples) and other.fingerprint == one.fingerprint
         assert other.report == one.report
-    assert one.fingerprint == load_prompts(path, data_config(), chatml_encoder()).fingerprint
+    assert one.fingerprint == load_prompts(path, data_config(load_prompts), chatml_encoder()).fingerprint
     assert not list(temporary.iterdir())
 
 
@@ -130,7 +132,7 @@ def test_files_of_a_killed_run_go_with_the_next_one(tmp_path: Path, monkeypatch:
     subprocess.run([sys.executable, "-c", killed], env={**os.environ, "TMPDIR": str(temporary)}, check=False)
     (left,) = temporary.iterdir()
     monkeypatch.setattr(node_share.tempfile, "tempdir", str(temporary))
-    load_prompts(prompts_file(tmp_path, 2), data_config(), chatml_encoder())
+    load_prompts(prompts_file(tmp_path, 2), data_config(load_prompts), chatml_encoder())
     assert not left.exists() and not list(temporary.iterdir())
 
 
@@ -146,7 +148,7 @@ def test_an_error_of_the_rank_that_reads_is_raised_on_all(
 
     def load(number: int) -> str:
         with pytest.raises((ValueError, FileNotFoundError)) as error:
-            load_sft(str(path), data_config(), chatml_encoder(), ranks[number])
+            load_sft(str(path), data_config(load_sft), chatml_encoder(), ranks[number])
         return str(error.value)
 
     with ThreadPoolExecutor(2) as pool:
@@ -162,4 +164,4 @@ def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(ExampleWriter, "append", full)
     path = write_jsonl(tmp_path / "a.jsonl", [json.loads('{"prompt": "a"}')])
     with pytest.raises(ValueError, match=r"a\.jsonl: no room for its tokens and texts in .*; set TMPDIR"):
-        load_prompts(path, data_config(), chatml_encoder())
+        load_prompts(path, data_config(load_prompts), chatml_encoder())

@@ -6,11 +6,13 @@ import importlib.util
 import json
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
 from hetero_ppo.config.load import load_draft
-from hetero_ppo.config.schema import DataConfig, ModelConfig
+from hetero_ppo.config.schema import ModelConfig
 from hetero_ppo.data.chat_template import load_text_encoder
 from hetero_ppo.data.prompts import load_prompts
 from hetero_ppo.data.sft import load_sft
@@ -93,9 +95,10 @@ def test_the_configs_read_questions_and_answers(tmp_path: Path) -> None:
     train_tokenizer(questions + answers, 400, tmp_path / "tokenizer")
     model = ModelConfig(path=str(tmp_path / "tokenizer"))
 
-    def data_config(kind: str) -> DataConfig:
-        section = load_draft(str(ROOT / "configs" / kind / "gsm8k.yaml"), [f"data.train={path}"]).node.data
-        return DataConfig(**section)
+    def data_config(kind: str) -> Any:
+        return OmegaConf.to_object(
+            load_draft(str(ROOT / "configs" / kind / "gsm8k.yaml"), [f"data.train={path}"]).node.data
+        )
 
     ppo = data_config("ppo")
     encoder = load_text_encoder(model, ppo, "actor")

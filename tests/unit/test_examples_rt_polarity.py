@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from hetero_ppo.config.load import load_draft
-from hetero_ppo.config.schema import DataConfig, ModelConfig
+from hetero_ppo.config.schema import ModelConfig, PreferenceDataConfig, PromptDataConfig, SftDataConfig
 from hetero_ppo.data.chat_template import load_text_encoder
 from hetero_ppo.data.preference import load_preferences
 from hetero_ppo.data.prompts import load_prompts
@@ -117,15 +117,18 @@ def test_too_few_reviews_are_an_error(folder: Path, tmp_path: Path) -> None:
 def test_the_trainers_read_the_data_without_a_template(data: Path, tmp_path: Path) -> None:
     texts = [row["prompt"] + row["completion"] for row in rows(data / "sft.jsonl")]
     train_tokenizer(texts, 400, tmp_path / "tokenizer")
-    config = DataConfig(train="unused", apply_chat_template=False)
-    encoder = load_text_encoder(ModelConfig(path=str(tmp_path / "tokenizer")), config, "actor")
-    sft = load_sft(str(data / "sft.jsonl"), config, encoder)
-    prompts = load_prompts(str(data / "prompts.jsonl"), config, encoder)
+    sft_data, prompt_data, pair_data = (
+        section(train="unused", apply_chat_template=False)
+        for section in (SftDataConfig, PromptDataConfig, PreferenceDataConfig)
+    )
+    encoder = load_text_encoder(ModelConfig(path=str(tmp_path / "tokenizer")), sft_data, "actor")
+    sft = load_sft(str(data / "sft.jsonl"), sft_data, encoder)
+    prompts = load_prompts(str(data / "prompts.jsonl"), prompt_data, encoder)
     for example, prompt, text in zip(sft.examples, prompts.examples, texts, strict=True):
         # The policy continues a prompt exactly as SFT showed it, and the pieces are those of the whole review.
         assert example.token_ids[: example.answer_spans[0][0]] == prompt.prompt_ids
         assert example.token_ids == [*encoder.encode([text])[0], encoder.eos_token_id]
-    pairs = load_preferences(str(data / "preference.jsonl"), config, encoder)
+    pairs = load_preferences(str(data / "preference.jsonl"), pair_data, encoder)
     assert all(pair.prompt_length == 0 for pair in pairs.examples)
 
 

@@ -13,7 +13,7 @@ from typing import get_type_hints
 import pytest
 from tests.helpers.ranks import ENVIRONMENT, outer_environment
 
-from hetero_ppo.config.load import item_class, section_class
+from hetero_ppo.config.field_types import item_class, section_class
 from hetero_ppo.config.schema import SCHEMAS, SamplingConfig
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"

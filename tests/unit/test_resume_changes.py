@@ -20,7 +20,8 @@ from tests.helpers.one_rank import ONE_RANK
 from hetero_ppo.checkpoint.manifest import COMPLETE, look_at_share, write_marker
 from hetero_ppo.config import schema
 from hetero_ppo.config.checks_resume import check_allowed_changes
-from hetero_ppo.config.load import LoadedConfig, item_class, load_config, section_class
+from hetero_ppo.config.field_types import item_class, section_class
+from hetero_ppo.config.load import LoadedConfig, load_config
 from hetero_ppo.config.on_resume import rule_of
 from hetero_ppo.config.render import save_config
 from hetero_ppo.config.schema.option import OnResume

@@ -50,7 +50,7 @@ def test_ids_are_those_of_the_reward_models_own_data(tmp_path: Path, messages: M
     assert found[0][-1] == judge().eos_token_id and judge().eos_token_id != chatml_encoder().eos_token_id
     if answer == "apple pear":  # what `hetero-ppo score` reads
         rows = [{"messages": [*messages, {"role": "assistant", "content": answer}]}]
-        data = load_sft(write_jsonl(tmp_path / "rows.jsonl", rows), data_config(), chatml_encoder())
+        data = load_sft(write_jsonl(tmp_path / "rows.jsonl", rows), data_config(load_sft), chatml_encoder())
         chatml, _ = encoded(rollout_of(chatml_encoder(), [(messages, answer, True)]), chatml_encoder())
         assert chatml == [data.examples[0].token_ids]
 
@@ -58,7 +58,7 @@ def test_ids_are_those_of_the_reward_models_own_data(tmp_path: Path, messages: M
 def test_text_without_a_template(tmp_path: Path) -> None:
     plain = judge(None, prefix=(7,))
     rows = [{"prompt": "Sort pear apple: ", "completion": "apple"}]
-    data = load_sft(write_jsonl(tmp_path / "rows.jsonl", rows), data_config(apply_chat_template=False), plain)
+    data = load_sft(write_jsonl(tmp_path / "rows.jsonl", rows), data_config(load_sft, apply_chat_template=False), plain)
     found, _ = encoded(rollout_of(chatml_encoder(), [(None, "apple", True), (None, "apple", False)]), plain)
     assert found == [data.examples[0].token_ids, data.examples[0].token_ids[:-1]]
 

@@ -34,10 +34,10 @@ def test_a_template_that_prints_the_date_prints_the_day_on_which_the_run_began(t
     """After midnight, and on every rank, the ids are those of the run's begin, so the checkpoint's data is this data."""
     rows = [{"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hello there"}]}]
     path = write_jsonl(tmp_path / "a.jsonl", rows)
-    first = load_sft(path, data_config(), dated(datetime(2024, 2, 29, 23, 59)))
+    first = load_sft(path, data_config(load_sft), dated(datetime(2024, 2, 29, 23, 59)))
     assert "Today: 29 Feb 2024" in dated(None).decode(first.examples[0].token_ids)
-    assert load_sft(path, data_config(), dated(datetime(2024, 2, 29, 0, 1))).fingerprint == first.fingerprint
-    assert load_sft(path, data_config(), dated(datetime(2024, 3, 1, 0, 1))).fingerprint != first.fingerprint
+    assert load_sft(path, data_config(load_sft), dated(datetime(2024, 2, 29, 0, 1))).fingerprint == first.fingerprint
+    assert load_sft(path, data_config(load_sft), dated(datetime(2024, 3, 1, 0, 1))).fingerprint != first.fingerprint
 
 
 def test_labels_and_metadata_are_part_of_the_data(tmp_path: Path) -> None:
@@ -45,7 +45,7 @@ def test_labels_and_metadata_are_part_of_the_data(tmp_path: Path) -> None:
         path = write_jsonl(
             tmp_path / f"{name}.jsonl", [{"prompt": "hello there", **row}, {"prompt": "hello", "label": None}]
         )
-        found = load_prompts(path, data_config(), chatml_encoder())
+        found = load_prompts(path, data_config(load_prompts), chatml_encoder())
         return found.fingerprint, labels_digest(found.examples)
 
     plain = digests("a", label="x", metadata={"a": 1, "b": 2})

@@ -27,12 +27,20 @@ from hetero_ppo.config.schema.choices import (
     TruncatedResponses,
     WeightTransfer,
 )
-from hetero_ppo.config.schema.data import DataConfig
+from hetero_ppo.config.schema.data import (
+    AnsweredDataConfig,
+    DataConfig,
+    PreferenceDataConfig,
+    PromptDataConfig,
+    SftDataConfig,
+)
 from hetero_ppo.config.schema.kinds import PpoConfig, RmConfig, SCHEMAS, SftConfig
-from hetero_ppo.config.schema.memory import MemoryConfig
+from hetero_ppo.config.schema.memory import MemoryConfig, PpoMemoryConfig
 from hetero_ppo.config.schema.ppo import PipelineConfig, PpoTrainConfig, ResidencyConfig
 from hetero_ppo.config.schema.reward import RewardConfig
 from hetero_ppo.config.schema.roles import (
+    CriticConfig,
+    HeadedModelConfig,
     DdpConfig,
     ModelConfig,
     OptimizerConfig,
@@ -50,13 +58,16 @@ from hetero_ppo.config.schema.supervised import RewardModelLossConfig, Supervise
 __all__ = [
     "SCHEMAS",
     "AlgorithmConfig",
+    "AnsweredDataConfig",
     "CheckpointConfig",
     "CorrectionLevel",
+    "CriticConfig",
     "DataConfig",
     "DdpConfig",
     "Dtype",
     "EnsembleScore",
     "HeadInit",
+    "HeadedModelConfig",
     "KlConfig",
     "KlController",
     "KlEstimator",
@@ -72,7 +83,10 @@ __all__ = [
     "ParallelConfig",
     "PipelineConfig",
     "PpoConfig",
+    "PpoMemoryConfig",
     "PpoTrainConfig",
+    "PreferenceDataConfig",
+    "PromptDataConfig",
     "ReEncodeConfig",
     "ResidencyConfig",
     "RewardConfig",
@@ -89,6 +103,7 @@ __all__ = [
     "RunConfig",
     "SamplingConfig",
     "SftConfig",
+    "SftDataConfig",
     "SupervisedTrainConfig",
     "TrainedRewardConfig",
     "TrainedRoleConfig",

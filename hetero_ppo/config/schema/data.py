@@ -1,4 +1,4 @@
-"""Section of the data files and of how their rows are read."""
+"""Sections of the data files and of how their rows are read, one for each kind of row."""
 
 from __future__ import annotations
 
@@ -12,19 +12,11 @@ from hetero_ppo.config.schema.option import OnResume, option
 
 @dataclass
 class DataConfig:
-    """Data files, names of their columns, chat template and length limits."""
+    """Options that every kind of row has: files, chat template, order and the treatment of rows that are too long."""
 
     train: str = option(MISSING, "Training rows, a .jsonl or .parquet file", resume=OnResume.content)
     eval: str | None = option(None, "Held-out rows in the same format; null: no evaluation", resume=OnResume.applied)
-    messages_key: str = option("messages", "Column of the conversation", resume=OnResume.content)
     prompt_key: str = option("prompt", "Column of the prompt", resume=OnResume.content)
-    completion_key: str = option(
-        "completion", "Column of the answer to prompt_key, for SFT rows without messages_key", resume=OnResume.content
-    )
-    chosen_key: str = option("chosen", "Column of the better answer", resume=OnResume.content)
-    rejected_key: str = option("rejected", "Column of the worse answer", resume=OnResume.content)
-    label_key: str = option("label", "Column of the label that functions get", resume=OnResume.content)
-    metadata_key: str = option("metadata", "Column of the metadata that functions get", resume=OnResume.content)
     tools_key: str = option(
         "tools",
         "Column of the tools that messages may call, for the chat template: a list, or its JSON as text",
@@ -38,11 +30,48 @@ class DataConfig:
         "Rows go through the chat template; false: prompt and answer are tokenised as they stand and concatenated",
         resume=OnResume.content,
     )
-    max_prompt_tokens: int = option(512, "Longest prompt", unit="tokens", minimum=1, resume=OnResume.content)
-    max_sequence_tokens: int = option(
-        1024, "Longest prompt and answer together", unit="tokens", minimum=2, resume=OnResume.content
-    )
     overlong_prompts: OverlongPrompts = option(
         OverlongPrompts.error, "Treatment of a row that is too long", resume=OnResume.content
     )
     shuffle: bool = option(True, "Rows come in a new random order in every epoch", resume=OnResume.objective)
+
+
+@dataclass
+class AnsweredDataConfig(DataConfig):
+    """Rows that hold prompts with their answers."""
+
+    max_sequence_tokens: int = option(
+        1024, "Longest prompt and answer together", unit="tokens", minimum=2, resume=OnResume.content
+    )
+
+
+@dataclass
+class SftDataConfig(AnsweredDataConfig):
+    """Rows of SFT: conversations, or prompts with completions."""
+
+    messages_key: str = option(
+        "messages", "Column of the conversation, in which every assistant message is an answer", resume=OnResume.content
+    )
+    completion_key: str = option(
+        "completion", "Column of the answer to prompt_key, for rows without messages_key", resume=OnResume.content
+    )
+
+
+@dataclass
+class PreferenceDataConfig(AnsweredDataConfig):
+    """Rows of preference pairs: a better and a worse answer."""
+
+    chosen_key: str = option("chosen", "Column of the better answer", resume=OnResume.content)
+    rejected_key: str = option("rejected", "Column of the worse answer", resume=OnResume.content)
+
+
+@dataclass
+class PromptDataConfig(DataConfig):
+    """Rows of PPO: prompts, with what functions need to score their responses."""
+
+    messages_key: str = option(
+        "messages", "Column of the messages that are the prompt, for rows without prompt_key", resume=OnResume.content
+    )
+    label_key: str = option("label", "Column of the label that functions get", resume=OnResume.content)
+    metadata_key: str = option("metadata", "Column of the metadata that functions get", resume=OnResume.content)
+    max_prompt_tokens: int = option(512, "Longest prompt", unit="tokens", minimum=1, resume=OnResume.content)

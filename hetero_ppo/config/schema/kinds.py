@@ -6,12 +6,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from hetero_ppo.config.schema.algorithm import AlgorithmConfig
-from hetero_ppo.config.schema.data import DataConfig
-from hetero_ppo.config.schema.memory import MemoryConfig
+from hetero_ppo.config.schema.data import PreferenceDataConfig, PromptDataConfig, SftDataConfig
+from hetero_ppo.config.schema.memory import MemoryConfig, PpoMemoryConfig
 from hetero_ppo.config.schema.option import OnResume, option, section
 from hetero_ppo.config.schema.ppo import PipelineConfig, PpoTrainConfig, ResidencyConfig
 from hetero_ppo.config.schema.reward import RewardConfig
-from hetero_ppo.config.schema.roles import RewardRoleConfig, RoleConfig, TrainedRewardConfig, TrainedRoleConfig
+from hetero_ppo.config.schema.roles import (
+    CriticConfig,
+    RewardRoleConfig,
+    RoleConfig,
+    TrainedRewardConfig,
+    TrainedRoleConfig,
+)
 from hetero_ppo.config.schema.rollout import RolloutConfig
 from hetero_ppo.config.schema.run import CheckpointConfig, RunConfig
 from hetero_ppo.config.schema.supervised import RewardModelLossConfig, SupervisedTrainConfig
@@ -29,7 +35,7 @@ class SftConfig:
 
     kind: str = option("sft", _KIND, resume=OnResume.form)
     run: RunConfig = section(RunConfig, _RUN)
-    data: DataConfig = section(DataConfig, _DATA)
+    data: SftDataConfig = section(SftDataConfig, _DATA)
     actor: TrainedRoleConfig = section(TrainedRoleConfig, "Policy that is trained")
     train: SupervisedTrainConfig = section(SupervisedTrainConfig, "Batching and length")
     memory: MemoryConfig = section(MemoryConfig, _MEMORY, resume=OnResume.operation)
@@ -42,7 +48,7 @@ class RmConfig:
 
     kind: str = option("rm", _KIND, resume=OnResume.form)
     run: RunConfig = section(RunConfig, _RUN)
-    data: DataConfig = section(DataConfig, _DATA)
+    data: PreferenceDataConfig = section(PreferenceDataConfig, _DATA)
     reward: TrainedRewardConfig = section(TrainedRewardConfig, "Reward model that is trained")
     train: SupervisedTrainConfig = section(SupervisedTrainConfig, "Batching and length")
     loss: RewardModelLossConfig = section(RewardModelLossConfig, "Loss of preference pairs (Bradley-Terry)")
@@ -56,10 +62,10 @@ class PpoConfig:
 
     kind: str = option("ppo", _KIND, resume=OnResume.form)
     run: RunConfig = section(RunConfig, _RUN)
-    data: DataConfig = section(DataConfig, _DATA)
+    data: PromptDataConfig = section(PromptDataConfig, _DATA)
     actor: TrainedRoleConfig = section(TrainedRoleConfig, "Policy that is trained")
-    critic: TrainedRoleConfig | None = section(
-        TrainedRoleConfig, "Value model; null: none, with an algorithm.advantage that needs no values"
+    critic: CriticConfig | None = section(
+        CriticConfig, "Value model; null: none, with an algorithm.advantage that needs no values"
     )
     reference: RoleConfig = section(RoleConfig, "Frozen policy that the KL penalty is measured from")
     reward_model: RewardRoleConfig | None = option(
@@ -78,7 +84,7 @@ class PpoConfig:
         PipelineConfig, "Forwards of complete responses during the generation of others", resume=OnResume.operation
     )
     residency: ResidencyConfig = section(ResidencyConfig, "Turns of the roles on the device", resume=OnResume.operation)
-    memory: MemoryConfig = section(MemoryConfig, _MEMORY, resume=OnResume.operation)
+    memory: PpoMemoryConfig = section(PpoMemoryConfig, _MEMORY, resume=OnResume.operation)
     checkpoint: CheckpointConfig = section(CheckpointConfig, _CHECKPOINT)
 
 

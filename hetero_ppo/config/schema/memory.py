@@ -46,6 +46,12 @@ class MemoryConfig:
         minimum=0,
         below=1,
     )
+
+
+@dataclass
+class PpoMemoryConfig(MemoryConfig):
+    """The same with a vLLM worker on the device."""
+
     engine_graphs_mib: float = option(
         768.0,
         "CUDA graphs of one vLLM worker: part of its share while it is awake, and kept while it sleeps",

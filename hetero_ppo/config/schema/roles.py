@@ -40,6 +40,12 @@ class ModelConfig:
         "Parameter dtype; null: bf16 on CUDA, fp32 on a CPU. A run that resumes keeps the dtype of its checkpoint",
         resume=OnResume.dtype,
     )
+
+
+@dataclass
+class HeadedModelConfig(ModelConfig):
+    """Weights and tokenizer of a trained role with a scalar head, which its checkpoint may lack."""
+
     head_init: HeadInit | None = option(
         None,
         "Initial scalar head where the checkpoint has none; null: zero for the critic, normal for a reward model",
@@ -169,6 +175,13 @@ class TrainedRoleConfig(RoleConfig):
 
 
 @dataclass
+class CriticConfig(TrainedRoleConfig):
+    """The value model of a PPO run."""
+
+    model: HeadedModelConfig = section(HeadedModelConfig, "Weights, tokenizer and initial value head")
+
+
+@dataclass
 class ReEncodeConfig:
     """Encoding of texts for a reward model whose tokenizer or chat template is not the actor's."""
 
@@ -205,6 +218,7 @@ class RewardRoleConfig(RoleConfig):
 class TrainedRewardConfig(TrainedRoleConfig):
     """The reward model that a reward-model run trains."""
 
+    model: HeadedModelConfig = section(HeadedModelConfig, "Weights, tokenizer and initial score head")
     aligned: bool | None = option(
         None,
         "Bits of a forward do not depend on batch, padding, micro-batches or layout (on CUDA in bf16 only), and "
