@@ -44,6 +44,7 @@ from hetero_ppo.rollout.vllm import VllmGenerator
 from hetero_ppo.trainers.ppo import PpoTrainer
 from hetero_ppo.trainers.run import start_run
 from hetero_ppo.trainers.stopping import StopRequests
+from hetero_ppo.table import render_table
 from hetero_ppo.types import Experience, OnResponse, PromptBatch, Response, Rollout
 from megatron_bridge import platform
 
@@ -250,10 +251,9 @@ def table(lengths: dict[str, dict[str, Any]], sync: dict[str, Any]) -> str:
         ("waves", "num_waves", "{:.0f}"),
         ("response tokens", "response_tokens", "{}"),
     ]
-    lines = [f"{'':36}" + "".join(f"{kind:>16}" for kind in lengths)]
-    lines += [
-        f"{title:36}" + "".join(f"{text.format(r[key]):>16}" for r in lengths.values()) for title, key, text in rows
-    ]
+    cells = [["", *lengths]]
+    cells += [[title, *(text.format(figures[key]) for figures in lengths.values())] for title, key, text in rows]
+    lines = [render_table(cells, "l" + "r" * len(lengths))]
     if sync["sync_none"] is not None:
         return "\n".join([*lines, f"weight sync: none, {sync['sync_none']}"])
     lines.append(

@@ -11,6 +11,8 @@ from typing import Any
 
 from ppo_step_inputs import ModelShape, Work
 
+from hetero_ppo.table import render_table
+
 TOTAL = "total"
 OTHER = "other"
 
@@ -128,19 +130,20 @@ def table(result: dict[str, Any]) -> str:
     name = peer.pop("name", "")
     columns += [(f"{name} {dtype}", peer[dtype]) for dtype in peer]
     lines = [f"{result['model']}: {result['num_parameters']:,} parameters in each of four models"]
-    lines.append(f"{'seconds per PPO step':<24}" + "".join(f"{title:>14}" for title, _ in columns))
+    rows = [["seconds per PPO step", *(title for title, _ in columns)]]
     for group, phases in PEER_PHASES.items():
         if group != OTHER:
             for phase in phases:
-                lines.append(f"  {phase:<22}{result['ours']['seconds'][phase]:>14.3f}")
-        lines.append(f"{group:<24}" + "".join(f"{group_seconds(s, group):>14.3f}" for _, s in columns))
+                rows.append([f"  {phase}", f"{result['ours']['seconds'][phase]:.3f}", *[""] * (len(columns) - 1)])
+        rows.append([group, *(f"{group_seconds(system, group):.3f}" for _, system in columns)])
     for label, key, digits in (
         ("step", "step_s", 3),
         ("fastest step", "fastest_step_s", 3),
         ("samples/s", "samples_per_s", 2),
         ("tokens/s", "tokens_per_s", 0),
     ):
-        lines.append(f"{label:<24}" + "".join(f"{system[key]:>14.{digits}f}" for _, system in columns))
+        rows.append([label, *(f"{system[key]:.{digits}f}" for _, system in columns)])
+    lines.append(render_table(rows, "l" + "r" * len(columns)))
     if "samples_per_s_ratio" in result:
         lines.append(
             f"samples_per_s_ratio {result['samples_per_s_ratio']} (both {result['dtype']}), "

@@ -47,6 +47,7 @@ from hetero_ppo.engines.losses import reward_loss_fn
 from hetero_ppo.engines.model_engine import ModelEngine
 from hetero_ppo.engines.outputs import scores_output
 from hetero_ppo.engines.train_engine import TrainEngine
+from hetero_ppo.table import render_table
 from hetero_ppo.types import Microbatch
 
 VOCAB = 4096
@@ -315,15 +316,19 @@ def summary(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def print_table(result: dict[str, Any], args: argparse.Namespace) -> None:
-    print(
-        f"{'':6}{'scores':>8}{'aligned':>10}{'plain':>8}{'seconds':>10}{'plain':>8}{'ratio':>7}{'accuracy':>11}{'plain':>8}"
-    )
-    for dtype, found in result["dtypes"].items():
-        print(
-            f"{dtype:6}{found['aligned']['num_scores']:8}{found['aligned']['mismatched_scores']:10}"
-            f"{found['plain']['mismatched_scores']:8}{found['seconds']['aligned']:10.3f}{found['seconds']['plain']:8.3f}"
-            f"{found['time_ratio']:7.2f}{found['accuracy']['aligned']:11.3%}{found['accuracy']['plain']:8.3%}"
+    rows = [("", "scores", "aligned", "plain", "seconds", "plain", "ratio", "accuracy", "plain")]
+    rows += [
+        (
+            dtype,
+            str(found["aligned"]["num_scores"]),
+            *(str(found[kind]["mismatched_scores"]) for kind in ("aligned", "plain")),
+            *(f"{found['seconds'][kind]:.3f}" for kind in ("aligned", "plain")),
+            f"{found['time_ratio']:.2f}",
+            *(f"{found['accuracy'][kind]:.3%}" for kind in ("aligned", "plain")),
         )
+        for dtype, found in result["dtypes"].items()
+    ]
+    print(render_table(rows, "lrrrrrrrr"))
     print(
         f"aligned, plain: scores whose bits differ from those of one process. seconds of processor time: {args.rows} rows of {args.tokens // 2} to "
         f"{args.tokens} tokens, model {args.timed_shape}, {args.threads} thread(s)."

@@ -35,6 +35,7 @@ from hetero_ppo.runtime.inputs import check_inputs
 from hetero_ppo.runtime.resume import beginning, read_resume
 from hetero_ppo.runtime.run_folder import check_folder
 from hetero_ppo.runtime.settle import settle
+from hetero_ppo.table import render_table
 from hetero_ppo.trainers.run_inputs import text_inputs
 
 #: Around what the loss is on, in the printed sample.
@@ -182,16 +183,9 @@ def _table(datasets: list[Dataset[Any]]) -> str:
         counts = [report.num_rows, report.num_kept, report.num_overlong, report.num_identical]
         tokens = [percentile(report.token_lengths, percent) for percent in PERCENTILES]
         lines.append([report.path, *map(str, [*counts, *tokens, report.max_tokens])])
-    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
-    text = [
-        "  ".join(
-            [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))]
-        )
-        for line in lines
-    ]
     unit = f"p50, p95, longest and limit ({datasets[0].report.limit_field}) in tokens"
     notes = [note for dataset in datasets for note in dataset.report.notes]
-    return _indent("\n".join([*text, unit, *notes]))
+    return _indent("\n".join([render_table(lines, "l" + "r" * (len(head) - 1)), unit, *notes]))
 
 
 def sample_text(encoder: TextEncoder, example: SftExample | PreferenceExample | PromptExample) -> str:

@@ -20,6 +20,7 @@ from hetero_ppo.config.schema import (
     TrainedRoleConfig,
     WeightTransfer,
 )
+from hetero_ppo.table import render_table
 
 #: Responses below which the last chunk of a step is not cut: forwards of fewer rows are slower by the row.
 SMALLEST_CUT = 16
@@ -149,13 +150,13 @@ class SupervisedBatching:
     row_unit: str  # "examples" or "pairs"
 
     def describe(self) -> str:
-        """Aligned lines, each with its unit."""
+        """Return a table with a number and its unit per line."""
         rows = [
             ("training data", self.num_rows, self.row_unit),
             ("global batch", self.global_batch_size, f"{self.row_unit} per optimizer step, over all ranks"),
             ("steps", self.total_steps, f"optimizer steps, {self._passes():.2f} passes over the data"),
         ]
-        return _aligned(rows + _role_rows(self.role, self.row_unit))
+        return _describe(rows + _role_rows(self.role, self.row_unit))
 
     def _passes(self) -> float:
         return self.total_steps * self.global_batch_size / self.num_rows
@@ -178,7 +179,7 @@ class PpoBatching:
     roles: dict[str, RoleBatching]  # of the trained roles, by name
 
     def describe(self) -> str:
-        """Aligned lines, each with its unit."""
+        """Return a table with a number and its unit per line."""
         passes = self.total_steps * self.rollout_batch_size / self.num_prompts
         rows = [
             ("training data", self.num_prompts, "prompts"),
@@ -205,7 +206,7 @@ class PpoBatching:
         ]
         if "critic" in self.roles:
             rows.append(("critic warm-up", self.critic_warmup_steps, "PPO steps that train the critic alone"))
-        return _aligned(rows + [row for role in self.roles.values() for row in _role_rows(role, "responses")])
+        return _describe(rows + [row for role in self.roles.values() for row in _role_rows(role, "responses")])
 
     def _rows_of_other_passes(self) -> list[tuple[str, int, str]]:
         """Rows of the roles whose passes over the rollout batch are not the actor's."""
@@ -234,10 +235,8 @@ def _role_rows(role: RoleBatching, unit: str) -> list[tuple[str, int, str]]:
     ]
 
 
-def _aligned(rows: list[tuple[str, int, str]]) -> str:
-    name_width = max(len(name) for name, _, _ in rows)
-    number_width = max(len(str(number)) for _, number, _ in rows)
-    return "\n".join(f"{name:<{name_width}}  {number:>{number_width}}  {unit}" for name, number, unit in rows)
+def _describe(rows: list[tuple[str, int, str]]) -> str:
+    return render_table([(name, str(number), unit) for name, number, unit in rows], "lrl")
 
 
 def total_steps(steps: int | None, epochs: int, num_rows: int, rows_per_step: int, source: str) -> int:

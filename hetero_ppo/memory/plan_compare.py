@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from hetero_ppo.memory.plan import GIB, MemoryPlan
 from hetero_ppo.step.kinds import Kind
+from hetero_ppo.table import render_table
 
 
 @dataclass(frozen=True)
@@ -48,21 +49,13 @@ class Comparison:
         phases = dict.fromkeys(row.phase for row in self.rows)
         unit = "GiB" if max(self._sums(phase)[0] for phase in phases) >= GIB else "MiB"
         divisor = GIB if unit == "GiB" else GIB // 1024
-        head = ("phase", "role", "kind", f"plan {unit}", f"ledger {unit}", "difference")
-        lines = [head]
+        lines = [("phase", "role", "kind", f"plan {unit}", f"ledger {unit}", "difference")]
         for phase in phases:
             for row in self.rows:
                 if row.phase == phase:
                     lines.append((phase, row.role, row.kind.value, *_cells(row.planned, row.recorded, divisor)))
             lines.append((phase, "all", "", *_cells(*self._sums(phase), divisor)))
-        widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
-        texts = [
-            "  ".join(
-                cell.ljust(width) if column < 3 else cell.rjust(width)
-                for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in lines
-        ]
+        texts = [render_table(lines, "lllrrr")]
         for name, alone in (("plan", self.only_planned), ("ledger", self.only_recorded)):
             texts += [f"in the {name} alone: {', '.join(alone)}"] if alone else []
         return "\n".join([*texts, f"largest difference of a phase: {self.plan_error_pct:.2f} %"])
@@ -85,13 +78,7 @@ def compare_reserved(plan: MemoryPlan, reserved: Mapping[str, int]) -> str:
         max((reserved[phase.phase] for phase in phases), default=0),
     )
     lines.append(("the most", *_cells(*most, GIB)))
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    return "\n".join(
-        "  ".join(
-            [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))]
-        )
-        for line in lines
-    )
+    return render_table(lines, "lrrr")
 
 
 def _error_pct(planned: int, recorded: int) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from hetero_ppo.memory.plan_limits import Limits
 from hetero_ppo.memory.plan_reserve import ReservePart
 from hetero_ppo.observability.json_text import json_text
 from hetero_ppo.step.kinds import Kind
+from hetero_ppo.table import render_table
 
 BAR_CELLS = 24
 _EIGHTHS = " ▏▎▍▌▋▊▉"
@@ -73,20 +73,7 @@ def summarise(plan: MemoryPlan, limits: Limits) -> str:
             f"{unit.text(plan.host.total)} {unit.name} of {unit.text(limits.host)} ({limits.host_source}) on the fullest node",
         ],
     ]
-    return table(lines, 2)
-
-
-def table(lines: Sequence[Sequence[str]], num_left: int) -> str:
-    """Columns of equal width, the first ``num_left`` of them flush left."""
-    columns = range(len(lines[0]))
-    widths = [max(len(line[column]) for line in lines) for column in columns]
-    return "\n".join(
-        "  ".join(
-            line[column].ljust(widths[column]) if column < num_left else line[column].rjust(widths[column])
-            for column in columns
-        ).rstrip()
-        for line in lines
-    )
+    return render_table(lines, "ll")
 
 
 def _roles_table(plan: MemoryPlan) -> str:
@@ -106,7 +93,7 @@ def _roles_table(plan: MemoryPlan) -> str:
         lines.append(
             [role.name, role.model, role.dtype, role.layout, f"{role.parameters:,}", f"{role.parameters_per_rank:,}"]
         )
-    return table(lines, 4)
+    return render_table(lines, "llllrr")
 
 
 def _device_table(plan: MemoryPlan, unit: Unit) -> str:
@@ -139,14 +126,8 @@ def _device_table(plan: MemoryPlan, unit: Unit) -> str:
                 f"{bar(phase.total / scale)}{mark}",
             ]
         )
-    text = [line.rstrip() for line in _with_bars(lines).splitlines()]
-    return "\n".join([f"device memory, {unit.name} on the fullest rank of each phase ({limit})", *text])
-
-
-def _with_bars(lines: list[list[str]]) -> str:
-    numbers = table([line[:-1] for line in lines], 2).splitlines()
-    width = max(map(len, numbers))
-    return "\n".join(f"{text.ljust(width)}  {line[-1]}" for text, line in zip(numbers, lines, strict=True))
+    columns = "ll" + "r" * (len(head) - 3) + "l"
+    return f"device memory, {unit.name} on the fullest rank of each phase ({limit})\n{render_table(lines, columns)}"
 
 
 def resident_text(plan: MemoryPlan, phase: PhasePlan) -> str:
@@ -175,8 +156,7 @@ def _reserve_table(plan: MemoryPlan, unit: Unit) -> str:
     when = {"always": "all phases", "asleep": "while vLLM is not awake", "sync": "weight_sync"}
     lines = [["reserve", "phases", unit.name, ""]]
     lines += [[part.name, when[part.when], unit.text(part.num_bytes), part.source] for part in largest.values()]
-    rows = table([line[:-1] for line in lines], 2).splitlines()
-    return "\n".join(f"{row}  {line[-1]}".rstrip() for row, line in zip(rows, lines, strict=True))
+    return render_table(lines, "llrl")
 
 
 def _generator_line(generator: GeneratorPlan, unit: Unit) -> str:
@@ -211,7 +191,7 @@ def _copies_table(plan: MemoryPlan, residency: ResidencyConfig, unit: Unit) -> s
     out, back = sum(phase.copied_out for phase in plan.phases), sum(phase.copied_in for phase in plan.phases)
     lines.append(["a step", unit.cell(out), unit.cell(back), unit.seconds(sums[0]), unit.seconds(sums[1])])
     chosen = "side by side" if residency.overlap else "one after the other"
-    return f"copies of a rank at {rate:g} GB/s each way; this config does them {chosen}\n{table(lines, 1)}"
+    return f"copies of a rank at {rate:g} GB/s each way; this config does them {chosen}\n{render_table(lines, 'lrrrr')}"
 
 
 def _host_lines(plan: MemoryPlan, limits: Limits, unit: Unit) -> str:
@@ -228,7 +208,7 @@ def _host_lines(plan: MemoryPlan, limits: Limits, unit: Unit) -> str:
     lines.append(["all", f"{unit.text(host.total)}"])
     fits = "" if host.total <= limits.host else "  DOES NOT FIT"
     head = f"host memory, {unit.name} on the fullest node (of {unit.text(limits.host)}: {limits.host_source})"
-    return f"{head}\n{table(lines, 1)}{fits}"
+    return f"{head}\n{render_table(lines, 'lr')}{fits}"
 
 
 def plan_values(plan: MemoryPlan, limits: Limits) -> dict[str, Any]:

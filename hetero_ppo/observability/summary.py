@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import textwrap
 from pathlib import Path
-from collections.abc import Sequence
 from typing import Any
 
 from hetero_ppo.observability.sinks.jsonl import METRICS_FILE
 from hetero_ppo.observability.records import EVAL_AFTER_FILE, EVAL_BEFORE_FILE, Evaluation, Sample, read_evaluation
+from hetero_ppo.table import render_table
 
 #: Sample answers shown.
 NUM_SAMPLES = 3
@@ -70,23 +70,12 @@ def format_summary(run_dir: Path, report: Path | None = None) -> str:
     """
     before, after = read_comparison(run_dir)
     lines = [f"Held-out prompts: {after.num_prompts}. Before and after PPO:", ""]
-    lines += _table(("", "before", "after", "change"), comparison_rows(before, after))
+    rows = [("", "before", "after", "change"), *comparison_rows(before, after)]
+    lines.append(textwrap.indent(render_table(rows, "lrrr", rule=True), "  "))
     for number, (old, new) in enumerate(matched_samples(before, after), start=1):
         lines += ["", *_sample_lines(number, old, new)]
     lines += ["", *_path_lines(run_dir, report)]
     return "\n".join(lines)
-
-
-def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """First column to the left, the others to the right."""
-    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
-
-    def line(cells: tuple[str, ...]) -> str:
-        first, *others = zip(cells, widths, strict=True)
-        return "  ".join([f"  {first[0]:<{first[1]}}", *(f"{cell:>{width}}" for cell, width in others)])
-
-    rule = "  " + "-" * (sum(widths) + 2 * (len(widths) - 1))
-    return [line(header), rule, *(line(row) for row in rows)]
 
 
 def _sample_lines(number: int, old: Sample, new: Sample) -> list[str]:
@@ -111,4 +100,4 @@ def _path_lines(run_dir: Path, report: Path | None) -> list[str]:
     ]
     if report is not None:
         paths.append(("report", report))
-    return [f"{name + ':':<16}{path}" for name, path in paths if path.exists()]
+    return render_table([(f"{name}:", str(path)) for name, path in paths if path.exists()], "ll").splitlines()

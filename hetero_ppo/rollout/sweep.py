@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from hetero_ppo.config.schema import SamplingConfig
 from hetero_ppo.rollout.generator import GenerationRequest, Generator
+from hetero_ppo.table import render_table
 from hetero_ppo.types import PromptBatch
 
 FIRST_BATCH = 8
@@ -27,13 +28,13 @@ class SweepResult:
     seconds: float  # that the sweep took
 
     def table(self) -> str:
-        """For people: a line for each batch."""
+        """Return a table for the log, with a line per batch."""
         best = max(self.tokens_per_s.values())
-        lines = ["running batch   tokens/s   of the best"]
+        rows = [("running batch", "tokens/s", "of the best", "")]
         for batch, rate in self.tokens_per_s.items():
-            chosen = "   <- chunk" if batch == self.batch else ""
-            lines.append(f"{batch:13d} {rate:10.0f} {rate / best:12.0%}{chosen}")
-        return "\n".join(lines)
+            chosen = "<- chunk" if batch == self.batch else ""
+            rows.append((str(batch), f"{rate:.0f}", f"{rate / best:.0%}", chosen))
+        return render_table(rows, "rrrl")
 
 
 def batches(largest: int) -> list[int]:

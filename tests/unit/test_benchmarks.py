@@ -136,7 +136,8 @@ def test_table_names_every_phase_and_lines_up() -> None:
         "tokens/s",
     ):
         assert phase in text
-    rows = {line[:24].strip(): line[24:].split() for line in lines[1:-1]}
+    width = len("seconds per PPO step")
+    rows = {line[:width].strip(): line[width:].split() for line in lines[1:-1]}
     assert rows["seconds per PPO step"] == ["ours", "bf16", "trl", "bf16", "trl", "fp32"]
     assert rows["generation"] == ["0.500", "0.375", "0.375"]
     assert rows["step"] == ["1.000", "1.500", "1.500"]

@@ -16,6 +16,7 @@ TIERS = {
     "disk": 0,
     "network": 0,
     "private_dir": 0,
+    "table": 0,
     "peer_proof": 1,
     "config": 0,
     "types": 1,

@@ -54,7 +54,7 @@ def test_the_fewest_requests_that_are_as_fast_as_the_best() -> None:
     assert result.tokens_per_s[32] == pytest.approx(32 / 0.018) and result.tokens_per_s[64] == pytest.approx(64 / 0.026)
     assert result.batch == 64
     assert sweep(Timed(knee=10_000)).batch == 200
-    assert "           64       2462         100%   <- chunk" in result.table().splitlines()
+    assert "           64      2462         100%  <- chunk" in result.table().splitlines()
 
 
 def test_responses_are_of_one_length_and_otherwise_the_run_s() -> None:
