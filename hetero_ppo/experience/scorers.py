@@ -48,16 +48,21 @@ class Scorers:
         default_factory=dict
     )  # by role, of models with a tokenizer of their own
 
-    def stages(self) -> list[Stage]:
-        """Return the stages, the function's first: it needs no role, and the first model comes in meanwhile."""
-        stages = []
-        if self.function is not None:
-            function = self.function
-            stages.append(Stage(FUNCTION_SCORES, None, function.score, per_token=False, begin=function.start))
-        for phase, engine in zip(self._phases, self.models, strict=True):
-            compute = partial(model_scores, engine, self.re_encoders.get(engine.role))
-            stages.append(Stage(phase, engine, compute, per_token=False))
-        return stages
+    def function_stages(self) -> list[Stage]:
+        """Return the stage of the reward function; no stage where there is no function."""
+        if self.function is None:
+            return []
+        return [Stage(FUNCTION_SCORES, None, self.function.score, per_token=False, begin=self.function.start)]
+
+    def model_stage(self, phase: str, engine: ModelEngine) -> Stage:
+        """Return the stage in which a reward model scores.
+
+        Args:
+            phase: Name of its phase.
+            engine: Model with a score head.
+        """
+        compute = partial(model_scores, engine, self.re_encoders.get(engine.role))
+        return Stage(phase, engine, compute, per_token=False)
 
     @property
     def _phases(self) -> list[str]:
@@ -86,7 +91,8 @@ class Scorers:
 
     def score(self, rollout: Rollout, phase: str) -> Scores:
         """Score a whole rollout, every model in a turn of its own. Collective over the world."""
-        computed, stages = {}, self.stages()
+        models = [self.model_stage(name, engine) for name, engine in zip(self._phases, self.models, strict=True)]
+        computed, stages = {}, [*self.function_stages(), *models]
         pending = {stage.name: stage.begin(rollout) for stage in stages if stage.begin is not None}
         for stage in stages:
             if stage.name not in pending:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -27,6 +27,7 @@ from hetero_ppo.engines.model_engine import ModelEngine
 from hetero_ppo.engines.outputs import log_probs_output, values_output
 from hetero_ppo.errors import RunError
 from hetero_ppo.experience.scorers import FUNCTION_SCORES, Scorers, Stage, part_metrics
+from hetero_ppo.step.phases import Phase
 from hetero_ppo.types import Experience, Rollout, Scores
 
 
@@ -50,9 +51,8 @@ def state_values(engine: ModelEngine, rollout: Rollout) -> Tensor:
 class ExperienceMaker:
     """The stages, and what follows them. The engines are the PPO trainer's; their weights are those of the rollout."""
 
-    actor: ModelEngine
-    critic: ModelEngine | None  # None: the estimator needs no values
-    reference: ModelEngine
+    engines: Mapping[str, ModelEngine]  # role -> engine
+    phases: Sequence[Phase]  # of a step, in order (``step.phases``)
     scorers: Scorers
     estimator: AdvantageEstimator
     algorithm: AlgorithmConfig
@@ -62,19 +62,24 @@ class ExperienceMaker:
     score_moments: RunningMoments
 
     def stages(self) -> list[Stage]:
-        """Return what an experience is made of, in the order of ``step.phases``: the critic comes last, being trained next."""
-        stages = [
-            *self.scorers.stages(),
-            Stage(
-                "ref_log_probs", self.reference, partial(policy_log_probs, self.reference, temperature=self.temperature)
-            ),
+        """Return the stages of an experience: one for each forward phase of the step, in the step's order.
+
+        The reward function's stage comes first. It needs no role, so the first role's parameters are copied to the device meanwhile.
+        """
+        forwards = [
+            self._stage(phase.name, self.engines[phase.role])
+            for phase in self.phases
+            if phase.role is not None and phase.is_forward
         ]
-        if self.algorithm.old_log_probs is OldLogProbs.actor:
-            compute = partial(policy_log_probs, self.actor, temperature=self.temperature)
-            stages.append(Stage("old_log_probs", self.actor, compute))
-        if self.critic is not None:
-            stages.append(Stage("values", self.critic, partial(state_values, self.critic)))
-        return stages
+        return [*self.scorers.function_stages(), *forwards]
+
+    def _stage(self, phase: str, engine: ModelEngine) -> Stage:
+        """Return the stage of a forward phase. The head of the phase's role decides what it computes."""
+        if engine.head == "score":
+            return self.scorers.model_stage(phase, engine)
+        if engine.head == "value":
+            return Stage(phase, engine, partial(state_values, engine))
+        return Stage(phase, engine, partial(policy_log_probs, engine, temperature=self.temperature))
 
     def assemble(self, rollout: Rollout, computed: Mapping[str, Tensor]) -> Experience:
         """Compute rewards and advantages, and whiten these. Every rank holds all rows, so no collective is needed.

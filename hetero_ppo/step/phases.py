@@ -44,6 +44,11 @@ class Phase:
     is_concurrent: bool = False  # with generation, chunk after chunk
 
     @property
+    def is_forward(self) -> bool:
+        """True when it is a role's forward over the rollout, which writes the tensor of the phase's own name."""
+        return self.role is not None and self.name in self.writes
+
+    @property
     def is_training(self) -> bool:
         """True when it ends in optimizer steps."""
         return self.role is not None and weights_of(self.role) in self.writes

@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> None:
     if Path(args.out).exists():
         raise ValueError(f"--out {args.out} is there already; choose another folder, or remove it")
     config = load_config(str(saved), []).config
-    roles = _trained(config)
+    roles = trained_specs(config)
     role = args.role or next(iter(roles))
     if role not in roles:
         raise ValueError(f"--role {role}: this run trains {', '.join(roles)}")
@@ -53,7 +53,7 @@ def _export(config: AnyConfig, role: str, checkpoint: Path, run_dir: Path, out: 
 
     initialise(config.run.timeout_minutes)
     try:
-        spec = _trained(config)[role]
+        spec = trained_specs(config)[role]
         spec.config.parallel = ParallelConfig()
         engine = ModelEngine(role, spec.config, spec.head)
         engine.load_weights(checkpoint / role)
@@ -71,10 +71,11 @@ def _encoder(config: AnyConfig, role: str, run_dir: Path) -> TextEncoder:
     data = config.data
     if data.apply_chat_template and kept.is_file():
         data = replace(data, chat_template=str(kept))
-    return load_text_encoder(_trained(config)[role].config.model, data, role)
+    return load_text_encoder(trained_specs(config)[role].config.model, data, role)
 
 
-def _trained(config: AnyConfig) -> dict[str, RoleSpec]:
+def trained_specs(config: AnyConfig) -> dict[str, RoleSpec]:
+    """Return name -> specification of the roles that a checkpoint has, and that can be exported."""
     return {name: spec for name, spec in run_roles(config).items() if spec.is_trained}
 
 

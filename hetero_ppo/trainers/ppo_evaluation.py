@@ -20,6 +20,7 @@ from hetero_ppo.observability.jsonl import write_whole
 from hetero_ppo.reward.function import FunctionReward
 from hetero_ppo.rollout.generator import GenerationRequest
 from hetero_ppo.rollout.replay import write_rollouts
+from hetero_ppo.step.roles import ACTOR, REFERENCE
 from hetero_ppo.trainers.ppo_turns import GeneratorTurns
 from hetero_ppo.trainers.ppo_setup import PpoData
 from hetero_ppo.trainers.run import Run
@@ -86,10 +87,11 @@ class Evaluator:
             checks = [self.check.start(answers) for answers in (rollout, greedy_rollout) if answers is not None]
         scored = self.maker.scorers.score(rollout, "eval")
         scores = scored.outcome
-        with self.maker.actor.on_device(phase="eval"):
-            log_probs = policy_log_probs(self.maker.actor, rollout, sampling.temperature)
-        with self.maker.reference.on_device(phase="eval"):
-            ref_log_probs = policy_log_probs(self.maker.reference, rollout, sampling.temperature)
+        actor, reference = self.maker.engines[ACTOR], self.maker.engines[REFERENCE]
+        with actor.on_device(phase="eval"):
+            log_probs = policy_log_probs(actor, rollout, sampling.temperature)
+        with reference.on_device(phase="eval"):
+            ref_log_probs = policy_log_probs(reference, rollout, sampling.temperature)
         accuracy, greedy_accuracy = [float(scores.result().mean()) for scores in checks] or (None, None)
         answers = response_texts(rollout, self.data.encoder.decode)
         return Evaluation(

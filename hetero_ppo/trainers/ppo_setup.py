@@ -43,7 +43,7 @@ from hetero_ppo.rollout.generator import GenerationRequest
 from hetero_ppo.rollout.partial import PartialBuffer
 from hetero_ppo.rollout.sweep import find_running_batch
 from hetero_ppo.step.phases import step_phases
-from hetero_ppo.step.roles import ACTOR, CRITIC, REFERENCE, RoleSpec, run_roles
+from hetero_ppo.step.roles import ACTOR, CRITIC, RoleSpec, run_roles
 from hetero_ppo.trainers.ppo_turns import GeneratorTurns
 from hetero_ppo.trainers.run import Run
 from hetero_ppo.trainers.supervised import build_role, load_sampler
@@ -98,11 +98,6 @@ class Roles:
     def critic(self) -> TrainEngine | None:
         """The value model; None where the estimator of advantages needs none."""
         return self.trained.get(CRITIC)
-
-    @property
-    def reference(self) -> ModelEngine:
-        """The frozen policy."""
-        return self.engines[REFERENCE]
 
     @property
     def reward_models(self) -> list[ModelEngine]:
@@ -212,9 +207,8 @@ def build_maker(
 ) -> ExperienceMaker:
     """The stages over these roles, and over the reward function."""
     return ExperienceMaker(
-        actor=roles.actor,
-        critic=roles.critic,
-        reference=roles.reference,
+        engines=roles.engines,
+        phases=step_phases(config),
         scorers=Scorers(roles.reward_models, function, config.reward, re_encoders),
         estimator=build_estimator(config.algorithm),
         algorithm=config.algorithm,

@@ -191,11 +191,16 @@ class Roles:
         trained = TrainedRoleConfig(model=ModelConfig(path=str(model)), micro_batch_size=3)
         plain = RoleConfig(model=ModelConfig(path=str(model)), micro_batch_size=3)
         self.critic = TrainEngine("critic", trained, "value", 1, self.device)
+        reward_model = ModelEngine("reward_model", plain, "score", device=self.device)
         self.maker = ExperienceMaker(
-            actor=TrainEngine("actor", trained, "lm", 1, self.device),
-            critic=self.critic,
-            reference=ModelEngine("reference", plain, "lm", device=self.device),
-            scorers=Scorers([ModelEngine("reward_model", plain, "score", device=self.device)], None, RewardConfig()),
+            engines={
+                "actor": TrainEngine("actor", trained, "lm", 1, self.device),
+                "critic": self.critic,
+                "reference": ModelEngine("reference", plain, "lm", device=self.device),
+                "reward_model": reward_model,
+            },
+            phases=schedule,
+            scorers=Scorers([reward_model], None, RewardConfig()),
             estimator=build_estimator(AlgorithmConfig()),
             algorithm=AlgorithmConfig(old_log_probs=old_log_probs),
             reward_config=RewardConfig(),

@@ -19,7 +19,8 @@ def record(self: Evaluator, step: int, experience: Experience) -> None:
     """Stand in for ``Evaluator.dump_rollout``, which every rank calls at the end of every step."""
     dump_rollout(self, step, experience)
     weights = {}
-    for name, role in (("actor", self.maker.actor), ("critic", self.maker.critic)):
+    for name in ("actor", "critic"):
+        role = self.maker.engines[name]
         with role.on_device(phase="eval"):
             weights[name] = {weight: tensor.clone() for weight, tensor in role.stream_weights()}
     if self.run_info.is_writer:

@@ -36,6 +36,7 @@ from hetero_ppo.config.schema import (
 )
 from hetero_ppo.experience.scorers import FUNCTION_SCORES, Scorers
 from hetero_ppo.experience.stages import ExperienceMaker
+from hetero_ppo.step.phases import ppo_phases
 from hetero_ppo.types import Experience, Rollout, Scores
 
 #: Three responses of 2, 4 and 2 tokens; the second was cut at the length limit.
@@ -65,12 +66,13 @@ def make_maker(reward: RewardConfig | None = None, scorers: Scorers | None = Non
     reward = reward or RewardConfig(clip=0.0)
     neutral: dict[str, Any] = {"gamma": 1.0, "lam": 1.0, "whiten_advantages": False, "kl": KlConfig(coef=0.0)}
     config = AlgorithmConfig(**{**neutral, **algorithm})
-    engine: Any = SimpleNamespace(role="reward_model")
+    heads = {"actor": "lm", "critic": "value", "reference": "lm", "reward_model": "score"}
+    engines: Any = {name: SimpleNamespace(role=name, head=head) for name, head in heads.items()}
+    actor_scores_old = config.old_log_probs is OldLogProbs.actor
     return ExperienceMaker(
-        actor=engine,
-        critic=engine,
-        reference=engine,
-        scorers=scorers or Scorers([engine], None, reward),
+        engines=engines,
+        phases=ppo_phases(reward_models=["reward_model"], actor_scores_old=actor_scores_old),
+        scorers=scorers or Scorers([engines["reward_model"]], None, reward),
         estimator=build_estimator(config),
         algorithm=config,
         reward_config=reward,
@@ -236,7 +238,8 @@ def test_old_log_probs_of_the_engine() -> None:
 def test_without_a_critic_there_are_neither_values_nor_returns() -> None:
     """The group of all three responses: scores 2, -1 and 4 less their mean 5/3, and whitened where that is asked for."""
     maker = make_maker()
-    maker.critic, maker.estimator = None, GroupMean()
+    maker.phases = ppo_phases(reward_models=["reward_model"], actor_scores_old=True, has_critic=False)
+    maker.estimator = GroupMean()
     assert [stage.name for stage in maker.stages()] == ["scores", "ref_log_probs", "old_log_probs"]
     given = {"scores": SCORES, "old_log_probs": OLD, "ref_log_probs": REFERENCE}
     experience = maker.assemble(dataclasses.replace(rollout(), prompt_index=[7, 7, 7]), given)

@@ -18,6 +18,7 @@ from hetero_ppo.config.schema import AlgorithmConfig, RewardConfig, RewardErrors
 from hetero_ppo.errors import RunError
 from hetero_ppo.experience.scorers import Scorers
 from hetero_ppo.experience.stages import ExperienceMaker
+from hetero_ppo.step.phases import ppo_phases
 from hetero_ppo.reward.function import FunctionReward
 from hetero_ppo.trainers.ppo_evaluation import score_column
 from hetero_ppo.types import Rollout
@@ -86,12 +87,12 @@ def test_or_leaves_the_response_out_and_scores_the_others(tmp_path: Path, label:
 
 
 def maker_of(reward: FunctionReward | None, config: RewardConfig = FUNCTION_ALONE) -> ExperienceMaker:
-    nothing = SimpleNamespace(role="none")
-    models = [] if config.source is RewardSource.function else [SimpleNamespace(role="reward_model")]
+    models = [] if config.source is RewardSource.function else [SimpleNamespace(role="reward_model", head="score")]
+    others = {"actor": "lm", "critic": "value", "reference": "lm"}
+    engines = {name: SimpleNamespace(role=name, head=head) for name, head in others.items()}
     return ExperienceMaker(
-        actor=nothing,
-        critic=nothing,
-        reference=nothing,
+        engines={**engines, **{model.role: model for model in models}},
+        phases=ppo_phases(reward_models=[model.role for model in models], actor_scores_old=True),
         scorers=Scorers(models, reward, config),
         estimator=build_estimator(algorithm := AlgorithmConfig()),
         algorithm=algorithm,

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 
+from hetero_ppo.config.derived import PpoBatching, derive_ppo, derive_supervised
 from hetero_ppo.config.load import load_config
-from hetero_ppo.config.schema import SCHEMAS, ResidencyConfig, RoleConfig, TrainedRoleConfig
+from hetero_ppo.config.schema import SCHEMAS, PpoConfig, ResidencyConfig, RoleConfig, TrainedRoleConfig
 from hetero_ppo.observability.gantt import LANE_COLOURS
 from hetero_ppo.observability.trace import LANES
 from hetero_ppo.step.kinds import FORWARD, TRAINING
@@ -55,6 +57,15 @@ def test_without_a_critic_its_phases_are_absent() -> None:
     assert {name for phase in phases for name in phase.needs} == {"reward_model", "reference", "actor"}
 
 
+def test_old_log_probs_of_the_generator_need_no_phase_of_the_actor() -> None:
+    """Where they come from the rollout, the actor's first phase is its training."""
+    first = {}
+    for source in ("actor", "rollout"):
+        config = load_config(str(ROOT / "configs/ppo/word_sort.yaml"), [f"algorithm.old_log_probs={source}"]).config
+        first[source] = next(phase.name for phase in step_phases(config) if phase.role == "actor")
+    assert first == {"actor": "old_log_probs", "rollout": "train_actor"}
+
+
 def test_a_phase_reads_what_an_earlier_one_wrote() -> None:
     phases = ppo_phases(reward_models=["reward_model"], actor_scores_old=True)
     check_order(phases)
@@ -69,9 +80,12 @@ def test_a_phase_reads_what_an_earlier_one_wrote() -> None:
 
 
 def sections_of(schema: type) -> set[str]:
-    """Fields of a run's schema that are roles, or lists of them."""
-    hints = {name: str(field.type) for name, field in schema.__dataclass_fields__.items()}
-    return {name for name, hint in hints.items() if re.search(r"\b\w*(Role|TrainedReward)Config\b", hint)}
+    """Return the fields of a run's schema that are roles, or lists of them."""
+    return {
+        name
+        for name, hint in get_type_hints(schema).items()
+        if any(isinstance(kind, type) and issubclass(kind, RoleConfig) for kind in (hint, *get_args(hint)))
+    }
 
 
 def test_every_role_of_every_kind_of_run_has_its_section() -> None:
@@ -83,23 +97,28 @@ def test_every_role_of_every_kind_of_run_has_its_section() -> None:
 
 
 @pytest.mark.parametrize("kind", SCHEMAS)
-def test_plan_trace_and_residency_read_one_list(kind: str) -> None:
-    """Every role of a phase is one that the run builds, with a lane and a colour; residency has the very list."""
+def test_plan_trace_residency_export_and_checkpoints_read_one_list(kind: str) -> None:
+    """All of them have the roles of ``run_roles`` and the phases of ``step_phases``, and no others."""
     from hetero_ppo.engines.shared_device import SharedDevice
+    from hetero_ppo.memory.plan import plan_memory
+    from hetero_ppo.trainers.export import trained_specs
 
     config = load_config(str(ROOT / f"configs/{kind}/word_sort.yaml"), []).config
-    phases = step_phases(config)
+    phases, roles = step_phases(config), run_roles(config)
     check_order(phases)
-    roles = run_roles(config)
-    assert {name for phase in phases for name in phase.needs} <= roles.keys()
-    for phase in phases:
-        if phase.role is not None:
-            section = phase.role.partition(".")[0]
-            assert section in LANES and section in LANE_COLOURS
-    assert {phase.role for phase in phases if phase.is_training} == {
-        name for name, spec in roles.items() if spec.is_trained
-    }
+    for spec in roles.values():
+        spec.config.model.path = str(ROOT / "examples/memory/qwen3_8b")
+        section = spec.name.partition(".")[0]
+        assert section in LANES and section in LANE_COLOURS
+    assert {name for phase in phases for name in phase.needs} == roles.keys()
+    plan = plan_memory(config, 1)
+    assert [(phase.phase, phase.computing) for phase in plan.phases] == [(phase.name, phase.role) for phase in phases]
+    assert [role.name for role in plan.roles] == list(roles)
     assert SharedDevice(ResidencyConfig(offload=False), phases).schedule == phases
+    trained = {phase.role for phase in phases if phase.is_training}
+    batching = derive_ppo(config, 1, 1000) if isinstance(config, PpoConfig) else derive_supervised(config, 1, 1000)
+    saved = batching.roles.keys() if isinstance(batching, PpoBatching) else {batching.role.role}
+    assert trained_specs(config).keys() == saved == trained
 
 
 def test_the_picture_of_the_docs_has_every_phase_and_role() -> None:
