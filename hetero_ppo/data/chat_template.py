@@ -1,4 +1,4 @@
-"""Tokenizers and chat templates: text and messages -> token ids."""
+"""Tokenizers and chat templates: from text and messages to token ids."""
 
 from __future__ import annotations
 
@@ -33,58 +33,58 @@ class TextEncoder:
     """A tokenizer and the template that a run uses with it."""
 
     tokenizer: PreTrainedTokenizerBase
-    template: str | None  # Jinja source; None: prompts and answers are tokenised as they stand
-    prefix_ids: list[int]  # what plain text starts with: the begin-of-sequence token where the tokenizer adds one
-    eos_token_id: int  # what is written after an answer that the template does not end
+    template: str | None  # Jinja source; None: prompts and answers are tokenised as plain text
+    prefix_ids: list[int]  # ids before plain text: the begin-of-sequence token if the tokenizer adds one
+    eos_token_id: int  # id that is written after an answer that the template does not end
     source: str  # tokenizer folder
-    end_tokens: tuple[EndToken, ...] = ()  # all that end a sequence
-    begun: datetime | None = None  # what templates take for the present time: when the run began; None: the present
+    end_tokens: tuple[EndToken, ...] = ()  # all tokens that end a sequence
+    started_at: datetime | None = None  # start of the run, which templates print as the present time; None: the present
 
     @property
     def end_token_ids(self) -> list[int]:
-        """Ids that end a sequence, the tokenizer's own first."""
+        """Ids of the tokens that end a sequence, the tokenizer's own first."""
         return list(dict.fromkeys([self.eos_token_id, *(token.token_id for token in self.end_tokens)]))
 
     @cached_property
     def written_end_ids(self) -> frozenset[int]:
-        """Those of them that a template may write to end an answer: not an ordinary token that a model's config names."""
+        """Those end token ids that a template may write to end an answer. An ordinary token that only a model's config names is not one."""
         added = self.tokenizer.added_tokens_decoder
         return frozenset(
             token_id for token_id in self.end_token_ids if token_id == self.eos_token_id or token_id in added
         )
 
     def describe_ends(self) -> str:
-        """One line: which tokens end a sequence, and where that is written."""
+        """Describe in one line which tokens end a sequence, and which files name them."""
         return f"a sequence ends with {' or '.join(map(str, self.end_tokens))}"
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of what makes ids of texts: vocabulary, end of sequence, prefix, template."""
+        """SHA-256 of everything that turns texts into ids: vocabulary, end of sequence, prefix, template."""
         parts = [sorted(self.tokenizer.get_vocab().items()), self.eos_token_id, self.prefix_ids, self.template]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     @property
     def vocabulary_hash(self) -> str:
-        """sha256 of vocabulary, ends of a sequence and prefix."""
+        """SHA-256 of vocabulary, end tokens and prefix."""
         parts = [sorted(self.tokenizer.get_vocab().items()), self.end_token_ids, self.prefix_ids]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     @property
     def template_hash(self) -> str:
-        """sha256 of the template, "none" without one."""
+        """SHA-256 of the template; "none" without one."""
         return "none" if self.template is None else hashlib.sha256(self.template.encode()).hexdigest()
 
     def describe(self) -> str:
-        """Folder, size and fingerprint."""
+        """Describe the tokenizer: folder, size and fingerprint."""
         return f"the tokenizer in {self.source} ({len(self.tokenizer)} tokens, sha256 {self.fingerprint[:12]})"
 
     def render(
         self, messages: list[Message], add_generation_prompt: bool, tools: list[dict[str, Any]] | None = None
     ) -> str:
-        """The template's text for ``messages``; with ``add_generation_prompt`` up to where an answer begins.
+        """Return the template's text for ``messages``. With ``add_generation_prompt`` it goes up to where an answer begins.
 
         Raises:
-            ValueError: the template refuses the messages, or does not read the tools.
+            ValueError: The template refuses the messages, or does not read the tools.
         """
         assert self.template is not None
         if tools is not None and "tools" not in self.template:
@@ -106,20 +106,20 @@ class TextEncoder:
         return text
 
     def strftime_now(self, form: str) -> str:
-        """What a template's ``strftime_now`` gives: a date that is the same for all rows, ranks and starts of a run."""
-        return (self.begun or datetime.now()).strftime(form)
+        """Return what a template's ``strftime_now`` prints: a date that is the same for all rows, ranks and starts of a run."""
+        return (self.started_at or datetime.now()).strftime(form)
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of each text, nothing added before or after it."""
+        """Return the token ids of each text, with nothing added before or after it."""
         if not texts:
             return []
         return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
 
     def encode_continuations(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of each text as a continuation of another one: without the space that a tokenizer puts before a beginning.
+        """Return the token ids of each text as a continuation of another text: without the space that some tokenizers put before a text.
 
         Raises:
-            ValueError: the tokenizer does not let the two be told apart.
+            ValueError: The tokenizer merges a text with everything before it.
         """
         if not self._adds_prefix:
             return self.encode(texts)
@@ -130,20 +130,24 @@ class TextEncoder:
         return adds_prefix(self.encode)
 
     def decode(self, token_ids: list[int]) -> str:
-        """Text of ``token_ids``, special tokens left out."""
+        """Return the text of ``token_ids`` without special tokens."""
         return self.tokenizer.decode(token_ids, skip_special_tokens=True)
 
 
 def tokenizer_folder(model: ModelConfig) -> str:
-    """Where a role's tokenizer is: ``model.tokenizer``, else ``model.path``."""
+    """Return the folder of a role's tokenizer: ``model.tokenizer``, or else ``model.path``."""
     return model.tokenizer if model.tokenizer is not None else model.path
 
 
 def load_tokenizer(folder: str, field: str) -> PreTrainedTokenizerBase:
-    """The tokenizer in ``folder``; code that a checkpoint brings along is never run. ``field`` is for error messages.
+    """Load the tokenizer in ``folder``. Code that comes with a checkpoint is never run.
+
+    Args:
+        folder: Folder of a model or tokenizer.
+        field: Option that names the folder, for error messages.
 
     Raises:
-        ValueError: no tokenizer there, or no end-of-sequence token.
+        ValueError: The folder has no tokenizer, or the tokenizer has no end-of-sequence token.
     """
     if not any(os.path.isfile(os.path.join(folder, name)) for name in TOKENIZER_FILES):
         raise ValueError(f"{field}={folder}: the folder has no tokenizer ({', '.join(TOKENIZER_FILES)})")
@@ -160,17 +164,19 @@ def load_tokenizer(folder: str, field: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_text_encoder(model: ModelConfig, data: DataConfig, role: str, begun: datetime | None = None) -> TextEncoder:
-    """The tokenizer of ``role``'s model with the template that ``data`` chooses.
+def load_text_encoder(
+    model: ModelConfig, data: DataConfig, role: str, started_at: datetime | None = None
+) -> TextEncoder:
+    """Load the tokenizer of a role's model, with the template that ``data`` chooses.
 
     Args:
-        model: Of the role.
-        data: Chooses the template.
-        role: Its name in errors.
-        begun: When the run began, which a template may print.
+        model: Model section of the role.
+        data: Data section, which chooses the template.
+        role: Name of the role, for error messages.
+        started_at: Start of the run, which a template may print.
 
     Raises:
-        ValueError: no tokenizer, no template where one is asked for, or a template that is not Jinja.
+        ValueError: The tokenizer or the required template is missing, or the template is not Jinja.
     """
     folder = tokenizer_folder(model)
     tokenizer = load_tokenizer(folder, f"{role}.model.tokenizer" if model.tokenizer else f"{role}.model.path")
@@ -178,21 +184,21 @@ def load_text_encoder(model: ModelConfig, data: DataConfig, role: str, begun: da
     own_ids = tokenizer("")["input_ids"]
     prefix = [tokenizer.bos_token_id] if tokenizer.bos_token_id in own_ids else []
     ends = find_end_tokens(tokenizer, model.path)
-    return TextEncoder(tokenizer, template, prefix, tokenizer.eos_token_id, folder, ends, begun)
+    return TextEncoder(tokenizer, template, prefix, tokenizer.eos_token_id, folder, ends, started_at)
 
 
 def load_reward_encoder(
-    role: RewardRoleConfig, data: DataConfig, name: str, begun: datetime | None = None
+    role: RewardRoleConfig, data: DataConfig, name: str, started_at: datetime | None = None
 ) -> TextEncoder:
-    """The tokenizer of a reward model that reads texts anew, with its own template; without one where the run has none.
+    """Load the tokenizer of a reward model that encodes texts again, with its own template, or without one if the run has none.
 
     Raises:
-        ValueError: as ``load_text_encoder``.
+        ValueError: The tokenizer or the required template is missing, or the template is not Jinja.
     """
     assert role.re_encode is not None
     own = dataclasses.replace(data, chat_template=role.re_encode.chat_template)
     try:
-        return load_text_encoder(role.model, own, name, begun)
+        return load_text_encoder(role.model, own, name, started_at)
     except ValueError as error:
         raise ValueError(str(error).replace("data.chat_template", f"{name}.re_encode.chat_template")) from error
 
@@ -225,14 +231,14 @@ def _choose_template(tokenizer: PreTrainedTokenizerBase, data: DataConfig, folde
 
 
 def check_tokenizers(config: AnyConfig) -> None:
-    """Every role knows the tokens that the run's tokenizer makes, by the same ids.
+    """Check that every role has the same ids for the tokens that the run's tokenizer makes.
 
-    Token ids go from role to role as they are; a critic or reward model of another vocabulary would read other words. A reward
-    model may have texts encoded anew instead (``re_encode``).
+    Roles exchange token ids without change, so a critic or reward model with another vocabulary would read other words. A reward model may
+    have texts encoded again instead (``re_encode``).
 
     Raises:
-        ValueError: a token id, or one that ends a sequence, that has no embedding row; another vocabulary, end-of-sequence token, or template of a reward model; or
-            texts would be encoded anew for no reason.
+        ValueError: A token id or end-token id has no embedding row; a model has another vocabulary or end-of-sequence token; a reward model
+            has another template; or ``re_encode`` is set without need.
     """
     if isinstance(config, PpoConfig):
         _check_reward_encoders(config)
@@ -253,7 +259,7 @@ def check_tokenizers(config: AnyConfig) -> None:
 
 
 def _check_reward_encoders(config: PpoConfig) -> None:
-    """Texts are encoded anew where the reward model's ids would be others, and there alone."""
+    """Check that texts are encoded again exactly for those reward models whose token ids would differ."""
     policy = load_text_encoder(config.actor.model, config.data, "actor")
     for name, role in config_reward_models(config).items():
         folder = tokenizer_folder(role.model)
@@ -271,7 +277,7 @@ def _check_reward_encoders(config: PpoConfig) -> None:
             raise ValueError(
                 f"{name}: the tokenizer in {folder} has another chat template than the one in {policy.source}, so prompts would look "
                 f"otherwise than {name} learned; set data.chat_template to the one that all were trained with, or "
-                f"{name}.re_encode.max_tokens to have texts encoded anew by its own"
+                f"{name}.re_encode.max_tokens to have texts encoded again with its own"
             )
 
 
@@ -306,4 +312,4 @@ def _check_same_vocabulary(
 def _way_out(role: str) -> str:
     if not role.startswith("reward_model"):
         return ""
-    return f", or set {role}.re_encode.max_tokens: responses are then decoded and encoded anew with {role}'s tokenizer"
+    return f", or set {role}.re_encode.max_tokens: responses are then decoded and encoded again with {role}'s tokenizer"

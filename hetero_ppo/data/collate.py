@@ -1,4 +1,4 @@
-"""Lists of examples -> padded batches. Padding is on the right and has id 0; its id is never looked at."""
+"""Collate lists of examples into padded batches. Padding is on the right and has id 0, which nothing reads."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hetero_ppo.types import PreferenceBatch, PromptBatch, SupervisedBatch
 
 
 def pad_right(sequences: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
-    """([B, S] int64 ids, [B] int64 lengths); S is the longest sequence."""
+    """Pad sequences on the right to the longest, S: return [B, S] int64 ids and [B] int64 lengths."""
     lengths = torch.tensor([len(ids) for ids in sequences], dtype=torch.int64)
     padded = torch.zeros(len(sequences), int(lengths.max()), dtype=torch.int64)
     for row, ids in enumerate(sequences):
@@ -23,7 +23,7 @@ def pad_right(sequences: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
 
 
 def collate_sft(examples: Sequence[SftExample]) -> SupervisedBatch:
-    """At least one example -> SupervisedBatch. Column t of the mask is the prediction of token t + 1."""
+    """Collate at least one example. Column t of the mask belongs to the prediction of token t + 1."""
     token_ids, lengths = pad_right([example.token_ids for example in examples])
     mask = torch.zeros(token_ids.shape[0], token_ids.shape[1] - 1, dtype=torch.bool)
     for row, example in enumerate(examples):
@@ -33,7 +33,7 @@ def collate_sft(examples: Sequence[SftExample]) -> SupervisedBatch:
 
 
 def collate_preferences(examples: Sequence[PreferenceExample]) -> PreferenceBatch:
-    """At least one pair -> PreferenceBatch; the two sides are padded each to its own longest."""
+    """Collate at least one pair. Chosen and rejected sequences are padded separately, each side to its own longest."""
     chosen_ids, chosen_lengths = pad_right([example.chosen_ids for example in examples])
     rejected_ids, rejected_lengths = pad_right([example.rejected_ids for example in examples])
     return PreferenceBatch(
@@ -45,8 +45,8 @@ def collate_preferences(examples: Sequence[PreferenceExample]) -> PreferenceBatc
 
 
 def collate_prompts(examples: Sequence[PromptExample]) -> PromptBatch:
-    """Prompts stay lists: the engine pads nothing."""
-    examples = list(examples)  # each is read once
+    """Collate prompts. They stay lists, because the generator needs no padding."""
+    examples = list(examples)  # every access to a stored example reads from its file
     return PromptBatch(
         prompt_ids=[example.prompt_ids for example in examples],
         prompt_texts=[example.text for example in examples],

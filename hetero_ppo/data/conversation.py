@@ -1,11 +1,10 @@
-"""Prompts with answers -> one token sequence that knows which of its tokens are answers.
+"""Encode prompts with answers as one token sequence in which the answers' tokens are marked.
 
-With a chat template the conversation is rendered again and again: up to where each answer begins, and through its end. Each of
-these texts has to be the beginning of the next one, or where an answer is cannot be told. Token ids grow from text to text: the
-ids of the longer text where they begin with those of the shorter one, and otherwise the ids so far with those of the rest behind
-them. So no token lies over the border of an answer, as in generation, where a model's tokens come after the prompt's. The
-ids of a prompt depend on its own messages alone: SFT, preference pairs, PPO and reward models that read texts again all take
-the same steps, and agree.
+With a chat template the conversation is rendered several times: up to where each answer begins, and up to where it ends. Each of these
+texts must be the beginning of the next one; otherwise the place of an answer is unknown. Token ids grow from text to text. If the ids of
+the longer text begin with those of the shorter one, they are taken. Otherwise the ids of the rest are appended to the ids so far. So no
+token crosses the border of an answer, as in generation, where a model's tokens follow the prompt's. The ids of a prompt depend only on its
+own messages. SFT, preference pairs, PPO and reward models that encode texts again all take the same steps, so they agree.
 """
 
 from __future__ import annotations
@@ -23,63 +22,62 @@ from hetero_ppo.types import Messages
 
 @dataclass(frozen=True)
 class PlainPair:
-    """A prompt and its answer, tokenised as they stand and concatenated."""
+    """One prompt and its answer, tokenised as plain text and concatenated."""
 
     row: Row
-    prompt: str  # may be empty where the answer holds the prompt
+    prompt: str  # empty if the answer contains the prompt
     answer: str
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages of which the assistant's are answers, from ``first_answer`` on; the last message is one."""
+    """One conversation. From ``first_answer`` on, the assistant's messages are answers; the last message is one."""
 
     row: Row
-    field: str  # for error messages
+    field: str  # key of the messages, for error messages
     messages: list[Message]
     first_answer: int  # index into messages; earlier assistant messages belong to the prompt
-    not_learned: frozenset[int] = frozenset()  # indices of answers that take no part in the loss
+    not_learned: frozenset[int] = frozenset()  # indices of answers that are not in the loss
     tools: list[dict[str, Any]] | None = None
 
 
 @dataclass(frozen=True)
 class EncodedSequence:
-    """Token ids that end with a token that ends a sequence."""
+    """Token ids of one sequence; the last token is one that ends a sequence."""
 
     token_ids: list[int]
-    answer_spans: list[
-        tuple[int, int]
-    ]  # [start, end) of each answer that is learned, its end-of-sequence token included
+    #: [start, end) of each answer that is learned, its end-of-sequence token included.
+    answer_spans: list[tuple[int, int]]
 
     @property
     def prompt_length(self) -> int:
-        """Tokens before the first answer."""
+        """Number of tokens before the first answer."""
         return self.answer_spans[0][0]
 
 
 @dataclass(frozen=True)
 class Cut:
-    """A place in the text of a conversation where tokens begin anew: an answer's beginning or its end."""
+    """A place in the text of a conversation that no token may cross: the beginning or the end of an answer."""
 
-    text: str  # all that is before it
+    text: str  # the text before this place
     answer: int | None = None  # index of the message whose answer begins here
     ends: int | None = None  # index of the message whose answer ends here
 
 
 @dataclass
 class GrowingIds:
-    """Token ids of a text that becomes longer and longer."""
+    """Token ids of a text that is extended step by step."""
 
     encoder: TextEncoder
     text: str = ""
     ids: list[int] = field(default_factory=list)
 
     def extend(self, text: str, whole_ids: list[int]) -> None:
-        """Go on to ``text``, which begins with the present one.
+        """Extend the text to ``text``, which begins with the present one.
 
         Args:
             text: Longer text.
-            whole_ids: Its token ids as one text.
+            whole_ids: Token ids of the longer text as a whole.
         """
         assert text.startswith(self.text)
         if whole_ids[: len(self.ids)] == self.ids:
@@ -92,10 +90,10 @@ class GrowingIds:
 def conversation(
     row: Row, field: str, messages: list[Message], first_answer: int, tools: list[dict[str, Any]] | None = None
 ) -> Conversation:
-    """Check that there is an answer to learn from.
+    """Build a conversation, after checking that it has an answer to learn from.
 
     Raises:
-        ValueError: the last message is not the assistant's, nothing comes before the first answer, or no answer is in the loss.
+        ValueError: The last message is not the assistant's, nothing comes before the first answer, or no answer is in the loss.
     """
     if messages[-1]["role"] != "assistant":
         raise row.error(field, f"the last message has to be the assistant's, it is the {messages[-1]['role']}'s")
@@ -112,10 +110,10 @@ def conversation(
 
 
 def encode_sequences(encoder: TextEncoder, items: Sequence[PlainPair | Conversation]) -> list[EncodedSequence]:
-    """Token ids and answer spans of each item, in few calls of the tokenizer.
+    """Return token ids and answer spans of each item, with few calls of the tokenizer.
 
     Raises:
-        ValueError: names the row whose rendering is not a prefix of the whole, or that the template refuses.
+        ValueError: The template refuses a row, or a rendered part of a row is not a prefix of the whole. The message names the row.
     """
     pairs = iter(_encode_pairs(encoder, [item for item in items if isinstance(item, PlainPair)]))
     cuts_of = [[] if isinstance(item, PlainPair) else _cuts_of_row(encoder, item) for item in items]
@@ -133,19 +131,19 @@ def encode_sequences(encoder: TextEncoder, items: Sequence[PlainPair | Conversat
 
 @dataclass(frozen=True)
 class Context:
-    """Messages up to where a model answers."""
+    """Messages of one prompt, up to where a model answers."""
 
     row: Row
-    field: str  # for error messages
+    field: str  # key of the messages, for error messages
     messages: list[Message]
     tools: list[dict[str, Any]] | None = None
 
 
 def encode_contexts(encoder: TextEncoder, items: Sequence[Context]) -> list[list[int]]:
-    """Token ids of prompts up to where the answer begins, in one call of the tokenizer.
+    """Return the token ids of prompts up to where the answer begins, with one call of the tokenizer.
 
     Raises:
-        ValueError: names the row whose messages the template refuses.
+        ValueError: The template refuses the messages of a row, which the message names.
     """
     cuts_of = []
     for item in items:
@@ -165,17 +163,18 @@ def encode_contexts(encoder: TextEncoder, items: Sequence[Context]) -> list[list
 
 
 def encode_responses(encoder: TextEncoder, items: Sequence[tuple[Messages | None, str, str, bool]]) -> list[list[int]]:
-    """Token ids of prompts with a response that a policy made, in one call of the tokenizer.
+    """Return the token ids of prompts with a response that a policy generated, with one call of the tokenizer.
 
-    Of a finished response the ids are those that ``encode_sequences`` gives for the same conversation. One that is not
-    finished has no end-of-sequence token: its ids end with the last one of its text.
+    A finished response has the ids that ``encode_sequences`` gives for the same conversation. An unfinished one has no end-of-sequence
+    token: its ids end with the last one of its text.
 
     Args:
-        encoder: whose template and end-of-sequence token are used.
-        items: (messages of the prompt, text of the prompt, text of the response, finished?); the text is read where there is no template.
+        encoder: Tokenizer, template and end-of-sequence token.
+        items: Tuples of (messages of the prompt, text of the prompt, text of the response, finished?). The prompt's text is read only
+            without a template.
 
     Raises:
-        ValueError: the template refuses the messages.
+        ValueError: The template refuses the messages.
     """
     if encoder.template is None:
         befores = encoder.encode([prompt for _, prompt, _, _ in items])
@@ -196,7 +195,7 @@ def encode_responses(encoder: TextEncoder, items: Sequence[tuple[Messages | None
 def _render_responses(
     encoder: TextEncoder, items: Sequence[tuple[Messages | None, str, str, bool]]
 ) -> list[tuple[list[int], list[int]]]:
-    """(ids before the response, ids of the response and of what the template writes after it)."""
+    """Return (ids before the response, ids of the response and of the template's text after it) of each item."""
     cuts_of = []
     for messages, _, response, _ in items:
         assert messages is not None, "prompts of a run with a template have messages"
@@ -209,7 +208,7 @@ def _render_responses(
         if cuts[-1].text.startswith(cuts[-2].text):
             *_, before, whole = _grow(encoder, cuts, pieces)
             pairs.append((before, whole[len(before) :]))
-        else:  # the template writes the prompt otherwise once an answer follows, which begins where the two part
+        else:  # the template changes the prompt once an answer follows; the answer begins where the two texts differ
             before, whole = pieces[-2:]
             start = next((n for n, (a, b) in enumerate(zip(before, whole)) if a != b), min(len(before), len(whole)))
             pairs.append((whole[:start], whole[start:]))
@@ -217,7 +216,7 @@ def _render_responses(
 
 
 def check_begin(encoder: TextEncoder, row: Row, token_ids: list[int]) -> None:
-    """Raise ValueError where a sequence has two begin-of-sequence tokens: the template's, or the text's, and the tokenizer's."""
+    """Raise ValueError when a sequence has two begin-of-sequence tokens: one from the template or the text, one from the tokenizer."""
     bos = encoder.tokenizer.bos_token_id
     if bos is not None and token_ids[:2] == [bos, bos]:
         raise ValueError(
@@ -227,10 +226,10 @@ def check_begin(encoder: TextEncoder, row: Row, token_ids: list[int]) -> None:
 
 
 def _cuts_of_row(encoder: TextEncoder, item: Conversation) -> list[Cut]:
-    """The cuts of a conversation whose learned answers can all be told.
+    """Return the cuts of a conversation, after checking that the place of every learned answer is known.
 
     Raises:
-        ValueError: the template refuses the messages, or writes them otherwise once later ones follow.
+        ValueError: The template refuses the messages, or writes earlier ones differently once later ones follow.
     """
     try:
         cuts = _cuts(encoder, item.messages, item.tools, item.first_answer)
@@ -250,14 +249,14 @@ def _cuts_of_row(encoder: TextEncoder, item: Conversation) -> list[Cut]:
 def _cuts(
     encoder: TextEncoder, messages: Messages, tools: list[dict[str, Any]] | None, first_answer: int | None
 ) -> list[Cut]:
-    """Where answers begin and end, in order; the last one is the end of the whole text.
+    """Return where answers begin and end, in order. The last cut is the end of the whole text.
 
     Args:
-        encoder: Whose template renders.
-        messages: A conversation that ends with an answer, or a prompt.
-        tools: What the messages may call.
-        first_answer: Index of the first message that is an answer. Cuts of earlier ones are left out where the template writes
-            these otherwise later. None: all messages are a prompt.
+        encoder: Encoder whose template renders.
+        messages: Conversation that ends with an answer, or a prompt.
+        tools: Tools that the messages may call.
+        first_answer: Index of the first message that is an answer. Cuts of earlier messages are left out if the template writes these
+            differently later. None: all messages are a prompt.
     """
     found = list(_renderings(encoder, messages, tools, first_answer))
     if first_answer is None:
@@ -286,7 +285,7 @@ def _renderings(
         except ValueError:
             if first_answer is not None and place >= first_answer:
                 raise
-            continue  # the template takes the whole prompt, and not this part of it
+            continue  # the template accepts the whole prompt, but not this part of it
         yield Cut(before, answer=place)
         yield Cut(through, ends=place)
     if first_answer is None:
@@ -294,7 +293,7 @@ def _renderings(
 
 
 def _grow(encoder: TextEncoder, cuts: Sequence[Cut], pieces: Sequence[list[int]]) -> list[list[int]]:
-    """The ids before every cut; each begins with the one before it."""
+    """Return the ids before every cut; each list begins with the one before it."""
     growing, grown = GrowingIds(encoder), []
     for cut, ids in zip(cuts, pieces, strict=True):
         growing.extend(cut.text, ids)
@@ -334,7 +333,7 @@ def _encode_conversation(
             spans[cut.ends] = (starts[cut.ends], _answer_end(ends, ids, starts[cut.ends]))
     last = max(spans)
     start, end = spans[last]
-    # what a template writes after the end-of-sequence token (ChatML: a line break) is never generated
+    # the model never generates what a template writes after the end-of-sequence token (ChatML: a line break)
     token_ids = grown[-1][:end]
     if token_ids[-1] not in ends:
         token_ids = token_ids + [encoder.eos_token_id]
@@ -348,7 +347,7 @@ def _encode_conversation(
 
 
 def _answer_end(ends: AbstractSet[int], ids: list[int], start: int) -> int:
-    """One past the answer's end-of-sequence token; the end of ``ids`` where the template writes none."""
+    """Return the index after the answer's end-of-sequence token, or the length of ``ids`` if the template writes none."""
     for position in range(len(ids) - 1, start - 1, -1):
         if ids[position] in ends:
             return position + 1

@@ -1,4 +1,4 @@
-"""A data set: token ids of every example, what was left out, and a fingerprint."""
+"""A data set: the token ids of every example, a report of the rows that were left out, and a fingerprint."""
 
 from __future__ import annotations
 
@@ -16,53 +16,53 @@ from typing import Any, Generic, Protocol, TypeVar
 from tqdm import tqdm
 
 from hetero_ppo.config.schema import OverlongPrompts
-from hetero_ppo.data.node_share import Place
+from hetero_ppo.data.node_share import DataPlace
 from hetero_ppo.data.reading import FileFacts, Row
 from hetero_ppo.data.storage import Codec, ExampleWriter, StoredExamples
 from hetero_ppo.observability.progress import PlainProgress, progress
 
-#: Rows that are handed to the tokenizer in one call.
+#: Number of rows that the tokenizer gets in one call.
 BLOCK_ROWS = 1024
-#: Beside the stored examples: what became of the rows, and tokens of every row.
+#: Files next to the stored examples: the report on the rows, and the number of tokens of every row.
 REPORT_FILE, LENGTHS_FILE = "report.json", "lengths.bin"
 
 T = TypeVar("T")
 
 
 class Example(Protocol):
-    """What every kind of example offers."""
+    """Interface of all kinds of examples."""
 
     @property
     def num_tokens(self) -> int:
-        """Length that the limit applies to."""
+        """Number of tokens that the limit applies to."""
 
     @property
     def all_ids(self) -> list[list[int]]:
-        """Every token list of the example, for the fingerprint."""
+        """All token lists of the example, for the fingerprint."""
 
 
 E = TypeVar("E", bound=Example)
 
 
 @dataclass(frozen=True)
-class LoadReport:
-    """What became of the rows of a file."""
+class DatasetReport:
+    """Report on the rows of a file: how many are used, and how many were left out."""
 
     path: str
     num_rows: int
-    num_overlong: int  # left out
+    num_overlong: int  # too long, left out
     num_identical: int  # preference pairs whose two answers are the same, left out
-    token_lengths: Sequence[int]  # of every row that was read, over-long ones included
-    max_tokens: int  # the limit
-    limit_field: str
-    notes: tuple[str, ...] = ()  # what else to print about the file
+    token_lengths: Sequence[int]  # tokens of every row that was read, over-long ones included
+    max_tokens: int  # most tokens of an example
+    limit_field: str  # option that sets this limit
+    notes: tuple[str, ...] = ()  # further lines to print about the file
 
     @property
     def num_kept(self) -> int:
         return self.num_rows - self.num_overlong - self.num_identical
 
     def describe(self) -> str:
-        """How many rows are used, what was left out for which reason, and the notes, one a line."""
+        """Describe how many rows are used and how many were left out for which reason; the notes follow, one per line."""
         left_out = []
         if self.num_overlong:
             left_out.append(f"{self.num_overlong} longer than {self.limit_field}={self.max_tokens} tokens")
@@ -77,7 +77,7 @@ class Dataset(Generic[E]):
     """Examples in file order."""
 
     examples: Sequence[E]
-    report: LoadReport
+    report: DatasetReport
     fingerprint: str  # sha256 over the token ids of all examples
 
     def __len__(self) -> int:
@@ -87,7 +87,7 @@ class Dataset(Generic[E]):
 def encode_in_blocks(
     path: str, rows: Iterable[Row], encode: Callable[[Sequence[Row]], list[T]]
 ) -> Iterator[tuple[Row, T]]:
-    """Each row with its encoding, in file order; tokenizers are many times faster on blocks than on single texts."""
+    """Yield each row with its encoding, in file order. Tokenizers are many times faster on blocks than on single texts."""
     remaining = iter(rows)
     counter: tqdm | PlainProgress[Row] = progress(description=f"tokenise {path}", unit="row")
     with counter as bar:
@@ -98,31 +98,32 @@ def encode_in_blocks(
 
 @dataclass(frozen=True)
 class DatasetRules:
-    """How the rows of a file become a data set."""
+    """Rules that turn the rows of a file into a data set."""
 
-    max_tokens: int  # the limit
-    limit_field: str  # option that sets it
+    max_tokens: int  # most tokens of an example
+    limit_field: str  # option that sets this limit
     overlong: OverlongPrompts  # what to do with a longer example
-    is_identical: Callable[[Any], bool]  # whether an example teaches nothing because its two answers are the same
-    notes: Callable[
-        [FileFacts], Sequence[str]
-    ]  # lines to print about what the whole file has and lacks; it may refuse the file
+    is_identical: Callable[
+        [Any], bool
+    ]  # whether the two answers of an example are the same, so that it teaches nothing
+    #: Gives lines to print about what the whole file has and lacks; may refuse the file.
+    notes: Callable[[FileFacts], Sequence[str]]
 
 
 def make_dataset(
-    path: str, encoded: Iterable[tuple[Row, E]], rules: DatasetRules, codec: Codec[E], place: Place
+    path: str, encoded: Iterable[tuple[Row, E]], rules: DatasetRules, codec: Codec[E], place: DataPlace
 ) -> Dataset[E]:
-    """Apply the length limit and make the fingerprint.
+    """Store the examples that fit the length limit, and compute the fingerprint.
 
     Args:
         path: Data file.
-        encoded: Its rows with their examples; looped over where the data is read.
-        rules: What is done with them.
-        codec: How examples are stored.
-        place: Which process reads, and where the examples are stored.
+        encoded: Rows of the file with their examples. Only the process that reads the data iterates over them.
+        rules: Rules for the rows.
+        codec: Form in which examples are stored.
+        place: Process that reads, and folder of the stored examples.
 
     Raises:
-        ValueError: over-long rows where ``overlong`` is error, or nothing left.
+        ValueError: A row is too long and ``overlong`` is error, or no row is left.
     """
 
     def build(folder: Path) -> None:
@@ -132,7 +133,7 @@ def make_dataset(
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             raise ValueError(
-                f"{path}: no room for its tokens and texts in {folder.parent}; set TMPDIR to a folder with room for three times the file"
+                f"{path}: no space for its tokens and texts in {folder.parent}; set TMPDIR to a folder with space for three times the file"
             ) from error
         values = {**dataclasses.asdict(report), "token_lengths": None}
         (folder / LENGTHS_FILE).write_bytes(array("I", report.token_lengths).tobytes())
@@ -143,8 +144,8 @@ def make_dataset(
 
 def _build(
     path: str, encoded: Iterable[tuple[Row, E]], rules: DatasetRules, folder: Path, codec: Codec[E]
-) -> tuple[LoadReport, str]:
-    """Write the examples that are kept; what became of the rows, and the fingerprint."""
+) -> tuple[DatasetReport, str]:
+    """Write the examples that are kept; return the report on the rows, and the fingerprint."""
     longest: tuple[str, int] = ("", 0)
     lengths = array("I")
     num_identical = num_too_long = 0
@@ -162,7 +163,7 @@ def _build(
             else:
                 writer.append(example)
                 add_to_fingerprint(digest, example)
-    report = LoadReport(
+    report = DatasetReport(
         path,
         len(lengths),
         num_too_long,
@@ -188,12 +189,12 @@ def _open(folder: Path, codec: Codec[E]) -> Dataset[E]:
     written = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))
     values = written["report"]
     lengths = array("I", (folder / LENGTHS_FILE).read_bytes())
-    report = LoadReport(**{**values, "token_lengths": lengths, "notes": tuple(values["notes"])})
+    report = DatasetReport(**{**values, "token_lengths": lengths, "notes": tuple(values["notes"])})
     return Dataset(StoredExamples(folder, codec), report, written["fingerprint"])
 
 
 def add_to_fingerprint(digest: hashlib._Hash, example: Example) -> None:
-    """Add the token ids of an example; the fingerprint of a data set covers all of them, in order."""
+    """Add the token ids of an example. The fingerprint of a data set covers the ids of all examples, in order."""
     for ids in example.all_ids:
         digest.update(len(ids).to_bytes(8, "little"))
         digest.update(array("q", ids).tobytes())

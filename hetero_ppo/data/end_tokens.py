@@ -1,4 +1,4 @@
-"""Token ids that end a sequence: of the tokenizer, of the model's config.json, and of its generation_config.json."""
+"""Token ids that end a sequence, from the tokenizer, the model's config.json and its generation_config.json."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ EOS_FILES = ("config.json", "generation_config.json")
 
 @dataclass(frozen=True)
 class EndToken:
-    """A token that ends a sequence."""
+    """One token that ends a sequence."""
 
     token_id: int
     token: str | None  # None: the tokenizer has no token of this id
@@ -27,10 +27,10 @@ class EndToken:
 
 
 def find_end_tokens(tokenizer: PreTrainedTokenizerBase, model_folder: str) -> tuple[EndToken, ...]:
-    """Return the union of all three sources, the tokenizer's own first.
+    """Return the end tokens of all three sources, the tokenizer's own first.
 
     Raises:
-        ValueError: an ``eos_token_id`` that is neither an id nor a list of ids.
+        ValueError: An ``eos_token_id`` is neither an id nor a list of ids.
     """
     sources: dict[int, list[str]] = {tokenizer.eos_token_id: ["tokenizer"]}
     for name in EOS_FILES:
@@ -41,10 +41,10 @@ def find_end_tokens(tokenizer: PreTrainedTokenizerBase, model_folder: str) -> tu
 
 
 def read_json_file(file: Path) -> dict[str, Any]:
-    """Return the object in a JSON file of a model folder, {} where there is no such file.
+    """Return the object in a JSON file of a model folder; {} if there is no such file.
 
     Raises:
-        ValueError: not a JSON object.
+        ValueError: The file is not a JSON object.
     """
     if not file.is_file():
         return {}

@@ -1,10 +1,10 @@
-"""Bad values as error messages show them."""
+"""Shorten bad values for error messages."""
 
 from __future__ import annotations
 
 import json
 
-#: Characters of a bad value that an error shows.
+#: Number of characters of a bad value that an error shows.
 EXCERPT_LENGTH = 60
 
 

@@ -1,4 +1,4 @@
-"""What an export needs so that others use the model as the run did: its chat template, and the tokens that end and pad a sequence."""
+"""Files of an export that let others use the model as the run did: its chat template, and the tokens that end and pad a sequence."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ GENERATION_CONFIG = "generation_config.json"
 
 @dataclass(frozen=True)
 class ExportFiles:
-    """Additions to a Hugging Face folder."""
+    """Additions to an exported Hugging Face folder."""
 
     files: dict[str, str] = field(default_factory=dict)  # name -> text; they replace the files of the source folder
     config: dict[str, Any] = field(default_factory=dict)  # entries of config.json
 
 
 def export_files(encoder: TextEncoder, model_folder: str, head: str) -> ExportFiles:
-    """Return what goes with the weights of a role.
+    """Return the files and config entries that are exported with the weights of a role.
 
     Args:
         encoder: Tokenizer and template of the run.
@@ -32,13 +32,13 @@ def export_files(encoder: TextEncoder, model_folder: str, head: str) -> ExportFi
         head: "lm", "value" or "score".
 
     Raises:
-        ValueError: a JSON file of the model or tokenizer folder is damaged.
+        ValueError: A JSON file of the model or tokenizer folder is damaged.
     """
     files = _template_files(encoder)
     tokenizer, ends = encoder.tokenizer, encoder.end_token_ids
     if head != "lm":
-        # transformers reads a classifier's output at the last token that is not padding. Where padding is also what ends a sequence
-        # that would be the token before the end: without a padding token it takes one sequence at a time, and reads the last token.
+        # transformers reads a classifier's output at the last token that is not padding. If padding is also an end token, that would be
+        # the token before the end. Without a padding token transformers takes one sequence at a time and reads its last token.
         pad = tokenizer.pad_token_id
         return ExportFiles(files, {"pad_token_id": None if pad in ends else pad})
     generation = read_json_file(Path(model_folder) / GENERATION_CONFIG)
@@ -52,7 +52,7 @@ def export_files(encoder: TextEncoder, model_folder: str, head: str) -> ExportFi
 
 
 def _template_files(encoder: TextEncoder) -> dict[str, str]:
-    """The run's template in the place of the tokenizer's; {} where it is the tokenizer's own."""
+    """Return the run's template as a replacement of the tokenizer's; {} if they are the same."""
     if encoder.template is None or encoder.template == encoder.tokenizer.chat_template:
         return {}
     files = {TEMPLATE_FILE: encoder.template}

@@ -1,4 +1,4 @@
-"""What a whole data file has and lacks: lines to print, and files that do not fit the options."""
+"""Lines to print about what a whole data file has and lacks, and checks that it fits the options."""
 
 from __future__ import annotations
 
@@ -11,22 +11,24 @@ from typing import Any
 from hetero_ppo.config.schema import DataConfig, PromptDataConfig
 from hetero_ppo.data.reading import FileFacts
 
-#: Keys that a template need not read: what a message is, not what it says.
+#: Keys that a template need not read: they describe a message but are not its content.
 SILENT_MESSAGE_KEYS = ("id", "name", "timestamp")
 
 
 class LabelTypes:
-    """Counts the labels of a file of prompts by type."""
+    """Counter of the types of the labels in a file of prompts."""
 
     def __init__(self, data: PromptDataConfig) -> None:
-        """Args:
-        data: Names of the fields.
+        """Count for one file.
+
+        Args:
+            data: Data section, with the names of the fields.
         """
         self.key = data.label_key
         self._types: Counter[str] = Counter()
 
     def add(self, labels: Iterable[Any]) -> None:
-        """Count the labels; None is a row without one."""
+        """Count labels; None stands for a row without one."""
         self._types.update(type(label).__name__ for label in labels)
 
     def notes(self, facts: FileFacts) -> list[str]:
@@ -49,16 +51,16 @@ class LabelTypes:
 
 
 def file_notes(facts: FileFacts, data: DataConfig, keys: Sequence[str], template: str | None) -> list[str]:
-    """Return lines about what is in the file and not read.
+    """Return lines about fields of the file that nothing reads.
 
     Args:
-        facts: What was seen of the file.
-        data: Names of the fields.
-        keys: Fields of ``data`` that the kind of file is read by.
+        facts: Facts about the file.
+        data: Data section, with the names of the fields.
+        keys: Names of the options of ``data`` that name the fields of this kind of file.
         template: Chat template of the run.
 
     Raises:
-        ValueError: an option names a field that no row has.
+        ValueError: An option names a field that no row has.
     """
     defaults = {option.name: option.default for option in dataclasses.fields(data)}
     for key in keys:

@@ -1,4 +1,4 @@
-"""Read the objects of JSONL and parquet files one after the other; errors name file and line."""
+"""Read the objects of JSONL and parquet files one after the other. Errors name file and line."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from hetero_ppo.data.strict_json import parse_json
 if TYPE_CHECKING:
     import pyarrow
 
-#: Rows of a parquet file that are in memory at a time.
+#: Number of rows of a parquet file that are in memory at a time.
 PARQUET_ROWS = 1024
 
-#: First bytes of files that are often given another's name.
+#: First bytes of files that often have a wrong name -> what the file is, and what to do.
 SIGNATURES = {
     b"\x1f\x8b": "is compressed with gzip; unpack it (gunzip)",
     b"\x28\xb5\x2f\xfd": "is compressed with zstandard; unpack it (unzstd)",
@@ -32,11 +32,11 @@ SIGNATURES = {
 
 
 def read_objects(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (line or row, both from 1, object) of a ``.jsonl`` or ``.parquet`` file; blank lines of a JSONL file are skipped.
+    """Yield (line or row number from 1, object) of a ``.jsonl`` or ``.parquet`` file. Blank lines of a JSONL file are skipped.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: unknown ending, unreadable file, or a line that is not a JSON object in UTF-8.
+        FileNotFoundError: The file does not exist.
+        ValueError: The ending is unknown, the file is unreadable, or a line is not a JSON object in UTF-8.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"data file {path!r} does not exist (current folder: {os.getcwd()})")
@@ -83,8 +83,8 @@ def _parse_line(path: str, number: int, line: bytes) -> dict[str, Any]:
 
 
 def _read_parquet(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Objects as a JSONL file would have them: see ``_as_json``."""
-    # Imported now: it is large, and most runs read JSONL alone.
+    """Yield objects as a JSONL file would have them (``_as_json``)."""
+    # Imported here: it is large, and most runs read only JSONL.
     import pyarrow
     import pyarrow.parquet
 
@@ -104,7 +104,7 @@ def _to_python(path: str, batch: pyarrow.RecordBatch, rows_before: int) -> list[
         return batch.to_pylist(maps_as_pydicts="strict")
     except (UnicodeDecodeError, KeyError, ValueError):
         pass
-    for row in range(batch.num_rows):  # which one it is
+    for row in range(batch.num_rows):  # find the value to name in the error
         for name, column in zip(batch.schema.names, batch.columns, strict=True):
             try:
                 column[row].as_py(maps_as_pydicts="strict")
@@ -114,11 +114,11 @@ def _to_python(path: str, batch: pyarrow.RecordBatch, rows_before: int) -> list[
 
 
 def _as_json(value: Any) -> Any:
-    """A parquet value as JSON would hold it.
+    """Convert a parquet value to its JSON form.
 
-    A column of objects has the same keys in every row, null where a row had none: null keys of nested objects are left out.
-    Dates and times become ISO 8601 texts, decimals become numbers. What has no JSON form (bytes, durations, NaN) stays as it is;
-    ``Row.value`` refuses it where the field is used.
+    A column of objects has the same keys in every row, with null where a row had none: null keys of nested objects are left out. Dates and
+    times become ISO 8601 texts, and decimals become numbers. Values without a JSON form (bytes, durations, NaN) stay unchanged;
+    ``Row.value`` refuses them where the field is used.
     """
     if isinstance(value, dict):
         return {key: _as_json(item) for key, item in value.items() if item is not None}

@@ -1,4 +1,4 @@
-"""Data that is read and tokenised once on every node: by its first rank, while the others wait for the files that it writes."""
+"""Share data on a node: its first rank reads and tokenises once, and the other ranks wait for the files that it writes."""
 
 from __future__ import annotations
 
@@ -21,48 +21,53 @@ POLL_S = 0.05
 _DONE, _FAILED, _OPENED = "done", "failed", "opened"
 
 
-class Place(Protocol):
-    """Where a data set's files are written, and who reads them."""
+class DataPlace(Protocol):
+    """Where the files of a data set are written, and which process reads the data."""
 
     def share(self, build: Callable[[Path], None], open_files: Callable[[Path], T]) -> T:
-        """Return what ``open_files`` makes of the folder that ``build`` has filled; the folder is gone afterwards.
+        """Return what ``open_files`` makes of the folder that ``build`` has filled. Afterwards the folder is removed.
 
         Args:
-            build: Writes the files.
-            open_files: Opens them, so that their names are not needed any more.
+            build: Function that writes the files.
+            open_files: Function that opens them, so that their names are not needed any more.
 
         Raises:
-            ValueError, FileNotFoundError: what ``build`` raises.
+            ValueError, FileNotFoundError: ``build`` raised it.
         """
 
 
 class OwnFiles:
-    """A process that reads its data by itself."""
+    """Data place of a process that reads its data alone."""
 
     def share(self, build: Callable[[Path], None], open_files: Callable[[Path], T]) -> T:
-        """See ``Place``."""
+        """Build and open the files in this process (``DataPlace.share``)."""
         with _private_folder() as folder:
             build(folder)
             return open_files(folder)
 
 
-#: Without a run of several processes.
+#: Data place of a run with one process.
 OWN_FILES = OwnFiles()
 
 
 class NodeFiles:
-    """The ranks of a run; the first one of every node reads. Collective over the world at its beginning."""
+    """Data place of a run with several ranks: the first rank of every node reads."""
 
     def __init__(self, world: dist.ProcessGroup) -> None:
-        """Args:
-        world: Group of all ranks of the run.
+        """Read this rank's place on its node from the environment.
+
+        Args:
+            world: Group of all ranks of the run.
         """
         self.world = world
         self.local_rank = int(os.environ["LOCAL_RANK"])
         self.local_size = int(os.environ["LOCAL_WORLD_SIZE"])
 
     def share(self, build: Callable[[Path], None], open_files: Callable[[Path], T]) -> T:
-        """See ``Place``. An error of the first rank is raised on all ranks of its node."""
+        """Build the files on the node's first rank and open them on all its ranks (``DataPlace.share``).
+
+        Collective over the world at its beginning. An error of the first rank is raised on all ranks of its node.
+        """
         if self.local_rank > 0:
             return self._follow(Path(self._agree("")), open_files)
         with _private_folder() as folder:
@@ -79,13 +84,13 @@ class NodeFiles:
             return opened
 
     def _agree(self, own: str) -> str:
-        """The folder of this node. One broadcast a node: the first ranks of all nodes tell theirs."""
+        """Return the folder of this node. The first rank of every node broadcasts its folder, one broadcast per node."""
         this_node = self.world.rank() // self.local_size
         folders = [broadcast_text(own, first, self.world) for first in range(0, self.world.size(), self.local_size)]
         return folders[this_node]
 
     def _follow(self, folder: Path, open_files: Callable[[Path], T]) -> T:
-        # No collective: tokenising may take longer than a collective may. The launcher ends the ranks when the first one dies.
+        # No collective: tokenising may take longer than a collective's time limit. The launcher ends the ranks when the first one dies.
         while True:
             if (folder / _FAILED).exists():
                 text = (folder / _FAILED).read_text(encoding="utf-8")
@@ -102,13 +107,13 @@ class NodeFiles:
             time.sleep(POLL_S)
 
 
-def node_files(world: dist.ProcessGroup) -> Place:
-    """Return the place for the data of a training run, whose ranks are ``world``."""
+def node_files(world: dist.ProcessGroup) -> DataPlace:
+    """Return the data place of a training run whose ranks are ``world``."""
     return NodeFiles(world) if world.size() > 1 else OWN_FILES
 
 
 def _publish(folder: Path, name: str, text: str) -> None:
-    """Write a file that others see complete or not at all."""
+    """Write a file that other processes see either complete or not at all."""
     hidden = folder / f".{name}"
     hidden.write_text(text, encoding="utf-8")
     hidden.rename(folder / name)
@@ -116,7 +121,7 @@ def _publish(folder: Path, name: str, text: str) -> None:
 
 @contextmanager
 def _private_folder() -> Iterator[Path]:
-    # Not in shared memory: it may be as large as the data. One that a killed run has left goes with the next run's.
+    # Not in shared memory: it may be as large as the data. The next run removes a folder that a killed run has left.
     folder = PrivateDir(Path(tempfile.gettempdir()))
     try:
         yield folder.path

@@ -10,7 +10,7 @@ from hetero_ppo.data.chat_template import TextEncoder
 from hetero_ppo.data.conversation import Conversation, PlainPair, conversation, encode_sequences
 from hetero_ppo.data.dataset import Dataset, DatasetRules, encode_in_blocks, make_dataset
 from hetero_ppo.data.file_notes import file_notes
-from hetero_ppo.data.node_share import OWN_FILES, Place
+from hetero_ppo.data.node_share import OWN_FILES, DataPlace
 from hetero_ppo.data.prompts import prompt_messages, refuse_tools
 from hetero_ppo.data.reading import Message, Row, iter_rows
 from hetero_ppo.data.sft import answer_messages
@@ -21,15 +21,15 @@ KEYS = ("prompt_key", "chosen_key", "rejected_key", "tools_key")
 
 @dataclass(frozen=True)
 class PreferenceExample:
-    """Two answers to one prompt."""
+    """One prompt with two answers."""
 
-    chosen_ids: list[int]  # prompt and answer, ends with the end-of-sequence token
+    chosen_ids: list[int]  # prompt and answer, ending with the end-of-sequence token
     rejected_ids: list[int]
-    prompt_length: int  # tokens that the two share as their prompt
+    prompt_length: int  # tokens of the prompt that the two share
 
     @property
     def num_tokens(self) -> int:
-        """Of the longer one."""
+        """Number of tokens of the longer sequence."""
         return max(len(self.chosen_ids), len(self.rejected_ids))
 
     @property
@@ -38,33 +38,39 @@ class PreferenceExample:
 
 
 class PreferenceCodec:
-    """Stores the ids of both sequences and the length of their prompt."""
+    """Stored form of a pair: the ids of both sequences and the length of their prompt."""
 
     num_lists = 3
 
     def pack(self, example: PreferenceExample) -> tuple[list[list[int]], None]:
-        """See ``storage.Codec``."""
+        """Return the lists of a pair; there is no record."""
         return [example.chosen_ids, example.rejected_ids, [example.prompt_length]], None
 
     def unpack(self, lists: list[list[int]], record: None) -> PreferenceExample:
-        """See ``storage.Codec``."""
+        """Build the pair from its lists."""
         chosen, rejected, (prompt_length,) = lists
         return PreferenceExample(chosen, rejected, prompt_length)
 
 
 def load_preferences(
-    path: str, data: PreferenceDataConfig, encoder: TextEncoder, place: Place = OWN_FILES
+    path: str, data: PreferenceDataConfig, encoder: TextEncoder, place: DataPlace = OWN_FILES
 ) -> Dataset[PreferenceExample]:
-    """Read and tokenise ``path``; over-long pairs as ``data.overlong_prompts`` says.
+    """Read and tokenise the pairs of a file. ``data.overlong_prompts`` decides about pairs that are too long.
 
     A pair whose two answers are the same teaches nothing: it is left out and counted.
 
-    ``data.chosen_key`` and ``data.rejected_key`` hold text, messages that answer ``data.prompt_key``, or whole
-    conversations; then the prompt may be left out and is what the two conversations have in common. Without a chat
-    template and a prompt, each of the two is taken as one whole text. ``place``: which process reads.
+    ``data.chosen_key`` and ``data.rejected_key`` hold text, messages that answer ``data.prompt_key``, or whole conversations. With whole
+    conversations the prompt may be left out: it is then the part that the two share. Without a chat template and without a prompt, each of
+    the two is one whole text.
+
+    Args:
+        path: ``.jsonl`` or ``.parquet`` file.
+        data: Data section, with the names of the fields and the limits.
+        encoder: Tokenizer and template.
+        place: Process that reads, and folder of the stored examples.
 
     Raises:
-        FileNotFoundError, ValueError: names file, line and field.
+        FileNotFoundError, ValueError: The file cannot be read; the message names file, line and field.
     """
 
     def encode(block: Sequence[Row]) -> list[PreferenceExample]:
@@ -115,7 +121,7 @@ def _pair(row: Row, data: PreferenceDataConfig, with_template: bool) -> Sequence
 
 
 def _common_prompt(row: Row, data: PreferenceDataConfig, answers: list[list[Message]]) -> list[Message]:
-    """The messages that two whole conversations share, up to the first assistant message that differs."""
+    """Return the messages that two whole conversations share, up to the first assistant message that differs."""
     if answers[0][0]["role"] == "assistant":
         row.value(data.prompt_key)  # raises: without a prompt, chosen and rejected are whole conversations
     chosen, rejected = answers

@@ -13,7 +13,7 @@ from hetero_ppo.data.chat_template import TextEncoder
 from hetero_ppo.data.conversation import Context, check_begin, encode_contexts
 from hetero_ppo.data.dataset import Dataset, DatasetRules, encode_in_blocks, make_dataset
 from hetero_ppo.data.file_notes import LabelTypes, file_notes
-from hetero_ppo.data.node_share import OWN_FILES, Place
+from hetero_ppo.data.node_share import OWN_FILES, DataPlace
 from hetero_ppo.data.reading import Message, Row, iter_rows
 
 #: Options that name the fields of a row.
@@ -22,15 +22,15 @@ KEYS = ("prompt_key", "messages_key", "tools_key", "label_key", "metadata_key")
 
 @dataclass(frozen=True)
 class PromptExample:
-    """One prompt, ready for the engine."""
+    """One prompt, ready for the generator."""
 
-    prompt_ids: list[int]  # template applied, up to where the answer begins
-    text: str  # what the user asked: the row's text, or its last message
-    messages: list[Message] | None  # what the template rendered; None without a template: the text is all
-    label: Any  # whatever the label key holds, or None
+    prompt_ids: list[int]  # ids with the template applied, up to where the answer begins
+    text: str  # the user's question: the row's text, or its last message
+    messages: list[Message] | None  # messages that the template rendered; None without a template
+    label: Any  # value of the label key, or None
     metadata: dict[str, Any]
-    index: int  # row of the file, from 0; it stays the same when other rows are left out
-    tools: list[dict[str, Any]] | None = None  # what the messages may call
+    index: int  # row of the file, from 0; the same whether or not other rows are left out
+    tools: list[dict[str, Any]] | None = None  # tools that the messages may call
 
     @property
     def num_tokens(self) -> int:
@@ -42,43 +42,45 @@ class PromptExample:
 
 
 class PromptCodec:
-    """Stores a prompt as its ids and what its row said; the text and the messages follow from each other."""
+    """Stored form of a prompt: its ids and the values of its row. Text and messages are stored once if one follows from the other."""
 
     num_lists = 1
 
     def __init__(self, with_template: bool) -> None:
-        """Args:
-        with_template: Whether examples have messages.
+        """Store prompts of one run.
+
+        Args:
+            with_template: Whether examples have messages.
         """
         self.with_template = with_template
 
     def pack(self, example: PromptExample) -> tuple[list[list[int]], list[Any]]:
-        """See ``storage.Codec``."""
+        """Return the ids of a prompt, and a record of the other values."""
         prompt = example.text if example.messages in (None, user_message(example.text)) else example.messages
         return [example.prompt_ids], [prompt, example.label, example.metadata, example.index, example.tools]
 
     def unpack(self, lists: list[list[int]], record: list[Any]) -> PromptExample:
-        """See ``storage.Codec``."""
+        """Build the prompt from its ids and its record."""
         prompt, label, metadata, index, tools = record
         text, messages = (prompt, user_message(prompt)) if isinstance(prompt, str) else (prompt[-1]["content"], prompt)
         return PromptExample(lists[0], text, messages if self.with_template else None, label, metadata, index, tools)
 
 
 def load_prompts(
-    path: str, data: PromptDataConfig, encoder: TextEncoder, place: Place = OWN_FILES
+    path: str, data: PromptDataConfig, encoder: TextEncoder, place: DataPlace = OWN_FILES
 ) -> Dataset[PromptExample]:
-    """Read, template and tokenise the prompts of ``path``; over-long ones as ``data.overlong_prompts`` says.
+    """Read and tokenise the prompts of a file, with the template applied. ``data.overlong_prompts`` decides about prompts that are too long.
 
     A row has the prompt under ``data.prompt_key`` or, without that, under ``data.messages_key``.
 
     Args:
         path: ``.jsonl`` or ``.parquet`` file.
-        data: Names of the fields, and limits.
+        data: Data section, with the names of the fields and the limits.
         encoder: Tokenizer and template.
-        place: Which process reads; see ``node_share``.
+        place: Process that reads, and folder of the stored examples.
 
     Raises:
-        FileNotFoundError, ValueError: names file, line and field.
+        FileNotFoundError, ValueError: The file cannot be read; the message names file, line and field.
     """
     labels = LabelTypes(data)
 
@@ -137,7 +139,7 @@ def _context(row: Row, data: PromptDataConfig) -> Context:
 
 
 def refuse_tools(row: Row, data: DataConfig) -> None:
-    """Raise ValueError where a row of a run without a template has tools."""
+    """Raise ValueError when a row of a run without a template has tools."""
     if row.tools(data.tools_key) is not None:
         raise row.error(data.tools_key, "tools are written by a chat template, and data.apply_chat_template is false")
 
@@ -148,17 +150,17 @@ def _question(row: Row, data: PromptDataConfig) -> str:
 
 
 def prompt_field(row: Row, data: PromptDataConfig) -> str:
-    """``data.prompt_key`` where the row has it, else ``data.messages_key``, else an error about the first."""
+    """Return ``data.prompt_key`` if the row has it, else ``data.messages_key`` if the row has that, else ``data.prompt_key`` for the error."""
     if not row.has(data.prompt_key) and row.has(data.messages_key):
         return data.messages_key
     return data.prompt_key
 
 
 def prompt_messages(row: Row, field: str) -> list[Message]:
-    """The prompt as messages: text becomes one user message.
+    """Return the prompt as messages; text becomes one user message.
 
     Raises:
-        ValueError: neither text nor messages.
+        ValueError: The field is neither text nor messages.
     """
     if isinstance(row.value(field), list):
         return row.messages(field)
@@ -166,7 +168,7 @@ def prompt_messages(row: Row, field: str) -> list[Message]:
 
 
 def user_message(text: str) -> list[Message]:
-    """Return the conversation that a text stands for."""
+    """Return the conversation that consists of one text of the user."""
     return [{"role": "user", "content": text}]
 
 
@@ -180,7 +182,7 @@ def _metadata(row: Row, data: PromptDataConfig) -> dict[str, Any]:
 
 
 def labels_digest(examples: Iterable[PromptExample]) -> str:
-    """Return a SHA-256 of the labels and metadata of all prompts, in order: what a reward function sees beside the texts."""
+    """Return a SHA-256 of the labels and metadata of all prompts, in order: the values that a reward function gets in addition to the texts."""
     digest = hashlib.sha256()
     for example in examples:
         text = json.dumps([example.label, example.metadata], sort_keys=True, default=repr)

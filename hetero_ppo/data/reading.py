@@ -1,4 +1,4 @@
-"""Rows of JSONL and parquet files, and errors that name file, line and field."""
+"""Rows of JSONL and parquet files, with errors that name file, line and field."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from hetero_ppo.data.excerpts import excerpt
 from hetero_ppo.data.files import read_objects
 from hetero_ppo.data.strict_json import parse_json
 
-#: One chat message: ``role``, ``content``, and whatever else the template reads.
+#: One chat message: ``role``, ``content``, and any other keys that the template reads.
 Message = dict[str, Any]
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 #: Roles whose messages may be empty: a tool may have found nothing.
 MAY_BE_EMPTY = ("system", "developer", "tool")
-#: Keys of a message that say whether SFT learns from it.
+#: Keys of a message that decide whether SFT learns from it.
 TURN_KEYS = ("weight", "train")
 #: Keys that other trainers read for the same purpose.
 FOREIGN_TURN_KEYS = ("training", "loss", "loss_weight", "loss_mask", "mask")
@@ -26,13 +26,15 @@ FOREIGN_TURN_KEYS = ("training", "loss", "loss_weight", "loss_mask", "mask")
 
 @dataclass
 class FileFacts:
-    """What was seen of a file while its rows were used."""
+    """Facts about a file, collected while its rows are used."""
 
     path: str
     num_rows: int = 0
-    columns: Counter[str] = field(default_factory=Counter)  # key -> rows in which it is not null; nested keys with dots
-    found: set[str] = field(default_factory=set)  # fields that a row had when it was asked for them
-    message_keys: set[str] = field(default_factory=set)  # of all messages that were used, beside role and content
+    columns: Counter[str] = field(
+        default_factory=Counter
+    )  # key -> number of rows where it is not null; nested keys with dots
+    found: set[str] = field(default_factory=set)  # fields that were asked for and that some row had
+    message_keys: set[str] = field(default_factory=set)  # keys of all messages that were used, except role and content
 
     def add(self, values: dict[str, Any]) -> None:
         """Count a row and its keys."""
@@ -44,39 +46,39 @@ class FileFacts:
 
     @property
     def unread_columns(self) -> list[str]:
-        """Top-level keys that some row has and nothing has asked for."""
+        """Top-level keys that some row has and that nothing has asked for."""
         read = {name for found in self.found for name in (found, found.partition(".")[0])}
         return sorted(key for key in self.columns if "." not in key and key not in read)
 
     def known_keys(self, limit: int = 12) -> str:
-        """The keys that rows have, for error messages."""
+        """List the keys that rows have, for error messages."""
         keys = sorted(self.columns)
         return ", ".join(keys[:limit]) + (f" and {len(keys) - limit} more" if len(keys) > limit else "") or "none"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One example as it stands in its file."""
+    """One example, unchanged from its file."""
 
     path: str
     number: int  # line of a JSONL file, row of a parquet file; both from 1
     values: dict[str, Any]
-    facts: FileFacts | None = None  # of its file
-    index: int = 0  # of all rows of the file, from 0
+    facts: FileFacts | None = None  # facts about its file
+    index: int = 0  # number among all rows of the file, from 0
 
     @property
     def place(self) -> str:
         return f"{self.path}, {'row' if self.path.endswith('.parquet') else 'line'} {self.number}"
 
     def error(self, field: str, problem: str) -> ValueError:
-        """The error to raise about one field of this row."""
+        """Build the error to raise about one field of this row."""
         return ValueError(f"{self.place}, field {field!r}: {problem}")
 
     def get(self, field: str) -> Any:
-        """Return the field, or None where it is missing or null. ``a.b`` is the key b of the object a, unless there is a key a.b.
+        """Return the field, or None if it is missing or null. ``a.b`` is the key b of the object a, unless there is a key a.b.
 
         Raises:
-            ValueError: a value that JSON does not have.
+            ValueError: The value has no JSON form.
         """
         value: Any = self.values.get(field)
         if field not in self.values:
@@ -105,14 +107,14 @@ class Row:
             )
 
     def has(self, field: str) -> bool:
-        """Whether the field is there; null, and what parquet stores for a missing value, is not."""
+        """Return whether the field is present. Null, which parquet stores for a missing value, counts as missing."""
         return self.get(field) is not None
 
     def value(self, field: str) -> Any:
-        """The field.
+        """Return the field.
 
         Raises:
-            ValueError: missing or null.
+            ValueError: The field is missing or null.
         """
         value = self.get(field)
         if value is None:
@@ -122,10 +124,10 @@ class Row:
         return value
 
     def text(self, field: str) -> str:
-        """A string with something in it.
+        """Return a string that is not blank.
 
         Raises:
-            ValueError: missing, not a string, or blank.
+            ValueError: The field is missing, not a string, or blank.
         """
         value = self.value(field)
         if not isinstance(value, str):
@@ -135,10 +137,10 @@ class Row:
         return value
 
     def tools(self, field: str) -> list[dict[str, Any]] | None:
-        """The tools that the messages may call: a list of objects, or its JSON as text; None without any.
+        """Return the tools that the messages may call, stored as a list of objects or as its JSON text; None without any.
 
         Raises:
-            ValueError: anything else.
+            ValueError: The field holds anything else.
         """
         value = self.get(field)
         if isinstance(value, str):
@@ -153,14 +155,14 @@ class Row:
         return value
 
     def messages(self, field: str, *, with_turn_keys: bool = False) -> list[Message]:
-        """A list of chat messages, each with a known role and text.
+        """Return a list of chat messages, each with a known role and text.
 
         Args:
             field: Key of the list.
             with_turn_keys: Whether messages may say if SFT learns from them (``TURN_KEYS``).
 
         Raises:
-            ValueError: anything else.
+            ValueError: The field holds anything else.
         """
         value = self.value(field)
         if not isinstance(value, list) or not value:
@@ -171,11 +173,11 @@ class Row:
         name = f"{field}[{position}]"
         if not isinstance(message, dict):
             raise self.error(name, f"expected an object with role and content, got {excerpt(message)}")
-        # parquet gives every message of a column the same keys, null where a message has none
+        # parquet gives every message of a column the same keys, with null where a message has none
         message = {key: item for key, item in message.items() if item is not None}
         calls_tools = message.get("role") == "assistant" and bool(message.get("tool_calls"))
         if calls_tools:
-            message = {"content": "", **message}  # what APIs write as null
+            message = {"content": "", **message}  # APIs write null
         for key in ("role", "content"):
             if not isinstance(message.get(key), str):
                 raise self.error(name, f"{key!r} has to be text, got {excerpt(message)}")
@@ -214,16 +216,16 @@ class Row:
 
 
 def is_learned(message: Message) -> bool:
-    """Whether SFT learns from an assistant message: neither ``weight`` nor ``train`` says no."""
+    """Return whether SFT learns from an assistant message: neither ``weight`` nor ``train`` excludes it."""
     return all(message.get(key, 1) for key in TURN_KEYS)
 
 
 def iter_rows(path: str) -> Iterator[Row]:
-    """Yield the rows of a ``.jsonl`` or ``.parquet`` file one by one; blank lines of a JSONL file are skipped.
+    """Yield the rows of a ``.jsonl`` or ``.parquet`` file one by one. Blank lines of a JSONL file are skipped.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: unknown ending, unreadable file, a line that is not a JSON object in UTF-8, or no row at all.
+        FileNotFoundError: The file does not exist.
+        ValueError: The ending is unknown, the file is unreadable, a line is not a JSON object in UTF-8, or there is no row.
     """
     facts = FileFacts(path)
     for number, values in read_objects(path):
@@ -234,5 +236,5 @@ def iter_rows(path: str) -> Iterator[Row]:
 
 
 def read_rows(path: str) -> list[Row]:
-    """All of ``iter_rows``."""
+    """Return all rows of ``iter_rows``."""
     return list(iter_rows(path))

@@ -1,4 +1,4 @@
-"""Which rows make which step, the same whatever the number of ranks, and exactly resumable."""
+"""Choose the rows of every step: the same rows for any number of ranks, exactly resumable."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ from hetero_ppo.config.on_resume import is_named
 
 
 class ResumableSampler:
-    """Rows of step after step: epoch after epoch in an order drawn from (seed, epoch), without end.
+    """An endless stream of rows: epoch after epoch, each in an order drawn from (seed, epoch).
 
-    Steps are cut from one endless stream, so the rows left over at the end of an epoch open the first batch of the
-    next: no row is skipped, and none is seen twice before all were seen once. Rank r of D gets rows r, r + D, r + 2D,
-    ... of the global batch; so the first 1/n of every rank's rows is together the first 1/n of the global batch, and
-    minibatches cut from the front hold the same rows under any D.
+    Steps are cut from this one stream. The rows that are left at the end of an epoch start the first batch of the next one, so no row is
+    skipped, and none comes twice before all have come once. Rank r of D gets rows r, r + D, r + 2D, ... of the global batch. So the first 1/n
+    of every rank's rows together is the first 1/n of the global batch, and minibatches cut from the front hold the same rows for any D.
     """
 
     def __init__(
@@ -29,10 +28,19 @@ class ResumableSampler:
         shuffle: bool,
         fingerprint: str,
     ) -> None:
-        """``fingerprint`` identifies the data set; a checkpoint of another one is refused.
+        """Start at the first row.
+
+        Args:
+            num_rows: Number of rows of the data set.
+            global_batch_size: Rows of a batch over all ranks.
+            dp_rank: Data-parallel rank of this process.
+            dp_size: Number of data-parallel ranks.
+            seed: Seed of the order.
+            shuffle: Whether rows are shuffled; otherwise they come in file order.
+            fingerprint: Fingerprint of the data set; a checkpoint of another data set is refused.
 
         Raises:
-            ValueError: no rows, or a batch that does not divide over the ranks.
+            ValueError: There are no rows, or the batch does not divide over the ranks.
         """
         if num_rows < 1:
             raise ValueError("the data set has no rows to sample from")
@@ -49,26 +57,26 @@ class ResumableSampler:
         self.seed = seed
         self.shuffle = shuffle
         self.fingerprint = fingerprint
-        self.rows_consumed = 0  # over all epochs and ranks
+        self.rows_consumed = 0  # summed over all epochs and ranks
         self._order_epoch = -1
-        self._order = torch.empty(0, dtype=torch.int64)  # eight bytes a row, where a list takes thirty-six
+        self._order = torch.empty(0, dtype=torch.int64)  # eight bytes a row; a list takes thirty-six
 
     @property
     def epoch(self) -> int:
-        """Passes that were begun before the next row: 0 in the first one."""
+        """Number of complete passes before the next row: 0 in the first pass."""
         return self.rows_consumed // self.num_rows
 
     @property
     def position(self) -> int:
-        """Rows of the current epoch that were handed out."""
+        """Number of rows of the current epoch that were handed out."""
         return self.rows_consumed % self.num_rows
 
     def next_batch(self) -> list[int]:
-        """This rank's rows of the next global batch, ``global_batch_size / dp_size`` of them."""
+        """Return this rank's rows of the next global batch, ``global_batch_size / dp_size`` of them."""
         return self.next_global_batch()[self.dp_rank :: self.dp_size]
 
     def next_global_batch(self) -> list[int]:
-        """All rows of the next global batch; it replaces ``next_batch``, not in addition to it."""
+        """Return all rows of the next global batch. Call it instead of ``next_batch``, not in addition to it."""
         rows = [self._row_at(self.rows_consumed + offset) for offset in range(self.global_batch_size)]
         self.rows_consumed += self.global_batch_size
         return rows
@@ -87,7 +95,7 @@ class ResumableSampler:
         return torch.randperm(self.num_rows, generator=generator)
 
     def state_dict(self) -> dict[str, Any]:
-        """What ``load_state_dict`` needs to go on with the next row, under any number of ranks."""
+        """Return the state with which ``load_state_dict`` continues at the next row, for any number of ranks."""
         return {
             "rows_consumed": self.rows_consumed,
             "epoch": self.epoch,
@@ -101,16 +109,16 @@ class ResumableSampler:
     def load_state_dict(
         self, state: dict[str, Any], *, allowed: Collection[str] = (), is_data_allowed: bool = False
     ) -> None:
-        """Go on where ``state`` was taken. The batch size and the number of ranks may differ.
+        """Continue where ``state`` was taken. The batch size and the number of ranks may differ.
 
         Args:
-            state: Of ``state_dict``.
-            allowed: ``checkpoint.allow_changes``; another seed or order goes on at the same place.
-            is_data_allowed: Whether other data may be gone on with: at the same place, or from its beginning where the number of
-                rows is another.
+            state: Result of ``state_dict``.
+            allowed: Options in ``checkpoint.allow_changes``; with another seed or order the run continues at the same place.
+            is_data_allowed: Whether the data may differ. The run continues at the same place, or at the beginning if the number of rows
+                differs.
 
         Raises:
-            ValueError: the checkpoint is of other data, or of another order.
+            ValueError: The checkpoint has other data or another order.
         """
         is_other = state["fingerprint"] != self.fingerprint or state["num_rows"] != self.num_rows
         if is_other and not is_data_allowed:
@@ -129,7 +137,7 @@ class ResumableSampler:
 
 
 def sequential_batches(num_rows: int, global_batch_size: int, dp_rank: int, dp_size: int) -> Iterator[list[int]]:
-    """This rank's rows of each batch of one pass in file order, for evaluation: every row once.
+    """Yield this rank's rows of each batch of one pass in file order, for evaluation. Every row comes once.
 
     The last batch may be smaller, and some ranks' share of it may be empty; all ranks get the same number of batches.
     """

@@ -1,4 +1,4 @@
-"""SFT examples: multi-turn ``messages``, or ``prompt`` and ``completion``, with the loss on the answers alone."""
+"""SFT examples: multi-turn ``messages``, or ``prompt`` and ``completion``. The loss is on the answers only."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hetero_ppo.data.conversation import (
 )
 from hetero_ppo.data.dataset import Dataset, DatasetRules, encode_in_blocks, make_dataset
 from hetero_ppo.data.file_notes import file_notes
-from hetero_ppo.data.node_share import OWN_FILES, Place
+from hetero_ppo.data.node_share import OWN_FILES, DataPlace
 from hetero_ppo.data.prompts import prompt_messages, refuse_tools
 from hetero_ppo.data.reading import Message, Row, iter_rows
 
@@ -26,7 +26,7 @@ KEYS = ("messages_key", "prompt_key", "completion_key", "tools_key")
 
 @dataclass(frozen=True)
 class SftExample:
-    """One conversation."""
+    """One conversation with its answers."""
 
     token_ids: list[int]  # ends with the end-of-sequence token
     answer_spans: list[tuple[int, int]]  # [start, end) into token_ids, end-of-sequence tokens included
@@ -41,28 +41,34 @@ class SftExample:
 
 
 class SftCodec:
-    """Stores the ids and the borders of the answers."""
+    """Stored form of an example: its ids and the borders of its answers."""
 
     num_lists = 2
 
     def pack(self, example: SftExample) -> tuple[list[list[int]], None]:
-        """See ``storage.Codec``."""
+        """Return the lists of an example; there is no record."""
         return example.all_ids, None
 
     def unpack(self, lists: list[list[int]], record: None) -> SftExample:
-        """See ``storage.Codec``."""
+        """Build the example from its lists."""
         ids, borders = lists
         return SftExample(ids, list(zip(borders[::2], borders[1::2], strict=True)))
 
 
-def load_sft(path: str, data: SftDataConfig, encoder: TextEncoder, place: Place = OWN_FILES) -> Dataset[SftExample]:
-    """Read and tokenise ``path``; over-long examples as ``data.overlong_prompts`` says.
+def load_sft(path: str, data: SftDataConfig, encoder: TextEncoder, place: DataPlace = OWN_FILES) -> Dataset[SftExample]:
+    """Read and tokenise the examples of a file. ``data.overlong_prompts`` decides about examples that are too long.
 
-    A row has ``data.messages_key``, of which every assistant message is an answer; or ``data.prompt_key`` and
-    ``data.completion_key``, each text or messages, of which the completion is the answer. ``place``: which process reads.
+    A row has ``data.messages_key``, in which every assistant message is an answer; or ``data.prompt_key`` and ``data.completion_key``, each
+    text or messages, in which the completion is the answer.
+
+    Args:
+        path: ``.jsonl`` or ``.parquet`` file.
+        data: Data section, with the names of the fields and the limits.
+        encoder: Tokenizer and template.
+        place: Process that reads, and folder of the stored examples.
 
     Raises:
-        FileNotFoundError, ValueError: names file, line and field.
+        FileNotFoundError, ValueError: The file cannot be read; the message names file, line and field.
     """
 
     def encode(block: Sequence[Row]) -> list[SftExample]:
@@ -110,7 +116,7 @@ def _item(row: Row, data: SftDataConfig, with_template: bool) -> PlainPair | Con
 
 
 def answer_messages(row: Row, field: str, *, with_turn_keys: bool = False) -> list[Message]:
-    """An answer as messages: text becomes one assistant message.
+    """Return an answer as messages; text becomes one assistant message.
 
     Args:
         row: Row of the data file.
@@ -118,7 +124,7 @@ def answer_messages(row: Row, field: str, *, with_turn_keys: bool = False) -> li
         with_turn_keys: Whether messages may say if SFT learns from them.
 
     Raises:
-        ValueError: neither text nor messages.
+        ValueError: The field is neither text nor messages.
     """
     if isinstance(row.value(field), list):
         return row.messages(field, with_turn_keys=with_turn_keys)

@@ -1,7 +1,7 @@
-"""Examples in a file: a process keeps the place of each one, and reads it when it is asked for.
+"""Examples stored in a file: a process keeps the offset of each one, and reads an example when it is asked for.
 
-A Python list of ids takes eight bytes a token and as many again for the texts. Here a row takes two or four bytes a token and its
-texts as JSON, in the system's page cache, which all processes of a node share and which gives way when memory is short.
+A Python list of ids takes eight bytes a token, and as many again for the texts. Here a token takes two or four bytes, and the texts are
+JSON. All of it lies in the system's page cache, which the processes of a node share and which shrinks when memory is short.
 """
 
 from __future__ import annotations
@@ -18,31 +18,33 @@ import numpy
 
 ROWS_FILE = "rows.bin"
 OFFSETS_FILE = "offsets.bin"
-#: Largest value that takes two bytes.
+#: Largest value that fits into two bytes.
 _TWO_BYTES = 2**16 - 1
 
 E = TypeVar("E")
 
 
 class Codec(Protocol[E]):
-    """How an example becomes lists of non-negative integers and a JSON value, and back."""
+    """Conversion of an example to lists of non-negative integers and a JSON value, and back."""
 
     num_lists: int
 
     def pack(self, example: E) -> tuple[Sequence[Sequence[int]], Any]:
-        """Return ``num_lists`` lists, and what else the example holds; None: nothing."""
+        """Return ``num_lists`` lists, and a record of the other values; None if there are none."""
 
     def unpack(self, lists: list[list[int]], record: Any) -> E:
-        """Build the example again."""
+        """Build the example from its lists and its record."""
 
 
 class ExampleWriter(Generic[E]):
-    """Writes the files that ``StoredExamples`` reads. Use as a context manager."""
+    """Writer of the files that ``StoredExamples`` reads. Use it as a context manager."""
 
     def __init__(self, folder: Path, codec: Codec[E]) -> None:
-        """Args:
-        folder: Private folder of the run.
-        codec: Of the kind of example.
+        """Open the files.
+
+        Args:
+            folder: Private folder of the run.
+            codec: Codec of the kind of example.
         """
         self._codec = codec
         self._folder = folder
@@ -71,12 +73,14 @@ class ExampleWriter(Generic[E]):
 
 
 class StoredExamples(Sequence[E]):
-    """Examples in file order, each read when it is asked for. The files may be removed once this is made."""
+    """Examples in file order, each read when it is asked for. The files may be removed once this object exists."""
 
     def __init__(self, folder: Path, codec: Codec[E]) -> None:
-        """Args:
-        folder: What ``ExampleWriter`` wrote into.
-        codec: The same as there.
+        """Open the files.
+
+        Args:
+            folder: Folder that ``ExampleWriter`` wrote.
+            codec: Codec that it used.
         """
         self._codec = codec
         self._file = os.open(folder / ROWS_FILE, os.O_RDONLY)

@@ -1,4 +1,4 @@
-"""JSON without the ambiguities that Python's reader lets pass."""
+"""Read JSON without the ambiguities that Python's reader accepts."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ def parse_json(text: str) -> Any:
     """Parse one JSON document.
 
     Raises:
-        ValueError: invalid JSON, a key that an object has twice, NaN or an infinite number, half of a surrogate pair, or a value
-            that is nested too deeply.
+        ValueError: The JSON is invalid, an object has a key twice, a number is NaN or infinite, a text has half of a surrogate pair, or a
+            value is nested too deeply.
     """
     try:
         value = _DECODER.decode(text)
@@ -28,7 +28,7 @@ def parse_json(text: str) -> Any:
 
 
 def check_unicode(path: str, text: str) -> None:
-    """Raise ValueError where ``text`` has half of a surrogate pair, which no tokenizer takes.
+    """Raise ValueError when ``text`` has half of a surrogate pair, which no tokenizer accepts.
 
     Args:
         path: Dotted name of the text inside its row.
@@ -45,7 +45,7 @@ def check_unicode(path: str, text: str) -> None:
 
 
 def _texts(value: Any, path: str) -> Iterator[tuple[str, str]]:
-    """Every text inside ``value``, keys too, with its path."""
+    """Yield every text inside ``value``, keys included, with its path."""
     if isinstance(value, str):
         yield path, value
     elif isinstance(value, dict):
@@ -63,7 +63,9 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(values) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {twice!r} is there twice in one object; which of its values is meant cannot be told")
+        raise ValueError(
+            f"the key {twice!r} is there twice in one object, and it is unclear which value counts; keep one of them"
+        )
     return values
 
 

@@ -1,4 +1,4 @@
-"""Token ids that a model has no embedding row for."""
+"""Check that a model has an embedding row for every token id."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ def check_embedding_rows(tokenizer: PreTrainedTokenizerBase, source: str, model:
 
     Args:
         tokenizer: Tokenizer whose ids the model reads.
-        source: Its folder.
+        source: Folder of the tokenizer.
         model: Option that names the model, and its value.
-        rows: ``vocab_size`` of the model.
+        rows: Number of the model's embedding rows, ``vocab_size``.
 
     Raises:
-        ValueError: an id that is too large.
+        ValueError: An id is too large.
     """
     beyond = {token_id: token for token, token_id in tokenizer.get_vocab().items() if token_id >= rows}
     if beyond:
@@ -39,10 +39,10 @@ def check_end_tokens(config: AnyConfig, tokenizer: PreTrainedTokenizerBase, role
     Args:
         config: Configuration of the run.
         tokenizer: Tokenizer of the policy.
-        role: The policy's name.
+        role: Name of the policy.
 
     Raises:
-        ValueError: an id without an embedding row.
+        ValueError: An id has no embedding row.
     """
     path = config_roles(config)[role].model.path
     rows = read_model_config(f"{role}.model.path", path)["vocab_size"]

@@ -1,8 +1,8 @@
-"""Trains a byte-level BPE tokenizer for a model that starts from scratch.
+"""Train a byte-level BPE tokenizer for a model that starts from scratch.
 
-Byte-level BPE: Sennrich et al. 2016, "Neural Machine Translation of Rare Words with Subword Units", over bytes as in
-Radford et al. 2019, "Language Models are Unsupervised Multitask Learners". All 256 bytes are in the vocabulary, so every
-text has token ids and ``decode(encode(text)) == text``.
+Byte-level BPE: Sennrich et al. 2016, "Neural Machine Translation of Rare Words with Subword Units", over bytes as in Radford et al. 2019,
+"Language Models are Unsupervised Multitask Learners". All 256 bytes are in the vocabulary, so every text has token ids and
+``decode(encode(text)) == text``.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ TURN_START = "<|im_start|>"
 TURN_END = "<|im_end|>"
 SPECIAL_TOKENS = (END_OF_TEXT, TURN_START, TURN_END)
 
-#: ChatML. The line break between two turns belongs to the later one: a conversation ends with the end-of-sequence token, and
-#: the text of its first turns is a prefix of the text of all. ``generation`` marks what SFT learns: an answer and its end.
+#: ChatML. The line break between two turns belongs to the later turn. So a conversation ends with the end-of-sequence token, and the
+#: text of its first turns is a prefix of the text of all. ``generation`` marks what SFT learns: an answer and its end.
 CHATML_TEMPLATE = (
     "{% for message in messages %}"
     "{% if not loop.first %}{{ '\n' }}{% endif %}"
@@ -44,13 +44,21 @@ def train_tokenizer(
     kind: str = "bpe",
     chat_template: str | None = CHATML_TEMPLATE,
 ) -> PreTrainedTokenizerFast:
-    """Trains on ``texts``, writes a transformers tokenizer folder to ``out_dir``, and returns the tokenizer.
+    """Train a tokenizer on ``texts``, write it to ``out_dir`` as a transformers folder, and return it.
 
-    The vocabulary has at most ``vocab_size`` entries: 3 special tokens, 256 bytes, and merges; fewer when the texts have
-    no more pairs to merge. ``<|im_end|>`` is the end-of-sequence token, so that transformers and vLLM stop where a
-    ChatML turn ends; ``<|endoftext|>`` pads and is the beginning-of-sequence token, which nothing adds by itself.
+    The vocabulary has at most ``vocab_size`` entries: 3 special tokens, 256 bytes, and merges. It has fewer if the texts have no more pairs
+    to merge. ``<|im_end|>`` is the end-of-sequence token, so that transformers and vLLM stop where a ChatML turn ends. ``<|endoftext|>`` is the
+    padding and beginning-of-sequence token, which nothing adds by itself.
 
-    Raises ValueError for an unknown ``kind``, a ``vocab_size`` below 3 + 256, or texts that are all empty.
+    Args:
+        texts: Texts to learn the merges from.
+        vocab_size: Most entries of the vocabulary.
+        out_dir: Folder to write.
+        kind: Kind of tokenizer; only "bpe" exists.
+        chat_template: Jinja template that is stored with the tokenizer.
+
+    Raises:
+        ValueError: ``kind`` is unknown, ``vocab_size`` is below 3 + 256, or all texts are empty.
     """
     if kind != "bpe":
         raise ValueError(f"kind: unknown kind of tokenizer {kind!r}; the one that can be trained is 'bpe'")
@@ -85,12 +93,14 @@ def train_tokenizer(
 
 
 def read_texts(path: Path, keys: Sequence[str]) -> Iterator[str]:
-    """The texts of a file: each line of a ``.txt``; the named fields of each row of a ``.jsonl`` or ``.parquet``.
+    """Yield the texts of a file: each line of a ``.txt``; the named fields of each row of a ``.jsonl`` or ``.parquet``.
 
-    A field holds text or a list of chat messages, of which each ``content`` is a text and each ``role`` too (a
-    template writes it). A row may lack some of ``keys``, not all of them.
+    A field holds text or a list of chat messages. The texts of a message are its ``content`` and its ``role``, which a template writes. A row
+    may lack some of ``keys``, but not all of them.
 
-    Raises ValueError that names file, line (row) and field, FileNotFoundError for a missing file.
+    Raises:
+        ValueError: A row has none of the fields or is malformed; the message names file, line (row) and field.
+        FileNotFoundError: The file does not exist.
     """
     if path.suffix == ".txt":
         with path.open(encoding="utf-8") as lines:
@@ -113,7 +123,7 @@ def read_texts(path: Path, keys: Sequence[str]) -> Iterator[str]:
 
 
 def _non_empty(texts: Iterable[str]) -> Iterator[str]:
-    """``texts`` without the empty ones; an error where that leaves nothing."""
+    """Yield the texts that are not empty; raise ValueError if there is none."""
     found = False
     for text in texts:
         if text:

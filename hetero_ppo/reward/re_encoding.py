@@ -111,7 +111,7 @@ def load_re_encoders(
     for name, role in config_reward_models(config).items():
         if role.re_encode is not None:
             found[name] = ReEncoder(
-                name, load_reward_encoder(role, config.data, name, actor.begun), actor, role.re_encode.max_tokens
+                name, load_reward_encoder(role, config.data, name, actor.started_at), actor, role.re_encode.max_tokens
             )
             found[name].check_templates(example.messages for data in datasets for example in data.examples)
             for data in datasets:

@@ -163,5 +163,5 @@ def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(ExampleWriter, "append", full)
     path = write_jsonl(tmp_path / "a.jsonl", [json.loads('{"prompt": "a"}')])
-    with pytest.raises(ValueError, match=r"a\.jsonl: no room for its tokens and texts in .*; set TMPDIR"):
+    with pytest.raises(ValueError, match=r"a\.jsonl: no space for its tokens and texts in .*; set TMPDIR"):
         load_prompts(path, data_config(load_prompts), chatml_encoder())

@@ -25,9 +25,11 @@ DATED = (
 CONFIG = {"hidden_size": 8, "architectures": ["A"], "transformers_version": "5"}
 
 
-def dated(begun: datetime | None) -> TextEncoder:
+def dated(started_at: datetime | None) -> TextEncoder:
     plain = chatml_encoder(DATED)
-    return TextEncoder(plain.tokenizer, plain.template, plain.prefix_ids, plain.eos_token_id, plain.source, begun=begun)
+    return TextEncoder(
+        plain.tokenizer, plain.template, plain.prefix_ids, plain.eos_token_id, plain.source, started_at=started_at
+    )
 
 
 def test_a_template_that_prints_the_date_prints_the_day_on_which_the_run_began(tmp_path: Path) -> None:
