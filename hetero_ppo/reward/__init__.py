@@ -1,4 +1,4 @@
-"""Where scores come from: reward functions in processes of their own, and reward models with golden scores that prove their bits.
+"""Sources of scores: reward functions in separate processes, and reward models whose golden scores prove that their bits are unchanged.
 
-Start at ``function.py`` and ``golden.py``.
+Start at ``function.py`` for functions and at ``golden.py`` for golden scores.
 """

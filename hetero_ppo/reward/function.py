@@ -1,4 +1,4 @@
-"""Scores from a Python function instead of a reward model, which may raise, hang, crash, or give what is no score."""
+"""Scores from a Python function instead of a reward model. The function may raise, hang, crash, or return something that is not a score."""
 
 from __future__ import annotations
 
@@ -25,30 +25,30 @@ log = logging.getLogger(__name__)
 
 #: Seconds between two reports of progress while a batch is scored.
 PROGRESS_S = 2.0
-#: Failures by their number in a broadcast; 0 is a score.
+#: Kinds of failures; a broadcast carries the index plus 1, and 0 for a score.
 KINDS = tuple(FailureKind)
 
 
 @dataclass
 class PendingScores:
-    """Scores of a rollout that workers compute; ``result`` waits for them."""
+    """Scores of one rollout that workers compute; ``result`` waits for them."""
 
     reward: FunctionReward
     rollout: Rollout
-    ticket: Ticket | None = None  # on rank 0
-    problem: str = ""  # on rank 0: why there is no ticket
+    ticket: Ticket | None = None  # only on rank 0
+    problem: str = ""  # reason why rank 0 has no ticket
 
     def result(self) -> Tensor:
-        """Return [B] float32 scores; with ``on_error=exclude`` NaN where there is none. Collective over the world.
+        """Return the scores, [B] float32, once they are there. With ``on_error=exclude`` a response without a score gets NaN. Collective over the world.
 
         Raises:
-            RunError: The function raised, did not end in time, crashed, or gave something that is not a finite number.
+            RunError: The function raised, did not end in time, crashed, or returned something that is not a finite number.
         """
         return self.reward.finish(self)
 
 
 class FunctionReward:
-    """Calls the function in worker processes of rank 0 and hands the scores to every rank, so that they cannot differ between ranks."""
+    """A reward function. Worker processes of rank 0 call it and every rank gets the same scores."""
 
     def __init__(
         self,
@@ -64,18 +64,19 @@ class FunctionReward:
         world: dist.ProcessGroup,
         progress: Callable[[], None] = lambda: None,
     ) -> None:
-        """
+        """Take the settings; no process is started.
+
         Args:
-            spec: Where the function is: ``package.module:function`` or ``path/to/file.py:function``.
-            decode: Token ids to text.
-            field: The config field that holds ``spec``, for messages.
-            timeout_s: Seconds that one call may take.
-            on_error: What becomes of a response without a score.
-            workers: Number of worker processes at most; None: derived.
-            batch: Number of responses of a call, which gets lists then; None: one response a call.
-            concurrency: Number of calls at once in one worker, of an ``async def`` function; None: derived.
+            spec: Location of the function: ``package.module:function`` or ``path/to/file.py:function``.
+            decode: Function from token ids to text.
+            field: Config field that holds ``spec``, for messages.
+            timeout_s: Most seconds that one call may take.
+            on_error: Treatment of a response without a score.
+            workers: Most worker processes; None: derived.
+            batch: Number of responses per call, which then gets lists; None: one response per call.
+            concurrency: Number of concurrent calls in one worker, for an ``async def`` function; None: derived.
             world: Group of all ranks; rank 0 has the workers.
-            progress: Called on every rank while scores are waited for.
+            progress: Function that every rank calls while it waits for scores.
         """
         self.spec = FunctionSpec(spec, field, timeout_s, workers, batch, concurrency)
         self.on_error = on_error
@@ -98,7 +99,7 @@ class FunctionReward:
         """Wait until the function is imported. Collective over the world.
 
         Raises:
-            ValueError: It cannot be imported or called so, or ``concurrency`` is set and the function is not ``async def``.
+            ValueError: The function cannot be imported or called this way, or ``concurrency`` is set and it is not ``async def``.
         """
         self.open()
         problem = ""
@@ -114,7 +115,7 @@ class FunctionReward:
             raise ValueError(problem)
 
     def describe(self) -> str:
-        """Return a line about how the function is called. On rank 0."""
+        """Return a line about how the function is called. Call it on rank 0."""
         assert self._pool is not None
         return describe(self.spec, self._pool.loaded())
 
@@ -128,13 +129,13 @@ class FunctionReward:
         return self.start(rollout).result()
 
     def start(self, rollout: Rollout) -> PendingScores:
-        """Hand the responses to the workers. Returns at once."""
+        """Give the responses to the workers. Returns at once."""
         self.open()
         pending = PendingScores(self, rollout)
         if self._pool is not None:
             try:
                 pending.ticket = self._submit(self._pool, rollout)
-            except TypeError as error:  # raised on every rank, by ``result``
+            except TypeError as error:  # ``result`` raises it on every rank
                 pending.problem = f"{self.spec.field} {self.spec.spec}: in a label or in metadata {error}"
         return pending
 
@@ -159,7 +160,7 @@ class FunctionReward:
         return self._decode(rollout.token_ids[row, start:end].tolist())
 
     def finish(self, pending: PendingScores) -> Tensor:
-        """Wait for the scores of a ``start``; see ``PendingScores.result``."""
+        """Wait for the scores of a ``start`` (``PendingScores.result``)."""
         problem, note = self._wait(pending), ""
         num_rows = pending.rollout.batch_size
         scores, kinds = torch.full((num_rows,), math.nan), torch.zeros(num_rows, dtype=torch.int64)
@@ -187,10 +188,10 @@ class FunctionReward:
         return scores
 
     def _wait(self, pending: PendingScores) -> str:
-        """Wait until the scores are there, or one is missing that stops the run. Every rank reports progress meanwhile. Collective.
+        """Wait until all scores are there, or one is missing and that stops the run. Meanwhile every rank reports progress. Collective.
 
         Returns:
-            What keeps the workers from making calls, on rank 0; empty: nothing.
+            Reason why the workers cannot make calls, on rank 0; empty if they can.
         """
         is_over, problem = False, pending.problem
         while not is_over:
@@ -228,7 +229,7 @@ class FunctionReward:
             log.warning(f"{text}. The response is left out; further ones are counted in {_metric(kind)}")
 
     def collect(self) -> dict[str, float]:
-        """Return the number of responses without a score since the last call, by kind; {} where a failure stops the run."""
+        """Return the number of responses without a score since the last call, by kind; {} if a failure stops the run."""
         if self.on_error is RewardErrors.stop:
             return {}
         counts, self._counts = self._counts, Counter()
@@ -240,7 +241,7 @@ def _metric(kind: FailureKind) -> str:
 
 
 def check_concurrency(spec: FunctionSpec, loaded: LoadedFunction) -> None:
-    """Raise ValueError when ``concurrency`` is set for a function that it does not bear on."""
+    """Raise ValueError when ``concurrency`` is set for a function that is not ``async def``."""
     if spec.concurrency is not None and not loaded.is_async:
         raise ValueError(
             f"reward.concurrency is {spec.concurrency}, but {spec.field} {spec.spec} is no `async def`, so that a worker makes one "
@@ -263,7 +264,7 @@ def try_function(spec: FunctionSpec) -> str:
     """Import a function in a worker, as a run does, and return the line about how it would be called.
 
     Raises:
-        ValueError: It cannot be imported or called so.
+        ValueError: The function cannot be imported or called this way.
     """
     start = time.monotonic()
     pool = FunctionPool(spec)

@@ -1,12 +1,13 @@
-"""Calls a user's reward or evaluation function in a process of its own, in its main thread.
+"""Call a user's reward or evaluation function in a separate process, in its main thread.
 
-Run as a script, ``python function_worker.py SOCKET DUMP LIFE PARENT``, by ``function_pool.py``, with the standard library alone: it starts in
-tens of milliseconds and holds neither torch nor Megatron-Core. Orders and answers are JSON with a length in front, over the socket
-with the file descriptor SOCKET; stdin, stdout and stderr are the function's. The first order says which function; the answer
-to it says whether that could be loaded. Every later order is one call.
+``function_pool.py`` runs this as a script, ``python function_worker.py SOCKET DUMP LIFE PARENT``, with the standard library alone: it starts in
+tens of milliseconds and loads neither torch nor Megatron-Core. Orders and answers are JSON with a length in front, over the socket with the
+file descriptor SOCKET; stdin, stdout and stderr belong to the function. The first order names the function, and its answer tells whether
+it could be loaded. Every later order is one call.
 
-The process ends with its parent, and what the function has started with it: LIFE is a pipe that the parent holds the other end of. It ignores the signals that ask a run to stop: the step that still needs its scores ends first.
-When it crashes, or is sent ``DUMP_SIGNAL``, it writes its Python stack to the file DUMP, even while a thread holds the GIL.
+The process, and everything that the function has started, ends with its parent: LIFE is a pipe whose other end the parent holds. The process
+ignores the signals that ask a run to stop, because the current step still needs its scores. When it crashes, or gets ``DUMP_SIGNAL``, it
+writes its Python stack to the file DUMP, even while a thread holds the GIL.
 """
 
 from __future__ import annotations
@@ -34,13 +35,13 @@ from pathlib import Path
 from types import FrameType, ModuleType
 from typing import Any
 
-#: Asks for a dump of the Python stack. No library is known to use it.
+#: Signal that asks for a dump of the Python stack. No library is known to use it.
 DUMP_SIGNAL = signal.SIGRTMAX - 2
-#: Requests to stop a run, which a terminal or a batch system may send to every process of a job.
+#: Signals that ask a run to stop. A terminal or a batch system may send them to every process of a job.
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-#: Arguments of a function: of one response, or lists of them for a batch.
+#: Arguments of a function: for one response, or lists of them for a batch.
 PARAMETERS = ("prompt", "response", "label", "metadata")
-#: Characters of a value that an answer shows.
+#: Number of characters of a value that an answer shows.
 SHOWN_LENGTH = 200
 _HEADER = struct.Struct("!I")
 _TAG = "\0type"
@@ -52,7 +53,7 @@ def frame(message: Any) -> bytes:
     """Return the message as JSON, with its length in front.
 
     Raises:
-        TypeError: it holds a value of a type that JSON has no form for and that parquet does not give.
+        TypeError: A value has a type with no JSON form that parquet does not give either.
     """
     text = json.dumps(message, default=_tagged).encode("ascii")
     return _HEADER.pack(len(text)) + text
@@ -69,7 +70,7 @@ def parse(text: bytes) -> Any:
 
 
 def _tagged(value: Any) -> Any:
-    """Return the form of a parquet value that JSON has none for."""
+    """Return a JSON form for a value that parquet gives and JSON lacks."""
     if isinstance(value, datetime.datetime | datetime.date | datetime.time):
         return {_TAG: type(value).__name__, "value": value.isoformat()}
     if isinstance(value, datetime.timedelta):
@@ -105,13 +106,13 @@ class Channel:
         self._received = bytearray()
 
     def send(self, message: Any) -> None:
-        """Write a message; it blocks until the parent has room."""
+        """Write a message. It blocks while the parent's buffer is full."""
         left = memoryview(frame(message))
         while left:
             left = left[os.write(self.descriptor, left) :]
 
     def read(self) -> bool:
-        """Take what has arrived, or wait for it. False: the parent has closed its end."""
+        """Read what has arrived, or wait for it. False: the parent has closed its end."""
         part = os.read(self.descriptor, 1 << 16)
         self._received += part
         return bool(part)
@@ -131,14 +132,14 @@ class Channel:
 
 
 class LoadError(ValueError):
-    """The function cannot be loaded. The message names the config field, what is wrong, and where."""
+    """The function cannot be loaded. The message names the config field, the problem, and its place."""
 
 
 def search_path(spec: str, parents: Sequence[str]) -> list[str]:
     """Return ``sys.path`` for a function: standard library, folder of the function's file, current folder, the parent's path.
 
-    Neighbours of the function's file come before other modules of their names, but a neighbour ``types.py`` does not hide the
-    standard library's.
+    Neighbours of the function's file come before other modules with their names. But a neighbour ``types.py`` does not hide the standard
+    library's.
     """
     library = sysconfig.get_path("stdlib")
     archive = f"python{sys.version_info.major}{sys.version_info.minor}.zip"
@@ -153,11 +154,11 @@ def load_function(spec: str, field: str) -> Callable[..., Any]:
     """Import ``package.module:function`` or ``path/to/file.py:function``.
 
     Args:
-        spec: The config value.
-        field: The config field that holds it, for messages.
+        spec: Value of the config field.
+        field: Config field that holds it, for messages.
 
     Raises:
-        LoadError: There is no such file, module or function, or its import fails; names file and line.
+        LoadError: There is no such file, module or function, or its import fails; the message names file and line.
     """
     target, _, name = spec.rpartition(":")
     if not target:
@@ -166,7 +167,7 @@ def load_function(spec: str, field: str) -> Callable[..., Any]:
         raise LoadError(f"{field} is {spec!r}: no file {target}")
     try:
         module = _import_file(Path(target)) if target.endswith(".py") else importlib.import_module(target)
-    except BaseException as error:  # sys.exit and the like, too: the parent says what happened
+    except BaseException as error:  # also sys.exit and the like: the parent reports it
         raise LoadError(f"{field} is {spec!r}: {_import_problem(error, target)}") from error
     found = vars(module).get(name)
     if not callable(found):
@@ -180,7 +181,7 @@ def load_function(spec: str, field: str) -> Callable[..., Any]:
 
 
 def _import_file(path: Path) -> Any:
-    # By its stem, so that other processes can import what it defines; by its path where the stem is another module's name.
+    # The module is named by its stem, so that other processes can import what it defines; by its path if the stem is already taken.
     name = path.stem
     if not name.isidentifier() or name in sys.stdlib_module_names or name in sys.modules:
         name = str(path.resolve())
@@ -196,7 +197,7 @@ def _import_problem(error: BaseException, target: str) -> str:
     if isinstance(error, ModuleNotFoundError) and error.name is not None:
         if f"{target}.".startswith(f"{error.name}."):
             return f"no module {error.name!r} in the current folder ({os.getcwd()}) or on PYTHONPATH"
-        return f"it needs the module {error.name!r}, which is not installed here and not beside it{place_of(error)}"
+        return f"it needs the module {error.name!r}, which is not installed here and not next to it{place_of(error)}"
     hint = ""
     if isinstance(error, ImportError) and "relative import" in str(error):
         hint = "; a file that is named by its path belongs to no package: import neighbours by name, or write package.module:function"
@@ -204,7 +205,7 @@ def _import_problem(error: BaseException, target: str) -> str:
 
 
 def check_signature(function: Callable[..., Any], spec: str, field: str, *, is_batch: bool) -> None:
-    """Raise LoadError when the function cannot be called with its four arguments, or yields instead of returning."""
+    """Raise LoadError when the function does not accept the four arguments, or yields instead of returning."""
     calls = (function, type(function).__call__)
     if any(inspect.isasyncgenfunction(call) or inspect.isgeneratorfunction(call) for call in calls):
         raise LoadError(f"{field} is {spec!r}: it is a generator (it has `yield`); return the score instead")
@@ -222,27 +223,27 @@ def check_signature(function: Callable[..., Any], spec: str, field: str, *, is_b
 
 
 def is_async(function: Callable[..., Any]) -> bool:
-    """Whether a call gives a coroutine."""
+    """Return whether a call gives a coroutine."""
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
 
-def is_users(file: str) -> bool:
-    """Whether a source file is the user's, and not of a library, the interpreter or this project's worker."""
+def is_user_file(file: str) -> bool:
+    """Return whether a source file is the user's, and not part of a library, the interpreter or this worker."""
     libraries = (sysconfig.get_path("stdlib"), "<frozen")
     return not (file.startswith(libraries) or "site-packages" in file or "dist-packages" in file or file == __file__)
 
 
 def holds_gpu() -> bool:
-    """Whether the function's module has put something on a GPU, a model for example."""
+    """Return whether the function's module has put something on a GPU, for example a model."""
     return "torch.cuda" in sys.modules and sys.modules["torch.cuda"].is_initialized()
 
 
 def user_sources() -> dict[str, str]:
-    """Return the digests of the user's modules that are loaded, by file."""
+    """Return file -> digest of the user's modules that are loaded."""
     found = {}
     for module in list(sys.modules.values()):
         file = vars(module).get("__file__") if isinstance(module, ModuleType) else None
-        if isinstance(file, str) and file.endswith(".py") and is_users(file) and os.path.isfile(file):
+        if isinstance(file, str) and file.endswith(".py") and is_user_file(file) and os.path.isfile(file):
             found[os.path.realpath(file)] = hashlib.sha256(Path(file).read_bytes()).hexdigest()
     return found
 
@@ -262,17 +263,17 @@ def describe(error: BaseException) -> str:
 
 
 def place_of(error: BaseException) -> str:
-    """Return `` (file:line in function)`` of the user's last frame, or nothing where there is none."""
+    """Return `` (file:line in function)`` of the user's last frame; "" if there is none."""
     frames = [(entry.filename, entry.lineno, entry.name) for entry in traceback.extract_tb(error.__traceback__)]
-    own = [entry for entry in frames if is_users(entry[0])]
+    own = [entry for entry in frames if is_user_file(entry[0])]
     last = own[-1] if own else frames[-1] if frames and frames[-1][0] != __file__ else None
     return f" ({last[0]}:{last[1]} in {last[2]})" if last is not None else ""
 
 
 def place_in_dump(dump: str) -> str:
-    """Return ``file:line in function`` of the user's innermost frame in a faulthandler dump, or nothing."""
+    """Return ``file:line in function`` of the user's innermost frame in a faulthandler dump; "" if there is none."""
     for file, line, function in re.findall(r'^  File "(.*)", line (\d+) in (.*)$', dump, re.MULTILINE):
-        if is_users(file):
+        if is_user_file(file):
             return f"{file}:{line} in {function}"
     return ""
 
@@ -281,14 +282,14 @@ def place_in_dump(dump: str) -> str:
 
 
 def as_score(value: Any) -> float | list[str]:
-    """Return the number that a function gave, or [the value's text, what is wrong with it].
+    """Return the number that a function returned, or [the value's text, what is wrong with it].
 
-    Numbers are whatever Python turns into a float: bool, int, Decimal, Fraction, scalars of numpy, tensors and arrays without a dimension.
+    A number is whatever Python turns into a float: bool, int, Decimal, Fraction, scalars of numpy, tensors and arrays without a dimension.
     """
     if inspect.iscoroutine(value):
         value.close()
         return ["a coroutine", "write `async def`, or run it to its end"]
-    shape = tuple(getattr(value, "shape", ()))  # of arrays and tensors
+    shape = tuple(getattr(value, "shape", ()))  # arrays and tensors have one
     is_complex = isinstance(value, numbers.Complex) and not isinstance(value, numbers.Real)
     is_number = hasattr(type(value), "__float__") or hasattr(type(value), "__index__")
     if isinstance(value, str | bytes) or is_complex or shape or not is_number:
@@ -301,7 +302,7 @@ def as_score(value: Any) -> float | list[str]:
         return [_shown(value), "it is beyond float32"]
     except (TypeError, ValueError, RuntimeError) as error:
         return [_shown(value), f"it is a {type(value).__name__} ({error})"]
-    return score if abs(score) < float("inf") else [str(score), ""]  # a NaN is not below it
+    return score if abs(score) < float("inf") else [str(score), ""]  # a NaN is not below infinity
 
 
 def _shown(value: Any) -> str:
@@ -316,7 +317,7 @@ def answer(value: Any, num_rows: int | None) -> dict[str, Any]:
     """Return the answer to a call that returned.
 
     Args:
-        value: What the function gave.
+        value: Return value of the function.
         num_rows: Number of responses of a batch; None: the call was about one response.
     """
     if num_rows is None:
@@ -330,7 +331,7 @@ def answer(value: Any, num_rows: int | None) -> dict[str, Any]:
 
 
 def failure(error: BaseException) -> dict[str, Any]:
-    """Return the answer to a call that raised. The exception itself stays here: its class may exist nowhere else."""
+    """Return the answer to a call that raised. The exception itself is not sent: its class may exist only in this process."""
     return {"error": describe(error), "traceback": "".join(traceback.format_exception(error))}
 
 
@@ -338,7 +339,7 @@ def failure(error: BaseException) -> dict[str, Any]:
 
 
 class Worker:
-    """Serves calls until the parent closes the socket."""
+    """Server of calls, until the parent closes the socket."""
 
     def __init__(self, channel: Channel, function: Callable[..., Any], order: dict[str, Any]) -> None:
         self.channel = channel
@@ -359,12 +360,12 @@ class Worker:
         except BaseException as error:  # noqa: BLE001  sys.exit in a function ends a call, not the worker
             found = failure(error)
         if os.getpid() != self._process:
-            os._exit(0)  # a fork of the function's that returned here
+            os._exit(0)  # a process that the function forked has returned here
         return found
 
     async def serve_async(self) -> None:
-        """Make many calls at once; a call that is not done in time is cancelled."""
-        import asyncio  # takes as long to import as all else here
+        """Make many calls concurrently. A call that misses its deadline is cancelled."""
+        import asyncio  # importing it takes as long as everything else here
 
         loop, tasks, closed = asyncio.get_running_loop(), set(), asyncio.Event()
 
@@ -384,7 +385,7 @@ class Worker:
                 closed.set()
             for call in self.channel.messages():
                 task = loop.create_task(call_one(call))
-                tasks.add(task)  # the loop itself keeps weak references alone
+                tasks.add(task)  # the loop itself only keeps weak references
                 task.add_done_callback(tasks.discard)
 
         loop.add_reader(self.channel.descriptor, take)
@@ -395,13 +396,13 @@ class Worker:
 
 
 def _ignore(number: int, frame: FrameType | None) -> None:
-    """The handler of requests to stop. SIG_IGN would stay with the programs that the function starts."""
+    """Ignore a request to stop. SIG_IGN would be inherited by the programs that the function starts."""
 
 
 def _prepare(channel: int, dump: int, life: int, parent: int) -> None:
-    """Set what the process does about its parent, signals, forks and crashes."""
-    # When the pipe's other end closes, the kernel kills this process' group, whoever holds the GIL. (PR_SET_PDEATHSIG would kill
-    # this process alone, and then the pipe could tell nobody.)
+    """Set up how the process reacts to its parent, signals, forks and crashes."""
+    # When the pipe's other end closes, the kernel kills this process's group, even while a thread holds the GIL. (PR_SET_PDEATHSIG would
+    # kill only this process, and then the pipe could notify nobody.)
     fcntl.fcntl(life, fcntl.F_SETOWN, -os.getpgrp())
     fcntl.fcntl(life, fcntl.F_SETSIG, int(signal.SIGKILL))
     fcntl.fcntl(life, fcntl.F_SETFL, fcntl.fcntl(life, fcntl.F_GETFL) | os.O_ASYNC)
@@ -417,21 +418,21 @@ def _prepare(channel: int, dump: int, life: int, parent: int) -> None:
     masks: list[set[int]] = []
 
     def in_child() -> None:
-        os.close(channel)  # the parent knows by it that this process has ended
+        os.close(channel)  # the parent sees from it that this process has ended
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, masks.pop())
 
     os.register_at_fork(
-        # A signal to the child is kept until the child has a handler of its own.
+        # A signal to the child stays pending until the child has its own handler.
         before=lambda: masks.append(signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)),
         after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_SETMASK, masks.pop()),
         after_in_child=in_child,
     )
     try:
-        Path("/proc/self/oom_score_adj").write_text("1000")  # rather this process than the trainer
+        Path("/proc/self/oom_score_adj").write_text("1000")  # the kernel should kill this process before the trainer
     except OSError:
-        pass  # a kernel without it
+        pass  # this kernel has no such file
 
 
 def main(arguments: Sequence[str]) -> int:

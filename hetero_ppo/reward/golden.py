@@ -1,8 +1,8 @@
-"""Golden scores: pairs, their token ids, and the bits of their scores, which every aligned forward of the checkpoint repeats.
+"""Golden scores: pairs of token ids with the bits of their scores, which every aligned forward of the checkpoint must reproduce.
 
-``golden_scores.jsonl`` lies beside a reward model's weights. Its first line is the record of what made the scores; every other line
-is a pair: token ids, scores as hexadecimal floats, and for the first few pairs a digest of every layer's output, so that a
-difference can be traced to the layer that it begins in.
+``golden_scores.jsonl`` lies next to a reward model's weights. Its first line is a record of the software and hardware that made the
+scores. Every other line is a pair: token ids, scores as hexadecimal floats, and for the first few pairs a digest of every layer's output. So
+a difference can be traced to the layer in which it begins.
 """
 
 from __future__ import annotations
@@ -28,47 +28,49 @@ from hetero_ppo.reward.layer_digests import layer_digests
 from megatron_bridge import platform
 
 GOLDEN_FILE = "golden_scores.jsonl"
-#: Pairs of a file, and of them those with digests of layers.
+#: Number of pairs in a file, and of those with digests of layers.
 NUM_PAIRS, NUM_TRACED = 64, 4
-#: Fields of the record on which bits depend. Equal scores are promised where they are equal.
+#: Fields of the record that the bits depend on. Equal scores are promised only if these are equal.
 DECISIVE = ("dtype", "torch", "megatron_core", "device", "cpu", "cpu_capability", "cpu_flags", "kernel_limits")
-#: Instructions of a CPU that decide which kernels oneDNN and MKL choose, as /proc/cpuinfo names them.
+#: CPU instructions by which oneDNN and MKL choose their kernels, as /proc/cpuinfo names them.
 CPU_FLAGS = (
     *("avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16", "avx512_fp16", "avx_vnni"),
     *("amx_tile", "amx_bf16", "amx_int8", "amx_fp16"),
 )
-#: Variables that limit what these libraries use.
+#: Environment variables that limit the instructions that these libraries use.
 KERNEL_LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR")
 
 
 @dataclass(frozen=True)
 class GoldenPair:
-    """One pair and what the model gave for it."""
+    """One pair with the model's scores."""
 
     chosen_ids: list[int]
     rejected_ids: list[int]
     chosen_score: str  # float.hex
     rejected_score: str
-    layers: list[tuple[str, str]] = field(default_factory=list)  # of the chosen sequence: layer, digest of its output
+    layers: list[tuple[str, str]] = field(
+        default_factory=list
+    )  # layer and digest of its output, for the chosen sequence
 
 
 @dataclass(frozen=True)
 class Golden:
-    """The content of a file."""
+    """Contents of a file of golden scores."""
 
     record: dict[str, Any]
     pairs: list[GoldenPair]
 
     def text(self) -> str:
-        """JSON lines."""
+        """Return the file's text, as JSON lines."""
         lines: list[dict[str, Any]] = [{"record": self.record}]
         lines += [{"pair": number, **vars(pair)} for number, pair in enumerate(self.pairs)]
         return "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
 
     def made_elsewhere(self, engine: ModelEngine) -> list[str]:
-        """Return what differs between the record and here of what bits depend on: "cpu: X there, Y here".
+        """Return the differences between the record and this run in the fields that bits depend on: "cpu: X there, Y here".
 
-        What an older file does not record cannot differ.
+        Fields that an older file does not record are not compared.
         """
         here = record_of(engine)
         names = [name for name in DECISIVE if name in self.record and self.record[name] != here[name]]
@@ -76,7 +78,7 @@ class Golden:
 
 
 def record_of(engine: ModelEngine) -> dict[str, Any]:
-    """What makes an engine's scores."""
+    """Return the record of the software and hardware that make an engine's scores."""
     return {
         "format": 1,
         "dtype": dtype_of(engine.config.model).value,
@@ -94,11 +96,11 @@ def record_of(engine: ModelEngine) -> dict[str, Any]:
 
 
 def make_golden(engine: ModelEngine, examples: Sequence[PreferenceExample]) -> Golden:
-    """Golden scores of the first examples. Collective over the world.
+    """Compute golden scores of the first examples. Collective over the world.
 
     Args:
-        engine: an aligned role with a score head.
-        examples: at least one; as many as a file holds are taken.
+        engine: Aligned role with a score head.
+        examples: At least one example; as many as a file holds are used.
     """
     examples = examples[:NUM_PAIRS]
     scores = pair_scores(engine, [(example.chosen_ids, example.rejected_ids) for example in examples])
@@ -110,7 +112,7 @@ def make_golden(engine: ModelEngine, examples: Sequence[PreferenceExample]) -> G
 
 
 def pair_scores(engine: ModelEngine, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[str, str]]:
-    """(chosen, rejected) scores of (chosen, rejected) token ids, as hexadecimal floats. Collective over the world."""
+    """Return (chosen, rejected) scores of (chosen, rejected) token ids, as hexadecimal floats. Collective over the world."""
     batch = collate_preferences([PreferenceExample(chosen, rejected, 0) for chosen, rejected in pairs])
     chosen = engine.forward(batch.chosen_ids, batch.chosen_lengths, scores_output).tolist()
     rejected = engine.forward(batch.rejected_ids, batch.rejected_lengths, scores_output).tolist()
@@ -118,17 +120,17 @@ def pair_scores(engine: ModelEngine, pairs: Sequence[tuple[list[int], list[int]]
 
 
 def read_golden(path: Path) -> Golden:
-    """The content of a ``golden_scores.jsonl``.
+    """Read a ``golden_scores.jsonl``.
 
     Raises:
-        ValueError: it is not one; names file and line.
+        ValueError: The file has another format; the message names file and line.
     """
     golden: Golden | None = None
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
             content = json.loads(line)
             if golden is None:
-                golden = Golden({"device": "cpu", **content["record"]}, [])  # older files were made on CPUs alone
+                golden = Golden({"device": "cpu", **content["record"]}, [])  # older files were only made on CPUs
                 continue
             del content["pair"]
             content["layers"] = [(name, value) for name, value in content["layers"]]
@@ -136,20 +138,21 @@ def read_golden(path: Path) -> Golden:
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}, line {number}: not a line of golden scores ({error})") from error
     if golden is None or not golden.pairs:
-        raise ValueError(f"{path}: holds no golden scores; write it anew by training or exporting the reward model")
+        raise ValueError(f"{path}: holds no golden scores; write it again by training or exporting the reward model")
     return golden
 
 
 def check_golden(engine: ModelEngine, golden: Golden, path: Path, numbers: Sequence[int]) -> None:
-    """Compute pairs anew and compare their bits. Collective over the world.
+    """Compute the scores of some pairs again and compare their bits. Collective over the world.
 
     Args:
-        engine: the aligned role whose checkpoint the scores lie beside.
-        path: of the file, for the message.
-        numbers: of the pairs to compute.
+        engine: Aligned role whose checkpoint has the golden scores.
+        golden: Golden scores of the checkpoint.
+        path: Path of their file, for the message.
+        numbers: Numbers of the pairs to compute.
 
     Raises:
-        RunError: a score differs: file, pair, both values, and the layer that it begins in.
+        RunError: A score differs; the message gives file, pair, both values, and the first layer that differs.
     """
     scores = pair_scores(engine, [(golden.pairs[n].chosen_ids, golden.pairs[n].rejected_ids) for n in numbers])
     for number, (chosen, rejected) in zip(numbers, scores, strict=True):
@@ -166,7 +169,7 @@ def check_golden(engine: ModelEngine, golden: Golden, path: Path, numbers: Seque
 
 
 def first_difference(engine: ModelEngine, pair: GoldenPair) -> str | None:
-    """The first layer whose output differs from the recorded one for a pair's chosen sequence. Collective over the world."""
+    """Return the first layer whose output for a pair's chosen sequence differs from the recorded one. Collective over the world."""
     for (name, stored), (_, found) in zip(pair.layers, layer_digests(engine, pair.chosen_ids), strict=True):
         if stored != found:
             return name
@@ -182,53 +185,53 @@ def _where(engine: ModelEngine, golden: Golden) -> str:
 
 
 def _cpu_model() -> str:
-    """The name of the CPU, or the machine's architecture where the kernel does not say."""
+    """Return the name of the CPU, or the machine's architecture if the kernel does not name the CPU."""
     return _cpu_info("model name") or python_platform.machine()
 
 
 def _cpu_flags() -> list[str]:
-    """Those of ``CPU_FLAGS`` that the CPU has. A hypervisor may hide some, and the CPU's name with them."""
+    """Return those of ``CPU_FLAGS`` that the CPU has. A hypervisor may hide some of them, and the CPU's name."""
     found = _cpu_info("flags").split()
     return [flag for flag in CPU_FLAGS if flag in found]
 
 
 def _cpu_info(name: str) -> str:
-    """A field of the first core in /proc/cpuinfo; empty where there is none."""
+    """Return a field of the first core in /proc/cpuinfo; "" if there is none."""
     file = Path("/proc/cpuinfo")
     lines = file.read_text().splitlines() if file.is_file() else []
     return next((line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == name), "")
 
 
 def _shown(value: Any) -> str:
-    """A value of the record as a message shows it."""
+    """Format a value of the record for a message."""
     if isinstance(value, dict):
         return ", ".join(f"{name}={setting}" for name, setting in value.items()) or "none"
     return " ".join(value) or "none" if isinstance(value, list) else str(value)
 
 
-#: Pairs that a running PPO computes anew each time, others the next time.
+#: Number of pairs that a running PPO computes in one check; the next check takes others.
 NUM_CHECKED = 8
 
 
 @dataclass
 class GoldenGuard:
-    """Stops a run in which the reward model no longer scores as it did when it was trained."""
+    """Guard that stops a run when the reward model no longer gives the scores that it gave after its training."""
 
-    engine: ModelEngine  # aligned, with a score head
+    engine: ModelEngine  # aligned role with a score head
     golden: Golden
     path: Path
-    every: int  # steps between checks; 0: the first one alone
+    every: int  # steps between checks; 0: only the first check
     checks: int = 0
 
     def check(self, step: int, *, first: bool = False) -> None:
-        """Compute some pairs anew when it is time to. Collective over the world.
+        """Compute some pairs again if a check is due. Collective over the world.
 
         Args:
-            step: steps done.
-            first: it is time in any case.
+            step: Number of steps done.
+            first: Whether to check in any case.
 
         Raises:
-            RunError: a score differs.
+            RunError: A score differs.
         """
         if not first and not (self.every and step % self.every == 0):
             return
@@ -240,10 +243,10 @@ class GoldenGuard:
 
 
 def golden_guard(engine: ModelEngine, every: int) -> tuple[GoldenGuard | None, str]:
-    """The guard of a role's checkpoint, or None where nothing can be promised; and a line that says which.
+    """Build the guard of a role's checkpoint, or None if equal scores cannot be promised. A line explains which of the two.
 
     Raises:
-        ValueError: the file cannot be read, or holds scores of another dtype than a role computes in that is said to be aligned.
+        ValueError: The file cannot be read, or the role must be aligned but computes in another dtype than the file's scores.
     """
     path = Path(engine.config.model.path) / GOLDEN_FILE
     if not engine.bridge.aligned:

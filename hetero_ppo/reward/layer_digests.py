@@ -1,4 +1,4 @@
-"""Digests of what every layer of a model gives for one sequence, the same in every layout of an aligned role."""
+"""Digests of every layer's output for one sequence. They are the same in every layout of an aligned role."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from hetero_ppo.types import Microbatch
 def layer_digests(
     engine: ModelEngine, token_ids: list[int], neighbours: Sequence[list[int]] = (), num_columns: int = 0
 ) -> list[tuple[str, str]]:
-    """(layer, first 16 hex digits of the SHA-256 of its output's bytes), in the order of the forward. Collective.
+    """Return (layer, first 16 hex digits of the SHA-256 of its output's bytes) in the order of the forward. Collective.
 
     Args:
-        engine: in a turn of its own where it shares a device.
-        token_ids: one sequence.
-        neighbours: others of its micro-batch.
-        num_columns: that the micro-batch is padded to, where its longest sequence is not longer.
+        engine: Role, during its turn if it shares a device.
+        token_ids: Sequence whose outputs are digested.
+        neighbours: Other sequences of its micro-batch.
+        num_columns: Columns that the micro-batch is padded to, unless its longest sequence is longer.
     """
     length, rows = len(token_ids), [token_ids, *neighbours]
     lengths = torch.tensor([len(row) for row in rows])
     padded = torch.zeros(len(rows), engine.forward_size.padded(max(num_columns, int(lengths.max()))), dtype=torch.int64)
     for number, row in enumerate(rows):
         padded[number, : len(row)] = torch.tensor(row)
-    # Padding is computed where its outputs are asked for.
-    wanted = torch.ones_like(padded, dtype=torch.bool) if num_columns else None
+    # Padding is computed only if its outputs are asked for.
+    outputs = torch.ones_like(padded, dtype=torch.bool) if num_columns else None
     found: dict[int, tuple[str, str]] = {}
     sequence_parallel = engine.bridge.transformer.sequence_parallel
 
@@ -47,7 +47,7 @@ def layer_digests(
     try:
         with torch.no_grad():
             engine.run_schedule(
-                [Microbatch(padded, lengths, wanted=wanted)], lambda output, microbatch: output, forward_only=True
+                [Microbatch(padded, lengths, wanted=outputs)], lambda output, microbatch: output, forward_only=True
             )
     finally:
         for handle in handles:
@@ -59,7 +59,7 @@ def layer_digests(
 
 
 def _layers(engine: ModelEngine) -> list[tuple[int, str, torch.nn.Module]]:
-    """(place in the forward, name, module) of the layers on this rank."""
+    """Return (place in the forward, name, module) of the layers on this rank."""
     layout = engine.bridge.pipeline_layout
     layers: list[tuple[int, str, torch.nn.Module]] = []
     for index, chunk in enumerate(engine.models):
@@ -74,7 +74,7 @@ def _layers(engine: ModelEngine) -> list[tuple[int, str, torch.nn.Module]]:
 
 
 def _whole(hidden: Tensor, tp_group: dist.ProcessGroup | None) -> Tensor:
-    """[s / tp, b, h] of every rank -> [s, b, h]."""
+    """Gather the slices of all tensor-parallel ranks, [s / tp, b, h] -> [s, b, h]."""
     if tp_group is None:
         return hidden
     parts = [torch.empty_like(hidden) for _ in range(tp_group.size())]
@@ -83,5 +83,5 @@ def _whole(hidden: Tensor, tp_group: dist.ProcessGroup | None) -> Tensor:
 
 
 def digest(tensor: Tensor) -> str:
-    """First 16 hex digits of the SHA-256 of a tensor's bytes."""
+    """Return the first 16 hex digits of the SHA-256 of a tensor's bytes."""
     return hashlib.sha256(tensor.detach().contiguous().view(torch.uint8).cpu().numpy().tobytes()).hexdigest()[:16]

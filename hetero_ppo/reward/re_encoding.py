@@ -1,4 +1,4 @@
-"""Rollouts for a reward model whose tokenizer or template is not the actor's: text decoded by one, encoded by the other, once."""
+"""Encode responses again for a reward model with another tokenizer or template: decode with the actor's, encode with its own, once."""
 
 from __future__ import annotations
 
@@ -22,40 +22,41 @@ from hetero_ppo.types import Messages, Rollout
 class ReEncoder:
     """Token ids of responses as one reward model reads them.
 
-    The prompt is rendered by the reward model's own template from its messages, or is its text where the run has no template. The
-    response is its text without the actor's special tokens; texts that the reward model's tokenizer would take for special tokens
-    of its own are taken out, or a response could end where it likes. A response that ended by itself ends with the reward
-    model's end-of-sequence token; one that was cut at its token limit has none, and is read at its last token. Of a sequence
-    over ``max_tokens`` the end is cut off, and it is read at the last token that is left. Every rank computes the same.
+    The prompt is rendered from its messages by the reward model's own template, or is its text if the run has no template. The response is its
+    text without the actor's special tokens. Texts that the reward model's tokenizer would read as its own special tokens are removed;
+    otherwise a response could end itself anywhere. A response that ended by itself ends with the reward model's end-of-sequence token. One that
+    was cut at its token limit has none, and is scored at its last token. A sequence over ``max_tokens`` is cut there, and scored at the last
+    token that is left. Every rank computes the same.
     """
 
     def __init__(self, role: str, encoder: TextEncoder, actor: TextEncoder, max_tokens: int) -> None:
-        """
+        """Take the tokenizers of one reward model.
+
         Args:
-            role: the reward model's, for messages.
-            encoder: the reward model's tokenizer and template.
-            actor: the actor's.
-            max_tokens: of a sequence.
+            role: Name of the reward model, for messages.
+            encoder: Tokenizer and template of the reward model.
+            actor: Tokenizer and template of the actor.
+            max_tokens: Most tokens of a sequence.
         """
         self.role = role
         self.encoder = encoder
         self.actor = actor
         self.max_tokens = max_tokens
         self._special = special_texts(encoder.tokenizer)
-        self._lengths: list[int] = []  # of all sequences since the last ``collect``, before they were cut
+        self._lengths: list[int] = []  # lengths before the cut of all sequences since the last ``collect``
 
     def describe(self) -> str:
-        """One line: from which tokenizer to which."""
+        """Return a line that names the two tokenizers."""
         return (
-            f"{self.role}: prompts and responses are decoded with {self.actor.describe()} and encoded anew with "
+            f"{self.role}: prompts and responses are decoded with {self.actor.describe()} and encoded again with "
             f"{self.encoder.describe()}, {self.max_tokens} tokens at most"
         )
 
     def encode(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
-        """([B, S] int64 ids, right-padded; [B] int64 lengths), as many rows as the rollout has.
+        """Return [B, S] int64 ids, right-padded, and [B] int64 lengths, as many rows as the rollout has.
 
         Raises:
-            RunError: the template refuses a prompt's messages.
+            RunError: The template refuses a prompt's messages.
         """
         items = [self._item(rollout, row) for row in range(rollout.batch_size)]
         try:
@@ -67,14 +68,14 @@ class ReEncoder:
 
     def _item(self, rollout: Rollout, row: int) -> tuple[Messages | None, str, str, bool]:
         start, end = int(rollout.prompt_lengths[row]), int(rollout.sequence_lengths[row])
-        response = without(self.actor.decode(rollout.token_ids[row, start:end].tolist()), self._special)
+        response = remove_texts(self.actor.decode(rollout.token_ids[row, start:end].tolist()), self._special)
         return rollout.prompt_messages[row], rollout.prompt_texts[row], response, not bool(rollout.truncated[row])
 
     def check_templates(self, prompts: Iterable[Messages | None]) -> None:
-        """Render a prompt of every order of roles that there is.
+        """Render one prompt for every order of roles that the prompts have.
 
         Raises:
-            ValueError: the template refuses one.
+            ValueError: The template refuses one of them.
         """
         orders = {
             tuple(message["role"] for message in messages): messages for messages in prompts if messages is not None
@@ -86,7 +87,7 @@ class ReEncoder:
                 raise ValueError(f"{self.role}.re_encode: {error}; set {self.role}.re_encode.chat_template") from error
 
     def collect(self) -> dict[str, float]:
-        """Mean length and number of cut sequences since the last call, and begin anew; {} where there were none."""
+        """Return the mean length and the number of cut sequences since the last call; {} if there were none. Starts counting again."""
         lengths, self._lengths = torch.tensor(self._lengths, dtype=torch.float64), []
         if not len(lengths):
             return {}
@@ -97,15 +98,15 @@ class ReEncoder:
 def load_re_encoders(
     config: PpoConfig, actor: TextEncoder, datasets: Sequence[Dataset[PromptExample]]
 ) -> dict[str, ReEncoder]:
-    """Of the reward models that read texts anew, by role.
+    """Build the re-encoders of the reward models that encode texts again, by role.
 
     Args:
-        config: checked.
-        actor: its tokenizer and template.
+        config: Checked configuration of the run.
+        actor: Tokenizer and template of the actor.
         datasets: Prompts of the run, held-out ones too.
 
     Raises:
-        ValueError: a reward model has no tokenizer or template, or one that does not take the prompts; prompts have tools.
+        ValueError: A reward model has no tokenizer or template, its template refuses a prompt, or prompts have tools.
     """
     found = {}
     for name, role in config_reward_models(config).items():
@@ -124,13 +125,13 @@ def load_re_encoders(
 
 
 def special_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Texts that the tokenizer takes for special tokens, the longest first."""
+    """Return the texts that the tokenizer reads as special tokens, the longest first."""
     added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     return sorted({*tokenizer.all_special_tokens, *added}, key=lambda text: (-len(text), text))
 
 
-def without(text: str, parts: list[str]) -> str:
-    """``text`` without any of the parts, nor what would become one by their leaving."""
+def remove_texts(text: str, parts: list[str]) -> str:
+    """Return ``text`` without the parts, repeated until removing one leaves no new one."""
     before = None
     while before != text:
         before = text

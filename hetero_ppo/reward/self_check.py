@@ -1,4 +1,4 @@
-"""Does an aligned role give the same bits alone and among others, on the device that it runs on? Asked before it is trusted."""
+"""Check that an aligned role gives the same bits for a sequence alone and among others, on this device, before it is trusted."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ log = logging.getLogger(__name__)
 C = TypeVar("C", bound=RoleConfig)
 E = TypeVar("E", bound=ModelEngine)
 
-#: Tokens of the sequences: about a tile of attention, below and above.
+#: Lengths of the sequences in tokens: around a tile of attention, below and above.
 LENGTHS = (2, 5, 33, 64, 65, 127, 200)
 
 
 def check_alignment(engine: ModelEngine) -> str:
-    """Compare the output of every layer for sequences alone with that among others, padded and not. Collective over the world.
+    """Compare every layer's output for sequences alone with that among others, padded and not. Collective over the world.
 
-    What one layout cannot show is whether another gives the same: golden scores do that.
+    This does not show whether another layout gives the same bits: golden scores do that.
 
     Args:
-        engine: any role.
+        engine: Role to check.
 
     Returns:
-        A line that says what was compared.
+        A line about what was compared.
 
     Raises:
-        RunError: a layer's output differs; names the first one. On all ranks or on none.
+        RunError: A layer's output differs; the message names the first such layer. All ranks raise, or none.
     """
     difference, num_compared = find_difference(engine)
     if difference is not None:
@@ -57,12 +57,12 @@ def check_alignment(engine: ModelEngine) -> str:
 
 
 def find_difference(engine: ModelEngine) -> tuple[str | None, int]:
-    """Return (the first difference that any rank finds, in words, or None; how many outputs were compared). Collective over the world.
+    """Return (the first difference that any rank finds, in words, or None; number of outputs compared). Collective over the world.
 
-    Every rank goes through all comparisons, whatever it finds: the forwards are collective.
+    Every rank makes all comparisons even after a difference, because the forwards are collective.
 
     Args:
-        engine: any role.
+        engine: Role to check.
     """
     draw = random.Random(0)
     longest = engine.bridge.max_position_embeddings
@@ -74,8 +74,8 @@ def find_difference(engine: ModelEngine) -> tuple[str | None, int]:
             others = rows[:number] + rows[number + 1 :]
             alone = layer_digests(engine, row)
             settings = {
-                "beside one other": (others[-1:], 0),
-                "beside six others": (others, 0),
+                "next to one other": (others[-1:], 0),
+                "next to six others": (others, 0),
                 "padded": (others[:2], LENGTHS[-1] + 13),
             }
             for setting, (neighbours, num_columns) in settings.items():
@@ -107,17 +107,17 @@ def _agreed(difference: str | None, world: dist.ProcessGroup) -> str | None:
 
 
 def build_proved(config: C, build: Callable[[C], E], consequence: str = "no golden scores") -> E:
-    """Build a role, and on CUDA have it prove its bits before it is used. Collective over the world.
+    """Build a role; on CUDA also make it prove its bits before it is used. Collective over the world.
 
-    Where ``aligned`` is null and the role cannot be aligned, or fails the proof, it is built as a plain one and a line says why.
+    If ``aligned`` is null and the role cannot be aligned or fails the proof, it is built without aligned layers and a line says why.
 
     Args:
         config: Model and layout.
-        build: Makes the engine of a configuration.
-        consequence: What a plain role means, for that line.
+        build: Function that builds the engine of a configuration.
+        consequence: Effect of a role that is not aligned, for that line.
 
     Raises:
-        RunError: The role was asked to be aligned, and its bits depend on the batch.
+        RunError: ``aligned`` is true, and the role's bits depend on the batch.
     """
     engine = build(config)
     if config.aligned is None and engine.bridge.plain_because is not None:
@@ -150,7 +150,7 @@ def build_proved(config: C, build: Callable[[C], E], consequence: str = "no gold
 
 
 def _outputs(engine: ModelEngine, rows: list[list[int]]) -> list[Tensor]:
-    """What the role gives for every row: its score, or the values or log-probs of its tokens."""
+    """Return the role's output for every row: its score, or the values or log-probs of its tokens."""
     output: OutputFn = values_output if engine.head == "value" else scores_output
     if engine.head == "lm":
         output = log_probs_output(

@@ -15,7 +15,7 @@ from hetero_ppo.data.collate import pad_right
 from hetero_ppo.data.sft import load_sft
 from hetero_ppo.data.tokenizer_training import train_tokenizer
 from hetero_ppo.errors import RunError
-from hetero_ppo.reward.re_encoding import ReEncoder, special_texts, without
+from hetero_ppo.reward.re_encoding import ReEncoder, special_texts, remove_texts
 from hetero_ppo.types import Messages, Rollout
 
 QUESTION: Messages = [{"role": "user", "content": "Sort pear apple"}]
@@ -84,7 +84,7 @@ def test_a_response_cannot_write_special_tokens_of_the_reward_model() -> None:
     """The judge's end of sequence, also where taking one out would leave another."""
     end = judge().tokenizer.eos_token
     assert end in special_texts(judge().tokenizer)
-    assert without(f"a{end[:5]}{end}{end[5:]}b", [end]) == "ab"
+    assert remove_texts(f"a{end[:5]}{end}{end[5:]}b", [end]) == "ab"
     actor = rollout_of(chatml_encoder(), [(QUESTION, "apple pear", True)])
     found, _ = encoded(actor, judge())
     written = rollout_of(chatml_encoder(), [(QUESTION, "", True)])

@@ -454,7 +454,7 @@ def test_progress_is_reported_while_a_call_runs(
 LOAD_FAULTS = {
     "def score(p, r, l, m)\n    return 1\n": r"cannot be imported: SyntaxError: .*\(.*bad.py:1\)",
     "x = 1\nx.y\n": r"cannot be imported: AttributeError: .*bad.py:2 in <module>\)",
-    "import nowhere.at_all\n": r"it needs the module 'nowhere', which is not installed here and not beside it \(.*bad.py:1 in <module>\)",
+    "import nowhere.at_all\n": r"it needs the module 'nowhere', which is not installed here and not next to it \(.*bad.py:1 in <module>\)",
     "from . import helpers\n": "relative import .*; a file that is named by its path belongs to no package",
     "import os\nos._exit(3)\n": "its worker ended with exit status 3 while it imported the module",
     "import sys\nsys.exit('no')\n": r"SystemExit: no \(.*bad.py:2 in <module>\)",
