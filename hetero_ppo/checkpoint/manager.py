@@ -1,9 +1,9 @@
-"""Checkpoints of trained roles with Megatron-Core's dist_checkpointing.
+"""Checkpoints of the trained roles, written with Megatron-Core's dist_checkpointing.
 
-``<run.dir>/checkpoints/iter_0000100/<role>/`` holds each role's weights and optimizer, ``trainer.json`` the trainer's own
-state, ``rng/`` the random-number generators of every rank, ``config.yaml`` the resolved configuration. All of it is written into
-``iter_0000100.tmp/``, ``COMPLETE`` (sizes and checksums of all files) last, and then renamed: a folder without ``.tmp`` has all
-roles of one step. ``latest_checkpointed_iteration.txt`` names the newest.
+``<run.dir>/checkpoints/iter_0000100/<role>/`` holds each role's weights and optimizer, ``trainer.json`` the trainer's state, ``rng/`` the
+random-number generators of every rank, and ``config.yaml`` the resolved configuration. All files are written into ``iter_0000100.tmp/``;
+``COMPLETE``, with the sizes and checksums of all others, comes last. Then the folder is renamed: a folder without ``.tmp`` has all roles of
+one step. ``latest_checkpointed_iteration.txt`` names the newest step.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from hetero_ppo.checkpoint.manifest import (
     COMPLETE,
     files_of,
     find_fault,
+    file_digest,
     find_size_fault,
+    fsync_dir,
     has_own_checksum,
-    look_at,
-    settle_folder,
     write_marker,
     write_text,
 )
@@ -45,16 +45,16 @@ from hetero_ppo.errors import RunError
 log = logging.getLogger(__name__)
 
 LATEST = "latest_checkpointed_iteration.txt"
-#: Names the step whose weights ``<run.dir>/hf`` has; there as long as no newer checkpoint is.
+#: File that names the step whose weights ``<run.dir>/hf`` has. It exists as long as there is no newer checkpoint.
 EXPORTED = "exported_iteration.txt"
 STATE = "trainer.json"
-BEING_WRITTEN = ".tmp"
-#: Run of a checkpoint whose version of this code named none.
+PARTIAL_SUFFIX = ".tmp"
+#: Run id of checkpoints from a version of this code that wrote none.
 UNNAMED = "unnamed"
 
 
 class CheckpointManager:
-    """Saves and loads all trained roles and the trainer's state together. In a ``with`` block, which no writing thread survives."""
+    """Saves and loads all trained roles and the trainer's state together. Use it in a ``with`` block, which ends the writing thread."""
 
     def __init__(
         self,
@@ -65,13 +65,14 @@ class CheckpointManager:
         timeout_s: float,
         about: Mapping[str, Any] | None = None,
     ) -> None:
-        """
+        """Take the settings; nothing is read or written.
+
         Args:
             run_dir: Folder of this run, which has its ``config.yaml``.
-            config: what is kept.
+            config: Checkpoint section of the configuration.
             world: Group of all ranks.
-            timeout_s: seconds that a rank waits for its disk.
-            about: What every checkpoint says of its run, as JSON: ``run_id``, and more. Checkpoints of other runs are left alone.
+            timeout_s: Seconds that a rank waits for its disk.
+            about: Facts about the run that every checkpoint stores, as JSON: ``run_id``, and more. Checkpoints of other runs are left alone.
         """
         self.run_dir = run_dir
         self.root = run_dir / "checkpoints"
@@ -80,7 +81,7 @@ class CheckpointManager:
         self.timeout_s = timeout_s
         self.about = {"run_id": UNNAMED, **(about or {})}
         self._pending: PendingSave | None = None
-        self._num_bytes = 0  # of this rank's part of the last one
+        self._num_bytes = 0  # size of this rank's part of the last checkpoint
         self._version = code_version() if world.rank() == 0 else ""
 
     def __enter__(self) -> Self:
@@ -89,12 +90,12 @@ class CheckpointManager:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._pending is not None:  # the run fails: its ranks may not all be there to finish a checkpoint together
+        if self._pending is not None:  # the run fails, so some ranks may be missing to finish the checkpoint together
             self._pending.abandon()
 
     @property
     def is_saving(self) -> bool:
-        """Whether a checkpoint is on its way to the disk; the same on every rank."""
+        """Whether a checkpoint is being written; the same on every rank."""
         return self._pending is not None
 
     def save(
@@ -110,60 +111,60 @@ class CheckpointManager:
     ) -> None:
         """Save one checkpoint; a reader sees all of it or none. Collective over the world.
 
-        With ``checkpoint.async_save`` it is copied, and written while the run goes on: ``finish`` makes it complete. The one
-        before is complete first.
+        With ``checkpoint.async_save`` the state is copied, and written while the run continues; ``finish`` makes the checkpoint complete. The
+        previous checkpoint is finished first.
 
         Args:
-            step: steps done.
-            engines: trained roles by name.
-            state: what the trainer needs to go on, as JSON.
-            metrics: of the step; ``checkpoint.keep_best`` names one of them.
-            files: name -> text of what else goes with the weights.
-            wait: until it is complete: nothing follows that it could be written beside.
-            then: called when it is complete.
+            step: Number of steps done.
+            engines: Trained roles by name.
+            state: State from which the trainer can continue, as JSON.
+            metrics: Metrics of the step; ``checkpoint.keep_best`` names one of them.
+            files: Name -> text of further files that belong to the weights.
+            wait: Whether to wait until the checkpoint is complete, because no work follows that could run in parallel.
+            then: Function that is called when the checkpoint is complete.
 
         Raises:
-            RunError: it, or the one before, could not be written. What was complete is as it was.
+            RunError: This checkpoint, or the previous one, could not be written. Complete checkpoints are unchanged.
         """
         self.finish(wait=True)
         folder = self.root / f"iter_{step:07d}"
-        beside = folder.with_name(folder.name + BEING_WRITTEN)
+        partial = folder.with_name(folder.name + PARTIAL_SUFFIX)
         self._num_bytes = sum(engine.checkpoint_bytes for engine in engines.values())
-        with self._said_of(step):
-            snapshots = self._snapshot(beside, step, engines, {**state, "metrics": dict(metrics)}, files or {})
-            own = _rng_file(beside, self.world.rank())
-            self._pending = PendingSave.begin(step, folder, beside, snapshots, then, own, self.world)
+        with self._describe_errors(step):
+            snapshots = self._snapshot(partial, step, engines, {**state, "metrics": dict(metrics)}, files or {})
+            own = _rng_file(partial, self.world.rank())
+            self._pending = PendingSave.begin(step, folder, partial, snapshots, then, own, self.world)
         if wait or not self.config.async_save:
             self.finish(wait=True)
 
     def finish(self, *, wait: bool) -> None:
-        """Make the checkpoint that is being written complete, where there is one. Collective over the world.
+        """Complete the checkpoint that is being written, if there is one. Collective over the world.
 
         Args:
-            wait: for its files; False: it stays as it is until all ranks have theirs.
+            wait: Whether to wait for its files; False: it stays pending until all ranks have written theirs.
 
         Raises:
-            RunError: it could not be written, or not in time.
+            RunError: The checkpoint could not be written, or not in time.
         """
         pending = self._pending
         if pending is None or not (wait or pending.is_written_everywhere()):
             return
-        with self._said_of(pending.step):
+        with self._describe_errors(pending.step):
             pending.wait(self.timeout_s)
             for snapshot in pending.snapshots:
                 snapshot.finish()
             if self.world.rank() == 0:
-                write_marker(pending.beside, _manifest(pending.beside))
-                self._put_in_place(pending.beside, pending.folder, pending.step)
+                write_marker(pending.partial, _manifest(pending.partial))
+                self._put_in_place(pending.partial, pending.folder, pending.step)
         dist.barrier(self.world)
         self._pending = None
         pending.then()
 
     def check_room(self, engines: Mapping[str, TrainEngine]) -> None:
-        """A first checkpoint fits on the disk. Collective over the world; before the first step.
+        """Check that a first checkpoint fits on the disk. Collective over the world; call it before the first step.
 
         Raises:
-            ValueError: it does not.
+            ValueError: It does not fit.
         """
         needed = torch.tensor([sum(engine.checkpoint_bytes for engine in engines.values())])
         dist.all_reduce(needed, group=self.world)
@@ -180,15 +181,15 @@ class CheckpointManager:
         """Restore a complete checkpoint of a run folder into the engines. Collective over the world.
 
         Args:
-            load_dir: of the run that wrote it.
-            engines: trained roles by name.
-            expected: names in the trainer's state that the caller will read.
+            load_dir: Folder of the run that wrote the checkpoint.
+            engines: Trained roles by name.
+            expected: Names in the trainer's state that the caller will read.
 
         Returns:
             The trainer's state, with ``step``.
 
         Raises:
-            ValueError: there is no complete checkpoint, it is damaged, or it lacks a role or a part of the state.
+            ValueError: There is no complete checkpoint, it is damaged, or it lacks a role or a part of the state.
         """
         folder = checkpoint_folder(load_dir, self.config.step)
         self._check_contents(folder)
@@ -204,44 +205,45 @@ class CheckpointManager:
 
     def _snapshot(
         self,
-        beside: Path,
+        partial: Path,
         step: int,
         engines: Mapping[str, TrainEngine],
         state: Mapping[str, Any],
         files: Mapping[str, str],
     ) -> list[RoleSnapshot]:
-        """Copy the roles, and write what is small."""
+        """Copy the roles, and write the small files."""
         if self.world.rank() == 0:
-            for left_by_a_killed_run in self.root.glob(f"iter_*{BEING_WRITTEN}*"):
+            for left_by_a_killed_run in self.root.glob(f"iter_*{PARTIAL_SUFFIX}*"):
                 remove = shutil.rmtree if left_by_a_killed_run.is_dir() else Path.unlink
                 remove(left_by_a_killed_run)
             for name in (*engines, "rng"):
-                (beside / name).mkdir(parents=True)
+                (partial / name).mkdir(parents=True)
         dist.barrier(self.world)
-        snapshots = [engine.save(beside / role) for role, engine in engines.items()]
-        _rng_file(beside, self.world.rank()).write_text(json.dumps(random_state()))
+        snapshots = [engine.save(partial / role) for role, engine in engines.items()]
+        _rng_file(partial, self.world.rank()).write_text(json.dumps(random_state()))
         if self.world.rank() == 0:
             about = {"step": step, "world_size": self.world.size(), "code_version": self._version}
-            (beside / STATE).write_text(json.dumps({**about, **self.about, **state}, indent=1))
+            (partial / STATE).write_text(json.dumps({**about, **self.about, **state}, indent=1))
             for name, text in files.items():
-                (beside / name).write_text(text)
-            shutil.copyfile(self.run_dir / "config.yaml", beside / "config.yaml")
+                (partial / name).write_text(text)
+            shutil.copyfile(self.run_dir / "config.yaml", partial / "config.yaml")
         return snapshots
 
-    def _put_in_place(self, beside: Path, folder: Path, step: int) -> None:
+    def _put_in_place(self, partial: Path, folder: Path, step: int) -> None:
         shutil.rmtree(folder, ignore_errors=True)
-        beside.rename(folder)
+        partial.rename(folder)
         (self.root / EXPORTED).unlink(missing_ok=True)
         write_text(self.root / LATEST, str(step))
-        settle_folder(self.root)
+        fsync_dir(self.root)
         self._retire(step)
 
     def _retire(self, step: int) -> None:
-        """Keep the newest of this run, and its best by ``checkpoint.keep_best``. Later ones are of a run that was gone back from."""
-        own = (
-            self.about["run_id"],
-            None,
-        )  # a damaged state says nothing, and this run began in a folder without checkpoints
+        """Keep this run's newest checkpoints and its best one by ``checkpoint.keep_best``; remove its others.
+
+        A later step than ``step`` remains from before the run was resumed at an earlier checkpoint.
+        """
+        # None, an unreadable run id, counts as this run's: it began in a folder without checkpoints.
+        own = (self.about["run_id"], None)
         complete = [folder for folder in _complete(self.root) if run_id_of(folder) in own]
         until_now = [folder for folder in complete if _step_of(folder) <= step]
         kept = set(until_now[-self.config.keep :])
@@ -261,19 +263,19 @@ class CheckpointManager:
         worst = torch.tensor([int(fault is not None)])
         dist.all_reduce(worst, op=dist.ReduceOp.MAX, group=self.world)
         if fault is not None:
-            raise ValueError(_say_damaged(folder, fault))
+            raise ValueError(_describe_damage(folder, fault))
         if bool(worst):
-            raise ValueError(_say_damaged(folder, "another rank has found which file"))
+            raise ValueError(_describe_damage(folder, "another rank has found which file"))
 
     @contextlib.contextmanager
-    def _said_of(self, step: int) -> Iterator[None]:
-        """What goes wrong in the body is an error of the run that names the checkpoint."""
+    def _describe_errors(self, step: int) -> Iterator[None]:
+        """Turn an error of the body into an error of the run that names the checkpoint."""
         try:
             yield
         except (OSError, CheckpointException) as error:
-            raise RunError(self._say_unwritable(step, error)) from error
+            raise RunError(self._describe_unwritable(step, error)) from error
 
-    def _say_unwritable(self, step: int, error: OSError | CheckpointException) -> str:
+    def _describe_unwritable(self, step: int, error: OSError | CheckpointException) -> str:
         steps = ", ".join(str(_step_of(folder)) for folder in _complete(self.root)) or "none"
         return (
             f"phase checkpoint: the checkpoint of step {step} could not be written below {self.root}: {_reason(error)}; this rank's part "
@@ -286,10 +288,10 @@ def checkpoint_folder(run_dir: Path, step: int | None) -> Path:
 
     Args:
         run_dir: Folder of the run that wrote it.
-        step: None for the newest.
+        step: Step of the checkpoint; None: the newest.
 
     Raises:
-        ValueError: there is none, or a file of it is missing or of another size.
+        ValueError: There is none, or a file of it is missing or has another size.
     """
     root = run_dir / "checkpoints"
     complete = _complete(root)
@@ -301,7 +303,7 @@ def checkpoint_folder(run_dir: Path, step: int | None) -> Path:
         raise ValueError(f"{run_dir}: no complete checkpoint of step {step}; there are: {steps}")
     fault = find_size_fault(folder)
     if fault is not None:
-        raise ValueError(_say_damaged(folder, fault))
+        raise ValueError(_describe_damage(folder, fault))
     return folder
 
 
@@ -316,16 +318,16 @@ def check_contents(folder: Path) -> None:
     """
     fault = find_fault(folder, 0, 1)
     if fault is not None:
-        raise ValueError(_say_damaged(folder, fault))
+        raise ValueError(_describe_damage(folder, fault))
 
 
 def complete_checkpoints(run_dir: Path) -> dict[int, Path]:
-    """Return the complete checkpoints of a run folder, which need not exist, by step, the oldest first."""
+    """Return step -> folder of the complete checkpoints of a run folder, the oldest first. The run folder need not exist."""
     return {_step_of(folder): folder for folder in _complete(run_dir / "checkpoints")}
 
 
 def run_id_of(folder: Path) -> str | None:
-    """Return which run wrote a checkpoint; None where that cannot be read."""
+    """Return the id of the run that wrote a checkpoint; None if it cannot be read."""
     try:
         return str(json.loads((folder / STATE).read_text()).get("run_id", UNNAMED))
     except (OSError, ValueError):
@@ -342,31 +344,31 @@ def checkpoint_step(run_dir: Path, step: int | None) -> int:
 
     Args:
         run_dir: Folder of the run that wrote it.
-        step: None for the newest.
+        step: Step of the checkpoint; None: the newest.
 
     Raises:
-        ValueError: there is none, or it is damaged.
+        ValueError: There is none, or it is damaged.
     """
     return int(_read_state(checkpoint_folder(run_dir, step), {"step"})["step"])
 
 
 def mark_exported(run_dir: Path, step: int) -> None:
-    """Note that the weights of the checkpoint of ``step``, the newest, are exported."""
+    """Note that the weights of the newest checkpoint, that of ``step``, are exported."""
     write_text(run_dir / "checkpoints" / EXPORTED, str(step))
 
 
 def is_exported(run_dir: Path, step: int) -> bool:
-    """Whether the weights of the checkpoint of ``step`` are exported."""
+    """Return whether the weights of the checkpoint of ``step`` are exported."""
     path = run_dir / "checkpoints" / EXPORTED
     return path.is_file() and path.read_text() == str(step)
 
 
 def best_checkpoint(folders: list[Path], metric: str) -> Path | None:
-    """The checkpoint with the highest value of a metric, or with the lowest for ``-metric``; the later one of equals.
+    """Return the checkpoint with the highest value of a metric, or with the lowest for ``-metric``; the later one of equals.
 
     Args:
-        folders: complete checkpoints, oldest first; those whose step has no such metric take no part.
-        metric: name, with a leading ``-`` where less is better.
+        folders: Complete checkpoints, the oldest first; those whose step has no such metric are skipped.
+        metric: Name of the metric, with a leading ``-`` if less is better.
     """
     name, sign = metric.removeprefix("-"), -1.0 if metric.startswith("-") else 1.0
     best, best_value = None, float("-inf")
@@ -378,9 +380,9 @@ def best_checkpoint(folders: list[Path], metric: str) -> Path | None:
 
 
 def _complete(root: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
+    """Return the complete checkpoints, the oldest first."""
     found = (marker.parent for marker in root.glob(f"iter_*/{COMPLETE}"))
-    return sorted(folder for folder in found if not folder.name.endswith(BEING_WRITTEN))
+    return sorted(folder for folder in found if not folder.name.endswith(PARTIAL_SUFFIX))
 
 
 def _read_state(folder: Path, expected: Collection[str]) -> dict[str, Any]:
@@ -389,7 +391,7 @@ def _read_state(folder: Path, expected: Collection[str]) -> dict[str, Any]:
     if missing:
         raise ValueError(
             f"checkpoint {folder} has no {', '.join(missing)} in {STATE}: another version of this code wrote it "
-            f"({state.get('code_version', 'unknown')}). Go on with that version, or start a new run from its weights, "
+            f"({state.get('code_version', 'unknown')}). Continue with that version, or start a new run from its weights, "
             "which 'hetero-ppo export' gives"
         )
     return state
@@ -399,31 +401,31 @@ def _step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("iter_"))
 
 
-def _manifest(beside: Path) -> dict[str, tuple[int, int]]:
-    """Sizes and checksums of all files: what the ranks say of theirs, and of the small ones."""
+def _manifest(partial: Path) -> dict[str, tuple[int, int]]:
+    """Return file -> size and checksum: from the ranks' lists of their files, and computed for the small ones."""
     manifest: dict[str, tuple[int, int]] = {}
-    for path in sorted(beside.parent.glob(share_file(beside, 0).name.replace("00000", "*"))):
+    for path in sorted(partial.parent.glob(share_file(partial, 0).name.replace("00000", "*"))):
         manifest |= json.loads(path.read_text())
         path.unlink()
-    others = {str(path.relative_to(beside)): path for path in files_of(beside)}
-    return manifest | {name: look_at(path, settle=True) for name, path in others.items() if name not in manifest}
+    others = {str(path.relative_to(partial)): path for path in files_of(partial)}
+    return manifest | {name: file_digest(path, fsync=True) for name, path in others.items() if name not in manifest}
 
 
 def _rng_file(folder: Path, rank: int) -> Path:
     return folder / "rng" / f"rank_{rank:05d}.json"
 
 
-def _say_damaged(folder: Path, fault: str) -> str:
+def _describe_damage(folder: Path, fault: str) -> str:
     good = [other for other in _complete(folder.parent) if other != folder and find_size_fault(other) is None]
     if not good:
         return f"checkpoint {folder} is damaged: {fault}. There is no other complete checkpoint in this run folder"
     return (
-        f"checkpoint {folder} is damaged: {fault}. The last good one is {good[-1].name}: go on from it with "
+        f"checkpoint {folder} is damaged: {fault}. The last good one is {good[-1].name}: continue from it with "
         f"checkpoint.step={_step_of(good[-1])}"
     )
 
 
 def _reason(error: OSError | CheckpointException) -> str:
-    """Return the message of the system; torch's exception holds those of all ranks as text, with their tracebacks."""
+    """Return the system's error message; torch's exception has those of all ranks as text, with their tracebacks."""
     found = re.search(r"\[Errno \d+\] [^\n]*", str(error))
     return str(error) if found is None else found[0].strip("\"')")

@@ -1,6 +1,6 @@
-"""What a checkpoint consists of: the size and CRC-32 of every file, written last, and checked before anything is read.
+"""The manifest of a checkpoint: size and CRC-32 of every file. It is written last, and checked before anything is read.
 
-Checksums find what a disk or a copy did to the files. They do not prove who wrote them: reading a checkpoint must be safe without them
+Checksums find damage by a disk or a copy. They do not prove who wrote the files: reading a checkpoint must be safe without them
 (``engines/role_reading.py``).
 """
 
@@ -13,27 +13,27 @@ import zlib
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
-#: The marker of a complete checkpoint; it holds the manifest.
+#: File that marks a complete checkpoint; it holds the manifest.
 COMPLETE = "COMPLETE"
-#: Bytes read at a time.
+#: Number of bytes read at a time.
 BLOCK = 1 << 22
 
 
 def files_of(folder: Path) -> list[Path]:
-    """All files of a checkpoint but the marker, in the order of their names."""
+    """Return all files of a checkpoint except the marker, sorted by name."""
     return sorted(path for path in folder.rglob("*") if path != folder / COMPLETE and not _is_folder(path))
 
 
-def look_at(path: Path, *, settle: bool) -> tuple[int, int]:
-    """Size in bytes and CRC-32 of a file.
+def file_digest(path: Path, *, fsync: bool) -> tuple[int, int]:
+    """Return size in bytes and CRC-32 of a file.
 
     Args:
-        path: of the file.
-        settle: wait until what was written is on the disk.
+        path: File to read.
+        fsync: Whether to wait first until its contents are on the disk.
     """
     size, crc = 0, 0
     with path.open("rb") as file:
-        if settle:
+        if fsync:
             os.fsync(file.fileno())
         while block := file.read(BLOCK):
             size += len(block)
@@ -41,24 +41,24 @@ def look_at(path: Path, *, settle: bool) -> tuple[int, int]:
     return size, crc
 
 
-def look_at_share(folder: Path, rank: int, num_ranks: int, *, settle: bool) -> dict[str, tuple[int, int]]:
-    """Path in the folder -> size and CRC-32, of the files that fall to this rank."""
+def share_digests(folder: Path, rank: int, num_ranks: int, *, fsync: bool) -> dict[str, tuple[int, int]]:
+    """Return path in the folder -> size and CRC-32 of the files that belong to this rank's share."""
     mine = files_of(folder)[rank::num_ranks]
-    return {str(path.relative_to(folder)): look_at(path, settle=settle) for path in mine}
+    return {str(path.relative_to(folder)): file_digest(path, fsync=fsync) for path in mine}
 
 
 def write_marker(folder: Path, manifest: dict[str, tuple[int, int]]) -> None:
-    """Make the checkpoint complete."""
+    """Write the marker, which makes the checkpoint complete."""
     write_text(folder / COMPLETE, json.dumps({"files": manifest, "sha256": _digest(manifest)}))
     for inner in (*(path for path in folder.rglob("*") if path.is_dir()), folder):
-        settle_folder(inner)
+        fsync_dir(inner)
 
 
 def read_marker(folder: Path) -> dict[str, tuple[int, int]]:
-    """The manifest.
+    """Return the manifest.
 
     Raises:
-        ValueError: the marker is not what ``write_marker`` writes, or names a file outside of the folder.
+        ValueError: The marker is not one that ``write_marker`` wrote, or names a file outside the folder.
     """
     path = folder / COMPLETE
     try:
@@ -77,12 +77,12 @@ def read_marker(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def has_own_checksum(folder: Path) -> bool:
-    """Whether the marker has a checksum of itself; older versions wrote none. For a marker that ``read_marker`` accepts."""
+    """Return whether the marker has a checksum of itself; older versions wrote none. ``read_marker`` must accept the marker."""
     return "sha256" in json.loads((folder / COMPLETE).read_text())
 
 
 def find_size_fault(folder: Path) -> str | None:
-    """What is wrong with a checkpoint by the names and sizes of its files alone; None: nothing."""
+    """Return what is wrong with the names and sizes of a checkpoint's files; None: nothing."""
     try:
         manifest = read_marker(folder)
     except ValueError as error:
@@ -103,28 +103,28 @@ def find_size_fault(folder: Path) -> str | None:
 
 
 def find_fault(folder: Path, rank: int, num_ranks: int) -> str | None:
-    """``find_size_fault``, and this rank's share of the contents."""
+    """Return what is wrong with a checkpoint's names and sizes, or with the contents of this rank's share; None: nothing."""
     fault = find_size_fault(folder)
     if fault is not None:
         return fault
     manifest = read_marker(folder)
     for name in sorted(manifest)[rank::num_ranks]:
-        if look_at(folder / name, settle=False)[1] != manifest[name][1]:
+        if file_digest(folder / name, fsync=False)[1] != manifest[name][1]:
             return f"{folder / name} has other contents than were written (CRC-32)"
     return None
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small file; a reader sees all of it or none, also after a crash of the machine."""
-    beside = path.with_name(path.name + ".tmp")
-    with beside.open("w") as file:
+    """Write a small file. A reader sees all of it or none, also after a crash of the machine."""
+    partial = path.with_name(path.name + ".tmp")
+    with partial.open("w") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    beside.rename(path)
+    partial.rename(path)
 
 
-def settle_folder(folder: Path) -> None:
+def fsync_dir(folder: Path) -> None:
     """Wait until the names in a folder are on the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -134,12 +134,12 @@ def settle_folder(folder: Path) -> None:
 
 
 def _digest(manifest: Mapping[str, tuple[int, int]]) -> str:
-    """SHA-256 of the list of files, in whatever order it is."""
+    """Return the SHA-256 of the list of files, whatever its order."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _is_inside(name: str) -> bool:
-    """Whether a name of the manifest stays in the folder: relative, and without a step up."""
+    """Return whether a name of the manifest stays in the folder: relative, and without ".."."""
     path = PurePosixPath(name)
     return not path.is_absolute() and ".." not in path.parts and path.as_posix() == name and name not in (".", COMPLETE)
 

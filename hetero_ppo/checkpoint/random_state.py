@@ -1,4 +1,4 @@
-"""The random-number generators of a process, as JSON."""
+"""Save and restore the random-number generators of a process, as JSON."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_bridge import platform
 
 
 def random_state() -> dict[str, Any]:
-    """State of Python's, NumPy's and torch's generators, the device's included."""
+    """Return the state of Python's, NumPy's and torch's generators, the device's included."""
     version, internal, gauss = random.getstate()
     name, keys, position, has_gauss, cached = numpy.random.get_state(legacy=True)
     assert isinstance(keys, numpy.ndarray)
@@ -28,7 +28,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """The reverse of ``random_state``."""
+    """Restore a state that ``random_state`` returned."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     name, keys, position, has_gauss, cached = state["numpy"]

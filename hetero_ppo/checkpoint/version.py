@@ -1,4 +1,4 @@
-"""Which code wrote a checkpoint."""
+"""Version of the code that writes a checkpoint."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def code_version() -> str:
-    """Version of the package; in a git checkout with the commit, and ``+changes`` where files differ from it."""
+    """Return the version of the package; in a git checkout also the commit, with ``+changes`` if files differ from it."""
     number = version("hetero-ppo")
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():

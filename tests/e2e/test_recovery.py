@@ -109,7 +109,7 @@ def test_a_checkpoint_says_what_made_it(runs: Path) -> None:
         "this run has another objective than",
         "algorithm.gamma: 1.0 -> 0.5. Set the old values, or, where the change is meant, checkpoint.allow_changes=[algorithm.gamma]",
         "no complete checkpoint of step 9; there are: 2, 3",
-        "other contents than were written (CRC-32). The last good one is iter_0000003: go on from it with checkpoint.step=3",
+        "other contents than were written (CRC-32). The last good one is iter_0000003: continue from it with checkpoint.step=3",
     ],
 )
 def test_what_cannot_be_loaded_is_refused(runs: Path, message: str) -> None:

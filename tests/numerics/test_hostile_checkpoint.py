@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from hetero_ppo.checkpoint.manager import CheckpointManager
-from hetero_ppo.checkpoint.manifest import COMPLETE, look_at_share, read_marker, write_marker
+from hetero_ppo.checkpoint.manifest import COMPLETE, share_digests, read_marker, write_marker
 from hetero_ppo.cli.main import main
 from hetero_ppo.config.schema import CheckpointConfig, Dtype, ModelConfig, OptimizerConfig, TrainedRoleConfig
 from hetero_ppo.engines.model_engine import ModelEngine
@@ -118,7 +118,7 @@ def test_no_pickle_of_a_checkpoint_runs(
         manager.save(1, {"actor": actor}, {}, {}, wait=True)
         plant(folder / "actor", Command(f"touch {ran}"))
         (folder / COMPLETE).unlink()
-        write_marker(folder, look_at_share(folder, 0, 1, settle=False))
+        write_marker(folder, share_digests(folder, 0, 1, fsync=False))
         with pytest.raises(ValueError, match=refusal):
             manager.load(tmp_path, {"actor": actor}, ())
     with pytest.raises(ValueError, match=refusal):

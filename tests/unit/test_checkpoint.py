@@ -26,7 +26,7 @@ from hetero_ppo.checkpoint.manifest import (
     COMPLETE,
     find_fault,
     has_own_checksum,
-    look_at_share,
+    share_digests,
     read_marker,
     write_marker,
 )
@@ -40,7 +40,7 @@ def write_checkpoint(run_dir: Path, step: int, **metrics: float) -> Path:
     (folder / "actor").mkdir(parents=True)
     (folder / "actor" / "weights").write_bytes(bytes(range(256)) * 100)
     (folder / "trainer.json").write_text(json.dumps({"step": step, "metrics": metrics}))
-    shares = [look_at_share(folder, rank, 2, settle=True) for rank in range(2)]
+    shares = [share_digests(folder, rank, 2, fsync=True) for rank in range(2)]
     assert all(shares)  # both ranks have work
     write_marker(folder, shares[0] | shares[1])
     return folder

@@ -17,7 +17,7 @@ from typing import Any, get_type_hints
 import pytest
 from tests.helpers.one_rank import ONE_RANK
 
-from hetero_ppo.checkpoint.manifest import COMPLETE, look_at_share, write_marker
+from hetero_ppo.checkpoint.manifest import COMPLETE, share_digests, write_marker
 from hetero_ppo.config import schema
 from hetero_ppo.config.checks_resume import check_allowed_changes
 from hetero_ppo.config.field_types import item_class, section_class
@@ -65,7 +65,7 @@ def save_checkpoint(loaded: LoadedConfig, step: int = 2, **state: Any) -> Path:
 
 def mark(folder: Path) -> None:
     (folder / COMPLETE).unlink(missing_ok=True)
-    write_marker(folder, look_at_share(folder, 0, 1, settle=False))
+    write_marker(folder, share_digests(folder, 0, 1, fsync=False))
 
 
 def fields_of(section: type, prefix: str = "") -> Iterator[str]:
