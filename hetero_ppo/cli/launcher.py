@@ -29,7 +29,7 @@ from torch.distributed.elastic.rendezvous.api import RendezvousConnectionError
 from torch.distributed.run import parse_args, run
 
 from hetero_ppo.errors import EXIT_NOT_STOPPED_IN_TIME, EXIT_STOPPED, EXIT_STUCK
-from hetero_ppo.runtime.heartbeat import HeartbeatJudge
+from hetero_ppo.runtime.heartbeat import HeartbeatMonitor
 from hetero_ppo.runtime.rendezvous import RUN_KEY, STORE_FILE, use_static_rendezvous
 from hetero_ppo.runtime.terminal import survive_hangup
 
@@ -137,12 +137,12 @@ def main(arguments: list[str] | None = None) -> int:
     previous = {name: signal.signal(signal.Signals[name], request.receive) for name in ours}
     # The rendezvous sets them for the ranks.
     environment = {name: os.environ.get(name) for name in (STORE_FILE, RUN_KEY)}
-    judge = HeartbeatJudge()
+    monitor = HeartbeatMonitor()
     try:
-        with judge:
+        with monitor:
             run(args)
     except ChildFailedError as error:
-        if judge.has_ended_a_rank:
+        if monitor.has_ended_a_rank:
             return EXIT_STUCK  # it has said why
         rank, failure = first_cause(error.failures)
         if request.received_at is not None and failure.exitcode == -signal.SIGUSR1:

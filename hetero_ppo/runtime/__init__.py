@@ -1,4 +1,4 @@
-"""What surrounds the trainer of a run: its folder, signals, heartbeats, the rendezvous of nodes, and how it resumes.
+"""Services around the trainer of a run: its folder, its terminal, heartbeats, the rendezvous of nodes, and the comparison on resume.
 
-Start at ``run_folder.py``.
+Start at ``run_folder.py`` and ``resume.py``.
 """

@@ -1,4 +1,4 @@
-"""What differs between the configuration of a checkpoint and that of the run that goes on from it."""
+"""Compare the configuration of a checkpoint with that of the run that continues from it."""
 
 from __future__ import annotations
 
@@ -21,46 +21,46 @@ from hetero_ppo.config.schema.option import OnResume
 
 
 class Presence(Enum):
-    """Stands for a value where a field or a section is in one configuration alone."""
+    """Placeholder for a value when a field or section exists in only one of the two configurations."""
 
     absent = "(not there)"
     present = "(there)"
 
 
 @dataclass(frozen=True)
-class Change:
-    """A field with another value than the checkpoint's."""
+class ConfigChange:
+    """One field whose value differs from the checkpoint's."""
 
     field: str
-    old: Any  # or a Presence
+    old: Any  # a value or a Presence
     new: Any
-    rule: OnResume | None  # None: the field is not in the schema any more
+    rule: OnResume | None  # None: the schema no longer has the field
 
     def values(self) -> str:
         """Return field, old and new value."""
         return f"{self.field}: {_text(self.old)} -> {_text(self.new)}"
 
     def describe(self) -> str:
-        """Return field, old and new value, and what becomes of a change that is not refused."""
+        """Return field, old and new value, and the effect of a change that is not refused."""
         if self.rule is OnResume.objective:
             return f"{self.values()} (allowed by checkpoint.allow_changes)"
         return f"{self.values()} ({'no longer an option' if self.rule is None else self.rule.value})"
 
 
 def config_values(loaded: LoadedConfig) -> dict[str, Any]:
-    """Return the values that ``config.yaml`` of this configuration would have."""
+    """Return the values that this configuration's ``config.yaml`` would have."""
     return yaml.safe_load(redact(render_yaml(loaded)))
 
 
-def compare(saved: dict[str, Any], values: dict[str, Any], kind: str) -> list[Change]:
-    """Return the fields that differ, in the order of the schema. Those of one start alone (``run.dir``) take no part.
+def compare(saved: dict[str, Any], values: dict[str, Any], kind: str) -> list[ConfigChange]:
+    """Return the fields that differ, in the order of the schema. Fields that belong to one start only (``run.dir``) are not compared.
 
-    A field that is newer than the checkpoint, and has its default, is never refused, and named where it bears on the objective.
+    A field that is newer than the checkpoint and has its default is never refused. It is listed if it affects the objective.
 
     Args:
-        saved: Values of the checkpoint's config.yaml, of the same kind. Removed options that no run used take no part.
-        values: Those of this run (``config_values``).
-        kind: Of both runs.
+        saved: Values of the checkpoint's config.yaml, of the same kind. Removed options that no run used are ignored.
+        values: Values of this run (``config_values``).
+        kind: Kind of both runs.
     """
     schema_class = SCHEMAS[kind]
     saved = without_removed(saved, schema_class)
@@ -69,7 +69,7 @@ def compare(saved: dict[str, Any], values: dict[str, Any], kind: str) -> list[Ch
     changes = []
     for name in sorted(alone):
         old, new = (Presence.present if name in side else Presence.absent for side in (there, here))
-        changes.append(Change(name, old, new, rule_of(schema_class, name)))
+        changes.append(ConfigChange(name, old, new, rule_of(schema_class, name)))
     old_leaves, new_leaves = (
         {field: value for field, value in leaves(one, schema_class) if not is_named(field, alone)}
         for one in (saved, values)
@@ -82,12 +82,12 @@ def compare(saved: dict[str, Any], values: dict[str, Any], kind: str) -> list[Ch
                 continue
             rule = OnResume.newer
         if old != new and rule is not OnResume.start:
-            changes.append(Change(field, old, new, rule))
+            changes.append(ConfigChange(field, old, new, rule))
     return changes
 
 
 def _default(schema_class: type, field: str) -> Any:
-    """Return a field's default as YAML has it; Presence.absent where it has none."""
+    """Return a field's default as YAML has it; Presence.absent if it has none."""
     section = schema_class
     *path, name = field.split(".")
     for part in path:

@@ -1,7 +1,7 @@
-"""One run at a time in a run folder: a lock that ends with its process.
+"""A lock that allows one run at a time in a run folder, and ends with its process.
 
-``<run.dir>/run.lock`` is locked with flock(2) by the process of rank 0, and says who that is. The kernel releases the lock when the
-process ends, however it ends; the file stays. Readers (``report``, ``export``) do not ask for it.
+The process of rank 0 locks ``<run.dir>/run.lock`` with flock(2) and writes into it who it is. The kernel releases the lock when the process
+ends in any way; the file stays. Readers (``report``, ``export``) do not need the lock.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LOCK_FILE = "run.lock"
 #: Seconds that a run waits for a lock: the process of a run that was just stopped may still be ending.
 WAIT_S = 3.0
 RETRY_S = 0.1
-#: What a file system answers that has no locks.
+#: Error numbers of a file system that has no locks.
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 
 
@@ -34,16 +34,17 @@ class FolderLock:
     """
 
     def __init__(self, folder: Path) -> None:
-        """
+        """Take the path; nothing is locked yet.
+
         Args:
             folder: Run folder; it exists.
         """
         self.path = folder / LOCK_FILE
-        self.note: str | None = None  # why there is no lock, for the user
+        self.note: str | None = None  # reason why there is no lock, for the user
         self._descriptor: int | None = None
 
     def __enter__(self) -> Self:
-        # Close-on-exec, as Python opens everything: a server that outlives this process does not keep the lock.
+        # Python opens files close-on-exec, so a server that outlives this process does not keep the lock.
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             self._take(descriptor)
@@ -95,7 +96,7 @@ class FolderLock:
 
 
 def find_holder(folder: Path) -> str | None:
-    """Return who runs in a folder, as an error's text; None when nobody does. The lock is not kept.
+    """Return the error that names the run in a folder; None if no run works there. Does not keep the lock.
 
     Args:
         folder: Run folder, which need not exist.
@@ -103,7 +104,7 @@ def find_holder(folder: Path) -> str | None:
     path = folder / LOCK_FILE
     try:
         descriptor = os.open(path, os.O_RDONLY)
-    except OSError:  # there was no run yet, or nothing here can be read
+    except OSError:  # there was no run yet, or the file cannot be read
         return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -120,13 +121,13 @@ def describe_holder(path: Path) -> str:
     """Return the error for a folder that is in use.
 
     Args:
-        path: Its lock file.
+        path: Lock file of the folder.
     """
     try:
         found = json.loads(path.read_text())
         job = "" if found["job"] is None else f", Slurm job {found['job']}"
         who = f"process {found['pid']} on {found['host']}{job}, since {found['started']}"
-    except (ValueError, KeyError, TypeError, OSError):  # it is just being written
+    except (ValueError, KeyError, TypeError, OSError):  # the file is just being written
         who = "another process"
     return (
         f"run.dir is {str(path.parent)!r}: a run is working there ({who}). Two runs in one folder would mix their files; "
@@ -138,7 +139,7 @@ _held: set[int] = set()
 
 
 def _close_in_child() -> None:
-    """A forked process that outlives this one does not keep the lock."""
+    """Close the locks in a forked process, so that a child that outlives this process does not keep them."""
     for descriptor in _held:
         os.close(descriptor)
     _held.clear()

@@ -1,11 +1,11 @@
-"""Heartbeats: every rank counts in memory that it shares with its launcher, and the launcher ends a run whose rank stopped counting.
+"""Heartbeats: every rank increments a counter in memory shared with its launcher, which ends the run when a counter stops.
 
-A thread of the rank counts, not the main thread: a rank that waits in a collective or in a long kernel lives. The thread stops with a process
-that is stopped (SIGSTOP), that hangs in the kernel, or whose main thread holds the GIL in C code for good. A phase that does not get on
-while threads run is the watchdog's to see (observability/watchdog.py).
+A thread of the rank counts, not the main thread, so a rank that waits in a collective or in a long kernel counts as alive. The thread stops
+if the process is stopped (SIGSTOP), hangs in the kernel, or its main thread holds the GIL in C code forever. A phase that makes no progress
+while threads run is found by the watchdog (observability/watchdog.py).
 
-The memory is anonymous (memfd). Its path below /proc is in the environment of the ranks, and only processes of the same user open it.
-Each launcher judges the ranks of its own node.
+The memory is anonymous (memfd). The environment of the ranks has its path below /proc, and only processes of the same user can open it.
+Each launcher monitors the ranks of its own node.
 """
 
 from __future__ import annotations
@@ -26,27 +26,27 @@ from typing import BinaryIO, Self
 from hetero_ppo.errors import EXIT_STUCK
 from hetero_ppo.observability.silence import SilenceClock, process_state
 
-#: Environment variable of the ranks: path of the memory.
+#: Environment variable of the ranks that holds the path of the memory.
 VARIABLE = "HETERO_PPO_HEARTBEATS"
-#: Seconds between two beats, and between two looks of the launcher.
+#: Seconds between two beats, and between two checks of the launcher.
 BEAT_S = 1.0
-#: Of the time between two looks no more counts as silence: a longer one means that the launcher, too, was stopped.
+#: Most seconds between two checks that count as silence. A longer time means that the launcher was stopped, too.
 LONGEST_GAP_S = 2 * BEAT_S
-#: Asks a rank for the stacks of its threads. The handler is C code and needs no GIL.
+#: Signal that asks a rank for the stacks of its threads. The handler is C code and needs no GIL.
 STACKS_SIGNAL = signal.SIGUSR2
 STACKS_WAIT_S = 2.0
-#: When the run ends for one silent rank, others that are silent for so long are ended with it: torchrun would wait for them.
+#: When a run ends because of one silent rank, ranks that are silent for this long are killed too: torchrun would wait for them.
 ALSO_SILENT_S = 3 * BEAT_S
-#: From the end of a silent rank to the end of the launcher, whatever torchrun waits for: a process in the kernel does not die.
+#: Most seconds from the kill of a silent rank to the end of the launcher, because a process that hangs in the kernel does not die.
 END_WITHIN_S = 45.0
 MAX_LOCAL_RANKS = 256
 SLOT_BYTES, PHASE_BYTES = 256, 160
-#: counter, timeout in seconds (0: not judged), process id, rank; then the phase.
+#: Counter, timeout in seconds (0: not monitored), process id, rank. The phase follows.
 HEADER = struct.Struct("<QdII")
 
 
 class Heartbeat:
-    """The heartbeat of this rank while the block runs. Without a launcher that judges it, nothing happens."""
+    """Heartbeat of this rank, while the ``with`` block runs. Without a launcher that monitors it, nothing happens."""
 
     def __init__(self, timeout_s: float | None) -> None:
         """Find the launcher's memory.
@@ -56,7 +56,7 @@ class Heartbeat:
         """
         self.timeout_s = timeout_s
         path = os.environ.get(VARIABLE, "")
-        # A launcher further up, which started what started this process, is not this one's.
+        # A launcher further up in the process tree, which did not start this process directly, is not ours.
         is_ours = path.startswith(f"/proc/{os.getppid()}/fd/")
         self._path = path if is_ours and timeout_s is not None else None
         self._memory: mmap.mmap | None = None
@@ -65,8 +65,8 @@ class Heartbeat:
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
 
     @property
-    def is_judged(self) -> bool:
-        """Whether a launcher looks at the beats."""
+    def is_monitored(self) -> bool:
+        """Whether a launcher monitors the beats."""
         return self._path is not None
 
     def __enter__(self) -> Self:
@@ -109,17 +109,17 @@ class Heartbeat:
         HEADER.pack_into(self._memory, self._offset, count, self.timeout_s, os.getpid(), int(os.environ["RANK"]))
 
 
-class HeartbeatJudge:
-    """The launcher's side: makes the memory, looks at it while the block runs, and ends ranks that are silent for too long."""
+class HeartbeatMonitor:
+    """The launcher's side: monitors the ranks while the ``with`` block runs, and ends those that are silent for too long."""
 
     def __init__(self) -> None:
-        """Make the memory and name it in the environment, which the ranks inherit."""
+        """Create the memory and put its path into the environment, which the ranks inherit."""
         self._file: BinaryIO = os.fdopen(os.memfd_create("hetero_ppo_heartbeats"), "r+b", buffering=0)
         self._file.truncate(MAX_LOCAL_RANKS * SLOT_BYTES)
         self._memory = mmap.mmap(self._file.fileno(), MAX_LOCAL_RANKS * SLOT_BYTES)
         self._clocks: dict[int, tuple[int, SilenceClock]] = {}  # local rank -> (process id, clock)
         self._is_over = threading.Event()
-        self._thread = threading.Thread(target=self._judge, name="heartbeats", daemon=True)
+        self._thread = threading.Thread(target=self._monitor, name="heartbeats", daemon=True)
         self.has_ended_a_rank = False
 
     def __enter__(self) -> Self:
@@ -136,19 +136,19 @@ class HeartbeatJudge:
         self._memory.close()
         self._file.close()
 
-    def _judge(self) -> None:
+    def _monitor(self) -> None:
         while not self._is_over.wait(BEAT_S):
-            silent = self.look()
+            silent = self.find_silent()
             if silent:
                 self.has_ended_a_rank = True
                 self._end(silent)
                 return
 
-    def look(self, enough_s: float = math.inf) -> dict[int, str]:
-        """Return the process id of every rank that is silent for too long, with one line that says what is known of it.
+    def find_silent(self, enough_s: float = math.inf) -> dict[int, str]:
+        """Return process id -> message of every rank that is silent for too long.
 
         Args:
-            enough_s: Seconds that are too long, where the rank's own deadline is longer.
+            enough_s: Seconds of silence that are too long, if the rank's own limit is longer.
         """
         silent = {}
         for local_rank in range(MAX_LOCAL_RANKS):
@@ -162,9 +162,9 @@ class HeartbeatJudge:
                 known = self._clocks[local_rank] = (pid, SilenceClock(LONGEST_GAP_S))
             silent_s = known[1].look(count)
             state = process_state(pid)
-            if state is None or state[0] in "XZ":  # torchrun sees its end
+            if state is None or state[0] in "XZ":  # torchrun notices that it has ended
                 continue
-            if state[0] == "t":  # somebody debugs it
+            if state[0] == "t":  # a debugger has stopped it
                 known[1].reset()
             elif silent_s >= min(timeout_s, enough_s):
                 start = offset + HEADER.size
@@ -173,17 +173,17 @@ class HeartbeatJudge:
         return silent
 
     def _end(self, silent: dict[int, str]) -> None:
-        """Kill the silent ranks, upon which torchrun ends the others; if it does not, end this process all the same."""
-        _signal(list(silent), STACKS_SIGNAL)  # of no effect where one is stopped
+        """Kill the silent ranks; torchrun then ends the others. If it does not, end this process as well."""
+        _signal(list(silent), STACKS_SIGNAL)  # has no effect on a stopped rank
         self._is_over.wait(STACKS_WAIT_S)
-        silent |= self.look(ALSO_SILENT_S)
+        silent |= self.find_silent(ALSO_SILENT_S)
         for text in silent.values():
             print(f"error: {text}", file=sys.stderr, flush=True)
         _signal(list(silent), signal.SIGKILL)
         if not self._is_over.wait(END_WITHIN_S):
             me = os.getpid()
             _signal([int(pid) for pid in Path(f"/proc/{me}/task/{me}/children").read_text().split()], signal.SIGKILL)
-            os._exit(EXIT_STUCK)  # torchrun waits for a process that the kernel does not let go
+            os._exit(EXIT_STUCK)  # torchrun waits for a process that hangs in the kernel
 
 
 def _describe(rank: int, pid: int, phase: str, silent_s: float, state: str) -> str:

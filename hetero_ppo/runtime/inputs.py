@@ -1,6 +1,6 @@
-"""What a run is made from, by content: weights, tokenizer, template, data, reward function.
+"""Digests of a run's inputs: weights, tokenizer, template, data, reward function.
 
-Every checkpoint holds the digests. A run that goes on from it compares them with its own: a folder may move, and what is in it may not
+Every checkpoint holds them. A run that continues from it compares them with its own: a folder may have moved, but its contents may not
 change unless ``checkpoint.allow_changes`` names the field.
 """
 
@@ -21,34 +21,34 @@ from hetero_ppo.runtime.resume import Resume
 
 @dataclass(frozen=True)
 class Input:
-    """One part of what a run is made from."""
+    """One input of a run."""
 
-    name: str  # field that says where it is; with more in brackets where a field has several parts
+    name: str  # field that names its location; the part in brackets if a field has several parts
     digest: str
-    fields: tuple[str, ...]  # any of them in checkpoint.allow_changes allows another content
+    fields: tuple[str, ...]  # its contents may change if checkpoint.allow_changes has any of these
 
 
 def differing(resume: Resume | None, inputs: Sequence[Input]) -> list[Input]:
-    """Return those whose content is not the checkpoint's. What it does not say anything of is not among them."""
+    """Return the inputs whose contents differ from the checkpoint's. Inputs that the checkpoint does not list are skipped."""
     if resume is None or resume.inputs is None:
         return []
     return [one for one in inputs if resume.inputs.get(one.name, one.digest) != one.digest]
 
 
 def check_inputs(resume: Resume | None, inputs: Sequence[Input]) -> list[str]:
-    """Compare the inputs with those of the checkpoint that the run goes on from; return lines for the user.
+    """Compare the inputs with those of the checkpoint that the run continues from. Return lines for the user.
 
     Args:
-        resume: None: there is nothing to compare with.
-        inputs: Of this run.
+        resume: Checkpoint to compare with; None: there is none.
+        inputs: Inputs of this run.
 
     Raises:
-        ValueError: Some have another content, and ``checkpoint.allow_changes`` does not name them.
+        ValueError: The contents of some inputs differ, and ``checkpoint.allow_changes`` does not name them.
     """
     if resume is None:
         return []
     unknown = [one.name for one in inputs if resume.inputs is None or one.name not in resume.inputs]
-    said = (
+    lines = (
         [
             f"{resume.folder} does not say what it was made from, or its version says it differently. Not compared: {', '.join(unknown)}"
         ]
@@ -64,11 +64,11 @@ def check_inputs(resume: Resume | None, inputs: Sequence[Input]) -> list[str]:
             f"checkpoint.load: the checkpoint was made on other data or models: the content of {names} is not that of {resume.folder}. "
             f"Give it back, or, where the change is meant, set checkpoint.allow_changes=[{fields}]"
         )
-    return said + [f"checkpoint.allow_changes: the content of {one.name} is not the checkpoint's" for one in changed]
+    return lines + [f"checkpoint.allow_changes: the content of {one.name} is not the checkpoint's" for one in changed]
 
 
 def function_digest(function: str) -> str:
-    """Return a digest of a function's source file, in which comments and layout do not count.
+    """Return a digest of a function's source file that ignores comments and layout.
 
     Args:
         function: ``package.module:name`` or ``path/to/file.py:name``.
@@ -83,7 +83,7 @@ def function_digest(function: str) -> str:
 
 
 def _source_of(module: str) -> Path | None:
-    """Return the file of a module, without importing it or its packages: that is for the processes that call the function."""
+    """Return the file of a module without importing it or its packages. Only the processes that call the function import it."""
     places: Sequence[str] | None = [os.getcwd(), *sys.path]
     spec, name = None, ""
     for part in module.split("."):

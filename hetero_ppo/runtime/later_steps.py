@@ -1,4 +1,4 @@
-"""A run that goes on in its folder does the steps after its checkpoint once more: what the folder says of them goes."""
+"""Remove records of later steps from a run folder. A run that continues in its folder does the steps after its checkpoint again."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ STEP_FILE = re.compile(r"step_(\d+)\.jsonl?")
 
 
 def forget_later_steps(run_dir: Path, step: int, *, replayed: Path | None) -> list[str]:
-    """Remove metrics, rollouts and traces of later steps, and what a kill has cut; return what was done, in words.
+    """Remove metrics, rollouts and traces of later steps, and lines that a kill has cut. Return messages about what was removed.
 
     Args:
-        run_dir: Of the run, which is about to do its first step.
-        step: Steps done.
-        replayed: Folder of rollouts that the run answers from, which stays.
+        run_dir: Folder of the run, which is about to do its first step.
+        step: Number of steps done.
+        replayed: Folder of rollouts that the run replays; it is kept.
     """
-    metrics, said = run_dir / METRICS_FILE, []
+    metrics, messages = run_dir / METRICS_FILE, []
     if metrics.is_file():
         what = f"records of steps after {step}, which are done again,"
         text = cut(metrics, lambda record: int(record.get("step", 0)) <= step).describe(METRICS_FILE, what)
-        said += [] if text is None else [text]
+        messages += [] if text is None else [text]
     if (run_dir / EVAL_AFTER_FILE).is_file():
         (run_dir / EVAL_AFTER_FILE).unlink()
-        said.append(f"{EVAL_AFTER_FILE}: removed, it is made again after the last step")
+        messages.append(f"{EVAL_AFTER_FILE}: removed, it is made again after the last step")
     for name in ("rollouts", TRACE_FOLDER):
         folder = run_dir / name
         if replayed is not None and folder.resolve() == replayed.resolve():
@@ -37,8 +37,8 @@ def forget_later_steps(run_dir: Path, step: int, *, replayed: Path | None) -> li
         later = list(_later(folder, step))
         for path in later:
             path.unlink()
-        said += [f"{name}: {len(later)} files of steps after {step} removed"] if later else []
-    return said
+        messages += [f"{name}: {len(later)} files of steps after {step} removed"] if later else []
+    return messages
 
 
 def _later(folder: Path, step: int) -> Iterator[Path]:

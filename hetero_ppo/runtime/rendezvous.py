@@ -1,8 +1,8 @@
-"""How the launchers of a run meet, and where its ranks find each other, without pickle and without an open door.
+"""Rendezvous of a run's launchers and ranks, without pickle and without a store that anybody can reach.
 
-torchrun's rendezvous of one node (``--standalone``) is a store on all addresses of the machine, without a password, whose state
-torchrun unpickles. Whoever can connect to it runs code as the user of the run. Here the places of all nodes are known from the
-command line, so nothing has to be negotiated:
+torchrun's rendezvous of one node (``--standalone``) is a store on all addresses of the machine, without a password, whose state torchrun
+unpickles. Whoever can connect to it runs code as the user of the run. Here the command line gives the places of all nodes, so nothing has to
+be negotiated:
 
 - One node: the launcher's own store is in its memory. The ranks meet in a file of a directory (mode 0700) that only this user
   enters. A TCPStore on loopback serves programs that look for MASTER_ADDR and MASTER_PORT.
@@ -34,19 +34,19 @@ from hetero_ppo.private_dir import PrivateDir
 
 BACKEND = "hetero_ppo"
 DEFAULT_PORT = 29500
-#: In the environment of the ranks of one node: the file that they meet in, and the secret by which they know each other. See
-#: ``distributed/world.py``, which is not imported here since it comes with Megatron-Core.
+#: Environment variables of the ranks of one node: the file that they meet in, and the secret that identifies them to each other. See
+#: ``distributed/world.py``, which is not imported here because it imports Megatron-Core.
 STORE_FILE, RUN_KEY = "HETERO_PPO_STORE_FILE", "HETERO_PPO_RUN_KEY"
 
 
 def use_static_rendezvous(args: argparse.Namespace) -> None:
-    """Put this module's rendezvous in place of the one that torchrun's options ask for.
+    """Replace the rendezvous that torchrun's options ask for by this module's.
 
     Args:
-        args: torchrun's parsed arguments; changed in place.
+        args: Parsed arguments of torchrun; changed in place.
 
     Raises:
-        ValueError: the options name a rendezvous that is negotiated, or a node that is none of the run's.
+        ValueError: The options name a negotiated rendezvous, or a node outside the run.
     """
     _, num_nodes = parse_min_max_nnodes(args.nnodes)
     if not args.standalone and args.rdzv_backend != "static":
@@ -70,15 +70,16 @@ def use_static_rendezvous(args: argparse.Namespace) -> None:
     args.rdzv_backend = BACKEND
     args.rdzv_endpoint = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     args.rdzv_conf = ",".join(filter(None, [args.rdzv_conf, f"rank={args.node_rank}"]))
-    args.node_rank = 0  # torchrun warns of one beside a rendezvous that is not its own static one
+    args.node_rank = 0  # torchrun warns about a node rank with any rendezvous but its own static one
     rendezvous_handler_registry.register(BACKEND, StaticRendezvous)
 
 
 class StaticRendezvous(RendezvousHandler):
-    """The rendezvous of one launcher.
+    """Rendezvous of one launcher.
 
     Args:
-        parameters: torchrun's; ``endpoint`` is where node 0 listens, ``config`` has this node's ``rank`` and the ``timeout`` in seconds.
+        parameters: Torchrun's parameters; ``endpoint`` is where node 0 listens, ``config`` has this node's ``rank`` and the ``timeout``
+            in seconds.
     """
 
     def __init__(self, parameters: RendezvousParameters):
@@ -99,13 +100,13 @@ class StaticRendezvous(RendezvousHandler):
         return True
 
     def next_rendezvous(self) -> RendezvousInfo:
-        """Open the stores, or connect to node 0's. A launcher that starts its ranks again comes here again.
+        """Open the stores, or connect to node 0's. A launcher that starts its ranks again calls this again.
 
         Raises:
-            RendezvousConnectionError: the store's port is taken, or the nodes do not meet within the timeout.
+            RendezvousConnectionError: The store's port is taken, or the nodes do not meet within the timeout.
         """
         if self._num_nodes == 1:
-            self._store = None  # of the ranks that ended; its port is free for the next ones
+            self._store = None  # closes the store of the ranks that ended, so that its port is free for the next ones
             self._store = self._open_store()
             if self._private_dir is None:
                 self._private_dir = PrivateDir()
@@ -147,7 +148,7 @@ class StaticRendezvous(RendezvousHandler):
                 master_listen_fd=listener.detach(),
             )
         except dist.DistError as error:
-            raise self._not_met(error) from error
+            raise self._timeout_error(error) from error
 
     def _connect(self) -> dist.TCPStore:
         try:
@@ -155,9 +156,9 @@ class StaticRendezvous(RendezvousHandler):
                 self._host, self._port, world_size=self._num_nodes, is_master=False, timeout=self._timeout
             )
         except dist.DistError as error:
-            raise self._not_met(error) from error
+            raise self._timeout_error(error) from error
 
-    def _not_met(self, error: dist.DistError) -> RendezvousConnectionError:
+    def _timeout_error(self, error: dist.DistError) -> RendezvousConnectionError:
         reason = str(error).splitlines()[0]
         return RendezvousConnectionError(
             f"node {self._node}: the {self._num_nodes} nodes did not meet at {self._host}:{self._port} within "
@@ -168,7 +169,7 @@ class StaticRendezvous(RendezvousHandler):
         return False
 
     def set_closed(self) -> None:
-        """Nothing: no node joins later."""
+        """Ignore the request: no node joins later."""
 
     def num_nodes_waiting(self) -> int:
         return 0

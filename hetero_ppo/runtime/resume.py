@@ -1,4 +1,4 @@
-"""What a run takes over from the checkpoint that it goes on from, and what of its own configuration differs."""
+"""Read the checkpoint that a run continues from, and compare the run's configuration with it."""
 
 from __future__ import annotations
 
@@ -15,37 +15,35 @@ from hetero_ppo.config.load import LoadedConfig
 from hetero_ppo.config.on_resume import is_named
 from hetero_ppo.config.schema.option import OnResume
 from hetero_ppo.observability.records import CONFIG_FILE
-from hetero_ppo.runtime.changes import Change, compare, config_values
+from hetero_ppo.runtime.changes import ConfigChange, compare, config_values
 
-#: How digests of inputs are made. Those of another version are not compared; raise it with every change of what a digest covers.
+#: Version of the digests of inputs. Digests of another version are not compared; raise it with every change of what a digest covers.
 DIGESTS_VERSION = 1
 
 
 @dataclass(frozen=True)
 class Resume:
-    """The checkpoint that a run goes on from."""
+    """The checkpoint that a run continues from."""
 
     folder: Path
     step: int
-    run_id: str  # of the run that wrote it
-    is_own_folder: bool  # it lies in the folder of this run
-    begun: datetime | None  # when that run began, local time; None: its version did not note it
-    inputs: (
-        dict[str, str] | None
-    )  # digests of what it was made from; None: its version did not note them, or made them differently
-    changes: list[Change] = field(default_factory=list)  # fields with other values than the checkpoint's
+    run_id: str  # id of the run that wrote it
+    is_own_folder: bool  # True: it lies in the folder of this run
+    begun: datetime | None  # start of that run, local time; None: its version did not store it
+    #: Input -> digest; None: its version did not store them, or made them differently.
+    inputs: dict[str, str] | None
+    changes: list[ConfigChange] = field(default_factory=list)  # fields whose values differ from the checkpoint's
     allowed: list[str] = field(default_factory=list)  # checkpoint.allow_changes
-    note: str | None = None  # why the configurations cannot be compared, for the user
-    aligned: dict[str, bool] = field(
-        default_factory=dict
-    )  # role whose ``aligned`` was null -> what it came to; empty in older ones
+    note: str | None = None  # reason why the configurations cannot be compared, for the user
+    #: Role whose ``aligned`` was null -> the value that the run chose; empty in older checkpoints.
+    aligned: dict[str, bool] = field(default_factory=dict)
 
     def has_changed(self, name: str) -> bool:
-        """Whether a field has another value than the checkpoint's."""
+        """Return whether a field's value differs from the checkpoint's."""
         return any(change.field == name for change in self.changes)
 
     def describe(self) -> str:
-        """Return every difference, a line each."""
+        """Return every difference, one per line."""
         if self.note is not None:
             return self.note
         if not self.changes:
@@ -56,18 +54,18 @@ class Resume:
 
 @dataclass(frozen=True)
 class Beginning:
-    """Which run this is, and when it began."""
+    """Identity and start of a run."""
 
     run_id: str
     begun: datetime  # local time
 
 
 def read_resume(loaded: LoadedConfig) -> Resume | None:
-    """Return what a run goes on from; None for a run from the beginning. Nothing is changed.
+    """Read the checkpoint that a run continues from; None for a new run. Nothing is changed.
 
     Raises:
-        ValueError: There is no such checkpoint; the configuration changes what it must not; or checkpoints of another run would be
-            taken for newer ones.
+        ValueError: There is no such checkpoint; the configuration has a change that is not allowed; or checkpoints of another run would be
+            taken for newer ones of this run.
     """
     config = loaded.config
     if config.checkpoint.load is None:
@@ -99,9 +97,9 @@ def read_resume(loaded: LoadedConfig) -> Resume | None:
 
 
 def beginning(resume: Resume | None) -> Beginning:
-    """Return which run this is: the one of the checkpoint when it goes on in its folder, else a new one.
+    """Return the run's identity: the checkpoint's run if it continues in its folder, otherwise a new one.
 
-    A run keeps the date of the first of those that it goes on from, which a chat template may print.
+    A run keeps the start date of the first run in its chain of checkpoints, because a chat template may print it.
     """
     now = datetime.now().replace(microsecond=0)
     if resume is None:
@@ -111,10 +109,10 @@ def beginning(resume: Resume | None) -> Beginning:
 
 
 def check_changes(resume: Resume) -> None:
-    """Check that no change is one that a checkpoint cannot take, or that has to be named.
+    """Check that a checkpoint can take every change, and that ``checkpoint.allow_changes`` names those that must be named.
 
     Raises:
-        ValueError: Names every refused field with both values.
+        ValueError: A change is refused; the message names every such field with both values.
     """
     form = [change for change in resume.changes if change.rule is OnResume.form]
     if form:
@@ -135,7 +133,7 @@ def check_changes(resume: Resume) -> None:
         )
 
 
-def _list(changes: list[Change]) -> str:
+def _list(changes: list[ConfigChange]) -> str:
     return "; ".join(change.values() for change in changes)
 
 
@@ -165,7 +163,7 @@ def _check_kind(saved: dict[str, Any], loaded: LoadedConfig, folder: Path) -> No
 
 
 def _check_later_ones(resume: Resume, run_dir: Path) -> None:
-    """Raise ValueError where the folder has later checkpoints of another run: they would be taken for newer ones of this one."""
+    """Raise ValueError when the folder has later checkpoints of another run: they would be taken for newer ones of this run."""
     foreign = [
         folder
         for step, folder in complete_checkpoints(run_dir).items()

@@ -1,15 +1,15 @@
-"""How a run takes possession of its folder.
+"""Claim the folder of a run.
 
-A run that goes on in its own folder (``checkpoint.load`` names ``run.dir``) finds its files there. Every other run begins its folder, and
-needs one without results. What it does about those of an earlier run:
+A run that continues in its own folder (``checkpoint.load`` names ``run.dir``) finds its files there. Every other run needs a folder without
+results. If an earlier run has left files, this happens:
 
 =========================================================  =====================================================
 the earlier run left                                       this run
 =========================================================  =====================================================
 checkpoints, an export, metrics, rollouts or a bank        is refused, or with ``run.overwrite`` removes them all
-the same, but no checkpoint and no export, and had the     begins again, as a run that goes on from step 0 would;
-same configuration                                         the earlier files are moved to ``ended_<n>``
-its configuration and logs alone                           replaces them
+the same, but no checkpoint and no export, and had the     begins again, as a run that continues from step 0
+same configuration                                         would; the earlier files are moved to ``ended_<n>``
+only its configuration and logs                            replaces them
 =========================================================  =====================================================
 """
 
@@ -36,10 +36,10 @@ from hetero_ppo.observability.records import CONFIG_FILE
 from hetero_ppo.runtime.changes import compare, config_values
 from hetero_ppo.runtime.folder_lock import FolderLock, find_holder
 
-#: Results: what a run cannot make again without training.
+#: Results: files that a run cannot make again without training.
 RESULTS = ("checkpoints", METRICS_FILE, "rollouts", "bank", "hf")
-#: What else a run writes, as patterns. The batch scripts' FINISHED is of the run that has finished. The configuration goes last: a run
-#: that is killed while it clears the folder finds there whose files they are.
+#: Patterns of the other files that a run writes. The batch scripts write FINISHED when a run has finished. The configuration is removed
+#: last: if a run is killed while it clears the folder, the configuration still shows whose files they are.
 OTHERS = (
     *(
         "eval_before.json",
@@ -59,7 +59,7 @@ OTHERS = (
 
 
 class Start(Enum):
-    """How a run begins its folder."""
+    """How a run begins in its folder."""
 
     new = "there is nothing of an earlier run"
     goes_on = "the folder is that of the checkpoint"
@@ -69,24 +69,24 @@ class Start(Enum):
 
 @dataclass(frozen=True)
 class Results:
-    """What a folder holds of an earlier run."""
+    """Results of an earlier run in a folder."""
 
-    steps: list[int]  # of complete checkpoints
+    steps: list[int]  # steps of complete checkpoints
     is_exported: bool
     num_logged: int  # lines of metrics.jsonl
-    num_rollouts: int  # files
-    num_banked: int  # files
+    num_rollouts: int  # files of rollouts
+    num_banked: int  # files of the bank
 
     def __bool__(self) -> bool:
         return bool(self.steps or self.is_exported or self.num_logged or self.num_rollouts or self.num_banked)
 
     @property
     def is_saved(self) -> bool:
-        """Whether there are weights of it."""
+        """Whether the earlier run saved weights."""
         return bool(self.steps) or self.is_exported
 
     def describe(self) -> str:
-        """Return a list in words."""
+        """List the results in words."""
         steps = ", ".join(map(str, self.steps))
         parts = [f"checkpoints of the steps {steps}"] if self.steps else []
         parts += ["an export (hf)"] if self.is_exported else []
@@ -97,7 +97,7 @@ class Results:
 
 
 def find_results(folder: Path) -> Results:
-    """Return what a run folder, which need not exist, holds of an earlier run."""
+    """Return the results of an earlier run in a run folder, which need not exist."""
     metrics, exported = folder / METRICS_FILE, folder / "hf"
     return Results(
         list(complete_checkpoints(folder)),
@@ -109,10 +109,10 @@ def find_results(folder: Path) -> Results:
 
 
 def choose_start(loaded: LoadedConfig) -> Start:
-    """Return how a run begins its folder; nothing is changed.
+    """Return how a run begins in its folder. Nothing is changed.
 
     Raises:
-        ValueError: The folder holds results of another run, or would lose what this run reads.
+        ValueError: The folder holds results of another run, or would lose files that this run reads.
     """
     folder = Path(loaded.config.run.dir)
     load = loaded.config.checkpoint.load
@@ -132,10 +132,10 @@ def choose_start(loaded: LoadedConfig) -> Start:
 
 
 def check_folder(loaded: LoadedConfig) -> Start:
-    """As ``choose_start``, of a folder in which no run is working now.
+    """Return how a run begins in its folder, after checking that no run is working there now.
 
     Raises:
-        ValueError: A run is working there, or as ``choose_start``.
+        ValueError: A run is working there, the folder holds results of another run, or would lose files that this run reads.
     """
     holder = find_holder(Path(loaded.config.run.dir))
     if holder is not None:
@@ -145,28 +145,28 @@ def check_folder(loaded: LoadedConfig) -> Start:
 
 @contextlib.contextmanager
 def claimed_folder(loaded: LoadedConfig) -> Iterator[list[str]]:
-    """Hold the run folder for this process, and make it ready for the run. On one rank.
+    """Hold the lock of the run folder for this process, and prepare the folder for the run. Call it on one rank.
 
     Yields:
-        Lines for the user: what was done.
+        Messages for the user about what was done.
 
     Raises:
-        ValueError: As ``check_folder``, or the folder cannot be written.
+        ValueError: A run is working there, the folder is refused (``choose_start``), or it cannot be written.
     """
     folder = Path(loaded.config.run.dir)
     with contextlib.ExitStack() as stack:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             lock = stack.enter_context(FolderLock(folder))
-            said = [] if lock.note is None else [lock.note]
-            said += prepare(loaded)
+            messages = [] if lock.note is None else [lock.note]
+            messages += prepare(loaded)
         except OSError as error:
             raise ValueError(f"run.dir is {str(folder)!r}: cannot write there ({error.strerror})") from error
-        yield said
+        yield messages
 
 
 def prepare(loaded: LoadedConfig) -> list[str]:
-    """Make a folder ready that this process holds; return what was done, in words."""
+    """Prepare a folder whose lock this process holds. Return messages about what was done."""
     folder = Path(loaded.config.run.dir)
     start, results = choose_start(loaded), find_results(folder)
     if start is Start.goes_on:
@@ -184,7 +184,7 @@ def prepare(loaded: LoadedConfig) -> list[str]:
 
 
 def is_same_folder(one: str | Path, other: str | Path) -> bool:
-    """Whether two paths name one folder."""
+    """Return whether two paths name the same folder."""
     return Path(one).resolve() == Path(other).resolve()
 
 
@@ -210,7 +210,7 @@ def _describe_refusal(folder: Path, results: Results) -> str:
 
 
 def _check_reads_nothing(loaded: LoadedConfig, folder: Path, start: Start) -> None:
-    """Raise ValueError where the run reads what it would remove."""
+    """Raise ValueError when the run reads a file that it would remove."""
     gone = [path.resolve() for path in _written(folder)]
     config = SCHEMAS[loaded.kind]
     for field, value in leaves(config_values(loaded), config):
@@ -225,7 +225,7 @@ def _check_reads_nothing(loaded: LoadedConfig, folder: Path, start: Start) -> No
 
 
 def _written(folder: Path) -> list[Path]:
-    """Files and folders that a run wrote, results first."""
+    """Return the files and folders that a run wrote, results first."""
     names = [folder / name for name in RESULTS]
     return [path for path in names if os.path.lexists(path)] + [
         path for pattern in OTHERS for path in sorted(folder.glob(pattern))
@@ -243,7 +243,7 @@ def _remove(folder: Path) -> list[str]:
 
 
 def _set_aside(folder: Path) -> Path:
-    """Move what an unsaved run wrote into a folder of its own; half-written checkpoints are of no use."""
+    """Move the files of an unsaved run into a new folder. Half-written checkpoints are useless and removed."""
     number = 1
     while (folder / f"ended_{number}").exists():
         number += 1

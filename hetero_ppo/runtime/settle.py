@@ -1,4 +1,4 @@
-"""Decide what a configuration leaves to the device: before anything is checked, compared with a checkpoint or saved."""
+"""Decide the dtypes that a configuration leaves to the device, before anything is checked, compared with a checkpoint or saved."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from hetero_ppo.config.schema import Dtype
 
 
 def settle(loaded: LoadedConfig, *, on_cuda: bool) -> tuple[LoadedConfig, list[str]]:
-    """Return the configuration with a dtype for every role, and what was decided, a line each.
+    """Return the configuration with a dtype for every role, and one line for each decision.
 
-    A run that goes on from a checkpoint keeps the checkpoint's dtypes, on whatever device: trained roles are stored in that form, and
-    frozen ones compute the objective.
+    A run that continues from a checkpoint keeps the checkpoint's dtypes on every device: trained roles are stored in that form, and frozen
+    ones compute the objective.
 
     Args:
-        loaded: As it was read.
+        loaded: Configuration as it was read.
         on_cuda: Whether the run computes on GPUs.
     """
     open_fields = [
@@ -49,10 +49,10 @@ def settle(loaded: LoadedConfig, *, on_cuda: bool) -> tuple[LoadedConfig, list[s
 
 
 def _checkpoint_values(config: AnyConfig) -> dict[str, Any]:
-    """Return the configuration of the checkpoint that the run goes on from; empty without one, or where it cannot be read."""
+    """Return the configuration of the checkpoint that the run continues from; empty without one, or if it cannot be read."""
     if config.checkpoint.load is None:
         return {}
-    # Megatron-Core takes seconds to import; a run from the beginning has its errors said before.
+    # Megatron-Core takes seconds to import. So a new run, which does not need it here, reports its errors first.
     from hetero_ppo.checkpoint.manager import checkpoint_folder
     from hetero_ppo.runtime.resume import saved_config
 
@@ -60,7 +60,7 @@ def _checkpoint_values(config: AnyConfig) -> dict[str, Any]:
     try:
         folder = checkpoint_folder(run_dir, config.checkpoint.step)
     except ValueError:
-        return {}  # ``read_resume`` says what is wrong with it
+        return {}  # ``read_resume`` reports what is wrong with it
     return saved_config(folder, run_dir)[0] or {}
 
 

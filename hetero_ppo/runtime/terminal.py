@@ -1,4 +1,4 @@
-"""Output that survives its terminal: a closed window or a lost connection must not end a run by an error of ``print``."""
+"""Output streams that survive their terminal: a closed window or a lost connection must not end a run with an error of ``print``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, TextIO
 
 
 class TerminalStream:
-    """A text stream on a terminal. When the terminal is gone, what is written from then on is dropped."""
+    """A text stream on a terminal. Text that is written after the terminal has gone is dropped."""
 
     def __init__(self, stream: TextIO) -> None:
         """Wrap a stream.
@@ -20,7 +20,7 @@ class TerminalStream:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        """Write, to nowhere once the terminal is gone."""
+        """Write text; it is dropped if the terminal has gone."""
         try:
             return self._stream.write(text)
         except OSError as error:
@@ -28,7 +28,7 @@ class TerminalStream:
             return len(text)
 
     def flush(self) -> None:
-        """Flush, to nowhere once the terminal is gone."""
+        """Flush the stream; does nothing if the terminal has gone."""
         try:
             self._stream.flush()
         except OSError as error:
@@ -41,13 +41,13 @@ class TerminalStream:
         if error.errno != errno.EIO:
             raise error
         nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, self._stream.fileno())  # also for what C code and children write
+        os.dup2(nowhere, self._stream.fileno())  # C code and children write there too
         os.close(nowhere)
-        self._stream.flush()  # what the failed call has left in the buffer
+        self._stream.flush()  # drops what the failed call has left in the buffer
 
 
 def survive_hangup() -> None:
-    """Wrap stdout and stderr of this process where they are a terminal."""
+    """Wrap stdout and stderr of this process if they are a terminal."""
     if sys.stdout.isatty():
         sys.stdout = TerminalStream(sys.stdout)
     if sys.stderr.isatty():

@@ -1,4 +1,4 @@
-"""A warning for a long run that saves nothing before its end."""
+"""Warn when a long run saves nothing before its end."""
 
 from __future__ import annotations
 
@@ -10,39 +10,39 @@ from hetero_ppo.observability.logs import ONCE
 
 log = logging.getLogger(__name__)
 
-#: A run of so many steps is called long before its first step has been measured.
+#: Number of steps from which a run counts as long before any step was measured.
 LONG_RUN_STEPS = 200
-#: And one that would take so long, by the mean of the steps after the first.
+#: Estimated seconds, by the mean of the steps after the first, from which a run counts as long.
 LONG_RUN_S = 1800.0
-#: Steps that are measured before a run's length is estimated from them; the first one builds and compiles.
+#: Number of steps that are measured before a run's length is estimated. The first step is not counted: it builds and compiles.
 MEASURED_STEPS = 3
 #: Seconds of work between two checkpoints that the warning proposes.
 PROPOSED_S = 600.0
 
 
 class UnsavedWork:
-    """Warns once when a run whose ``checkpoint.every`` is 0 is long: at the start by its steps, later by their measured time."""
+    """Warning for a long run whose ``checkpoint.every`` is 0: at the start by its number of steps, later by their measured time. It is given once."""
 
     def __init__(self, every: int, total_steps: int, now: Callable[[], float] = time.monotonic) -> None:
         """Take the run's settings.
 
         Args:
-            every: ``checkpoint.every``, in steps; 0: one checkpoint, at the end.
+            every: ``checkpoint.every`` in steps; 0: one checkpoint, at the end.
             total_steps: Step at which the run ends.
             now: Clock, in seconds.
         """
         self._total_steps, self._now = total_steps, now
         self._is_done = every > 0
-        self._first: tuple[int, float] | None = None  # (step, when it ended) of the first step seen
+        self._first: tuple[int, float] | None = None  # (step, time of its end) of the first step seen
 
     def start(self, step: int) -> None:
-        """Look at the number of steps that are left when the run begins, or goes on, at ``step``."""
+        """Check the number of steps that are left when the run begins or continues at ``step``."""
         left = self._total_steps - step
         if not self._is_done and left >= LONG_RUN_STEPS:
             self._warn(f"{left} steps", f"about {max(1, left // 20)}")
 
     def step_done(self, step: int) -> None:
-        """Look at the time that the steps take."""
+        """Check the measured time of the steps."""
         if self._is_done:
             return
         if self._first is None:
@@ -60,7 +60,7 @@ class UnsavedWork:
                 f"{proposed}, one in about 10 minutes,",
             )
         elif step - first_step >= 2 * MEASURED_STEPS:
-            self._is_done = True  # it is short
+            self._is_done = True  # the run is short
 
     def _warn(self, length: str, proposed: str) -> None:
         self._is_done = True

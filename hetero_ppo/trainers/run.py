@@ -199,7 +199,7 @@ def start_run(loaded: LoadedConfig, stop: StopRequests, heartbeat: Heartbeat | N
             )
         if platform.HAS_CUDA and not config.deterministic:
             log.info("run.deterministic=false: two runs may differ in bits, and so may a resumed one")
-        if config.heartbeat_timeout_s is not None and (heartbeat is None or not heartbeat.is_judged):
+        if config.heartbeat_timeout_s is not None and (heartbeat is None or not heartbeat.is_monitored):
             log.info(
                 "run.heartbeat_timeout_s: nobody looks at heartbeats; scripts/train_*.sh and hetero_ppo.cli.launcher do"
             )

@@ -31,11 +31,11 @@ def test_steps_after_the_checkpoint_are_there_once(tmp_path: Path, tail: str) ->
     leave_files(tmp_path, tail)
     (tmp_path / "eval_before.json").touch()
     (tmp_path / "eval_after.json").touch()
-    said = forget_later_steps(tmp_path, 3, replayed=None)
+    messages = forget_later_steps(tmp_path, 3, replayed=None)
     assert (tmp_path / "metrics.jsonl").read_text() == "".join(map(line, (1, 2, 3)))
     torn = ", a last line that a kill had cut removed" if tail else ""
-    assert said[0] == f"metrics.jsonl: 2 records of steps after 3, which are done again, removed{torn}"
-    assert said[1].startswith("eval_after.json: removed") and (tmp_path / "eval_before.json").exists()
+    assert messages[0] == f"metrics.jsonl: 2 records of steps after 3, which are done again, removed{torn}"
+    assert messages[1].startswith("eval_after.json: removed") and (tmp_path / "eval_before.json").exists()
     for name in ("rollouts", "trace"):
         assert sorted(path.stem for path in (tmp_path / name).iterdir()) == [f"step_{step:06d}" for step in (1, 2, 3)]
     assert forget_later_steps(tmp_path, 3, replayed=None) == []

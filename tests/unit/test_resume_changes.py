@@ -25,7 +25,7 @@ from hetero_ppo.config.load import LoadedConfig, load_config
 from hetero_ppo.config.on_resume import rule_of
 from hetero_ppo.config.render import save_config
 from hetero_ppo.config.schema.option import OnResume
-from hetero_ppo.runtime.changes import Change, compare, config_values
+from hetero_ppo.runtime.changes import ConfigChange, compare, config_values
 from hetero_ppo.runtime.inputs import Input, check_inputs, function_digest
 from hetero_ppo.runtime.resume import DIGESTS_VERSION, Resume, beginning, check_changes, read_resume
 from hetero_ppo.trainers.run import Run
@@ -120,7 +120,7 @@ def test_a_change_of_any_field_does_what_its_rule_says(kind: str) -> None:
         check_change(change)
 
 
-def check_change(change: Change) -> None:
+def check_change(change: ConfigChange) -> None:
     """Refused or printed, as its rule says; allowed by its name and by its section's."""
     refused = change.rule in (OnResume.objective, OnResume.form)
     with pytest.raises(ValueError, match=rf"checkpoint\.load: .*{change.field}: .* -> ") if refused else nullcontext():
@@ -239,7 +239,7 @@ def test_digests_that_another_version_made_are_not_compared(tmp_path: Path) -> N
     assert resume is not None and resume.inputs is None
 
 
-def resumed(inputs: dict[str, str] | None, *allowed: str, changes: Sequence[Change] = ()) -> Resume:
+def resumed(inputs: dict[str, str] | None, *allowed: str, changes: Sequence[ConfigChange] = ()) -> Resume:
     return Resume(Path("checkpoint"), 2, "a", True, None, inputs, list(changes), list(allowed))
 
 

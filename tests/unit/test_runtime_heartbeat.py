@@ -15,7 +15,7 @@ import pytest
 
 from hetero_ppo.errors import EXIT_STUCK
 from hetero_ppo.runtime import heartbeat
-from hetero_ppo.runtime.heartbeat import HeartbeatJudge
+from hetero_ppo.runtime.heartbeat import HeartbeatMonitor
 
 RANK = """
 import os, pathlib, re, signal, sys, time
@@ -34,7 +34,7 @@ def never_returns():
     time.sleep(120)
 
 with Heartbeat(4.0) as beats, Watchdog(pathlib.Path("."), 0, None, on_phase=beats.note) as watchdog:
-    assert beats.is_judged
+    assert beats.is_monitored
     pathlib.Path(f"{there}{rank}").touch()
     while not pathlib.Path(f"{there}{1 - rank}").exists():
         time.sleep(0.01)
@@ -93,19 +93,19 @@ def test_a_launcher_that_was_stopped_with_its_ranks_ends_nothing(tmp_path: Path)
 
 
 def test_a_rank_that_is_debugged_or_has_ended_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    judge = HeartbeatJudge()
+    monitor = HeartbeatMonitor()
     monkeypatch.setenv("RANK", "3")
-    heartbeat.HEADER.pack_into(judge._memory, 0, 1, 3.0, os.getpid(), 3)
-    assert judge.look() == {}
-    clock = judge._clocks[0][1]
+    heartbeat.HEADER.pack_into(monitor._memory, 0, 1, 3.0, os.getpid(), 3)
+    assert monitor.find_silent() == {}
+    clock = monitor._clocks[0][1]
     for state, found in (("t (stopped by a debugger)", []), ("Z (ended)", []), ("D (waits)", [os.getpid()])):
         clock.silent_s = 10.0
         monkeypatch.setattr(heartbeat, "process_state", lambda pid, state=state: state)
-        assert list(judge.look()) == found
+        assert list(monitor.find_silent()) == found
 
 
 def test_without_a_launcher_nothing_beats(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(heartbeat.VARIABLE, "/proc/1/fd/3")  # of a launcher further up
     with heartbeat.Heartbeat(3.0) as beats:
-        assert not beats.is_judged
+        assert not beats.is_monitored
         beats.note("values")
