@@ -1,4 +1,4 @@
-"""Metrics, traces, progress, and the report of a run.
+"""Metrics, logs, traces, progress, and the report of a run.
 
-Start at ``metrics.py`` (``sinks/`` is where it writes to) and ``trace.py``; ``report.py`` draws what they wrote.
+Start at ``metrics.py`` (it writes to ``sinks/``) and ``trace.py``; ``report.py`` draws what they wrote.
 """

@@ -1,4 +1,4 @@
-"""Curves of a run as SVG text that an HTML page can hold inline."""
+"""Draw the curves of a run as SVG text for inline use in an HTML page."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from hetero_ppo.observability.records import RunRecord, Series
 from hetero_ppo.observability.timers import TOTAL, top_level
 from hetero_ppo.step.roles import ROLE_SECTIONS
 
-#: Distinguishable for colour-blind readers too; the line styles differ as well.
+#: Colours that colour-blind readers can distinguish; the line styles differ as well.
 COLOURS = ("#2563eb", "#e0662f", "#0d9172", "#8b4fc1", "#b98900", "#c2375f", "#4b8fb3", "#6b7f2a")
 GREY = "#b6bcc6"
 INK = "#3b4351"
 
-#: More steps than this are averaged in bins, so that a long run's report stays small.
+#: A curve or bar chart with more steps is averaged in bins, so that a long run's report stays small.
 MAX_POINTS = 400
 MAX_BARS = 80
 
 STYLE: dict[RcKeyType, Any] = {
-    "svg.fonttype": "none",  # text stays text: small, sharp, searchable
+    "svg.fonttype": "none",  # text stays text, which is small, sharp and searchable
     "font.size": 9,
     "axes.edgecolor": "#ccd1d9",
     "axes.labelcolor": INK,
@@ -57,7 +57,7 @@ class Panel:
     ylabel: str
     metrics: tuple[tuple[str, str], ...]  # metric name, label in the legend
     percent: bool = False  # values 0 to 1, shown as 0 to 100 %
-    kind: str | None = None  # of run; None: any. "eval/accuracy" is of answers in PPO and of pairs in a reward model
+    kind: str | None = None  # kind of run; None: any. "eval/accuracy" counts answers in PPO and pairs in a reward model
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Group:
     panels: tuple[Panel, ...]
 
 
-#: Roles that have gradients.
+#: Names of the sections of trained roles.
 TRAINED = [role for role, section in ROLE_SECTIONS.items() if section.is_trained]
 
 GROUPS: tuple[Group, ...] = (
@@ -148,7 +148,7 @@ GROUPS: tuple[Group, ...] = (
     ),
     Group("Value function", (Panel("explained variance", (("critic/vf_explained_var", "of the returns"),)),)),
     Group(
-        "Engine against trainer",
+        "Generator against trainer",
         (
             Panel(
                 "|difference| in log-prob",
@@ -161,7 +161,7 @@ GROUPS: tuple[Group, ...] = (
             Panel(
                 "% of response tokens", (("rollout/ratio_outside_share", "ratio outside 0.99 .. 1.01"),), percent=True
             ),
-            Panel("nats per token", (("rollout/mismatch_kl", "KL of the engine to the trainer"),)),
+            Panel("nats per token", (("rollout/mismatch_kl", "KL of the generator to the trainer"),)),
         ),
     ),
     Group(
@@ -182,7 +182,7 @@ GROUPS: tuple[Group, ...] = (
 
 
 def group_figures(run: RunRecord) -> list[tuple[str, str]]:
-    """(title, SVG) of every group that the run has metrics of, then the seconds by phase."""
+    """Return (title, SVG) of every group that the run has metrics of, then of the seconds by phase and of the memory ledger."""
     series = {**run.series, **_evaluation_series(run)}
     figures: list[tuple[str, str]] = []
     with matplotlib.rc_context(STYLE):
@@ -202,7 +202,7 @@ def group_figures(run: RunRecord) -> list[tuple[str, str]]:
 
 
 def phase_means(run: RunRecord) -> list[tuple[str, float]]:
-    """(phase, mean seconds per step) of the top-level phases and "other", over all steps; longest first."""
+    """Return (phase, mean seconds per step) of the top-level phases and "other", over all steps, the longest first."""
     steps = _phase_table(run)
     names = list(dict.fromkeys(name for row in steps.values() for name in row))
     means = [(name, sum(row.get(name, 0.0) for row in steps.values()) / len(steps)) for name in names]
@@ -210,7 +210,7 @@ def phase_means(run: RunRecord) -> list[tuple[str, float]]:
 
 
 def _evaluation_series(run: RunRecord) -> dict[str, Series]:
-    """Held-out curves: before the first step, the evaluations during the run, after the last step."""
+    """Return held-out curves: before the first step, the evaluations during the run, and after the last step."""
     if run.before is None or run.after is None:
         return {}
     pairs = {
@@ -241,7 +241,7 @@ def _draw_group(identity: str, panels: list[Panel], series: dict[str, Series]) -
             _draw_curve(axes, series[name], label, COLOURS[index], 100.0 if panel.percent else 1.0)
         axes.set_ylabel(panel.ylabel)
         axes.margins(x=0.02, y=0.1)
-        # "1e-05" at each tick instead of a factor above the axis, where the legend is.
+        # "1e-05" at each tick instead of a factor above the axis, where the legend lies.
         axes.yaxis.set_major_formatter(lambda value, position: f"{value:g}")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7, steps=[1, 2, 5, 10]))
         if panel.percent:
@@ -261,7 +261,7 @@ def _draw_curve(axes: Axes, series: Series, label: str, colour: str, scale: floa
     steps, values = _binned(series, MAX_POINTS)
     values = values * scale
     if len(steps) <= 12:
-        # Few points are evaluations: the line between them is only a guide.
+        # A curve with few points shows evaluations; the line between them is only a guide.
         axes.plot(
             steps, values, color=colour, marker="o", markersize=4.5, linewidth=1.1, linestyle=(0, (4, 3)), label=label
         )
@@ -274,7 +274,7 @@ def _draw_curve(axes: Axes, series: Series, label: str, colour: str, scale: floa
 
 
 def _binned(series: Series, limit: int) -> tuple[np.ndarray, np.ndarray]:
-    """Means of equal bins of steps when there are more than ``limit``; NaN where a bin has no finite value."""
+    """Return means of equal bins of steps if there are more than ``limit``; a bin without a finite value gives NaN."""
     steps, values = np.asarray(series.steps, dtype=float), np.asarray(series.values, dtype=float)
     if len(steps) <= limit:
         return steps, values
@@ -288,7 +288,7 @@ def _finite_mean(values: np.ndarray) -> float:
 
 
 def _smoothed(values: np.ndarray) -> np.ndarray:
-    """Local linear regression (Cleveland 1979, without its weights) over a tenth of the curve; gaps stay gaps.
+    """Apply local linear regression (Cleveland 1979, without its weights) over a tenth of the curve, which smooths it. Gaps stay gaps.
 
     A moving mean would lag behind the data at both ends, where a reader looks first.
     """
@@ -298,14 +298,14 @@ def _smoothed(values: np.ndarray) -> np.ndarray:
     for i in np.flatnonzero(np.isfinite(values)):
         window = slice(max(0, i - half), i + half + 1)
         known = np.isfinite(values[window])
-        # Relative to the point itself, so that a constant stays exactly constant.
+        # The fit is relative to the point itself, so that a constant curve stays exactly constant.
         x, y = places[window][known] - i, values[window][known] - values[i]
         smooth[i] = values[i] + (np.polyfit(x, y, 1)[1] if len(x) > 2 else 0.0)
     return smooth
 
 
 def _phase_table(run: RunRecord) -> dict[int, dict[str, float]]:
-    """Step -> seconds of its top-level phases, for the steps that were timed."""
+    """Return step -> seconds of its top-level phases, for the steps that were timed."""
     rows: dict[int, dict[str, float]] = {}
     for name, series in run.seconds.items():
         for step, value in zip(series.steps, series.values, strict=True):
@@ -338,7 +338,7 @@ def _draw_seconds(identity: str, run: RunRecord) -> str:
 
 
 def _draw_ledger(identity: str, run: RunRecord) -> str:
-    """A bar for every phase, by kind; the dashed line is what all roles would hold if they stayed."""
+    """Draw a bar for every phase, coloured by kind. The dashed line shows the bytes if all roles stayed on the device."""
     phases = list(run.ledger)
     kinds = list(dict.fromkeys(kind for roles in run.ledger.values() for held in roles.values() for kind in held))
     whole: dict[tuple[str, str], int] = {}
@@ -367,7 +367,12 @@ def _draw_ledger(identity: str, run: RunRecord) -> str:
 
 
 def svg_text(figure: Figure, identity: str) -> str:
-    """SVG element of a figure. ``identity`` salts its ids: those of figures on the same page must differ."""
+    """Return the SVG element of a figure.
+
+    Args:
+        figure: Figure to draw.
+        identity: Salt of the element's ids; figures on the same page must have different ones.
+    """
     out = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": identity}):
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})

@@ -1,4 +1,4 @@
-"""A traced step as a picture: a row for every lane, what ran on it, and the share of the step that it was idle."""
+"""Draw a traced step: a row for every lane with its spans, and the share of the step in which it was idle."""
 
 from __future__ import annotations
 
@@ -19,25 +19,26 @@ LANE_COLOURS = {
 WAIT_COLOURS = {WAIT: COLOURS[WAIT_COLOUR], WAIT_FOR_GENERATOR: "#f4d9c6"}
 
 WIDTH = 10.5  # inches
-BAR = 0.76  # of a row's height
-#: Share of the step below which a span is drawn with an edge of its own colour.
+BAR = 0.76  # height of a bar, as a share of the row's
+#: Share of the step below which a span's edge has the span's own colour.
 SHORT = 0.003
-#: Inches that a letter of a label takes, and the labels' share of the picture: a label that does not fit is left out.
+#: Width of a label's letter and of the plot, in inches: a label that does not fit into its span is left out.
 LETTER, PLOT_WIDTH = 0.062, 0.82 * WIDTH
 
 
 def gantt_svg(trace: StepTrace, identity: str) -> str:
-    """SVG element of the picture.
+    """Return the SVG element of the picture.
 
     Args:
-        identity: salts its ids, which must differ from those of other figures on the page.
+        trace: Traced step.
+        identity: Salt of the element's ids; figures on the same page must have different ones.
     """
     with matplotlib.rc_context(STYLE):
         return svg_text(draw_gantt(trace), identity)
 
 
 def draw_gantt(trace: StepTrace) -> Figure:
-    """A row for each lane, the trainer's on top. A span inside another is darker; copies have the colour of their role."""
+    """Draw a row for each lane, the trainer's on top. A span inside another one is darker; copies have the colour of their role."""
     lanes = trace.lanes()
     figure = Figure(figsize=(WIDTH, 0.36 * len(lanes) + 0.9), layout="constrained")
     axes = figure.subplots()
@@ -69,7 +70,7 @@ def draw_gantt(trace: StepTrace) -> Figure:
 
 
 def idle_text(share: float) -> str:
-    """The share in whole percent; 0 and 100 are said of nothing but all and none."""
+    """Return the share in whole percent. 0 and 100 stand only for exactly none and all."""
     percent = round(100 * share)
     if percent == 100 and share < 1:
         return "idle >99 %"
@@ -80,18 +81,18 @@ def idle_text(share: float) -> str:
 
 def _draw_lane(axes: Axes, row: int, spans: list[Span], seconds: float, scale: float) -> None:
     reached = float("-inf")
-    for span in spans:  # by start, the outer one of two first
+    for span in spans:  # sorted by start; the outer one of nested spans comes first
         inside = span.end <= reached
         reached = max(reached, span.end)
         bar = [(span.start * scale, (span.end - span.start) * scale)], (row - BAR / 2, BAR)
         share = (span.end - span.start) / seconds
         if inside and span.name not in WAIT_COLOURS:
-            if span.lane != TRAINER:  # whose nested phases are the roles' turns
+            if span.lane != TRAINER:  # the trainer's nested phases are the roles' turns
                 axes.broken_barh(*bar, facecolor=INK, alpha=0.35, linewidth=0)
             continue
-        role = str(span.args.get("role", span.lane)).partition(".")[0]  # of an ensemble all members
+        role = str(span.args.get("role", span.lane)).partition(".")[0]  # the members of an ensemble share a colour
         colour = WAIT_COLOURS.get(span.name) or LANE_COLOURS.get(role, GREY)
-        # The edge parts one span from the next, or keeps visible what is shorter than a dot.
+        # The edge separates neighbouring spans, or keeps a span visible that is shorter than a dot.
         axes.broken_barh(*bar, facecolor=colour, edgecolor="white" if share > SHORT else colour, linewidth=0.6)
         if share * PLOT_WIDTH > LETTER * (len(span.name) + 1):
             middle = (span.start + span.end) / 2 * scale

@@ -1,4 +1,4 @@
-"""JSON as its standard has it: without NaN and infinity, which Python writes by default and most readers refuse."""
+"""JSON as the standard defines it: without NaN and infinity, which Python writes by default and most readers refuse."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def json_text(value: Any, *, indent: int | None = None, ensure_ascii: bool = True) -> str:
-    """Return the value as JSON; numbers that are not finite are null."""
+    """Return the value as JSON; numbers that are not finite become null."""
     return json.dumps(_finite(value), indent=indent, ensure_ascii=ensure_ascii, allow_nan=False)
 
 

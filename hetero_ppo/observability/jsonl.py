@@ -1,4 +1,4 @@
-"""Files with one JSON object a line that a run appends to, and that a kill may cut in the middle of a line."""
+"""Files with one JSON object per line that a run appends to, and that a kill may cut in the middle of a line."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ from typing import Any
 
 
 def whole_lines(path: Path) -> list[str]:
-    """Return the lines of a file, without a last one that a killed run has cut, or that a running one is just writing.
+    """Return the complete lines of a file. A last line without an end is left out: a killed run has cut it, or a running one is writing it.
 
     Args:
-        path: Of the file.
+        path: File to read.
 
     Raises:
         ValueError: The file is not UTF-8.
     """
     *whole, last = path.read_bytes().split(b"\n")
-    if last and _parse(last) is not None:  # written by hand, without an end of the line
+    if last and _parse(last) is not None:  # a file edited by hand may lack the last newline
         whole.append(last)
     return [line.decode("utf-8") for line in whole]
 
 
 @dataclass(frozen=True)
-class Cut:
-    """What was taken out of a file."""
+class CutReport:
+    """Report on the lines that were removed from a file."""
 
-    num_dropped: int  # records
-    is_torn: bool  # the last line had no end
-    damaged: list[int]  # numbers of lines that are no records
+    num_dropped: int  # records that were removed
+    is_torn: bool  # True: the last line had no end
+    damaged: list[int]  # numbers of lines that are not records
 
     def describe(self, name: str, what: str) -> str | None:
-        """Return it in words; None when nothing was taken out.
+        """Describe in words what was removed; None if nothing was.
 
         Args:
-            name: Of the file.
-            what: Of the dropped records.
+            name: Name of the file.
+            what: Description of the removed records.
         """
         parts = [f"{self.num_dropped} {what} removed"] if self.num_dropped else []
         parts += ["a last line that a kill had cut removed"] if self.is_torn else []
@@ -46,12 +46,12 @@ class Cut:
         return f"{name}: {', '.join(parts)}" if parts else None
 
 
-def cut(path: Path, keep: Callable[[dict[str, Any]], bool]) -> Cut:
-    """Rewrite a file with the records that are to stay; a reader sees the old file or the new one.
+def cut(path: Path, keep: Callable[[dict[str, Any]], bool]) -> CutReport:
+    """Rewrite a file with the records that ``keep`` accepts. A reader sees the old file or the new one.
 
     Args:
-        path: Of the file.
-        keep: Says of a record whether it stays.
+        path: File to rewrite.
+        keep: Function that returns whether a record stays.
     """
     *whole, last = path.read_bytes().split(b"\n")
     if last and _parse(last) is not None:
@@ -65,20 +65,20 @@ def cut(path: Path, keep: Callable[[dict[str, Any]], bool]) -> Cut:
             kept.append(line)
         else:
             num_dropped += 1
-    found = Cut(num_dropped, bool(last), damaged)
-    if found != Cut(0, False, []):
+    found = CutReport(num_dropped, bool(last), damaged)
+    if found != CutReport(0, False, []):
         write_whole(path, b"".join(line + b"\n" for line in kept))
     return found
 
 
 def write_whole(path: Path, data: bytes | str) -> None:
-    """Write a file that is there as a whole or not at all, also after a kill or a crash of the machine."""
-    beside = path.with_name(f".{path.name}.partial")
-    with beside.open("wb") as file:
+    """Write a file as a whole: a reader never sees a part of it, also after a kill or a crash of the machine."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("wb") as file:
         file.write(data.encode() if isinstance(data, str) else data)
         file.flush()
         os.fsync(file.fileno())
-    beside.replace(path)
+    partial.replace(path)
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

@@ -1,10 +1,10 @@
-"""Log lines on the console: levels, one rank that speaks for all, text or JSON.
+"""Log lines on the console: levels, a filter by rank, text or JSON.
 
 Modules log with ``logging.getLogger(__name__)``, and never print. ``console_logging`` puts what they log on stdout:
 
 - rank 0 prints everything from ``run.log_level`` on; the other ranks print warnings and errors, with their rank;
-- a warning that all ranks find alike carries ``extra=ONCE``, and rank 0 alone prints it;
-- figures go along as ``extra={"data": {...}}``, which the JSON format writes as they are.
+- a warning that every rank logs carries ``extra=ONCE``, and only rank 0 prints it;
+- figures are attached as ``extra={"data": {...}}``, which the JSON format writes unchanged.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from tqdm import tqdm
 from hetero_ppo.config.schema import LogFormat, LogLevel
 from hetero_ppo.observability.json_text import json_text
 
-#: Logger above those of all modules of the package.
+#: Name of the logger above those of all modules of the package.
 PACKAGE = "hetero_ppo"
-#: ``extra`` of a warning that every rank logs: one of them prints it.
+#: ``extra`` of a warning that every rank logs and only rank 0 prints.
 ONCE = {"once": True}
 
 
 class RankFilter(logging.Filter):
-    """Lets rank 0 print everything, and other ranks what only they know: warnings and errors."""
+    """Filter that lets rank 0 print everything, and other ranks only warnings and errors of their own."""
 
     def __init__(self, rank: int) -> None:
         """Take the rank.
@@ -45,7 +45,7 @@ class RankFilter(logging.Filter):
 
 
 class TextFormatter(logging.Formatter):
-    """The message alone; in front of it a warning's or an error's level, and a rank that is not 0."""
+    """Formatter for text: the message, after the level of a warning or error and after a rank that is not 0."""
 
     def __init__(self, rank: int) -> None:
         """Take the rank.
@@ -63,7 +63,7 @@ class TextFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object per line: time, level, rank, logger, message, and data or a traceback where there is one."""
+    """Formatter for JSON lines: time, level, rank, logger, message, and data or a traceback if there is one."""
 
     def __init__(self, rank: int) -> None:
         """Take the rank.
@@ -91,7 +91,7 @@ class JsonFormatter(logging.Formatter):
 
 
 class ConsoleHandler(logging.Handler):
-    """Prints on stdout, above a progress bar if the terminal has one. A failure to print ends the run, as ``print`` would."""
+    """Handler that prints on stdout, above a progress bar if the terminal has one. A failure to print ends the run, as with ``print``."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print a record at once."""
@@ -101,7 +101,7 @@ class ConsoleHandler(logging.Handler):
 
 @contextlib.contextmanager
 def console_logging(level: LogLevel = LogLevel.info, form: LogFormat = LogFormat.text) -> Iterator[None]:
-    """Print what the package logs, for the block. An inner block replaces the settings of an outer one.
+    """Print what the package logs while the block runs. An inner block replaces the settings of an outer one.
 
     Args:
         level: Lowest level that is printed.
@@ -113,7 +113,7 @@ def console_logging(level: LogLevel = LogLevel.info, form: LogFormat = LogFormat
     handler.setFormatter(JsonFormatter(rank) if form is LogFormat.json else TextFormatter(rank))
     logger = logging.getLogger(PACKAGE)
     before = logger.handlers[:], logger.level, logger.propagate
-    # A library that configures the root logger would print every line again.
+    # Without propagation: a library that configures the root logger would print every line again.
     logger.handlers[:], logger.propagate = [handler], False
     logger.setLevel(level.value.upper())
     try:

@@ -1,4 +1,4 @@
-"""Hands the metrics of every step to the sinks of the run.
+"""Give the metrics of every step to the sinks of the run.
 
 Names are verl's: ``actor/pg_loss``, ``actor/ppo_kl``, ``actor/entropy``, ``actor/grad_norm``, ``critic/vf_loss``,
 ``critic/vf_explained_var``, ``reward/mean``, ``response_length/mean``, ``kl/reference``, ``timing_s/<phase>``, ...
@@ -18,7 +18,7 @@ from hetero_ppo.types import StepMetrics
 
 
 class MetricsLogger:
-    """Writes records to the sinks of the run, on the writer's rank. On the other ranks it has no sinks and does nothing."""
+    """Logger that writes records to the sinks of the run, on the writer's rank. On other ranks it has no sinks and does nothing."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""How well a reward model tells pairs apart: accuracy, calibration, margins, and a page that shows them."""
+"""Statistics of a reward model on pairs (accuracy, calibration, margins), and a page that shows them."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from hetero_ppo.observability.figures import COLOURS, GREY, STYLE, svg_text
 from hetero_ppo.observability.report import PAGE
 from hetero_ppo.observability.report import STYLE as PAGE_STYLE
 
-#: Bins of confidence, 0.5 to 1.
+#: Number of bins of confidence, from 0.5 to 1.
 NUM_BINS = 10
 
 
 @dataclass(frozen=True)
 class PairStatistics:
-    """Of P pairs. A reward model says that the chosen answer is better with probability sigmoid(margin) (Bradley and Terry 1952)."""
+    """Statistics of P pairs. With probability sigmoid(margin) the reward model prefers the chosen answer (Bradley and Terry 1952)."""
 
-    margins: np.ndarray  # [P] float64, chosen minus rejected
-    num_right: int  # margins above 0; a tie counts as wrong
+    margins: np.ndarray  # [P] float64, score of chosen minus score of rejected
+    num_right: int  # number of margins above 0; a tie counts as wrong
     loss: float  # nats, mean of -log sigmoid(margin)
     calibration_error: float  # mean over pairs of |confidence - accuracy| of their bin (Guo et al. 2017, "ECE")
-    bins: list[tuple[float, float, int]]  # confidence, accuracy, pairs of every bin that has any
+    bins: list[tuple[float, float, int]]  # confidence, accuracy and number of pairs of every bin that is not empty
 
     @property
     def accuracy(self) -> float:
         return self.num_right / len(self.margins)
 
     def describe(self) -> str:
-        """One line."""
+        """Return the statistics as one line."""
         return (
             f"accuracy {self.accuracy:.4%} ({self.num_right} of {len(self.margins)} pairs), loss {self.loss:.6f}, mean margin "
             f"{self.margins.mean():.4f}, calibration error {self.calibration_error:.4f}"
@@ -44,13 +44,13 @@ class PairStatistics:
 
 
 def pair_statistics(chosen: Sequence[float], rejected: Sequence[float]) -> PairStatistics:
-    """Statistics of the scores of pairs.
+    """Compute statistics of the scores of pairs.
 
     Raises:
-        ValueError: there are no pairs.
+        ValueError: There are no pairs.
     """
     if not chosen:
-        raise ValueError("there are no pairs to judge")
+        raise ValueError("there are no pairs to compute statistics of")
     margins = np.asarray(chosen, dtype=np.float64) - np.asarray(rejected, dtype=np.float64)
     confidence = 1 / (1 + np.exp(-np.abs(margins)))
     right = margins > 0
@@ -67,7 +67,7 @@ def pair_statistics(chosen: Sequence[float], rejected: Sequence[float]) -> PairS
 
 
 def write_pair_page(found: PairStatistics, out: Path, subtitle: str) -> Path:
-    """An HTML page with the figures and two plots, everything inline. Returns its path."""
+    """Write an HTML page with the figures and two plots, everything inline. Return its path."""
     tiles = (
         ("accuracy", f"{found.accuracy:.2%}", f"{found.num_right} of {len(found.margins)} pairs"),
         ("loss", f"{found.loss:.4f}", f"nats; {math.log(2):.4f} is a guess"),

@@ -1,4 +1,4 @@
-"""Progress of everything long: a bar on a terminal, a line every ten seconds in a log file."""
+"""Progress of long work: a bar on a terminal, or a line every ten seconds in a log file."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from tqdm import tqdm
 
 T = TypeVar("T")
 
-#: Seconds between two lines where the output is not a terminal.
+#: Seconds between two lines if the output is not a terminal.
 LINE_INTERVAL_S = 10.0
 
 
 def is_writer_rank() -> bool:
-    """Whether this process is rank 0 by torchrun's ``RANK``; a process started without torchrun is."""
+    """Return whether this process is rank 0 by torchrun's ``RANK``. A process without torchrun is rank 0."""
     return os.environ.get("RANK", "0") == "0"
 
 
 class PlainProgress(Generic[T]):
-    """What tqdm does, without control characters: a line at most every ``interval_s`` seconds, and one at the end.
+    """Progress without control characters: a line at most every ``interval_s`` seconds, and one at the end. It has tqdm's interface.
 
     With ``file`` None nothing is printed. Loops shorter than the interval print nothing at all.
     """
@@ -75,7 +75,7 @@ class PlainProgress(Generic[T]):
         self._postfix = text
 
     def close(self) -> None:
-        """Print the last line, if there were lines before it and it says more than they did."""
+        """Print a last line, if there were lines before and the count has changed since."""
         if not self._closed and self._printed_n not in (None, self.n):
             self._print()
         self._closed = True
@@ -107,10 +107,16 @@ def progress(
     is_writer: bool | None = None,
     unit: str = "it",
 ) -> tqdm | PlainProgress[T]:
-    """Wrap an iterable, or count to ``total`` with ``update(n)`` inside a ``with``.
+    """Wrap an iterable, or count to ``total`` with ``update(n)`` inside a ``with``. Output goes to stderr.
 
-    Writes to stderr, on the writer alone (``is_writer``; None: torchrun's rank 0). Either result can be iterated,
-    entered with ``with``, and has ``update``, ``set_postfix_str`` and ``close``.
+    The result can be iterated, entered with ``with``, and has ``update``, ``set_postfix_str`` and ``close``.
+
+    Args:
+        iterable: Iterable to wrap; None: the caller counts.
+        description: Text in front of the numbers.
+        total: Number of items; None: the iterable's length if it has one.
+        is_writer: Whether this process prints; None: torchrun's rank 0 does.
+        unit: Unit of the bar.
     """
     if is_writer is None:
         is_writer = is_writer_rank()

@@ -1,4 +1,4 @@
-"""Reads back what a run wrote: metrics.jsonl, config.yaml, eval_before.json, eval_after.json, the memory ledger, traces."""
+"""Read what a run wrote: metrics.jsonl, config.yaml, eval_before.json, eval_after.json, the memory ledger, traces."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ LEDGER_FILE = "memory_ledger.json"
 
 @dataclass(frozen=True)
 class Series:
-    """One metric over the steps that have it."""
+    """Values of one metric over the steps that have it."""
 
     steps: list[int]
-    values: list[float]  # NaN where the run wrote null
+    values: list[float]  # NaN if the run wrote null
 
     @property
     def last(self) -> float:
@@ -46,13 +46,13 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class EvaluationRecord:
     """One held-out evaluation of a PPO run."""
 
-    accuracy: float | None  # of sampled answers, 0 to 1; None: the run has no held-out check
-    greedy_accuracy: float | None  # of greedy answers
+    accuracy: float | None  # accuracy of sampled answers, 0 to 1; None: the run has no held-out check
+    greedy_accuracy: float | None  # accuracy of greedy answers, 0 to 1
     reward: float
-    kl: float  # nats per response, against the reference
+    kl: float  # KL to the reference, nats per response
     response_length: float  # tokens
     num_prompts: int
     samples: list[Sample] = field(default_factory=list)
@@ -60,20 +60,20 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """All that a report needs of one run."""
+    """Everything that a report needs to know about one run."""
 
     dir: Path
     kind: str  # "sft", "rm" or "ppo"; "run" for metrics of none of them
     config_text: str | None
-    num_steps: int  # highest step of the file
+    num_steps: int  # highest step in the file
     seconds_total: float
     series: dict[str, Series]
-    seconds: dict[str, Series]  # by phase, "parent/child" where nested, with "total"
+    seconds: dict[str, Series]  # phase -> seconds; nested phases are "parent/child", and there is "total"
     notes: list[tuple[int, str]]
-    before: Evaluation | None
-    after: Evaluation | None
+    before: EvaluationRecord | None
+    after: EvaluationRecord | None
     ledger: dict[str, dict[str, dict[str, int]]] = field(default_factory=dict)  # phase -> role -> kind -> device bytes
-    trace: StepTrace | None = None  # of the highest step that was traced
+    trace: StepTrace | None = None  # trace of the highest step that was traced
 
     @property
     def num_non_finite(self) -> int:
@@ -81,11 +81,12 @@ class RunRecord:
 
 
 def read_run(path: Path) -> RunRecord:
-    """Read a run folder, or a metrics.jsonl file (then its folder).
+    """Read a run folder, or a metrics.jsonl file and its folder.
 
-    A step that appears twice counts with its later record; a last line that a kill has cut does not count.
+    If a step appears twice, its later record counts. A last line that a kill has cut is ignored.
 
-    Raises ValueError naming the file and line of what is missing or malformed.
+    Raises:
+        ValueError: A file is missing or malformed; the message names file and line.
     """
     metrics_path = path if path.suffix == ".jsonl" else path / METRICS_FILE
     records = _read_metrics(metrics_path)
@@ -117,20 +118,26 @@ def read_run(path: Path) -> RunRecord:
 
 
 def _read_ledger(path: Path) -> dict[str, dict[str, dict[str, int]]]:
-    """What the run's first step held on the device, by phase; empty when the run wrote none."""
+    """Return the bytes that the run's first step held on the device, by phase; {} if the run wrote none."""
     return json.loads(path.read_text(encoding="utf-8"))["phases"] if path.exists() else {}
 
 
-def read_evaluation(path: Path) -> Evaluation | None:
-    """Read one evaluation; None when there is no such file. Raises ValueError for a malformed one."""
+def read_evaluation(path: Path) -> EvaluationRecord | None:
+    """Read one evaluation; None if there is no such file.
+
+    Raises:
+        ValueError: The file is malformed.
+    """
     if not path.exists():
         return None
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-        return Evaluation(
+        return EvaluationRecord(
             accuracy=None if raw["accuracy"] is None else float(raw["accuracy"]),
             greedy_accuracy=None if raw["greedy_accuracy"] is None else float(raw["greedy_accuracy"]),
-            reward=math.nan if raw["reward"] is None else float(raw["reward"]),  # the function failed for every answer
+            reward=math.nan
+            if raw["reward"] is None
+            else float(raw["reward"]),  # null: the function failed for every answer
             kl=float(raw["kl"]),
             response_length=float(raw["response_length"]),
             num_prompts=int(raw["num_prompts"]),
@@ -151,13 +158,13 @@ def read_evaluation(path: Path) -> Evaluation | None:
 
 
 def _kind(series: dict[str, Series]) -> str:
-    """By the metrics that only one kind of run has: a bare metrics.jsonl, without its config, is told apart too."""
+    """Return the kind of run from metrics that only this kind has. This works for a metrics.jsonl without its config too."""
     owners = (("actor/", "ppo"), ("critic/", "ppo"), ("rm/", "rm"), ("sft/", "sft"))
     return next((kind for prefix, kind in owners if any(name.startswith(prefix) for name in series)), "run")
 
 
 def _read_metrics(path: Path) -> dict[int, dict[str, Any]]:
-    """Step -> merged record: metrics, seconds, time, notes."""
+    """Return step -> merged record: metrics, seconds, time, notes."""
     if not path.exists():
         raise ValueError(
             f"{path}: no such file. --run takes a run's folder (run.dir of its config) or its {METRICS_FILE}"

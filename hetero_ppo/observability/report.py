@@ -1,6 +1,6 @@
-"""One HTML file that tells a training: curves, a traced step, before and after, sample answers, configuration.
+"""Write one HTML file about a training: curves, a traced step, before and after, sample answers, configuration.
 
-Everything is inline: the file can be mailed, and opens without a network.
+Everything is inline, so the file can be mailed and opens without a network.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from string import Template
 from hetero_ppo.disk import writing
 from hetero_ppo.observability.figures import group_figures, phase_means
 from hetero_ppo.observability.gantt import gantt_svg
-from hetero_ppo.observability.records import Evaluation, RunRecord, Sample, read_run
+from hetero_ppo.observability.records import EvaluationRecord, RunRecord, Sample, read_run
 from hetero_ppo.observability.summary import comparison_rows, matched_samples
 
 KIND_TITLES = {"sft": "Supervised fine-tuning", "rm": "Reward model", "ppo": "PPO", "run": "Run"}
@@ -84,14 +84,15 @@ pre { overflow-x: auto; font: 12.5px/1.5 ui-monospace, "SF Mono", Menlo, Consola
 
 
 def build_report(run_paths: Sequence[Path], out: Path, title: str | None = None) -> Path:
-    """Write the report of one or more runs, in the order given, and return its path.
+    """Write the report of one or more runs, in the given order, and return its path.
 
     Args:
-        run_paths: run folders, or their metrics.jsonl files.
-        out: HTML file; its folder is made.
-        title: heading; default: the kinds of the runs.
+        run_paths: Run folders, or their metrics.jsonl files.
+        out: HTML file to write; its folder is created.
+        title: Heading; None: the kinds of the runs.
 
-    Raises ValueError for a run without metrics or with malformed files.
+    Raises:
+        ValueError: A run has no metrics, or malformed files.
     """
     if not run_paths:
         raise ValueError("a report needs at least one run folder")
@@ -122,7 +123,7 @@ def _comparison_section(run: RunRecord, named: bool) -> str:
 <h2>Sample answers<span class="quiet">the same held-out prompts before and after PPO</span></h2>{samples}</section>"""
 
 
-def _tile(before: Evaluation, after: Evaluation) -> list[str]:
+def _tile(before: EvaluationRecord, after: EvaluationRecord) -> list[str]:
     return [
         f'<div class="card tile"><div class="name">{escape(name)}</div><div class="value">{escape(new)}</div>'
         f'<div class="from">was {escape(old)} ({escape(change)})</div></div>'
@@ -219,7 +220,7 @@ def _config(run: RunRecord) -> str:
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]], first_number: int = 1) -> str:
-    """An HTML table; columns from ``first_number`` on are right-aligned."""
+    """Return an HTML table; columns from ``first_number`` on are right-aligned."""
 
     def cells(tag: str, row: Sequence[str]) -> str:
         return "".join(

@@ -1,4 +1,4 @@
-"""How long something has been silent, and what state the kernel says a process is in."""
+"""Measure how long something has been silent, and read the state of a process from the kernel."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Hashable
 from pathlib import Path
 
-#: Letters of /proc/<pid>/stat that say why a process does nothing.
+#: State letters of /proc/<pid>/stat, and why a process in that state may do nothing.
 STATES = {
     "D": "waits for a device or a file system, uninterruptible",
     "R": "runs",
@@ -19,10 +19,10 @@ STATES = {
 
 
 class SilenceClock:
-    """Counts seconds for which a value did not change, in the time in which the observer itself ran.
+    """Clock of the seconds in which a value did not change while the observer itself was running.
 
-    The observer looks at short intervals. When the time between two looks is longer than ``longest_gap_s``, the observer was stopped or the
-    machine was suspended, and so was what it observes, probably: no more than ``longest_gap_s`` of it counts.
+    The observer looks at short intervals. If the time between two looks exceeds ``longest_gap_s``, the observer was stopped or the machine was
+    suspended, and probably the observed process as well. Then only ``longest_gap_s`` of that time counts.
     """
 
     def __init__(self, longest_gap_s: float, now: Callable[[], float] = time.monotonic) -> None:
@@ -42,7 +42,7 @@ class SilenceClock:
         """Return the observed seconds since the value changed.
 
         Args:
-            value: What changes while the observed one lives: a counter.
+            value: Counter that changes while the observed process lives.
         """
         now = self._now()
         if value == self._value:
@@ -53,22 +53,22 @@ class SilenceClock:
         return self.silent_s
 
     def reset(self) -> None:
-        """Forget the silence: from now on it counts from zero."""
+        """Reset the silence; it counts from zero again."""
         self._last_look, self.silent_s = self._now(), 0.0
 
 
 def process_state(pid: int) -> str | None:
-    """Return the state letter of a process and its meaning, ``T (stopped)``; None when there is no such process."""
+    """Return the state letter of a process and its meaning, ``T (stopped)``; None if there is no such process."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError):
         return None
-    letter = text.rpartition(")")[2].split()[0]  # the name before it may hold spaces and parentheses
+    letter = text.rpartition(")")[2].split()[0]  # the name before it may contain spaces and parentheses
     return f"{letter} ({STATES.get(letter, 'unknown')})"
 
 
 def num_waits(pid: int) -> int | None:
-    """Return how often a process has given its core up by itself; it grows while a process polls. None when it is gone."""
+    """Return how often a process has given up its core voluntarily; None if it is gone. The number grows while a process polls."""
     try:
         text = Path(f"/proc/{pid}/status").read_text()
     except (FileNotFoundError, ProcessLookupError):

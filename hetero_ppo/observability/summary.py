@@ -1,4 +1,4 @@
-"""What a PPO run achieved, in a terminal: before and after, sample answers, where things lie."""
+"""Summary of a PPO run for the terminal: before and after, sample answers, and the paths of its files."""
 
 from __future__ import annotations
 
@@ -7,18 +7,24 @@ from pathlib import Path
 from typing import Any
 
 from hetero_ppo.observability.sinks.jsonl import METRICS_FILE
-from hetero_ppo.observability.records import EVAL_AFTER_FILE, EVAL_BEFORE_FILE, Evaluation, Sample, read_evaluation
+from hetero_ppo.observability.records import (
+    EVAL_AFTER_FILE,
+    EVAL_BEFORE_FILE,
+    EvaluationRecord,
+    Sample,
+    read_evaluation,
+)
 from hetero_ppo.table import render_table
 
-#: Sample answers shown.
+#: Number of sample answers that are shown.
 NUM_SAMPLES = 3
 
 REPORT_FILE = "report.html"
 EXPORT_FOLDER = "hf"
 
 
-def comparison_rows(before: Evaluation, after: Evaluation) -> list[tuple[str, str, str, str]]:
-    """(measure, before, after, change) as text. Accuracies without a held-out check are left out."""
+def comparison_rows(before: EvaluationRecord, after: EvaluationRecord) -> list[tuple[str, str, str, str]]:
+    """Return rows (measure, before, after, change) of text. Accuracies are left out if there is no held-out check."""
     rows: list[tuple[str, str, str, str]] = []
     accuracies = (
         ("accuracy, sampled answers", before.accuracy, after.accuracy),
@@ -36,10 +42,13 @@ def comparison_rows(before: Evaluation, after: Evaluation) -> list[tuple[str, st
     return rows
 
 
-def matched_samples(before: Evaluation, after: Evaluation, limit: int = NUM_SAMPLES) -> list[tuple[Sample, Sample]]:
-    """Samples of the two evaluations that answer the same prompt, those whose answer changed first.
+def matched_samples(
+    before: EvaluationRecord, after: EvaluationRecord, limit: int = NUM_SAMPLES
+) -> list[tuple[Sample, Sample]]:
+    """Return pairs of samples that answer the same prompt; pairs whose answer changed come first.
 
-    Raises ValueError when no prompt is in both.
+    Raises:
+        ValueError: No prompt is in both evaluations.
     """
     later = {sample.prompt: sample for sample in after.samples}
     pairs = [(sample, later[sample.prompt]) for sample in before.samples if sample.prompt in later]
@@ -48,8 +57,12 @@ def matched_samples(before: Evaluation, after: Evaluation, limit: int = NUM_SAMP
     return sorted(pairs, key=lambda pair: pair[0].response == pair[1].response)[:limit]
 
 
-def read_comparison(run_dir: Path) -> tuple[Evaluation, Evaluation]:
-    """The evaluations before the first and after the last PPO step. Raises ValueError when one is missing."""
+def read_comparison(run_dir: Path) -> tuple[EvaluationRecord, EvaluationRecord]:
+    """Read the evaluations before the first and after the last PPO step.
+
+    Raises:
+        ValueError: One of them is missing.
+    """
     before, after = read_evaluation(run_dir / EVAL_BEFORE_FILE), read_evaluation(run_dir / EVAL_AFTER_FILE)
     if before is None or after is None:
         missing = EVAL_BEFORE_FILE if before is None else EVAL_AFTER_FILE
@@ -60,13 +73,14 @@ def read_comparison(run_dir: Path) -> tuple[Evaluation, Evaluation]:
 
 
 def format_summary(run_dir: Path, report: Path | None = None) -> str:
-    """The quick start's ending: table, sample answers, paths.
+    """Return the text that ends the quick start: table, sample answers, paths.
 
     Args:
-        run_dir: folder of a finished PPO run.
+        run_dir: Folder of a finished PPO run.
         report: HTML file of the run, if there is one.
 
-    Raises ValueError when the run has no evaluation before or after, or a malformed one.
+    Raises:
+        ValueError: The run has no evaluation before or after, or a malformed one.
     """
     before, after = read_comparison(run_dir)
     lines = [f"Held-out prompts: {after.num_prompts}. Before and after PPO:", ""]
@@ -87,7 +101,7 @@ def _sample_lines(number: int, old: Sample, new: Sample) -> list[str]:
 
 
 def _wrapped(head: str, text: Any) -> list[str]:
-    """``text`` within 110 columns, its own line breaks shown as such, below each other after ``head``."""
+    r"""Wrap ``text`` to lines of 110 columns after ``head``. Its own line breaks are shown as ``\n``."""
     shown = str(text).strip().replace("\n", "\\n")
     return textwrap.wrap(shown, width=110, initial_indent=head, subsequent_indent=" " * len(head)) or [head]
 

@@ -1,4 +1,4 @@
-"""Seconds of a step by phase."""
+"""Measure the seconds of a step by phase."""
 
 from __future__ import annotations
 
@@ -9,19 +9,18 @@ from contextlib import contextmanager
 from hetero_ppo.observability.trace import TRAINER, TraceRecorder
 from hetero_ppo.observability.watchdog import Watchdog
 
-#: Key of the wall time of the whole step, beside the phases.
+#: Key of the wall time of the whole step, next to the phases.
 TOTAL = "total"
 
 
 class PhaseTimer:
-    """Adds up wall seconds of named phases; a phase inside another is filed as ``parent/child``.
+    """Timer that sums wall seconds of named phases. A phase inside another one is named ``parent/child``.
 
-    A phase that is entered several times in one step adds up. A parent's seconds include its children's. The clock is
-    monotonic. One timer belongs to one thread.
+    If a phase is entered several times in one step, its seconds are summed. A parent's seconds include its children's. The clock is monotonic.
+    One timer belongs to one thread.
 
-    ``synchronize`` is called before every reading of the clock (``torch.cuda.synchronize`` on a GPU, where kernels run
-    behind the Python code and a phase would otherwise end before its work does). Phases are spans of ``trace``, too, and
-    ``watchdog`` hears of each one's beginning and end.
+    ``synchronize`` is called before every reading of the clock. On a GPU it is ``torch.cuda.synchronize``: kernels run behind the Python code,
+    so a phase would otherwise end before its work. Phases also become spans of ``trace``, and ``watchdog`` is notified when one begins or ends.
     """
 
     def __init__(
@@ -39,15 +38,16 @@ class PhaseTimer:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Time the body. Seconds are kept even when the body raises.
+        """Time the body. Its seconds count even if it raises.
 
-        Raises ValueError when ``name`` is empty, holds a "/" (nesting writes it), or is "total".
+        Raises:
+            ValueError: ``name`` is empty, contains "/" (which nesting adds), or is "total".
         """
         if not name or "/" in name or name == TOTAL:
             raise ValueError(f"phase name {name!r}: must be non-empty, without '/', and not {TOTAL!r}")
         self._stack.append(name)
         path = "/".join(self._stack)
-        self._tell_watchdog()
+        self._notify_watchdog()
         start = self._now()
         try:
             yield
@@ -60,16 +60,17 @@ class PhaseTimer:
             self._seconds[path] = self._seconds.get(path, 0.0) + end - start
             self._trace.add(TRAINER, name, start, end)
             self._stack.pop()
-            self._tell_watchdog()
+            self._notify_watchdog()
 
     def seconds(self) -> dict[str, float]:
-        """Seconds of each finished phase since the last ``collect``, and ``total``: the wall time since then."""
+        """Return the seconds of each finished phase since the last ``collect``, and ``total``: the wall time since then."""
         return {**self._seconds, TOTAL: self._now() - self._started}
 
     def collect(self) -> dict[str, float]:
         """Return ``seconds()`` and start the next step from zero.
 
-        Raises RuntimeError inside a phase: its seconds would be split over two steps.
+        Raises:
+            RuntimeError: It is called inside a phase, whose seconds would be split over two steps.
         """
         if self._stack:
             raise RuntimeError(f"PhaseTimer.collect() inside the phase {'/'.join(self._stack)!r}")
@@ -78,7 +79,7 @@ class PhaseTimer:
         self._started = self._now()
         return seconds
 
-    def _tell_watchdog(self) -> None:
+    def _notify_watchdog(self) -> None:
         if self._watchdog is not None:
             self._watchdog.note("/".join(self._stack))
 
@@ -89,7 +90,7 @@ class PhaseTimer:
 
 
 def top_level(seconds: dict[str, float]) -> dict[str, float]:
-    """Phases without a parent, in order, and ``other``: what is left of the total (0 when there is no total)."""
+    """Return the phases without a parent, in order, and ``other``: the rest of the total (0 if there is no total)."""
     phases = {name: value for name, value in seconds.items() if "/" not in name and name != TOTAL}
     if TOTAL in seconds:
         phases["other"] = max(0.0, seconds[TOTAL] - sum(phases.values()))

@@ -1,7 +1,7 @@
-"""Ends a process whose phase does not get on, and leaves the stacks of all its threads.
+"""End a process whose phase makes no progress, and write the stacks of all its threads.
 
-A thread of Python's does it, unless another thread never gives the GIL back (a regex, a loop in C). Then a thread of
-faulthandler's, which needs no GIL, writes the stacks to stderr and ends the process with status 1.
+A Python thread does it, unless another thread never gives up the GIL (a regular expression, a loop in C). In that case a thread of
+faulthandler, which needs no GIL, writes the stacks to stderr and ends the process with status 1.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from typing import Self
 
 from hetero_ppo.errors import EXIT_STUCK
 
-#: From the dump to the end of the process: peers that wait for this one get to dump theirs before torchrun ends them.
+#: Seconds from the dump to the end of the process, so that peers that wait for it can dump their stacks before torchrun ends them.
 PEERS_DUMP_S = 3.0
-#: Seconds that the watchdog's thread gets to end the process before faulthandler's does, which needs no GIL.
+#: Seconds that the watchdog's thread has to end the process before faulthandler's thread does.
 GIL_S = 10.0
-#: sys.stderr may be somebody's replacement without a descriptor.
+#: Descriptor of stderr; sys.stderr may be a replacement that has none.
 STDERR = 2
 
 
 class Watchdog:
-    """Counts the time since a phase began, or since one inside it began or ended. Outside of phases nothing counts."""
+    """Watchdog that counts the time since a phase, or one inside it, last began or ended. Outside of phases nothing counts."""
 
     def __init__(
         self,
@@ -39,14 +39,15 @@ class Watchdog:
         gil_s: float = GIL_S,
         on_phase: Callable[[str], None] | None = None,
     ) -> None:
-        """
+        """Take the settings; ``with`` starts the thread.
+
         Args:
-            folder: where ``stacks_rank<r>.txt`` is written.
-            rank: of this process.
-            timeout_s: seconds without a change of phase after which the process ends; None: never.
-            peers_dump_s: seconds from the dump to the end.
-            gil_s: Seconds beyond all that, after which faulthandler ends the process.
-            on_phase: Called with the name of every phase that begins, or goes on; empty: outside of all.
+            folder: Folder for ``stacks_rank<r>.txt``.
+            rank: Rank of this process.
+            timeout_s: Seconds without a change of phase after which the process ends; None: never.
+            peers_dump_s: Seconds from the dump to the end.
+            gil_s: Seconds after all that until faulthandler ends the process.
+            on_phase: Function that is called with the name of every phase that begins or continues; "" outside of all phases.
         """
         self.path = folder / f"stacks_rank{rank}.txt"
         self.rank = rank
@@ -54,7 +55,7 @@ class Watchdog:
         self.peers_dump_s = peers_dump_s
         self.gil_s = gil_s
         self._on_phase = on_phase
-        self.failed_in = ""  # the innermost phase that an error has ended; empty: none
+        self.failed_in = ""  # innermost phase that an error has ended; "": none
         self._phase = ""
         self._since = time.monotonic()
         self._is_over = False
@@ -77,7 +78,7 @@ class Watchdog:
             faulthandler.cancel_dump_traceback_later()
 
     def note(self, phase: str) -> None:
-        """The process is in this phase from now on; an empty name is outside of all."""
+        """Note that the process is in this phase now; an empty name means outside of all phases."""
         with self._changed:
             self._phase, self._since = phase, time.monotonic()
             self._arm()
@@ -85,11 +86,11 @@ class Watchdog:
             self._on_phase(phase)
 
     def progress(self) -> None:
-        """The phase gets on, though none begins or ends in it."""
+        """Note progress in a phase in which no other phase begins or ends."""
         self.note(self._phase)
 
     def _arm(self) -> None:
-        """Let faulthandler's thread count from now on, too."""
+        """Start faulthandler's timer again, too."""
         if self.timeout_s is None or self._is_over:
             return
         if self._phase:
@@ -99,7 +100,7 @@ class Watchdog:
             faulthandler.cancel_dump_traceback_later()
 
     def note_failure(self, phase: str) -> None:
-        """An error ends this phase, and then those around it."""
+        """Note the innermost phase that an error ends; the phases around it end after it."""
         self.failed_in = self.failed_in or phase
 
     def _watch(self) -> None:
@@ -112,7 +113,7 @@ class Watchdog:
                 self._changed.wait(max(left, 0.01))
 
     def _end(self) -> None:
-        assert self.timeout_s is not None  # the thread that calls this runs with a limit alone
+        assert self.timeout_s is not None  # the thread that calls this only runs with a limit
         with self.path.open("w") as file:
             file.write(f"rank {self.rank}, phase {self._phase}\n")
             file.flush()
@@ -124,4 +125,4 @@ class Watchdog:
             flush=True,
         )
         time.sleep(self.peers_dump_s)
-        os._exit(EXIT_STUCK)  # the main thread is what does not get on
+        os._exit(EXIT_STUCK)  # sys.exit would not help: the main thread is stuck

@@ -1,4 +1,4 @@
-"""The interface of a sink of metrics."""
+"""Interface of the sinks of metrics."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from hetero_ppo.types import StepMetrics
 
 @dataclass(frozen=True)
 class SinkSettings:
-    """What a sink may need to know of its run."""
+    """Settings of a run that a sink may need."""
 
     run_dir: Path
     config: RunConfig
-    total_steps: int | None = None  # of the run; None: unknown
-    first_step: int = 1  # that this process logs, counted from 1; above 1 the run is a resumed one
+    total_steps: int | None = None  # steps of the run; None: unknown
+    first_step: int = 1  # first step that this process logs, counted from 1; above 1 the run was resumed
 
 
 class MetricsSink(ABC):
-    """Writes the records of a run to one place. It exists on the writer's rank only."""
+    """A destination of the records of a run. It exists only on the writer's rank."""
 
     @classmethod
     @abstractmethod
@@ -32,13 +32,13 @@ class MetricsSink(ABC):
         """Open the sink of a run.
 
         Args:
-            settings: The run's folder, options and length.
+            settings: Folder, options and length of the run.
 
         Returns:
-            The sink; None where the options switch it off.
+            The sink; None if the options switch it off.
 
         Raises:
-            ValueError: The options ask for the sink and it cannot be opened. The message names the option and the fix.
+            ValueError: The options ask for the sink but it cannot be opened. The message names the option and the fix.
         """
 
     @abstractmethod
@@ -53,7 +53,7 @@ class MetricsSink(ABC):
         """
 
     def close(self) -> None:
-        """Flush and release what ``open`` opened. Called once; a sink that keeps nothing open inherits this."""
+        """Flush and release what ``open`` opened. It is called once; a sink that keeps nothing open inherits this."""
 
 
 def non_finite(values: Mapping[str, float]) -> dict[str, str]:
@@ -62,5 +62,5 @@ def non_finite(values: Mapping[str, float]) -> dict[str, str]:
 
 
 def with_timings(record: StepMetrics) -> dict[str, float]:
-    """Return the metrics, and the seconds as verl's ``timing_s/<phase>``."""
+    """Return the metrics together with the seconds as verl's ``timing_s/<phase>``."""
     return {**record.values, **{f"timing_s/{name}": value for name, value in record.seconds.items()}}

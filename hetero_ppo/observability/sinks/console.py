@@ -1,4 +1,4 @@
-"""The console: one aligned line of headline metrics."""
+"""Console sink: one aligned line of headline metrics."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from hetero_ppo.types import StepMetrics
 
 log = logging.getLogger(__name__)
 
-#: Metrics of the console line, in order: name, label, format. A record prints those that it has, so one table serves
-#: SFT, reward model, PPO, and their evaluations. Everything else is in the files.
+#: Metrics of the console line, in order: name, label, format. A line has those that its record has, so one table serves SFT, reward
+#: models, PPO, and their evaluations. All other metrics are in the files.
 HEADLINES: tuple[tuple[str, str, str], ...] = (
     ("train/loss", "loss", "8.4f"),
     ("rm/accuracy", "acc", "6.3f"),
@@ -39,8 +39,10 @@ HEADLINES: tuple[tuple[str, str, str], ...] = (
 
 
 class ConsoleSink(MetricsSink):
-    """Logs a record every ``run.log_every`` steps, and always the first and the last step and a record with an evaluation or with a
-    value that is not finite."""
+    """Sink that logs a record every ``run.log_every`` steps.
+
+    It also logs the first and the last step, and every record with an evaluation or with a value that is not finite.
+    """
 
     def __init__(self, log_every: int, total_steps: int | None) -> None:
         """Take the interval.

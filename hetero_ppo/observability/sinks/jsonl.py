@@ -17,9 +17,9 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class JsonlSink(MetricsSink):
-    """Appends every record to the file of the run folder.
+    """Sink that appends every record to the file of the run folder.
 
-    A resumed run goes on in the same file, from which ``runtime/later_steps.py`` has removed the records of later steps.
+    A resumed run continues in the same file, from which ``runtime/later_steps.py`` has removed the records of later steps.
     """
 
     def __init__(self, path: Path) -> None:
@@ -37,7 +37,7 @@ class JsonlSink(MetricsSink):
         return cls(settings.run_dir / METRICS_FILE)
 
     def write(self, record: StepMetrics) -> None:
-        """Append one line. The file is opened for each record: that costs nothing once a step, and a killed run loses nothing."""
+        """Append one line. The file is opened for each record: once a step this costs nothing, and a killed run loses nothing."""
         line = json.dumps(json_record(record, time.time()), allow_nan=False) + "\n"
         with (
             writing(self._path, f"metrics of step {record.step}", len(line)),
@@ -49,7 +49,7 @@ class JsonlSink(MetricsSink):
 def json_record(record: StepMetrics, now: float) -> dict[str, Any]:
     """Return the object of one line: step, time, metrics, seconds by phase.
 
-    JSON has no NaN or infinity: such a value is null, and ``non_finite`` says which one it was.
+    JSON has no NaN or infinity: such a value is null, and ``non_finite`` has its name.
 
     Args:
         record: Metrics of a step.

@@ -1,4 +1,4 @@
-"""The sinks that a run may have."""
+"""The list of all sinks."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ from hetero_ppo.observability.sinks.jsonl import JsonlSink
 from hetero_ppo.observability.sinks.tensorboard import TensorBoardSink
 from hetero_ppo.observability.sinks.weights_and_biases import WandbSink
 
-#: In the order of opening and writing. The console comes last: a line on it is a record that is in the files.
+#: Sinks in the order of opening and writing. The console comes last, so a line on it means that its record is in the files.
 SINKS: tuple[type[MetricsSink], ...] = (WandbSink, JsonlSink, TensorBoardSink, ConsoleSink)

@@ -12,12 +12,12 @@ from hetero_ppo.types import StepMetrics
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-#: Seconds between two writes of what TensorBoard's writer has collected.
+#: Seconds between two writes of TensorBoard's writer.
 FLUSH_S = 10
 
 
 class TensorBoardSink(MetricsSink):
-    """Writes every record as scalars."""
+    """Sink that writes every record as scalars."""
 
     def __init__(self, folder: Path, writer: SummaryWriter) -> None:
         """Take the open writer.
@@ -31,10 +31,10 @@ class TensorBoardSink(MetricsSink):
 
     @classmethod
     def open(cls, settings: SinkSettings) -> Self | None:
-        """Open the event file. TensorBoard hides what an earlier process wrote of steps that a resumed run does again."""
+        """Open the event file. TensorBoard then hides earlier scalars of the steps that a resumed run does again."""
         if not settings.config.tensorboard:
             return None
-        # Imported here: it takes a second, which the other ranks need not spend.
+        # Imported here: the import takes a second, which the other ranks can save.
         from torch.utils.tensorboard import SummaryWriter
 
         folder = settings.run_dir / "tensorboard"

@@ -1,4 +1,4 @@
-"""Weights & Biases: one run there per run folder."""
+"""Weights & Biases sink: one run there per run folder."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from hetero_ppo.types import StepMetrics
 if TYPE_CHECKING:
     import wandb
 
-#: Id of the folder's run at Weights & Biases.
+#: File with the id of the folder's run at Weights & Biases.
 WANDB_FILE = "wandb_run.txt"
 
 
 class WandbSink(MetricsSink):
-    """Sends every record to ``run.wandb_project``. Steps that the run there has already stay as they are."""
+    """Sink that sends every record to ``run.wandb_project``. Steps that the run there already has are not changed."""
 
     def __init__(self, run: wandb.sdk.wandb_run.Run) -> None:
         """Take the open run.
@@ -29,7 +29,7 @@ class WandbSink(MetricsSink):
 
     @classmethod
     def open(cls, settings: SinkSettings) -> Self | None:
-        """Begin a run there, or go on with the one that this folder's run began.
+        """Start a run there, or continue the one that this folder's run has started.
 
         Raises:
             ValueError: ``run.wandb_project`` is set and wandb is not installed.
@@ -57,7 +57,7 @@ class WandbSink(MetricsSink):
 
 
 def _run_id(run_dir: Path, *, is_resumed: bool) -> str:
-    """Return the id of the folder's run; a run from the beginning gets a new one."""
+    """Return the id of the folder's run; a new run gets a new id."""
     run_dir.mkdir(parents=True, exist_ok=True)
     known = run_dir / WANDB_FILE
     if not (is_resumed and known.exists()):
