@@ -1,9 +1,9 @@
-"""What a checkpoint of a role with a distributed optimizer costs: bytes between ranks, host memory, seconds; beside Megatron-Core's format.
+"""Measure what a checkpoint of a role with a distributed optimizer costs, against Megatron-Core's format.
 
     python benchmarks/checkpoint_slices.py --nproc 4 --model 30m
 
 Every rank saves the role, writes the copy, and loads it, once with this project's slices and once with Megatron-Core's
-``fully_reshardable`` (``gathered``), which earlier versions of this project used. Printed is the rank with the most:
+``fully_reshardable`` (``gathered``), which earlier versions of this project used. Each figure is the largest over the ranks:
 
 - ``sent_mib``: floating-point tensors that go through collectives during the save;
 - ``copied_mib``: what ``hetero-ppo plan`` counts as the checkpoint's copy;
@@ -24,6 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import harness
 import torch
 import torch.distributed as dist
 from offload import MIB, SHAPES, resident_set_bytes, write_model
@@ -36,12 +37,13 @@ from hetero_ppo.distributed.groups import finish, initialise
 from hetero_ppo.engines.role_reading import load_role
 from hetero_ppo.engines.role_snapshot import RoleSnapshot
 from hetero_ppo.engines.train_engine import TrainEngine
+from hetero_ppo.table import render_table
 
 GATHERED = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": False}
 
 
 class Sent(TorchDispatchMode):
-    """Counts the bytes of floating-point tensors that a rank gives to collectives and takes from them."""
+    """Counter of the bytes of floating-point tensors that a rank gives to collectives and takes from them."""
 
     num_bytes = 0
 
@@ -63,20 +65,20 @@ def gathered_state(engine: TrainEngine, *, is_loading: bool) -> dict[str, Any]:
 
 
 def save_gathered(engine: TrainEngine, folder: Path) -> RoleSnapshot:
-    """Save as earlier versions did."""
+    """Save the role as earlier versions did."""
     live = {tensor.untyped_storage().data_ptr() for tensors in engine._tensors().values() for tensor in tensors}
     return RoleSnapshot(gathered_state(engine, is_loading=False), folder, live)
 
 
 def load_gathered(engine: TrainEngine, folder: Path) -> None:
-    """Load as earlier versions did."""
+    """Load the role as earlier versions did."""
     state = load_role(gathered_state(engine, is_loading=True), folder)
     engine._take_weights(state)
     engine.optimizer.load_state_dict(state["optimizer"])
 
 
 def peak_growth(work: Callable[[], Any]) -> tuple[Any, float, float]:
-    """(result, MiB that the resident memory grew by at its peak, seconds)."""
+    """Run ``work``. Return its result, the MiB that the resident memory grew by at its peak, and the seconds."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak
@@ -88,7 +90,14 @@ def peak_growth(work: Callable[[], Any]) -> tuple[Any, float, float]:
 
 
 def measure(model: Path, form: str, folder: Path, layout: ParallelConfig) -> dict[str, float]:
-    """Measure one format on this rank."""
+    """Measure one format on this rank.
+
+    Args:
+        model: Folder of the Hugging Face checkpoint.
+        form: Name of the format, "slices" or "gathered".
+        folder: Folder of the checkpoint, which does not exist yet.
+        layout: Parallel layout of the role.
+    """
     config = TrainedRoleConfig(
         model=ModelConfig(path=str(model), dtype=Dtype.bf16),
         parallel=layout,
@@ -117,24 +126,24 @@ def measure(model: Path, form: str, folder: Path, layout: ParallelConfig) -> dic
 
 
 def work(args: argparse.Namespace) -> None:
-    """Measure on every rank; rank 0 prints."""
+    """Measure both formats on every rank. Rank 0 writes the largest figures to ``measured.json``."""
     torch.set_num_threads(1)
     initialise(10.0)
+    found = {}
     for form in ("slices", "gathered"):
         measured = measure(args.folder / "model", form, args.folder / form, ParallelConfig(tensor=args.tensor))
         largest = torch.tensor([float(value) for value in measured.values()], dtype=torch.float64)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-        if dist.get_rank() == 0:
-            most = {name: round(value, 2) for name, value in zip(measured, largest.tolist(), strict=True)}
-            about = {"form": form, "model": args.model, "nproc": dist.get_world_size(), "tensor": args.tensor}
-            print(json.dumps({**about, **most}), flush=True)
+        found[form] = {name: round(value, 2) for name, value in zip(measured, largest.tolist(), strict=True)}
+    if dist.get_rank() == 0:
+        harness.write_json(args.folder / "measured.json", found)
     finish()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=SHAPES, default="30m")
-    parser.add_argument("--nproc", type=int, default=2)
+    parser = harness.parser(__doc__)
+    parser.add_argument("--model", choices=SHAPES, default="30m", help="size of the model")
+    parser.add_argument("--nproc", type=int, default=2, help="number of ranks")
     parser.add_argument("--tensor", type=int, default=1, help="tensor-parallel ranks; the others are data-parallel")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)  # given to the ranks
     args = parser.parse_args()
@@ -146,6 +155,10 @@ def main() -> None:
         launcher = [sys.executable, "-m", "hetero_ppo.cli.launcher", "--standalone", f"--nproc-per-node={args.nproc}"]
         options = ["--model", args.model, "--tensor", str(args.tensor), "--folder", folder]
         subprocess.run([*launcher, __file__, *options], check=True)
+        found = json.loads((Path(folder) / "measured.json").read_text(encoding="utf-8"))
+    rows = [["", *found], *([name, *(f"{form[name]:.2f}" for form in found.values())] for name in found["slices"])]
+    figures = harness.settings(args, without=["folder"]) | found
+    harness.report("checkpoint_slices", figures, args.json, text=render_table(rows, "lrr"))
 
 
 if __name__ == "__main__":

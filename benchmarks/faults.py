@@ -1,16 +1,15 @@
-"""Faults that a PPO run meets, and what becomes of it: killed, stopped, frozen, asked to stop, given damaged checkpoints or a full disk.
+"""Run PPO into faults, and check that it survives: killed, stopped, frozen, asked to stop, with damaged checkpoints or a full disk.
 
     python benchmarks/faults.py [--only TEXT ...] [--minutes N] [--seed S] [--jobs J] [--json FILE [--go-on]] [--folder FOLDER]
 
-Every run is a tiny PPO. With the actor as rollout engine it repeats to the bit; with vLLM, it is compared with a run that answers from its
-rollouts. A case runs into its fault and has to end with its status within a bound and leave no process, or to survive by itself; it goes on
-from the newest good checkpoint, and everything that its last checkpoint holds is compared with the run that met no fault, byte by byte.
+Every run is a tiny PPO. With the actor as generator it repeats to the bit; with vLLM, it is compared with a run that replays its rollouts.
+A case runs into its fault. It must end with its status within a bound and leave no process, or survive by itself. The run then resumes
+from the newest good checkpoint, and its last checkpoint is compared with that of the run without a fault, byte by byte.
 The last line is one JSON object; FILE is written after every case.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
@@ -26,14 +25,17 @@ from pathlib import Path
 from typing import Any
 
 import faults_fork
+import harness
 from faults_cases import STEPS, Case, cases
 from faults_run import RUNS, Run
 from faults_scenarios import WORK, Faults, Outcome
 from faults_stall import measure_stall
 
+from hetero_ppo.table import render_table
+
 
 def report(outcomes: list[Outcome], stall: dict[str, float]) -> dict[str, Any]:
-    """The figures of the table."""
+    """Return the figures of the table."""
     stops = [o.end_s for o in outcomes if o.name in ("SIGTERM", "SIGUSR1", "SIGHUP")]
     resumes = [o.resume_s for o in outcomes if o.resume_s is not None]
     return {
@@ -51,14 +53,14 @@ def report(outcomes: list[Outcome], stall: dict[str, float]) -> dict[str, Any]:
 
 
 class Table:
-    """The outcomes so far, in a file from the first one on."""
+    """The outcomes until now, in a file that is written after each."""
 
     def __init__(self, path: Path | None, *, go_on: bool) -> None:
-        """Begin, or take up what is there.
+        """Start with no outcome, or with those of an earlier call.
 
         Args:
-            path: Of the file; None: there is none.
-            go_on: Cases that are in the file and have survived are not run again.
+            path: File of the outcomes, or None for none.
+            go_on: True to keep the cases in the file that survived.
         """
         self.path = path
         self.outcomes: list[Outcome] = []
@@ -75,12 +77,15 @@ class Table:
         self.write()
 
     def write(self) -> None:
-        """The figures and all outcomes; a reader sees the whole of the old file or of the new one."""
+        """Write the figures and all outcomes."""
         if self.path is not None:
-            beside = self.path.with_name(self.path.name + ".tmp")
-            rows = [asdict(outcome) for outcome in self.outcomes]
-            beside.write_text(json.dumps({**report(self.outcomes, self.stall), "cases": rows}, indent=1) + "\n")
-            beside.rename(self.path)
+            harness.write_json(
+                self.path, {"benchmark": "faults", **report(self.outcomes, self.stall), **self.details()}
+            )
+
+    def details(self) -> dict[str, Any]:
+        """Return all outcomes as JSON values."""
+        return {"cases": [asdict(outcome) for outcome in self.outcomes]}
 
 
 def run_cases(faults: Faults, chosen: list[Case], table: Table, minutes: float | None, jobs: int) -> None:
@@ -91,9 +96,9 @@ def run_cases(faults: Faults, chosen: list[Case], table: Table, minutes: float |
     def run(case: Case) -> Outcome | None:
         if end is not None and time.monotonic() + (statistics.mean(taken) if taken else 60.0) > end:
             return None
-        begun = time.monotonic()
+        start = time.monotonic()
         outcome = faults.run(case)
-        taken.append(time.monotonic() - begun)
+        taken.append(time.monotonic() - start)
         return outcome
 
     with ThreadPoolExecutor(jobs) if jobs > 1 else contextlib.nullcontext() as pool:
@@ -105,32 +110,29 @@ def run_cases(faults: Faults, chosen: list[Case], table: Table, minutes: float |
 def main() -> None:
     """Run the command."""
     is_heard = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__)
     parser.add_argument(
         "--only", nargs="+", default=[""], metavar="TEXT", help="cases whose name has one of these in it"
     )
     parser.add_argument("--minutes", type=float, help="a sample of the cases that fits into this time")
     parser.add_argument(
-        "--seed", type=int, default=0, help="of the sample, and of the times at which processes are killed"
+        "--seed", type=int, default=0, help="seed of the sample, and of the times at which processes are killed"
     )
-    parser.add_argument("--jobs", type=int, default=1, help="cases at a time")
-    parser.add_argument("--json", type=Path, help="write figures and outcomes here, after every case")
+    parser.add_argument("--jobs", type=int, default=1, help="number of cases that run at a time")
+    parser.add_argument("--go-on", action="store_true", help="leave out the cases that survived in FILE, and add to it")
     parser.add_argument(
-        "--go-on", action="store_true", help="leave out the cases that have survived in FILE, and add to it"
-    )
-    parser.add_argument(
-        "--folder", type=Path, help="run here and leave it; runs without a fault that are there are taken as they are"
+        "--folder", type=Path, help="run in this folder and keep it; its runs without a fault are used again"
     )
     parser.add_argument(
         "--fork",
         action="store_true",
-        help="fork launchers and ranks from a process that has imported everything: faster",
+        help="fork launchers and ranks from a process that has imported everything, which is faster",
     )
-    parser.add_argument("--stall", action="store_true", help="measure the stall of a save, as with the whole table")
+    parser.add_argument("--stall", action="store_true", help="measure the stall of a save even without the whole table")
     args = parser.parse_args()
     signal.signal(
         signal.SIGHUP, lambda *_: sys.exit(128 + signal.SIGHUP) if is_heard else None
-    )  # under nohup runs would ignore it, too
+    )  # under nohup the runs would ignore it too
     if args.fork and args.jobs > 1:
         parser.error("--fork runs one case at a time: leave --jobs out")
     table = Table(args.json, go_on=args.go_on)
@@ -151,11 +153,12 @@ def main() -> None:
             if args.stall or is_whole:
                 table.stall = measure_stall(Path(name) / "stall", WORK)
             run_cases(faults, chosen, table, args.minutes, args.jobs)
-        finally:  # interrupted: nothing stays behind
+        finally:  # an interrupted benchmark leaves no process either
             for pid in (pid for run in RUNS for pid in run.left()):
                 os.kill(pid, signal.SIGKILL)
-    table.write()
-    print(json.dumps(report(table.outcomes, table.stall)))
+    figures = report(table.outcomes, table.stall)
+    rows = [[name, str(value)] for name, value in figures.items()]
+    harness.report("faults", figures, args.json, text=render_table(rows, "lr"), details=table.details())
 
 
 if __name__ == "__main__":

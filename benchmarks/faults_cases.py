@@ -12,16 +12,16 @@ from typing import Any
 
 from hetero_ppo.errors import EXIT_STOPPED, EXIT_STUCK
 
-#: Of every run that meets no fault, with a checkpoint after each.
+#: Number of steps of a run without a fault, which has a checkpoint after each.
 STEPS = 4
-#: In the output of a run, before the seconds since the epoch at which its fault happened.
+#: Text in the output of a run before the seconds since the epoch at which its fault happened.
 HAPPENED = "the fault happens at "
 KILLED = 128 + signal.SIGKILL
 PHASES = (
     *("rollout", "experience", "scores", "ref_log_probs", "old_log_probs", "values", "advantages"),
     *("train_critic", "train_actor", "weight_sync", "checkpoint"),
 )
-#: Phases that take long enough for a kill in their midst.
+#: Phases that take long enough for a kill in the middle of them.
 LONG_PHASES = ("rollout", "experience", "train_critic", "train_actor", "weight_sync", "checkpoint")
 SAVING = {
     "between the roles' copies": ("call:hetero_ppo.engines.train_engine:TrainEngine.save", "critic"),
@@ -30,7 +30,7 @@ SAVING = {
     "before the rename": ("call:hetero_ppo.checkpoint.manager:CheckpointManager._put_in_place", None),
     "before old ones go": ("call:hetero_ppo.checkpoint.manager:CheckpointManager._retire", None),
 }
-#: What a run writes -> (pattern of its path, steps that are logged by then).
+#: File of a run -> (pattern of its path, number of steps that are logged before the write).
 WRITES = {
     "weights": ("*/iter_*/actor/*.distcp", 2),
     "trainer.json": ("*/iter_*/trainer.json", 2),
@@ -66,35 +66,35 @@ class Blow:
 
 @dataclass(frozen=True)
 class Case:
-    """One fault. Exactly one of ``point``, ``blows``, ``damage``, ``disk``, ``folder`` and ``flag`` says what kind it is."""
+    """One fault. Exactly one of ``point``, ``blows``, ``damage``, ``disk``, ``folder`` and ``flag`` is set, which is its kind."""
 
     name: str
-    status: int  # with which the run ends; 0: it survives by itself
-    point: dict[str, Any] | None = None  # of faults_worker.py
-    inside: str = ""  # phase in whose midst, at a seeded time, the point's fault happens
+    status: int  # expected exit status of the run; 0: it survives by itself
+    point: dict[str, Any] | None = None  # fields of faults_worker.Fault
+    inside: str = ""  # phase in which the point's fault happens, at a seeded time
     blows: tuple[Blow, ...] = ()
-    damage: Callable[[Path], None] | None = None  # of the newest checkpoint of a finished part
+    damage: Callable[[Path], None] | None = None  # change of the newest checkpoint of a finished part
     disk: str | None = None  # "full", "small", "limit" (of a file's size) or "read-only"
     folder: str | None = None  # "used": a fresh run in it; "two": a second run while the first one is in it
     flag: bool = False  # the reward function fails once
     engine: str = "megatron"  # or "vllm"
     num_ranks: int = 1
-    setup: tuple[str, ...] = ()  # overrides of all of its runs, and of the run without a fault
-    overrides: tuple[str, ...] = ()  # of the run that meets the fault
-    resumed: tuple[str, ...] = ()  # of the run that goes on
-    message: str = ""  # in the output, in any case
-    start: str = ""  # how the launcher is started: "" as ever, "nohup", or "terminal" (one that is closed by a SIGHUP)
+    setup: tuple[str, ...] = ()  # overrides of all its runs, and of the run without a fault
+    overrides: tuple[str, ...] = ()  # overrides of the run that meets the fault
+    resumed: tuple[str, ...] = ()  # overrides of the resumed run
+    message: str = ""  # text that the output must contain
+    start: str = ""  # how the launcher is started: "", "nohup", or "terminal" (a terminal that the fault closes)
 
     @property
     def kind(self) -> str:
-        """Return the name of the field that says what kind of fault it is."""
+        """Name of the field that is set."""
         names = ("point", "blows", "damage", "disk", "folder", "flag")
         (found,) = [name for name in names if vars(self)[name]]
         return found
 
 
 def cases() -> list[Case]:
-    """All of them, in the order in which they run."""
+    """Return all cases, in the order in which they run."""
     return [
         *killed_in_phases(),
         *killed_while_saving(),
@@ -111,16 +111,16 @@ def cases() -> list[Case]:
 
 
 def kill_in(phase: str, logged: int) -> dict[str, Any]:
-    """The point at which a phase begins."""
+    """Return a kill at the start of a phase, after ``logged`` logged steps."""
     return {"point": f"phase:{phase}", "logged": logged, "what": "kill"}
 
 
 def killed_in_phases() -> list[Case]:
-    """At the beginning of every phase, inside the long ones, and in the optimizers' steps."""
+    """Return the kills at the start of every phase, inside the long ones, and in the optimizers' steps."""
     logged = {"checkpoint": 2}
     found = [Case(f"kill in {phase}", KILLED, point=kill_in(phase, logged.get(phase, 1))) for phase in PHASES]
     found += [
-        Case(f"kill in the midst of {phase}", KILLED, point=kill_in(phase, logged.get(phase, 1)), inside=phase)
+        Case(f"kill in the middle of {phase}", KILLED, point=kill_in(phase, logged.get(phase, 1)), inside=phase)
         for phase in LONG_PHASES
     ]
     for role in ("critic", "actor"):
@@ -136,7 +136,7 @@ def killed_in_phases() -> list[Case]:
 
 
 def killed_while_saving() -> list[Case]:
-    """At the steps of a save, beside one in flight, and in the export."""
+    """Return the kills in the steps of a save, while a save is in flight, and in the export."""
     found = [
         Case(f"kill while saving, {name}", KILLED, point={"point": point, "logged": 2, "role": role, "what": "kill"})
         for name, (point, role) in SAVING.items()
@@ -164,7 +164,7 @@ def killed_in_a_write() -> list[Case]:
 
 
 def killed_ranks() -> list[Case]:
-    """One of two ranks."""
+    """Return the kills of one rank of two."""
     two = {**kill_in("train_actor", 1), "rank": 1}
     return [
         Case("kill rank 1 of 2 in train_actor", KILLED, point=two, num_ranks=2),
@@ -179,7 +179,7 @@ def killed_ranks() -> list[Case]:
 
 
 def killed_at_random() -> list[Case]:
-    """Every process of the run at once, at a time that the seed chooses, from its start to its end."""
+    """Return the kills of all processes of a run at once, at a seeded time between its start and its end."""
     everything = (Blow(signal.SIGKILL, "all", at_random=True),)
     found = [Case(f"kill everything at once, time {n}", -signal.SIGKILL, blows=everything) for n in range(1, 5)]
     found += [
@@ -193,7 +193,7 @@ def killed_at_random() -> list[Case]:
 
 
 def frozen() -> list[Case]:
-    """Stopped and frozen processes. The launcher and the job go on when they are continued."""
+    """Return the cases of stopped and frozen processes. The launcher and the job survive when they are continued."""
 
     def suspended(to: str) -> tuple[Blow, ...]:
         return (Blow(signal.SIGSTOP, to), Blow(signal.SIGCONT, to, after_s=8.0))
@@ -233,7 +233,7 @@ def frozen() -> list[Case]:
 
 
 def signalled() -> list[Case]:
-    """Signals after the first step."""
+    """Return the cases of signals after the first step."""
 
     def one(number: int, to: str = "launcher") -> tuple[Blow, ...]:
         return (Blow(number, to),)
@@ -253,7 +253,7 @@ def signalled() -> list[Case]:
 
 
 def damaged() -> list[Case]:
-    """Checkpoints that were altered."""
+    """Return the cases of altered checkpoints."""
     damages = (truncate_weights, flip_a_bit, lose_a_file, cut_the_state, cut_the_marker)
     found = [
         Case(f"checkpoint: {d.__name__.replace('_', ' ')}", 2, damage=d, setup=CONSTANT, message="is damaged")
@@ -261,7 +261,7 @@ def damaged() -> list[Case]:
     ]
     return [
         *found,
-        Case("checkpoint: half-written one beside it", 0, damage=leave_half_a_checkpoint, setup=CONSTANT),
+        Case("checkpoint: another one is half written", 0, damage=leave_half_a_checkpoint, setup=CONSTANT),
         Case("checkpoint: marker lost", 0, damage=lose_the_marker, setup=CONSTANT),
     ]
 
@@ -279,13 +279,13 @@ def disks_and_folders() -> list[Case]:
 
 
 def server_faults() -> list[Case]:
-    """Processes of a vLLM server: killed and stopped, in the generation and in the weight sync. The run survives."""
+    """Return the kills and stops of a vLLM server's processes, in the rollout and in the weight sync. The run survives them."""
     found = []
     for where, point, after_s in (("a rollout", "phase:rollout", 0.1), ("a weight sync", SYNC, 0.0)):
         for what, verb in (("kill", "killed"), ("stop", "stopped")):
             for name in ("api server", "engine core", "guardian"):
                 fault = {"point": point, "logged": 1, "what": what, "to": name, "after_s": after_s}
-                # The server of a stopped guardian serves on, and the run may be at its end before the guardian's silence is long enough.
+                # A server whose guardian is stopped still answers, so the run may end before the guardian has been silent for long enough.
                 message = "" if (name, verb, where) == ("guardian", "stopped", "a weight sync") else "restart 1 of 2"
                 found.append(Case(f"vllm: {name} {verb} in {where}", 0, point=fault, engine="vllm", message=message))
     return found

@@ -1,4 +1,4 @@
-"""What two runs differ in: everything that a checkpoint holds, and the metrics of its step, in bytes."""
+"""Count the bytes in which two runs differ: all parts of a checkpoint, and the metrics of its step."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import yaml
 
 from hetero_ppo.engines.role_reading import read_metadata
 
-#: Sections of a configuration that say where and how long, and what a case overrides.
+#: Sections of a configuration that a case overrides, or that hold paths and lengths.
 OTHER_SECTIONS = ("run", "checkpoint", "rollout", "train", "reward")
-#: Keys of trainer.json that name the run, not its state.
+#: Keys of trainer.json that name the run and are no state.
 NAMES = ("run_id", "begun")
 
 
 def records(run_dir: Path) -> dict[int, dict[str, Any]]:
-    """Step -> its record; the later one of a step that was done twice."""
+    """Return the record of every step; of a step that ran twice, the later one."""
     return {record["step"]: record for record in _lines(run_dir)[0]}
 
 
 def _lines(run_dir: Path) -> tuple[list[dict[str, Any]], str]:
-    """The records of metrics.jsonl, and what else is in it: a process may have died in a line."""
+    """Read metrics.jsonl. Return its records, and the text of torn lines: a process may have died in a line."""
     path = run_dir / "metrics.jsonl"
     found: list[dict[str, Any]] = []
     torn = ""
@@ -35,18 +35,18 @@ def _lines(run_dir: Path) -> tuple[list[dict[str, Any]], str]:
 
 
 def differing_bytes(found: bytes, expected: bytes) -> int:
-    """Number of positions at which two texts differ, and of those that one has more."""
+    """Count the positions at which two texts differ, and those that only the longer one has."""
     return sum(a != b for a, b in zip(found, expected, strict=False)) + abs(len(found) - len(expected))
 
 
 def repeated(metrics: dict[str, float], *, replayed: bool) -> dict[str, float]:
-    """Metrics that are no seconds, bytes or rates; of a replayed run those of the engine, too, are left out."""
+    """Return the metrics that are no seconds, bytes or rates; for a replayed run also without those of the generator."""
     others = ("memory/", "pipeline/", *(("rollout/",) if replayed else ()))
     return {k: v for k, v in metrics.items() if not k.startswith(others) and not k.endswith("_s")}
 
 
 def _state(folder: Path, *, replayed: bool) -> dict[str, str]:
-    """Name -> text of every part of trainer.json."""
+    """Return the text of every part of trainer.json, by name."""
     state = json.loads((folder / "trainer.json").read_text())
     state["metrics"] = repeated(state["metrics"], replayed=replayed)
     return {name: json.dumps(value, sort_keys=True) for name, value in state.items() if name not in NAMES}
@@ -58,7 +58,7 @@ def _config(folder: Path) -> str:
 
 
 def _contents(path: Path) -> bytes:
-    """Return what a file holds. A description of tensors is read without the save's path and id, and without the order of its dicts."""
+    """Return the contents of a file. A description of tensors is taken without the save's path and id, and in sorted order."""
     if not path.exists():
         return b""
     if path.name != ".metadata":
@@ -73,17 +73,20 @@ def _contents(path: Path) -> bytes:
 
 
 def compare(run_dir: Path, straight: Path, step: int, *, replayed: bool = False) -> dict[str, int]:
-    """Name -> differing bytes, of all parts of a step's checkpoint that are not those of the other run, and of the step's metrics.
+    """Count the bytes that differ in each part of a step's checkpoint and in the step's metrics.
 
-    Weights, main parameters, moments and schedules (``*.distcp``, ``common.pt``), their descriptions, the random generators of every rank,
+    The parts are weights, main parameters, moments and schedules (``*.distcp``, ``common.pt``), their descriptions, the random generators of every rank,
     every part of trainer.json (sampler, KL coefficient, running moments, mismatch guard, chunk size, template) and the configuration. COMPLETE
-    holds checksums of these.
+    holds checksums of these, so it is left out.
 
     Args:
-        run_dir: Of the run that met a fault.
-        straight: Of the run that met none.
-        step: Of the checkpoints.
-        replayed: The other run answers from this one's rollouts, and has no engine.
+        run_dir: Folder of the run that met a fault.
+        straight: Folder of the run that met none.
+        step: Step of the checkpoints.
+        replayed: True when the other run replays this one's rollouts, so that it has no generator.
+
+    Returns:
+        The count of each part that differs.
     """
     a, b = (folder / "checkpoints" / f"iter_{step:07d}" for folder in (run_dir, straight))
     texts: dict[str, tuple[bytes, bytes]] = {}

@@ -1,7 +1,7 @@
-"""Launchers and ranks that are forked from a process that has imported everything, in place of interpreters that are started.
+"""Fork launchers and ranks from a process that has imported everything, where other runs start interpreters.
 
-Importing is most of a tiny run's time. Everything else is as ever: the launcher is torchrun's, its ranks are its children in sessions of their
-own, servers are started as programs. One run at a time: what the benchmark's process has below it is the run's.
+Importing is most of a tiny run's time. Everything else stays the same: the launcher is torchrun's, its ranks are its children in their own
+sessions, and servers are started as programs. Only one run goes at a time: all descendants of the benchmark's process belong to it.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ from typing import Any
 
 from faults_run import ROOT, RUNS, Run
 
-#: Of Linux's prctl.h.
+#: Constant of Linux's prctl.h.
 PR_SET_CHILD_SUBREAPER = 36
-#: Closed in a new process: descriptors of the one that it was forked from.
+#: Descriptors below this number are closed in a new process: they belong to the process that it was forked from.
 MAX_DESCRIPTORS = 4096
 POLL_S = 0.01
-#: Those that launcher or benchmark handle.
+#: Signals that the launcher or the benchmark handles.
 HANDLED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT, signal.SIGINT)
 
 
 class ForkedProcess:
-    """The methods of ``subprocess.Popen`` that torchrun and the benchmark use."""
+    """A forked process with the methods of ``subprocess.Popen`` that torchrun and the benchmark use."""
 
     def __init__(self, function: Callable[[], int], env: Mapping[str, str], log: Path | None) -> None:
-        """Fork.
+        """Start the process.
 
         Args:
-            function: What the new process does; returns its exit status.
-            env: Its environment.
-            log: Gets its output; None: goes where this process' goes.
+            function: Function that the new process runs; it returns the exit status.
+            env: Environment of the new process.
+            log: File of its output, or None for the output of this process.
         """
         self.returncode: int | None = None
         sys.stdout.flush()
@@ -65,7 +65,7 @@ class ForkedProcess:
                 os._exit(status)
 
     def poll(self) -> int | None:
-        """The exit status, -n for signal n; None while it runs."""
+        """Return the exit status, -n for signal n, or None while the process runs."""
         if self.returncode is None:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:
@@ -73,7 +73,7 @@ class ForkedProcess:
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
-        """Wait for the end."""
+        """Wait for the end of the process. Return its exit status."""
         until = None if timeout is None else time.monotonic() + timeout
         while self.poll() is None:
             if until is not None and time.monotonic() > until:
@@ -82,13 +82,13 @@ class ForkedProcess:
         return self.returncode
 
     def send_signal(self, number: int) -> None:
-        """Send a signal, unless it has ended."""
+        """Send a signal, unless the process has ended."""
         if self.poll() is None:
             os.kill(self.pid, number)
 
 
 def _become(env: Mapping[str, str], log: Path | None) -> None:
-    """Forget what belongs to the process that this one was forked from."""
+    """Drop what belongs to the process that this one was forked from."""
     os.setsid()
     for number in HANDLED:
         signal.signal(number, signal.SIG_DFL)
@@ -110,7 +110,7 @@ def _become(env: Mapping[str, str], log: Path | None) -> None:
 
 
 def _launch(arguments: list[str]) -> int:
-    """Do what ``python -m hetero_ppo.cli.launcher`` does, with ranks that are forked."""
+    """Run the launcher as ``python -m hetero_ppo.cli.launcher`` does, with forked ranks."""
     from torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler import SubprocessHandler
 
     from hetero_ppo.cli import launcher
@@ -125,7 +125,7 @@ def _launch(arguments: list[str]) -> int:
 
 
 def _rank(program: list[str]) -> int:
-    """Do what ``python -u`` does with the program of a run."""
+    """Run the program of a rank as ``python -u`` does."""
     from faults_worker import Fault
 
     from hetero_ppo.cli.main import main
@@ -137,7 +137,7 @@ def _rank(program: list[str]) -> int:
 
 
 class ForkedRun(Run):
-    """A launch by a fork. The run's processes are all that this one has below it."""
+    """A launch by a fork. The run's processes are all new descendants of this one."""
 
     def _start(self, command: Sequence[str], env: Mapping[str, str]) -> Any:
         del command  # for an interpreter
@@ -146,7 +146,7 @@ class ForkedRun(Run):
         return ForkedProcess(lambda: _launch(self.arguments), env, self.log)
 
     def left(self) -> list[int]:
-        """Processes that still live; those that have ended are fetched."""
+        """Return the processes that still live, and reap those that have ended."""
         found = []
         for pid in set(_descendants(os.getpid())) - self._known:
             state = _state(pid)
@@ -158,7 +158,7 @@ class ForkedRun(Run):
                 try:
                     os.waitpid(pid, os.WNOHANG)
                 except ChildProcessError:
-                    continue  # its parent fetches it
+                    continue  # its parent reaps it
         return found
 
 
@@ -176,12 +176,12 @@ def _descendants(pid: int) -> list[int]:
             for child in (task / "children").read_text().split():
                 found += [int(child), *_descendants(int(child))]
     except (FileNotFoundError, ProcessLookupError):
-        pass  # it has ended meanwhile, and its children are this process'
+        pass  # it has ended, and its children now belong to this process
     return found
 
 
 def begin() -> type[Run]:
-    """Import what runs need, and become the parent of processes whose own has died."""
+    """Import what runs need, and make this process the parent of orphaned descendants."""
     import faults_worker  # noqa: F401
     import hetero_ppo.cli.launcher
     import hetero_ppo.rollout.vllm

@@ -1,4 +1,4 @@
-"""The reward function of some cases of ``benchmarks/faults.py``: it counts words, and once it does not return."""
+"""The reward function of some cases of ``benchmarks/faults.py``: it counts words, and one call never returns."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-#: Environment variable: a file that is there as long as the function has to fail.
+#: Environment variable with the path of the flag: a file that exists until the function has failed.
 FLAG = "HETERO_PPO_FAULTS_FLAG"
 
 
 def score(prompt: str, response: str, label: Any, metadata: dict[str, Any]) -> float:
-    """Number of different words. While the flag is there, it is removed, and a call holds the GIL for good."""
+    """Return the number of different words. A call that finds the flag removes it and holds the GIL for ever."""
     flag = Path(os.environ.get(FLAG, "/nonexistent"))
     if flag.exists():
         flag.unlink()

@@ -1,4 +1,4 @@
-"""One launch of a benchmark of faults: all that it starts is found by a mark in the environment, and ended."""
+"""One launch of the fault benchmark. A mark in the environment identifies all processes of it, so that they can be ended."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 MARK = "HETERO_PPO_FAULTS_MARK"
-#: Seconds within which a run that met its fault has to be over, start included.
+#: Seconds within which a run that met its fault must end, its start included.
 BOUND_S = 150.0
-#: From the end of the launcher to the end of all processes.
+#: Seconds from the end of the launcher to the end of all processes.
 LEFT_S = 10.0
 
-#: Every launch, to be ended with the benchmark.
+#: Every launch; the benchmark ends them all when it ends.
 RUNS: list[Run] = []
 
 
 class Run:
-    """One launch, in a session of its own."""
+    """One launch, in its own session."""
 
     def __init__(
         self,
@@ -39,16 +39,16 @@ class Run:
         bound_s: float = BOUND_S,
         **variables: str,
     ) -> None:
-        """Start it.
+        """Start the launcher.
 
         Args:
-            program: What the launcher starts, with its arguments.
-            num_ranks: On this machine.
-            log: Gets what it prints.
-            file_limit: Largest file that it may write, in bytes.
-            start: "nohup", "terminal" (on one of its own, see ``close_terminal``), or "".
+            program: Program that the launcher starts, with its arguments.
+            num_ranks: Number of ranks, all on this machine.
+            log: File of the output.
+            file_limit: Size of the largest file that the run may write, in bytes.
+            start: "nohup", "terminal" (a new one, see ``close_terminal``), or "".
             bound_s: Seconds until ``wait`` gives up.
-            variables: Of its environment.
+            variables: Additional environment variables.
         """
         self.mark = uuid.uuid4().hex
         self.log = log
@@ -78,14 +78,14 @@ class Run:
         )
 
     def _start(self, command: Sequence[str], env: Mapping[str, str]) -> Any:
-        """The process of the launcher."""
+        """Start the process of the launcher."""
         with self.log.open("a") as out:
             return subprocess.Popen(
                 command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True
             )
 
     def _start_on_terminal(self, command: Sequence[str], env: Mapping[str, str]) -> Any:
-        """The same on a terminal that is its session's: the system tells it of the terminal's end by SIGHUP."""
+        """Start it on a new terminal that controls its session: the system sends SIGHUP when the terminal is closed."""
         self._terminal, theirs = os.openpty()
         process = subprocess.Popen(
             ["setsid", "--ctty", *command], cwd=ROOT, env=env, stdin=theirs, stdout=theirs, stderr=theirs
@@ -95,7 +95,7 @@ class Run:
         return process
 
     def _copy(self, terminal: int) -> None:
-        """Copy what the terminal shows to the log, until the terminal is closed."""
+        """Copy the terminal's output to the log, until the terminal is closed."""
         with self.log.open("ab", buffering=0) as out:
             while self._terminal is not None:
                 ready, _, _ = select.select([terminal], [], [], 0.05)
@@ -112,12 +112,12 @@ class Run:
         os.close(terminal)
 
     def ranks(self) -> list[int]:
-        """Processes of the ranks."""
+        """Return the process ids of the ranks."""
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
         return [int(pid) for pid in children.split()]
 
     def left(self) -> list[int]:
-        """Processes with the mark that still live."""
+        """Return the living processes that have the mark."""
         found = []
         for folder in Path("/proc").glob("[0-9]*"):
             try:
@@ -134,17 +134,17 @@ class Run:
             try:
                 os.kill(pid, number)
             except ProcessLookupError:
-                continue  # it has ended with another one
+                continue  # it ended with another one
 
     def wait(self) -> int | None:
-        """The exit status; None when it had to be ended."""
+        """Wait for the launcher. Return its exit status, or None when it ran past its bound."""
         try:
             return self.process.wait(timeout=max(1.0, self.started + self.bound_s - time.monotonic()))
         except subprocess.TimeoutExpired:
             return None
 
     def end(self) -> bool:
-        """Kill what is left; whether nothing was, within some seconds."""
+        """Kill the processes that are left after some seconds. Return True when there were none."""
         until = time.monotonic() + LEFT_S
         while self.left() and time.monotonic() < until:
             time.sleep(0.1)

@@ -1,4 +1,4 @@
-"""How each kind of fault is brought about, and what is done with the run afterwards."""
+"""Scenarios of the fault benchmark: how each kind of fault is caused, and how the run is resumed and compared."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ SHAPE = ModelShape("tiny", 2, 64, 128, 4, 2, 64)
 #: vLLM's attention on a CPU wants heads of 32 or more.
 VLLM_SHAPE = ModelShape("tiny", 2, 64, 128, 2, 1, 64)
 WORK = Work(prompts_per_step=8, prompt_tokens=6, response_tokens=8, minibatch=4)
-#: With servers responses are longer: a fault in their midst is to find them there.
+#: Runs with servers have longer responses, so that a fault in a rollout finds some of them partial.
 VLLM_WORK = Work(prompts_per_step=8, prompt_tokens=6, response_tokens=40, minibatch=4)
-#: A server's start and restart take their time.
+#: Seconds within which a run with servers must end: a server's start and restart take long.
 VLLM_BOUND_S = 300.0
 
 
@@ -34,17 +34,19 @@ class Outcome:
 
     name: str
     survived: bool = False
-    why: str = ""  # it did not survive
+    why: str = ""  # reason why it did not survive
     status: int = 0
-    steps_lost: int = 0  # steps that were logged and had to be done again
+    steps_lost: int = 0  # number of logged steps that the resumed run repeated
     differing: dict[str, int] = field(default_factory=dict)  # part of the last checkpoint -> bytes
-    end_s: float = 0.0  # to the end of all processes: from the fault or the signal, else from the start
-    resume_s: float | None = None  # from the start of the resumed run to its first step
-    seconds: float = 0.0  # of the whole case
+    end_s: float = 0.0  # seconds from the fault or the signal (else the start) to the end of all processes
+    resume_s: float | None = None  # seconds from the start of the resumed run to its first step
+    seconds: float = 0.0  # seconds of the whole case
 
 
 def write_setup(folder: Path, engine: str) -> Path:
-    """Models, prompts for less than the run's steps (so that an epoch ends within it), and the configuration."""
+    """Write models, prompts and the configuration, whose path is returned. The prompts last for fewer steps than the run has, so that
+    an epoch ends within it.
+    """
     work = WORK if engine == "megatron" else VLLM_WORK
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "ppo.yaml"
@@ -79,23 +81,23 @@ def write_setup(folder: Path, engine: str) -> Path:
 
 @dataclass
 class Straight:
-    """A run that met no fault."""
+    """A run without a fault."""
 
     dir: Path
-    seconds: float  # from its start to its end
+    seconds: float  # seconds from its start to its end
     phases: dict[str, float]  # seconds of each phase of its second step
 
 
 class Faults:
-    """Runs cases in one folder; several at a time, if need be."""
+    """Runner of cases in one folder. Several may run at a time."""
 
     def __init__(self, folder: Path, seed: int, launch: type[Run] = Run) -> None:
         """Make models and configurations.
 
         Args:
-            folder: For all runs.
-            seed: Of the times at which faults happen.
-            launch: Makes a run of a program.
+            folder: Folder of all runs.
+            seed: Seed of the times at which faults happen.
+            launch: Class that launches a program.
         """
         self.folder = folder
         self.seed = seed
@@ -113,17 +115,17 @@ class Faults:
         return [*worker, "train", *config, f"run.dir={run_dir}", *case.setup, *overrides]
 
     def start(self, case: Case, run_dir: Path, *overrides: str, log: str = "", **options: Any) -> Run:
-        """A run of a case; ``log``: what its name has behind the run's."""
+        """Start a run of a case. ``log`` is added to the name of its log."""
         point = options.pop("point", None)
         if case.engine == "vllm":
             options["bound_s"] = VLLM_BOUND_S
         path = run_dir.with_name(f"{run_dir.name}{log}.log")
-        by_itself = options.get("start") or options.get("file_limit")  # through another program
+        by_itself = options.get("start") or options.get("file_limit")  # another program starts the launcher
         launch = Run if by_itself else self.launch
         return launch(self.program(case, run_dir, *overrides, point=point), case.num_ranks, path, **options)
 
     def straight(self, case: Case) -> Straight:
-        """The run without a fault, long enough to compare a stopped run with."""
+        """Return the run without a fault, which other runs are compared with. The first call runs it."""
         name = f"straight_{case.engine}_{case.num_ranks}" + (
             "" if not case.setup else f"_{case.setup[0].replace('=', '_')}"
         )
@@ -144,12 +146,12 @@ class Faults:
             return self._straight[name]
 
     def run(self, case: Case) -> Outcome:
-        """The fault, the end, going on, the comparison."""
+        """Run a case: the fault, the end, the resumed run, and the comparison."""
         try:
             straight = self.straight(case)
         except RuntimeError as error:
             return Outcome(case.name, why=str(error))
-        begun = time.monotonic()
+        start = time.monotonic()
         run_dir = self.folder / "".join(letter if letter.isalnum() else "_" for letter in case.name)
         shutil.rmtree(run_dir, ignore_errors=True)
         outcome = Outcome(case.name)
@@ -161,7 +163,7 @@ class Faults:
         if not outcome.why:
             self._compare(case, run_dir, outcome, straight)
         outcome.survived = not outcome.why and not outcome.differing
-        outcome.seconds = time.monotonic() - begun
+        outcome.seconds = time.monotonic() - start
         return outcome
 
     # --- faults -----------------------------------------------------------------------------------------------------
@@ -212,7 +214,7 @@ class Faults:
         self._go_on(case, run_dir, outcome, *(["checkpoint.step=2"] if case.status else []))
 
     def _part(self, case: Case, run_dir: Path) -> None:
-        """The first three steps; the learning rate is constant, so that they are those of a longer run."""
+        """Run the first three steps. The learning rate is constant, so that they are those of a longer run."""
         done = self.start(case, run_dir, "train.steps=3")
         done.wait()
         done.end()
@@ -220,7 +222,7 @@ class Faults:
     def _disk(self, case: Case, run_dir: Path, outcome: Outcome) -> None:
         run_dir.mkdir()
         limit = 200_000 if case.disk == "limit" else None
-        kib = self._one_checkpoint_kib(case) * 3 // 2  # room for the first one, and not for the second
+        kib = self._one_checkpoint_kib(case) * 3 // 2  # enough for the first checkpoint, too small for the second
         options = {"full": f"size={kib}k", "small": "size=300k", "read-only": "ro", "limit": None}[str(case.disk)]
         if options is not None:
             subprocess.run(["mount", "-t", "tmpfs", "-o", options, "faults", str(run_dir)], check=True)
@@ -230,7 +232,7 @@ class Faults:
                 subprocess.run(["mount", "-o", "remount,size=200m", str(run_dir)], check=True)
             if case.disk != "read-only":
                 self._go_on(case, run_dir, outcome)
-                if not outcome.why:  # before the disk goes
+                if not outcome.why:  # before the disk is unmounted
                     self._compare(case, run_dir, outcome, self.straight(case))
         finally:
             if options is not None:
@@ -245,11 +247,11 @@ class Faults:
         self._go_on(case, run_dir, outcome)
 
     def _two(self, case: Case, run_dir: Path, outcome: Outcome) -> None:
-        """The second one is refused, fresh or going on; the first one does not notice."""
+        """Start a second run in the folder of a first one. The second one is refused, and the first one is not disturbed."""
         first = self.start(case, run_dir, "train.steps=4")
         while not (run_dir / "config.yaml").exists() and first.process.poll() is None:
             time.sleep(0.05)
-        first.strike(19, "all")  # it waits for the second one, so that they do meet
+        first.strike(19, "all")  # stopped until the second one has ended, so that both are there at once
         second = self.start(case, run_dir, "train.steps=4", log="_second")
         self._finish(second, case, outcome)
         first.strike(18, "all")
@@ -267,7 +269,7 @@ class Faults:
         return random.Random(f"{self.seed} {case.name}")
 
     def _finish(self, run: Run, case: Case, outcome: Outcome, since: float | None = None) -> None:
-        """Wait for the end; it has to be the one that the case says, soon, and to leave no process."""
+        """Wait for the end of a run, and check its status, its message and that it leaves no process."""
         status = run.wait()
         clean = run.end()
         outcome.end_s = time.monotonic() - (run.started if since is None else since)
@@ -278,7 +280,7 @@ class Faults:
         elif case.kind == "point":
             outcome.why = f"the fault did not happen; status {status}: {text[-300:]!r}"
             return
-        is_late = any(blow.at_random for blow in case.blows) and status == 0  # the run had ended before
+        is_late = any(blow.at_random for blow in case.blows) and status == 0  # the run ended before its fault
         if status != case.status and not is_late:
             outcome.why = f"status {status}, not {case.status}: {text[-600:]!r}"
         elif not clean:
@@ -309,12 +311,12 @@ class Faults:
         status = run.wait()
         if not run.end() or status != 0:
             outcome.why = f"going on ended with {status}: {run.log.read_text()[-600:]!r}"
-        elif new_steps():  # else only what follows the last step was left to do
+        elif new_steps():  # otherwise only the work after the last step was left
             outcome.steps_lost = max(0, done - (new_steps()[0] - 1))
 
     def _compare(self, case: Case, run_dir: Path, outcome: Outcome, straight: Straight) -> None:
         if case.disk == "read-only" or (case.disk is not None and not (run_dir / "checkpoints").exists()):
-            return  # nothing was begun; or it was compared while its disk was there
+            return  # no step was run; or the comparison was made before the disk was unmounted
         if case.engine == "megatron":
             outcome.differing = compare(run_dir, straight.dir, STEPS)
             return

@@ -1,4 +1,4 @@
-"""How long training stands still for a checkpoint, with ``async_save`` and without."""
+"""Measure how long training waits for a checkpoint, with ``async_save`` and without."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from faults_compare import records
 from faults_run import Run
 from ppo_step_inputs import ModelShape, Work, our_config, write_config, write_inputs
 
-#: Of the checkpoint whose stall is measured: two roles, 0.3 GB together.
+#: Shape of the two roles whose checkpoint is measured; it has 0.3 GB.
 SHAPE = ModelShape("stall", 4, 512, 1536, 8, 4, 64)
 STEPS = 6
 
 
 def disk_gb_s(folder: Path, num_bytes: int) -> float:
-    """Rate of writing as much in one file, flushed."""
+    """Measure the GB/s of writing ``num_bytes`` to one file and flushing it."""
     data = os.urandom(num_bytes)
     start = time.perf_counter()
     with (folder / "rate").open("wb") as file:
@@ -28,11 +28,11 @@ def disk_gb_s(folder: Path, num_bytes: int) -> float:
 
 
 def measure_stall(folder: Path, work: Work) -> dict[str, float]:
-    """Measure the seconds that training stands still for one checkpoint of a model of some size, and the rates of writing it.
+    """Measure the seconds that training waits for one checkpoint, and the rates of writing it.
 
     Args:
-        folder: For models and runs; is made.
-        work: Of a step.
+        folder: Folder of models and runs, which does not exist yet.
+        work: Size of a step.
     """
     folder.mkdir()
     inputs = write_inputs(SHAPE, work, steps=STEPS, folder=folder)
@@ -56,7 +56,7 @@ def measure_stall(folder: Path, work: Work) -> dict[str, float]:
         run = Run(program, 1, run_dir.with_suffix(".log"))
         if run.wait() != 0 or not run.end():
             raise RuntimeError(f"the run that measures the stall failed:\n{run.log.read_text()[-3000:]}")
-        # A step's record has the seconds of the checkpoint before it, and of the look in the step whether it is written.
+        # A step's record has the seconds of the checkpoint before it, and of the check during the step whether it is written.
         seconds = [record["seconds"].get("checkpoint", 0.0) for record in records(run_dir).values()]
         figures[name] = sum(seconds) / (STEPS // 2 - 1)  # the last one is in no record
         figures[f"step_s_{name}"] = statistics.mean(record["seconds"]["total"] for record in records(run_dir).values())

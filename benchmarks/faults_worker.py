@@ -1,7 +1,7 @@
-"""``hetero-ppo`` in which one rank meets a fault at a given point: ``torchrun ... faults_worker.py '<fault>' train --config ...``.
+"""Run ``hetero-ppo`` with a fault of one rank at a given point: ``torchrun ... faults_worker.py '<fault>' train --config ...``.
 
-The fault is JSON, the fields of :class:`Fault`. A point is ``phase:NAME`` of the timer, ``call:module:Class.method`` or ``call:module:function``,
-or ``write:PATTERN``, the first write to a file whose path fits (half of what is written gets to it).
+The fault is JSON with the fields of :class:`Fault`. A point is ``phase:NAME`` of the timer, ``call:module:Class.method`` or
+``call:module:function``, or ``write:PATTERN``: the first write to a file whose path matches, of which only half reaches the file.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from hetero_ppo.engines.role_snapshot import RoleSnapshot
 from hetero_ppo.observability.metrics import MetricsLogger
 from hetero_ppo.observability.timers import PhaseTimer
 
-#: What the command lines of a server's processes have in them. The guardian's has its server's.
+#: Text in the command line of each process of a server. The guardian's contains that of its server.
 SERVER_PROCESSES = {
     "api server": "vllm.entrypoints.openai.api_server",
     "engine core": "EngineCore",
@@ -39,7 +39,7 @@ SERVER_PROCESSES = {
 
 
 def descendants(pid: int) -> list[int]:
-    """Processes that a process has started, and those that they have."""
+    """Return the children of a process, and their descendants."""
     found = []
     for task in Path(f"/proc/{pid}/task").iterdir():
         for child in (task / "children").read_text().split():
@@ -48,14 +48,14 @@ def descendants(pid: int) -> list[int]:
 
 
 def find_server_process(name: str) -> int:
-    """The process of this rank's first server that is called so."""
+    """Find a process of this rank's first server by its name."""
     commands = {pid: Path(f"/proc/{pid}/cmdline").read_bytes().decode() for pid in descendants(os.getpid())}
     fit = [pid for pid, command in commands.items() if SERVER_PROCESSES[name] in command]
     return min(pid for pid in fit if name == "guardian" or SERVER_PROCESSES["guardian"] not in commands[pid])
 
 
 class TornFile:
-    """A file of which a process dies in the middle of a write."""
+    """A file whose process dies in the middle of a write."""
 
     def __init__(self, file: Any, strike: Callable[[], None]) -> None:
         self._file, self._strike = file, strike
@@ -64,7 +64,7 @@ class TornFile:
         self._file.write(data[: len(data) // 2])
         self._file.flush()
         self._strike()
-        raise AssertionError("the process goes on after its end")
+        raise AssertionError("the process survived its fault")
 
     def __enter__(self) -> Self:
         return self
@@ -78,17 +78,17 @@ class TornFile:
 
 @dataclass
 class Fault:
-    """Happens once, the first time that the point is reached after some steps.
+    """A fault that happens once, when the point is reached for the first time after some steps.
 
     Attributes:
-        point: Where.
-        logged: Steps whose metrics are written by then.
-        what: ``kill`` (SIGKILL), ``stop`` (SIGSTOP), ``hang`` (the thread sleeps for good), ``hold the gil`` (it runs C code for good).
-        to: ``rank``: this process; else one of SERVER_PROCESSES, of this rank's first server.
+        point: Point of the program.
+        logged: Number of steps whose metrics must be written before.
+        what: ``kill`` (SIGKILL), ``stop`` (SIGSTOP), ``hang`` (the thread sleeps for ever), ``hold the gil`` (C code runs for ever).
+        to: ``rank`` for this process, or one of SERVER_PROCESSES of this rank's first server.
         after_s: Seconds from the point to the fault, which then comes from another thread.
-        rank: That meets it.
-        role: Of the engine whose method the point is; None: of any.
-        held: No checkpoint that is begun after ``logged`` steps is written: it is in flight when the fault happens.
+        rank: Rank that meets the fault.
+        role: Role of the engine whose method is the point, or None for any role.
+        held: True to keep every checkpoint after ``logged`` steps from being written, so that the fault finds it in flight.
     """
 
     point: str
@@ -106,7 +106,7 @@ class Fault:
         self.is_mine = int(os.environ["RANK"]) == self.rank
 
     def arm(self) -> None:
-        """Put the fault into the program."""
+        """Patch the program with the fault."""
         self._wrap(MetricsLogger, "log", self._count)
         if self.held:
             self._wrap(RoleSnapshot, "write", lambda arguments: self._hold())
@@ -139,7 +139,7 @@ class Fault:
         setattr(owner, name, wrapped)
 
     def _tearing(self, inner: Callable[..., Any], pattern: str) -> Callable[..., Any]:
-        """``open`` whose files that fit the pattern are torn when they are written to."""
+        """Return an ``open`` whose files that match the pattern are torn by their first write."""
 
         def torn_open(path: Any, mode: str = "r", *arguments: Any, **keywords: Any) -> Any:
             file = inner(path, mode, *arguments, **keywords)
@@ -154,7 +154,7 @@ class Fault:
         self.steps_logged += 1
 
     def _hold(self) -> None:
-        """In the thread that writes."""
+        """Keep the thread that writes from its write."""
         while self.steps_logged >= self.logged:
             time.sleep(1)
 

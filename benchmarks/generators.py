@@ -1,7 +1,7 @@
-"""Tokens per second of two generators: vLLM, and the actor as its own generator, each on one core.
+"""Compare the tokens per second of two generators: vLLM, and the actor as its own generator, each on one core.
 
-A random Llama model (2.4m, 30m: see ``ppo_step.py``), prompts of 16 tokens, responses that are not cut short. The two take turns in
-every round, so that what else the machine does meets both; medians over rounds are reported, and the ratio within a round.
+Both answer prompts of 16 tokens with a random Llama model (2.4m, 30m: see ``ppo_step.py``); every response has its full length. The two
+take turns in every round, so that other work on the machine slows both. Medians over rounds are reported, and the ratio within a round.
 
     python benchmarks/generators.py --model 2.4m --json result.json
 """
@@ -9,10 +9,7 @@ every round, so that what else the machine does meets both; medians over rounds 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -21,9 +18,7 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+import harness
 from ppo_step_inputs import SHAPES, Work, write_inputs
 
 from hetero_ppo.config.schema import Dtype, ModelConfig, RoleConfig, RolloutConfig, SamplingConfig
@@ -33,6 +28,10 @@ from hetero_ppo.rollout.generator import GenerationRequest, Generator
 from hetero_ppo.rollout.megatron import MegatronGenerator
 from hetero_ppo.rollout.vllm import VllmGenerator
 from hetero_ppo.types import PromptBatch
+from hetero_ppo.table import render_table
+
+
+NUM_WARM_UP = 1
 
 
 def seconds(generator: Generator, request: GenerationRequest) -> float:
@@ -62,53 +61,66 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     config = RolloutConfig(max_num_seqs=args.running_batch, server_threads=1)
     common: dict[str, Any] = {"max_model_len": 16 + args.tokens, "eos_token_ids": [0]}
     dtype = Dtype[args.dtype]
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     torch.set_num_threads(1)
     initialise(10.0)
     actor = ModelEngine("actor", RoleConfig(model=ModelConfig(path=model, dtype=dtype)), "lm")
-    rounds: list[tuple[float, float]] = []
     with (
         VllmGenerator(config, model_path=model, dtype=dtype, run_dir=folder / "run", **common) as vllm,
         MegatronGenerator(config, actor, **common) as megatron,
     ):
-        for index in range(args.rounds + 1):
-            pair = seconds(vllm, request), seconds(megatron, request)
-            rounds += [pair] if index else []  # the first is a warm-up
+        contenders = {
+            "vllm": lambda number: seconds(vllm, request),
+            "megatron": lambda number: seconds(megatron, request),
+        }
+        rounds = harness.alternate(contenders, args.rounds, num_warm_up=NUM_WARM_UP)
     finish()
     return summary(rounds, args.prompts * args.tokens)
 
 
-def summary(rounds: Sequence[tuple[float, float]], num_tokens: int) -> dict[str, float]:
-    """Medians over rounds of (seconds of vLLM, seconds of the actor), and of the ratio within a round."""
+def summary(rounds: dict[str, list[float]], num_tokens: int) -> dict[str, float]:
+    """Return the medians over rounds of each generator's rate, and of the ratio within a round.
+
+    Args:
+        rounds: Seconds of every round, by generator.
+        num_tokens: Number of tokens that a round generates.
+    """
     return {
-        "vllm_tokens_s": num_tokens / statistics.median(pair[0] for pair in rounds),
-        "megatron_tokens_s": num_tokens / statistics.median(pair[1] for pair in rounds),
-        "megatron_over_vllm": statistics.median(pair[0] / pair[1] for pair in rounds),
+        "vllm_tokens_s": num_tokens / statistics.median(rounds["vllm"]),
+        "megatron_tokens_s": num_tokens / statistics.median(rounds["megatron"]),
+        "megatron_over_vllm": harness.median_ratio(rounds["vllm"], rounds["megatron"]),
     }
 
 
+def table(result: dict[str, float]) -> str:
+    """Return both rates and their ratio for people."""
+    return render_table(
+        [
+            ["vLLM, tokens/s", f"{result['vllm_tokens_s']:.0f}"],
+            ["the actor, tokens/s", f"{result['megatron_tokens_s']:.0f}"],
+            ["the actor over vLLM", f"{result['megatron_over_vllm']:.3f}"],
+        ],
+        "lr",
+    )
+
+
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Those of the command line where none are given."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Parse the given arguments, or those of the command line."""
+    parser = harness.parser(__doc__, rounds=7, num_warm_up=NUM_WARM_UP)
     parser.add_argument("--model", choices=SHAPES, default="2.4m")
     parser.add_argument("--dtype", choices=[dtype.value for dtype in Dtype], default="fp32")
-    parser.add_argument("--prompts", type=int, default=128)
-    parser.add_argument("--tokens", type=int, default=64, help="of every response")
-    parser.add_argument("--running-batch", type=int, default=64, help="sequences that a generator decodes at once")
-    parser.add_argument("--rounds", type=int, default=7, help="that count, after one for warm-up")
-    parser.add_argument("--json", type=Path, help="file for the JSON object as well")
+    parser.add_argument("--prompts", type=int, default=128, help="number of prompts of a round")
+    parser.add_argument("--tokens", type=int, default=64, help="number of tokens of a response")
+    parser.add_argument(
+        "--running-batch", type=int, default=64, help="number of sequences that a generator decodes at once"
+    )
     return parser.parse_args(arguments)
 
 
 def main() -> None:
     args = parse_arguments()
-    with tempfile.TemporaryDirectory(prefix="generators-") as folder:
+    with tempfile.TemporaryDirectory(prefix="generators-") as folder, harness.one_rank():
         result = run(args, Path(folder))
-    settings = {name: value for name, value in vars(args).items() if name != "json"}
-    line = json.dumps({"benchmark": "generators", **settings, **result})
-    if args.json is not None:
-        args.json.write_text(line + "\n", encoding="utf-8")
-    print(line)
+    harness.report("generators", harness.settings(args) | result, args.json, text=table(result))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
-"""A long PPO run under load: whether memory, file descriptors and threads stay flat, and whether every response arrives.
+"""Run PPO for long under load, and measure whether memory, file descriptors and threads stay flat and every response arrives.
 
     python benchmarks/load.py --json load.json
     python benchmarks/load.py --steps 40 --rows 400 --engine megatron
 
-A random model answers 2,000 of 10,000 prompts a step, with a KV cache that holds a part of the running batch, so that vLLM preempts. All
-of a run is on: roles take turns on the device, checkpoints, the bank, rollout dumps, TensorBoard. After every step the resident memory,
-file descriptors and threads of all processes are counted, and the preemptions by a patch of vLLM's scheduler. The slope is that of a least-squares line through the steps after a warm-up;
-growths are last tenth against first. A response is lost when its row is not in the step's dump, or not of the length that was asked for.
-FILE is written anew after every step, and the last line is one JSON object.
+A random model answers 2,000 of 10,000 prompts per step, with a KV cache that holds a part of the running batch, so that vLLM preempts.
+All features of a run are on: roles take turns on the device, checkpoints, the bank, rollout dumps, TensorBoard. After every step the
+benchmark counts the resident memory, file descriptors and threads of all processes; a patch of vLLM's scheduler counts the preemptions.
+The slope is that of a least-squares line through the steps after a warm-up. A growth is the median of the last tenth less that of the
+first. A response is lost when the step's dump lacks its row, or has it at another length than requested. FILE is written again after
+every step.
 """
 
 from __future__ import annotations
@@ -27,10 +28,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from faults import Run
+import harness
+from faults_run import Run
 from ppo_step_inputs import ModelShape, Work, our_config, write_config, write_inputs
+
+from hetero_ppo.table import render_table
 
 SHAPE = ModelShape("load", 1, 32, 64, 1, 1, 64)
 #: A block of vLLM's KV cache on a CPU has 128 tokens: a response that grows over a block's end needs another one, and
@@ -85,18 +87,18 @@ def usage(run: Run, step: int) -> Usage:
 
 
 def slope(xs: Sequence[float], ys: Sequence[float]) -> float:
-    """Slope of the least-squares line."""
+    """Return the slope of the least-squares line."""
     return statistics.linear_regression(xs, ys).slope
 
 
 def growth(values: Sequence[int]) -> float:
-    """Median of the last tenth less that of the first."""
+    """Return the median of the last tenth less that of the first."""
     tenth = max(1, len(values) // 10)
     return statistics.median(values[-tenth:]) - statistics.median(values[:tenth])
 
 
 def figures_of(samples: Sequence[Usage], warm_up: int) -> dict[str, Any]:
-    """Slopes and growths of what was counted after the warm-up."""
+    """Return the slopes and growths of the counts after the warm-up."""
     kept = [sample for sample in samples if sample.step > warm_up]
     steps = [float(sample.step) for sample in kept]
     kinds = sorted({kind for sample in kept for kind in sample.rss})
@@ -121,6 +123,7 @@ def lost_rows(path: Path, num_rows: int) -> int:
 
 
 def format_line(figures: dict[str, Any]) -> str:
+    """Return the figures of a step on one line."""
     names = ("rss_growth_mb_per_100_steps", "fd_growth", "thread_growth", "rows_lost", "preemptions", "step_s")
     return ", ".join(f"{name} {figures[name]}" for name in names)
 
@@ -154,7 +157,7 @@ class Load:
         write_config(config, self.config)
 
     def run(self, log: Path) -> Iterator[dict[str, Any]]:
-        """Run to the end, or to the end of the minutes. Gives the figures after every step that has enough before it."""
+        """Run to the end, or to the end of the minutes. Yield the figures after every step with enough steps before it."""
         program = ["-m", "hetero_ppo.cli.main", "train", "--config", str(self.config)]
         self.preemptions.touch()
         path = os.pathsep.join([str(PREEMPTIONS), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -212,7 +215,7 @@ class Load:
         }
 
     def _cache(self) -> dict[str, int]:
-        """Tokens that vLLM's KV cache holds, and those of a full running batch: with fewer than these it has to preempt."""
+        """Return the tokens that vLLM's KV cache holds and those of a full running batch: with fewer than these it must preempt."""
         text = "".join(path.read_text(errors="replace") for path in self.run_dir.rglob("*.log"))
         found = re.search(r"KV cache size: ([\d,]+) tokens", text)
         if found is None:
@@ -222,22 +225,21 @@ class Load:
 
 
 def parse_args(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--rows", type=int, default=2000, help="responses of a step")
-    parser.add_argument("--prompts", type=int, default=10_000, help="prompts in the file; a multiple of --rows")
-    parser.add_argument("--engine", choices=("vllm", "megatron"), default="vllm")
-    parser.add_argument("--ranks", type=int, default=1)
+    parser = harness.parser(__doc__)
+    parser.add_argument("--steps", type=int, default=200, help="number of PPO steps")
+    parser.add_argument("--rows", type=int, default=2000, help="number of responses of a step")
+    parser.add_argument("--prompts", type=int, default=10_000, help="number of prompts, a multiple of --rows")
+    parser.add_argument("--engine", choices=("vllm", "megatron"), default="vllm", help="generator: rollout.engine")
+    parser.add_argument("--ranks", type=int, default=1, help="number of ranks of the run")
     parser.add_argument(
-        "--warm-up", type=int, help="steps that are left out: pools fill in them (default: a tenth of --steps)"
+        "--warm-up", type=int, help="number of first steps, in which pools fill, that do not count (default: a tenth)"
     )
     parser.add_argument(
         "--minutes",
         type=float,
         default=600.0,
-        help="end the run after so long; the figures are of the steps until then",
+        help="end the run after so long; the figures are those of the steps until then",
     )
-    parser.add_argument("--json", type=Path, help="write the figures here")
     args = parser.parse_args(arguments)
     if args.warm_up is None:
         args.warm_up = max(3, args.steps // 10)
@@ -256,8 +258,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for figures in Load(Path(name), args).run(Path(name) / "log"):
             print(f"step {figures['steps']:>4} | {format_line(figures)}", file=sys.stderr, flush=True)
             if args.json is not None:
-                args.json.write_text(json.dumps(figures, indent=1) + "\n")
-    print(json.dumps(figures))
+                harness.write_json(args.json, {"benchmark": "load", **figures})
+    rows = [[name, str(value)] for name, value in figures.items()]
+    harness.report("load", figures, args.json, text=render_table(rows, "lr"))
 
 
 if __name__ == "__main__":

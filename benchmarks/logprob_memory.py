@@ -1,14 +1,13 @@
-"""Peak memory of log-probs: ours, in slices and from logits in their own dtype, over the plain way with its float32 copy.
+"""Compare the peak memory of two ways to compute log-probs: ours, in slices of the logits in their own dtype, and the plain one.
 
-Plain is ``logits.float().log_softmax(-1).gather(...)``, forward alone (old log-probs, reference) and with the backward to the
-logits (training the actor). Counted is what each allocates beside the logits, at its peak.
+The plain way is ``logits.float().log_softmax(-1).gather(...)``, with its float32 copy. Both run forward alone (old log-probs, reference)
+and with the backward pass to the logits (training of the actor). The peak is the memory that each allocates in addition to the logits.
 
     python benchmarks/logprob_memory.py --tokens 2048 --vocab 32768 --dtype bf16 --json logprob_memory.json
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
 from collections.abc import Callable
@@ -17,11 +16,13 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import harness
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from hetero_ppo.distributed.vocab_parallel import vocab_parallel_log_probs
+from hetero_ppo.table import render_table
 
 MIB = 2**20
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -30,16 +31,16 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 def measure(
     tokens: int = 1024, vocab_size: int = 32_768, dtype: str = "bf16", *, with_entropy: bool = False
 ) -> dict[str, Any]:
-    """Peak bytes of both ways, and their ratios.
+    """Measure the peak bytes of both ways, and their ratios.
 
     Args:
-        tokens: rows of the logits. A slice of ours has 1 MiB on a CPU and 256 MiB on a GPU: logits should be much larger.
-        vocab_size: columns.
-        dtype: of the logits, "bf16" or "fp32".
-        with_entropy: ours computes the entropies as well.
+        tokens: Number of rows of the logits. A slice of ours has 1 MiB on a CPU and 256 MiB on a GPU: logits should be much larger.
+        vocab_size: Number of columns of the logits.
+        dtype: Name of the logits' dtype, "bf16" or "fp32".
+        with_entropy: True to compute the entropies in our way too.
 
     Returns:
-        ``logprob_peak_ratio``: ours over plain, the larger of ``forward_ratio`` and ``training_ratio``; and the bytes.
+        The bytes, and ``logprob_peak_ratio``: ours over plain, the larger of ``forward_ratio`` and ``training_ratio``.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     generator = torch.Generator().manual_seed(0)
@@ -86,7 +87,7 @@ def _training(function: Callable[[Tensor], Tensor], logits: Tensor) -> None:
 
 
 def _peak_bytes(work: Callable[[], None]) -> int:
-    """The most that ``work`` holds of what it allocates itself, as torch's allocator reports it."""
+    """Return the largest number of bytes that ``work`` allocates and holds at a time, as torch's allocator reports it."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -104,22 +105,19 @@ def _peak_bytes(work: Callable[[], None]) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--vocab", type=int, default=32_768)
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
-    parser.add_argument("--entropy", action="store_true", help="ours computes entropies as well")
-    parser.add_argument("--json", type=Path, help="file for the JSON object as well")
+    parser = harness.parser(__doc__)
+    parser.add_argument("--tokens", type=int, default=2048, help="number of rows of the logits")
+    parser.add_argument("--vocab", type=int, default=32_768, help="number of columns of the logits")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="dtype of the logits")
+    parser.add_argument("--entropy", action="store_true", help="compute entropies in our way too")
     args = parser.parse_args()
     result = measure(args.tokens, args.vocab, args.dtype, with_entropy=args.entropy)
-    print(f"{args.tokens} x {args.vocab} {args.dtype} logits: {result['logits_bytes'] / MIB:.1f} MiB")
+    rows = [["", "ours, MiB", "plain, MiB", "ratio"]]
     for part in ("forward", "training"):
-        ours, plain = (result[f"{name}_{part}_bytes"] / MIB for name in ("ours", "plain"))
-        print(f"{part:8}  ours {ours:8.1f} MiB  plain {plain:8.1f} MiB  ratio {result[f'{part}_ratio']:.3f}")
-    line = json.dumps(result)
-    if args.json is not None:
-        args.json.write_text(line + "\n", encoding="utf-8")
-    print(line)
+        sizes = [f"{result[f'{name}_{part}_bytes'] / MIB:.1f}" for name in ("ours", "plain")]
+        rows.append([part, *sizes, f"{result[f'{part}_ratio']:.3f}"])
+    title = f"{args.tokens} x {args.vocab} {args.dtype} logits: {result['logits_bytes'] / MIB:.1f} MiB"
+    harness.report("logprob_memory", result, args.json, text="\n".join([title, render_table(rows, "lrrr")]))
 
 
 if __name__ == "__main__":

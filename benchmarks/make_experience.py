@@ -1,9 +1,9 @@
-"""Make-experience serial and pipelined, beside generation alone, forwards alone, and the ideal of the two.
+"""Time make-experience serial and pipelined, and compare both with generation alone, forwards alone, and the ideal of the two.
 
-The work: random Llama models (2.4m, 30m: see ``ppo_step.py``), ``--prompts`` prompts of 16 tokens, four forwards with every switch of
-residency. Two kinds of response lengths: all alike, and drawn from a long-tailed (log-normal) distribution; each prompt has its
-length, which the end-of-sequence token does not cut short. On a CPU the trainer has one core and the engine another, in every
-measurement. The measurements of a round are taken in turn; medians over rounds are reported.
+The work: random Llama models (2.4m, 30m: see ``ppo_step.py``), ``--prompts`` prompts of 16 tokens, and four forwards with every switch
+of residency. Response lengths are fixed, or drawn from a long-tailed (log-normal) distribution. Each prompt has its length, and the
+end-of-sequence token does not stop a response. On a CPU the trainer has one core and the generator another, in every measurement.
+A round takes all measurements in turn; medians over rounds are reported.
 
     python benchmarks/make_experience.py --model 2.4m --json result.json
 """
@@ -16,10 +16,9 @@ import json
 import os
 import random
 import statistics
-import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -28,9 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+import harness
 import logprob_memory
 from ppo_step_inputs import SHAPES, Work, our_config, write_config, write_inputs
 
@@ -50,17 +47,25 @@ from megatron_bridge import platform
 
 GB = 1e9
 DTYPES = ("fp32", "bf16")
+NUM_WARM_UP = 1
 
 
 def pin_to(core: int) -> None:
-    """All threads of this process, and what it starts from now on, to one core."""
+    """Pin this process to one core: all its threads, and the processes that it starts later."""
     for task in os.listdir("/proc/self/task"):
         with contextlib.suppress(ProcessLookupError):  # a thread that has just ended
             os.sched_setaffinity(int(task), {core})
 
 
 def draw_lengths(kind: str, count: int, longest: int, seed: int) -> list[int]:
-    """Response tokens of each prompt: ``fixed``, all half of ``longest``; or ``long_tailed``, log-normal with that mean, cut there."""
+    """Return the number of response tokens of each prompt.
+
+    Args:
+        kind: ``fixed`` for half of ``longest`` everywhere, or ``long_tailed`` for a log-normal distribution with half of that mean.
+        count: Number of prompts.
+        longest: Number of tokens of the longest response.
+        seed: Seed of the distribution.
+    """
     if kind == "fixed":
         return [longest // 2] * count
     generator = random.Random(seed)
@@ -70,7 +75,7 @@ def draw_lengths(kind: str, count: int, longest: int, seed: int) -> list[int]:
 
 
 class Answered(NullGenerator):
-    """Answers that are there already, in the order in which they once were complete: nothing computes them."""
+    """A generator that returns recorded responses, in the order in which they were completed. It computes nothing."""
 
     is_here = True
 
@@ -104,20 +109,20 @@ class Answered(NullGenerator):
 
 @dataclass
 class Bench:
-    """A trainer whose generator is up, and one batch of prompts."""
+    """A trainer with a started generator, and one batch of prompts."""
 
     trainer: PpoTrainer
     prompts: PromptBatch
     chunk_size: int
 
     def started(self, generator: Generator, lengths: list[int]) -> PendingRollout:
-        """Return a rollout that is started; the device is the generator's."""
+        """Wake the generator, start a rollout and return it."""
         self.trainer.turns.wake()
         request = GenerationRequest(self.prompts, self.trainer.config.rollout.sampling, n=1, seed=1, max_tokens=lengths)
         return PendingRollout(generator, request, dist.group.WORLD, version="step0", chunk_size=self.chunk_size).start()
 
     def generate_alone(self, lengths: list[int]) -> tuple[float, float]:
-        """Seconds of the whole generation, and to its first chunk."""
+        """Generate without forwards. Return the seconds of the whole generation, and those to its first chunk."""
         start = time.perf_counter()
         pending = self.started(self.trainer.generator, lengths)
         pending.next_chunks()
@@ -128,7 +133,7 @@ class Bench:
         return pending.seconds, first
 
     def make(self, generator: Generator, lengths: list[int], *, overlap: bool) -> tuple[float, Experience]:
-        """Wall seconds of make-experience, and what it made."""
+        """Run make-experience. Return its wall seconds and the experience."""
         pipeline = Pipeline(self.trainer.maker, overlap)
         start = time.perf_counter()
         pending = self.started(generator, lengths)
@@ -137,47 +142,54 @@ class Bench:
 
 
 def measure_lengths(bench: Bench, lengths: list[int], rounds: int) -> dict[str, Any]:
-    """One distribution of lengths."""
+    """Measure one distribution of lengths."""
     generator = bench.trainer.generator
-    seconds: dict[str, list[float]] = {name: [] for name in ("generate", "first", "forwards", "serial", "pipelined")}
-    rate, identical = [], True
-    for index in range(rounds + 1):
+
+    def one_round(number: int) -> tuple[dict[str, float], float, bool, dict[str, float]]:
         generate, first = bench.generate_alone(lengths)
         serial, _ = bench.make(generator, lengths, overlap=False)
         pipelined, made = bench.make(generator, lengths, overlap=True)
         forwards, again = bench.make(Answered(made.rollout, 1), lengths, overlap=False)
-        identical = identical and same_bits(made, again)
-        if index == 0:  # warm-up
-            continue
-        for name, value in zip(seconds, (generate, first, forwards, serial, pipelined), strict=True):
-            seconds[name].append(value)
-        rate.append(generate / made.metrics["rollout/generate_s"])
-    return summary(seconds, rate, identical, lengths, bench.chunk_size, made.metrics)
+        seconds = {"generate": generate, "first": first, "forwards": forwards, "serial": serial, "pipelined": pipelined}
+        return seconds, generate / made.metrics["rollout/generate_s"], same_bits(made, again), made.metrics
+
+    measured = harness.alternate({"round": one_round}, rounds, num_warm_up=NUM_WARM_UP)["round"]
+    each, rates, identical, metrics = zip(*measured, strict=True)
+    seconds = {name: [one[name] for one in each] for name in each[0]}
+    return summary(seconds, rates, all(identical), lengths, bench.chunk_size, metrics[-1])
 
 
 def summary(
     seconds: dict[str, list[float]],
-    rate: list[float],
+    rates: Sequence[float],
     identical: bool,
     lengths: list[int],
     chunk_size: int,
     last: dict[str, float],
 ) -> dict[str, Any]:
-    """Medians, and ratios within a round."""
-    chunk_share = min(1.0, chunk_size / len(lengths))  # a whole chunk's
+    """Return the medians, and the ratios within a round.
+
+    Args:
+        seconds: Seconds of every round, by measurement.
+        rates: Ratio of every round of the rate of generation during forwards over that of generation alone.
+        identical: True when the pipeline made the bits of its serial twin in every round.
+        lengths: Number of response tokens of each prompt.
+        chunk_size: Number of responses of a chunk.
+        last: Metrics of the last round.
+    """
+    chunk_share = min(1.0, chunk_size / len(lengths))  # the share of a whole chunk
 
     def ideal(generate: float, first: float, forwards: float) -> float:
         fill = forwards * chunk_share if generate >= forwards else first
         return max(generate, forwards) + fill
 
-    rounds = list(zip(*seconds.values(), strict=True))
-    ideals = [ideal(generate, first, forwards) for generate, first, forwards, _, _ in rounds]
+    ideals = list(map(ideal, seconds["generate"], seconds["first"], seconds["forwards"]))
     found = {f"{name}_s": statistics.median(values) for name, values in seconds.items()}
     return found | {
         "ideal_s": statistics.median(ideals),
-        "pipelined_over_ideal": statistics.median(row[4] / best for row, best in zip(rounds, ideals, strict=True)),
-        "pipelined_over_serial": statistics.median(row[4] / row[3] for row in rounds),
-        "generation_rate_ratio": statistics.median(rate),
+        "pipelined_over_ideal": harness.median_ratio(seconds["pipelined"], ideals),
+        "pipelined_over_serial": harness.median_ratio(seconds["pipelined"], seconds["serial"]),
+        "generation_rate_ratio": statistics.median(rates),
         "identical_to_serial": identical,
         "num_chunks": last["pipeline/num_chunks"],
         "num_waves": last["pipeline/num_waves"],
@@ -187,7 +199,7 @@ def summary(
 
 
 def same_bits(one: Experience, other: Experience) -> bool:
-    """Every tensor of the two experiences and of their rollouts."""
+    """Return True when every tensor of the two experiences and of their rollouts is equal."""
 
     def tensors(record: Experience | Rollout) -> list[Tensor]:
         values = [getattr(record, entry.name) for entry in fields(record)]
@@ -197,20 +209,14 @@ def same_bits(one: Experience, other: Experience) -> bool:
     return all(torch.equal(a, b) for a, b in pairs)
 
 
-def median_seconds(work: Callable[[], object], repeats: int) -> float:
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
-
-
-SYNC_FIGURES = ("sync_s", "sync_write_s", "sync_checksum_s", "sync_golden_s", "sync_bytes", "sync_gb_s", "memcpy_gb_s")
+SYNC_FIGURES = ("sync_s", "sync_write_s", "sync_checksum_s", "sync_probe_s", "sync_bytes", "sync_gb_s", "memcpy_gb_s")
 
 
 def measure_sync(trainer: PpoTrainer, repeats: int) -> dict[str, Any]:
-    """Weight syncs with all their checks, beside a plain copy of as many bytes; nulls and the reason where there are no syncs."""
+    """Measure weight syncs with all their checks, and a plain copy of as many bytes.
+
+    Without syncs every figure is None, and ``sync_none`` is the reason.
+    """
     if actor_generates(trainer.config):
         reason = "the actor itself generates (rollout.engine=megatron): there is no second copy of the weights"
         return {**dict.fromkeys(SYNC_FIGURES), "sync_none": reason}
@@ -222,7 +228,7 @@ def measure_sync(trainer: PpoTrainer, repeats: int) -> dict[str, Any]:
         stats.append(trainer.generator.last_sync)
     source = torch.ones(stats[0].num_bytes, dtype=torch.uint8)
     target = torch.empty_like(source)
-    copy_s = median_seconds(lambda: target.copy_(source), repeats)
+    copy_s = harness.median_seconds(lambda: target.copy_(source), repeats)
     figures = (
         statistics.median(one.seconds for one in stats),
         statistics.median(one.write_s for one in stats),
@@ -236,7 +242,7 @@ def measure_sync(trainer: PpoTrainer, repeats: int) -> dict[str, Any]:
 
 
 def table(lengths: dict[str, dict[str, Any]], sync: dict[str, Any]) -> str:
-    """For people."""
+    """Return the result for people."""
     rows = [
         ("generation alone, s", "generate_s", "{:.3f}"),
         ("forwards alone, s", "forwards_s", "{:.3f}"),
@@ -245,30 +251,32 @@ def table(lengths: dict[str, dict[str, Any]], sync: dict[str, Any]) -> str:
         ("ideal, s", "ideal_s", "{:.3f}"),
         ("pipelined over ideal", "pipelined_over_ideal", "{:.3f}"),
         ("pipelined over serial", "pipelined_over_serial", "{:.3f}"),
-        ("generation's rate beside forwards", "generation_rate_ratio", "{:.3f}"),
+        ("rate of generation during forwards", "generation_rate_ratio", "{:.3f}"),
         ("bits of the serial twin", "identical_to_serial", "{}"),
         ("chunks", "num_chunks", "{:.0f}"),
         ("waves", "num_waves", "{:.0f}"),
         ("response tokens", "response_tokens", "{}"),
     ]
-    cells = [["", *lengths]]
-    cells += [[title, *(text.format(figures[key]) for figures in lengths.values())] for title, key, text in rows]
-    lines = [render_table(cells, "l" + "r" * len(lengths))]
+    cells = [["", *lengths], *([title, *(text.format(r[key]) for r in lengths.values())] for title, key, text in rows)]
+    return "\n".join([render_table(cells, "l" + "r" * len(lengths)), sync_line(sync)])
+
+
+def sync_line(sync: dict[str, Any]) -> str:
+    """Return the weight sync for people."""
     if sync["sync_none"] is not None:
-        return "\n".join([*lines, f"weight sync: none, {sync['sync_none']}"])
-    lines.append(
+        return f"weight sync: none, {sync['sync_none']}"
+    return (
         f"weight sync: {sync['sync_s']:.3f} s for {sync['sync_bytes'] / 2**20:.1f} MiB, {sync['sync_gb_s']:.3f} GB/s (plain copy "
-        f"{sync['memcpy_gb_s']:.1f} GB/s); {sync['sync_write_s']:.3f} s of it write and hash, {sync['sync_checksum_s']:.3f} s are the "
-        f"servers' checksums; after it the probe prompt, {sync['sync_golden_s']:.3f} s"
+        f"{sync['memcpy_gb_s']:.1f} GB/s). Writing and hashing took {sync['sync_write_s']:.3f} s of it, the servers' checksums "
+        f"{sync['sync_checksum_s']:.3f} s. The probe prompt after it took {sync['sync_probe_s']:.3f} s"
     )
-    return "\n".join(lines)
 
 
 def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Everything, in this process."""
+    """Run all measurements in this process."""
     cores = sorted(os.sched_getaffinity(0))
     if not platform.HAS_CUDA and len(cores) < 2:
-        raise SystemExit("this benchmark needs two cores: one for the trainer and one for the engine")
+        raise SystemExit("this benchmark needs two cores: one for the trainer and one for the generator")
     work = Work(prompts_per_step=args.prompts, response_tokens=args.longest, minibatch=args.prompts)
     inputs = write_inputs(SHAPES[args.model], work, 1, folder)
     config = our_config(inputs, work, args.dtype, 1, folder / "run", args.micro_batch)
@@ -279,8 +287,6 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     config["run"]["threads"] = 1
     write_config(config, folder / "ppo.yaml")
     loaded = load_config(str(folder / "ppo.yaml"), args.overrides)
-    world = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-    os.environ.update(world | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"})
     if not platform.HAS_CUDA:
         pin_to(cores[1])  # the server is started from here
     stop = StopRequests(loaded.config.run.stop_within_s)
@@ -300,24 +306,23 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=SHAPES, default="2.4m")
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
-    parser.add_argument("--prompts", type=int, default=256, help="of the rollout batch")
+    parser = harness.parser(__doc__, rounds=5, num_warm_up=NUM_WARM_UP)
+    parser.add_argument("--model", choices=SHAPES, default="2.4m", help="size of every model")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="dtype of every model")
+    parser.add_argument("--prompts", type=int, default=256, help="number of prompts of the rollout batch")
     parser.add_argument(
         "--longest", type=int, default=128, help="tokens of the longest response; fixed ones have half of it"
     )
-    parser.add_argument("--running-batch", type=int, default=64, help="sequences that the engine decodes at once")
-    parser.add_argument("--chunk", type=int, help="responses of a chunk (default: the running batch)")
-    parser.add_argument("--micro-batch", type=int, default=16, help="sequences per forward")
-    parser.add_argument("--rounds", type=int, default=5, help="that count, after one for warm-up")
-    parser.add_argument("--json", type=Path, help="file for the JSON object as well")
+    parser.add_argument(
+        "--running-batch", type=int, default=64, help="number of sequences that the generator decodes at once"
+    )
+    parser.add_argument("--chunk", type=int, help="number of responses of a chunk (default: the running batch)")
+    parser.add_argument("--micro-batch", type=int, default=16, help="number of sequences of a forward")
     parser.add_argument("overrides", nargs="*", help="config overrides, such as residency.offload=false")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="make-experience-") as folder:
+    with tempfile.TemporaryDirectory(prefix="make-experience-") as folder, harness.one_rank():
         result = run(args, Path(folder))
     sync = {name: value for name, value in result.items() if name != "lengths"}
-    print("\n" + table(result["lengths"], sync))
     worst = {
         "pipelined_over_ideal": max(r["pipelined_over_ideal"] for r in result["lengths"].values()),
         "pipelined_over_serial": max(r["pipelined_over_serial"] for r in result["lengths"].values()),
@@ -325,11 +330,8 @@ def main() -> None:
         "identical_to_serial": all(r["identical_to_serial"] for r in result["lengths"].values()),
         "logprob_peak_ratio": logprob_memory.measure()["logprob_peak_ratio"],
     }
-    settings = {name: str(value) for name, value in vars(args).items() if name not in ("json", "overrides")}
-    line = json.dumps({"benchmark": "make_experience", "device": platform.device().type, **settings, **worst, **result})
-    if args.json is not None:
-        args.json.write_text(line + "\n", encoding="utf-8")
-    print("\n" + line)
+    figures = {"device": platform.device().type, **harness.settings(args), **worst, **result}
+    harness.report("make_experience", figures, args.json, text=table(result["lengths"], sync))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ one did, and 2 on an error.
 
 from __future__ import annotations
 
-import argparse
 import fnmatch
 import importlib
 import json
@@ -29,6 +28,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import harness
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -114,7 +114,7 @@ def read_mutants(path: Path = MUTANTS) -> list[Mutant]:
     """Read the list.
 
     Raises:
-        ValueError: a field is missing or unknown, or a name comes twice.
+        ValueError: A field is missing or unknown, or a name comes twice.
     """
     mutants: list[Mutant] = []
     for table in tomllib.loads(path.read_text())["mutant"]:
@@ -141,7 +141,7 @@ def mutated(mutant: Mutant, root: Path) -> str:
     """Return the edited file.
 
     Raises:
-        ValueError: the old text is not there exactly once, the new file does not compile, or the test does not exist.
+        ValueError: The file does not hold the old text exactly once, the new file does not compile, or the test does not exist.
     """
     path = root / mutant.file
     if mutant.file.startswith(NOT_MUTATED) or not path.is_file():
@@ -203,7 +203,7 @@ class Pool:
         self.running: dict[int, tuple[Any, float, float]] = {}  # pid -> (key, start, time limit)
 
     def start(self, key: Any, tree: Path, tests: Sequence[str], timeout_s: float, *, stop_at_first: bool) -> None:
-        """Fork a child that runs the tests in ``tree``, and leaves ``<tree>.json`` and ``<tree>.log``."""
+        """Start a child that runs the tests in ``tree``, and leaves ``<tree>.json`` and ``<tree>.log``."""
         sys.stdout.flush()
         sys.stderr.flush()
         pid = os.fork()
@@ -216,7 +216,7 @@ class Pool:
         self.running[pid] = (key, time.monotonic(), timeout_s)
 
     def wait(self) -> tuple[Any, float, bool]:
-        """Wait for a child to end. Returns its key, its seconds, and whether it ran out of time. Nothing that it started is left."""
+        """Wait for a child to end, and end what it started. Return its key, its seconds, and whether it ran out of time."""
         while True:
             for pid, (key, start, timeout_s) in list(self.running.items()):
                 seconds = time.monotonic() - start
@@ -249,7 +249,7 @@ def _kill_group(pid: int) -> None:
 
 
 def _run_tests(base: Path, tree: Path, tests: Sequence[str], stop_at_first: bool) -> int:
-    """Become a process of ``tree``, and run pytest in it."""
+    """Turn this process into one of ``tree``, and run pytest in it."""
     os.setsid()
     log = os.open(tree.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     nothing = os.open(os.devnull, os.O_RDONLY)
@@ -296,7 +296,7 @@ def run_baseline(pool: Pool, tests: Sequence[str]) -> dict[str, float]:
     """Run all tests on the unmutated tree, those of a file in one process. Returns test -> seconds.
 
     Raises:
-        ValueError: a test fails there.
+        ValueError: A test fails there.
     """
     by_file: dict[str, list[str]] = {}
     for test in tests:
@@ -349,7 +349,7 @@ def run_mutants(pool: Pool, mutants: Sequence[Mutant], seconds: dict[str, float]
             limit = max(TIMEOUT_S, TIMEOUT_FACTOR * seconds.get(mutant.test, 0.0))
             pool.start((mutant, tree), tree, [mutant.test], limit, stop_at_first=True)
         (mutant, tree), spent, is_late = pool.wait()
-        results.append(judge(mutant, read_outcome(tree), spent, is_late))
+        results.append(result_of(mutant, read_outcome(tree), spent, is_late))
         result = results[-1]
         print(
             f"{len(results):3}/{len(mutants)} {result.outcome:8} {result.seconds:5.1f} s  {mutant.name}: {result.why}",
@@ -362,8 +362,8 @@ def run_mutants(pool: Pool, mutants: Sequence[Mutant], seconds: dict[str, float]
     return results
 
 
-def judge(mutant: Mutant, outcome: dict[str, Any], seconds: float, is_late: bool) -> Result:
-    """Decide what became of a mutant. One that cannot be imported proves nothing: that is an error."""
+def result_of(mutant: Mutant, outcome: dict[str, Any], seconds: float, is_late: bool) -> Result:
+    """Return the result of a mutant. One that cannot be imported proves nothing: that is an error."""
     if is_late:
         return Result(mutant.name, "killed", seconds, f"{mutant.test} did not end")
     if outcome["broken"]:
@@ -387,12 +387,12 @@ def run(mutants: Sequence[Mutant], jobs: int, *, baseline: bool) -> list[Result]
     """Run mutants on a copy of the tree.
 
     Args:
-        mutants: those to run.
-        jobs: tests at a time.
-        baseline: prove that the tests pass on the unmutated tree first.
+        mutants: Mutants to run.
+        jobs: Number of tests that run at a time.
+        baseline: True to prove first that the tests pass on the unmutated tree.
 
     Raises:
-        ValueError: one of them does not.
+        ValueError: A test fails on the unmutated tree.
     """
     with tempfile.TemporaryDirectory(prefix="mutants_") as folder:
         base = Path(folder).resolve() / "base"
@@ -416,7 +416,7 @@ def chosen(mutants: Sequence[Mutant], patterns: Sequence[str], *, fast: bool) ->
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__)
     parser.add_argument(
         "--only", nargs="+", default=["*"], metavar="PATTERN", help="mutants with this in their name or area"
     )
@@ -424,7 +424,6 @@ def main() -> int:
     parser.add_argument(
         "--jobs", type=int, default=len(os.sched_getaffinity(0)), help="tests at a time (default: the cores)"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures and every mutant's outcome here")
     parser.add_argument("--check", action="store_true", help="only check that every edit applies")
     parser.add_argument("--no-baseline", action="store_true", help="do not run the tests on the unmutated tree first")
     args = parser.parse_args()
@@ -447,12 +446,9 @@ def main() -> int:
         print(f"{result.outcome.upper()}: {result.name}: {result.why}")
     figures = {"survived": len(by_outcome["survived"]), "total": len(results), "errors": len(by_outcome["error"])}
     figures["seconds"] = round(time.monotonic() - start)
-    if args.json is not None:
-        args.json.write_text(
-            json.dumps({**figures, "mutants": [asdict(result) for result in results]}, indent=1) + "\n"
-        )
-    print(f"survived: {figures['survived']} of {figures['total']}")
-    print(json.dumps(figures))
+    text = f"survived: {figures['survived']} of {figures['total']}"
+    details = {"mutants": [asdict(result) for result in results]}
+    harness.report("mutants", figures, args.json, text=text, details=details)
     return 2 if by_outcome["error"] else 1 if by_outcome["survived"] else 0
 
 

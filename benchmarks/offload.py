@@ -1,8 +1,9 @@
-"""What the turns cost and save: an actor and a critic that share a device, against both resident, in one process.
+"""Measure what turns cost and save: an actor and a critic that take turns on a device, against both resident, in one process.
 
-For each: bytes moved, seconds, GB/s beside the machine's own copy (pinned memory on CUDA), the peak of turns over both resident,
-what of a switch the computation had to wait for, and 20 cycles with flat memory. On a machine without a GPU "device" memory is
-host memory too: storages are really released and come back, copies are memcpy, and the lanes share the cores with the training.
+Measured are bytes moved, seconds, GB/s in comparison with a plain copy (from pinned memory on CUDA), the peak memory of turns over that
+of both resident, the seconds that the computation waits for switches, and the growth of memory over 20 cycles. On a machine without a
+GPU the device's memory is host memory too: storages are really released and allocated again, copies are memcpy, and the copy lanes share
+the cores with the training.
 
     python benchmarks/offload.py --model 125m --json offload.json
 """
@@ -11,16 +12,15 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import harness
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils.logging import disable_progress_bar
@@ -43,6 +43,7 @@ from hetero_ppo.memory.ledger import total
 from hetero_ppo.memory.plan_storage import RoleStorage
 from hetero_ppo.step.kinds import TRAINING, Kind
 from hetero_ppo.step.phases import training_phase
+from hetero_ppo.table import render_table
 from hetero_ppo.types import AnswerInputs, ValueInputs
 from megatron_bridge import platform
 from megatron_bridge.platform.copies import allocated_bytes, pinned_host_memory, release_pinned
@@ -59,7 +60,7 @@ SCHEDULE = [training_phase("critic"), training_phase("actor")]
 
 
 class Roles:
-    """Actor and critic on one device, trained in turns."""
+    """An actor and a critic on one device, trained in turns."""
 
     def __init__(self, model: Path, args: argparse.Namespace, *, offload: bool = True, overlap: bool = True) -> None:
         self.device = SharedDevice(ResidencyConfig(offload=offload, overlap=overlap), SCHEDULE)
@@ -77,7 +78,7 @@ class Roles:
         self.mask = torch.ones(args.rows, args.tokens - 1, dtype=torch.bool)
 
     def train(self, engine: TrainEngine, steps: int) -> None:
-        """Optimizer steps inside a turn."""
+        """Run optimizer steps inside a turn."""
         zeros = self.mask.float() * 0
         inputs: Any = AnswerInputs(self.mask) if engine.head == "lm" else ValueInputs(zeros, zeros + 1, self.mask)
         vocab_loss = sft_loss_fn(engine.vocab_size, engine.groups)
@@ -87,7 +88,7 @@ class Roles:
             engine.train_step([LossTerm(parts, loss, self.mask.sum().item())])
 
     def cycle(self, steps: int) -> None:
-        """A turn of each."""
+        """Run one turn of each role, with ``steps`` optimizer steps."""
         for engine in (self.critic, self.actor):
             with engine.on_device(grads=True, optimizer=True, phase=f"train_{engine.role}"):
                 self.train(engine, steps)
@@ -95,24 +96,17 @@ class Roles:
 
     @property
     def resident_bytes(self) -> int:
-        """Bytes of both roles."""
+        """Number of bytes of both roles."""
         return sum(role.num_bytes(frozenset(Kind)) for role in self.device.roles.values())
 
 
-def median_seconds(work: Callable[[], None], repeats: int) -> float:
-    """Median wall seconds of one call."""
-    seconds = []
-    for _ in range(repeats):
-        platform.synchronize()
-        start = time.perf_counter()
-        work()
-        platform.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
+def median_seconds(work: Callable[[], object], repeats: int) -> float:
+    """Return the median wall seconds of one call, until the device is done with it."""
+    return harness.median_seconds(work, repeats, settle=platform.synchronize)
 
 
 def machine_copy_rates(num_bytes: int, repeats: int) -> dict[str, float]:
-    """GB/s of one plain copy into memory that is there, and into memory that is allocated for it, host <-> device."""
+    """Measure the GB/s of plain copies between host and device, into existing memory and into memory that is allocated for the copy."""
     host = pinned_host_memory(num_bytes).fill_(1)
     device = torch.ones(num_bytes, dtype=torch.uint8, device=platform.device())
 
@@ -129,9 +123,10 @@ def machine_copy_rates(num_bytes: int, repeats: int) -> dict[str, float]:
 
 
 def measure_copies(roles: Roles, repeats: int) -> dict[str, float]:
-    """Seconds and GB/s of one role's way out and way in alone, and of critic out with actor in, one after the other and overlapped.
+    """Measure one role's copy to the host and one role's copy to the device, and both of a switch, in sequence and overlapped.
 
-    Every byte that a training changes counts as changed. Gradient buffers come in as zeros, which is no copy: they are timed apart.
+    Every byte that training changes is copied to the host. Gradient buffers are zeroed on the device, which is no copy: they are timed
+    separately.
     """
     device, actor, critic = roles.device, roles.actor.residency, roles.critic.residency
     copied = actor.num_bytes(frozenset(Kind) - {Kind.grads})
@@ -170,7 +165,7 @@ def measure_copies(roles: Roles, repeats: int) -> dict[str, float]:
 
 
 def measure_turns(roles: Roles, cycles: int, steps: int) -> dict[str, float]:
-    """Median seconds of a cycle of both turns, and how much of it the computation waited for switches."""
+    """Measure the median seconds of a cycle of both turns, and the seconds in it that the computation waits for switches."""
     roles.cycle(steps)
     seconds, waited = [], []
     for _ in range(cycles):
@@ -181,18 +176,18 @@ def measure_turns(roles: Roles, cycles: int, steps: int) -> dict[str, float]:
 
 
 def planned_bytes(engine: TrainEngine) -> int:
-    """Return what ``hetero-ppo plan`` counts for a role, from its config alone."""
+    """Return the bytes that ``hetero-ppo plan`` counts for a role, from its configuration alone."""
     return sum(RoleStorage(engine.role, engine.train_config, 1).bytes_by_kind(0).values())
 
 
 def resident_set_bytes() -> int:
-    """Memory of this process that is in RAM."""
+    """Return the bytes of this process that are in RAM."""
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def measure_leaks(roles: Roles, cycles: int) -> dict[str, float]:
-    """Device and host bytes between cycles, first and last: as accounted and as the device and the system report them."""
+    """Measure the growth of device and host bytes from the first cycle to the last, by the ledger, the device and the system."""
     looks = []
     for _ in range(cycles + 1):
         roles.cycle(1)
@@ -206,7 +201,7 @@ def measure_leaks(roles: Roles, cycles: int) -> dict[str, float]:
 
 
 def measure(args: argparse.Namespace, model: Path) -> dict[str, Any]:
-    """Everything, with a line for each part as it is done."""
+    """Run all measurements, and print each when it is done."""
     roles = Roles(model, args)
     result: dict[str, Any] = {"role_bytes": roles.actor.residency.num_bytes(frozenset(Kind))}
     roles.device.peak_bytes = 0
@@ -237,7 +232,7 @@ def measure(args: argparse.Namespace, model: Path) -> dict[str, Any]:
 
 
 def ratios(result: dict[str, Any]) -> dict[str, float]:
-    """The figures that runs are compared by."""
+    """Return the figures by which runs are compared."""
     copies, machine = result["copies"], result["machine_gb_s"]
     return {
         "peak_ratio": result["peak_bytes"] / result["resident_bytes"],
@@ -257,7 +252,7 @@ def ratios(result: dict[str, Any]) -> dict[str, float]:
 
 
 def write_model(name: str, folder: Path) -> Path:
-    """A Llama with random weights, in bf16."""
+    """Write a Llama with random weights in bf16. Return its folder."""
     disable_progress_bar()
     layers, hidden, ffn, heads, kv_heads, vocab = SHAPES[name]
     torch.manual_seed(0)
@@ -276,24 +271,8 @@ def write_model(name: str, folder: Path) -> Path:
     return folder
 
 
-@contextmanager
-def one_rank() -> Iterator[None]:
-    """A world of this process."""
-    for name, value in {
-        "RANK": "0",
-        "LOCAL_RANK": "0",
-        "WORLD_SIZE": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "0",
-    }.items():
-        os.environ.setdefault(name, value)
-    initialise(10.0)
-    yield
-    finish()
-
-
 def table(result: dict[str, Any]) -> str:
-    """For people."""
+    """Return the result for people."""
     copies, machine = result["copies"], result["machine_gb_s"]
     gib = 2**30
     rows = [
@@ -324,30 +303,27 @@ def table(result: dict[str, Any]) -> str:
         ("plan", f"{result['plan_error_pct']:.3f} % off what the storages hold"),
         ("leaked in 20 cycles", ", ".join(f"{name} {num_bytes} bytes" for name, num_bytes in result["leaked"].items())),
     ]
-    return "\n".join(f"{name:22} {value}" for name, value in rows)
+    return render_table(rows, "ll")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=SHAPES, default="1b" if platform.HAS_CUDA else "125m")
-    parser.add_argument("--rows", type=int, default=8, help="sequences of a training step")
-    parser.add_argument("--tokens", type=int, default=128, help="tokens of a sequence")
-    parser.add_argument("--steps", type=int, default=4, help="optimizer steps of a turn")
-    parser.add_argument("--cycles", type=int, default=3, help="cycles of both turns that are timed")
-    parser.add_argument("--repeats", type=int, default=5, help="repeats of the bare copies")
-    parser.add_argument("--distributed", action="store_true", help="distributed optimizer")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads of the computation")
-    parser.add_argument("--json", type=Path, help="file for the JSON object as well")
+    parser = harness.parser(__doc__)
+    parser.add_argument("--model", choices=SHAPES, default="1b" if platform.HAS_CUDA else "125m", help="size of a role")
+    parser.add_argument("--rows", type=int, default=8, help="number of sequences of a training step")
+    parser.add_argument("--tokens", type=int, default=128, help="number of tokens of a sequence")
+    parser.add_argument("--steps", type=int, default=4, help="number of optimizer steps of a turn")
+    parser.add_argument("--cycles", type=int, default=3, help="number of cycles of both turns that are timed")
+    parser.add_argument("--repeats", type=int, default=5, help="number of repeats of the bare copies")
+    parser.add_argument("--distributed", action="store_true", help="use the distributed optimizer")
+    parser.add_argument("--threads", type=int, default=1, help="number of CPU threads of the computation")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    with tempfile.TemporaryDirectory(prefix="offload-") as folder, one_rank():
+    with tempfile.TemporaryDirectory(prefix="offload-") as folder, harness.one_rank():
+        initialise(10.0)
         result = measure(args, write_model(args.model, Path(folder) / args.model))
-    settings = {name: str(value) for name, value in vars(args).items() if name != "json"}
-    print("\n" + table(result))
-    line = json.dumps({"benchmark": "offload", "device": platform.device().type, **settings, **result})
-    if args.json is not None:
-        args.json.write_text(line + "\n", encoding="utf-8")
-    print("\n" + line)
+        finish()
+    figures = {"device": platform.device().type, **harness.settings(args), **result}
+    harness.report("offload", figures, args.json, text=table(result))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Seconds per PPO step by phase, samples/s and tokens/s; with ``--peer trl`` beside TRL's PPOTrainer on the same work.
+"""Measure the seconds of a PPO step by phase, samples/s and tokens/s; with ``--peer trl`` also those of TRL's PPOTrainer.
 
 The work: 64 prompts of 16 tokens, 64-token responses (the end-of-sequence token does not stop them), one PPO epoch,
 minibatches of 16, four random Llama models of one size (2.4m: 4 layers, hidden size 256, vocabulary 128; 30m: 8 layers,
-hidden size 512, vocabulary 4096). Each system runs in processes of its own, with the machine to itself; they take turns
-over ``--rounds`` rounds. The first steps of every run are warm-up and don't count. ``docs/benchmarks.md`` says more.
+hidden size 512, vocabulary 4096). Each system runs in its own processes and has the machine to itself; the systems alternate
+over ``--rounds`` rounds. The first steps of every run are warm-up and do not count. See ``docs/benchmarks.md``.
 
     python benchmarks/ppo_step.py --model 2.4m --dtype bf16 --peer trl --json result.json
 """
@@ -17,25 +17,26 @@ import signal
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
+import harness
 from peers.environment import default_folder, ensure_trl, tail
 from ppo_step_inputs import ROLES, SHAPES, Inputs, ModelShape, Work, num_cores, our_config, write_config, write_inputs
 from ppo_step_report import model_result, read_steps, report, summary, table
 
 ROOT = Path(__file__).resolve().parents[1]
 DTYPES = ("fp32", "bf16")
-#: Steps that count, of one run: about 20 seconds of work on two cores.
+#: Number of steps of a run that count: about 20 seconds of work on two cores.
 DEFAULT_STEPS = {"2.4m": 8, "30m": 3}
 
 
 def run_process(command: list[str], log: Path, timeout_s: float) -> None:
-    """Run a command in a session of its own, with its output in ``log``; on any way out nothing of it is left running.
+    """Run a command in its own session, with its output in ``log``. No process of it is left, however this function ends.
 
-    Raises RuntimeError with the end of the log when it fails or runs past ``timeout_s``.
+    Raises:
+        RuntimeError: The command failed or ran past ``timeout_s``. The message has the end of the log.
     """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
     with log.open("w", encoding="utf-8") as output:
@@ -65,7 +66,7 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def run_ours(args: argparse.Namespace, inputs: Inputs, work: Work, steps: int, folder: Path) -> list[dict[str, float]]:
-    """One run of this project. Returns seconds by phase of the steps that count."""
+    """Run this project once. Return the seconds by phase of the steps that count."""
     folder.mkdir(parents=True)
     micro_batch = args.micro_batch or work.minibatch
     config = our_config(inputs, work, args.dtype, args.warmup + steps, folder / "run", micro_batch)
@@ -82,7 +83,7 @@ def run_ours(args: argparse.Namespace, inputs: Inputs, work: Work, steps: int, f
 def run_trl(
     args: argparse.Namespace, python: Path, inputs: Inputs, work: Work, dtype: str, steps: int, folder: Path
 ) -> list[dict[str, float]]:
-    """One run of TRL. Returns seconds by phase of the steps that count."""
+    """Run TRL once. Return the seconds by phase of the steps that count."""
     folder.mkdir(parents=True)
     result = folder / "result.json"
     launcher = [str(python)]
@@ -113,48 +114,52 @@ def run_trl(
 def measure(
     args: argparse.Namespace, shape: ModelShape, work: Work, peer_python: Path | None, folder: Path
 ) -> dict[str, Any]:
-    """All rounds of one model size. Returns its JSON object."""
+    """Run all rounds of one model size. Return its JSON object."""
     steps = args.steps or DEFAULT_STEPS[shape.name]
     inputs = write_inputs(shape, work, args.warmup + steps, folder)
     peer_dtypes = [] if peer_python is None else sorted(args.peer_dtypes, key=lambda dtype: dtype != args.dtype)
-    ours: list[list[dict[str, float]]] = []
-    peer: dict[str, list[list[dict[str, float]]]] = {dtype: [] for dtype in peer_dtypes}
 
     def progress(number: int, system: str, measured: list[dict[str, float]]) -> None:
         rate = summary([measured], work)["samples_per_s"]
         print(f"{shape.name} round {number + 1}/{args.rounds}: {system} {rate:.2f} samples/s", flush=True)
 
-    for number in range(args.rounds):
-        ours.append(run_ours(args, inputs, work, steps, folder / f"ours-{number}"))
-        progress(number, f"ours {args.dtype}", ours[-1])
-        for dtype in peer_dtypes:
-            where = folder / f"{args.peer}-{dtype}-{number}"
-            peer[dtype].append(run_trl(args, peer_python, inputs, work, dtype, steps, where))
-            progress(number, f"{args.peer} {dtype}", peer[dtype][-1])
-    peer_summaries = {dtype: summary(rounds, work) for dtype, rounds in peer.items()}
-    return model_result(shape, args.dtype, summary(ours, work), args.peer, peer_summaries)
+    def ours(number: int) -> list[dict[str, float]]:
+        return run_ours(args, inputs, work, steps, folder / f"ours-{number}")
+
+    def peer(dtype: str, number: int) -> list[dict[str, float]]:
+        return run_trl(args, peer_python, inputs, work, dtype, steps, folder / f"{args.peer}-{dtype}-{number}")
+
+    systems = {"ours": ours, **{f"{args.peer} {dtype}": partial(peer, dtype) for dtype in peer_dtypes}}
+    runs = harness.alternate(systems, args.rounds, on_result=progress)
+    peer_summaries = {dtype: summary(runs[f"{args.peer} {dtype}"], work) for dtype in peer_dtypes}
+    return model_result(shape, args.dtype, summary(runs["ours"], work), args.peer, peer_summaries)
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=[*SHAPES, "all"], default="all")
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of our models (main parameters are fp32)")
-    parser.add_argument("--nproc", type=int, default=2, help="torchrun processes of ours, a share of the cores each")
-    parser.add_argument("--peer-nproc", type=int, default=1, help="the same of the peer")
-    parser.add_argument("--steps", type=int, help=f"PPO steps that count, per run (default {DEFAULT_STEPS})")
-    parser.add_argument("--warmup", type=int, default=1, help="PPO steps before them, per run")
-    parser.add_argument("--rounds", type=int, help="runs of each system (default: 1, with a peer 3)")
-    parser.add_argument("--micro-batch", type=int, help="sequences per forward of ours (default: the minibatch)")
+    parser = harness.parser(__doc__)
+    parser.add_argument("--model", choices=[*SHAPES, "all"], default="all", help="size of the models")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="bf16", help="dtype of our models (main parameters are fp32)"
+    )
+    parser.add_argument("--nproc", type=int, default=2, help="number of our ranks, each with a share of the cores")
+    parser.add_argument("--peer-nproc", type=int, default=1, help="number of the peer's ranks")
+    parser.add_argument("--steps", type=int, help=f"number of PPO steps of a run that count (default {DEFAULT_STEPS})")
+    parser.add_argument("--warmup", type=int, default=1, help="number of PPO steps of a run before them")
+    parser.add_argument("--rounds", type=int, help="number of runs of each system (default: 1, with a peer 3)")
+    parser.add_argument("--micro-batch", type=int, help="number of sequences of our forwards (default: the minibatch)")
     parser.add_argument("--peer", choices=["trl"], help="system to run in turn with ours")
     parser.add_argument(
-        "--peer-dtypes", nargs="+", choices=DTYPES, default=DTYPES, help="of the peer; ours is always in"
+        "--peer-dtypes",
+        nargs="+",
+        choices=DTYPES,
+        default=DTYPES,
+        help="dtypes of the peer; that of ours is always run",
     )
     parser.add_argument("--peer-step-every-minibatch", action="store_true", help="TRL: optimizer step per minibatch")
     parser.add_argument("--peer-venv", type=Path, default=default_folder(), help="where the peer is installed")
     parser.add_argument("--timeout", type=float, default=3600, help="seconds that one run may take")
     parser.add_argument("--folder", type=Path, help="keep models, configs and logs here (default: a temporary folder)")
-    parser.add_argument("--json", type=Path, help="file for the JSON object as well")
-    parser.add_argument("overrides", nargs="*", help="config overrides of ours, such as actor.micro_batch_size=8")
+    parser.add_argument("overrides", nargs="*", help="our config overrides, such as actor.micro_batch_size=8")
     args = parser.parse_intermixed_args(arguments)
     args.rounds = args.rounds or (3 if args.peer else 1)
     args.peer_dtypes = sorted({args.dtype, *args.peer_dtypes})
@@ -166,7 +171,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
-    # As an exception it passes through the clean-up of the running process and of the temporary folder.
+    # As an exception, SIGTERM passes through the clean-up of the running process and of the temporary folder.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     work = Work()
     shapes = list(SHAPES.values()) if args.model == "all" else [SHAPES[args.model]]
@@ -183,12 +188,7 @@ def main() -> None:
         "rounds": args.rounds,
     }
     whole = report(results, work, settings)
-    for result in results:
-        print("\n" + table(result))
-    line = json.dumps(whole)
-    if args.json is not None:
-        args.json.write_text(line + "\n", encoding="utf-8")
-    print("\n" + line)
+    harness.report("ppo_step", whole, args.json, text="\n\n".join(map(table, results)))
 
 
 if __name__ == "__main__":

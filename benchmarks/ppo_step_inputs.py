@@ -1,4 +1,4 @@
-"""What a PPO-step benchmark runs on: random models, a tokenizer whose tokens are words, prompts, and our configuration."""
+"""Inputs of a PPO-step benchmark: random models, a tokenizer whose tokens are words, prompts, and our configuration."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ END_OF_SEQUENCE = "<|eos|>"
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A Llama. All four roles have it; critic and reward model have a score head where actor and reference have the
-    (untied) language-model head."""
+    """The shape of a Llama, which all four roles have. Critic and reward model have a score head in place of the (untied)
+    language-model head of actor and reference."""
 
     name: str
     num_layers: int
@@ -34,7 +34,7 @@ class ModelShape:
 
     @property
     def num_parameters(self) -> int:
-        """Parameters of the language model."""
+        """Number of parameters of the language model."""
         head_size = self.hidden_size // self.num_heads
         attention = 2 * self.hidden_size * head_size * (self.num_heads + self.num_kv_heads)
         mlp = 3 * self.hidden_size * self.intermediate_size
@@ -63,7 +63,7 @@ class Work:
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens of the sequences of a step, prompts included."""
+        """Number of tokens of a step's sequences, prompts included."""
         return self.prompts_per_step * (self.prompt_tokens + self.response_tokens)
 
 
@@ -76,7 +76,7 @@ class Inputs:
 
 
 def write_tokenizer(shape: ModelShape, folder: Path) -> None:
-    """A word-level tokenizer: id 0 is the end-of-sequence token, id i the word ``w<i>``."""
+    """Write a word-level tokenizer: id 0 is the end-of-sequence token, id i the word ``w<i>``."""
     vocabulary = {END_OF_SEQUENCE: 0, **{f"w{i}": i for i in range(1, shape.vocab_size)}}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=END_OF_SEQUENCE))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -86,7 +86,7 @@ def write_tokenizer(shape: ModelShape, folder: Path) -> None:
 
 
 def write_model(shape: ModelShape, role: str, seed: int, folder: Path) -> None:
-    """A random checkpoint in fp32, and the tokenizer beside it."""
+    """Write a random checkpoint in fp32, with the tokenizer in its folder."""
     config = LlamaConfig(
         vocab_size=shape.vocab_size,
         hidden_size=shape.hidden_size,
@@ -108,7 +108,7 @@ def write_model(shape: ModelShape, role: str, seed: int, folder: Path) -> None:
 
 
 def write_prompts(shape: ModelShape, work: Work, steps: int, seed: int, path: Path) -> None:
-    """Prompts for ``steps`` steps, ``work.prompt_tokens`` words each."""
+    """Write prompts for ``steps`` steps, each of ``work.prompt_tokens`` words."""
     generator = random.Random(seed)
     with path.open("w", encoding="utf-8") as file:
         for _ in range(work.prompts_per_step * steps):
@@ -117,7 +117,7 @@ def write_prompts(shape: ModelShape, work: Work, steps: int, seed: int, path: Pa
 
 
 def write_inputs(shape: ModelShape, work: Work, steps: int, folder: Path) -> Inputs:
-    """All files of one model size. Actor and reference start from the same weights, as after SFT."""
+    """Write all files of one model size. Actor and reference start from the same weights, as after SFT."""
     disable_progress_bar()
     seeds = {"actor": 1, "reference": 1, "critic": 2, "reward": 3}
     paths = {role: folder / role for role in ROLES}
@@ -129,9 +129,9 @@ def write_inputs(shape: ModelShape, work: Work, steps: int, folder: Path) -> Inp
 
 
 def our_config(inputs: Inputs, work: Work, dtype: str, steps: int, run_dir: Path, micro_batch: int) -> dict[str, Any]:
-    """The PPO configuration of ``hetero_ppo`` for the work: nothing that the peer does not do is left on.
+    """Return the PPO configuration of ``hetero_ppo`` for the work, without the features that a peer lacks.
 
-    So old log-probs are those of the rollout, and roles stay where they are. One server answers for each core.
+    So old log-probs are those of the rollout, and roles stay on the device. There is one server per core.
     """
     sampling = {"temperature": 1.0, "max_tokens": work.response_tokens, "ignore_eos": True}
 
@@ -148,7 +148,7 @@ def our_config(inputs: Inputs, work: Work, dtype: str, steps: int, run_dir: Path
         "actor": trained("actor"),
         "critic": trained("critic"),
         "reference": role("reference"),
-        "reward_model": role("reward") | {"aligned": False},  # its peer promises no bits either
+        "reward_model": role("reward") | {"aligned": False},  # a peer has no aligned layers
         "algorithm": {
             "ppo_epochs": 1,
             "rollout_batch_size": work.prompts_per_step,
@@ -173,5 +173,5 @@ def write_config(config: dict[str, Any], path: Path) -> None:
 
 
 def num_cores() -> int:
-    """Cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0))

@@ -1,4 +1,4 @@
-"""From measured seconds to a table and a JSON object."""
+"""Make a table and a JSON object of measured seconds."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import harness
 from ppo_step_inputs import ModelShape, Work
 
 from hetero_ppo.table import render_table
@@ -27,7 +28,7 @@ PHASES: dict[str, tuple[str, ...]] = {
     "training actor": ("train_actor",),
     "training critic": ("train_critic",),
 }
-#: Phases of a peer's step -> those of the table that do the same work (for the table alone).
+#: Phase of a peer's step -> the phases of the table that do the same work (for the table alone).
 PEER_PHASES: dict[str, tuple[str, ...]] = {
     "generation": ("rollout", "weight sync"),
     "forwards": ("old log-probs", "reference log-probs", "scores", "values"),
@@ -37,10 +38,12 @@ PEER_PHASES: dict[str, tuple[str, ...]] = {
 
 
 def read_steps(path: Path) -> list[dict[str, float]]:
-    """Seconds by phase of the table, and the total, of every training step of a ``metrics.jsonl``, in order of the steps.
+    """Read the seconds by phase of the table, and the total, of every training step of a ``metrics.jsonl``, in order of the steps.
 
-    A step that the file holds twice counts once, with its later record. Records without seconds (an evaluation) are left
-    out. Raises ValueError when a line is not such a record, or no step has seconds.
+    A step that the file holds twice counts once, with its later record. Records without seconds (an evaluation) are left out.
+
+    Raises:
+        ValueError: A line is not such a record, or no step has seconds.
     """
     by_step: dict[int, dict[str, float]] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
@@ -57,16 +60,20 @@ def read_steps(path: Path) -> list[dict[str, float]]:
 
 
 def table_seconds(seconds: dict[str, float]) -> dict[str, float]:
-    """One step's seconds by phase of the table. ``other`` is what is left of the total; phases that are absent are 0."""
+    """Return one step's seconds by phase of the table. ``other`` is the rest of the total; phases that are absent are 0."""
     phases = {phase: sum(seconds.get(name, 0.0) for name in names) for phase, names in PHASES.items()}
     return {**phases, OTHER: seconds[TOTAL] - sum(phases.values()), TOTAL: seconds[TOTAL]}
 
 
 def summary(rounds: Sequence[Sequence[dict[str, float]]], work: Work) -> dict[str, Any]:
-    """What one system reached: rounds of steps of seconds by phase -> medians.
+    """Return the medians of one system.
 
-    A round's rate comes from the median of its steps; the rate reported is the median of the rounds'. Seconds by phase are
-    medians over all steps of all rounds, so they need not add up to the median step.
+    A round's rate comes from the median of its steps; the reported rate is the median over rounds. Seconds by phase are
+    medians over all steps of all rounds, so their sum can differ from the median step.
+
+    Args:
+        rounds: Rounds of steps, each with its seconds by phase.
+        work: Size of a step.
     """
     steps = [step for one in rounds for step in one]
     round_rates = [work.prompts_per_step / median(step[TOTAL] for step in one) for one in rounds]
@@ -82,15 +89,19 @@ def summary(rounds: Sequence[Sequence[dict[str, float]]], work: Work) -> dict[st
 
 
 def ratios(ours: dict[str, Any], peer: dict[str, dict[str, Any]], dtype: str) -> dict[str, Any]:
-    """Ours over the peer's samples/s: at the same dtype, and against the peer's best dtype.
+    """Return our samples/s over the peer's: at the same dtype, and against the peer's best dtype.
 
-    Medians of the ratios within each round, so that a machine which slows down between rounds does not count. The ratio of
-    the fastest steps is nearest to a quiet machine where other jobs run beside. ``peer`` is dtype -> summary.
+    They are medians of the ratios within each round. Where other jobs run on the machine, the ratio of the fastest steps is the
+    closest to that of a quiet machine.
+
+    Args:
+        ours: Summary of this project.
+        peer: Summary of the peer, by dtype.
+        dtype: Our dtype.
     """
 
     def against(other: dict[str, Any]) -> float:
-        pairs = zip(ours["samples_per_s_of_rounds"], other["samples_per_s_of_rounds"], strict=True)
-        return round(median(mine / theirs for mine, theirs in pairs), 3)
+        return round(harness.median_ratio(ours["samples_per_s_of_rounds"], other["samples_per_s_of_rounds"]), 3)
 
     best = max(peer, key=lambda name: peer[name]["samples_per_s"])
     return {
@@ -104,7 +115,7 @@ def ratios(ours: dict[str, Any], peer: dict[str, dict[str, Any]], dtype: str) ->
 def model_result(
     shape: ModelShape, dtype: str, ours: dict[str, Any], peer_name: str | None, peer: dict[str, dict[str, Any]]
 ) -> dict[str, Any]:
-    """The JSON object of one model size."""
+    """Return the JSON object of one model size."""
     result = {"model": shape.name, "num_parameters": shape.num_parameters, "shape": asdict(shape), "dtype": dtype}
     result["ours"] = ours
     if peer_name is not None:
@@ -114,8 +125,8 @@ def model_result(
 
 
 def report(results: list[dict[str, Any]], work: Work, settings: dict[str, Any]) -> dict[str, Any]:
-    """The JSON object of the benchmark. Its ratios are the smallest over the models."""
-    whole: dict[str, Any] = {"benchmark": "ppo_step", "work": asdict(work), **settings, "results": results}
+    """Return the figures of the benchmark. Its ratios are the smallest over the models."""
+    whole: dict[str, Any] = {"work": asdict(work), **settings, "results": results}
     for name in ("samples_per_s_ratio", "samples_per_s_ratio_vs_best"):
         found = [result[name] for result in results if name in result]
         if found:
@@ -124,17 +135,16 @@ def report(results: list[dict[str, Any]], work: Work, settings: dict[str, Any]) 
 
 
 def table(result: dict[str, Any]) -> str:
-    """The result of one model size for people: one column per system, one row per phase."""
+    """Return the result of one model size for people: one column per system, one row per phase."""
     columns = [(f"ours {result['dtype']}", result["ours"])]
     peer = dict(result.get("peer", {}))
     name = peer.pop("name", "")
     columns += [(f"{name} {dtype}", peer[dtype]) for dtype in peer]
-    lines = [f"{result['model']}: {result['num_parameters']:,} parameters in each of four models"]
     rows = [["seconds per PPO step", *(title for title, _ in columns)]]
     for group, phases in PEER_PHASES.items():
         if group != OTHER:
-            for phase in phases:
-                rows.append([f"  {phase}", f"{result['ours']['seconds'][phase]:.3f}", *[""] * (len(columns) - 1)])
+            empty = [""] * len(peer)
+            rows += [[f"  {phase}", f"{result['ours']['seconds'][phase]:.3f}", *empty] for phase in phases]
         rows.append([group, *(f"{group_seconds(system, group):.3f}" for _, system in columns)])
     for label, key, digits in (
         ("step", "step_s", 3),
@@ -143,7 +153,10 @@ def table(result: dict[str, Any]) -> str:
         ("tokens/s", "tokens_per_s", 0),
     ):
         rows.append([label, *(f"{system[key]:.{digits}f}" for _, system in columns)])
-    lines.append(render_table(rows, "l" + "r" * len(columns)))
+    lines = [
+        f"{result['model']}: {result['num_parameters']:,} parameters in each of four models",
+        render_table(rows, "l" + "r" * len(columns)),
+    ]
     if "samples_per_s_ratio" in result:
         lines.append(
             f"samples_per_s_ratio {result['samples_per_s_ratio']} (both {result['dtype']}), "
@@ -154,7 +167,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def group_seconds(system: dict[str, Any], group: str) -> float:
-    """Seconds of a row that ours and a peer share."""
+    """Return the seconds of a row that ours and a peer share."""
     seconds = system["seconds"]
     if group in seconds:
         return seconds[group]

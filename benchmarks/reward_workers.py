@@ -1,29 +1,30 @@
-"""Reward functions in worker processes: a judge that waits, with one worker and with many, and the cost of a call.
+"""Time reward functions in worker processes: a function that waits, with one worker and with many, and the cost of one call.
 
-python benchmarks/reward_workers.py --rows 512 --judge-s 0.5 --workers 16 --json reward_workers.json
+python benchmarks/reward_workers.py --rows 512 --call-s 0.5 --workers 16 --json reward_workers.json
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+import harness
+
 from hetero_ppo.reward.function_pool import FunctionPool, FunctionSpec
 from hetero_ppo.reward.function_worker import load_function
+from hetero_ppo.table import render_table
 
-#: What is called. The judge waits for something else, as one behind HTTP does.
+#: The functions that are called. ``waiting`` waits, as a function does that asks a server.
 FUNCTIONS = """
 import asyncio, time
 
-def judge(prompt, response, label, metadata):
+def waiting(prompt, response, label, metadata):
     time.sleep(label)
     return 1.0
 
-async def async_judge(prompt, response, label, metadata):
+async def async_waiting(prompt, response, label, metadata):
     await asyncio.sleep(label)
     return 1.0
 
@@ -38,29 +39,30 @@ TEXT = "word " * 100
 EMPTY_CALLS, BATCH = 5_000, 64
 
 
-def measure(rows: int, judge_s: float, workers: int) -> dict[str, Any]:
-    """Time the judge in one worker, in ``workers`` and as ``async def``, and an empty function in a worker and in this process.
+def measure(rows: int, call_s: float, workers: int) -> dict[str, Any]:
+    """Time a waiting function in one worker, in ``workers`` and as ``async def``, and an empty one in a worker and in this process.
 
     Args:
-        rows: Number of responses that the judge scores.
-        judge_s: Seconds that the judge needs for one.
+        rows: Number of responses that the waiting function scores.
+        call_s: Seconds that it waits for each.
         workers: Number of worker processes.
 
     Returns:
-        ``judge_s_<n>_workers``, ``judge_s_async``: seconds from the first call to the last score, the workers' start included.
-        ``empty_calls_per_s_*``: responses per second. ``worker_start_s``, ``worker_rss_mib``: of one worker with an empty module.
+        ``waiting_s_<n>_workers``, ``waiting_s_async``: seconds from the first call to the last score.
+        ``empty_calls_per_s_*``: responses per second. ``worker_start_s``, ``worker_rss_mib``: start and memory of one worker with an empty
+        module.
     """
-    found: dict[str, Any] = {"rows": rows, "judge_s": judge_s, "workers": workers}
+    found: dict[str, Any] = {"rows": rows, "call_s": call_s, "workers": workers}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "functions.py")
         file.write_text(FUNCTIONS)
-        row = [TEXT, TEXT, judge_s, {}]
+        row = [TEXT, TEXT, call_s, {}]
         for name, function, count in (
-            ("1_workers", "judge", 1),
-            (f"{workers}_workers", "judge", workers),
-            ("async", "async_judge", None),
+            ("1_workers", "waiting", 1),
+            (f"{workers}_workers", "waiting", workers),
+            ("async", "async_waiting", None),
         ):
-            found[f"judge_s_{name}"] = _seconds(file, function, [row] * rows, workers=count)
+            found[f"waiting_s_{name}"] = _seconds(file, function, [row] * rows, workers=count)
         calls = [[TEXT, TEXT, None, {}]] * EMPTY_CALLS
         found["empty_calls_per_s_worker"] = EMPTY_CALLS / _seconds(file, "empty", calls, workers=1)
         found["empty_calls_per_s_batch"] = EMPTY_CALLS / _seconds(file, "empty_batch", calls, workers=1, batch=BATCH)
@@ -74,7 +76,7 @@ def measure(rows: int, judge_s: float, workers: int) -> dict[str, Any]:
 
 
 def _seconds(file: Path, name: str, calls: list[list[Any]], *, workers: int | None, batch: int | None = None) -> float:
-    """Seconds of all calls."""
+    """Return the seconds of all calls."""
     pool = FunctionPool(FunctionSpec(f"{file}:{name}", "benchmark", 60.0, workers, batch))
     pool.open()
     pool.loaded()
@@ -98,7 +100,7 @@ def _seconds(file: Path, name: str, calls: list[list[Any]], *, workers: int | No
 
 
 def _worker(file: Path) -> dict[str, float]:
-    """Start and memory of one worker."""
+    """Measure the start and the memory of one worker."""
     start = time.perf_counter()
     pool = FunctionPool(FunctionSpec(f"{file}:empty", "benchmark", 60.0, 1))
     pool.open()
@@ -112,19 +114,14 @@ def _worker(file: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=512, help="responses that the judge scores")
-    parser.add_argument("--judge-s", type=float, default=0.5, help="seconds that the judge needs for one")
-    parser.add_argument("--workers", type=int, default=16)
-    parser.add_argument("--json", type=Path, help="file for the JSON object as well")
+    parser = harness.parser(__doc__)
+    parser.add_argument("--rows", type=int, default=512, help="number of responses that the waiting function scores")
+    parser.add_argument("--call-s", type=float, default=0.5, help="seconds that it waits for each")
+    parser.add_argument("--workers", type=int, default=16, help="number of worker processes")
     args = parser.parse_args()
-    result = measure(args.rows, args.judge_s, args.workers)
-    for name, value in result.items():
-        print(f"{name:32} {value:12.2f}")
-    line = json.dumps(result)
-    if args.json is not None:
-        args.json.write_text(line + "\n", encoding="utf-8")
-    print(line)
+    result = measure(args.rows, args.call_s, args.workers)
+    rows = [[name, f"{value:.2f}"] for name, value in result.items()]
+    harness.report("reward_workers", result, args.json, text=render_table(rows, "lr"))
 
 
 if __name__ == "__main__":

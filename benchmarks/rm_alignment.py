@@ -1,13 +1,12 @@
-"""Does a reward model's score have the same bits wherever it is computed, what does that cost, and what does it cost not to ask?
+"""Measure whether a reward model's scores have the same bits wherever they are computed, and what that costs.
 
-A small reward model is trained on pairs, then scores the held-out sequences under tensor parallelism 1, 2 and 4 and once more in a
-fresh process, in four batchings of three paddings each, in fp32 and bf16, with the aligned forward and with the plain one. All are
-compared with those of one process. Time is the processor's for one forward in one process, of a model whose products are as large as the table
-says, the two paths in turns.
+A small reward model is trained on pairs. It then scores the held-out sequences with tensor parallelism 1, 2 and 4 and again in a new
+process, in four batchings of three paddings each, in fp32 and bf16, with the aligned forward and with the plain one. All scores are
+compared with those of one process. The seconds are the processor time of one forward in one process, the two paths in turn.
 
     python benchmarks/rm_alignment.py --reviews <folder with positive.txt and negative.txt> --json alignment.json
 
-Without --reviews the pairs are generated: token ids of two classes. Words of reviews become ids by a hash: no tokenizer takes part.
+Without --reviews the pairs are generated: token ids of two classes. Words of reviews become ids by a hash, without a tokenizer.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import harness
 import torch
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, Qwen3Config
@@ -52,7 +52,7 @@ from hetero_ppo.types import Microbatch
 
 VOCAB = 4096
 DTYPES = ("fp32", "bf16")
-#: name -> layers, hidden, MLP, heads, key-value heads
+#: Name -> layers, hidden size, MLP size, heads, key-value heads.
 SHAPES = {
     "tiny": (2, 52, 100, 4, 4),
     "1m": (4, 128, 384, 4, 2),
@@ -60,15 +60,15 @@ SHAPES = {
     "30m": (8, 512, 1536, 8, 4),
     "125m": (12, 768, 2048, 12, 4),
 }
-#: rows of a micro-batch, order
+#: Name -> number of rows of a micro-batch, order of the rows.
 BATCHINGS: dict[str, tuple[int, str]] = {
     "one row": (1, "as it comes"),
     "four rows": (4, "as it comes"),
     "sixteen rows of one length": (16, "sorted"),
     "all rows": (10**9, "reversed"),
 }
-PADDINGS = (0, 13, 64)  # tokens beyond the longest of a micro-batch
-#: process count of a launch -> its layouts
+PADDINGS = (0, 13, 64)  # number of tokens after the longest sequence of a micro-batch
+#: Number of processes of a launch -> its layouts.
 LAUNCHES: dict[int, dict[str, dict[str, Any]]] = {
     4: {
         "TP 1": {},
@@ -81,7 +81,7 @@ LAUNCHES: dict[int, dict[str, dict[str, Any]]] = {
 
 
 def review_pairs(folder: Path, seed: int) -> tuple[list[PreferenceExample], list[PreferenceExample]]:
-    """(training, held-out) pairs of a positive and a negative review."""
+    """Read training pairs and held-out pairs, each of a positive and a negative review."""
     random_numbers = random.Random(seed)
     sides = []
     for name in ("positive.txt", "negative.txt"):
@@ -93,7 +93,7 @@ def review_pairs(folder: Path, seed: int) -> tuple[list[PreferenceExample], list
 
 
 def generated_pairs(seed: int) -> tuple[list[PreferenceExample], list[PreferenceExample]]:
-    """The same of random ids: a chosen sequence has more ids of the lower half."""
+    """Generate training pairs and held-out pairs of random ids. A chosen sequence has more ids of the lower half."""
     random_numbers = random.Random(seed)
 
     def sequence(share: float) -> list[int]:
@@ -138,7 +138,7 @@ def role(model: str, dtype: str, aligned: bool, layout: dict[str, Any], rows: in
 
 
 def train(model: Path, out: Path, pairs: list[PreferenceExample], steps: int) -> None:
-    """A reward model on random batches of 32 pairs, with the aligned forward."""
+    """Train a reward model on random batches of 32 pairs with the aligned forward, and export it to ``out``."""
     engine = TrainEngine("reward", role(str(model), "fp32", True, {"packing": True}), "score", steps)
     loss_fn, random_numbers = reward_loss_fn(RewardModelLossConfig()), random.Random(0)
     for _ in range(steps):
@@ -150,7 +150,7 @@ def train(model: Path, out: Path, pairs: list[PreferenceExample], steps: int) ->
 def microbatches(
     sequences: list[list[int]], batching: str, padding: int, multiple: int
 ) -> list[tuple[list[int], Microbatch]]:
-    """Rows and micro-batches of a batching."""
+    """Return the micro-batches of a batching, each with the rows in it."""
     size, order = BATCHINGS[batching]
     rows = list(range(len(sequences)))
     if order == "sorted":
@@ -171,7 +171,7 @@ def microbatches(
 
 
 def all_scores(engine: ModelEngine, sequences: list[list[int]]) -> dict[str, Tensor]:
-    """ "batching, padding" -> [B] float32 scores; the first data-parallel rank computes all rows, the others none."""
+    """Return the [B] float32 scores of every "batching, padding". The first data-parallel rank computes all rows, the others none."""
     if engine.groups.dp.rank() > 0:
         return {}
     found = {}
@@ -188,7 +188,7 @@ def all_scores(engine: ModelEngine, sequences: list[list[int]]) -> dict[str, Ten
 
 
 def work(job_file: str) -> None:
-    """One process of a launch: scores of every layout, dtype and path, saved by rank 0."""
+    """Score in one process of a launch, in every layout, dtype and path. Rank 0 saves the scores."""
     job = json.loads(Path(job_file).read_text())
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ["WORLD_SIZE"])))
     initialise(10.0)
@@ -207,7 +207,7 @@ def work(job_file: str) -> None:
 def launch(
     processes: int, model: Path, sequences: list[list[int]], folder: Path
 ) -> dict[str, dict[str, dict[str, Tensor]]]:
-    """layout -> dtype and path -> batching -> scores, in processes of their own."""
+    """Score in new processes. Return the scores by layout, by dtype and path, and by batching."""
     job, out = folder / f"{processes}.json", folder / f"{processes}.pt"
     job.write_text(json.dumps({"model": str(model), "sequences": sequences, "out": str(out)}))
     command = [sys.executable, "-W", "ignore", "-m", "hetero_ppo.cli.launcher", "--standalone"]
@@ -220,7 +220,7 @@ def launch(
 
 
 def compare(by_world: dict[str, dict[str, dict[str, Tensor]]], path: str) -> dict[str, int]:
-    """Scores of one dtype and path that differ from the first, and their bits that do, over all worlds and batchings."""
+    """Count the scores of one dtype and path that differ from the first, and their bits, over all layouts and batchings."""
     first = next(iter(by_world["TP 1"][path].values()))
     counts = {"num_scores": 0, "mismatched_scores": 0, "mismatched_bits": 0}
     for world in by_world.values():
@@ -233,7 +233,7 @@ def compare(by_world: dict[str, dict[str, dict[str, Tensor]]], path: str) -> dic
 
 
 def pair_accuracy(model: Path, dtype: str, aligned: bool, pairs: list[PreferenceExample]) -> float:
-    """Share of pairs whose chosen sequence scores higher."""
+    """Return the share of pairs whose chosen sequence scores higher."""
     engine = ModelEngine("reward", role(str(model), dtype, aligned, {}), "score")
     batch = collate_preferences(pairs)
     chosen = engine.forward(batch.chosen_ids, batch.chosen_lengths, scores_output)
@@ -242,7 +242,7 @@ def pair_accuracy(model: Path, dtype: str, aligned: bool, pairs: list[Preference
 
 
 def forward_seconds(model: Path, dtype: str, args: argparse.Namespace) -> dict[str, float]:
-    """Median seconds of processor time of a forward of each path, the two in turns."""
+    """Return the median seconds of processor time of a forward of each path, the two in turn."""
     engines = {
         name: ModelEngine("reward", role(str(model), dtype, name == "aligned", {}, args.rows), "score")
         for name in ("aligned", "plain")
@@ -251,24 +251,25 @@ def forward_seconds(model: Path, dtype: str, args: argparse.Namespace) -> dict[s
     ids = torch.randint(2, VOCAB, (args.rows, args.tokens), generator=generator)
     lengths = torch.randint(args.tokens // 2, args.tokens + 1, (args.rows,), generator=generator)
     lengths[0] = args.tokens
-    seconds: dict[str, list[float]] = {name: [] for name in engines}
-    for repeat in range(args.repeats + 1):  # the first is not counted
-        for name, engine in engines.items():
-            start = time.process_time()  # of all threads: what else the machine does counts less
-            engine.forward(ids, lengths, scores_output)
-            if repeat:
-                seconds[name].append(time.process_time() - start)
+
+    def timed(engine: ModelEngine) -> float:
+        start = time.process_time()  # of all threads of this process, so that other work on the machine counts less
+        engine.forward(ids, lengths, scores_output)
+        return time.process_time() - start
+
+    contenders = {name: lambda number, engine=engine: timed(engine) for name, engine in engines.items()}
+    seconds = harness.alternate(contenders, args.repeats, num_warm_up=1)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 def measure_time(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """The two paths' seconds alone, by dtype."""
+    """Measure the two paths' seconds alone, by dtype."""
     save_model(args.timed_shape, folder / "timed")
-    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    initialise(10.0)
-    torch.set_num_threads(args.threads)
-    found = {dtype: forward_seconds(folder / "timed", dtype, args) for dtype in DTYPES}
-    finish()
+    with harness.one_rank():
+        initialise(10.0)
+        torch.set_num_threads(args.threads)
+        found = {dtype: forward_seconds(folder / "timed", dtype, args) for dtype in DTYPES}
+        finish()
     return {dtype: {**seconds, "time_ratio": seconds["aligned"] / seconds["plain"]} for dtype, seconds in found.items()}
 
 
@@ -277,18 +278,16 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     held_out = held_out[: args.pairs]
     save_model(args.trained_shape, folder / "start")
     save_model(args.timed_shape, folder / "timed")
-    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    initialise(10.0)
-    train(folder / "start", folder / "model", training, args.train_steps)
     result: dict[str, Any] = {"dtypes": {}}
-    torch.set_num_threads(args.threads)
-    for dtype in DTYPES:
-        seconds = forward_seconds(folder / "timed", dtype, args)
-        accuracy = {name: pair_accuracy(folder / "model", dtype, name == "aligned", held_out) for name in seconds}
-        result["dtypes"][dtype] = {"seconds": seconds, "accuracy": accuracy}
-    finish()
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        del os.environ[name]
+    with harness.one_rank():
+        initialise(10.0)
+        train(folder / "start", folder / "model", training, args.train_steps)
+        torch.set_num_threads(args.threads)
+        for dtype in DTYPES:
+            seconds = forward_seconds(folder / "timed", dtype, args)
+            accuracy = {name: pair_accuracy(folder / "model", dtype, name == "aligned", held_out) for name in seconds}
+            result["dtypes"][dtype] = {"seconds": seconds, "accuracy": accuracy}
+        finish()
     sequences = [ids for pair in held_out for ids in pair.all_ids][: args.sequences]
     by_world: dict[str, dict[str, dict[str, Tensor]]] = {}
     for processes in LAUNCHES:
@@ -302,7 +301,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def summary(result: dict[str, Any]) -> dict[str, Any]:
-    """The figures of all dtypes together: sums of counts, the larger of the time ratios, accuracies in bf16."""
+    """Return the figures of all dtypes together: sums of counts, the larger time ratio, accuracies in bf16."""
     dtypes = result["dtypes"].values()
     accuracy = result["dtypes"]["bf16"]["accuracy"]
     return {
@@ -315,41 +314,34 @@ def summary(result: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def print_table(result: dict[str, Any], args: argparse.Namespace) -> None:
-    rows = [("", "scores", "aligned", "plain", "seconds", "plain", "ratio", "accuracy", "plain")]
-    rows += [
-        (
-            dtype,
-            str(found["aligned"]["num_scores"]),
-            *(str(found[kind]["mismatched_scores"]) for kind in ("aligned", "plain")),
-            *(f"{found['seconds'][kind]:.3f}" for kind in ("aligned", "plain")),
-            f"{found['time_ratio']:.2f}",
-            *(f"{found['accuracy'][kind]:.3%}" for kind in ("aligned", "plain")),
-        )
-        for dtype, found in result["dtypes"].items()
-    ]
-    print(render_table(rows, "lrrrrrrrr"))
-    print(
-        f"aligned, plain: scores whose bits differ from those of one process. seconds of processor time: {args.rows} rows of {args.tokens // 2} to "
-        f"{args.tokens} tokens, model {args.timed_shape}, {args.threads} thread(s)."
+def table(result: dict[str, Any], args: argparse.Namespace) -> str:
+    """Return the result for people."""
+    rows = [["", "scores", "aligned", "plain", "seconds", "plain", "ratio", "accuracy", "plain"]]
+    for dtype, found in result["dtypes"].items():
+        counts = (found["aligned"]["num_scores"], *(found[path]["mismatched_scores"] for path in ("aligned", "plain")))
+        seconds = (f"{found['seconds'][path]:.3f}" for path in ("aligned", "plain"))
+        accuracy = (f"{found['accuracy'][path]:.3%}" for path in ("aligned", "plain"))
+        rows.append([dtype, *map(str, counts), *seconds, f"{found['time_ratio']:.2f}", *accuracy])
+    return (
+        f"{render_table(rows, 'lrrrrrrrr')}\naligned, plain: number of scores whose bits differ from those of one process. seconds: processor time of "
+        f"{args.rows} rows of {args.tokens // 2} to {args.tokens} tokens, model {args.timed_shape}, {args.threads} thread(s)."
     )
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--reviews", type=Path, help="folder with positive.txt and negative.txt, a review a line")
-    parser.add_argument("--pairs", type=int, default=500, help="held-out pairs that accuracy is of")
-    parser.add_argument("--sequences", type=int, default=112, help="scored in every combination")
-    parser.add_argument("--train-steps", type=int, default=150, help="of 32 pairs")
+    parser = harness.parser(__doc__)
+    parser.add_argument("--reviews", type=Path, help="folder with positive.txt and negative.txt, one review per line")
+    parser.add_argument("--pairs", type=int, default=500, help="number of held-out pairs for the accuracy")
+    parser.add_argument("--sequences", type=int, default=112, help="number of sequences scored in every combination")
+    parser.add_argument("--train-steps", type=int, default=150, help="number of training steps of 32 pairs")
     parser.add_argument("--trained-shape", choices=SHAPES, default="10m", help="model that is trained and compared")
     parser.add_argument("--timed-shape", choices=SHAPES, default="30m", help="model whose forward is timed")
-    parser.add_argument("--rows", type=int, default=16, help="of the timed forward")
-    parser.add_argument("--tokens", type=int, default=256, help="longest row of the timed forward")
-    parser.add_argument("--repeats", type=int, default=7, help="timed forwards of each path")
-    parser.add_argument("--threads", type=int, default=1, help="of the timed forward")
+    parser.add_argument("--rows", type=int, default=16, help="number of rows of the timed forward")
+    parser.add_argument("--tokens", type=int, default=256, help="longest row of the timed forward, in tokens")
+    parser.add_argument("--repeats", type=int, default=7, help="number of timed forwards of each path")
+    parser.add_argument("--threads", type=int, default=1, help="number of CPU threads of the timed forward")
     parser.add_argument("--time-only", action="store_true", help="measure the forward's time and nothing else")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="file for everything that was measured")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the pairs")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -362,16 +354,15 @@ def main() -> None:
     disable_progress_bar()
     with tempfile.TemporaryDirectory(prefix="rm-alignment-") as folder:
         if args.time_only:
-            print(json.dumps(measure_time(args, Path(folder))))
+            found = measure_time(args, Path(folder))
+            rows = [["seconds", "aligned", "plain", "ratio"]]
+            rows += [[dtype, *(f"{value:.3f}" for value in seconds.values())] for dtype, seconds in found.items()]
+            harness.report("rm_alignment", found, args.json, text=render_table(rows, "lrrr"))
             return
         start = time.perf_counter()
         result = {**measure(args, Path(folder)), "minutes": (time.perf_counter() - start) / 60}
-    figures = summary(result)
-    print_table(result, args)
-    if args.json:
-        settings = {name: str(value) for name, value in vars(args).items() if name != "job"}
-        args.json.write_text(json.dumps({**figures, **result, "settings": settings}, indent=1))
-    print(json.dumps(figures))
+    details = {**result, "settings": harness.settings(args, without=["job"])}
+    harness.report("rm_alignment", summary(result), args.json, text=table(result, args), details=details)
 
 
 if __name__ == "__main__":

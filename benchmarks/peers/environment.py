@@ -1,4 +1,4 @@
-"""A virtual environment of its own for a peer, so that nothing of it reaches the environment of this project."""
+"""A virtual environment for a peer, so that nothing of it reaches the environment of this project."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ PYTORCH_INDEX = "https://download.pytorch.org/whl"
 
 
 def default_folder() -> Path:
-    """Where the peer is installed unless told otherwise: the user's cache folder."""
+    """Return the default folder of the peer's environment, in the user's cache folder."""
     cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return Path(cache) / "hetero-ppo" / f"peer-trl-{TRL_VERSION}"
 
 
 def trl_requirements() -> dict[str, str]:
-    """Package -> version. torch (its build too, such as 2.13.0+cpu) and transformers are those that this project runs on."""
+    """Return the version of every package. torch (with its build, such as 2.13.0+cpu) and transformers are those of this project."""
     return {"torch": version("torch"), "transformers": version("transformers"), "trl": TRL_VERSION}
 
 
 def ensure_trl(folder: Path) -> Path:
-    """Make the environment unless it is there with the right versions; return its Python.
+    """Make the environment unless it exists with the right versions. Return its Python.
 
-    Raises ValueError when ``folder`` is the running environment, or is a folder that is no virtual environment; RuntimeError
-    with pip's last lines when the installation fails.
+    Raises:
+        ValueError: ``folder`` is the running environment, or a folder that is no virtual environment.
+        RuntimeError: The installation failed; the message has pip's last lines.
     """
     folder = folder.expanduser().absolute()
     if folder.resolve() == Path(sys.prefix).resolve():
@@ -51,7 +52,7 @@ def ensure_trl(folder: Path) -> Path:
 
 
 def install(python: Path, requirements: list[str]) -> None:
-    """pip install, first from the configured indexes, then with PyTorch's index of the build (cpu, cu130, ...) as well."""
+    """Install packages with pip: first from the configured indexes, then also from PyTorch's index of the build (cpu, cu130, ...)."""
     command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *requirements]
     first = subprocess.run(command, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if first.returncode == 0:
@@ -75,7 +76,7 @@ def install(python: Path, requirements: list[str]) -> None:
 
 
 def installed_versions(python: Path, packages: list[str]) -> dict[str, str]:
-    """Package -> version in the environment of ``python``; packages that are missing are left out."""
+    """Return the versions of those packages that the environment of ``python`` has."""
     code = (
         "import json, sys\n"
         "from importlib.metadata import distributions\n"

@@ -1,11 +1,11 @@
-"""The work of ``benchmarks/ppo_step.py`` on TRL's PPOTrainer (``trl.experimental.ppo``).
+"""Do the work of ``benchmarks/ppo_step.py`` with TRL's PPOTrainer (``trl.experimental.ppo``).
 
-Runs in an environment of its own, where TRL is installed and this project is not; ``ppo_step.py --peer trl`` makes it. TRL's
-code is not changed: the phases are read off the clock where the trainer calls its own ``batch_generation`` and ``forward``.
+This program runs in its own environment, which has TRL but not this project; ``ppo_step.py --peer trl`` makes it. TRL's
+code is not changed: phases are timed where the trainer calls its own ``batch_generation`` and ``forward``.
 
-What TRL does otherwise than this project, all of it less work for TRL: the old log-probs are those of the generation, so there
-is no forward for them; gradients are not clipped; and its accelerator accumulates the gradients of all minibatches, so a PPO
-step has one optimizer step where four minibatches were asked for. ``--step-every-minibatch`` makes it four.
+TRL differs from this project in three ways, all of which mean less work for TRL. The old log-probs are those of the generation, so
+there is no forward for them. Gradients are not clipped. Its accelerator accumulates the gradients of all minibatches, so a PPO
+step of four minibatches has one optimizer step. ``--step-every-minibatch`` makes it four.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class PhaseClock(TrainerCallback):
-    """Seconds of generation, forwards and training of every PPO step.
+    """Clock of generation, forwards and training of every PPO step, in seconds.
 
-    A step lasts from the end of the step before to its own end. Training starts at the first ``forward`` under autograd;
-    what lies between the generation and that is the forwards (TRL's advantages and garbage collection included); what
-    lies before the generation is ``other``.
+    A step lasts from the end of the step before to its own end. Training starts at the first ``forward`` under autograd. The
+    time between the generation and training is that of the forwards (TRL's advantages and garbage collection included). The
+    time before the generation is ``other``.
     """
 
     def __init__(self, response_tokens: int) -> None:
@@ -81,7 +81,7 @@ class PhaseClock(TrainerCallback):
         self._step_start = now
 
     def timed_generation(self, batch_generation: Callable[..., Any]) -> Callable[..., Any]:
-        """``batch_generation`` with its start and end noted. Raises ValueError when a response is not of full length."""
+        """Wrap ``batch_generation`` so that its start and end are noted. The wrapper raises ValueError for a response that is too short."""
 
         def generation(model: torch.nn.Module, queries: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
             self._generation_start = time.perf_counter()
@@ -95,7 +95,7 @@ class PhaseClock(TrainerCallback):
         return generation
 
     def timed_forward(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """``forward`` with the first call under autograd of a step noted."""
+        """Wrap ``forward`` so that a step's first call under autograd is noted."""
 
         def first_noted(model: torch.nn.Module, *args: Any) -> Any:
             if self._training_start is None and torch.is_grad_enabled():
@@ -106,7 +106,7 @@ class PhaseClock(TrainerCallback):
 
 
 def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase, prompt_tokens: int) -> Dataset:
-    """The prompts of a JSONL file as token ids. Raises ValueError when one is not of ``prompt_tokens`` tokens."""
+    """Read the prompts of a JSONL file as token ids. Raise ValueError for one that has not ``prompt_tokens`` tokens."""
     rows = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         ids = tokenizer(json.loads(line)["prompt"])["input_ids"]

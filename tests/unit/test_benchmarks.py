@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,6 +21,7 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import generators
+import harness
 import logprob_memory
 import make_experience
 import ppo_step
@@ -40,7 +44,7 @@ RECORDED = """\
 
 
 def steps_of(*totals: float) -> list[dict[str, float]]:
-    """Steps of ours with given totals, half of each rollout."""
+    """Return our steps with these totals, half of which is rollout."""
     phases = dict.fromkeys(report_module.PHASES, 0.0)
     return [{**phases, "rollout": total / 2, "other": total / 2, "total": total} for total in totals]
 
@@ -136,9 +140,8 @@ def test_table_names_every_phase_and_lines_up() -> None:
         "tokens/s",
     ):
         assert phase in text
-    width = len("seconds per PPO step")
-    rows = {line[:width].strip(): line[width:].split() for line in lines[1:-1]}
-    assert rows["seconds per PPO step"] == ["ours", "bf16", "trl", "bf16", "trl", "fp32"]
+    rows = {first: others for first, *others in (re.split(r"\s{2,}", line.strip()) for line in lines[1:-1])}
+    assert rows["seconds per PPO step"] == ["ours bf16", "trl bf16", "trl fp32"]
     assert rows["generation"] == ["0.500", "0.375", "0.375"]
     assert rows["step"] == ["1.000", "1.500", "1.500"]
     assert "samples_per_s_ratio 1.5" in lines[-1]
@@ -248,9 +251,9 @@ def test_log_probs_take_less_memory_than_the_plain_way() -> None:
     assert result["logprob_peak_ratio"] == max(result["forward_ratio"], result["training_ratio"])
 
 
-def test_engines_are_compared_within_a_round() -> None:
-    """The second round had half of the machine: both engines suffer, the ratio does not."""
-    found = generators.summary([(1.0, 2.0), (2.0, 4.0), (1.5, 3.0)], num_tokens=300)
+def test_generators_are_compared_within_a_round() -> None:
+    """The machine is half as fast in the second round: both generators suffer, the ratio does not."""
+    found = generators.summary({"vllm": [1.0, 2.0, 1.5], "megatron": [2.0, 4.0, 3.0]}, num_tokens=300)
     assert found == {"vllm_tokens_s": 200.0, "megatron_tokens_s": 100.0, "megatron_over_vllm": 0.5}
     args = generators.parse_arguments(["--prompts", "8", "--dtype", "bf16"])
     assert (args.model, args.prompts, args.tokens, args.rounds, args.dtype) == ("2.4m", 8, 64, 7, "bf16")
@@ -310,13 +313,57 @@ def test_the_ideal_ends_with_the_forwards_of_one_whole_chunk() -> None:
     assert found["pipelined_over_ideal"] == pytest.approx((4.95 / 4.5 + 2.75 / 2.5) / 2)
 
 
+def test_contenders_take_turns_in_every_round() -> None:
+    order: list[tuple[str, int]] = []
+
+    def contender(name: str) -> Callable[[int], int]:
+        return lambda number: order.append((name, number)) or 10 * number
+
+    seen: list[tuple[int, str, int]] = []
+    contenders = {name: contender(name) for name in ("ours", "peer")}
+    found = harness.alternate(contenders, 2, num_warm_up=1, on_result=lambda *result: seen.append(result))
+    assert order == [(name, number) for number in range(3) for name in ("ours", "peer")]
+    assert found == {"ours": [10, 20], "peer": [10, 20]} and seen[:2] == [(0, "ours", 0), (0, "peer", 0)]
+
+
+def test_a_ratio_is_the_median_of_those_within_a_round() -> None:
+    assert harness.median_ratio([1.0, 20.0, 3.0], [2.0, 10.0, 3.0]) == 1.0
+
+
+def test_a_report_ends_with_one_line_of_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "result.json"
+    args = harness.parser("text", rounds=3).parse_args(["--json", str(file), "--rounds", "2"])
+    args.reviews = tmp_path
+    figures = harness.settings(args) | {"ratio": 0.5}
+    harness.report("some", figures, args.json, text="ratio  0.5", details={"rows": [1]})
+    *text, line = capsys.readouterr().out.splitlines()
+    assert json.loads(line) == {"benchmark": "some", "rounds": 2, "reviews": str(tmp_path), "ratio": 0.5}
+    assert text == ["", "ratio  0.5", ""]
+    assert json.loads(file.read_text()) == {**json.loads(line), "rows": [1]} and list(tmp_path.iterdir()) == [file]
+
+
+def test_a_world_of_one_rank_leaves_the_environment_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "7")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    before = dict(os.environ)
+    with harness.one_rank():
+        assert (os.environ["RANK"], os.environ["WORLD_SIZE"]) == ("0", "1")
+    assert dict(os.environ) == before
+
+
+def test_every_benchmark_has_the_arguments_of_the_harness() -> None:
+    """Programs alone: a file that is run by another benchmark has no arguments of its own."""
+    programs = [path for path in BENCHMARKS.glob("*.py") if "argparse.ArgumentParser(" in path.read_text()]
+    assert [path.name for path in programs] == ["harness.py"]
+
+
 def test_reward_workers_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reward_workers, "EMPTY_CALLS", 130)
-    found = reward_workers.measure(rows=4, judge_s=0.01, workers=2)
+    found = reward_workers.measure(rows=4, call_s=0.01, workers=2)
     names = {
-        "judge_s_1_workers",
-        "judge_s_2_workers",
-        "judge_s_async",
+        "waiting_s_1_workers",
+        "waiting_s_2_workers",
+        "waiting_s_async",
         "empty_calls_per_s_worker",
         "worker_start_s",
         "worker_rss_mib",

@@ -118,10 +118,10 @@ def test_the_list_is_checked(tmp_path: Path) -> None:
 
 def test_what_becomes_of_a_mutant() -> None:
     passed = {"failed": None, "broken": None, "seconds": {}}
-    assert gate.judge(MUTANT, passed, 1.0, is_late=False).outcome == "survived"
-    assert gate.judge(MUTANT, passed, 1.0, is_late=True).outcome == "killed"
-    assert gate.judge(MUTANT, {**passed, "failed": "test_it"}, 1.0, is_late=False).outcome == "killed"
-    assert gate.judge(MUTANT, {**passed, "broken": "SyntaxError"}, 1.0, is_late=False).outcome == "error"
+    assert gate.result_of(MUTANT, passed, 1.0, is_late=False).outcome == "survived"
+    assert gate.result_of(MUTANT, passed, 1.0, is_late=True).outcome == "killed"
+    assert gate.result_of(MUTANT, {**passed, "failed": "test_it"}, 1.0, is_late=False).outcome == "killed"
+    assert gate.result_of(MUTANT, {**passed, "broken": "SyntaxError"}, 1.0, is_late=False).outcome == "error"
 
 
 def test_patterns_choose_by_name_and_area() -> None:
