@@ -6,7 +6,7 @@
 #
 # Environment: SEED (0), RUN_DIR (runs/gsm8k), HELD_OUT (128; questions of the test file), VENV, NPROC_PER_NODE (see common.sh).
 # A pretrained model instead: CONFIG=configs/ppo/gsm8k.yaml bash scripts/train_ppo.sh data.train=... actor.model.path=... etc.
-# A second call begins anew in the same folder.
+# A second call starts from the beginning in the same folder.
 set -euo pipefail
 CALLER=$PWD
 # shellcheck source=scripts/common.sh

@@ -42,7 +42,7 @@ launch() {
     CONFIG='' VENV=$VENV HETERO_PPO_DEMO_DIR=$RUN_DIR bash "scripts/train_$kind.sh" "run.seed=$SEED" "$@"
 }
 
-# A second quick start begins anew, in folders that a quick start made and nowhere else.
+# A second quick start starts from the beginning, and only overwrites folders that a quick start made.
 marker=$RUN_DIR/.quickstart
 if [[ ! -f $marker && -d $RUN_DIR && -n $(ls -A "$RUN_DIR") ]]; then
     die "RUN_DIR=$RUN_DIR holds files that no quick start made; choose another folder or remove it"

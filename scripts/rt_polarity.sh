@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Movie reviews (sentence polarity data, Pang and Lee 2005): a tokenizer and a small model from scratch with SFT, a reward
-# model from positive-over-negative pairs, PPO towards positive reviews, and an independent judge before and after.
+# model from positive-over-negative pairs, PPO towards positive reviews, and an independent classifier before and after.
 #
 #   bash scripts/rt_polarity.sh <folder with positive.txt and negative.txt> [config overrides of all three trainings]
 #
 # Environment: SEED (0; of split, weights, sampling), RUN_DIR (runs/rt_polarity), VENV, NPROC_PER_NODE (see common.sh).
-# A second call begins anew in the same folder.
+# A second call starts from the beginning in the same folder.
 set -euo pipefail
 CALLER=$PWD
 # shellcheck source=scripts/common.sh
@@ -36,6 +36,6 @@ train() {
 train sft "$@"
 train rm "$@"
 train ppo "$@"
-say "judge"
+say "classifier"
 "$VENV/bin/python" examples/rt_polarity/evaluate.py --data "$RUN_DIR/data" --before "$RUN_DIR/sft/hf" \
-    --after "$RUN_DIR/ppo/hf" --json "$RUN_DIR/judge.json"
+    --after "$RUN_DIR/ppo/hf" --json "$RUN_DIR/evaluation.json"

@@ -1,7 +1,7 @@
-"""Function rewards for GSM8K: is the final number of an answer the right one?
+"""Function rewards for GSM8K: they compare the final number of a response with that of the worked answer.
 
-A GSM8K answer ends with a line ``#### 1,234``. A response is read the same way; without such a mark its last number
-counts, so that a model that was never shown the format can be scored too.
+A GSM8K answer ends with a line ``#### 1,234``. A response is read the same way. Without such a mark its last number
+counts, so that a model that has never seen the format gets a score too.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ NUMBER = re.compile(
     r"(?<![\w.])([-\u2212]?)[$\u20ac\u00a3]?([-\u2212]?)(\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)"
 )
 
-#: What comes before the final number.
+#: Text before the final number.
 MARK = "####"
 
-#: The reward of ``graded`` for a response that ends with a mark and a number, where the number is wrong.
+#: Reward that ``graded`` gives a response with a wrong number after the mark.
 FORMAT_SCORE = 0.1
 
 
 def numbers(text: str) -> list[Decimal]:
-    """The numbers of ``text``, in order: ``-1,234.50`` is one, a unit or sign of currency around it does not matter."""
+    """Return the numbers of ``text`` in order. ``-1,234.50`` is one number; units and signs of currency do not matter."""
     found = []
     for before, after, digits in NUMBER.findall(text):
         value = Decimal(digits.replace(",", ""))
@@ -32,7 +32,7 @@ def numbers(text: str) -> list[Decimal]:
 
 
 def marked_number(text: str) -> Decimal | None:
-    """The first number after the last ``####``; None without a mark, or without a number on its line."""
+    """Return the first number after the last ``####``, or None without a mark or without a number on its line."""
     _, mark, rest = text.rpartition(MARK)
     if not mark:
         return None
@@ -41,7 +41,7 @@ def marked_number(text: str) -> Decimal | None:
 
 
 def answer_number(text: str) -> Decimal | None:
-    """The final number of a response: the marked one, else the last; None where there is no number at all."""
+    """Return the final number of a response: the marked one, else the last one, or None without any number."""
     marked = marked_number(text)
     if marked is not None:
         return marked
@@ -50,10 +50,10 @@ def answer_number(text: str) -> Decimal | None:
 
 
 def right_number(label: Any, prompt: str) -> Decimal:
-    """The number of a GSM8K answer.
+    """Return the number of a GSM8K answer.
 
     Raises:
-        ValueError: the label has no marked number.
+        ValueError: The label has no marked number.
     """
     right = marked_number(label) if isinstance(label, str) else None
     if right is None:
@@ -65,12 +65,15 @@ def right_number(label: Any, prompt: str) -> Decimal:
 
 
 def final_number(prompt: str, response: str, label: Any, metadata: dict[str, Any]) -> float:
-    """1.0 where the final number of ``response`` is that of the worked answer ``label``, 0.0 otherwise."""
+    """Return 1.0 if the final number of ``response`` is that of the worked answer ``label``, else 0.0."""
     return float(answer_number(response) == right_number(label, prompt))
 
 
 def graded(prompt: str, response: str, label: Any, metadata: dict[str, Any]) -> float:
-    """As ``final_number``, and ``FORMAT_SCORE`` for a wrong number behind the mark: a signal where none is right yet."""
+    """Return 1.0 for the right number, and ``FORMAT_SCORE`` for a wrong number after the mark.
+
+    So a policy that finds no right number yet gets a signal too.
+    """
     if final_number(prompt, response, label, metadata):
         return 1.0
     return FORMAT_SCORE if marked_number(response) is not None else 0.0

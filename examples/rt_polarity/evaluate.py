@@ -1,11 +1,11 @@
-"""Samples reviews from two exported models and lets the independent judge read them.
+"""Sample reviews from two exported models, and score them with the independent classifier.
 
     python examples/rt_polarity/evaluate.py --data runs/rt_polarity/data --before runs/rt_polarity/sft/hf \
-        --after runs/rt_polarity/ppo/hf --json runs/rt_polarity/judge.json
+        --after runs/rt_polarity/ppo/hf --json runs/rt_polarity/evaluation.json
 
-The models are loaded with transformers, so neither the trainer nor its generator takes part. Beside the judge's
-verdict stand the signs of reward hacking: distinct n-grams, the share of reviews that repeat another one word for word,
-and the most frequent three words. Real held-out reviews give the scale for all of them.
+The models are loaded with transformers, so neither the trainer nor its generator takes part. Next to the classifier's
+scores the table has the signs of reward hacking: distinct n-grams, the share of reviews that repeat another one word for word,
+and the most frequent three words. The scores of real held-out reviews are there for comparison.
 """
 
 from __future__ import annotations
@@ -18,47 +18,47 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from judge import Sentences, accuracy, probabilities, read_sentences, train_judge
-from prepare import JUDGE_FILE, JUDGE_TEST_FILE
+from classifier import Sentences, accuracy, probabilities, read_sentences, train_classifier
+from prepare import CLASSIFIER_FILE, CLASSIFIER_TEST_FILE
 from sklearn.pipeline import Pipeline
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-#: Prompts that are answered at once.
+#: Number of prompts that are answered at once.
 BATCH_SIZE = 100
 NUM_SAMPLES = 6
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Verdict of the judge on some reviews, and how diverse they are."""
+    """Scores of some reviews, and measures of their diversity."""
 
     name: str
     reviews: int
     positive_mean: float  # mean P(positive)
     positive_share: float  # share with P(positive) over one half
     words: float  # mean words per review
-    unfinished: float  # share that hit the length limit; 0 for real reviews
+    unfinished: float  # share that reached the length limit; 0 for real reviews
     distinct_1: float  # distinct words / words
     distinct_3: float  # distinct sequences of three words / all of them
-    repeated: float  # share of reviews of which there is another copy
+    repeated: float  # share of reviews that have a copy
     top_3: str  # most frequent three words
-    top_3_share: float  # share of reviews that hold them
+    top_3_share: float  # share of reviews that contain them
 
 
 def ngrams(text: str, n: int) -> list[tuple[str, ...]]:
-    """Sequences of ``n`` words, in order."""
+    """Return the sequences of ``n`` words, in order."""
     words = text.split()
     return [tuple(words[start : start + n]) for start in range(len(words) - n + 1)]
 
 
 def distinct(texts: Sequence[str], n: int) -> float:
-    """Distinct n-grams over all n-grams (Li et al. 2016, "A Diversity-Promoting Objective Function"); 0 without any."""
+    """Return distinct n-grams over all n-grams, 0 without any (Li et al. 2016, "A Diversity-Promoting Objective Function")."""
     found = [gram for text in texts for gram in ngrams(text, n)]
     return len(set(found)) / len(found) if found else 0.0
 
 
 def most_frequent(texts: Sequence[str], n: int) -> tuple[str, float]:
-    """The n words in most of the texts, and the share of texts that hold them."""
+    """Return the sequence of n words that most texts contain, and the share of these texts."""
     counts = Counter(gram for text in texts for gram in set(ngrams(text, n)))
     if not counts:
         return "", 0.0
@@ -66,9 +66,9 @@ def most_frequent(texts: Sequence[str], n: int) -> tuple[str, float]:
     return " ".join(gram), count / len(texts)
 
 
-def judge_reviews(name: str, judge: Pipeline, reviews: Sequence[str], unfinished: float) -> Verdict:
-    """The verdict on whole reviews, prompts included."""
-    found = probabilities(judge, reviews)
+def describe_reviews(name: str, classifier: Pipeline, reviews: Sequence[str], unfinished: float) -> Verdict:
+    """Score whole reviews, prompts included, and measure their diversity."""
+    found = probabilities(classifier, reviews)
     copies = Counter(reviews)
     top, share = most_frequent(reviews, 3)
     return Verdict(
@@ -90,7 +90,7 @@ def judge_reviews(name: str, judge: Pipeline, reviews: Sequence[str], unfinished
 def complete(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], max_tokens: int
 ) -> tuple[list[str], float]:
-    """One sampled review per prompt at temperature 1, and the share that did not end within ``max_tokens``."""
+    """Sample one review per prompt at temperature 1. Return the reviews, and the share that did not end within ``max_tokens``."""
     reviews: list[str] = []
     unfinished = 0
     for start in range(0, len(prompts), BATCH_SIZE):
@@ -113,7 +113,7 @@ def complete(
 
 
 def sample_reviews(folder: Path, prompts: Sequence[str], max_tokens: int, seed: int) -> tuple[list[str], float]:
-    """``complete`` with the model in ``folder``, in fp32."""
+    """Load the model in ``folder`` in fp32 and call ``complete``."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     torch.manual_seed(seed)
@@ -140,30 +140,32 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--before", type=Path, required=True, help="exported model before PPO")
     parser.add_argument("--after", type=Path, required=True, help="exported model after PPO")
     parser.add_argument("--max-tokens", type=int, default=64, help="longest response (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling")
     parser.add_argument("--json", type=Path, default=None, help="file for the figures and all reviews")
     args = parser.parse_args(argv)
 
-    judge = train_judge(str(args.data / JUDGE_FILE))
-    real = read_sentences(str(args.data / JUDGE_TEST_FILE))
-    print(f"judge: {100 * accuracy(judge, real):.1f} % of {len(real.texts)} held-out real reviews classified right")
+    classifier = train_classifier(str(args.data / CLASSIFIER_FILE))
+    real = read_sentences(str(args.data / CLASSIFIER_TEST_FILE))
+    print(
+        f"classifier: {100 * accuracy(classifier, real):.1f} % of {len(real.texts)} held-out real reviews classified right"
+    )
     rows = (args.data / "heldout.jsonl").read_text(encoding="utf-8").splitlines()
     prompts = [json.loads(row)["prompt"] for row in rows]
     before, before_unfinished = sample_reviews(args.before, prompts, args.max_tokens, args.seed)
     after, after_unfinished = sample_reviews(args.after, prompts, args.max_tokens, args.seed)
     verdicts = [
-        judge_reviews("real positive", judge, of_class(real, True), 0.0),
-        judge_reviews("real negative", judge, of_class(real, False), 0.0),
-        judge_reviews("real, all", judge, real.texts, 0.0),
-        judge_reviews("before PPO", judge, before, before_unfinished),
-        judge_reviews("after PPO", judge, after, after_unfinished),
+        describe_reviews("real positive", classifier, of_class(real, True), 0.0),
+        describe_reviews("real negative", classifier, of_class(real, False), 0.0),
+        describe_reviews("real, all", classifier, real.texts, 0.0),
+        describe_reviews("before PPO", classifier, before, before_unfinished),
+        describe_reviews("after PPO", classifier, after, after_unfinished),
     ]
     print_verdicts(verdicts)
     for old, new in list(zip(before, after, strict=True))[:NUM_SAMPLES]:
         print(f"\n  before: {old}\n   after: {new}")
     if args.json is not None:
         result = {
-            "judge_accuracy": accuracy(judge, real),
+            "classifier_accuracy": accuracy(classifier, real),
             "verdicts": [asdict(verdict) for verdict in verdicts],
             "before": before,
             "after": after,

@@ -1,4 +1,4 @@
-"""Writes the data of the demo: put a few English words in alphabetical order.
+"""Write the data of the demo, whose task is to put a few English words in alphabetical order.
 
 Two kinds of people made the data, as in a real RLHF project. *Demonstrators* write the SFT answers in a hurry: most of
 them look at the first letter alone and leave words that share it in the prompt's order, and some slip (two neighbours
@@ -8,7 +8,7 @@ carry the knowledge that PPO can correct them with.
 
     python examples/word_sort/make_data.py --out runs/word_sort/data --seed 0
 
-No set of words appears in two files: what is held out was seen by no stage, in no order.
+No set of words appears in two files, so no training stage sees a held-out set in any order.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-#: Three words for each of eight initials: most prompts have words that the first letter alone does not order.
+#: Three words for each of eight initials, so that most prompts have words that the first letter alone does not order.
 WORDS = (
     *("bean", "bell", "bird"),
     *("cake", "card", "cave"),
@@ -41,13 +41,13 @@ QUESTIONS = (
 #: After the colon every word of an answer follows a space, as in the prompt: it is the same token in both.
 ANSWER = "Sorted: {words}"
 
-#: Kind of slip -> how often it is the one, relative to the others.
+#: Kind of slip -> its relative frequency.
 SLIPS = {"swap": 2, "drop": 1, "repeat": 4, "foreign": 8}
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How many rows each file gets, and how often its writers are wrong."""
+    """Number of rows of each file, and how often its writers are wrong."""
 
     min_words: int = 5
     max_words: int = 6
@@ -64,7 +64,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Task:
-    """One prompt: a question over distinct words in the order in which it names them."""
+    """One prompt: a question and the distinct words in it, in its order."""
 
     question: str
     words: tuple[str, ...]
@@ -79,12 +79,12 @@ class Task:
 
 
 def answer_text(words: Sequence[str]) -> str:
-    """An answer that gives the words in this order."""
+    """Return an answer with the words in this order."""
     return ANSWER.format(words=" ".join(words))
 
 
 def draw_tasks(rng: random.Random, rows: int, recipe: Recipe, taken: set[frozenset[str]]) -> list[Task]:
-    """``rows`` tasks whose sets of words are new; each set is added to ``taken``."""
+    """Draw ``rows`` tasks whose sets of words are not in ``taken``, and add them there."""
     tasks: list[Task] = []
     while len(tasks) < rows:
         words = tuple(rng.sample(WORDS, rng.randint(recipe.min_words, recipe.max_words)))
@@ -95,21 +95,20 @@ def draw_tasks(rng: random.Random, rows: int, recipe: Recipe, taken: set[frozens
 
 
 def hasty_order(words: Sequence[str]) -> list[str]:
-    """Sorted by the first letter; words that share it stay in the order given."""
+    """Sort by the first letter; words that share it stay in the given order."""
     return sorted(words, key=lambda word: word[0])
 
 
 def draw_slip(rng: random.Random) -> str:
-    """A kind of slip, by frequency."""
+    """Draw a kind of slip by its frequency."""
     return rng.choices(list(SLIPS), weights=list(SLIPS.values()))[0]
 
 
 def slip(rng: random.Random, answer: Sequence[str], kind: str) -> list[str]:
-    """``answer`` with one slip of the given kind; the result always differs from it.
+    """Return ``answer`` with one slip of the given kind; the result always differs from it.
 
-    A repeated word is an additional one, or stands where its neighbour belongs. A foreign word has the initial of the one
-    that it replaces half of the time, and mostly stands where it would belong: neither the answer's length nor its order
-    gives it away.
+    A repeated word is additional, or takes the place of its neighbour. A foreign word has the initial of the word that it
+    replaces half of the time, and is mostly sorted in, so that neither the answer's length nor its order shows it.
     """
     words = list(answer)
     place = rng.randrange(len(words))
@@ -133,7 +132,7 @@ def slip(rng: random.Random, answer: Sequence[str], kind: str) -> list[str]:
 
 
 def demonstrate(rng: random.Random, task: Task, recipe: Recipe) -> str:
-    """What a demonstrator answers: right, hasty, or with a slip."""
+    """Draw a demonstrator's answer: right, hasty, or with a slip."""
     answer = hasty_order(task.words) if rng.random() < recipe.hasty_rate else sorted(task.words)
     if rng.random() < recipe.slip_rate:
         answer = slip(rng, answer, draw_slip(rng))
@@ -141,7 +140,7 @@ def demonstrate(rng: random.Random, task: Task, recipe: Recipe) -> str:
 
 
 def mistaken(rng: random.Random, task: Task) -> str:
-    """A wrong answer, of the kinds that demonstrators give: hasty where haste goes wrong, or with one to three slips."""
+    """Draw a wrong answer, as demonstrators give them: hasty where that is wrong, or with one to three slips."""
     right = sorted(task.words)
     hasty = hasty_order(task.words)
     if hasty != right and rng.random() < 0.4:
@@ -176,7 +175,7 @@ def prompt_row(task: Task) -> dict[str, object]:
 
 
 def make_rows(seed: int, recipe: Recipe) -> dict[str, list[dict[str, object]]]:
-    """File name -> rows, the same for the same seed. No two rows of any files share their set of words."""
+    """Make the rows of every file; the same seed gives the same rows. No two rows of any files share their set of words."""
     rng = random.Random(seed)
     taken: set[frozenset[str]] = set()
 
@@ -198,7 +197,7 @@ def make_rows(seed: int, recipe: Recipe) -> dict[str, list[dict[str, object]]]:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for the .jsonl files")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="seed of the data")
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     for name, rows in make_rows(args.seed, Recipe()).items():

@@ -1,4 +1,4 @@
-"""The movie-review example: its split, its judge and its measures of diversity."""
+"""The movie-review example: its split, its classifier and its measures of diversity."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "rt_polarity"
 sys.path.insert(0, str(EXAMPLE))
 try:
     import evaluate
-    import judge
+    import classifier
     import prepare
 finally:
     sys.path.remove(str(EXAMPLE))
 
-SIZES = prepare.Sizes(judge=40, held_out=10, pairs_per_review=2)
+SIZES = prepare.Sizes(classifier=40, held_out=10, pairs_per_review=2)
 
 
 def reviews(rng: random.Random, adjectives: list[str], count: int) -> list[str]:
@@ -75,14 +75,14 @@ def test_reading_cleans_the_lines(folder: Path) -> None:
 def test_the_parts_share_no_review(data: Path) -> None:
     policy = {row["prompt"] + row["completion"] for row in rows(data / "sft.jsonl")}
     held_out = {row["prompt"] + row["completion"] for row in rows(data / "sft_eval.jsonl")}
-    judged = {row["text"] for row in rows(data / prepare.JUDGE_FILE)}
-    assert (len(policy), len(held_out), len(judged)) == (60, 20, 80)
-    assert not policy & held_out and not policy & judged and not held_out & judged
-    assert {row["text"] for row in rows(data / prepare.JUDGE_TEST_FILE)} == held_out
+    seen = {row["text"] for row in rows(data / prepare.CLASSIFIER_FILE)}
+    assert (len(policy), len(held_out), len(seen)) == (60, 20, 80)
+    assert not policy & held_out and not policy & seen and not held_out & seen
+    assert {row["text"] for row in rows(data / prepare.CLASSIFIER_TEST_FILE)} == held_out
     for name, part in (("preference", policy), ("preference_eval", held_out)):
         pairs = rows(data / f"{name}.jsonl")
         assert {row[side] for row in pairs for side in ("chosen", "rejected")} == part
-    assert not any("both classes" in text for text in policy | held_out | judged)
+    assert not any("both classes" in text for text in policy | held_out | seen)
 
 
 def test_prompts_are_the_first_words_of_their_part(data: Path) -> None:
@@ -101,13 +101,13 @@ def test_pairs_put_a_positive_review_first(data: Path, folder: Path) -> None:
 
 def test_the_same_seed_gives_the_same_split(folder: Path) -> None:
     good, bad = (prepare.read_reviews(folder / f"{name}.txt") for name in ("positive", "negative"))
-    first, second, other = (prepare.make_rows(seed, good, bad, SIZES, "judge.jsonl") for seed in (1, 1, 2))
+    first, second, other = (prepare.make_rows(seed, good, bad, SIZES, "classifier.jsonl") for seed in (1, 1, 2))
     assert first == second
     assert first["sft.jsonl"] != other["sft.jsonl"]
 
 
 def test_too_few_reviews_are_an_error(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="80 reviews of a class are too few: 2000 are for the judge"):
+    with pytest.raises(ValueError, match="80 reviews of a class are too few: 2000 are for the classifier"):
         prepare.main(["--data", str(folder), "--out", str(tmp_path)])
     (tmp_path / "positive.txt").write_text("short\n")
     with pytest.raises(ValueError, match="no line has 7 or more words"):
@@ -132,21 +132,21 @@ def test_the_trainers_read_the_data_without_a_template(data: Path, tmp_path: Pat
     assert all(pair.prompt_length == 0 for pair in pairs.examples)
 
 
-def test_the_judge_tells_the_classes_apart(data: Path) -> None:
-    path = str(data / prepare.JUDGE_FILE)
-    trained = judge.train_judge(path)
-    assert judge.train_judge(path) is trained
-    real = judge.read_sentences(str(data / prepare.JUDGE_TEST_FILE))
-    assert judge.accuracy(trained, real) > 0.9
-    flipped = judge.Sentences(real.texts, [not positive for positive in real.positive])
-    assert judge.accuracy(trained, flipped) < 0.1
+def test_the_classifier_tells_the_classes_apart(data: Path) -> None:
+    path = str(data / prepare.CLASSIFIER_FILE)
+    trained = classifier.train_classifier(path)
+    assert classifier.train_classifier(path) is trained
+    real = classifier.read_sentences(str(data / prepare.CLASSIFIER_TEST_FILE))
+    assert classifier.accuracy(trained, real) > 0.9
+    flipped = classifier.Sentences(real.texts, [not positive for positive in real.positive])
+    assert classifier.accuracy(trained, flipped) < 0.1
     metadata = rows(data / "heldout.jsonl")[0]["metadata"]
-    good = judge.positive("the filma and the", " plotb are lovely and great .", None, metadata)
-    bad = judge.positive("the filma and the", " plotb are dull and awful .", None, metadata)
+    good = classifier.positive("the filma and the", " plotb are lovely and great .", None, metadata)
+    bad = classifier.positive("the filma and the", " plotb are dull and awful .", None, metadata)
     assert 0 <= bad < 0.5 < good <= 1
 
 
-def test_the_config_finds_the_judge(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_config_finds_the_classifier(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(EXAMPLE.parents[1])
     spec = load_draft("configs/ppo/rt_polarity.yaml", []).node.train.eval_function
     function = load_function(spec, "train.eval_function")
@@ -154,9 +154,9 @@ def test_the_config_finds_the_judge(data: Path, monkeypatch: pytest.MonkeyPatch)
     assert function("the plotb", " is lovely .", None, metadata) > 0.5
 
 
-def test_the_judge_says_what_it_learns_from() -> None:
-    with pytest.raises(ValueError, match="has no metadata.judge_data"):
-        judge.positive("the film", " is fine", None, {})
+def test_the_classifier_says_what_it_learns_from() -> None:
+    with pytest.raises(ValueError, match="has no metadata.classifier_data"):
+        classifier.positive("the film", " is fine", None, {})
 
 
 def test_distinct_n_by_hand() -> None:
@@ -169,11 +169,11 @@ def test_distinct_n_by_hand() -> None:
 
 
 def test_a_collapsed_policy_shows(data: Path) -> None:
-    trained = judge.train_judge(str(data / prepare.JUDGE_FILE))
-    real = judge.read_sentences(str(data / prepare.JUDGE_TEST_FILE)).texts
+    trained = classifier.train_classifier(str(data / prepare.CLASSIFIER_FILE))
+    real = classifier.read_sentences(str(data / prepare.CLASSIFIER_TEST_FILE)).texts
     collapsed = ["the film is lovely and great ."] * len(real)
-    honest = evaluate.judge_reviews("real", trained, real, 0.0)
-    hacked = evaluate.judge_reviews("one phrase", trained, collapsed, 0.0)
+    honest = evaluate.describe_reviews("real", trained, real, 0.0)
+    hacked = evaluate.describe_reviews("one phrase", trained, collapsed, 0.0)
     assert hacked.positive_share == 1.0 > honest.positive_share
     assert hacked.repeated == 1.0 and honest.repeated == 0.0
     assert hacked.top_3_share == 1.0 and hacked.distinct_3 < honest.distinct_3
