@@ -71,7 +71,7 @@ def _leaves_no_variable_of_a_run() -> Iterator[None]:
 
 
 def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
-    """The folder that ``make`` fills: by the first of pytest-xdist's processes that asks for it, while the others wait."""
+    """Return the folder that ``make`` fills. The first of pytest-xdist's processes that asks calls it, and the others wait."""
     base = factory.getbasetemp()
     root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
     with root.with_suffix(".lock").open("w") as lock:
@@ -166,7 +166,7 @@ def reference_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def only_step(run_dir: Path, step: int, copy: Path) -> None:
-    """A run folder whose newest checkpoint is that of ``step``."""
+    """Make a run folder whose newest checkpoint is that of ``step``."""
     name = f"iter_{step:07d}"
     (copy / "checkpoints").mkdir(parents=True)
     (copy / "checkpoints" / name).symlink_to(run_dir / "checkpoints" / name)

@@ -96,7 +96,7 @@ def two_processes(models: dict[str, Path], tmp_path_factory: pytest.TempPathFact
 def measure(
     models: dict[str, Path], layouts: dict[str, dict[str, object]], processes: int, folder: Path
 ) -> dict[str, Measured]:
-    """One launch for all layouts."""
+    """Measure all layouts in one launch."""
     jobs = {name: {**layout, "model": str(models[layout.get("model", "untied")])} for name, layout in layouts.items()}
     run_ranks(processes, [WORKER, json.dumps(jobs), str(folder / "out.json")])
     return json.loads((folder / "out.json").read_text())

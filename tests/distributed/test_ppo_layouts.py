@@ -175,7 +175,7 @@ def metrics(runs: PpoRuns) -> Metrics:
 
 
 def folder_name(name: str) -> str:
-    """Commas and spaces have a meaning in overrides."""
+    """Return a folder's name without commas and spaces, which have a meaning in overrides."""
     return name.replace(",", "").replace(" ", "_")
 
 

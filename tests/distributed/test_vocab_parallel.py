@@ -40,7 +40,7 @@ def _check_vocab_parallel(rank: int, group: dist.ProcessGroup) -> None:
 def _compare_layouts(
     rank: int, group: dist.ProcessGroup, vocab_size: int, temperature: float, dtype: torch.dtype, rtol: float
 ) -> None:
-    """Results and gradients of 16 columns on each of two ranks against 32 on one; rtol is that of the gradient."""
+    """Compare results and gradients of 16 columns on each of two ranks with those of 32 on one; ``rtol`` is the gradient's."""
     generator = torch.Generator().manual_seed(vocab_size)
     full = (4 * torch.randn(3, 7, 32, generator=generator)).to(dtype)
     targets = torch.randint(0, vocab_size, (3, 7), generator=generator)

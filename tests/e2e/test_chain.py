@@ -279,7 +279,7 @@ def test_exported_reward_model_loads_in_transformers(chain: Chain) -> None:
 
 @torch.no_grad()
 def assert_log_probs_are_recorded(model: Callable[..., object], rows: list[RolloutRecord]) -> None:
-    """The recorded log-probs are transformers' at the sampling temperature, within 1e-3."""
+    """Assert that the recorded log-probs are transformers' at the sampling temperature, within 1e-3."""
     for row in rows:
         start = len(row.prompt_ids)
         logits = model(torch.tensor([row.prompt_ids + row.response_ids])).logits[0, start - 1 : -1] / 0.8

@@ -30,7 +30,7 @@ def errors(text: str) -> list[str]:
 
 
 def assert_one_error(text: str, status: int, message: str) -> None:
-    """The error, then the launcher's line, and nothing that looks like a crash."""
+    """Assert that the output ends with the error and the launcher's line, and has nothing that looks like a crash."""
     first, last = errors(text)
     assert re.match(message, first), text
     assert last == f"error: rank 0 ended with exit status {status}; see the error above", text
@@ -39,7 +39,7 @@ def assert_one_error(text: str, status: int, message: str) -> None:
 
 
 def kill(job: RunningJob, part: str) -> None:
-    """SIGKILL to the one process with this in its command line; the guardian's holds its server's."""
+    """Send SIGKILL to the one process with ``part`` in its command line. The guardian's contains that of its server."""
     (pid,) = set(job.find(part)) - set(job.find("guardian.py"))
     os.kill(pid, signal.SIGKILL)
 
@@ -115,7 +115,7 @@ def test_a_killed_server_is_restarted_until_no_restart_is_left(chain: Chain, tmp
 
 @torch.no_grad()
 def assert_server_and_transformers_agree(run_dir: Path, actor: Path) -> None:
-    """vLLM's log-probs of the first rollout, made with the exported weights as they lie there."""
+    """Assert that vLLM's log-probs of the first rollout are those of the exported weights."""
     torch.set_num_threads(1)
     model = AutoModelForCausalLM.from_pretrained(actor, dtype=torch.float32)
     for row in read_rollouts(run_dir / "rollouts" / "step_000001.jsonl"):

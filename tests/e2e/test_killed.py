@@ -25,13 +25,13 @@ HELD = {"point": "call:hetero_ppo.trainers.ppo:PpoTrainer.close", "logged": 2, "
 
 
 def banked(run_dir: Path, step: int) -> int:
-    """Responses in the bank of a step that is being generated; the first line is the key."""
+    """Count the responses in the bank of a step during its generation. The first line of the file is the key."""
     path = run_dir / "bank" / f"step_{step:06d}.jsonl"
     return max(0, path.read_text().count("\n") - 1) if path.exists() else 0
 
 
 def kill_in_generation(job: RunningJob, run_dir: Path) -> int:
-    """SIGKILL to the rank when some responses of a step are there, and some are not. Returns the steps done."""
+    """Send SIGKILL to the rank when some responses of a step are complete and others are not. Return the number of finished steps."""
     while True:
         wait_for(lambda: 2 <= banked(run_dir, job.steps_done()) < BATCH, "a step half generated", START_S)
         done = job.steps_done()

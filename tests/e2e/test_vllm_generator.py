@@ -88,7 +88,7 @@ def generator(
 
 
 def children(pid: int) -> list[int]:
-    """All descendants that /proc shows."""
+    """Return all descendants that /proc shows."""
     found = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     for task in Path(f"/proc/{pid}/task").iterdir():
         found += [int(child) for child in (task / "children").read_text().split() if int(child) not in found]
@@ -104,7 +104,7 @@ def alive(pids: list[int]) -> list[int]:
 
 
 def wait_until_gone(pids: list[int], timeout_s: float) -> list[int]:
-    """Those that are still there after the timeout."""
+    """Wait for the processes to end. Return those that still live after the timeout."""
     deadline = time.monotonic() + timeout_s
     while alive(pids) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -208,7 +208,7 @@ CORRUPTED = (
 
 
 def flip_bits(files: WeightFiles, names: tuple[str, ...]) -> None:
-    """One bit of one element of each tensor, in the file."""
+    """Flip one bit of one element of each tensor in the file."""
     (path,) = files.paths
     with open(path, "r+b") as file:
         header_bytes = int.from_bytes(file.read(8), "little")
@@ -222,12 +222,12 @@ def flip_bits(files: WeightFiles, names: tuple[str, ...]) -> None:
 
 
 def use_transfer(generator: VllmGenerator, kind: WeightTransfer) -> None:
-    """Another way of the weights into the running server, from now on."""
+    """Switch the running server to another transport of weights."""
     generator._started_pool().transport = weight_transport(kind, torch.device("cpu"), 60.0)
 
 
 def on_loop(generator: VllmGenerator, call: Coroutine[Any, Any, Any]) -> Any:
-    """As the generator does it, but an error does not end the generator."""
+    """Run a coroutine as the generator does, but without ending the generator on an error."""
     return asyncio.run_coroutine_threadsafe(call, generator._loop).result()
 
 

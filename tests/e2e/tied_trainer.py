@@ -24,7 +24,7 @@ PROMPT = [2 + (3 * j * j) % (VOCAB - 2) for j in range(12)]
 
 
 def make_model(seed: int) -> LlamaForCausalLM:
-    """A tied model with logits far enough from uniform that a wrong matrix shows."""
+    """Make a tied model with logits far enough from uniform that a wrong matrix shows."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=VOCAB,
@@ -45,14 +45,14 @@ def make_model(seed: int) -> LlamaForCausalLM:
 
 
 def log_probs(model: LlamaForCausalLM) -> list[float]:
-    """log p(token t + 1 | tokens 0..t) of the prompt."""
+    """Return log p(token t + 1 | tokens 0..t) of the prompt."""
     with torch.no_grad():
         logits = model(torch.tensor([PROMPT])).logits[0, :-1]
     return torch.log_softmax(logits, -1).gather(1, torch.tensor(PROMPT[1:]).unsqueeze(1)).squeeze(1).tolist()
 
 
 def weights(model: LlamaForCausalLM) -> Iterator[tuple[str, Tensor]]:
-    """As the trainer streams a tied model: the one matrix comes once."""
+    """Yield the weights as the trainer streams a tied model: the shared matrix comes once."""
     for name, tensor in model.state_dict().items():
         if name != "lm_head.weight":
             yield name, tensor.clone()

@@ -46,7 +46,7 @@ def _pytest(arguments: list[str]) -> dict[str, Any]:
 
 
 def premises(cpu: bool) -> dict[str, Any]:
-    """What the other checks take for granted: torch's private functions, the device's limits, the rate of pinned copies."""
+    """Check what the other checks rely on: torch's private functions, the device's limits, the rate of pinned copies."""
     from torch.optim._functional import adam
     from torch.optim.adamw import adamw
 
@@ -78,7 +78,7 @@ def premises(cpu: bool) -> dict[str, Any]:
 
 
 def adam(cpu: bool) -> dict[str, Any]:
-    """The project's Adam against torch's, three steps."""
+    """Compare three steps of the project's Adam with torch's."""
     from megatron_bridge.platform.adam import Adam
 
     device = "cpu" if cpu else "cuda"
@@ -103,17 +103,17 @@ def adam(cpu: bool) -> dict[str, Any]:
 
 
 def steps_after_events(cpu: bool) -> dict[str, Any]:
-    """A step after a save, a load, an export, an evaluation or a sync has the bits of a step without."""
+    """Check that a step after a save, a load, an export, an evaluation or a sync has the bits of a step without it."""
     return _pytest([str(TESTS / "numerics" / "test_steps_after_events.py")])
 
 
 def residency(cpu: bool) -> dict[str, Any]:
-    """Turns on the device: streams, bits, guards."""
+    """Check turns on the device: streams, bits, guards."""
     return _pytest([str(TESTS / "numerics" / "test_residency.py"), *(["-k", "bits_are_those and bf16"] if cpu else [])])
 
 
 def forward_and_backward(cpu: bool) -> dict[str, Any]:
-    """A bf16 role on the device against transformers in fp32 on the CPU: padded, packed, recomputed."""
+    """Compare a bf16 role on the device with transformers in fp32 on the CPU: padded, packed, recomputed."""
     from hetero_ppo.config.schema import Dtype, ModelConfig, TrainedRoleConfig
     from hetero_ppo.engines.loss_terms import LossTerm
     from hetero_ppo.engines.losses import sft_loss_fn
@@ -158,7 +158,7 @@ def forward_and_backward(cpu: bool) -> dict[str, Any]:
 
 
 def aligned(cpu: bool) -> dict[str, Any]:
-    """The self-check of aligned roles, and what alignment costs."""
+    """Run the self-check of aligned roles, and measure what alignment costs."""
     from hetero_ppo.config.schema import Dtype, ModelConfig, RoleConfig
     from hetero_ppo.engines.model_engine import ModelEngine
     from hetero_ppo.engines.outputs import log_probs_output
@@ -187,19 +187,19 @@ def aligned(cpu: bool) -> dict[str, Any]:
 
 
 def transports(cpu: bool) -> dict[str, Any]:
-    """Weights by CUDA IPC and by a process group."""
+    """Check the transport of weights by CUDA IPC and by a process group."""
     return _pytest(
         [str(TESTS / "unit" / name) for name in ("test_rollout_transports.py", "test_rollout_device_blocks.py")]
     )
 
 
 def ppo(cpu: bool) -> dict[str, Any]:
-    """A PPO run with the actor as generator, and its second half again from a checkpoint: equal metrics; ledger beside plan."""
+    """Run PPO with the actor as generator, resume its second half from a checkpoint, and compare metrics, and ledger with plan."""
     return checks_memory.ppo_run(_folder(), cpu)
 
 
 def synchronisations(cpu: bool) -> dict[str, Any]:
-    """How often a forward and a training step make the host wait for the device."""
+    """Count how often a forward and a training step make the host wait for the device."""
     from hetero_ppo.config.schema import Dtype, ModelConfig, TrainedRoleConfig
     from hetero_ppo.engines.loss_terms import LossTerm
     from hetero_ppo.engines.losses import sft_loss_fn

@@ -1,4 +1,4 @@
-"""GPU checks of memory and copies: turns beside another process, copies under kernels, the plan's activations, a whole PPO run."""
+"""GPU checks of memory and copies: turns next to another process, copies during kernels, the plan's activations, a whole PPO run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TIMES = re.compile(r"^(time|perf|timing|throughput|memory|switch|trace|residency
 
 
 def _synthetic_roles(num_bytes: int, **options: Any) -> Any:
-    """Two trained roles and one that only runs forward, of so many bytes a kind, on a device that they share."""
+    """Make two trained roles and one that only runs forward, with so many bytes of each kind, on a device that they share."""
     from hetero_ppo.config.schema import ResidencyConfig
     from hetero_ppo.engines.residency import RoleResidency
     from hetero_ppo.engines.shared_device import SharedDevice
@@ -85,7 +85,7 @@ def neighbour(cpu: bool) -> dict[str, Any]:
 
 
 def copies(cpu: bool) -> dict[str, Any]:
-    """Bring a role in while a long queue of kernels runs: its rate, and whether it arrives before the kernels end."""
+    """Copy a role to the device during a long queue of kernels. Measure its rate, and whether it arrives before the kernels end."""
     from hetero_ppo.step.kinds import TRAINING, Kind
 
     with world():

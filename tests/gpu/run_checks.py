@@ -1,6 +1,6 @@
-"""Run the checks of ``checks.py`` one after the other, each in a process of its own, and write down what came of them.
+"""Run the checks of ``checks.py`` one after the other, each in its own process, and write down their results.
 
-A kernel that reads a wrong address spoils the process that it runs in, and one that hangs never ends: so no check shares a process, and each has
+A kernel that reads a wrong address spoils its process, and one that hangs never ends. So no check shares a process, and each has
 a time limit, after which its whole process group is killed. See ``scripts/gpu_check.sh`` for the arguments.
 """
 
@@ -33,7 +33,7 @@ PACKAGES = ("torch", "triton", "megatron-core", "transformer-engine", "vllm", "t
 
 @dataclass
 class Result:
-    """What came of a check; one line of the file."""
+    """Result of a check; one line of the file."""
 
     number: int
     name: str
@@ -61,7 +61,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def machine() -> dict[str, str]:
-    """Card, driver and versions, without loading torch."""
+    """Return card, driver and versions, without loading torch."""
     found = {"python": sys.version.split()[0]}
     for name in PACKAGES:
         try:

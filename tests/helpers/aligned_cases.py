@@ -41,7 +41,7 @@ BATCHINGS: dict[str, tuple[list[Row], int | None]] = {
 
 
 def save_models(folder: Path) -> None:
-    """Random models, each with a score head and with a language-model head, <folder>/<name>-<head>."""
+    """Save random models as <folder>/<name>-<head>, each with a score head and with a language-model head."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
     for name, (model_type, sizes) in MODELS.items():
@@ -64,13 +64,13 @@ def save_models(folder: Path) -> None:
 
 
 def sequences() -> list[Tensor]:
-    """Token ids of every row."""
+    """Return the token ids of every row."""
     generator = torch.Generator().manual_seed(3)
     return [torch.randint(1, VOCAB, (length,), generator=generator) for length in LENGTHS]
 
 
 def microbatches(batching: str, multiple: int) -> Iterator[tuple[Row, Microbatch]]:
-    """Rows and micro-batches of a batching, padded with tokens that differ from one to the next."""
+    """Yield the rows and the micro-batch of every part of a batching. Padding tokens differ from part to part."""
     rows = sequences()
     groups, padded = BATCHINGS[batching]
     for number, group in enumerate(groups):
@@ -105,7 +105,7 @@ def output_of(engine: ModelEngine) -> OutputFn:
 
 
 def results(engine: ModelEngine) -> dict[str, list[Tensor]]:
-    """For every batching, the score or the log-probs of each row's forwards, in the order of the rows; {} but on the last stage.
+    """Return for every batching the scores or log-probs of each row, in the order of the rows; {} before the last stage.
 
     Every data-parallel rank computes all rows.
     """
@@ -125,7 +125,7 @@ def results(engine: ModelEngine) -> dict[str, list[Tensor]]:
 
 
 def training_scores(engine: TrainEngine) -> tuple[list[Tensor], float]:
-    """Scores of this rank's rows as the loss of a reward-model step sees them, and the gradient's norm."""
+    """Train one reward-model step. Return the scores of this rank's rows as the loss sees them, and the gradient's norm."""
     rows = sequences()
     ids = torch.zeros(len(rows), max(LENGTHS), dtype=torch.int64)
     for row, tokens in enumerate(rows):
@@ -143,7 +143,7 @@ def training_scores(engine: TrainEngine) -> tuple[list[Tensor], float]:
 
 
 def bits(values: list[Tensor]) -> str:
-    """SHA-256 of the values' bytes."""
+    """Return the SHA-256 of the values' bytes."""
     digest = hashlib.sha256()
     for value in values:
         digest.update(value.contiguous().numpy().tobytes())

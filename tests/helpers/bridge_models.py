@@ -48,7 +48,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def hf_model(case: str, head: str = "lm", **overrides: Any) -> torch.nn.Module:
-    """A random model in fp32: biases and norm weights are random too, so that no tensor can be left out unseen."""
+    """Make a random model in fp32. Biases and norm weights are random too, so that a missing tensor is noticed."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
     model_type, fields = CASES[case]
@@ -72,12 +72,12 @@ def save_case(case: str, folder: Path, head: str = "lm", **save_options: Any) ->
 
 
 def token_ids(batch: int = 2, length: int = 96) -> Tensor:
-    """[batch, length] int64, without the padding token."""
+    """Return [batch, length] int64 token ids without the padding token."""
     return torch.randint(1, VOCAB, (batch, length), generator=torch.Generator().manual_seed(3))
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint folder."""
+    """Read all tensors of a checkpoint folder."""
     tensors: dict[str, Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as handle:
@@ -87,7 +87,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def same_tensors(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
-    """The same names, shapes, dtypes and bits."""
+    """Return True when names, shapes, dtypes and bits are equal."""
     return left.keys() == right.keys() and all(
         left[name].dtype == right[name].dtype and torch.equal(left[name], right[name]) for name in left
     )

@@ -71,18 +71,18 @@ class Chain:
         return self.root / stage / "hf"
 
     def train_command(self, stage: str, run_dir: Path, **overrides: Any) -> list[str]:
-        """Arguments of ``hetero-ppo`` that run a stage again elsewhere. ``overrides``: ``a__b=c`` for ``a.b=c``."""
+        """Return the arguments of ``hetero-ppo`` that run a stage in another folder. An override ``a.b=c`` is written ``a__b=c``."""
         fields = {"run.dir": run_dir} | {name.replace("__", "."): value for name, value in overrides.items()}
         return ["train", "--config", str(self.configs[stage]), *(f"{name}={value}" for name, value in fields.items())]
 
 
 def environment(mark: str) -> dict[str, str]:
-    """Of a launched run: one thread a process, nothing fetched, and the mark."""
+    """Return the environment of a launched run: one thread per process, no downloads, and the mark."""
     return {**outer_environment(), **ENVIRONMENT, "PYTHONUNBUFFERED": "1", MARK: mark}
 
 
 def launch_command(num_processes: int, program: Sequence[str]) -> list[str]:
-    """What scripts/train_*.sh start: torchrun's launcher around ``-m module ...`` or ``file.py ...``."""
+    """Return the command that scripts/train_*.sh start: the launcher around ``-m module ...`` or ``file.py ...``."""
     torchrun = [sys.executable, "-m", "hetero_ppo.cli.launcher", "--standalone"]
     return [*torchrun, "--nproc-per-node", str(num_processes), *program]
 
@@ -118,12 +118,12 @@ def launch(
 
 
 def launch_cli(num_processes: int, command: Sequence[str], **kwargs: Any) -> subprocess.CompletedProcess[str]:
-    """``launch`` of one ``hetero-ppo`` command."""
+    """Launch one ``hetero-ppo`` command."""
     return launch(num_processes, ["-m", "hetero_ppo.cli.main", *command], **kwargs)
 
 
 def launch_nodes(num_nodes: int, command: Sequence[str], *, timeout_s: float = 400.0) -> list[str]:
-    """One ``hetero-ppo`` command on several "nodes", which are launchers of one process each on this machine; what each printed."""
+    """Run one ``hetero-ppo`` command on several "nodes": launchers of one process each, on this machine. Return what each printed."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -150,7 +150,7 @@ def launch_nodes(num_nodes: int, command: Sequence[str], *, timeout_s: float = 4
 
 
 def launch_all(num_processes: int, commands: Sequence[list[str]]) -> str:
-    """Several ``hetero-ppo`` commands in one launch, without the launcher; their output."""
+    """Run several ``hetero-ppo`` commands in forked ranks, without the launcher. Return their output."""
     return run_ranks(num_processes, [str(WORKER), json.dumps(commands)])
 
 
@@ -161,7 +161,7 @@ def read_metrics(run_dir: Path) -> dict[int, dict[str, float]]:
 
 
 def run_chain(root: Path) -> Chain:
-    """Everything from data to an exported PPO actor."""
+    """Run the chain from data to an exported PPO actor."""
     # transformers and torch take seconds to import, which collecting tests should not.
     from hetero_ppo.cli.main import main
     from hetero_ppo.data.tokenizer_training import CHATML_TEMPLATE
@@ -184,13 +184,13 @@ def run_chain(root: Path) -> Chain:
 
 
 def golden_lines(chain: Chain) -> list[dict[str, Any]]:
-    """The pairs of the reward model's golden scores."""
+    """Read the pairs of the reward model's golden scores."""
     lines = (chain.export("rm") / "golden_scores.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines[1:]]
 
 
 def write_data(folder: Path) -> None:
-    """A small data set of the word-sort demo."""
+    """Write a small data set of the word-sort demo."""
     demo = _load_module(ROOT / "examples" / "word_sort" / "make_data.py")
     folder.mkdir()
     for name, rows in demo.make_rows(0, demo.Recipe(min_words=2, max_words=4, **ROWS)).items():

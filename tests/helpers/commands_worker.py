@@ -23,7 +23,7 @@ STORE = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), WORL
 
 
 def free_port(number: int) -> int:
-    """A port that is free now, on all ranks the same. Chosen for each command when its turn comes: the connections of the commands
+    """Return a port that is free now, the same on all ranks. It is chosen right before each command, since connections of the commands
     before it take ports, too.
     """
     if RANK == 0:

@@ -30,7 +30,7 @@ def chatml_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def chatml_encoder(template: str | None = CHATML_TEMPLATE) -> TextEncoder:
-    """``template`` None: plain text."""
+    """Make an encoder with a ChatML template. With ``template`` None it encodes plain text."""
     tokenizer = chatml_tokenizer()
     return TextEncoder(tokenizer, template, [], tokenizer.eos_token_id, "tokenizer")
 
@@ -54,7 +54,7 @@ def write_jsonl(path: Path, rows: list[dict]) -> str:
 
 
 def write_llama(folder: Path, config: dict[str, Any], *, score: bool = False) -> None:
-    """Zeros under the names that transformers gives a Llama's tensors, ``lm_head`` included, or ``score`` in its place."""
+    """Write a Llama of zeros with transformers' names, with ``lm_head`` or with ``score`` in its place."""
     hidden, ffn, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
     kv = hidden // config["num_attention_heads"] * config["num_key_value_heads"]
     attention = {"q": (hidden, hidden), "k": (kv, hidden), "v": (kv, hidden), "o": (hidden, hidden)}

@@ -26,7 +26,7 @@ PROMPTS = [[2 + (7 * i + 3 * j * j) % (VOCAB - 2) for j in range(4 + i)] for i i
 
 
 def make_model(seed: int) -> LlamaForCausalLM:
-    """2.7 M parameters, with logits far enough from uniform that a wrong weight shows."""
+    """Make a model of 2.7 M parameters, with logits far enough from uniform that a wrong weight shows."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=VOCAB,
@@ -49,7 +49,7 @@ def make_model(seed: int) -> LlamaForCausalLM:
 
 
 def model_log_probs(model: LlamaForCausalLM, token_ids: list[int], temperature: float = 1.0) -> Tensor:
-    """[L - 1] log-probs of tokens 1.. by transformers."""
+    """Return transformers' [L - 1] log-probs of all tokens but the first."""
     with torch.no_grad():
         logits = model(torch.tensor([token_ids])).logits[0, :-1]
     return torch.log_softmax(logits / temperature, -1).gather(1, torch.tensor(token_ids[1:])[:, None])[:, 0]
@@ -83,7 +83,7 @@ def save_model(path: Path) -> None:
 
 
 def cut_log_probs(logits: Tensor, top_p: float, top_k: int) -> Tensor:
-    """[L, V] log-probs of what is left of each row, -inf elsewhere: the k likeliest, of these the fewest that make up p."""
+    """Return [L, V] log-probs of the tokens that top-k and top-p keep in each row, and -inf elsewhere."""
     result = torch.full_like(logits, -torch.inf)
     for row, values in zip(result, logits.softmax(-1), strict=True):
         ranked = sorted(range(len(values)), key=lambda token: -float(values[token]))[:top_k]

@@ -53,14 +53,14 @@ class PpoRuns:
         load: str | None = None,
         fields: Mapping[str, object] | None = None,
     ) -> list[str]:
-        """Arguments of ``hetero-ppo`` for a run in ``<root>/<name>``.
+        """Return the arguments of ``hetero-ppo`` for a run in ``<root>/<name>``.
 
         Args:
-            model: of ``MODELS``.
-            roles: role -> fields of its layout, and other fields of the role ("optimizer.distributed").
-            steps: PPO steps done in the end.
-            load: the run to go on from.
-            fields: other fields of the config.
+            model: Name of an entry of ``MODELS``.
+            roles: Role -> fields of its layout, and other fields of the role ("optimizer.distributed").
+            steps: Number of PPO steps that are done in the end.
+            load: Name of the run to resume from.
+            fields: Other fields of the configuration.
         """
         overrides: dict[str, object] = {"run.dir": self.root / name, "train.steps": steps, **(fields or {})}
         if load is not None:
@@ -86,7 +86,7 @@ def prepare(root: Path, **sizes: int) -> PpoRuns:
     """Make the models, and three steps of random answers to every prompt.
 
     Args:
-        sizes: config fields of the models that differ from ``MODELS``.
+        sizes: Configuration fields of the models that differ from ``MODELS``.
     """
     from hetero_ppo.cli.main import main
 
@@ -117,7 +117,7 @@ def _save_models(root: Path, model: str, sizes: Mapping[str, int]) -> None:
 
 
 def prepare_judge(root: Path) -> Path:
-    """A scorer of another size, family, vocabulary and template, beside its tokenizer; and a reward function."""
+    """Make a scorer of another size, family, vocabulary and template, with its tokenizer, and a reward function."""
     import torch
     from transformers import AutoConfig, AutoModelForSequenceClassification
 

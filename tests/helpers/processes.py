@@ -36,7 +36,7 @@ LOOPBACK_ADDRESSES = {"0100007F", "00000000000000000000000001000000", "000000000
 
 
 def listening_addresses(pids: Iterable[int]) -> set[str]:
-    """Addresses, as /proc/net shows them, that these processes take TCP connections on."""
+    """Return the addresses on which these processes listen for TCP connections, as /proc/net shows them."""
     inodes = set()
     for pid in pids:
         with suppress(FileNotFoundError):  # it has ended
@@ -48,7 +48,7 @@ def listening_addresses(pids: Iterable[int]) -> set[str]:
 
 
 def wait_for(condition: Callable[[], bool], what: str, timeout_s: float) -> float:
-    """Seconds until the condition held; fails the test at the timeout."""
+    """Wait until the condition holds. Return the seconds; fail the test at the timeout."""
     start = time.monotonic()
     while not condition():
         assert time.monotonic() - start < timeout_s, f"{what}: not within {timeout_s} s"
@@ -74,7 +74,7 @@ class RunningJob:
         return marked(self.mark)
 
     def find(self, part: str) -> list[int]:
-        """Processes of the run with this in their command line."""
+        """Return the processes of the run whose command line contains ``part``."""
         return [pid for pid, command in self.processes.items() if part in command]
 
     def steps_done(self) -> int:
@@ -89,17 +89,17 @@ class RunningJob:
         wait_for(reached, f"step {count}", timeout_s)
 
     def wait_end(self, timeout_s: float) -> int:
-        """The exit status."""
+        """Wait for the end of the run. Return the exit status."""
         return self.process.wait(timeout=timeout_s)
 
     def private_dir(self) -> Path:
-        """Directory in shared memory that held the servers' sockets and weights, from the first server's log."""
+        """Return the directory in shared memory that held the servers' sockets and weights, from the first server's log."""
         match = PRIVATE_DIR.search((self.run_dir / "rollout" / "server_0.log").read_text())
         assert match is not None
         return Path(match[1])
 
     def assert_nothing_is_left(self, within_s: float = 10.0) -> None:
-        """No process, no directory in shared memory."""
+        """Assert that no process and no directory in shared memory is left."""
         wait_for(lambda: not self.processes, f"these to end: {self.processes}", within_s)
         if (self.run_dir / "rollout" / "server_0.log").exists():
             assert not self.private_dir().exists()

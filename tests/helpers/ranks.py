@@ -59,7 +59,7 @@ def run_ranks(num_processes: int, program: Sequence[str], *, timeout_s: float = 
 
 
 def outer_environment() -> dict[str, str]:
-    """That of the tests, less what is about this process: of pytest, and of the world that a command in it may have joined."""
+    """Return the environment of the tests without the variables of pytest and of a world that this process may have joined."""
     world = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     return {
         name: value
@@ -70,7 +70,7 @@ def outer_environment() -> dict[str, str]:
 
 @functools.cache
 def _server() -> subprocess.Popen[str]:
-    """Started by the first test of this process that needs it; ends with this process."""
+    """Start the process that forks, for the first test of this process that needs it. It ends with this process."""
     server = subprocess.Popen(
         [sys.executable, "-W", "ignore", "-m", "tests.helpers.ranks"],
         cwd=ROOT,
@@ -123,7 +123,7 @@ def _become(rank: int, num_processes: int, port: int, log: str) -> None:
 
 
 def _wait(ranks: dict[int, int], timeout_s: float) -> str | None:
-    """Until all have ended: what went wrong, or None. One that fails takes the others with it."""
+    """Wait until all ranks have ended. Return what went wrong, or None. When one fails, the others are ended."""
     failure: str | None = None
     deadline, last = time.monotonic() + timeout_s, signal.SIGTERM
     while ranks:

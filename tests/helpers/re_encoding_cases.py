@@ -18,7 +18,7 @@ JUDGE_TEMPLATE = (
 
 
 def rollout_of(actor: TextEncoder, rows: list[tuple[Messages | None, str, bool]]) -> Rollout:
-    """(prompt, response, finished?) as the actor's ids, with its end-of-sequence token where they are finished.
+    """Make a rollout of (prompt, response, is finished) rows in the actor's ids. A finished response ends with its end-of-sequence token.
 
     A prompt of None is the text ``PLAIN_PROMPT``.
     """

@@ -53,7 +53,7 @@ PartitionName=high Nodes={host} PriorityTier=10 PreemptMode=OFF OverSubscribe=NO
 
 
 def why_not() -> str | None:
-    """Why there can be no Slurm here; None: there can."""
+    """Return the reason why Slurm cannot run on this machine, or None when it can."""
     missing = [name for name in PROGRAMS if shutil.which(name) is None]
     if missing:
         return f"no {', '.join(missing)} here (Debian: apt-get install slurm-wlm munge)"
@@ -68,7 +68,7 @@ class SlurmCluster:
         self.env = {**outer_environment(), "SLURM_CONF": str(root / "slurm.conf")}
 
     def call(self, *command: str, **env: str) -> str:
-        """Output of a Slurm command."""
+        """Run a Slurm command. Return its output."""
         done = subprocess.run(
             command, cwd=ROOT, env=self.env | env, capture_output=True, text=True, timeout=60, check=False
         )
@@ -76,7 +76,7 @@ class SlurmCluster:
         return done.stdout
 
     def job_state(self, job: str) -> str:
-        """RUNNING, PENDING, COMPLETED, ..."""
+        """Return the state of a job: RUNNING, PENDING, COMPLETED, ..."""
         fields = dict(part.split("=", 1) for part in self.call("scontrol", "show", "job", job).split() if "=" in part)
         return fields["JobState"]
 

@@ -109,7 +109,7 @@ def test_temperature_is_that_of_the_sampler() -> None:
 
 
 def saved(logits: torch.Tensor, targets: torch.Tensor, with_entropy: bool = True):
-    """Tensors that autograd keeps."""
+    """Return the tensors that autograd keeps."""
     kept = []
 
     def pack(tensor: torch.Tensor):

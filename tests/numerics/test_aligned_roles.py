@@ -140,7 +140,7 @@ def faulty_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _run(aligned: dict[str, bool] | None = None) -> SimpleNamespace:
-    """A run as ``build_role`` sees it; with the notes of a checkpoint that it goes on from."""
+    """Make a run as ``build_role`` sees it, with the notes of the checkpoint that it resumes from."""
     resume = None if aligned is None else SimpleNamespace(aligned=aligned, folder=Path("checkpoint"))
     return SimpleNamespace(aligned={}, resume=resume)
 
@@ -267,7 +267,7 @@ def _examples() -> list[PreferenceExample]:
 
 
 def _with_golden(models: Path, folder: Path, dtype: str = "bf16") -> Path:
-    """A copy of the reward model with golden scores."""
+    """Copy the reward model and add golden scores. Return the copy's folder."""
     shutil.copytree(models / "qwen3-score", folder)
     engine = ModelEngine("reward", role_config(folder, dtype, {}, aligned=True), "score")
     (folder / GOLDEN_FILE).write_text(make_golden(engine, _examples()).text())

@@ -65,7 +65,7 @@ def manager_of(run_dir: Path, timeout_s: float = ENOUGH_S, **config: object) -> 
 
 @contextmanager
 def held_writer(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
-    """Nothing is written until the event."""
+    """Keep the writer from writing until the event."""
     go_on, write = threading.Event(), RoleSnapshot.write
     with monkeypatch.context() as patch:
         patch.setattr(RoleSnapshot, "write", lambda snapshot: go_on.wait(ENOUGH_S) and write(snapshot))

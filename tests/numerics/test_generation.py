@@ -50,7 +50,7 @@ pytestmark = pytest.mark.usefixtures("world")
 
 
 def make_actor(path: Path, dtype: Dtype = Dtype.fp32, aligned: bool = False) -> TrainEngine:
-    """A role that leaves the device between its turns."""
+    """Make a role that leaves the device between its turns."""
     config = TrainedRoleConfig(model=ModelConfig(path=str(path), dtype=dtype), micro_batch_size=4, aligned=aligned)
     return TrainEngine("actor", config, "lm", 1, SharedDevice(ResidencyConfig()))
 

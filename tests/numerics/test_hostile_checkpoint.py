@@ -71,7 +71,7 @@ def in_common(folder: Path, command: Command) -> None:
 
 
 def in_an_object(folder: Path, command: Command) -> None:
-    """One of those that lie beside the tensors: appended to its file, and the description names the new place."""
+    """Append a command to the file of a pickled object, and point the checkpoint's description to it."""
     metadata, planted = metadata_of(folder), io.BytesIO()
     torch.save([command], planted)
     index = next(

@@ -17,7 +17,7 @@ SCALE = D**-0.5
 
 
 def plain_rms_norm(x: Tensor, weight: Tensor) -> Tensor:
-    """As transformers' modules compute it."""
+    """Compute the norm as transformers' modules do."""
     wide = x if x.dtype == torch.float64 else x.float()
     return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5)).to(x.dtype)
 
@@ -57,7 +57,7 @@ CASES = {
 
 
 def results(function: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tensor]:
-    """Output and gradients, in float64."""
+    """Return output and gradients in float64."""
     inputs = [x.detach().requires_grad_() for x in inputs]
     output = function(*inputs)
     weight = torch.sin(torch.arange(output.numel())).view(output.shape)

@@ -71,7 +71,7 @@ def one_token_loss(
     advantage: float = 0.0,
     ref_ratio: float = 1.0,
 ) -> Loss:
-    """The actor's loss of one token of log-prob ln 1/2 at the temperature 0.7: ``ratio`` to the old policy, ``ref_ratio`` to the reference."""
+    """Return the actor's loss of one token with log-prob ln 1/2 at temperature 0.7, ``ratio`` to the old policy and ``ref_ratio`` to the reference."""
     log_prob = torch.full((1, 1), math.log(0.5))
     inputs = PolicyInputs(
         old_log_probs=log_prob - math.log(ratio),

@@ -49,7 +49,7 @@ def bridge_of(case: str, dtype: torch.dtype, recompute: str | None, num_layers: 
 
 
 def kept_bytes(bridge: BridgeConfig, groups: Any) -> int:
-    """Bytes of all storages, parameters aside, that a forward keeps for its backward."""
+    """Return the bytes of all storages, without parameters, that a forward keeps for its backward."""
     chunk = build_model(bridge, groups)[0].train()
     parameters = {parameter.untyped_storage().data_ptr() for parameter in chunk.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}

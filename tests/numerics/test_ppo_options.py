@@ -85,7 +85,7 @@ class OneRank:
     done: set[str] = field(default_factory=set)
 
     def folder(self, name: str) -> Path:
-        """The folder of one of ``RUNS``, which the first test that asks for it runs."""
+        """Return the folder of one of ``RUNS``. The first test that asks for it runs it."""
         if name not in self.done:
             assert self.launch(name, RUNS[name]) == 0
             self.done.add(name)
@@ -211,7 +211,7 @@ def test_a_resumed_run_keeps_its_critic(rank: OneRank, capfd: pytest.CaptureFixt
 
 
 def results(folder: Path) -> dict[int, dict[str, float]]:
-    """Metrics without those of memory and time."""
+    """Return the metrics without those of memory and time."""
     return {
         step: {n: v for n, v in found.items() if not n.startswith(("memory/", "pipeline/")) and not n.endswith("_s")}
         for step, found in read_metrics(folder).items()

@@ -79,7 +79,7 @@ class Roles:
         return engine.forward(self.ids, self.lengths, output)
 
     def step(self) -> list[Tensor]:
-        """All phases of a PPO step, in their order; what they gave."""
+        """Run all phases of a PPO step in order. Return their results."""
         self.device.generator_turn("rollout")
         with self.reward.on_device(phase="scores"):
             results = [self.reward.forward(self.ids, self.lengths, scores_output)]
@@ -418,7 +418,7 @@ def test_what_a_role_that_stays_trains_on_is_not_in_its_checkpoint(model: Path, 
 
 
 def assert_goes_on_alike(roles: Roles, folder: Path, following: list[Tensor]) -> None:
-    """The actor that was saved takes the step that followed."""
+    """Assert that the saved actor takes the step that followed the save."""
     config = roles.actor.train_config
     other = Roles(Path(config.model.path), config.model.dtype, config.optimizer.distributed)
     with other.actor.on_device(grads=True, optimizer=True, phase="load"):

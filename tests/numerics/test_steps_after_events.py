@@ -93,7 +93,7 @@ class Role:
         self.lengths = torch.full((ROWS,), LENGTH)
 
     def step(self) -> list[Tensor]:
-        """One optimizer step of three micro-batches: loss, gradient norm and the new weights."""
+        """Take one optimizer step of three micro-batches. Return loss, gradient norm and the new weights."""
         engine = self.engine
         inputs = AnswerInputs(torch.ones(ROWS, LENGTH - 1, dtype=torch.bool))
         with engine.on_device(grads=True, optimizer=True, phase="train"):

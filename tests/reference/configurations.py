@@ -178,7 +178,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 
 
 def folder(root: Path, name: str, layout: str) -> Path:
-    """A run's folder. Commas and spaces have a meaning in overrides."""
+    """Return a run's folder, without commas and spaces, which have a meaning in overrides."""
     return root / f"{name}-{layout}".replace(",", "").replace(" ", "_").replace("'", "")
 
 
@@ -200,7 +200,7 @@ def prepare(root: Path) -> None:
 
 
 def config_files(root: Path, processes: int) -> list[Path]:
-    """Configs of the runs on so many processes."""
+    """Write the configurations of the runs on so many processes. Return their paths."""
     layouts = [layout for layout, (number, _) in LAYOUTS.items() if number == processes]
     return [
         folder(root, name, layout).with_suffix(".yaml") for layout in layouts for name in (*CONFIGURATIONS, *SUPERVISED)
@@ -208,7 +208,7 @@ def config_files(root: Path, processes: int) -> list[Path]:
 
 
 def save_models(root: Path) -> None:
-    """A policy, a reference that is not the policy, a critic, and scorers with scores from -20 to 20 or so."""
+    """Save a policy, another model as reference, a critic, and scorers with scores from about -20 to 20."""
     tokenizer = AutoTokenizer.from_pretrained(root / "tokenizer")
     shape = AutoConfig.for_model("qwen3", vocab_size=len(tokenizer), pad_token_id=0, num_labels=1, **SIZES)
     for seed, name in enumerate(("policy", "reference", "critic", *ENSEMBLE)):
@@ -225,7 +225,7 @@ def save_models(root: Path) -> None:
 
 
 def write_rollouts(root: Path, prompts: list[str]) -> None:
-    """Responses of random tokens; the first of each step has one, and so has the second, which was cut."""
+    """Write responses of random tokens. The first two of each step have one token, and the second is truncated."""
     draw = random.Random(0)
     tokenizer = AutoTokenizer.from_pretrained(root / "tokenizer")
     policy = AutoModelForCausalLM.from_pretrained(root / "policy", dtype=torch.float32)
@@ -251,7 +251,7 @@ def write_rollouts(root: Path, prompts: list[str]) -> None:
 
 
 def write_supervised_data(root: Path) -> None:
-    """Conversations of one to three turns, and pairs; answers of very different lengths."""
+    """Write conversations of one to three turns, and pairs, with answers of very different lengths."""
     draw = random.Random(1)
 
     def text(longest: int) -> str:
@@ -269,7 +269,7 @@ def write_supervised_data(root: Path) -> None:
 
 
 def with_fields(tree: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
-    """The tree of a YAML file with dotted fields put in."""
+    """Return the tree of a YAML file with dotted fields put in."""
     for name, value in fields.items():
         *path, last = name.split(".")
         node = tree
@@ -284,7 +284,7 @@ def role(root: Path, name: str, parallel: dict[str, Any]) -> dict[str, Any]:
 
 
 def supervised_config(root: Path, run_dir: Path, kind: str, parallel: dict[str, Any]) -> dict[str, Any]:
-    """The YAML of an SFT or reward-model run."""
+    """Return the YAML tree of an SFT or reward-model run."""
     name, model = {"sft": ("actor", "policy"), "rm": ("reward", "critic")}[kind]
     data = {"train": str(root / f"{kind}.jsonl"), "eval": str(root / f"{kind}_eval.jsonl"), "max_sequence_tokens": 200}
     tree = {
@@ -298,7 +298,7 @@ def supervised_config(root: Path, run_dir: Path, kind: str, parallel: dict[str, 
 
 
 def config(root: Path, run_dir: Path, name: str, parallel: dict[str, Any]) -> dict[str, Any]:
-    """The YAML of a PPO run."""
+    """Return the YAML tree of a PPO run."""
     fields = {**COMMON, **CONFIGURATIONS[name]}
     tree: dict[str, Any] = {
         "kind": "ppo",

@@ -22,19 +22,19 @@ def load(path: str, has_vocabulary: bool) -> torch.nn.Module:
 
 
 def padded(sequences: list[list[int]]) -> Tensor:
-    """[rows, S] int64, padded on the right: under causal attention no token sees that."""
+    """Pad on the right to [rows, S] int64. Under causal attention no token sees the padding."""
     return pad_sequence([torch.tensor(ids) for ids in sequences], batch_first=True)
 
 
 def log_probs_and_entropy(model: torch.nn.Module, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """[rows, S - 1] float64 each: of every token but the first, in the distribution that is sampled from."""
+    """Return [rows, S - 1] float64 log-probs and entropies of every token but the first, in the sampled distribution."""
     log_probs = (model(ids).logits[:, :-1] / temperature).log_softmax(dim=-1).double()
     entropy = -(log_probs.exp() * log_probs).sum(dim=-1)
     return log_probs.gather(-1, ids[:, 1:, None])[..., 0], entropy
 
 
 def scalars(model: torch.nn.Module, ids: Tensor) -> Tensor:
-    """[rows, S] float64 outputs of a scalar head."""
+    """Return the [rows, S] float64 outputs of a scalar head."""
     return model.score(model.model(ids).last_hidden_state)[..., 0].double()
 
 
@@ -49,7 +49,7 @@ class Trained:
         self.adam = torch.optim.AdamW(groups, config.lr, (config.beta1, config.beta2), config.eps)
 
     def learning_rate(self) -> float:
-        """Linear warm-up, then constant, or a fall to ``min_lr`` where the step after the last would be."""
+        """Return the learning rate: linear warm-up, then constant, or a decay that reaches ``min_lr`` one step after the last."""
         config, warmup = self.config, self.config.warmup_steps
         if self.steps < warmup:
             return config.lr * (self.steps + 1) / (warmup + 1)
@@ -58,7 +58,7 @@ class Trained:
         return config.lr if config.lr_schedule == "constant" else config.min_lr + (config.lr - config.min_lr) * left
 
     def step(self, loss: Tensor) -> tuple[float, float]:
-        """Returns the gradient's norm before clipping, and the learning rate."""
+        """Take an optimizer step. Return the gradient's norm before clipping, and the learning rate."""
         for group in self.adam.param_groups:
             group["lr"] = self.learning_rate()
         self.adam.zero_grad()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def experience_metrics(experience: Any, responses: list[Any], config: Any) -> dict[str, float]:
-    """Of all responses: also of those that the losses leave out, but for the ones without a score."""
+    """Return the metrics of all responses that have a score, even of those that the losses leave out."""
     scored = [i for i, score in enumerate(experience.scores) if not math.isnan(score)]
     scores = [experience.scores[i] for i in scored]
     kl = [sum(p) - sum(q) for p, q in zip(experience.old, experience.ref)]
@@ -39,7 +39,7 @@ def experience_metrics(experience: Any, responses: list[Any], config: Any) -> di
 
 
 def engine_metrics(experience: Any, responses: list[Any], algorithm: Any) -> dict[str, float]:
-    """How far the trainer is from what sampled, and the weights for it."""
+    """Return the mismatch between the trainer and the generator, and its importance weights."""
     if algorithm.old_log_probs == "rollout":  # the sampler's own: there is nothing to compare
         return {}
     gaps = [p - q for old, response in zip(experience.old, responses) for p, q in zip(old, response.sampled)]
@@ -57,7 +57,7 @@ def engine_metrics(experience: Any, responses: list[Any], algorithm: Any) -> dic
 
 
 def update_metrics(name: str, seen: list[dict[str, Tensor]]) -> dict[str, float]:
-    """Means over every token of all updates of a role; explained variance is that of the values before them."""
+    """Return the means over every token of all updates of a role. The explained variance is that of the values before the updates."""
     columns = {key: torch.cat([terms[key] for terms in seen]).double() for key in seen[0]}
     metrics = {f"{name}/{key}": float(column.mean()) for key, column in columns.items()}
     if name == "actor":

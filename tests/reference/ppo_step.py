@@ -21,7 +21,7 @@ Terms = dict[str, Tensor]  # of an update, by name, [tokens]
 
 
 def kl_estimate(log_ratio: Tensor, kind: str, clamp: float | None) -> Tensor:
-    """Of KL(policy || reference) from log(policy / reference) at tokens that the policy sampled (Schulman 2020)."""
+    """Estimate KL(policy || reference) from log(policy / reference) at tokens that the policy sampled (Schulman 2020)."""
     k2, k3 = log_ratio**2 / 2, torch.expm1(-log_ratio) + log_ratio
     value = {"k1": log_ratio, "k2": k2, "k3": k3, "k3+": k3}[kind]
     value = value if clamp is None else value.clamp(-clamp, clamp)
@@ -48,7 +48,7 @@ class Ppo:
         self.judges = [load(role.model.path, False) for role in judges]
 
     def step(self, responses: list[Response]) -> tuple[Experience, dict[str, float]]:
-        """Do one step: the experience, and the metrics of all of it."""
+        """Run one step. Return the experience and all metrics."""
         experience, metrics = self.experience(responses)
         metrics |= self.update("critic", self.critic, responses, experience)
         if self.steps >= self.algorithm.critic_warmup_steps:
@@ -66,12 +66,12 @@ class Ppo:
         return log_probs, entropy
 
     def values(self, responses: list[Response]) -> list[Tensor]:
-        """Of the state before each token."""
+        """Return the value of the state before each token."""
         outputs = scalars(self.critic.model, padded([r.prompt + r.tokens for r in responses]))
         return [row[len(r.prompt) - 1 :][: len(r.tokens)] for row, r in zip(outputs, responses)]
 
     def score(self, responses: list[Response]) -> tuple[list[float], dict[str, list[float]]]:
-        """One score a response, NaN where the function raises; and the parts that it is made of."""
+        """Return one score per response, NaN where the function raises, and the parts of the scores."""
         config, ids = self.config.reward, padded([r.prompt + r.tokens for r in responses])
         ends = [len(r.prompt) + len(r.tokens) - 1 for r in responses]
         each = [[float(row[end]) for row, end in zip(scalars(judge, ids), ends)] for judge in self.judges]
@@ -93,7 +93,7 @@ class Ppo:
         return [a * x + b * y for x, y in zip(model, function)], parts
 
     def shape(self, score: float, truncated: bool) -> float:
-        """A score as the policy sees it."""
+        """Return a score as the policy sees it."""
         config = self.config.reward
         if config.normalise:
             score = (score - fmean(self.seen)) / math.sqrt(pvariance(self.seen))
@@ -103,7 +103,7 @@ class Ppo:
 
     @torch.no_grad()
     def experience(self, responses: list[Response]) -> tuple[Experience, dict[str, float]]:
-        """Rewards (Ziegler et al. 2019, equation 2), and advantages (Schulman et al. 2016, equation 16)."""
+        """Compute rewards (Ziegler et al. 2019, equation 2) and advantages (Schulman et al. 2016, equation 16)."""
         algorithm, correction = self.algorithm, self.algorithm.rollout_correction
         values = [row.tolist() for row in self.values(responses)]
         models = (self.reference, self.actor.model)
@@ -137,14 +137,14 @@ class Ppo:
         return found, experience_metrics(found, responses, self.config)
 
     def minibatches(self, name: str, num_rows: int) -> list[list[int]]:
-        """Rows of every update, drawn as the run draws them."""
+        """Draw the rows of every update as the run does."""
         generator = torch.Generator().manual_seed(self.config.run.seed * 7_919 + self.steps)
         epochs, size = self.passes[name]
         orders = [torch.randperm(num_rows, generator=generator).tolist() for _ in range(epochs)]
         return [order[i : i + size] for order in orders for i in range(0, num_rows, size)]
 
     def update(self, name: str, role: Trained, responses: list[Response], experience: Experience) -> dict[str, float]:
-        """All updates of a role; its metrics, of every token of all of them."""
+        """Run all updates of a role. Return the metrics over every token of them."""
         loss_of = {"actor": self.actor_loss, "critic": self.critic_loss}[name]
         norms, seen = [], []
         for minibatch in self.minibatches(name, len(responses)):
@@ -157,7 +157,7 @@ class Ppo:
         return update_metrics(name, seen) | others
 
     def actor_loss(self, responses: list[Response], experience: Experience, rows: list[int]) -> tuple[Tensor, Terms]:
-        """Schulman et al. 2017, equation 7; Ye et al. 2020 (dual clip); Yao et al. 2025 (weights)."""
+        """Compute the policy loss: Schulman et al. 2017, equation 7; Ye et al. 2020 (dual clip); Yao et al. 2025 (weights)."""
         algorithm = self.algorithm
         log_probs, entropy = (torch.cat(x) for x in self.log_probs(self.actor.model, responses))
         old, a = column(experience.old, rows), column(experience.advantages, rows)
@@ -179,7 +179,7 @@ class Ppo:
         return total, terms
 
     def critic_loss(self, responses: list[Response], experience: Experience, rows: list[int]) -> tuple[Tensor, Terms]:
-        """Half the squared error, clipped as in openai/baselines' ppo2."""
+        """Compute half the squared error, clipped as in openai/baselines' ppo2."""
         values, clip = torch.cat(self.values(responses)), self.algorithm.value_clip
         old, returns = column(experience.values, rows), column(experience.returns, rows)
         error = (values - returns) ** 2
@@ -189,5 +189,5 @@ class Ppo:
 
 
 def column(values: Rows, rows: list[int]) -> Tensor:
-    """[tokens] float64 of these rows, one after the other."""
+    """Concatenate these rows to [tokens] float64."""
     return torch.tensor([value for i in rows for value in values[i]], dtype=torch.float64)

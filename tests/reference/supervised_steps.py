@@ -17,7 +17,7 @@ Row = dict[str, Any]
 
 
 def encode(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[bool]]:
-    """ChatML: token ids, and which of them SFT learns: those of every assistant's answer, and the end of its turn."""
+    """Encode a conversation in ChatML. Return token ids, and which of them SFT learns: every assistant's answer and the end of its turn."""
     ids: list[int] = []
     learned: list[bool] = []
     for number, message in enumerate(messages):
@@ -41,7 +41,7 @@ class Supervised:
         self.rows = [json.loads(line) for line in Path(config.data.train).read_text().splitlines()]
 
     def step(self) -> dict[str, float]:
-        """One update on the next rows; its metrics."""
+        """Update on the next rows. Return the metrics."""
         size, done = self.config.train.global_batch_size, self.trained.steps
         loss, metrics = self.loss(self.rows[done * size : (done + 1) * size])
         norm, rate = self.trained.step(loss)
@@ -50,12 +50,12 @@ class Supervised:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Metrics on the held-out rows."""
+        """Return the metrics on the held-out rows."""
         _, metrics = self.loss([json.loads(line) for line in Path(self.config.data.eval).read_text().splitlines()])
         return {f"eval/{name.partition('/')[2]}": value for name, value in metrics.items()}
 
     def loss(self, rows: list[Row]) -> tuple[Tensor, dict[str, float]]:
-        """Mean over all learned tokens, or over all pairs."""
+        """Return the mean loss over all learned tokens, or over all pairs."""
         return self.sft_loss(rows) if self.is_sft else self.pair_loss(rows)
 
     def sft_loss(self, rows: list[Row]) -> tuple[Tensor, dict[str, float]]:
@@ -66,7 +66,7 @@ class Supervised:
         return loss, {"sft/loss": float(loss.detach())}
 
     def pair_loss(self, rows: list[Row]) -> tuple[Tensor, dict[str, float]]:
-        """Ouyang et al. 2022, equation 1, with the margin of Touvron et al. 2023, and squared scores."""
+        """Compute the pair loss: Ouyang et al. 2022, equation 1, with the margin of Touvron et al. 2023, and squared scores."""
         chosen, rejected = (self.scores(rows, side) for side in ("chosen", "rejected"))
         pair_loss = -F.logsigmoid(chosen - rejected - self.config.loss.margin).mean()
         squares = (chosen.square() + rejected.square()).mean() / 2
@@ -81,7 +81,7 @@ class Supervised:
         return loss, {name: float(value.detach()) for name, value in metrics.items()}
 
     def scores(self, rows: list[Row], side: str) -> Tensor:
-        """[rows] of the head at each sequence's last token."""
+        """Return the [rows] scores of the head at each sequence's last token."""
         conversations = [
             [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row[side]}] for row in rows
         ]

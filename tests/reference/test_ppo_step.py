@@ -158,7 +158,7 @@ def test_every_option_is_given_another_value_than_its_default() -> None:
 
 
 def options(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
-    """(dotted name, default) of every option below a section."""
+    """Yield the (dotted name, default) of every option below a section."""
     for field in dataclasses.fields(node):
         value = getattr(node, field.name)
         if dataclasses.is_dataclass(value):

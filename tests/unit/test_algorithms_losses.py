@@ -19,7 +19,7 @@ from hetero_ppo.config.schema import KlEstimator
 
 
 def one_token_policy_loss(ratio: float, advantage: float, dual_clip: float | None = None):
-    """Loss and its derivative in the ratio's logarithm, clip_ratio 0.2."""
+    """Return the loss at clip_ratio 0.2 and its derivative with respect to the ratio's logarithm."""
     log_prob = torch.tensor([[math.log(ratio)]], dtype=torch.float64, requires_grad=True)
     result = policy_loss(
         log_prob,
@@ -188,7 +188,7 @@ def test_no_token_is_an_error() -> None:
 
 
 def _all_terms(t: dict[str, torch.Tensor], rows: slice, columns: int, denominator: float):
-    """Every term of actor and critic on some rows and columns of a minibatch."""
+    """Return every loss term of actor and critic on some rows and columns of a minibatch."""
     x = {name: value[rows, :columns] for name, value in t.items()}
     policy = policy_loss(x["log_probs"], x["old_log_probs"], x["advantages"], x["mask"], 0.2, 3.0, denominator)
     kl = kl_loss(x["log_probs"], x["ref_log_probs"], x["mask"], KlEstimator.k3, 10.0, 0.1, denominator)

@@ -18,7 +18,7 @@ GRID = (torch.arange(COUNT, dtype=torch.float64) + 0.5) / COUNT
 def draw(
     uniforms: torch.Tensor, temperature: float = 1.0, top_p: float = 1.0, top_k: int = -1
 ) -> tuple[list[float], list[float]]:
-    """Frequencies of the five tokens over the random numbers, and the log-prob that each was given (0 where none came)."""
+    """Return the frequencies of the five tokens over the random numbers, and the log-prob of each (0 for one that was never drawn)."""
     rows = LOGITS.repeat(len(uniforms), 1)
     tokens, log_probs = sample_tokens(rows, uniforms, temperature=temperature, top_p=top_p, top_k=top_k)
     given = [float(log_probs[tokens == token][0]) if (tokens == token).any() else 0.0 for token in range(5)]

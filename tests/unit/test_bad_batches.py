@@ -15,7 +15,7 @@ from hetero_ppo.types import Experience, PromptBatch
 
 
 def assembled(truncated: list[bool], *, whiten: bool) -> Experience:
-    """Of a step with ``algorithm.truncated=mask``."""
+    """Return the experience of a step with ``algorithm.truncated=mask``."""
     rows = len(truncated)
     maker = maker_of(None, RewardConfig())
     maker.algorithm.truncated, maker.algorithm.whiten_advantages = TruncatedResponses.mask, whiten

@@ -67,7 +67,7 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def failure(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """The one line that a user error prints."""
+    """Run a command that fails. Return the one line that a user's error prints."""
     assert main(list(arguments)) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("error: ")

@@ -76,7 +76,7 @@ def _role(name: str, kinds: tuple[Kind, ...]) -> RoleResidency:
 
 
 def _train(device: SharedDevice, cuda: VirtualCuda, role: str, seconds: float) -> tuple[float, float]:
-    """A training turn whose kernels are queued at once; (begin, end) of them."""
+    """Run a training turn whose kernels are queued at once. Return their start and end."""
     with device.turn(role, TRAINING, f"train_{role}"):
         device.require(role, TRAINING, "training")
         times = cuda.kernel(seconds, ACTIVATIONS)

@@ -34,7 +34,7 @@ PLAIN_TEXT_TEMPLATE = (
 
 
 def marked_text(example: SftExample) -> list[str]:
-    """The text of every answer span."""
+    """Return the text of every answer span."""
     encoder = chatml_encoder()
     return [encoder.tokenizer.decode(example.token_ids[start:end]) for start, end in example.answer_spans]
 

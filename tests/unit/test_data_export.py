@@ -22,7 +22,7 @@ TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}<|im_end|>{% en
 
 
 def model_folder(folder: Path, *, template_in_config: bool = False) -> Path:
-    """A tokenizer and the JSON files of a model whose generation ends with 2 or 0."""
+    """Write a tokenizer and the JSON files of a model whose generation ends with 2 or 0."""
     train_tokenizer(["user assistant hello"] * 3, 280, folder)
     if template_in_config:
         template = (folder / "chat_template.jinja").read_text()

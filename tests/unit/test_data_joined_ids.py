@@ -27,13 +27,13 @@ def turn(role: str, content: str) -> dict[str, str]:
 
 
 def multi_turn(answers: list[str]) -> list[dict[str, str]]:
-    """A conversation in which every one of ``answers`` answers a question."""
+    """Return a conversation in which each of ``answers`` follows a question."""
     return [message for answer in answers for message in (turn("user", "hello"), turn("assistant", answer))]
 
 
 @cache
 def merging_encoder() -> TextEncoder:
-    """ChatML with a BPE that has learned to merge line breaks, as those of Qwen and Llama have."""
+    """Make a ChatML encoder with a BPE that merges line breaks, as those of Qwen and Llama do."""
     tokenizer = chatml_encoder().tokenizer
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
     merges = [["Ċ", "Ċ"], ["ĊĊ", "Ċ"]]
@@ -48,7 +48,7 @@ def merging_encoder() -> TextEncoder:
 
 @cache
 def sentencepiece_encoder() -> TextEncoder:
-    """A tokenizer in the form of Llama 2's: a space before every text, bytes for what is unknown, a begin token."""
+    """Make a tokenizer in the form of Llama 2's: a space before every text, bytes for unknown characters, a begin token."""
     bpe = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     bpe.decoder = decoders.Sequence(

@@ -35,7 +35,7 @@ def conversation(*answers: dict[str, Any]) -> dict[str, Any]:
 
 
 def learned(example: SftExample) -> str:
-    """Text that the loss is on, by way of the mask."""
+    """Return the text that the loss mask covers."""
     batch = collate_sft([example])
     return chatml_encoder().tokenizer.decode(batch.token_ids[0, 1:][batch.loss_mask[0]].tolist())
 

@@ -85,7 +85,7 @@ def test_prompts_take_less_memory_than_their_file(tmp_path: Path) -> None:
 
 
 def node_of(num_ranks: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[NodeFiles]:
-    """The ranks of a node, as threads: each agrees with rank 0 by a queue in place of a broadcast."""
+    """Run the ranks of a node as threads, with a queue from rank 0 in place of a broadcast."""
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(num_ranks))
     monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.setattr(node_share.tempfile, "tempdir", str(folder))

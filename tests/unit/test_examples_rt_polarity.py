@@ -31,7 +31,7 @@ SIZES = prepare.Sizes(classifier=40, held_out=10, pairs_per_review=2)
 
 
 def reviews(rng: random.Random, adjectives: list[str], count: int) -> list[str]:
-    """Distinct sentences whose adjectives tell their class."""
+    """Make distinct sentences whose adjectives show their class."""
     nouns = [f"{first}{second}" for first in ("film", "plot", "cast", "score") for second in "abcdefghij"]
     found: dict[str, None] = {}
     while len(found) < count:

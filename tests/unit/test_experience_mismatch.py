@@ -31,7 +31,7 @@ FIGURES = {
 
 
 def rollout_of(log_probs: list[float]) -> Rollout:
-    """One prompt of two tokens, one response."""
+    """Make a rollout of one response to a prompt of two tokens."""
     prompts = PromptBatch([[5, 6]], ["?"], [None], [0], [None], [{}])
     count = len(log_probs)
     return build_rollout(

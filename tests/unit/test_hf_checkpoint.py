@@ -29,7 +29,7 @@ def write_index(folder: Path, weight_map: object) -> None:
 
 
 def cached(root: Path, source: Path) -> Path:
-    """``source`` as a snapshot of a Hugging Face cache."""
+    """Copy ``source`` to a snapshot of a Hugging Face cache."""
     snapshot, blobs = root / "models--org--name" / "snapshots" / "0a1b2c", root / "models--org--name" / "blobs"
     snapshot.mkdir(parents=True)
     blobs.mkdir()

@@ -86,13 +86,13 @@ def nodes_in(path: Path) -> list[ast.AST]:
 
 
 def package_of(path: Path) -> str:
-    """``engines`` for hetero_ppo/engines/x.py, ``types`` for hetero_ppo/types.py, or ``megatron_bridge``."""
+    """Return ``engines`` for hetero_ppo/engines/x.py, ``types`` for hetero_ppo/types.py, or ``megatron_bridge``."""
     parts = path.relative_to(ROOT).with_suffix("").parts
     return "megatron_bridge" if parts[0] == "megatron_bridge" else parts[1]
 
 
 def imports_of(path: Path) -> Iterator[str]:
-    """Dotted names of everything imported anywhere in the module; ``from a import b`` gives ``a.b``."""
+    """Yield the dotted names of everything that the module imports anywhere; ``from a import b`` gives ``a.b``."""
     for node in nodes_in(path):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -103,7 +103,7 @@ def imports_of(path: Path) -> Iterator[str]:
 
 
 def inner_imports(path: Path) -> set[str]:
-    """Packages of hetero_ppo that the module imports."""
+    """Return the packages of hetero_ppo that the module imports."""
     return {name.split(".")[1] for name in imports_of(path) if name.startswith("hetero_ppo.")} - {package_of(path)}
 
 

@@ -18,7 +18,7 @@ import load
 
 
 def samples(leak_per_step: int, fds_per_step: int = 0) -> list[load.Usage]:
-    """Of 60 steps: the first five allocate what stays, and there is a saw tooth of 40 MiB from garbage."""
+    """Return the usage of 60 steps. The first five allocate what stays, and garbage makes a saw tooth of 40 MiB."""
 
     def one(step: int) -> load.Usage:
         noise = (step % 7) * 40 * load.MIB

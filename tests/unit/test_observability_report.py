@@ -240,7 +240,7 @@ def test_a_metric_is_labelled_by_the_kind_of_run(ppo_run: Path, tmp_path: Path) 
 
 
 def traced_step(run_dir: Path, step: int) -> None:
-    """Ten seconds, of which the actor is at work for four."""
+    """Write the trace of a step of ten seconds, of which the actor works for four."""
     now = iter([0.0, 10.0])
     trace = TraceRecorder(run_dir / "trace", every=1, clock=lambda: next(now))
     trace.begin(step)

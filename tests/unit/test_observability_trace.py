@@ -36,7 +36,7 @@ def recorder(folder: Path, clock: Clock | None = None, **options: Any) -> TraceR
 
 
 def synthetic_step(folder: Path, step: int = 12) -> Path:
-    """Ten seconds: generation 6 of them, an actor's turn of 3 with an optimizer step, copies in the turn."""
+    """Write a step of ten seconds: six of generation, and an actor's turn of three with copies and an optimizer step."""
     clock = Clock()
     trace = recorder(folder, clock, rank=3)
     trace.begin(step)

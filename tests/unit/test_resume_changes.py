@@ -46,7 +46,7 @@ def configured(tmp_path: Path, kind: str, *overrides: str) -> LoadedConfig:
 
 
 def save_checkpoint(loaded: LoadedConfig, step: int = 2, **state: Any) -> Path:
-    """A checkpoint of this configuration, as far as it is looked at here."""
+    """Save the parts of a checkpoint of this configuration that these tests read."""
     run_dir = Path(loaded.config.run.dir)
     folder = run_dir / "checkpoints" / f"iter_{step:07d}"
     folder.mkdir(parents=True)
@@ -69,7 +69,7 @@ def mark(folder: Path) -> None:
 
 
 def fields_of(section: type, prefix: str = "") -> Iterator[str]:
-    """Dotted names of all fields below a section; items of lists are number 0."""
+    """Yield the dotted names of all fields below a section; the item of a list is number 0."""
     for name, hint in get_type_hints(section).items():
         inner, item = section_class(hint), item_class(hint)
         if inner is not None:
@@ -81,7 +81,7 @@ def fields_of(section: type, prefix: str = "") -> Iterator[str]:
 
 
 def other_value(value: Any) -> Any:
-    """Another value of the same kind; that it is none of an enum's does not matter here."""
+    """Return another value of the same kind; it need not be one of an enum's."""
     if isinstance(value, bool):
         return not value
     if isinstance(value, list):
@@ -96,7 +96,7 @@ def values_of(kind: str) -> dict[str, Any]:
 
 
 def all_changed(values: Any) -> Any:
-    """A configuration in which every field has another value."""
+    """Return a configuration in which every field has another value."""
     if isinstance(values, dict):
         return {
             name: value if value == [] and name == "reward_models" else all_changed(value)
@@ -121,7 +121,7 @@ def test_a_change_of_any_field_does_what_its_rule_says(kind: str) -> None:
 
 
 def check_change(change: ConfigChange) -> None:
-    """Refused or printed, as its rule says; allowed by its name and by its section's."""
+    """Assert that a change is refused or printed by its rule, and allowed by its name and by its section's."""
     refused = change.rule in (OnResume.objective, OnResume.form)
     with pytest.raises(ValueError, match=rf"checkpoint\.load: .*{change.field}: .* -> ") if refused else nullcontext():
         check_changes(resumed({}, changes=[change]))

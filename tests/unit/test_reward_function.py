@@ -37,7 +37,7 @@ def score(prompt, response, label, metadata):
 
 
 def rollout_of(labels: list[object]) -> Rollout:
-    """Prompts of two tokens, responses of three."""
+    """Make a rollout with prompts of two tokens and responses of three."""
     rows = len(labels)
     return Rollout(
         token_ids=torch.arange(5).expand(rows, 5).contiguous(),

@@ -28,7 +28,7 @@ CONVERSATION: Messages = [
 
 @cache
 def judge(template: str | None = JUDGE_TEMPLATE, prefix: tuple[int, ...] = ()) -> TextEncoder:
-    """A tokenizer of another vocabulary than ``chatml_encoder``'s, and another end-of-sequence token."""
+    """Make an encoder with another vocabulary than ``chatml_encoder``'s and another end-of-sequence token."""
     with TemporaryDirectory() as folder:
         tokenizer = train_tokenizer(["[user] [assistant] sort pear apple again"] * 9, 280, Path(folder))
     tokenizer.eos_token = "<|endoftext|>"

@@ -18,7 +18,7 @@ PENALTIES = [-1.5, -0.5, 0.0, 0.7, 1.0, 2.5]
 
 @functools.cache
 def next_log_probs(seed: int, sharpness: float, token_ids: tuple[int, ...]) -> list[float]:
-    """A language model: log-probs drawn from the tokens before."""
+    """Return a language model's log-probs, drawn from a seed and the tokens before."""
     number = seed
     for token in token_ids:
         number = number * VOCAB + token + 1
@@ -29,7 +29,7 @@ def next_log_probs(seed: int, sharpness: float, token_ids: tuple[int, ...]) -> l
 def search(
     seed: int, sharpness: float, num_beams: int, penalty: float, num_return: int, *, to_the_end: bool = False
 ) -> tuple[list[Hypothesis], int]:
-    """The hypotheses, and the steps it took."""
+    """Search. Return the hypotheses and the number of steps."""
     beams = BeamSearch(num_beams, MAX_TOKENS, penalty, [END], num_return)
     steps = 0
     while beams.live if to_the_end else not beams.done:
@@ -41,7 +41,7 @@ def search(
 
 
 def all_responses(seed: int, sharpness: float, penalty: float) -> list[tuple[float, tuple[int, ...]]]:
-    """(score, tokens) of every response there is, best first."""
+    """Return the (score, tokens) of every possible response, best first."""
     found = []
     for length in range(1, MAX_TOKENS + 1):
         for body in itertools.product(range(1, VOCAB), repeat=length - 1):

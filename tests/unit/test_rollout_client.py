@@ -26,7 +26,7 @@ class RunningServer(VllmServer):
 
 
 async def ask_a_server_that_stops_answering(socket_dir: Path, status_of_the_dead: int | None) -> float:
-    """Seconds from the engine's death to ServerDied. ``status_of_the_dead``: of /health; None: connections are refused."""
+    """Return the seconds from the death of a server's engine process to ServerDied."""
     health = 200
 
     async def on_health(request: web.Request) -> web.Response:

@@ -93,7 +93,7 @@ def test_parameters_are_compared_by_the_same_checksum() -> None:
 
 
 def reused(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """As an actor's stream: all tensors are views of one buffer, one after the other."""
+    """Yield tensors as an actor streams them: each is a view of the same buffer."""
     buffer = torch.empty(max(tensor.numel() for tensor in tensors.values()))
     for name, tensor in tensors.items():
         view = buffer[: tensor.numel()].view(tensor.shape)

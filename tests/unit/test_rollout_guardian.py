@@ -16,7 +16,7 @@ STUBBORN = "trap '' TERM; sleep 300 & wait; wait"
 
 
 def start(directory: Path, *command: str, grace_s: float = 0.3) -> tuple[subprocess.Popen[str], int]:
-    """The guardian, and the process group of its child."""
+    """Start a guardian. Return it, and the process group of its child."""
     argv = [
         sys.executable,
         "-I",
@@ -44,7 +44,7 @@ def group_is_gone(group: int, timeout_s: float = 5.0) -> bool:
 
 
 def wait_for_helper(group: int) -> None:
-    """Until the shell has started its helper."""
+    """Wait until the shell has started its helper."""
     while len(Path(f"/proc/{group}/task/{group}/children").read_text().split()) == 0:
         time.sleep(0.01)
 

@@ -28,7 +28,7 @@ PROGRAM = "import os, time; print('here', os.environ['VLLM_API_KEY'], os.getpid(
 
 
 def cluster(node: int, counts: list[int], store: dist.Store) -> Cluster:
-    """As ``meet_nodes`` makes it."""
+    """Make a cluster as ``meet_nodes`` does."""
     return Cluster(
         node, "127.0.0.1", counts, SignedStore(store, derived_key(SECRET, "orders and states"), "servers"), SECRET
     )
@@ -96,7 +96,7 @@ def test_a_rank_0_that_is_gone_ends_the_servers_of_other_nodes(tmp_path: Path, m
 
 
 def assert_nothing_secret(store: dist.TCPStore, api_key: str) -> None:
-    """Whoever reaches the store finds no key in it, neither in names nor in values."""
+    """Assert that the store has no key in it, neither in names nor in values."""
     names = store.list_keys()
     assert {"servers/node/1", "servers/order/2", "servers/state/2"} <= set(names)
     seen = b" ".join([*(name.encode() for name in names), *(store.get(name) for name in names)])
@@ -105,7 +105,7 @@ def assert_nothing_secret(store: dist.TCPStore, api_key: str) -> None:
 
 
 def assert_stranger_is_refused(store: dist.TCPStore, remote: RemoteServer, on_node: NodeServers) -> None:
-    """Orders to stop, made up, of another key, of another name, and an old one again: the server goes on."""
+    """Assert that the server ignores orders to stop that are made up, have another key or name, or are repeated."""
     stop = json.dumps({"start": 1, "stop": True})
     genuine, state = store.get("servers/order/2"), store.get("servers/state/2")
     strangers = SignedStore(store, b"another key", "servers")

@@ -31,7 +31,7 @@ def test_a_resumed_response_keeps_the_log_probs_and_labels_of_its_parts() -> Non
 
 
 def counted(batch_size: int) -> Callable[[], PromptBatch]:
-    """Prompts 0, 1, 2, ..., a batch at a time."""
+    """Return a function that gives prompts 0, 1, 2, ..., one batch per call."""
     handed_out = iter(range(1000))
 
     def next_prompts() -> PromptBatch:

@@ -27,7 +27,7 @@ SAMPLING = SamplingConfig(max_tokens=4)
 
 
 def make_rollout() -> Rollout:
-    """Prompts [5, 6] and [7]; responses [8, 9, 1] and [2, 3], the second one truncated."""
+    """Make a rollout with prompts [5, 6] and [7], and responses [8, 9, 1] and [2, 3], the second one truncated."""
     log_probs = torch.tensor([[0.0, -0.1, -0.2, -1.0 / 3], [-2.5, -1e-7, 0.0, 0.0]])
     return Rollout(
         token_ids=torch.tensor([[5, 6, 8, 9, 1], [7, 2, 3, 0, 0]]),

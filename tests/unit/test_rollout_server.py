@@ -151,7 +151,7 @@ def test_servers_are_dealt_over_the_nodes(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def steal(port: int) -> list[str]:
-    """Ways in which another process gets to listen on a port of 127.0.0.1."""
+    """Try to listen on a port of 127.0.0.1 from another process. Return the ways that worked."""
     stolen = []
     for family, address in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET, ""), (socket.AF_INET6, "::")):
         for options in ((), (socket.SO_REUSEADDR,), (socket.SO_REUSEPORT,), (socket.SO_REUSEADDR, socket.SO_REUSEPORT)):

@@ -34,7 +34,7 @@ OWNER = [(b"authorization", b"Bearer the token")]
 
 
 async def app(scope: Message, receive: Receive, send: Send) -> None:
-    """Stands for vLLM's routes: answers with the body that it was asked with."""
+    """Answer with the body of the request, in place of vLLM's routes."""
     body = b""
     while True:
         message = await receive()
@@ -56,7 +56,7 @@ def guard(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> RequireToken:
 def ask(
     guard: RequireToken, method: str, path: str, headers: list[tuple[bytes, bytes]], body: bytes = b"", parts: int = 1
 ) -> tuple[int, bytes, dict[bytes, bytes]]:
-    """(status, body, headers) of the answer."""
+    """Send a request. Return the (status, body, headers) of the answer."""
     size = max(1, len(body) // parts)
     chunks = [body[at : at + size] for at in range(0, len(body), size)] or [b""]
     coming = [{"type": "http.request", "body": chunk, "more_body": True} for chunk in chunks]

@@ -85,7 +85,7 @@ def listening_only_on_loopback(port: int) -> bool:
 
 
 def own_listeners() -> set[int]:
-    """Ports that this process listens on."""
+    """Return the ports that this process listens on."""
     own = {os.readlink(descriptor) for descriptor in Path("/proc/self/fd").iterdir() if descriptor.is_symlink()}
     rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
     return {int(row[1].split(":")[1], 16) for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in own}
@@ -162,7 +162,7 @@ def test_a_handle_survives_json() -> None:
 
 
 def read_block(handle: str, answer: mp.SimpleQueue) -> None:
-    """In another process: the bytes that it sees."""
+    """Read a block in another process, and put the bytes into the queue."""
     device = torch.device("cuda", 0)
     data = IpcHandle.from_json(json.loads(handle)).open(device).cpu()
     answer.put(data.tolist())

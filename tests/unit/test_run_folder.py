@@ -27,7 +27,7 @@ def configured(tmp_path: Path, *overrides: str) -> LoadedConfig:
 
 
 def leave_run(tmp_path: Path, *overrides: str, step: int | None = 4, logged: int = 4) -> Path:
-    """A folder as a run leaves it, with files that no run wrote."""
+    """Make a folder as a run leaves it, with files that no run wrote."""
     folder = tmp_path / "run"
     for name in ("rollouts", "trace", "tensorboard", "rollout", "checkpoints", "mine"):
         (folder / name).mkdir(parents=True)

@@ -151,7 +151,7 @@ def test_quickstart_refuses_a_seed_that_is_none(tmp_path: Path) -> None:
 
 
 def slurm_start(run_dir: Path, status: int) -> tuple[int, str]:
-    """``run_until_stopped`` and all before it, with a launcher that ends at once, and a scontrol that says its arguments."""
+    """Run ``run_until_stopped`` and all before it, with a launcher that ends at once and a scontrol that prints its arguments."""
     program = f"""
 source scripts/slurm/common.sh
 scontrol() {{ echo "scontrol $*"; }}
@@ -171,7 +171,7 @@ start "$@"
 
 
 def save_step(run_dir: Path, step: int) -> None:
-    """A checkpoint, and a half-written one after it. The tracker file names one that is not there."""
+    """Make a checkpoint, and a half-written one after it. The tracker file names one that does not exist."""
     for name in (f"iter_{step:07d}", f"iter_{step + 1:07d}.tmp"):
         (run_dir / "checkpoints" / name).mkdir(parents=True, exist_ok=True)
         (run_dir / "checkpoints" / name / "COMPLETE").touch()

@@ -59,7 +59,7 @@ def main(models: str, out: str) -> None:
 
 
 def compare(model: Path, head: Any, dtype: str, aligned: bool) -> dict[str, Any]:
-    """Values of every layout and batching against those of one process and rows alone, on all ranks."""
+    """Compare the values of every layout and batching with those of one process and single rows, on all ranks."""
     reference: list[Tensor] = []
     found: dict[str, Any] = {}
     for layout in LAYOUTS if aligned else PLAIN_LAYOUTS:
@@ -81,7 +81,7 @@ def compare(model: Path, head: Any, dtype: str, aligned: bool) -> dict[str, Any]
 
 
 def train(model: Path, dtype: str, layout: str, aligned: bool = True) -> dict[str, Any]:
-    """The scores that a training step saw, of all rows, as hex floats sorted."""
+    """Train one step. Return the scores of all rows that the loss saw, as sorted hex floats."""
     engine = TrainEngine("reward", role_config(model, dtype, LAYOUTS[layout], aligned), "score", 1)
     scores, grad_norm = training_scores(engine)
     seen: list[Any] = [None] * dist.get_world_size()
@@ -90,7 +90,7 @@ def train(model: Path, dtype: str, layout: str, aligned: bool = True) -> dict[st
 
 
 def checkpoint(model: Path, folder: Path) -> dict[str, bool]:
-    """Weights of a trained aligned role, saved in shards, are those that a plain role of another layout loads."""
+    """Save the weights of a trained aligned role in shards, load them in another layout, and compare."""
     trained = TrainEngine("reward", role_config(model, "fp32", LAYOUTS["tp2sp"], aligned=True), "score", 1)
     before = {name: tensor.clone() for name, tensor in trained.stream_weights()}
     training_scores(trained)
@@ -113,7 +113,7 @@ def checkpoint(model: Path, folder: Path) -> dict[str, bool]:
 
 
 def golden(model: Path) -> dict[str, str | None]:
-    """Golden scores and layers of data-parallel ranks, computed anew in other layouts: layout -> first layer that differs."""
+    """Recompute golden scores and layers of data-parallel ranks in other layouts. Return the first layer that differs, by layout."""
     rows = [tokens.tolist() for tokens in sequences()]
     examples = [PreferenceExample(chosen, rejected, 0) for chosen, rejected in zip(rows, reversed(rows))]
     found: dict[str, str | None] = {}

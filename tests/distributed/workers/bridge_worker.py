@@ -24,7 +24,7 @@ from tests.helpers.bridge_models import pipeline_forward, read_tensors, same_ten
 
 
 def run_job(job: dict[str, Any]) -> dict[str, Any]:
-    """Returns what this rank saw."""
+    """Run a job. Return what this rank saw."""
     parallel = ParallelConfig(**job["layout"])
     groups = role_groups("actor", parallel)
     dtype = getattr(torch, job["dtype"])

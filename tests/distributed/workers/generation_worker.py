@@ -16,7 +16,7 @@ from hetero_ppo.rollout.megatron import MegatronGenerator
 
 
 def run_job(job: dict[str, Any]) -> dict[str, Any]:
-    """Answers of this rank: as returned, and as reported."""
+    """Generate. Return this rank's answers, as returned and as reported."""
     config = RoleConfig(model=ModelConfig(path=job["checkpoint"]), parallel=ParallelConfig(**job["layout"]))
     actor = ModelEngine("actor", config, "lm")
     reported: list[list[int]] = []

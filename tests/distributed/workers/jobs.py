@@ -15,7 +15,7 @@ from hetero_ppo.distributed.groups import finish, initialise
 
 
 def run_jobs(run_job: Callable[[dict[str, Any]], Any]) -> None:
-    """Usage: WORKER.py JOBS.json RESULTS.json. Jobs: name -> job. Results: name -> what ``run_job`` gave on each rank."""
+    """Run the jobs of ``WORKER.py JOBS.json RESULTS.json``. Jobs: name -> job. Results: name -> what ``run_job`` returned on each rank."""
     torch.set_num_threads(1)
     initialise(timeout_minutes=2)
     results = {}

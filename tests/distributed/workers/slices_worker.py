@@ -109,7 +109,7 @@ def write(snapshot: RoleSnapshot, folder: Path) -> Path:
 
 
 def save_gathered(engine: TrainEngine, folder: Path) -> Path:
-    """As older versions did: by Megatron-Core's fully_reshardable format."""
+    """Save as older versions did, in Megatron-Core's fully_reshardable format."""
     metadata = {
         "distrib_optim_sharding_type": "fully_reshardable",
         "distrib_optim_fully_reshardable_mem_efficient": False,
@@ -128,7 +128,7 @@ def whole_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def differing(folder: Path, expected: dict[str, Tensor]) -> list[str]:
-    """Names of the tensors of a checkpoint that are not ``expected``; rows that pad the vocabulary are left out."""
+    """Return the names of the tensors of a checkpoint that differ from ``expected``, without the rows that pad the vocabulary."""
     found = whole_tensors(folder)
     names = sorted(expected.keys() ^ found.keys())
     for name in expected.keys() & found.keys():

@@ -28,7 +28,7 @@ ROWS, LENGTH = 4, 64
 
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:
-    """This rank's parameters as built, and its bytes by kind, beside what the plan says of it."""
+    """Measure this rank's parameters and its bytes by kind, and return them with the plan's."""
     config = TrainedRoleConfig(
         model=ModelConfig(path=job["path"], dtype=Dtype(job["dtype"])),
         parallel=ParallelConfig(**job["layout"]),
@@ -70,7 +70,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def kept_for_backward(engine: TrainEngine) -> int:
-    """Bytes of all storages, parameters aside, that autograd keeps of one micro-batch's forward on this rank."""
+    """Return the bytes of all storages, without parameters, that autograd keeps for one micro-batch's forward on this rank."""
     parameters = {parameter.untyped_storage().data_ptr() for chunk in engine.models for parameter in chunk.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
 
@@ -89,7 +89,7 @@ def kept_for_backward(engine: TrainEngine) -> int:
 
 
 def squared_output(output: Tensor, microbatch: Microbatch) -> Loss:
-    """Any loss that every parameter takes part in."""
+    """Return a loss that every parameter takes part in."""
     loss = output.float().square().sum()
     return Loss(loss, torch.tensor(output.shape[0]), {"sum": loss.detach().double()})
 
@@ -101,7 +101,7 @@ def optimizer_states(engine: TrainEngine) -> Iterable[dict[str, Tensor]]:
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the storages below the tensors, each once."""
+    """Return the bytes of the tensors' storages, each counted once."""
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())
 

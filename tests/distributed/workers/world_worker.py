@@ -20,7 +20,7 @@ from hetero_ppo.reward import self_check
 
 
 def listening() -> set[str]:
-    """Addresses that this process takes connections on, as /proc/net shows them."""
+    """Return the addresses on which this process listens, as /proc/net shows them."""
     own = set()
     for descriptor in Path("/proc/self/fd").iterdir():
         if descriptor.is_symlink():
