@@ -1,4 +1,4 @@
 """RLHF on Megatron-Core: SFT, reward models and PPO, with vLLM as HTTP servers.
 
-Start at ``trainers/ppo.py``: its ``fit`` reads as the algorithm. ``step/`` has the phases that it goes through.
+Start at ``trainers/ppo.py``: its ``fit`` reads as the algorithm. ``step/`` defines the phases that it goes through.
 """

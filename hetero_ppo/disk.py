@@ -1,4 +1,4 @@
-"""A disk that takes no more is reported in words, whatever was being written: the file, what it needs, what is free, what to do."""
+"""Report a disk that accepts no more data: the file, the size it needs, the free space, and what to do."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from hetero_ppo.errors import RunError
 
-#: Errors of a disk that takes no more, in words.
+#: Error number of a disk that accepts no more data -> its text.
 REASONS = {
     errno.ENOSPC: "no space is left there",
     errno.EDQUOT: "the quota there is used up",
@@ -21,7 +21,7 @@ REASONS = {
 
 
 def takes_no_more(error: OSError) -> bool:
-    """Whether an error is one of ``REASONS``."""
+    """Return whether an error is one of ``REASONS``."""
     return error.errno in REASONS
 
 
@@ -29,16 +29,16 @@ def takes_no_more(error: OSError) -> bool:
 def writing(
     path: Path, what: str, num_bytes: int | None = None, remedy: str = "choose another run.dir"
 ) -> Iterator[None]:
-    """Report a disk that takes no more during the body. Other errors pass through.
+    """Report a disk that accepts no more data during the body. Other errors pass through.
 
     Args:
         path: File or folder that the body writes.
-        what: Its name in the message.
-        num_bytes: Size that it will have; None: unknown.
-        remedy: What to do where no room can be made.
+        what: Description of the file for the message.
+        num_bytes: Size that the file will have; None: unknown.
+        remedy: What to do if no space can be freed.
 
     Raises:
-        RunError: The disk takes no more.
+        RunError: The disk accepts no more data.
     """
     try:
         yield
@@ -51,14 +51,14 @@ def writing(
 def describe(
     error: OSError, path: Path | None, what: str, num_bytes: int | None = None, remedy: str | None = None
 ) -> str:
-    """Say in words that a disk takes no more.
+    """Describe in words that a disk accepts no more data.
 
     Args:
-        error: What the system said; one of ``REASONS``.
+        error: Error of the system; one of ``REASONS``.
         path: File or folder that was written; None: unknown.
-        what: Its name in the message.
-        num_bytes: Size that it would have had; None: unknown.
-        remedy: What to do where no room can be made; None: nothing is known.
+        what: Description of the file for the message.
+        num_bytes: Size that the file would have had; None: unknown.
+        remedy: What to do if no space can be freed; None: unknown.
     """
     assert error.errno is not None
     name = what if path is None else f"{what} {path}"
@@ -69,7 +69,7 @@ def describe(
 
 
 def free_text(path: Path) -> str:
-    """Say how much is free where a file or folder is, or would be."""
+    """Describe how much space is free where a file or folder is, or would be."""
     there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     return f"{size_text(shutil.disk_usage(there).free)} are free in {there if there.is_dir() else there.parent}"
 

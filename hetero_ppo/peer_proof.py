@@ -1,8 +1,8 @@
-"""Members of a gloo group prove to each other that they are of the same run.
+"""Let the members of a gloo group prove to each other that they belong to the same run.
 
-gloo takes whoever connects to its port first for the peer that it waits for: another user of the machine can be it, read what is sent, and
-answer. Some of what ranks tell each other is unpickled (Megatron-Core's checkpoints). So before a group is used, every two members exchange
-an HMAC under a key that only the run has.
+gloo accepts the first connection to its port as the peer that it waits for. Another user of the machine could connect, read what is sent,
+and answer. Some of the data that ranks exchange is unpickled (Megatron-Core's checkpoints). So before a group is used, every two members
+exchange an HMAC under a key that only the run has.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ def prove_peers(group: dist.ProcessGroup, key: bytes, name: str) -> None:
     """Exchange proofs with every member of a new group. Collective over the group.
 
     Args:
-        group: with a backend for host tensors.
-        key: of the run.
-        name: of the group; no two groups of a run have the same.
+        group: Group with a backend for host tensors.
+        key: Key of the run.
+        name: Name of the group, unique in the run.
 
     Raises:
-        RunError: somebody else takes part.
+        RunError: A process of another run takes part.
     """
     rank, size = group.rank(), group.size()
     if size == 1:

@@ -9,10 +9,10 @@ GAP = "  "
 
 
 def render_table(rows: Sequence[Sequence[str]], columns: str, *, rule: bool = False) -> str:
-    """Return the rows as lines of text whose cells stand in columns.
+    """Return the rows as lines of text, with their cells in columns.
 
     Args:
-        rows: Cells of every row; the first row may be a head.
+        rows: Cells of every row; the first row may be a header.
         columns: One letter per column: ``l`` aligns its cells to the left, ``r`` to the right.
         rule: Whether a line of dashes follows the first row.
     """

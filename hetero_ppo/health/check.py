@@ -1,4 +1,4 @@
-"""The interface of a health check, and what it finds."""
+"""Interface of a health check, and the record of what it finds."""
 
 from __future__ import annotations
 
@@ -13,38 +13,38 @@ from hetero_ppo.errors import RunError
 
 
 class Severity(Enum):
-    """What a finding asks for."""
+    """What a finding calls for."""
 
     info = "info"  # worth a line, nothing is wrong
-    warning = "warning"  # something is wrong; the run goes on
+    warning = "warning"  # something is wrong; the run continues
     stop = "stop"  # the run must end
 
 
 class Moment(Enum):
-    """When a check runs, and so which metrics it reads."""
+    """Time at which a check runs, which decides the metrics that it reads."""
 
-    before_training = "before_training"  # metrics of the experience; a stop keeps the step from being trained on
+    before_training = "before_training"  # metrics of the experience; a stop prevents training on the step
     after_step = "after_step"  # all metrics of the step
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check found in one step."""
+    """One finding of a check in one step."""
 
     rule: str  # name of the check
     severity: Severity
     message: str  # what is wrong, where, and what to do
     step: int  # counted from 1
-    values: Mapping[str, float] = field(default_factory=dict)  # metrics that the finding rests on
+    values: Mapping[str, float] = field(default_factory=dict)  # metrics that the finding is based on
 
 
 class HealthCheck(ABC):
-    """Judges steps by their metrics.
+    """A check that examines steps by their metrics.
 
     Metrics are the same on every rank, so all ranks find the same. A check computes nothing on the device and calls no collective.
     """
 
-    #: Name of the check: in findings, in the log, and in checkpoints.
+    #: Name of the check in findings, in the log, and in checkpoints.
     rule: ClassVar[str]
     moment: ClassVar[Moment]
 
@@ -57,36 +57,36 @@ class HealthCheck(ABC):
             config: Checked configuration of the run.
 
         Returns:
-            The check; None where the configuration leaves it nothing to judge.
+            The check; None if the configuration leaves it nothing to check.
         """
 
     @abstractmethod
     def check(self, step: int, metrics: Mapping[str, float]) -> Finding | None:
-        """Judge one step. Called once per step, in order.
+        """Check one step. It is called once per step, in order.
 
         Args:
             step: Step, counted from 1.
             metrics: Metrics of the step so far (``moment``).
 
         Returns:
-            What is worth a line, a warning or the end of the run; None otherwise.
+            A finding that is worth a line, a warning or the end of the run; None otherwise.
         """
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint holds, as JSON. Empty for a check without memory."""
+        """Return the state for a checkpoint, as JSON. It is empty for a check without memory."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from the state of a checkpoint.
+        """Restore the state from a checkpoint.
 
         Args:
-            state: What ``state_dict`` returned.
+            state: Result of ``state_dict``.
         """
         assert not state, f"{self.rule} has a state and does not load it"
 
 
 def run_checks(checks: Sequence[HealthCheck], step: int, metrics: Mapping[str, float]) -> list[Finding]:
-    """Judge one step by every check, and return what they found.
+    """Run every check on one step, and return the findings.
 
     Args:
         checks: Checks of one moment.
@@ -94,7 +94,7 @@ def run_checks(checks: Sequence[HealthCheck], step: int, metrics: Mapping[str, f
         metrics: Metrics of the step, the same on every rank.
 
     Raises:
-        RunError: A check asks for the end of the run. The message is that of all checks that ask for it.
+        RunError: A check demands the end of the run. The message has the texts of all checks that do.
     """
     findings = [found for check in checks if (found := check.check(step, metrics)) is not None]
     fatal = [finding.message for finding in findings if finding.severity is Severity.stop]

@@ -1,4 +1,4 @@
-"""Judges a critic before it has learned anything."""
+"""Check of a critic before its first update."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Self
 from hetero_ppo.config.schema import PpoConfig
 from hetero_ppo.health.check import Finding, HealthCheck, Moment, Severity
 
-#: Share of the returns' variance that the values explain; NaN where all returns are equal.
+#: Share of the returns' variance that the values explain; NaN if all returns are equal.
 EXPLAINED_VARIANCE = "critic/vf_explained_var"
 
 
 class FirstValues(HealthCheck):
-    """Looks at the critic's values of step 1, which no update has touched."""
+    """Check of the critic's values in step 1, before any update."""
 
     rule = "first_values"
     moment = Moment.after_step
@@ -25,7 +25,7 @@ class FirstValues(HealthCheck):
         return None if config.critic is None else cls()
 
     def check(self, step: int, metrics: Mapping[str, float]) -> Finding | None:
-        """Describe the values of step 1, and warn of values that are worse than none."""
+        """Describe the values of step 1, and warn if they are worse than no values."""
         if step != 1:
             return None
         explained_variance = metrics[EXPLAINED_VARIANCE]
@@ -35,13 +35,13 @@ class FirstValues(HealthCheck):
 
 
 def describe_first_values(explained_variance: float) -> str:
-    """Return a line on the critic's values of step 1.
+    """Return a line about the critic's values in step 1.
 
     Args:
-        explained_variance: ``critic/vf_explained_var`` of step 1; NaN where all returns are equal.
+        explained_variance: ``critic/vf_explained_var`` of step 1; NaN if all returns are equal.
     """
     if math.isnan(explained_variance):
-        return "critic: all returns of step 1 are equal, so nothing can be said of its values"
+        return "critic: all returns of step 1 are equal, so its values cannot be rated"
     line = f"critic: its values explain {explained_variance:.3g} of the variance of step 1's returns"
     if explained_variance >= 0:
         return f"{line} (0: as good as their mean; 1: all of it)"

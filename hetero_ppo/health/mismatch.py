@@ -1,4 +1,4 @@
-"""Stops a run whose generator and trainer no longer agree on log-probs."""
+"""Check that stops a run when the generator and the trainer no longer agree on log-probs."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from hetero_ppo.config.devices import dtype_of
 from hetero_ppo.config.schema import Dtype, OldLogProbs, PpoConfig
 from hetero_ppo.health.check import Finding, HealthCheck, Moment, Severity
 
-#: Mean |difference| in log-prob. fp32: rounding makes about 1e-7 of it, so 1e-3 is no rounding. bf16 has 8 bits of mantissa, and the
-#: two sides round at different places: after a weight sync one token may be off by 0.15, but not all of them by 0.1.
+#: Limits of the mean |difference| in log-prob. In fp32 rounding causes about 1e-7, so 1e-3 is not rounding. bf16 has 8 bits of mantissa and
+#: the two sides round at different places: after a weight sync one token may differ by 0.15, but the mean not by 0.1.
 LOG_PROB_DIFF_MEAN = {Dtype.fp32: 1e-3, Dtype.bf16: 0.1}
-#: Share of tokens whose ratio leaves 0.99..1.01. In bf16 rounding alone may take most tokens there: no bound, the mean decides.
+#: Limits of the share of tokens whose ratio leaves 0.99..1.01. In bf16 rounding alone may move most tokens there, so this share has no
+#: bound and the mean decides.
 RATIO_OUTSIDE_SHARE = {Dtype.fp32: 0.01, Dtype.bf16: 1.0}
 
 
-#: Metrics that the error shows.
+#: Metrics that the error lists.
 FIGURES = (
     "rollout/log_prob_diff_mean",
     "rollout/log_prob_diff_max",
@@ -28,19 +29,19 @@ FIGURES = (
 
 @dataclass(frozen=True)
 class Bound:
-    """The largest value that a metric may have."""
+    """The largest allowed value of one metric."""
 
     metric: str
-    field: str
+    field: str  # option that sets the limit
     limit: float
 
 
 def mismatch_bounds(config: PpoConfig) -> list[Bound]:
-    """Return the bounds of a run: those of the config; where it leaves them to the dtype, those of the coarser of generator and actor.
+    """Return the bounds of a run: those that the config sets; the others follow from the coarser dtype of generator and actor.
 
-    None are derived where a difference is not the generator's fault: log-probs of recorded rollouts are of whatever weights made
-    them, and with top-p or top-k the generator's are of the truncated distribution, the trainer's of the whole one. None hold at
-    all where old log-probs are the generator's own.
+    No bound follows from the dtype if a difference need not be the generator's fault. Log-probs of recorded rollouts come from other weights.
+    With top-p or top-k the generator's log-probs belong to the truncated distribution, the trainer's to the whole one. If old log-probs are the
+    generator's own, there are no bounds at all.
     """
     if config.algorithm.old_log_probs is OldLogProbs.rollout:
         return []
@@ -65,7 +66,7 @@ def mismatch_bounds(config: PpoConfig) -> list[Bound]:
 
 
 class MismatchGuard(HealthCheck):
-    """Counts steps in a row that are beyond a bound, and stops the run at the last one that it is patient with."""
+    """Check that counts consecutive steps beyond a bound, and stops the run when their number reaches its patience."""
 
     rule = "mismatch"
     moment = Moment.before_training
@@ -75,7 +76,7 @@ class MismatchGuard(HealthCheck):
 
         Args:
             bounds: Bounds of a step; one broken bound is enough.
-            patience: Steps in a row beyond a bound at which the run stops.
+            patience: Number of consecutive steps beyond a bound at which the run stops.
         """
         self.bounds = bounds
         self.patience = patience
@@ -92,7 +93,7 @@ class MismatchGuard(HealthCheck):
         return {"steps_beyond": self.steps_beyond}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on with the count of a checkpoint."""
+        """Restore the count from a checkpoint."""
         self.steps_beyond = int(state["steps_beyond"])
 
     def check(self, step: int, metrics: Mapping[str, float]) -> Finding | None:
@@ -104,7 +105,7 @@ class MismatchGuard(HealthCheck):
         reasons = ", ".join(f"{b.metric} {metrics[b.metric]:.3g} exceeds {b.field} ({b.limit:g})" for b in broken)
         values = {name: value for name, value in metrics.items() if name in FIGURES}
         if self.steps_beyond < self.patience:
-            message = f"engine against trainer: {reasons}; step {self.steps_beyond} in a row of {self.patience}"
+            message = f"generator against trainer: {reasons}; step {self.steps_beyond} in a row of {self.patience}"
             return Finding(self.rule, Severity.warning, message, step, values)
         return Finding(self.rule, Severity.stop, self._describe_stop(step, reasons, values), step, values)
 
@@ -112,9 +113,9 @@ class MismatchGuard(HealthCheck):
         figures = ", ".join(f"{name} {value:.3g}" for name, value in values.items())
         return (
             f"step {step}: the generator's log-probs are not the trainer's: {reasons}, for {self.steps_beyond} step(s) in a row "
-            f"(rollout.mismatch.patience {self.patience}).\nThis step: {figures}. It was not trained on.\nWhere it began "
-            "at one step, look for weights that did not arrive; where it grew, for a model that has become very sure or very "
-            "unsure of its tokens; where it was there from the start, give engine and actor one dtype (rollout.dtype, "
-            "actor.model.dtype; fp32 is closest). A mismatch that has to be lived with is corrected for by "
-            "algorithm.rollout_correction.kind=truncated, and the bound raised."
+            f"(rollout.mismatch.patience {self.patience}).\nThis step: {figures}. It was not trained on.\nIf it began "
+            "at one step, look for weights that did not arrive. If it grew, look for a model that has become very sure or very "
+            "unsure of its tokens. If it was there from the start, give generator and actor one dtype (rollout.dtype, "
+            "actor.model.dtype; fp32 is closest). If you cannot avoid the mismatch, correct for it with "
+            "algorithm.rollout_correction.kind=truncated, and raise the bound."
         )

@@ -1,4 +1,4 @@
-"""Runs the health checks of a run and logs what they find."""
+"""Run the health checks of a run and log what they find."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from hetero_ppo.observability.logs import ONCE
 
 log = logging.getLogger(__name__)
 
-#: Metric: warnings of all checks since the run began. It appears with the first one.
+#: Metric with the number of warnings of all checks since the run began. It appears with the first one.
 WARNINGS = "health/warnings"
 
 
 class HealthMonitor:
-    """Holds the checks of a run. A rule's first warning is logged; later ones are counted, and logged for debugging alone.
+    """Runs the checks of a run. A rule's first warning is logged; later ones are counted, and logged only at the debug level.
 
-    Every warning is in the record of its step all the same (``take_note``).
+    The record of a step has all its warnings (``take_note``).
     """
 
     def __init__(self, checks: Sequence[HealthCheck]) -> None:
@@ -29,12 +29,12 @@ class HealthMonitor:
             checks: Checks of the run, each rule once.
         """
         self._checks = checks
-        self._warnings: Counter[str] = Counter()  # rule -> warnings since the run began
+        self._warnings: Counter[str] = Counter()  # rule -> number of warnings since the run began
         self._logged: set[str] = set()  # rules whose warning this process has logged
-        self._notes: list[str] = []  # warnings of the step
+        self._notes: list[str] = []  # warnings of the current step
 
     def check(self, moment: Moment, step: int, metrics: Mapping[str, float]) -> None:
-        """Judge a step.
+        """Run the checks of one moment on a step.
 
         Args:
             moment: Point of the step that has been reached.
@@ -42,7 +42,7 @@ class HealthMonitor:
             metrics: Metrics of the step so far, the same on every rank.
 
         Raises:
-            RunError: A check asks for the end of the run.
+            RunError: A check demands the end of the run.
         """
         for finding in run_checks([check for check in self._checks if check.moment is moment], step, metrics):
             self._report(finding)
@@ -58,7 +58,7 @@ class HealthMonitor:
         self._logged.add(finding.rule)
 
     def take_note(self) -> str | None:
-        """Return the warnings of the step for its record, and forget them; None without any."""
+        """Return the warnings of the step for its record, and forget them; None if there are none."""
         note, self._notes = "; ".join(self._notes) or None, []
         return note
 
@@ -69,7 +69,7 @@ class HealthMonitor:
         return {WARNINGS: float(total)} if total else {}
 
     def log_counts(self) -> None:
-        """Log how often each rule has warned, for rules of which only the first warning was logged."""
+        """Log how often each rule has warned, for rules that warned more than once: only their first warning was logged."""
         for rule, count in self._warnings.items():
             if count > 1:
                 log.info(f"health: {rule} warned {count} times; the notes of metrics.jsonl have every one")
@@ -79,10 +79,10 @@ class HealthMonitor:
         return {"checks": {check.rule: check.state_dict() for check in self._checks}, "warnings": dict(self._warnings)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from the state of a checkpoint. A check that the checkpoint does not know starts from the beginning.
+        """Restore the state from a checkpoint. A check that the checkpoint does not have starts new.
 
         Args:
-            state: What ``state_dict`` returned.
+            state: Result of ``state_dict``.
         """
         for check in self._checks:
             if check.rule in state["checks"]:

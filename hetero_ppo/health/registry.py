@@ -1,4 +1,4 @@
-"""The health checks that a PPO run may have."""
+"""The list of all health checks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ CHECKS: tuple[type[HealthCheck], ...] = (MismatchGuard, FirstValues)
 
 
 def build_checks(config: PpoConfig) -> list[HealthCheck]:
-    """Return the checks of a run.
+    """Build the checks of a run.
 
     Args:
         config: Checked configuration of the run.

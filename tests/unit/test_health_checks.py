@@ -139,7 +139,7 @@ def test_states_and_counts_go_through_a_checkpoint_and_a_new_rule_starts_from_th
     logged.clear()
     resumed.check(Moment.before_training, 2, metrics)
     assert logged.messages == [
-        "engine against trainer: rollout/log_prob_diff_mean 0.2 exceeds rollout.mismatch.max_log_prob_diff_mean (0.1); step 2 in a row of 3"
+        "generator against trainer: rollout/log_prob_diff_mean 0.2 exceeds rollout.mismatch.max_log_prob_diff_mean (0.1); step 2 in a row of 3"
     ]
 
 
