@@ -63,7 +63,7 @@ def test_first_values_that_are_worse_than_none_are_warned_of() -> None:
         (-5.31, Severity.warning, "critic: its values explain -5.31 of the variance of step 1's returns"),
         (0.0, Severity.info, "critic: its values explain 0 of the variance"),
         (0.25, Severity.info, "critic: its values explain 0.25 of"),
-        (math.nan, Severity.info, "critic: all returns of step 1 are equal, so nothing can be said"),
+        (math.nan, Severity.info, "critic: all returns of step 1 are equal, so its values cannot be rated"),
     ):
         found = FirstValues().check(1, {EXPLAINED_VARIANCE: value})
         assert found is not None and found.severity is severity and found.message.startswith(text)
