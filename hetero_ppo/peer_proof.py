@@ -44,6 +44,6 @@ def prove_peers(group: dist.ProcessGroup, key: bytes, name: str) -> None:
     for peer in range(size):
         if not hmac.compare_digest(found[peer * PROOF_BYTES : (peer + 1) * PROOF_BYTES], _proof(key, name, peer, rank)):
             raise RunError(
-                f"rank {rank} of {size} in {name}: who connected as rank {peer} is not of this run; nothing was sent there. "
+                f"rank {rank} of {size} in {name}: the process that connected as rank {peer} is not part of this run; nothing was sent there. "
                 "Does another user of the machine, or of the cluster's network, connect to the ports of this run?"
             )

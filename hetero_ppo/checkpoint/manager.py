@@ -265,7 +265,7 @@ class CheckpointManager:
         if fault is not None:
             raise ValueError(_describe_damage(folder, fault))
         if bool(worst):
-            raise ValueError(_describe_damage(folder, "another rank has found which file"))
+            raise ValueError(_describe_damage(folder, "another rank reports which file"))
 
     @contextlib.contextmanager
     def _describe_errors(self, step: int) -> Iterator[None]:

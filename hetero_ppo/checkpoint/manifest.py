@@ -71,7 +71,7 @@ def read_marker(folder: Path) -> dict[str, tuple[int, int]]:
     outside = [name for name in manifest if not _is_inside(name)]
     if outside:
         raise ValueError(
-            f"{path} names {outside[0]!r}, which is not a file of the checkpoint: do not use what wrote this list"
+            f"{path} names {outside[0]!r}, which is not a file of the checkpoint: do not use this checkpoint"
         )
     return manifest
 
@@ -96,7 +96,7 @@ def find_size_fault(folder: Path) -> str | None:
             return f"{path} has {found} bytes, and had {size} when it was written"
     for path in files_of(folder):
         if path.is_symlink():
-            return f"{path} is a link; put what it names there instead (cp -rL copies a folder so)"
+            return f"{path} is a link; put the file that it names there instead (cp -rL does this for a folder)"
         if path.relative_to(folder).as_posix() not in manifest:
             return f"{path} does not belong to it, {COMPLETE} does not name it; move it out of the folder"
     return None

@@ -218,7 +218,7 @@ def _choose_template(tokenizer: PreTrainedTokenizerBase, data: DataConfig, folde
         if template is None:
             raise ValueError(
                 f"the tokenizer in {folder} has no chat template; set data.chat_template to a Jinja file, or "
-                "data.apply_chat_template=false to tokenise prompts and answers as they stand"
+                "data.apply_chat_template=false to tokenise prompts and answers as plain text"
             )
         return template
     if not os.path.isfile(data.chat_template):
@@ -275,8 +275,8 @@ def _check_reward_encoders(config: PpoConfig) -> None:
         template = load_tokenizer(folder, f"{name}.model.path").chat_template
         if template is not None and template != policy.template:
             raise ValueError(
-                f"{name}: the tokenizer in {folder} has another chat template than the one in {policy.source}, so prompts would look "
-                f"otherwise than {name} learned; set data.chat_template to the one that all were trained with, or "
+                f"{name}: the tokenizer in {folder} has another chat template than the one in {policy.source}, so prompts would differ "
+                f"from those that {name} was trained on; set data.chat_template to the one that all were trained with, or "
                 f"{name}.re_encode.max_tokens to have texts encoded again with its own"
             )
 
@@ -305,7 +305,7 @@ def _check_same_vocabulary(
     if policy.eos_token_id != other.eos_token_id:
         raise ValueError(
             f"{role}: the end-of-sequence token is {other.eos_token!r} in {other_folder} and {policy.eos_token!r} in "
-            f"{policy_folder}; sequences would end otherwise than {role} learned. Make eos_token the same in both{_way_out(role)}"
+            f"{policy_folder}; sequences would not end as {role} was trained. Make eos_token the same in both{_way_out(role)}"
         )
 
 

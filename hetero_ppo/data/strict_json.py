@@ -39,8 +39,8 @@ def check_unicode(path: str, text: str) -> None:
     except UnicodeEncodeError as error:
         code = ord(text[error.start])
         raise ValueError(
-            f"field {path!r}: character {error.start + 1} is half of a surrogate pair (\\u{code:04x}), which is no text; "
-            "whatever wrote the file cut an emoji or another wide character in two"
+            f"field {path!r}: character {error.start + 1} is half of a surrogate pair (\\u{code:04x}), which is not text; "
+            "the program that wrote the file cut an emoji or another wide character in two"
         ) from None
 
 

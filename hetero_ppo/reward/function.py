@@ -244,7 +244,7 @@ def check_concurrency(spec: FunctionSpec, loaded: LoadedFunction) -> None:
     """Raise ValueError when ``concurrency`` is set for a function that is not ``async def``."""
     if spec.concurrency is not None and not loaded.is_async:
         raise ValueError(
-            f"reward.concurrency is {spec.concurrency}, but {spec.field} {spec.spec} is no `async def`, so that a worker makes one "
+            f"reward.concurrency is {spec.concurrency}, but {spec.field} {spec.spec} is not `async def`, so a worker makes one "
             "call at a time: leave it out, or set reward.workers"
         )
 

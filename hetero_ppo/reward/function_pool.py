@@ -428,8 +428,8 @@ class FunctionPool:
         changed = [file for file, digest in hello["sources"].items() if sources.get(file, digest) != digest]
         if changed:
             self._give_up(
-                f"{', '.join(changed)} has changed since the run began, and a worker that starts now would score by other rules. "
-                "Undo the change; the run goes on from its last checkpoint"
+                f"{', '.join(changed)} has changed since the run began, and a worker that starts now would score with other code. "
+                "Undo the change; the run can continue from its last checkpoint"
             )
         return not changed
 

@@ -136,9 +136,9 @@ def build_proved(config: C, build: Callable[[C], E], consequence: str = "no gold
         return engine
     role = engine.role
     log.warning(
-        f"{role}: NOT ALIGNED. {role}.aligned is null, which is true where it holds, and the self-check found: {difference}. "
-        f"The run goes on with the plain layers: {consequence}, and bits that depend on batch and layout. Set {role}.aligned to false for "
-        "no such line, or to true to be stopped by it",
+        f"{role}: NOT ALIGNED. {role}.aligned is null (aligned where possible), and the self-check found: {difference}. "
+        f"The run continues with the plain layers: {consequence}, and bits that depend on batch and layout. Set {role}.aligned to false "
+        "to hide this line, or to true to make it an error",
         extra=ONCE,
     )
     engine.device.remove(role)

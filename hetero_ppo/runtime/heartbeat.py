@@ -188,7 +188,7 @@ class HeartbeatMonitor:
 
 def _describe(rank: int, pid: int, phase: str, silent_s: float, state: str) -> str:
     hint = {
-        "T": "somebody or something has stopped it; SIGCONT would have let it go on",
+        "T": "it was stopped; SIGCONT would have let it continue",
         "D": "it waits for a disk, a network file system or a driver: see the kernel's log",
     }.get(state[0], "a call holds the GIL and does not return: its stacks are above, if it could still write them")
     where = f"in phase {phase}" if phase else "between phases"

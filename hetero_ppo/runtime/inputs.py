@@ -50,7 +50,7 @@ def check_inputs(resume: Resume | None, inputs: Sequence[Input]) -> list[str]:
     unknown = [one.name for one in inputs if resume.inputs is None or one.name not in resume.inputs]
     lines = (
         [
-            f"{resume.folder} does not say what it was made from, or its version says it differently. Not compared: {', '.join(unknown)}"
+            f"{resume.folder} has no digests of its inputs, or another version made them. Not compared: {', '.join(unknown)}"
         ]
         if unknown
         else []
@@ -62,7 +62,7 @@ def check_inputs(resume: Resume | None, inputs: Sequence[Input]) -> list[str]:
         fields = ",".join(dict.fromkeys(one.fields[0] for one in refused))
         raise ValueError(
             f"checkpoint.load: the checkpoint was made on other data or models: the content of {names} is not that of {resume.folder}. "
-            f"Give it back, or, where the change is meant, set checkpoint.allow_changes=[{fields}]"
+            f"Restore it, or, if the change is intended, set checkpoint.allow_changes=[{fields}]"
         )
     return lines + [f"checkpoint.allow_changes: the content of {one.name} is not the checkpoint's" for one in changed]
 

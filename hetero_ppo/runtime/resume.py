@@ -128,8 +128,8 @@ def check_changes(resume: Resume) -> None:
     if refused:
         names = ",".join(change.field for change in refused)
         raise ValueError(
-            f"checkpoint.load: this run has another objective than {resume.folder}: {_list(refused)}. Set the old values, or, where "
-            f"the change is meant, checkpoint.allow_changes=[{names}]"
+            f"checkpoint.load: this run has another objective than {resume.folder}: {_list(refused)}. Set the old values, or, if "
+            f"the change is intended, checkpoint.allow_changes=[{names}]"
         )
 
 
@@ -157,8 +157,8 @@ def saved_config(folder: Path, run_dir: Path) -> tuple[dict[str, Any] | None, st
 def _check_kind(saved: dict[str, Any], loaded: LoadedConfig, folder: Path) -> None:
     if saved["kind"] != loaded.kind:
         raise ValueError(
-            f"checkpoint.load: {folder} is of a run of kind {saved['kind']!r}, this one is of kind {loaded.kind!r}; to train on from "
-            "its weights give its export (hf) as a model.path"
+            f"checkpoint.load: {folder} is of a run of kind {saved['kind']!r}, this one is of kind {loaded.kind!r}; to train further from "
+            "its weights, give its export (hf) as a model.path"
         )
 
 
@@ -173,5 +173,5 @@ def _check_later_ones(resume: Resume, run_dir: Path) -> None:
         names = ", ".join(folder.name for folder in foreign)
         raise ValueError(
             f"checkpoint.load: {run_dir / 'checkpoints'} has later checkpoints of another run than {resume.folder.name}: {names}. "
-            "Move them elsewhere, or go on in a folder of its own (run.dir)"
+            "Move them elsewhere, or continue in a new folder (run.dir)"
         )

@@ -176,7 +176,7 @@ def prepare(loaded: LoadedConfig) -> list[str]:
         text = (
             f"run.dir is {str(folder)!r}: the same run ended there before its first checkpoint ({results.describe()})"
         )
-        return [f"{text}. It begins again, and what it left is in {target}"]
+        return [f"{text}. It begins again, and the earlier files are in {target}"]
     removed = _remove(folder) if start in (Start.overwrites, Start.again) or (folder / CONFIG_FILE).is_file() else []
     if start is Start.overwrites:
         return [f"run.overwrite: removed from {folder}: {', '.join(removed)} ({results.describe()})"]
@@ -202,7 +202,7 @@ def _is_same_run(loaded: LoadedConfig, config_file: Path) -> bool:
 def _describe_refusal(folder: Path, results: Results) -> str:
     ways = ["choose another run.dir", "remove these files with run.overwrite=true"]
     if results.steps:
-        ways.insert(0, f"go on with that run: checkpoint.load={folder}")
+        ways.insert(0, f"continue that run: checkpoint.load={folder}")
     return (
         f"run.dir is {str(folder)!r}, which holds results of another run: {results.describe()}. This run would mix its files with them: "
         f"{', or '.join(ways)}"

@@ -107,7 +107,7 @@ def test_a_checkpoint_says_what_made_it(runs: Path) -> None:
         "the content of data.train (labels and metadata) is not that of",
         "the content of reward_model.model.path (weights) is not that of",
         "this run has another objective than",
-        "algorithm.gamma: 1.0 -> 0.5. Set the old values, or, where the change is meant, checkpoint.allow_changes=[algorithm.gamma]",
+        "algorithm.gamma: 1.0 -> 0.5. Set the old values, or, if the change is intended, checkpoint.allow_changes=[algorithm.gamma]",
         "no complete checkpoint of step 9; there are: 2, 3",
         "other contents than were written (CRC-32). The last good one is iter_0000003: continue from it with checkpoint.step=3",
     ],

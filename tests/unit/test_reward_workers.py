@@ -475,7 +475,7 @@ def test_a_function_that_cannot_be_loaded_is_named_with_its_line(
 
 
 def test_concurrency_is_of_async_functions_alone(open_reward: Callable[..., FunctionReward]) -> None:
-    with pytest.raises(ValueError, match="reward.concurrency is 2, but .* is no `async def`"):
+    with pytest.raises(ValueError, match="reward.concurrency is 2, but .* is not `async def`"):
         open_reward(concurrency=2).check()
 
 

@@ -44,7 +44,8 @@ def main() -> None:
     if rank == 1:
         groups._made.key = b"of somebody else"
     with pytest.raises(
-        RunError, match=rf"rank {rank} of 2 in group 1 .*who connected as rank {1 - rank} is not of this run"
+        RunError,
+        match=rf"rank {rank} of 2 in group 1 .*the process that connected as rank {1 - rank} is not part of this run",
     ):
         groups._group([[1, 0]])
     finish()
