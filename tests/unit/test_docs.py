@@ -62,3 +62,12 @@ def test_the_index_links_every_page() -> None:
     assert [
         page.name for page in (ROOT / "docs").glob("*.md") if page.name != "index.md" and f"({page.name})" not in index
     ] == []
+
+
+def test_whole_configurations_of_the_pages_load(tmp_path: Path) -> None:
+    texts = [text for page in pages() for text in re.findall(r"```yaml\n(kind: .*?)```", page.read_text(), re.DOTALL)]
+    assert len(texts) >= 4
+    for number, text in enumerate(texts):
+        file = tmp_path / f"{number}.yaml"
+        file.write_text(text)
+        load_config(file, [])
