@@ -165,7 +165,7 @@ def microbatches(
         ids = torch.nn.functional.pad(ids, (0, width + -width % multiple - ids.shape[1]))
         # Padding is computed where its outputs are asked for.
         parts.append(
-            (taken, Microbatch(ids, lengths, wanted=torch.ones_like(ids, dtype=torch.bool) if padding else None))
+            (taken, Microbatch(ids, lengths, output_mask=torch.ones_like(ids, dtype=torch.bool) if padding else None))
         )
     return parts
 

@@ -131,7 +131,7 @@ class Microbatch:
     sequence_lengths: Tensor  # [b] int64
     inputs: Any = None  # PolicyInputs, ValueInputs, ... with b rows and s - 1 columns; None without a loss
     #: [b, s] bool, tokens whose outputs are read: the head computes only these; None: every token.
-    wanted: Tensor | None = None
+    output_mask: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -49,10 +49,10 @@ def deal(lengths: Sequence[int], rows: Sequence[int], ranks: int, *, even: bool)
     largest sum is at most a third above the best possible one. Ties go to the lower row and the lower rank.
 
     Args:
-        lengths: tokens of every row, those not in ``rows`` too.
-        rows: the rows to deal.
-        ranks: number of ranks.
-        even: no rank gets more than ceil(rows / ranks) of them, as micro-batches of so many rows want it.
+        lengths: Tokens of every row, those not in ``rows`` too.
+        rows: The rows to deal.
+        ranks: Number of ranks.
+        even: No rank gets more than ceil(rows / ranks) of them, as micro-batches of so many rows want it.
 
     Returns:
         For each rank its rows, ascending; at least one where there are as many rows as ranks.
@@ -114,17 +114,17 @@ def split(
     inputs: Any,
     rows: Sequence[int],
     size: MicrobatchSize,
-    wanted: Tensor | None = None,
+    output_mask: Tensor | None = None,
 ) -> list[tuple[list[int], Microbatch]]:
     """Micro-batches of ``rows``, each with rows of similar length and padded to its own longest.
 
     Args:
         token_ids: [B, S] int64, right-padded.
         sequence_lengths: [B] int64.
-        inputs: a record of [B, S - 1] and [B] tensors, or None.
-        rows: the rows to take.
-        size: of a micro-batch.
-        wanted: [B, S] bool, tokens whose output is read; None: every token.
+        inputs: A record of [B, S - 1] and [B] tensors, or None.
+        rows: The rows to take.
+        size: Of a micro-batch.
+        output_mask: Tokens whose outputs are read, [B, S] bool; None: every token.
 
     Returns:
         (rows, micro-batch) pairs; together they hold every row once.
@@ -137,7 +137,7 @@ def split(
         if ids.shape[1] < longest:
             ids = pad(ids, (0, longest - ids.shape[1]))
         part = None if inputs is None else select(inputs, taken, longest - 1)
-        read = None if wanted is None else to_columns(wanted[index], longest)
+        read = None if output_mask is None else to_columns(output_mask[index], longest)
         result.append((taken, Microbatch(ids, sequence_lengths[index], part, read)))
     return result
 
@@ -153,9 +153,9 @@ def split_pairs(batch: PreferenceBatch, pairs: Sequence[int], size: MicrobatchSi
     """Micro-batches of whole pairs: rows 0..b/2 - 1 are chosen, the others rejected in the same order.
 
     Args:
-        batch: all pairs.
-        pairs: the pairs to take.
-        size: of a micro-batch; at least one pair is taken.
+        batch: All pairs.
+        pairs: The pairs to take.
+        size: Of a micro-batch; at least one pair is taken.
     """
     pair_size = replace(size, rows=max(1, size.rows // 2), length_multiple=2 * size.length_multiple)
     result = []
@@ -164,7 +164,7 @@ def split_pairs(batch: PreferenceBatch, pairs: Sequence[int], size: MicrobatchSi
         longest = size.padded(int(torch.maximum(batch.chosen_lengths[index], batch.rejected_lengths[index]).max()))
         ids = torch.cat([to_columns(batch.chosen_ids[index], longest), to_columns(batch.rejected_ids[index], longest)])
         both = torch.cat([batch.chosen_lengths[index], batch.rejected_lengths[index]])
-        result.append(Microbatch(ids, both, wanted=sequence_ends(both, longest)))
+        result.append(Microbatch(ids, both, output_mask=sequence_ends(both, longest)))
     return result
 
 
@@ -173,7 +173,7 @@ def with_fillers(microbatches: Sequence[Microbatch], at_least: int, length: int)
     one row that no loss counts.
 
     Args:
-        length: tokens of an added micro-batch.
+        length: Tokens of an added micro-batch.
     """
     inputs = microbatches[0].inputs
     if inputs is not None:
@@ -200,13 +200,13 @@ def same_shape(microbatches: Sequence[Microbatch], stages: int) -> list[Microbat
         if inputs is not None:
             inputs = map_tensors(inputs, partial(pad, pad=(0, columns, 0, rows)))
         lengths = pad(m.sequence_lengths, (0, rows), value=1)
-        wanted = None if m.wanted is None else pad(m.wanted, (0, columns, 0, rows))
-        padded.append(Microbatch(pad(m.token_ids, (0, columns, 0, rows)), lengths, inputs, wanted))
+        output_mask = None if m.output_mask is None else pad(m.output_mask, (0, columns, 0, rows))
+        padded.append(Microbatch(pad(m.token_ids, (0, columns, 0, rows)), lengths, inputs, output_mask))
     first = padded[0]
     nothing = None
     if first.inputs is not None:
         nothing = map_tensors(first.inputs, torch.zeros_like)
-    unread = None if first.wanted is None else torch.zeros_like(first.wanted)
+    unread = None if first.output_mask is None else torch.zeros_like(first.output_mask)
     empty = Microbatch(torch.zeros_like(first.token_ids), torch.ones_like(first.sequence_lengths), nothing, unread)
     return padded + [empty] * (-len(padded) % stages)
 

@@ -147,14 +147,14 @@ class ModelEngine:
         """A turn of this role: its parameters are on the device, others' may not be.
 
         Args:
-            grads: its gradient buffers too, as zeros.
+            grads: Its gradient buffers too, as zeros.
             optimizer: fp32 main parameters and moments too; they may come in while the first micro-batch computes.
-            phase: name of the phase, for messages and the ledger.
-            then: roles whose parameters the next turn will hold, and which may come in during this one; None: as the
+            phase: Name of the phase, for messages and the ledger.
+            then: Roles whose parameters the next turn will hold, and which may come in during this one; None: as the
                 device's schedule says.
 
         Raises:
-            ResidencyError: another turn is open, or the role is not trained.
+            ResidencyError: Another turn is open, or the role is not trained.
         """
         kinds = (
             FORWARD | (frozenset({Kind.grads}) if grads else frozenset()) | (OPTIMIZER if optimizer else frozenset())
@@ -177,29 +177,29 @@ class ModelEngine:
         return VOCAB_PARTS if self.bridge.aligned else None
 
     def forward(
-        self, token_ids: Tensor, sequence_lengths: Tensor, output: OutputFn, wanted: Tensor | None = None
+        self, token_ids: Tensor, sequence_lengths: Tensor, output: OutputFn, output_mask: Tensor | None = None
     ) -> Tensor:
         """Run all rows and return what ``output`` makes of them, the same on every rank.
 
         Args:
             token_ids: [B, S] int64, right-padded, on the host, the same on every rank.
             sequence_lengths: [B] int64.
-            output: last-stage function, giving [b, s - 1] or [b] float32.
-            wanted: [B, S] bool, tokens whose output is read; nothing is computed for others' sake alone. None: every token.
+            output: Last-stage function, giving [b, s - 1] or [b] float32.
+            output_mask: Tokens whose outputs are read, [B, S] bool; the head computes only these. None: every token.
 
         Returns:
-            [B, S - 1] or [B] float32, on the host; of tokens that are not wanted it may hold anything.
+            [B, S - 1] or [B] float32, on the host; outside output_mask it may hold anything.
         """
         self.device.require(self.role, FORWARD, "a forward")
         given, num_columns = token_ids.shape[0], token_ids.shape[1] - 1
         # Every data-parallel rank takes part in the role's collectives, so each gets a row at least: copies, cut below.
         copies = [*range(given), *[given - 1] * (self.groups.dp.size() - given)]
         token_ids, sequence_lengths = token_ids[copies], sequence_lengths[copies]
-        wanted = None if wanted is None else wanted[copies]
+        output_mask = None if output_mask is None else output_mask[copies]
         num_rows = len(copies)
         size = self.forward_size
         dealt = self.deal(sequence_lengths.tolist(), range(num_rows), size)
-        parts = split(token_ids, sequence_lengths, None, dealt[self.groups.dp.rank()], size, wanted)
+        parts = split(token_ids, sequence_lengths, None, dealt[self.groups.dp.rank()], size, output_mask)
         microbatches = self.as_many_as_peers([m for _, m in parts], sequence_lengths.tolist(), dealt, size)
         with torch.no_grad():
             outputs = self.run_schedule(microbatches, lambda tensor, m: output(tensor, m), forward_only=True)
@@ -216,7 +216,7 @@ class ModelEngine:
         """The model's chunks as they are for a forward of ``what``, for as long as the role's turn lasts.
 
         Raises:
-            ResidencyError: the role has no turn.
+            ResidencyError: The role has no turn.
         """
         self.device.require(self.role, FORWARD, what)
         for chunk in self.chunks:
@@ -257,9 +257,9 @@ class ModelEngine:
         """Rows of every data-parallel rank, the same on all of them. With a budget of tokens their numbers may differ.
 
         Args:
-            lengths: tokens of every row.
-            rows: to deal.
-            size: of the micro-batches.
+            lengths: Tokens of every row.
+            rows: To deal.
+            size: Of the micro-batches.
         """
         return deal(lengths, rows, self.groups.dp.size(), even=size.tokens is None)
 
@@ -273,9 +273,9 @@ class ModelEngine:
         """This rank's micro-batches; with experts spread over ranks, as many as any other data-parallel rank has.
 
         Args:
-            lengths: tokens of every row.
-            dealt: rows of every data-parallel rank.
-            size: of the micro-batches.
+            lengths: Tokens of every row.
+            dealt: Rows of every data-parallel rank.
+            size: Of the micro-batches.
         """
         if self.groups.ep.size() == 1:
             return microbatches
@@ -297,7 +297,7 @@ class ModelEngine:
         """Megatron-Core's schedule for this layout over the micro-batches of this data-parallel rank.
 
         Args:
-            microbatches: on the host.
+            microbatches: On the host.
             last_stage: (model output, micro-batch) -> what a forward collects, or (loss, tokens, metrics) in training.
 
         Returns:

@@ -27,7 +27,7 @@ class ModelInput:
     token_ids: Tensor  # [b, s' / cp] int64, this context-parallel rank's columns; packed [1, total]
     head_rows: Tensor  # [n] int64: of the hidden states [s' / cp * b, hidden], those that the head computes
     packing: Packing | None
-    microbatch: Microbatch  # with wanted [b, s' / cp]: n are True, in the order of head_rows
+    microbatch: Microbatch  # with output_mask [b, s' / cp]: n are True, in the order of head_rows
 
 
 def model_inputs(
@@ -40,14 +40,14 @@ def model_inputs(
 ) -> list[ModelInput]:
     """What the model computes of every micro-batch.
 
-    Under causal attention no output depends on a later token, so what lies behind the last wanted token of a row is left out.
+    Under causal attention no output depends on a later token, so the tokens behind the last one in the output mask of a row are left out.
 
     Args:
-        microbatches: on the host.
-        size: says whether those that padding would make longer are packed, and what lengths are multiples of.
-        cp_group: context-parallel ranks; one where packed.
-        device: of the model.
-        one_shape: all with the length of the longest; they have equal numbers of rows.
+        microbatches: On the host.
+        size: Says whether those that padding would make longer are packed, and what lengths are multiples of.
+        cp_group: Context-parallel ranks; one where packed.
+        device: Of the model.
+        one_shape: All with the length of the longest; they have equal numbers of rows.
     """
     reads = [_wanted(m) for m in microbatches]
     columns = [torch.arange(1, read.shape[1] + 1) for read in reads]
@@ -67,51 +67,51 @@ def model_inputs(
 
 def _wanted(microbatch: Microbatch) -> Tensor:
     """[b, s] bool."""
-    if microbatch.wanted is not None:
-        return microbatch.wanted
+    if microbatch.output_mask is not None:
+        return microbatch.output_mask
     return torch.arange(microbatch.token_ids.shape[1]) < microbatch.sequence_lengths[:, None]
 
 
 def _padded(
     microbatch: Microbatch,
-    wanted: Tensor,
+    output_mask: Tensor,
     length: int,
     size: MicrobatchSize,
     cp_group: dist.ProcessGroup,
     device: torch.device,
 ) -> ModelInput:
     ids = own_columns(to_columns(microbatch.token_ids, length), 1, cp_group)
-    wanted = _rounded(
-        own_columns(to_columns(wanted, length), 1, cp_group), torch.ones(ids.shape, dtype=torch.bool), size
+    output_mask = _rounded(
+        own_columns(to_columns(output_mask, length), 1, cp_group), torch.ones(ids.shape, dtype=torch.bool), size
     )
-    row, column = wanted.nonzero().unbind(1)
+    row, column = output_mask.nonzero().unbind(1)
     head_rows = column * len(ids) + row
-    return _on_device(ids, head_rows, None, microbatch, wanted, device)
+    return _on_device(ids, head_rows, None, microbatch, output_mask, device)
 
 
 def _packed(
-    microbatch: Microbatch, wanted: Tensor, used: Tensor, total: int, size: MicrobatchSize, device: torch.device
+    microbatch: Microbatch, output_mask: Tensor, used: Tensor, total: int, size: MicrobatchSize, device: torch.device
 ) -> ModelInput:
-    there = torch.arange(wanted.shape[1]) < used[:, None]
-    wanted = _rounded(wanted, there, size)
+    there = torch.arange(output_mask.shape[1]) < used[:, None]
+    output_mask = _rounded(output_mask, there, size)
     tokens = microbatch.token_ids[there]
     starts = used.cumsum(0) - used
-    row, column = wanted.nonzero().unbind(1)
+    row, column = output_mask.nonzero().unbind(1)
     packing = pack(used.tolist(), total, device, size.attention_multiple)
-    return _on_device(to_columns(tokens[None], total), starts[row] + column, packing, microbatch, wanted, device)
+    return _on_device(to_columns(tokens[None], total), starts[row] + column, packing, microbatch, output_mask, device)
 
 
-def _rounded(wanted: Tensor, there: Tensor, size: MicrobatchSize) -> Tensor:
+def _rounded(output_mask: Tensor, there: Tensor, size: MicrobatchSize) -> Tensor:
     """Some more of the tokens that are there, up to a multiple of ``size.head_multiple``, as far as they go. One at least: ranks of a
     tensor-parallel group would else have nothing to exchange about the head's output.
     """
-    count = int(wanted.sum())
+    count = int(output_mask.sum())
     more = -count % size.head_multiple if count else size.head_multiple
     if not more:
-        return wanted
-    wanted = wanted.clone(memory_format=torch.contiguous_format)
-    wanted.view(-1)[(there & ~wanted).flatten().nonzero()[:more, 0]] = True
-    return wanted
+        return output_mask
+    output_mask = output_mask.clone(memory_format=torch.contiguous_format)
+    output_mask.view(-1)[(there & ~output_mask).flatten().nonzero()[:more, 0]] = True
+    return output_mask
 
 
 def _on_device(
@@ -119,41 +119,41 @@ def _on_device(
     head_rows: Tensor,
     packing: Packing | None,
     microbatch: Microbatch,
-    wanted: Tensor,
+    output_mask: Tensor,
     device: torch.device,
 ) -> ModelInput:
     inputs = microbatch.inputs
     if inputs is not None:
         inputs = map_tensors(inputs, lambda value: value.to(device, non_blocking=True))
     on_device = Microbatch(
-        microbatch.token_ids.to(device), microbatch.sequence_lengths.to(device), inputs, wanted.to(device)
+        microbatch.token_ids.to(device), microbatch.sequence_lengths.to(device), inputs, output_mask.to(device)
     )
     return ModelInput(token_ids.to(device), head_rows.to(device), packing, on_device)
 
 
 def in_place(values: Tensor, microbatch: Microbatch, cp_group: dist.ProcessGroup) -> Tensor:
-    """[..., n] of the wanted tokens -> [..., b, s], 0 elsewhere, whole on every context-parallel rank. Differentiable; collective
+    """[..., n] of the tokens in the output mask -> [..., b, s], 0 elsewhere, whole on every context-parallel rank. Differentiable; collective
     over ``cp_group``.
 
     Args:
-        microbatch: of a ModelInput.
+        microbatch: Of a ModelInput.
     """
-    assert microbatch.wanted is not None
-    shape = (*values.shape[:-1], *microbatch.wanted.shape)
-    placed = values.new_zeros(shape).masked_scatter(microbatch.wanted, values)
+    assert microbatch.output_mask is not None
+    shape = (*values.shape[:-1], *microbatch.output_mask.shape)
+    placed = values.new_zeros(shape).masked_scatter(microbatch.output_mask, values)
     whole = whole_columns(placed, len(shape) - 1, cp_group, sum_gradients=False)
     return _last_columns(whole, microbatch.token_ids.shape[1])
 
 
 def next_tokens(microbatch: Microbatch, cp_group: dist.ProcessGroup) -> Tensor:
-    """[n] int64: the token that follows each wanted one, which may lie in another rank's columns; behind the last token, any.
+    """[n] int64: the token that follows each one in the output mask, which may lie in another rank's columns; behind the last token, any.
 
     Args:
-        microbatch: of a ModelInput.
+        microbatch: Of a ModelInput.
     """
-    assert microbatch.wanted is not None
-    following = to_columns(microbatch.token_ids.roll(-1, dims=1), microbatch.wanted.shape[1] * cp_group.size())
-    return own_columns(following, 1, cp_group)[microbatch.wanted]
+    assert microbatch.output_mask is not None
+    following = to_columns(microbatch.token_ids.roll(-1, dims=1), microbatch.output_mask.shape[1] * cp_group.size())
+    return own_columns(following, 1, cp_group)[microbatch.output_mask]
 
 
 def _last_columns(value: Tensor, num_columns: int) -> Tensor:

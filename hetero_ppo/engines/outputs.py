@@ -14,8 +14,8 @@ from hetero_ppo.engines.model_input import in_place, next_tokens
 from hetero_ppo.types import Microbatch
 
 #: (model output, micro-batch) -> [b, s - 1] float32, or [b] float32. The output is [1, n, V / tp] logits of the n tokens that the
-#: micro-batch wants of this context-parallel rank, or the [b, s] float32 of a scalar head, whole on every rank and 0 where not
-#: wanted; the micro-batch is that of a ``ModelInput``.
+#: output mask selects on this context-parallel rank, or the [b, s] float32 of a scalar head, whole on every rank and 0 outside the
+#: output mask. The micro-batch is that of a ``ModelInput``.
 OutputFn = Callable[[Tensor, Microbatch], Tensor]
 
 
@@ -32,15 +32,15 @@ def token_log_probs(
     """Log-probs of the tokens that came, and optionally the entropy of the distributions they came from.
 
     Args:
-        logits: [1, n, V / tp], of the wanted tokens and this rank's slice of the vocabulary.
-        microbatch: of a ``ModelInput``.
-        temperature: divides the logits, as the engine's sampler does.
-        vocab_size: true size; the padding columns above it take no part.
-        groups: the role's; the results are whole on every context-parallel rank.
-        num_parts: of the vocabulary, see ``vocab_parallel_log_probs``; those of an aligned role.
+        logits: [1, n, V / tp], of the tokens in the output mask and this rank's slice of the vocabulary.
+        microbatch: Of a ``ModelInput``.
+        temperature: Divides the logits, as the engine's sampler does.
+        vocab_size: True size; the padding columns above it take no part.
+        groups: The role's; the results are whole on every context-parallel rank.
+        num_parts: Of the vocabulary, see ``vocab_parallel_log_probs``; those of an aligned role.
 
     Returns:
-        ([b, s - 1] float32, [b, s - 1] float32 or None); 0 where not wanted.
+        ([b, s - 1] float32, [b, s - 1] float32 or None); 0 outside the output mask.
     """
     targets = next_tokens(microbatch, groups.cp)
     log_probs, entropy = vocab_parallel_log_probs(

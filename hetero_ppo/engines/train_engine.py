@@ -160,13 +160,13 @@ class TrainEngine(ModelEngine):
         return optimizer
 
     def forward(
-        self, token_ids: Tensor, sequence_lengths: Tensor, output: OutputFn, wanted: Tensor | None = None
+        self, token_ids: Tensor, sequence_lengths: Tensor, output: OutputFn, output_mask: Tensor | None = None
     ) -> Tensor:
         """ModelEngine.forward, in evaluation mode."""
         self._settle_parameters()
         for chunk in self.chunks:
             chunk.eval()
-        return super().forward(token_ids, sequence_lengths, output, wanted)
+        return super().forward(token_ids, sequence_lengths, output, output_mask)
 
     def evaluating(self, what: str) -> list[GPTModel]:
         """ModelEngine.evaluating, with the newest weights."""
@@ -226,8 +226,10 @@ class TrainEngine(ModelEngine):
         """
         lengths = sequence_lengths.tolist()
         dealt = self.deal(lengths, rows, self.training_size)
-        wanted = None if inputs is None else pad(inputs.mask, (0, 1))
-        parts = split(token_ids, sequence_lengths, inputs, dealt[self.groups.dp.rank()], self.training_size, wanted)
+        output_mask = None if inputs is None else pad(inputs.mask, (0, 1))
+        parts = split(
+            token_ids, sequence_lengths, inputs, dealt[self.groups.dp.rank()], self.training_size, output_mask
+        )
         return self.as_many_as_peers([m for _, m in parts], lengths, dealt, self.training_size)
 
     def pair_microbatches(self, batch: PreferenceBatch) -> list[Microbatch]:

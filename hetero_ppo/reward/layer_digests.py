@@ -32,7 +32,7 @@ def layer_digests(
     for number, row in enumerate(rows):
         padded[number, : len(row)] = torch.tensor(row)
     # Padding is computed only if its outputs are asked for.
-    outputs = torch.ones_like(padded, dtype=torch.bool) if num_columns else None
+    output_mask = torch.ones_like(padded, dtype=torch.bool) if num_columns else None
     found: dict[int, tuple[str, str]] = {}
     sequence_parallel = engine.bridge.transformer.sequence_parallel
 
@@ -47,7 +47,9 @@ def layer_digests(
     try:
         with torch.no_grad():
             engine.run_schedule(
-                [Microbatch(padded, lengths, wanted=outputs)], lambda output, microbatch: output, forward_only=True
+                [Microbatch(padded, lengths, output_mask=output_mask)],
+                lambda output, microbatch: output,
+                forward_only=True,
             )
     finally:
         for handle in handles:

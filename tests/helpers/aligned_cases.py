@@ -79,8 +79,8 @@ def microbatches(batching: str, multiple: int) -> Iterator[tuple[Row, Microbatch
         for place, row in enumerate(group):
             ids[place, : LENGTHS[row]] = rows[row]
         # Padding is computed where its outputs are asked for.
-        wanted = None if padded is None else torch.ones_like(ids, dtype=torch.bool)
-        yield group, Microbatch(ids, torch.tensor([LENGTHS[row] for row in group]), wanted=wanted)
+        output_mask = None if padded is None else torch.ones_like(ids, dtype=torch.bool)
+        yield group, Microbatch(ids, torch.tensor([LENGTHS[row] for row in group]), output_mask=output_mask)
 
 
 def role_config(model: Path, dtype: str, layout: dict[str, Any], aligned: bool | None) -> TrainedRoleConfig:

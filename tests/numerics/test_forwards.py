@@ -152,7 +152,7 @@ def test_the_head_of_a_bf16_model_computes_a_multiple(model: Path, ids: Tensor) 
         (given,) = model_inputs([microbatch], role.forward_size, **settings)
         assert len(given.head_rows.unique()) == len(given.head_rows) == min(expected, given.token_ids.numel())
         assert int(given.head_rows.max()) < given.token_ids.numel()
-        assert bool(given.microbatch.wanted[:, columns].all())
+        assert bool(given.microbatch.output_mask[:, columns].all())
 
 
 def test_groups_attend_within_sequences_alone() -> None:
