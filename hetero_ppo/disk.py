@@ -35,7 +35,7 @@ def writing(
         path: File or folder that the body writes.
         what: Description of the file for the message.
         num_bytes: Size that the file will have; None: unknown.
-        remedy: What to do if no space can be freed.
+        remedy: Advice for the case that no space can be freed.
 
     Raises:
         RunError: The disk accepts no more data.
@@ -58,7 +58,7 @@ def describe(
         path: File or folder that was written; None: unknown.
         what: Description of the file for the message.
         num_bytes: Size that the file would have had; None: unknown.
-        remedy: What to do if no space can be freed; None: unknown.
+        remedy: Advice for the case that no space can be freed; None: there is none.
     """
     assert error.errno is not None
     name = what if path is None else f"{what} {path}"

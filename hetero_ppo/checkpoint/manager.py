@@ -95,7 +95,7 @@ class CheckpointManager:
 
     @property
     def is_saving(self) -> bool:
-        """Whether a checkpoint is being written; the same on every rank."""
+        """True while a checkpoint is being written; the same on every rank."""
         return self._pending is not None
 
     def save(

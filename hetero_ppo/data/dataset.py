@@ -102,7 +102,7 @@ class DatasetRules:
 
     max_tokens: int  # most tokens of an example
     limit_field: str  # option that sets this limit
-    overlong: OverlongPrompts  # what to do with a longer example
+    overlong: OverlongPrompts  # treatment of a longer example
     is_identical: Callable[
         [Any], bool
     ]  # whether the two answers of an example are the same, so that it teaches nothing

@@ -22,7 +22,7 @@ _DONE, _FAILED, _OPENED = "done", "failed", "opened"
 
 
 class DataPlace(Protocol):
-    """Where the files of a data set are written, and which process reads the data."""
+    """Interface that decides which process reads a data set, and where its files are written."""
 
     def share(self, build: Callable[[Path], None], open_files: Callable[[Path], T]) -> T:
         """Return what ``open_files`` makes of the folder that ``build`` has filled. Afterwards the folder is removed.

@@ -30,9 +30,8 @@ class FileFacts:
 
     path: str
     num_rows: int = 0
-    columns: Counter[str] = field(
-        default_factory=Counter
-    )  # key -> number of rows where it is not null; nested keys with dots
+    #: Key -> number of rows where it is not null; nested keys with dots.
+    columns: Counter[str] = field(default_factory=Counter)
     found: set[str] = field(default_factory=set)  # fields that were asked for and that some row had
     message_keys: set[str] = field(default_factory=set)  # keys of all messages that were used, except role and content
 

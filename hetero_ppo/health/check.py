@@ -13,7 +13,7 @@ from hetero_ppo.errors import RunError
 
 
 class Severity(Enum):
-    """What a finding calls for."""
+    """Consequence of a finding."""
 
     info = "info"  # worth a line, nothing is wrong
     warning = "warning"  # something is wrong; the run continues
@@ -33,7 +33,7 @@ class Finding:
 
     rule: str  # name of the check
     severity: Severity
-    message: str  # what is wrong, where, and what to do
+    message: str  # problem, place and advice
     step: int  # counted from 1
     values: Mapping[str, float] = field(default_factory=dict)  # metrics that the finding is based on
 

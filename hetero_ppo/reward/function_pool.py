@@ -62,7 +62,7 @@ class Failure:
 
     kind: FailureKind
     text: str  # the error, or the value of a bad score
-    detail: str = ""  # what is wrong with a bad score
+    detail: str = ""  # problem of a bad score
     traceback: str = ""
 
 

@@ -49,9 +49,8 @@ class GoldenPair:
     rejected_ids: list[int]
     chosen_score: str  # float.hex
     rejected_score: str
-    layers: list[tuple[str, str]] = field(
-        default_factory=list
-    )  # layer and digest of its output, for the chosen sequence
+    #: Layer and digest of its output, for the chosen sequence.
+    layers: list[tuple[str, str]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ OTHERS = (
 
 
 class Start(Enum):
-    """How a run begins in its folder."""
+    """Ways in which a run begins in its folder."""
 
     new = "there is nothing of an earlier run"
     goes_on = "the folder is that of the checkpoint"

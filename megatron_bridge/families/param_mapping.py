@@ -22,7 +22,7 @@ from torch import Tensor
 
 
 class Sharding(Enum):
-    """How a parameter is divided over the tensor-parallel ranks and joined from its Hugging Face tensors."""
+    """Ways to divide a parameter over the tensor-parallel ranks and to join it from its Hugging Face tensors."""
 
     REPLICATED = "replicated"
     ROW = "row"  # columns are divided: the input dimension of a row-parallel layer
