@@ -103,9 +103,8 @@ class DatasetRules:
     max_tokens: int  # most tokens of an example
     limit_field: str  # option that sets this limit
     overlong: OverlongPrompts  # treatment of a longer example
-    is_identical: Callable[
-        [Any], bool
-    ]  # whether the two answers of an example are the same, so that it teaches nothing
+    #: Returns whether the two answers of an example are the same, so that it teaches nothing.
+    is_identical: Callable[[Any], bool]
     #: Gives lines to print about what the whole file has and lacks; may refuse the file.
     notes: Callable[[FileFacts], Sequence[str]]
 

@@ -221,10 +221,8 @@ def chrome_trace(trace: StepTrace) -> dict[str, object]:
         events.append({"ph": "M", "name": "thread_name", "pid": pid, "tid": tid, "args": {"name": lane}})
         events.append({"ph": "M", "name": "thread_sort_index", "pid": pid, "tid": tid, "args": {"sort_index": tid}})
     for span in trace.spans:
-        start, end = (
-            round(span.start * 1e9),
-            round(span.end * 1e9),
-        )  # whole nanoseconds, so that nested spans stay nested
+        # Whole nanoseconds, so that nested spans stay nested.
+        start, end = round(span.start * 1e9), round(span.end * 1e9)
         events.append(
             {
                 "ph": "X",
