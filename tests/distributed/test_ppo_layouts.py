@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 import pytest
-from tests.helpers.ppo_runs import NUM_STEPS, PpoRuns, prepare, prepare_judge
+from tests.helpers.ppo_runs import NUM_STEPS, PpoRuns, prepare, prepare_scorer
 
 from hetero_ppo.cli.main import main
 from hetero_ppo.rollout.replay import RolloutRecord, read_rollouts
@@ -169,7 +169,7 @@ def metrics(runs: PpoRuns) -> Metrics:
             for name, run in chosen.items()
         }
         if processes == 2:
-            commands[JUDGES] = judges_command(runs)
+            commands[SCORERS] = scorers_command(runs)
         found |= runs.launch(processes, commands)
     return found
 
@@ -208,12 +208,12 @@ def test_the_runs_differ_from_step_to_step(metrics: Metrics) -> None:
         assert len({round(value, 4) for value in values}) == NUM_STEPS
 
 
-JUDGES = "judges"  # two reward models in layouts of their own, the second with a tokenizer of its own, and a function
+SCORERS = "scorers"  # two reward models in layouts of their own, the second with a tokenizer of its own, and a function
 
 
-def judges_command(runs: PpoRuns) -> list[str]:
+def scorers_command(runs: PpoRuns) -> list[str]:
     dense = {"model": {"path": str(runs.root / "dense" / "scorer"), "tokenizer": str(runs.root / "tokenizer")}}
-    other = {"model": {"path": str(prepare_judge(runs.root)), "dtype": "bf16"}, "re_encode": {"max_tokens": 160}}
+    other = {"model": {"path": str(prepare_scorer(runs.root)), "dtype": "bf16"}, "re_encode": {"max_tokens": 160}}
     fields: dict[str, object] = {
         "reward_model": "null",
         "reward_models": json.dumps([{**dense, "aligned": True, "parallel": TP2SP}, {**other, "aligned": True}]),
@@ -224,11 +224,11 @@ def judges_command(runs: PpoRuns) -> list[str]:
         "reward.ensemble_k": 0.5,
         "train.dump_rollouts": True,
     }
-    return runs.command(JUDGES, "dense", {}, 1, fields=fields)
+    return runs.command(SCORERS, "dense", {}, 1, fields=fields)
 
 
 def test_an_ensemble_and_a_function_mix(metrics: Metrics, runs: PpoRuns) -> None:
-    rows = read_rollouts(runs.root / JUDGES / "rollouts" / "step_000001.jsonl")
+    rows = read_rollouts(runs.root / SCORERS / "rollouts" / "step_000001.jsonl")
     parts = {name: np.array([row.extra[name] for row in rows]) for name in rows[0].extra if name.startswith("score_")}
     assert list(parts) == ["score_model", "score_function", "score_model_0", "score_model_1", "score_ensemble_std"]
     members = np.stack([parts["score_model_0"], parts["score_model_1"]])
@@ -236,11 +236,11 @@ def test_an_ensemble_and_a_function_mix(metrics: Metrics, runs: PpoRuns) -> None
     assert parts["score_function"].tolist() == [np.float32(-len(row.extra["response"]) / 8) for row in rows]
     mixed = np.float32(parts["score_model"] + 0.25 * parts["score_function"])
     assert [row.extra["score"] for row in rows] == mixed.tolist()
-    logged = metrics[JUDGES][1]
+    logged = metrics[SCORERS][1]
     for name in ("model", "function", "model_0", "model_1", "ensemble_std"):
         assert logged[f"reward/{name}/mean"] == pytest.approx(parts[f"score_{name}"].mean(), rel=1e-5)
     assert logged["reward/re_encoded/model_1/num_cut"] == 0 < logged["reward/re_encoded/model_1/length/mean"]
-    ledger = json.loads((runs.root / JUDGES / "memory_ledger.json").read_text())
+    ledger = json.loads((runs.root / SCORERS / "memory_ledger.json").read_text())
     assert {"reward_models.0"} == set(ledger["phases"]["scores_0"]) and {"reward_models.1"} == set(
         ledger["phases"]["scores_1"]
     )
@@ -249,7 +249,7 @@ def test_an_ensemble_and_a_function_mix(metrics: Metrics, runs: PpoRuns) -> None
 
 def test_scores_of_ppo_are_those_of_the_command_bit_for_bit(metrics: Metrics, runs: PpoRuns, tmp_path: Path) -> None:
     """Ids of two tensor-parallel ranks, and texts that were encoded anew, by one process."""
-    rows = read_rollouts(runs.root / JUDGES / "rollouts" / "step_000001.jsonl")
+    rows = read_rollouts(runs.root / SCORERS / "rollouts" / "step_000001.jsonl")
     ids = [{"token_ids": row.prompt_ids + row.response_ids} for row in rows]
     assert scored(runs.root / "dense" / "scorer", ids, tmp_path, "fp32") == [
         row.extra["score_model_0"].hex() for row in rows
@@ -257,7 +257,7 @@ def test_scores_of_ppo_are_those_of_the_command_bit_for_bit(metrics: Metrics, ru
     ended = [row for row in rows if row.finish_reason == "stop" and row.extra["response"].strip()]
     texts = [{"messages": conversation(row)} for row in ended]
     assert len(ended) > 3
-    assert scored(runs.root / "judge", texts, tmp_path, "bf16") == [row.extra["score_model_1"].hex() for row in ended]
+    assert scored(runs.root / "scorer", texts, tmp_path, "bf16") == [row.extra["score_model_1"].hex() for row in ended]
 
 
 def conversation(row: RolloutRecord) -> list[dict[str, str]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.helpers.chain import launch_all, read_metrics, write_data
-from tests.helpers.re_encoding_cases import JUDGE_TEMPLATE
+from tests.helpers.re_encoding_cases import SCORER_TEMPLATE
 
 NUM_STEPS = 3
 MAX_TOKENS = 12  # of a response
@@ -116,7 +116,7 @@ def _save_models(root: Path, model: str, sizes: Mapping[str, int]) -> None:
     AutoModelForSequenceClassification.from_config(config).save_pretrained(root / model / "scorer")
 
 
-def prepare_judge(root: Path) -> Path:
+def prepare_scorer(root: Path) -> Path:
     """Make a scorer of another size, family, vocabulary and template, with its tokenizer, and a reward function."""
     import torch
     from transformers import AutoConfig, AutoModelForSequenceClassification
@@ -124,9 +124,9 @@ def prepare_judge(root: Path) -> Path:
     from hetero_ppo.data.tokenizer_training import read_texts, train_tokenizer
 
     (root / "brevity.py").write_text(BREVITY)
-    folder = root / "judge"
+    folder = root / "scorer"
     texts = read_texts(root / "data" / "preference.jsonl", ["prompt", "chosen"])
-    tokenizer = train_tokenizer(texts, 280, folder, chat_template=JUDGE_TEMPLATE)
+    tokenizer = train_tokenizer(texts, 280, folder, chat_template=SCORER_TEMPLATE)
     torch.manual_seed(1)
     sizes = {**SIZES, "hidden_size": 52, "num_hidden_layers": 2, "vocab_size": len(tokenizer)}
     config = AutoConfig.for_model("llama", pad_token_id=0, num_labels=1, **sizes)

@@ -10,7 +10,7 @@ from hetero_ppo.types import Messages, Rollout
 
 PLAIN_PROMPT = "Sort pear apple: "
 #: No special token before the answer, so that a tokenizer may merge over its border; text after the end of the conversation.
-JUDGE_TEMPLATE = (
+SCORER_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'system' %}{{ raise_exception('no system turns') }}{% endif %}"
     "[{{ message['role'] }}] {{ message['content'] }}{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"

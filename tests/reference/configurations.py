@@ -315,7 +315,7 @@ def config(root: Path, run_dir: Path, name: str, parallel: dict[str, Any]) -> di
     tree["critic"]["model"]["path"] = str(root / fields.get("critic.model.path", "critic"))
     if "reward_models" in fields:
         tree["reward_model"] = None
-        tree["reward_models"] = [role(root, judge, parallel) for judge in fields["reward_models"]]
+        tree["reward_models"] = [role(root, scorer, parallel) for scorer in fields["reward_models"]]
     if "reward.function" in fields:
         tree["reward"]["function"] = f"{root / 'functions.py'}:{fields['reward.function']}"
     return tree

@@ -44,8 +44,8 @@ class Ppo:
         self.actor = Trained(load(config.actor.model.path, True), config.actor.optimizer, actor_updates)
         self.critic = Trained(load(config.critic.model.path, False), config.critic.optimizer, updates["critic"] * steps)
         self.reference = load(config.reference.model.path, True)
-        judges = [config.reward_model] if config.reward_model else config.reward_models
-        self.judges = [load(role.model.path, False) for role in judges]
+        scorers = [config.reward_model] if config.reward_model else config.reward_models
+        self.scorers = [load(role.model.path, False) for role in scorers]
 
     def step(self, responses: list[Response]) -> tuple[Experience, dict[str, float]]:
         """Run one step. Return the experience and all metrics."""
@@ -74,7 +74,7 @@ class Ppo:
         """Return one score per response, NaN where the function raises, and the parts of the scores."""
         config, ids = self.config.reward, padded([r.prompt + r.tokens for r in responses])
         ends = [len(r.prompt) + len(r.tokens) - 1 for r in responses]
-        each = [[float(row[end]) for row, end in zip(scalars(judge, ids), ends)] for judge in self.judges]
+        each = [[float(row[end]) for row, end in zip(scalars(scorer, ids), ends)] for scorer in self.scorers]
         combine = {"mean": fmean, "min": min, "mean_minus_std": lambda s: fmean(s) - config.ensemble_k * pstdev(s)}
         model = [combine[config.ensemble](scores) for scores in zip(*each)] or [0.0] * len(responses)
         function = [0.0] * len(responses)

@@ -39,9 +39,9 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     model = tmp_path / "model"
     chatml_tokenizer().save_pretrained(model)
     (model / "config.json").write_text(json.dumps(MODEL_CONFIG))
-    shutil.copytree(model, tmp_path / "judge")
+    shutil.copytree(model, tmp_path / "scorer")
     write_llama(model, MODEL_CONFIG)
-    write_llama(tmp_path / "judge", MODEL_CONFIG, score=True)
+    write_llama(tmp_path / "scorer", MODEL_CONFIG, score=True)
     pairs = [
         {"prompt": f"pear apple {n}", "chosen": "apple pear", "rejected": "pear", "completion": "apple"}
         for n in range(64)
@@ -52,7 +52,7 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "sft.yaml").write_text(f"kind: sft\n{common}actor: {role}\n")
     (tmp_path / "rm.yaml").write_text(f"kind: rm\n{common}reward: {role}\n")
     roles = "".join(f"{name}: {role}\n" for name in ("actor", "critic", "reference"))
-    roles += "reward_model: {model: {path: judge}}\n"
+    roles += "reward_model: {model: {path: scorer}}\n"
     (tmp_path / "ppo.yaml").write_text(f"kind: ppo\n{common}{roles}")
     (tmp_path / "helper.py").write_text("def length(text): return float(len(text))\n")
     (tmp_path / "length.py").write_text(
@@ -100,7 +100,7 @@ def test_config_shows_what_is_missing(work: Path, capsys: pytest.CaptureFixture[
         ("rm", ["chosen: <|im_start|>user", "[[pear<|im_end|>]]", "pairs per optimizer step", "train a reward model"]),
         (
             "ppo",
-            ["<|im_start|>assistant\n  [[]]", "prompts per PPO step", "critic micro-batches", "score them with judge"],
+            ["<|im_start|>assistant\n  [[]]", "prompts per PPO step", "critic micro-batches", "score them with scorer"],
         ),
     ],
 )
@@ -128,7 +128,7 @@ def test_validate_and_plan_take_a_run_without_a_critic(work: Path, capsys: pytes
     with registered():
         assert main(["validate", *options]) == 0
         printed = capsys.readouterr().out
-        assert "critic" not in printed and "score them with judge, and train actor, and write" in printed
+        assert "critic" not in printed and "score them with scorer, and train actor, and write" in printed
         assert main(["plan", *options]) == 0
         printed = capsys.readouterr().out
         assert "critic" not in printed and "values" not in printed and "train_actor" in printed
@@ -237,21 +237,21 @@ def test_a_reward_model_with_another_template_is_refused_or_reads_texts_anew(
     work: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     message = failure(capsys, "validate", "--config", "ppo.yaml", "reward_model.re_encode.max_tokens=99")
-    assert "reward_model.re_encode: the tokenizer and template in judge are those of model" in message
-    template = work / "judge" / "chat_template.jinja"
+    assert "reward_model.re_encode: the tokenizer and template in scorer are those of model" in message
+    template = work / "scorer" / "chat_template.jinja"
     assert template.is_file()
     template.write_text("{% for message in messages %}{{ message['content'] }}{{ eos_token }}{% endfor %}")
-    judge = ("validate", "--config", "ppo.yaml", "reward_model.model.path=judge")
-    assert "reward_model: the tokenizer in judge has another chat template" in failure(capsys, *judge)
-    assert main([*judge, "reward_model.re_encode.max_tokens=99"]) == 0
+    scorer = ("validate", "--config", "ppo.yaml", "reward_model.model.path=scorer")
+    assert "reward_model: the tokenizer in scorer has another chat template" in failure(capsys, *scorer)
+    assert main([*scorer, "reward_model.re_encode.max_tokens=99"]) == 0
     template.write_text("{{ raise_exception('no') }}")
-    message = failure(capsys, *judge, "reward_model.re_encode.max_tokens=99")
+    message = failure(capsys, *scorer, "reward_model.re_encode.max_tokens=99")
     assert "reward_model.re_encode: the chat template does not take messages of the roles user" in message
 
 
 def test_roles_with_other_tokens_are_refused(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = work / "other"
-    tokenizer_files = {path.name: path.read_bytes() for path in (work / "judge").iterdir()}
+    tokenizer_files = {path.name: path.read_bytes() for path in (work / "scorer").iterdir()}
     other.mkdir()
     for name, content in tokenizer_files.items():
         (other / name).write_bytes(content)

@@ -75,10 +75,10 @@ def test_the_environment_is_read_and_later_overrides_win(tmp_path: Path, monkeyp
 
 def test_an_optional_section_opens_with_its_defaults_and_closes_again(ppo: str) -> None:
     assert load_config(ppo, []).config.reward_model is None
-    opened = load_config(ppo, ["reward_model.model.path=judge"]).config
-    assert opened.reward_model.model.path == "judge"
+    opened = load_config(ppo, ["reward_model.model.path=scorer"]).config
+    assert opened.reward_model.model.path == "scorer"
     assert opened.reward_model.micro_batch_size == 8
-    assert load_config(ppo, ["reward_model.model.path=judge", "reward_model=null"]).config.reward_model is None
+    assert load_config(ppo, ["reward_model.model.path=scorer", "reward_model=null"]).config.reward_model is None
     assert "mandatory field not given: reward_model.model.path" in message(ppo, "reward_model.micro_batch_size=2")
 
 

@@ -109,12 +109,12 @@ def test_qwen3_8b_on_paper() -> None:
 
 
 def test_an_ensemble_takes_turns_and_each_member_is_counted() -> None:
-    """Two more judges, one of them in a layout of its own: DP 8, so whole on every rank."""
+    """Two more scorers, one of them in a layout of its own: DP 8, so whole on every rank."""
     model = "model: {path: examples/memory/qwen3_8b, dtype: bf16}"
     members = [f"{{{model}, parallel: {{tensor: {tensor}}}}}" for tensor in (2, 1, 2)]
     config = config_of(QWEN, "reward_model=null", f"reward_models=[{', '.join(members)}]")
     plan, single = (plan_memory(one, 8, device_bytes=DEVICE) for one in (config, config_of(QWEN)))
-    judge = held(single, "scores")["reward_model"][Kind.params]
+    scorer = held(single, "scores")["reward_model"][Kind.params]
     whole = 2 * 7_568_409_600
     names = [f"reward_models.{number}" for number in range(3)]
     assert [role.name for role in plan.roles[3:]] == names
@@ -125,7 +125,7 @@ def test_an_ensemble_takes_turns_and_each_member_is_counted() -> None:
         "scores_2",
         "ref_log_probs",
     ]
-    assert held(plan, "rollout") == held(plan, "scores_0") == {names[0]: {Kind.params: judge}}
+    assert held(plan, "rollout") == held(plan, "scores_0") == {names[0]: {Kind.params: scorer}}
     assert held(plan, "scores_1") == {names[1]: {Kind.params: whole}}
     phases = {phase.phase: phase for phase in plan.phases}
     assert (phases["scores_1"].computing, phases["scores_1"].copied_in, phases["scores_1"].copied_out) == (
@@ -134,7 +134,7 @@ def test_an_ensemble_takes_turns_and_each_member_is_counted() -> None:
         0,
     )
     assert phases["scores_0"].ahead == whole, "the next member comes in while this one computes"
-    assert [plan.host.pinned[name] for name in names] == [8 * judge, 8 * whole, 8 * judge]
+    assert [plan.host.pinned[name] for name in names] == [8 * scorer, 8 * whole, 8 * scorer]
 
 
 def test_llama3_70b_on_paper() -> None:

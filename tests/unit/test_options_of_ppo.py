@@ -172,15 +172,15 @@ def test_functions_get_their_options(config: PpoConfig, tmp_path: Path, monkeypa
         return SimpleNamespace(open=lambda: None)
 
     monkeypatch.setattr(ppo_functions, "FunctionReward", record)
-    config.reward.function, config.train.eval_function = "judge.py:score", "judge.py:check"
+    config.reward.function, config.train.eval_function = "scorer.py:score", "scorer.py:check"
     config.reward.batch, config.train.eval_batch = 5, 6
     config.reward.timeout_s, config.reward.workers, config.reward.concurrency = 7.0, 8, 9
     config.reward.on_error = RewardErrors.exclude
     ppo_functions.open_functions(config, FakeRun(tmp_path), SimpleNamespace(decode="decode"))
     common = {"timeout_s": 7.0, "workers": 8, "concurrency": 9, "progress": None, "world": ONE_RANK, "decode": "decode"}
     assert made == [
-        (("judge.py:score",), {"on_error": RewardErrors.exclude, "batch": 5, **common}),
-        (("judge.py:check",), {"field": "train.eval_function", "batch": 6, **common}),
+        (("scorer.py:score",), {"on_error": RewardErrors.exclude, "batch": 5, **common}),
+        (("scorer.py:check",), {"field": "train.eval_function", "batch": 6, **common}),
     ]
 
 
@@ -197,8 +197,8 @@ def test_traces_checks_and_sweeps(
     ]  # the first two, and every third
     monkeypatch.setattr(ppo_setup, "golden_guard", lambda engine, every: (None, f"{engine} {every}"))
     config.reward.golden_every = 4
-    ppo_setup.build_golden_guards(config, SimpleNamespace(reward_models=["judge"]))
-    assert logged.messages == ["judge 4"]
+    ppo_setup.build_golden_guards(config, SimpleNamespace(reward_models=["scorer"]))
+    assert logged.messages == ["scorer 4"]
 
 
 def test_a_sweep_has_its_time(config: PpoConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,11 +220,11 @@ def test_a_sweep_has_its_time(config: PpoConfig, tmp_path: Path, monkeypatch: py
 def test_texts_are_encoded_again_with_the_reward_models_template(
     config: PpoConfig, tokenizer: Path, tmp_path: Path
 ) -> None:
-    template = tmp_path / "judge.jinja"
-    template.write_text(CHATML_TEMPLATE.replace("assistant", "judge"))
-    judge = RewardRoleConfig(re_encode=ReEncodeConfig(max_tokens=17, chat_template=str(template)))
-    judge.model.path = str(tokenizer)
-    config.reward_model = judge
+    template = tmp_path / "scorer.jinja"
+    template.write_text(CHATML_TEMPLATE.replace("assistant", "scorer"))
+    scorer = RewardRoleConfig(re_encode=ReEncodeConfig(max_tokens=17, chat_template=str(template)))
+    scorer.model.path = str(tokenizer)
+    config.reward_model = scorer
     data = ppo_setup.load_data(config, FakeRun(tmp_path))
     found = load_re_encoders(config, data.encoder, [data.train])["reward_model"]
     assert found.max_tokens == 17 and found.encoder.template == template.read_text() != data.encoder.template

@@ -155,8 +155,8 @@ def test_an_evaluation_takes_as_many_batches_as_it_is_told(monkeypatch: pytest.M
     assert SftTrainer.evaluate(SimpleNamespace(held_out=texts, train=train, engine=engine)) == {"eval/loss": 0.0}  # type: ignore[arg-type]
     pairs = Rows([PreferenceExample([1, 2], [1, 3], 1)] * 7)
     loss = SimpleNamespace(margin=0.0, score_l2=0.0)
-    judge = SimpleNamespace(held_out=pairs, train=train, loss=loss, _scores=scores)
-    assert RewardModelTrainer.evaluate(judge)["eval/loss"] == pytest.approx(0.6931, abs=1e-4)  # type: ignore[arg-type]
+    scorer = SimpleNamespace(held_out=pairs, train=train, loss=loss, _scores=scores)
+    assert RewardModelTrainer.evaluate(scorer)["eval/loss"] == pytest.approx(0.6931, abs=1e-4)  # type: ignore[arg-type]
     assert rows == [2, 2, 2, 2, 2, 2]
 
 
