@@ -178,7 +178,7 @@ class PipelineLayout:
         return self.pp_size - 1, self.vp_size - 1
 
     def global_layer(self, pp_rank: int, chunk: int, local: int) -> int:
-        """Number the layer in the whole model, from its pipeline rank, its chunk and its number there."""
+        """Return the number of a layer in the whole model, from its pipeline rank, its chunk and its number there."""
         return (chunk * self.pp_size + pp_rank) * self.layers_per_chunk + local
 
     def locate(self, layer: int) -> tuple[int, int, int]:
