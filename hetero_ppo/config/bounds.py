@@ -6,12 +6,14 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+from omegaconf import MISSING
+
 from hetero_ppo.config.field_types import hints_of, is_optional
 from hetero_ppo.config.schema.option import PLAIN, option_of
 
 
 def check_bounds(config: Any) -> None:
-    """Raise for the first number that its option does not allow.
+    """Raise for the first number or text that its option does not allow.
 
     Args:
         config: Dataclass of a section, or of a whole configuration.
@@ -21,8 +23,10 @@ def check_bounds(config: Any) -> None:
     """
     for name, section, field in _options(config, ""):
         value, documented = getattr(section, field.name), option_of(field)
-        numbers = value if isinstance(value, list) else [value]
-        if all(documented.bounds.allow(number) for number in numbers if isinstance(number, (int, float))):
+        if value == MISSING:
+            continue  # ``load_config`` asks for it
+        values = value if isinstance(value, list) else [value]
+        if all(documented.bounds.allow(one) for one in values if isinstance(one, (int, float, str))):
             continue
         unit = "" if documented.unit in (None, PLAIN) else f" ({documented.unit})"
         null = ", or null" if is_optional(hints_of(type(section))[field.name]) else ""

@@ -1,23 +1,22 @@
-"""Rule about the distribution that log-probs are of, run by ``checks.check_config``."""
+"""Rule of the distribution that log-probs belong to."""
 
 from __future__ import annotations
 
 from hetero_ppo.config.require import require
-from hetero_ppo.config.schema import OldLogProbs, PpoConfig, RolloutCorrectionKind
+from hetero_ppo.config.schema import AlgorithmConfig, OldLogProbs, RolloutCorrectionKind, SamplingConfig
 
 
-def check_same_distribution(config: PpoConfig, world_size: int) -> None:
-    """Raise where log-probs of two distributions would be divided by each other.
+def check_same_distribution(sampling: SamplingConfig, algorithm: AlgorithmConfig) -> None:
+    """Raise where a ratio would divide probabilities of two different distributions.
 
-    With top-p or top-k the engine's log-probs are of the tokens that were kept, the trainer's of the whole vocabulary: their
-    ratio is the kept tokens' share of the probability, also where both policies are one.
+    With top-p or top-k the generator's log-probs are relative to the tokens that it kept, and the trainer's to the whole vocabulary.
+    Their ratio is then the probability of the kept tokens, even if both policies are equal.
     """
-    sampling, algorithm = config.rollout.sampling, config.algorithm
     cuts = {"top_p": (sampling.top_p, 1.0), "top_k": (sampling.top_k, -1)}
     for option, (value, whole) in cuts.items():
         reason = (
-            "the engine's log-probs are then of the tokens that it keeps, the trainer's of the whole vocabulary, and their ratio is "
-            f"no importance weight; set rollout.sampling.{option}={whole:g}, or"
+            "the generator's log-probs are then relative to the tokens that it keeps, and the trainer's to the whole vocabulary, so "
+            f"their ratio is no importance weight; set rollout.sampling.{option}={whole:g}, or"
         )
         require(
             value == whole or algorithm.rollout_correction.kind is RolloutCorrectionKind.none,

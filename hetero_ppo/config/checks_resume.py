@@ -1,17 +1,32 @@
-"""Rules for the options of a run that goes on from a checkpoint."""
+"""Rules of a run that resumes from a checkpoint."""
 
 from __future__ import annotations
 
-from hetero_ppo.config.load import AnyConfig
 from hetero_ppo.config.on_resume import rule_of
 from hetero_ppo.config.require import require
+from hetero_ppo.config.schema import CheckpointConfig
 from hetero_ppo.config.schema.option import OnResume
 
 
-def check_allowed_changes(config: AnyConfig, world_size: int) -> None:
-    """Every name in checkpoint.allow_changes is a field or a section that can be allowed to change."""
-    for name in config.checkpoint.allow_changes:
-        rule = rule_of(type(config), name)
+def check_checkpoint_step(checkpoint: CheckpointConfig) -> None:
+    """Raise for the step of a checkpoint where no folder to load from is given."""
+    require(
+        checkpoint.step is None or checkpoint.load is not None,
+        "checkpoint.step",
+        checkpoint.step,
+        "needs checkpoint.load",
+    )
+
+
+def check_allowed_changes(checkpoint: CheckpointConfig, schema_class: type) -> None:
+    """Raise for a name in checkpoint.allow_changes that is no field or section, or one that cannot change.
+
+    Args:
+        checkpoint: Section of the configuration.
+        schema_class: Class of the whole configuration.
+    """
+    for name in checkpoint.allow_changes:
+        rule = rule_of(schema_class, name)
         require(rule is not None, "checkpoint.allow_changes", name, "there is no such field or section")
         require(
             rule not in (OnResume.form, OnResume.start),

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from hetero_ppo.config.derived import config_reward_models
 from hetero_ppo.config.require import require
-from hetero_ppo.config.schema import EnsembleScore, PpoConfig, RewardSource
+from hetero_ppo.config.schema import EnsembleScore, PpoConfig, RewardConfig, RewardSource
 
 
-def check_reward_source(config: PpoConfig, world_size: int) -> None:
-    reward = config.reward
-    source = reward.source.value
-    has_function, has_model = reward.function is not None, bool(config_reward_models(config))
+def check_reward_source(reward: RewardConfig, *, has_model: bool) -> None:
+    """Raise where reward.source asks for a score that is not there, or leaves one out that is.
+
+    Args:
+        reward: Section of the rewards.
+        has_model: Whether the run has a reward model.
+    """
+    source, has_function = reward.source.value, reward.function is not None
     if reward.source is RewardSource.model:
         fix = "reward.source is model, so it would not be used; set reward.source=mix or function, or reward.function=null"
         require(not has_function, "reward.function", reward.function, fix)
@@ -35,7 +38,8 @@ def check_reward_source(config: PpoConfig, world_size: int) -> None:
         require(weight == 1 or reward.source is RewardSource.mix, name, weight, fix)
 
 
-def check_ensemble(config: PpoConfig, world_size: int) -> None:
+def check_ensemble(config: PpoConfig) -> None:
+    """Raise for an ensemble of one model, a second place of reward models, or options of an ensemble without one."""
     reward, size = config.reward, len(config.reward_models)
     fix = "reward_model is set too; an ensemble's models all stand in reward_models, so set reward_model=null"
     require(size == 0 or config.reward_model is None, "reward_models", f"[{size} models]", fix)

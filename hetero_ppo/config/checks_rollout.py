@@ -1,22 +1,30 @@
-"""Rules of the ``rollout`` section, run by ``checks.check_config``."""
+"""Rules of the generator and of the transfer of weights to it."""
 
 from __future__ import annotations
 
 from hetero_ppo.config.derived import actor_generates, servers_of_nodes
 from hetero_ppo.config.require import require
-from hetero_ppo.config.schema import OldLogProbs, PpoConfig, RolloutEngineKind, SamplingConfig, WeightTransfer
+from hetero_ppo.config.schema import (
+    OldLogProbs,
+    PpoConfig,
+    RolloutConfig,
+    RolloutEngineKind,
+    SamplingConfig,
+    WeightTransfer,
+)
 
 
-def check_sampling(config: PpoConfig, world_size: int) -> None:
-    _check_stop_texts("rollout.sampling", config.rollout.sampling)
+def check_sampling(rollout: RolloutConfig) -> None:
+    """Raise for greedy rollouts, and for empty stop texts."""
+    _check_stop_texts("rollout.sampling", rollout.sampling)
     require(
-        config.rollout.sampling.temperature > 0,
+        rollout.sampling.temperature > 0,
         "rollout.sampling.temperature",
-        config.rollout.sampling.temperature,
+        rollout.sampling.temperature,
         "PPO samples from the policy and divides the trainer's logits by it, so it is greater than 0; greedy "
         "answers are for rollout.eval_sampling",
     )
-    _check_stop_texts("rollout.eval_sampling", config.rollout.eval_sampling)
+    _check_stop_texts("rollout.eval_sampling", rollout.eval_sampling)
 
 
 def _check_stop_texts(field: str, sampling: SamplingConfig) -> None:
@@ -24,6 +32,7 @@ def _check_stop_texts(field: str, sampling: SamplingConfig) -> None:
 
 
 def check_weight_transfer(config: PpoConfig, world_size: int) -> None:
+    """Raise for a way of weight transfer that the places of the servers do not allow."""
     rollout, field = config.rollout, "rollout.weight_transfer"
     kind = rollout.weight_transfer
     require(
@@ -49,8 +58,12 @@ def check_weight_transfer(config: PpoConfig, world_size: int) -> None:
     )
 
 
-def check_over_sampling(config: PpoConfig, world_size: int) -> None:
-    """Resumed responses have old log-probs of several weights, the engine's alone, and no text of their first part there."""
+def check_over_sampling(config: PpoConfig) -> None:
+    """Raise for over-sampling in a run that cannot resume responses.
+
+    Several versions of the weights sample a resumed response. So only the generator has its old log-probs, and it has no text of the
+    first part, in which a stop text may begin.
+    """
     factor, field = config.rollout.over_sampling, "rollout.over_sampling"
     fits = {
         "algorithm.old_log_probs=rollout (the log-probs of the weights that sampled)": config.algorithm.old_log_probs
@@ -63,17 +76,15 @@ def check_over_sampling(config: PpoConfig, world_size: int) -> None:
         require(factor == 1 or is_so, field, factor, f"above 1 it needs {needed}")
 
 
-def check_megatron_engine(config: PpoConfig, world_size: int) -> None:
-    """The actor generates in its own layout, with its own parameters."""
-    if not actor_generates(config):
-        return
+def check_actor_as_generator(config: PpoConfig) -> None:
+    """Raise for options that do not fit an actor that generates in its own layout, with its own parameters."""
     rollout = config.rollout
     for axis in ("pipeline", "context", "expert"):
         require(
             vars(config.actor.parallel)[axis] == 1,
             f"actor.parallel.{axis}",
             vars(config.actor.parallel)[axis],
-            "with rollout.engine=megatron the actor generates in its own layout, which is tensor and data parallelism alone; "
+            "with rollout.engine=megatron the actor generates in its own layout, which has only tensor and data parallelism; "
             "set it to 1, or rollout.engine to vllm",
         )
     for field, unset in (("num_servers", None), ("tensor_parallel", 1)):
@@ -87,7 +98,7 @@ def check_megatron_engine(config: PpoConfig, world_size: int) -> None:
         config.pipeline.chunk_size != 0,
         "pipeline.chunk_size",
         config.pipeline.chunk_size,
-        "a sweep finds what forwards beside generation need, and with rollout.engine=megatron there are none; set it to null",
+        "a sweep finds the chunk of forwards during generation, and with rollout.engine=megatron there are none; set it to null",
     )
     actor = config.actor.model.dtype
     require(

@@ -15,7 +15,7 @@ from typing import Any
 import jinja2
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from hetero_ppo.config.checks import read_model_config
+from hetero_ppo.config.checks_models import read_model_config
 from hetero_ppo.config.derived import config_reward_models, config_roles
 from hetero_ppo.config.load import AnyConfig
 from hetero_ppo.config.schema import DataConfig, ModelConfig, PpoConfig, RewardRoleConfig

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import PreTrainedTokenizerBase
 
-from hetero_ppo.config.checks import read_model_config
+from hetero_ppo.config.checks_models import read_model_config
 from hetero_ppo.config.derived import config_roles
 from hetero_ppo.config.load import AnyConfig
 from hetero_ppo.config.schema import PpoConfig

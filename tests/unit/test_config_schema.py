@@ -60,7 +60,9 @@ def test_every_field_has_documentation(section: type) -> None:
 def test_every_number_has_a_unit_or_is_declared_plain(section: type) -> None:
     for field, hint, option in options(section):
         assert (option.unit is not None) == is_number(hint), f"{section.__name__}.{field.name}: unit {option.unit}"
-        assert is_number(hint) or option.bounds == Bounds(), f"{section.__name__}.{field.name}: bounds of no number"
+        bounds = option.bounds
+        of_texts = Bounds(choices=bounds.choices, endings=bounds.endings)
+        assert is_number(hint) or bounds == of_texts, f"{section.__name__}.{field.name}: bounds of no number"
 
 
 @pytest.mark.parametrize("section", ALL_SECTIONS)
@@ -72,15 +74,16 @@ def test_defaults_are_inside_their_bounds(section: type) -> None:
 
 @pytest.mark.parametrize("section", ALL_SECTIONS)
 def test_each_bound_is_enforced(section: type) -> None:
-    """The nearest number on the wrong side of every bound, and infinity and NaN, are refused with what is allowed."""
+    """The nearest number on the wrong side of every bound, infinity, NaN and other texts are refused with what is allowed."""
     for field, hint, option in options(section):
         bounds = option.bounds
-        beyond = [] if bounds.minimum is None else [bounds.minimum - 1e-6]
+        beyond: list[Any] = [] if bounds.minimum is None else [bounds.minimum - 1e-6]
         beyond += [] if bounds.above is None else [bounds.above]
         beyond += [] if bounds.maximum is None else [bounds.maximum + 1e-6]
         beyond += [] if bounds.below is None else [bounds.below]
         beyond += [math.inf, -math.inf] if bounds.finite else []
         beyond += [math.nan] if beyond else []
+        beyond += ["other"] if bounds.choices or bounds.endings else []
         for value in beyond:
             values = [value] if hint == list[int] else value
             config = section(**{field.name: values})

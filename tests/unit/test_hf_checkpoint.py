@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from hetero_ppo.config.checks import check_model_folders
-from hetero_ppo.config.schema import ModelConfig, SftConfig, TrainedRoleConfig
+from hetero_ppo.config.checks_models import check_model_folder
+from hetero_ppo.config.schema import ModelConfig
 from hetero_ppo.data.chat_template import load_tokenizer
 from megatron_bridge.weights.hf_checkpoint import INDEX_FILE, SINGLE_FILE, check_links, tensor_names
 
@@ -72,9 +72,8 @@ def test_an_index_that_names_a_file_elsewhere_is_refused(tmp_path: Path, is_abso
     with pytest.raises(ValueError, match=refusal):
         tensor_names(tmp_path / "model")
     (tmp_path / "model" / "config.json").write_text("{}")
-    config = SftConfig(actor=TrainedRoleConfig(ModelConfig(path=str(tmp_path / "model"))))
     with pytest.raises(ValueError, match=rf"actor.model.path=.*{refusal}"):  # before a run
-        check_model_folders(config)
+        check_model_folder("actor", ModelConfig(path=str(tmp_path / "model")))
 
 
 @pytest.mark.parametrize("name", [SINGLE_FILE, "tokenizer.json", "parts"])

@@ -290,7 +290,7 @@ def test_a_reward_function_may_move_and_not_change(tmp_path: Path, monkeypatch: 
 def test_a_name_that_cannot_be_allowed_is_refused(name: str, message: str) -> None:
     checkpoint = schema.CheckpointConfig(allow_changes=["algorithm", name])
     with pytest.raises(ValueError, match=f"checkpoint.allow_changes={name}: .*{message}"):
-        check_allowed_changes(schema.PpoConfig(checkpoint=checkpoint), 1)
+        check_allowed_changes(checkpoint, schema.PpoConfig)
 
 
 def test_a_checkpoint_notes_which_open_roles_were_aligned(tmp_path: Path) -> None:

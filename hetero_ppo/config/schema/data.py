@@ -9,13 +9,18 @@ from omegaconf import MISSING
 from hetero_ppo.config.schema.choices import OverlongPrompts
 from hetero_ppo.config.schema.option import OnResume, option
 
+#: Endings of the names of data files.
+DATA_SUFFIXES = (".jsonl", ".parquet")
+
 
 @dataclass
 class DataConfig:
     """Options that every kind of row has: files, chat template, order and the treatment of rows that are too long."""
 
-    train: str = option(MISSING, "Training rows, a .jsonl or .parquet file", resume=OnResume.content)
-    eval: str | None = option(None, "Held-out rows in the same format; null: no evaluation", resume=OnResume.applied)
+    train: str = option(MISSING, "File of training rows", endings=DATA_SUFFIXES, resume=OnResume.content)
+    eval: str | None = option(
+        None, "File of held-out rows; null: no evaluation", endings=DATA_SUFFIXES, resume=OnResume.applied
+    )
     prompt_key: str = option("prompt", "Column of the prompt", resume=OnResume.content)
     tools_key: str = option(
         "tools",

@@ -44,9 +44,13 @@ class Bounds:
     below: float | None = None
     finite: bool = False  # infinity is refused
     also: tuple[float, ...] = ()  # single numbers beyond the bounds that have a meaning of their own
+    choices: tuple[str, ...] = ()  # the only texts that are allowed; empty: every text
+    endings: tuple[str, ...] = ()  # a text ends in one of these; empty: in anything
 
-    def allow(self, value: float) -> bool:
-        """Return whether a number is allowed. NaN is inside no bound."""
+    def allow(self, value: float | str) -> bool:
+        """Return whether a number or a text is allowed. NaN is inside no bound."""
+        if isinstance(value, str):
+            return (not self.choices or value in self.choices) and (not self.endings or value.endswith(self.endings))
         if value in self.also:
             return True
         return (
@@ -67,6 +71,8 @@ class Bounds:
         )
         limits = [f"{word} {bound:g}" for word, bound in words if bound is not None]
         limits += ["finite"] if self.finite else []
+        limits += [" or ".join(self.choices)] if self.choices else []
+        limits += [f"a text that ends in {' or '.join(self.endings)}"] if self.endings else []
         return " or ".join([" and ".join(limits), *(f"{value:g}" for value in self.also)])
 
 
@@ -97,6 +103,8 @@ def option(
     below: float | None = None,
     finite: bool = False,
     also: tuple[float, ...] = (),
+    choices: tuple[str, ...] = (),
+    endings: tuple[str, ...] = (),
     resume: OnResume | None = None,
 ) -> Any:
     """Return the dataclass field of an option.
@@ -111,9 +119,12 @@ def option(
         below: Number that the value has to stay below.
         finite: Whether infinity is refused; NaN is refused by every bound.
         also: Single numbers that are allowed beyond the bounds.
+        choices: The only texts that are allowed.
+        endings: Endings of which a text has one.
         resume: What happens to another value when a run resumes; None where the rule of its section decides.
     """
-    metadata = {_KEY: Option(text, unit, Bounds(minimum, above, maximum, below, finite, also), resume)}
+    bounds = Bounds(minimum, above, maximum, below, finite, also, choices, endings)
+    metadata = {_KEY: Option(text, unit, bounds, resume)}
     if isinstance(default, list):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)

@@ -157,6 +157,10 @@ class RoleConfig:
         resume=OnResume.operation,
     )
 
+    def token_budgets(self) -> dict[str, int | None]:
+        """Return field -> tokens of a micro-batch, of every field that limits them."""
+        return {"micro_batch_tokens": self.micro_batch_tokens}
+
 
 @dataclass
 class TrainedRoleConfig(RoleConfig):
@@ -164,7 +168,12 @@ class TrainedRoleConfig(RoleConfig):
 
     optimizer: OptimizerConfig = section(OptimizerConfig, "AdamW and the schedule of its learning rate")
     ddp: DdpConfig = section(DdpConfig, "Communication among the data-parallel ranks", resume=OnResume.operation)
-    recompute: str | None = option(None, "Activation recomputation: null, selective or full", resume=OnResume.operation)
+    recompute: str | None = option(
+        None,
+        "Recomputation of activations in the backward pass; null: none",
+        choices=("selective", "full"),
+        resume=OnResume.operation,
+    )
     forward_micro_batch_tokens: int | None = option(
         None,
         "Size of a forward that no backward follows, padding included; null: micro_batch_tokens decides",
@@ -172,6 +181,10 @@ class TrainedRoleConfig(RoleConfig):
         minimum=1,
         resume=OnResume.operation,
     )
+
+    def token_budgets(self) -> dict[str, int | None]:
+        """Return field -> tokens of a micro-batch, of every field that limits them."""
+        return super().token_budgets() | {"forward_micro_batch_tokens": self.forward_micro_batch_tokens}
 
 
 @dataclass
