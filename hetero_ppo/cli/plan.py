@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} {value}: at least 1")
     loaded = load_config(args.config, args.overrides)
-    limits = find_limits(loaded.config, args.device_gib, args.host_gib)
+    limits = find_limits(loaded.config.residency, args.device_gib, args.host_gib)
     on_cuda = limits.device is not None
     loaded, decided = settle(loaded, on_cuda=on_cuda)
     check_config(loaded.config, args.world_size)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from hetero_ppo.algorithms.advantage_registry import check_advantage
@@ -40,6 +40,10 @@ from hetero_ppo.trainers.run_inputs import text_inputs
 
 #: Around what the loss is on, in the printed sample.
 MASK_OPEN, MASK_CLOSE = "[[", "]]"
+#: Kind of run -> what stands between these brackets.
+MASKED = {"sft": "what the loss is on", "rm": "the two answers", "ppo": "where the response goes"}
+#: Kind of run -> function that reads its data.
+LOADERS: Mapping[str, Callable[..., Dataset[Any]]] = {"sft": load_sft, "rm": load_preferences, "ppo": load_prompts}
 PERCENTILES = (50, 95, 100)
 
 
@@ -58,7 +62,7 @@ def print_validation(config_path: str, overrides: list[str], world_size: int, de
     if world_size < 1:
         raise ValueError(f"--world-size {world_size}: a run has at least 1 process")
     loaded = load_config(config_path, overrides)
-    limits = find_limits(loaded.config, device_gib)
+    limits = find_limits(loaded.config.residency, device_gib)
     on_cuda = limits.device is not None
     loaded, decided = settle(loaded, on_cuda=on_cuda)
     config = loaded.config
@@ -74,7 +78,7 @@ def print_validation(config_path: str, overrides: list[str], world_size: int, de
     memory = summarise(check_fits(config, world_size, device_gib=device_gib), limits)
     policy, role = next(iter(config_roles(config).items()))
     encoder = load_text_encoder(role.model, config.data, policy, beginning(resume).begun)
-    load = _loader(config)
+    load = LOADERS[config.kind]
     train = load(config.data.train, config.data, encoder)
     evaluation = None if config.data.eval is None else load(config.data.eval, config.data, encoder)
     re_encoders = _re_encoders(config, encoder, [train, *([evaluation] if evaluation is not None else [])])
@@ -91,7 +95,9 @@ def print_validation(config_path: str, overrides: list[str], world_size: int, de
     for line in [*decided, *unused_options(loaded)]:
         print(f"note         {line}")
     print(f"\ndata\n{_table([dataset for dataset in (train, evaluation) if dataset is not None])}")
-    print(f"\nfirst example{_sample_legend(config)}\n{_indent(sample_text(encoder, train.examples[0]))}")
+    print(
+        f"\nfirst example ({MASK_OPEN}...{MASK_CLOSE}: {MASKED[config.kind]})\n{_indent(sample_text(encoder, train.examples[0]))}"
+    )
     print(f"\nbatching\n{_indent(batching)}")
     print(f"\nmemory (hetero-ppo plan says more)\n{_indent(memory)}")
     if resume is not None:
@@ -119,12 +125,6 @@ def _re_encoders(config: AnyConfig, encoder: TextEncoder, datasets: list[Dataset
     if not isinstance(config, PpoConfig):
         return {}
     return load_re_encoders(config, encoder, datasets)
-
-
-def _loader(config: AnyConfig) -> Callable[..., Dataset[Any]]:
-    loaders: dict[type[AnyConfig], Callable[..., Dataset[Any]]]
-    loaders = {SftConfig: load_sft, RmConfig: load_preferences, PpoConfig: load_prompts}
-    return loaders[type(config)]
 
 
 def _batching(config: AnyConfig, world_size: int, num_rows: int) -> str:
@@ -208,11 +208,6 @@ def _marked(encoder: TextEncoder, token_ids: list[int], spans: list[tuple[int, i
         position = end
     parts.append(decode(token_ids[position:]))
     return "".join(parts)
-
-
-def _sample_legend(config: AnyConfig) -> str:
-    meaning = {SftConfig: "what the loss is on", RmConfig: "the two answers", PpoConfig: "where the response goes"}
-    return f" ({MASK_OPEN}...{MASK_CLOSE}: {meaning[type(config)]})"
 
 
 def _what_it_does(loaded: LoadedConfig) -> str:

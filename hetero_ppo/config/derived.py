@@ -59,6 +59,11 @@ def actor_generates(config: PpoConfig) -> bool:
     return config.rollout.engine is RolloutEngineKind.megatron and config.train.replay_rollouts is None
 
 
+def has_servers(config: PpoConfig) -> bool:
+    """Return whether vLLM servers are the generator."""
+    return config.rollout.engine is RolloutEngineKind.vllm and config.train.replay_rollouts is None
+
+
 def overlaps_generation(config: PpoConfig) -> bool:
     """True when forwards run beside generation: not where the trainer itself generates."""
     return config.pipeline.overlap and not actor_generates(config)
@@ -87,19 +92,17 @@ def data_parallel_size(role: str, parallel: ParallelConfig, world_size: int) -> 
     return world_size // model_ranks
 
 
-def longest_sequence(config: AnyConfig, role: str | None = None) -> tuple[int, str]:
-    """Tokens of the longest sequence that is trained on, and the fields that say so.
+def longest_sequence(config: AnyConfig, role: str) -> tuple[int, str]:
+    """Return the tokens of the longest sequence that a role reads in training, and the fields that they come from.
 
     Args:
-        role: as it reads them; None: the policy.
+        config: Configuration of the run.
+        role: Path of the role's section.
     """
-    own = config_roles(config).get(role) if role is not None else None
-    if isinstance(own, RewardRoleConfig) and own.re_encode is not None:
-        return own.re_encode.max_tokens, f"{role}.re_encode.max_tokens"
-    if isinstance(config, PpoConfig):
-        tokens = config.data.max_prompt_tokens + config.rollout.sampling.max_tokens
-        return tokens, "data.max_prompt_tokens + rollout.sampling.max_tokens"
-    return config.data.max_sequence_tokens, "data.max_sequence_tokens"
+    reward_model = config_reward_models(config).get(role)
+    if reward_model is not None and reward_model.re_encode is not None:
+        return reward_model.re_encode.max_tokens, f"{role}.re_encode.max_tokens"
+    return config.longest_sequence()
 
 
 @dataclass(frozen=True)
@@ -264,8 +267,7 @@ def derive_supervised(config: SftConfig | RmConfig, world_size: int, num_rows: i
     train = config.train
     steps = total_steps(train.steps, train.epochs, num_rows, train.global_batch_size, config.data.train)
     batching = _role_batching(name, role, world_size, train.global_batch_size, "train.global_batch_size", 1, steps)
-    unit = "examples" if isinstance(config, SftConfig) else "pairs"
-    return SupervisedBatching(num_rows, train.global_batch_size, steps, batching, unit)
+    return SupervisedBatching(num_rows, train.global_batch_size, steps, batching, config.data.row_unit)
 
 
 def derive_ppo(config: PpoConfig, world_size: int, num_prompts: int) -> PpoBatching:

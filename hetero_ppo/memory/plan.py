@@ -11,17 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hetero_ppo.config.derived import config_roles, passes
+from hetero_ppo.config.derived import config_reward_models, config_roles, has_servers, passes
 from hetero_ppo.config.devices import dtype_of
 from hetero_ppo.config.load import AnyConfig
-from hetero_ppo.config.schema import (
-    PpoConfig,
-    ResidencyConfig,
-    RewardRoleConfig,
-    RmConfig,
-    RoleConfig,
-    TrainedRoleConfig,
-)
+from hetero_ppo.config.schema import PpoConfig, ResidencyConfig
 from hetero_ppo.memory.plan_activations import (
     SLICE_ELEMENTS_CPU,
     SLICE_ELEMENTS_GPU,
@@ -30,7 +23,7 @@ from hetero_ppo.memory.plan_activations import (
     training_bytes,
 )
 from hetero_ppo.memory.plan_generator import GeneratorPlan, plan_generator
-from hetero_ppo.memory.plan_reserve import Reserve, ReservePart, plan_reserve
+from hetero_ppo.memory.plan_reserve import Reserve, ReservePart, plan_reserve, server_parts
 from hetero_ppo.memory.plan_storage import RoleStorage
 from hetero_ppo.step.kinds import OPTIMIZER, TRAINING, Kind
 from hetero_ppo.step.phases import GeneratorMemory, Phase, step_phases
@@ -162,9 +155,9 @@ def plan_memory(
     """
     on_cpu = device_bytes is None
     roles = {name: RoleStorage(name, role, world_size, on_cpu=on_cpu) for name, role in config_roles(config).items()}
-    residency = config.residency if isinstance(config, PpoConfig) else None
+    residency = config.residency
     ranks = range(world_size) if rank is None else [rank]
-    steps = _phases(config, roles)
+    steps = _phases(step_phases(config), residency, roles)
     ranks_per_node = ranks_per_node or min(world_size, DEFAULT_RANKS_PER_NODE)
     generator = None
     if isinstance(config, PpoConfig):
@@ -173,8 +166,11 @@ def plan_memory(
     reserve = Reserve()
     if not on_cpu:
         experts = any(role.bridge.transformer.num_moe_experts for role in roles.values())
-        one_node = world_size <= ranks_per_node
-        reserve = plan_reserve(config, config_roles(config), world_size, one_node=one_node, has_experts=experts)
+        servers: Sequence[ReservePart] = ()
+        if isinstance(config, PpoConfig) and has_servers(config):
+            one_node = world_size <= ranks_per_node
+            servers = server_parts(config.rollout, config.memory, world_size, one_node=one_node)
+        reserve = plan_reserve(config.memory, config_roles(config), world_size, has_experts=experts, servers=servers)
     planner = _PhasePlanner(config, steps, roles, generator, reserve, on_cpu=on_cpu)
     phases = []
     for index in range(len(steps)):
@@ -195,10 +191,9 @@ def plan_memory(
     )
 
 
-def _phases(config: AnyConfig, roles: Mapping[str, RoleStorage]) -> list[Phase]:
-    """Return the phases of a step; without offloading, every role is on the device in all of them."""
-    phases = step_phases(config)
-    if not isinstance(config, PpoConfig) or config.residency.offload:
+def _phases(phases: list[Phase], residency: ResidencyConfig | None, roles: Mapping[str, RoleStorage]) -> list[Phase]:
+    """Return the phases of a step with what they hold: without offloading, every role is on the device in all of them."""
+    if residency is None or residency.offload:
         return phases
     return [replace(phase, needs=dict.fromkeys(roles, TRAINING)) for phase in phases]
 
@@ -241,7 +236,8 @@ class _PhasePlanner:
         self.generator = generator
         self.reserve = reserve
         self.on_cpu = on_cpu
-        self.comes_ahead = isinstance(config, PpoConfig) and config.residency.offload and config.residency.overlap
+        residency = config.residency
+        self.comes_ahead = residency is not None and residency.offload and residency.overlap
         self._activations: dict[tuple[str, int], int] = {}
 
     def plan(self, index: int, rank: int) -> PhasePlan:
@@ -310,8 +306,7 @@ class _PhasePlanner:
             return _gathered_bytes(role) + (0 if self.generator is None else self.generator.sync_blocks)
         work = role_work(self.config, role, training=phase.is_training, on_cpu=self.on_cpu)
         if phase.is_training:
-            assert isinstance(role.config, TrainedRoleConfig)
-            return training_bytes(role.bridge, role.head, role.config.recompute, pp_rank, work)
+            return training_bytes(role.bridge, role.head, role.spec.trained_config.recompute, pp_rank, work)
         return forward_bytes(role.bridge, role.head, pp_rank, work)
 
 
@@ -326,24 +321,23 @@ def role_work(config: AnyConfig, role: RoleStorage, *, training: bool, on_cpu: b
             per_rank = passes(algorithm, role.name).minibatch_size / role.dp_size
             answer = sampling.sampling.max_tokens
         length = config.data.max_prompt_tokens + answer
-        if isinstance(role.config, RewardRoleConfig) and role.config.re_encode is not None:
-            length = role.config.re_encode.max_tokens
+        reward_model = config_reward_models(config).get(role.name)
+        if reward_model is not None and reward_model.re_encode is not None:
+            length = reward_model.re_encode.max_tokens
     else:
         per_rank, length = config.train.global_batch_size / role.dp_size, config.data.max_sequence_tokens
     slice_elements = SLICE_ELEMENTS_CPU if on_cpu else SLICE_ELEMENTS_GPU
     tokens = role.config.micro_batch_tokens
-    if isinstance(role.config, TrainedRoleConfig) and not training:
-        tokens = role.config.forward_micro_batch_tokens or tokens
-    pairs = isinstance(config, RmConfig)  # whole pairs, two sequences each
+    if role.spec.is_trained and not training:
+        tokens = role.spec.trained_config.forward_micro_batch_tokens or tokens
+    per_row = config.data.sequences_per_row
     if tokens is not None:
         # As one row: what counts is the sum of tokens, however many rows have it.
-        most = max(1, math.ceil(per_rank)) * length * (2 if pairs else 1)
+        most = max(1, math.ceil(per_rank)) * length * per_row
         return Work(1, max(length, min(tokens, most)), max(1, math.ceil(most / tokens)), slice_elements, not on_cpu)
+    size = max(1, size // per_row)
     rows = max(1, min(size, math.ceil(per_rank)))
-    if pairs:
-        size = max(1, size // 2)
-        rows = 2 * max(1, min(size, math.ceil(per_rank)))
-    return Work(rows, length, max(1, math.ceil(per_rank / size)), slice_elements, not on_cpu)
+    return Work(per_row * rows, length, max(1, math.ceil(per_rank / size)), slice_elements, not on_cpu)
 
 
 def _gathered_bytes(role: RoleStorage) -> int:
@@ -371,7 +365,7 @@ def _plan_host(
         by_node = [{name: _host_bytes(role, node) for name, role in roles.items()} for node in nodes]
         pinned = max(by_node, key=lambda sizes: sum(sizes.values()))
     fullest = max(phase.total for phase in phases)
-    trained = [role for role in roles.values() if role.trained]
+    trained = [role for role in roles.values() if role.spec.is_trained]
     return HostPlan(
         pinned=pinned,
         weight_files=0 if generator is None else generator.weight_files,
@@ -392,29 +386,30 @@ def _describe(role: RoleStorage) -> RolePlan:
         name=role.name,
         model=Path(role.config.model.path).resolve().name,
         dtype=dtype_of(role.config.model).value,
-        layout=describe_layout(role.config, role.dp_size),
+        layout=describe_layout(role),
         parameters=sum(hf_tensor_sizes(role.bridge, role.head).values()),
         parameters_per_rank=per_rank,
-        trained=role.trained,
+        trained=role.spec.is_trained,
     )
 
 
-def describe_layout(config: RoleConfig, dp_size: int) -> str:
-    """Axes with more than one rank, and what is sharded or recomputed."""
-    parallel = config.parallel
+def describe_layout(role: RoleStorage) -> str:
+    """Return the axes with more than one rank, and what is sharded or recomputed, such as "TP 2 x DP 4, ZeRO-1"."""
+    parallel = role.config.parallel
     axes = {
         "TP": parallel.tensor,
         "CP": parallel.context,
         "EP": parallel.expert,
         "PP": parallel.pipeline,
-        "DP": dp_size,
+        "DP": role.dp_size,
     }
     words = [" x ".join(f"{name} {size}" for name, size in axes.items() if size > 1) or "one rank"]
     if parallel.virtual_pipeline is not None:
         words.append(f"{parallel.virtual_pipeline} chunks a stage")
     if parallel.sequence:
         words.append("SP")
-    if isinstance(config, TrainedRoleConfig):
-        words += ["ZeRO-1"] if config.optimizer.distributed else []
-        words += [f"{config.recompute} recompute"] if config.recompute is not None else []
+    if role.spec.is_trained:
+        trained = role.spec.trained_config
+        words += ["ZeRO-1"] if trained.optimizer.distributed else []
+        words += [f"{trained.recompute} recompute"] if trained.recompute is not None else []
     return ", ".join(words)

@@ -10,9 +10,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from hetero_ppo.config.checks import check_config
-from hetero_ppo.config.derived import actor_generates, config_roles, data_parallel_size, longest_sequence
+from hetero_ppo.config.derived import (
+    actor_generates,
+    config_roles,
+    data_parallel_size,
+    longest_sequence,
+    trained_roles,
+)
 from hetero_ppo.config.load import AnyConfig
-from hetero_ppo.config.schema import PpoConfig, RoleConfig, TrainedRoleConfig
+from hetero_ppo.config.schema import PpoConfig, RoleConfig
 from hetero_ppo.memory.plan import GIB, MemoryPlan, PhasePlan, plan_memory
 from hetero_ppo.memory.plan_limits import Excess, Limits, find_excess, find_limits
 
@@ -64,7 +70,7 @@ def check_fits(
     Raises:
         ValueError: it does not fit; names the phase, the roles, how much it is over, and the cheapest change.
     """
-    limits = find_limits(config, device_gib, host_gib)
+    limits = find_limits(config.residency, device_gib, host_gib)
     local_ranks = ranks_per_node or int(os.environ.get("LOCAL_WORLD_SIZE", "0")) or None
     plan = plan_memory(config, world_size, ranks_per_node=local_ranks, device_bytes=limits.device)
     require_fit(config, plan, limits)
@@ -151,25 +157,28 @@ def candidate_changes(config: AnyConfig, plan: MemoryPlan, limits: Limits, exces
     slower, and so do forwards that wait for them; smaller micro-batches and recomputation training; more tensor- and then pipeline-parallel ranks cost
     communication in every layer, or bubbles, and more so in a role that is trained.
     """
-    roles = config_roles(config)
+    roles, trained = config_roles(config), trained_roles(config)
     over = [] if limits.device is None else [phase for phase in plan.phases if phase.total > limits.device]
     concerned = [name for name in roles if name in excess.roles or any(name in phase.roles for phase in over)]
     for name in concerned:
-        role = roles[name]
-        shards = data_parallel_size(name, role.parallel, plan.world_size) * role.parallel.context
-        if isinstance(role, TrainedRoleConfig) and not role.optimizer.distributed and shards > 1:
+        layout = roles[name].parallel
+        shards = data_parallel_size(name, layout, plan.world_size) * layout.context
+        if name in trained and not trained[name].optimizer.distributed and shards > 1:
             yield Change(((f"{name}.optimizer.distributed", True),))
+    if config.residency is not None and config.residency.offload is (excess.place == "host"):
+        yield Change((("residency.offload", excess.place != "host"),))
     if isinstance(config, PpoConfig):
-        if config.residency.offload is (excess.place == "host"):
-            yield Change((("residency.offload", excess.place != "host"),))
-        yield from _engine_changes(config, over, limits, excess)
+        yield from _generator_changes(config, over, limits, excess)
     for name in dict.fromkeys(phase.computing for phase in over if phase.computing is not None):
-        yield from _activation_changes(name, roles[name], longest_sequence(config, name)[0])
-    for name in sorted(concerned, key=lambda name: isinstance(roles[name], TrainedRoleConfig)):
+        yield from _micro_batch_changes(name, roles[name], longest_sequence(config, name)[0])
+        if name in trained:
+            for recompute in {None: ("selective", "full"), "selective": ("full",), "full": ()}[trained[name].recompute]:
+                yield Change(((f"{name}.recompute", recompute),))
+    for name in sorted(concerned, key=lambda name: name in trained):
         yield from _layout_changes(name, roles[name], plan.world_size)
 
 
-def _engine_changes(config: PpoConfig, over: list[PhasePlan], limits: Limits, excess: Excess) -> Iterator[Change]:
+def _generator_changes(config: PpoConfig, over: list[PhasePlan], limits: Limits, excess: Excess) -> Iterator[Change]:
     if actor_generates(config):
         size = config.rollout.max_num_seqs
         while size > 1:
@@ -193,9 +202,8 @@ def _engine_changes(config: PpoConfig, over: list[PhasePlan], limits: Limits, ex
         yield Change((("rollout.tensor_parallel", 2 * config.rollout.tensor_parallel),))
 
 
-def _activation_changes(name: str, role: RoleConfig, longest: int) -> Iterator[Change]:
-    budgets = {field: vars(role).get(field) for field in ("micro_batch_tokens", "forward_micro_batch_tokens")}
-    for field, tokens in budgets.items():
+def _micro_batch_changes(name: str, role: RoleConfig, longest: int) -> Iterator[Change]:
+    for field, tokens in role.token_budgets().items():
         while tokens is not None and tokens // 2 >= longest:
             tokens //= 2
             yield Change(((f"{name}.{field}", tokens),))
@@ -203,9 +211,6 @@ def _activation_changes(name: str, role: RoleConfig, longest: int) -> Iterator[C
     while size > 1:
         size //= 2
         yield Change(((f"{name}.micro_batch_size", size),))
-    if isinstance(role, TrainedRoleConfig):
-        for recompute in {None: ("selective", "full"), "selective": ("full",), "full": ()}[role.recompute]:
-            yield Change(((f"{name}.recompute", recompute),))
 
 
 def _layout_changes(name: str, role: RoleConfig, world_size: int) -> Iterator[Change]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from hetero_ppo.config.derived import actor_generates, max_model_len, num_servers, weight_transfer
 from hetero_ppo.config.devices import dtype_of
-from hetero_ppo.config.schema import PpoConfig, WeightTransfer
+from hetero_ppo.config.schema import PpoConfig, RolloutConfig, WeightTransfer
 from hetero_ppo.memory.plan_storage import DTYPES, RoleStorage
 from hetero_ppo.step.kinds import SHARD_BYTES
 from megatron_bridge.weights.parameter_count import hf_tensor_sizes
@@ -57,7 +57,7 @@ def plan_generator(
     if config.train.replay_rollouts is not None:
         return None
     if actor_generates(config):
-        return _plan_actor_as_generator(config, actor, device_bytes)
+        return _plan_actor_as_generator(config.rollout, max_model_len(config), actor, device_bytes)
     rollout, num_nodes = config.rollout, math.ceil(world_size / ranks_per_node)
     element = DTYPES[rollout.dtype or dtype_of(actor.config.model)].itemsize
     whole = sum(hf_tensor_sizes(actor.bridge, actor.head).values()) * element
@@ -84,16 +84,24 @@ def _sync_blocks(actor: RoleStorage, element: int, whole: int, transfer: WeightT
     return block + (whole if transfer is WeightTransfer.cuda_ipc else block)
 
 
-def _plan_actor_as_generator(config: PpoConfig, actor: RoleStorage, device_bytes: int | None) -> GeneratorPlan:
-    """The cache of one data-parallel rank: ``megatron_bridge.model.cached_attention.SlotCache``."""
-    rollout, tensor = config.rollout, config.actor.parallel.tensor
+def _plan_actor_as_generator(
+    rollout: RolloutConfig, longest: int, actor: RoleStorage, device_bytes: int | None
+) -> GeneratorPlan:
+    """Return the plan of the cache of one data-parallel rank (``megatron_bridge.model.cached_attention.SlotCache``).
+
+    Args:
+        rollout: Section of the generator.
+        longest: Tokens of the longest sequence that it takes.
+        actor: Role whose parameters it reads.
+        device_bytes: Memory of one device; None: a CPU.
+    """
     element = (
         4 if device_bytes is None else DTYPES[dtype_of(actor.config.model)].itemsize
     )  # on a CPU attention is in float32
     dims, layers = actor.bridge.dims, actor.bridge.transformer.num_layers
-    bytes_per_token = 2 * layers * dims.key * element // tensor
+    bytes_per_token = 2 * layers * dims.key * element // actor.config.parallel.tensor
     return GeneratorPlan(
-        awake=rollout.max_num_seqs * max_model_len(config) * bytes_per_token,
+        awake=rollout.max_num_seqs * longest * bytes_per_token,
         weights=0,
         bytes_per_token=bytes_per_token,
         weight_files=0,

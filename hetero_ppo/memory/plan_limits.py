@@ -6,8 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from hetero_ppo.config.load import AnyConfig
-from hetero_ppo.config.schema import PpoConfig
+from hetero_ppo.config.schema import ResidencyConfig
 from hetero_ppo.memory.plan import GIB, MemoryPlan
 
 CGROUP_ROOT = Path("/sys/fs/cgroup")
@@ -42,18 +41,19 @@ class Excess:
         return f"phase {self.phase}: {over} over on a device ({roles or 'the generator alone'})"
 
 
-def find_limits(config: AnyConfig, device_gib: float | None = None, host_gib: float | None = None) -> Limits:
-    """The options' values, else the config's, else the machine's.
+def find_limits(
+    residency: ResidencyConfig | None, device_gib: float | None = None, host_gib: float | None = None
+) -> Limits:
+    """Return the memory that a run may take: as the command line says, else as the configuration says, else all of the machine's.
 
     Args:
-        config: ``residency`` of a PPO run.
-        device_gib: memory of one device, GiB.
-        host_gib: memory of one node, GiB.
+        residency: Section of a PPO run; None for other kinds.
+        device_gib: Memory of one device in GiB, as the command line says.
+        host_gib: Memory of one node in GiB, as the command line says.
 
     Raises:
-        ValueError: a size that is not positive.
+        ValueError: A size is not positive.
     """
-    residency = config.residency if isinstance(config, PpoConfig) else None
     given = {
         "--device-gib": device_gib,
         "residency.device_gib": None if residency is None else residency.device_gib,

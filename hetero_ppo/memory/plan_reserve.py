@@ -10,15 +10,21 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from hetero_ppo.config.derived import actor_generates, data_parallel_size, num_servers, weight_transfer
-from hetero_ppo.config.load import AnyConfig
-from hetero_ppo.config.schema import MemoryConfig, ParallelConfig, PpoConfig, RoleConfig, WeightTransfer
+from hetero_ppo.config.derived import data_parallel_size, num_servers, weight_transfer
+from hetero_ppo.config.schema import (
+    MemoryConfig,
+    ParallelConfig,
+    PpoMemoryConfig,
+    RoleConfig,
+    RolloutConfig,
+    WeightTransfer,
+)
 
 MIB = 2**20
 #: Workspaces of Transformer Engine: one for dense products, and one for each stream of the experts' grouped products.
 TE_GROUPED_STREAMS = 4
 #: Communicators of a vLLM server of several GPUs: its own of the tensor-parallel group, and torch's of the same group.
-ENGINE_COMMUNICATORS = 2
+SERVER_COMMUNICATORS = 2
 
 
 @dataclass(frozen=True)
@@ -93,18 +99,22 @@ def num_communicators(roles: Mapping[str, RoleConfig], world_size: int) -> int:
 
 
 def plan_reserve(
-    config: AnyConfig, roles: Mapping[str, RoleConfig], world_size: int, *, one_node: bool, has_experts: bool
+    memory: MemoryConfig,
+    roles: Mapping[str, RoleConfig],
+    world_size: int,
+    *,
+    has_experts: bool,
+    servers: Sequence[ReservePart] = (),
 ) -> Reserve:
-    """Return what a CUDA device holds beside tensors.
+    """Return what a CUDA device holds besides tensors.
 
     Args:
-        config: checked.
-        roles: of the run.
-        world_size: ranks of the run.
-        one_node: all of them are on one.
-        has_experts: some role has expert layers.
+        memory: Section with the sizes.
+        roles: Sections of the run's roles, by name.
+        world_size: Number of ranks of the run.
+        has_experts: Whether a role has expert layers.
+        servers: Parts of the vLLM servers on the device (``server_parts``); empty where there are none.
     """
-    memory = config.memory
     te = memory.te_workspace_mib * (1 + TE_GROUPED_STREAMS * has_experts)
     parts = [
         _part("the trainer's CUDA context", memory.context_mib, "estimate: memory.context_mib"),
@@ -116,17 +126,23 @@ def plan_reserve(
             _part("Transformer Engine's workspaces", te, "where it is installed (memory.te_workspace_mib)"), pooled=True
         ),
     ]
-    if isinstance(config, PpoConfig) and config.train.replay_rollouts is None and not actor_generates(config):
-        parts += _engine_parts(config, world_size, one_node=one_node)
-    return Reserve(tuple(part for part in parts if part.num_bytes), memory.allocator_slack)
+    return Reserve(tuple(part for part in [*parts, *servers] if part.num_bytes), memory.allocator_slack)
 
 
-def _engine_parts(config: PpoConfig, world_size: int, *, one_node: bool) -> Sequence[ReservePart]:
-    """Return what vLLM holds beside its share of the device: it looks at free memory after its context and its communicators were made."""
-    rollout, memory = config.rollout, config.memory
+def server_parts(
+    rollout: RolloutConfig, memory: PpoMemoryConfig, world_size: int, *, one_node: bool
+) -> Sequence[ReservePart]:
+    """Return what a vLLM server holds besides its share of the device, which it computes after context and communicators are there.
+
+    Args:
+        rollout: Section of the servers.
+        memory: Section with the sizes.
+        world_size: Number of ranks of the run.
+        one_node: Whether all ranks are on one node.
+    """
     few_nodes = one_node or num_servers(rollout, world_size) == 1
     joins = weight_transfer(rollout, one_node=few_nodes) is WeightTransfer.collective
-    own = ENGINE_COMMUNICATORS if rollout.tensor_parallel > 1 else 0
+    own = SERVER_COMMUNICATORS if rollout.tensor_parallel > 1 else 0
     graphs = _part(
         "vLLM's CUDA graphs, which it keeps asleep", memory.engine_graphs_mib, "estimate: memory.engine_graphs_mib"
     )

@@ -17,9 +17,9 @@ import torch
 
 from hetero_ppo.config.derived import data_parallel_size
 from hetero_ppo.config.devices import dtype_of, with_dtype
-from hetero_ppo.config.schema import Dtype, RoleConfig, TrainedRoleConfig
+from hetero_ppo.config.schema import Dtype, RoleConfig
 from hetero_ppo.step.kinds import Kind
-from hetero_ppo.step.roles import section_of
+from hetero_ppo.step.roles import role_spec
 from megatron_bridge.model.config_mapping import BridgeConfig, bridge_config, read_hf_config
 from megatron_bridge.weights.parameter_count import LocalParameter, local_parameters
 
@@ -118,15 +118,13 @@ class RoleStorage:
         Raises:
             ValueError: no such file, a model or layout that is not supported, a layout that does not divide the world.
         """
-        self.name = name
-        config = self.config = with_dtype(config, on_cuda=not on_cpu)
-        self.head = section_of(name).head
-        self.trained = isinstance(config, TrainedRoleConfig)
-        recompute = config.recompute if isinstance(config, TrainedRoleConfig) else None
+        self.spec = role_spec(name, with_dtype(config, on_cuda=not on_cpu))
+        self.name, self.head, self.config = name, self.spec.head, self.spec.config
+        config = self.config
         self.bridge: BridgeConfig = bridge_config(
             read_hf_config(config.model.path),
             dtype=DTYPES[dtype_of(config.model)],
-            recompute=recompute,
+            recompute=self.spec.trained_config.recompute if self.spec.is_trained else None,
             aligned=config.aligned,
             on_cuda=not on_cpu,
             **vars(config.parallel),
@@ -161,8 +159,7 @@ class RoleStorage:
 
     def checkpoint_bytes(self, rank: int) -> int:
         """What the rank writes of a checkpoint of a trained role: the first of those that hold the same does."""
-        assert isinstance(self.config, TrainedRoleConfig)
-        place, optimizer = self.place(rank), self.config.optimizer
+        place, optimizer = self.place(rank), self.spec.trained_config.optimizer
         total = 0
         for chunk in self.parameters[place.pp_rank]:
             for parameter in chunk:
@@ -180,7 +177,6 @@ class RoleStorage:
 
         That is one tensor of the files at a time: a parameter, or its state, of which a distributed optimizer's files have slices.
         """
-        assert isinstance(self.config, TrainedRoleConfig)
         largest = max(parameter.numel for chunk in self.parameters[self.place(rank).pp_rank] for parameter in chunk)
         kept = self.bytes_by_kind(rank).get(Kind.moments, 0) // (2 * FP32_BYTES)
         return max(largest * self.element_bytes, min(largest, kept) * FP32_BYTES)
@@ -193,12 +189,12 @@ class RoleStorage:
     def _count(self, place: Place) -> dict[Kind, int]:
         chunks = self.parameters[place.pp_rank]
         numel = sum(parameter.numel for chunk in chunks for parameter in chunk)
-        if not isinstance(self.config, TrainedRoleConfig):
+        if not self.spec.is_trained:
             return {Kind.params: numel * self.element_bytes}
         buffers = [buffer for index, chunk in enumerate(chunks) for buffer in self._buffers(place, index, chunk)]
         buffer_numel = sum(layout.numel for layout, _, _ in buffers)
         held, updated = numel, numel
-        if self.config.optimizer.distributed:
+        if self.spec.trained_config.optimizer.distributed:
             held = buffer_numel
             updated = sum(layout.shard_numel(rank, size) for layout, rank, size in buffers)
         return {
@@ -212,7 +208,6 @@ class RoleStorage:
         self, place: Place, index: int, chunk: Sequence[LocalParameter]
     ) -> Iterator[tuple[BufferLayout, int, int]]:
         """(layout, this rank's shard, number of shards) of DDP's buffers of a chunk; experts have one of their own."""
-        assert isinstance(self.config, TrainedRoleConfig)
         dense = [parameter for parameter in chunk if not parameter.expert]
         experts = [parameter for parameter in chunk if parameter.expert]
         for parameters, rank, size in (
@@ -221,7 +216,7 @@ class RoleStorage:
         ):
             layout = buffer_layout(
                 parameters,
-                distributed=self.config.optimizer.distributed,
+                distributed=self.spec.trained_config.optimizer.distributed,
                 num_shards=size,
                 bucket_size=self._bucket_size(place.pp_rank, index),
             )
@@ -229,8 +224,7 @@ class RoleStorage:
 
     def _bucket_size(self, pp_rank: int, chunk: int) -> int | None:
         """DistributedDataParallel cuts the first chunk of the first stage alone, and only to overlap its reduction."""
-        assert isinstance(self.config, TrainedRoleConfig)
-        ddp = self.config.ddp
+        ddp = self.spec.trained_config.ddp
         if not ddp.overlap_grad_reduce or pp_rank > 0 or chunk > 0:
             return None
         return ddp.bucket_size or max(40_000_000, 1_000_000 * self.dp_size)

@@ -42,7 +42,7 @@ def log_ledger(config: PpoConfig, run: Run, device: SharedDevice) -> None:
     """
     if not run.is_writer:
         return
-    plan = plan_memory(config, run.world_size, rank=dist.get_rank(), device_bytes=find_limits(config).device)
+    plan = plan_memory(config, run.world_size, rank=dist.get_rank(), device_bytes=find_limits(config.residency).device)
     compared = compare(plan, device.ledger.phases)
     log.info("memory on the device, plan and ledger of rank 0:\n" + compared.render())
     reserved = device.ledger.reserved_phases

@@ -49,7 +49,7 @@ def test_qwen3_8b_on_paper() -> None:
     The critic has 4,096 parameters for an output layer of 311,164,928: 3,784,360,960.
     """
     config = config_of(QWEN, "residency.pcie_gb_s=12.5", "residency.device_gib=79.1", "residency.host_gib=900")
-    limits = find_limits(config)
+    limits = find_limits(config.residency)
     assert (limits.device, limits.host) == (DEVICE, 900 * GIB)
     plan = plan_memory(config, 8, device_bytes=limits.device)
     actor, critic = 4_095_521_792, 3_784_360_960

@@ -12,15 +12,15 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from hetero_ppo.config.checks import check_config
-from hetero_ppo.config.derived import config_roles
+from hetero_ppo.config.derived import config_roles, has_servers
 from hetero_ppo.config.load import AnyConfig, load_config
-from hetero_ppo.config.schema import ParallelConfig, RoleConfig, RolloutEngineKind, WeightTransfer
+from hetero_ppo.config.schema import ParallelConfig, PpoConfig, RoleConfig, RolloutEngineKind, WeightTransfer
 from hetero_ppo.config.unused import unused_options
 from hetero_ppo.distributed import groups
 from hetero_ppo.memory.plan import GIB, MemoryPlan, plan_memory
 from hetero_ppo.memory.plan_check import Change
 from hetero_ppo.memory.plan_compare import compare_reserved
-from hetero_ppo.memory.plan_reserve import MIB, num_communicators, plan_reserve
+from hetero_ppo.memory.plan_reserve import MIB, num_communicators, plan_reserve, server_parts
 
 ROOT = Path(__file__).parents[2]
 QWEN, LLAMA = "examples/memory/qwen3_8b.yaml", "examples/memory/llama3_70b.yaml"
@@ -48,7 +48,11 @@ def parts(*changes: tuple[str, Any], path: str = QWEN, world_size: int = 8, tens
     """Name -> bytes in the weight sync, in which everything counts."""
     config = Change(changes).apply(loaded(path))
     check_config(config, world_size)
-    reserve = plan_reserve(config, config_roles(config), world_size, one_node=world_size <= 8, has_experts=False)
+    assert isinstance(config, PpoConfig)
+    servers = (
+        server_parts(config.rollout, config.memory, world_size, one_node=world_size <= 8) if has_servers(config) else ()
+    )
+    reserve = plan_reserve(config.memory, config_roles(config), world_size, has_experts=False, servers=servers)
     return {part.name: part.num_bytes for part in reserve.of_phase(tensors, generator_awake=False, syncing=True)}
 
 

@@ -40,6 +40,11 @@ class DataConfig:
     )
     shuffle: bool = option(True, "Rows come in a new random order in every epoch", resume=OnResume.objective)
 
+    @property
+    def sequences_per_row(self) -> int:
+        """Number of sequences that one row gives a forward; a micro-batch holds all of them or none."""
+        return 1
+
 
 @dataclass
 class AnsweredDataConfig(DataConfig):
@@ -61,6 +66,11 @@ class SftDataConfig(AnsweredDataConfig):
         "completion", "Column of the answer to prompt_key, for rows without messages_key", resume=OnResume.content
     )
 
+    @property
+    def row_unit(self) -> str:
+        """Name of its rows in the plural."""
+        return "examples"
+
 
 @dataclass
 class PreferenceDataConfig(AnsweredDataConfig):
@@ -68,6 +78,16 @@ class PreferenceDataConfig(AnsweredDataConfig):
 
     chosen_key: str = option("chosen", "Column of the better answer", resume=OnResume.content)
     rejected_key: str = option("rejected", "Column of the worse answer", resume=OnResume.content)
+
+    @property
+    def row_unit(self) -> str:
+        """Name of its rows in the plural."""
+        return "pairs"
+
+    @property
+    def sequences_per_row(self) -> int:
+        """Number of sequences that one row gives a forward; a micro-batch holds all of them or none."""
+        return 2
 
 
 @dataclass

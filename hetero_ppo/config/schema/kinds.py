@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hetero_ppo.config.schema.algorithm import AlgorithmConfig
-from hetero_ppo.config.schema.data import PreferenceDataConfig, PromptDataConfig, SftDataConfig
+from hetero_ppo.config.schema.data import AnsweredDataConfig, PreferenceDataConfig, PromptDataConfig, SftDataConfig
 from hetero_ppo.config.schema.memory import MemoryConfig, PpoMemoryConfig
 from hetero_ppo.config.schema.option import OnResume, option, section
 from hetero_ppo.config.schema.ppo import PipelineConfig, PpoTrainConfig, ResidencyConfig
@@ -29,8 +29,23 @@ _MEMORY = "Memory of a CUDA device besides tensors, for the memory plan"
 _CHECKPOINT = "Saving, keeping and loading of checkpoints"
 
 
+class SupervisedRun:
+    """What SFT and reward-model runs answer alike."""
+
+    data: AnsweredDataConfig
+
+    @property
+    def residency(self) -> None:
+        """None: the only role of the run never leaves the device."""
+        return None
+
+    def longest_sequence(self) -> tuple[int, str]:
+        """Return the tokens of the longest sequence that is trained on, and the fields that they come from."""
+        return self.data.max_sequence_tokens, "data.max_sequence_tokens"
+
+
 @dataclass
-class SftConfig:
+class SftConfig(SupervisedRun):
     """Supervised fine-tuning of a policy."""
 
     kind: str = option("sft", _KIND, resume=OnResume.form)
@@ -43,7 +58,7 @@ class SftConfig:
 
 
 @dataclass
-class RmConfig:
+class RmConfig(SupervisedRun):
     """Training of a reward model on preference pairs."""
 
     kind: str = option("rm", _KIND, resume=OnResume.form)
@@ -86,6 +101,11 @@ class PpoConfig:
     residency: ResidencyConfig = section(ResidencyConfig, "Turns of the roles on the device", resume=OnResume.operation)
     memory: PpoMemoryConfig = section(PpoMemoryConfig, _MEMORY, resume=OnResume.operation)
     checkpoint: CheckpointConfig = section(CheckpointConfig, _CHECKPOINT)
+
+    def longest_sequence(self) -> tuple[int, str]:
+        """Return the tokens of the longest sequence that is trained on, and the fields that they come from."""
+        tokens = self.data.max_prompt_tokens + self.rollout.sampling.max_tokens
+        return tokens, "data.max_prompt_tokens + rollout.sampling.max_tokens"
 
 
 #: ``kind`` of a YAML file -> its schema.
