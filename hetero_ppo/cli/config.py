@@ -19,7 +19,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prints YAML that ``--config`` reads back. Mandatory fields without a value are shown as ``???``."""
+    """Print YAML that ``--config`` reads back. Mandatory fields without a value are shown as ``???``."""
     draft = load_draft(args.config, args.overrides)
     missing = draft.missing_fields()
     for line in draft.removed:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 #: ``model_type`` of transformers.
 FAMILIES = ("llama", "qwen2", "qwen3")
 
-#: The embedding has a multiple of it many rows: whole tiles for the matmul, and divisible by the usual TP sizes.
+#: The number of rows of the embedding is a multiple of it: whole tiles for the matmul, and divisible by the usual TP sizes.
 VOCAB_MULTIPLE = 64
 
 
@@ -39,12 +39,13 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run(args: argparse.Namespace) -> None:
-    """Writes config.json, model.safetensors (fp32) and the tokenizer's files to ``args.out``.
+    """Write config.json, model.safetensors (fp32) and the tokenizer's files to ``args.out``.
 
-    Raises ValueError for sizes that do not fit each other, or a model that is there already.
+    Raises:
+        ValueError: Sizes do not fit each other, or there is a model already.
     """
     check_sizes(args)
-    # Files of a larger model would stay beside the new one, and its index would be read.
+    # Files of a larger model would stay next to the new one, and its index would be read.
     clear_out(args.out, ["config.json", "*.safetensors", "*.safetensors.index.json"], overwrite=args.overwrite)
     # transformers takes seconds to import; `hetero-ppo --help` should not.
     import torch
@@ -69,7 +70,11 @@ def run(args: argparse.Namespace) -> None:
 
 
 def check_sizes(args: argparse.Namespace) -> None:
-    """Raises ValueError that names the option."""
+    """Check that the sizes of the model fit each other.
+
+    Raises:
+        ValueError: They do not; the message names the option.
+    """
     kv_heads = args.kv_heads or args.heads
     if args.heads % kv_heads:
         raise ValueError(f"--kv-heads: {kv_heads} does not divide --heads {args.heads}; give a divisor")
@@ -90,7 +95,7 @@ def check_sizes(args: argparse.Namespace) -> None:
 
 
 def model_config(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
-    """The configuration, with the tokenizer's special tokens and its size rounded up to ``VOCAB_MULTIPLE``."""
+    """Return the model's configuration, with the tokenizer's special tokens and its size rounded up to ``VOCAB_MULTIPLE``."""
     import transformers
 
     # Qwen2's configuration has no head size of its own: check_sizes has made sure that the quotient is meant.

@@ -1,13 +1,13 @@
-"""``torchrun`` with errors that fit on a line: ``python -m hetero_ppo.cli.launcher <torchrun's arguments>``.
+"""Run torchrun with errors that fit on a line: ``python -m hetero_ppo.cli.launcher <torchrun's arguments>``.
 
-The parser and the agent are torchrun's own, and plain ``torchrun`` works as well. Two things differ. Launchers and ranks meet where nobody
-else can take part (runtime/rendezvous.py). And a run that fails ends with one line: torchrun prints a traceback of itself and a
-banner, below which the error of the rank is hard to find, and always exits with 1. Here the line says which rank ended and how, and the
-exit status is the rank's (128 + n for signal n).
+Parser and agent are torchrun's own, and plain ``torchrun`` works as well. Two things differ. Launchers and ranks rendezvous where no
+other process can join (runtime/rendezvous.py). And a failed run ends with one line, which names the rank and how it ended; the exit status is
+the rank's (128 + n for signal n). torchrun prints a traceback of itself and a banner, below which the error of the rank is hard to find, and
+always exits with 1.
 
-SIGTERM, SIGUSR1 and SIGHUP ask for a stop with a checkpoint, where torchrun would end the ranks within 30 s: they are passed on to the
-ranks as SIGUSR1, and the ranks end by themselves (trainers/stopping.py). A second SIGTERM, and SIGINT, end them at once. A SIGHUP that is
-ignored when the launcher starts (nohup) stays ignored.
+SIGTERM, SIGUSR1 and SIGHUP ask for a stop with a checkpoint. torchrun would end the ranks within 30 s. The launcher passes these
+signals on as SIGUSR1, and the ranks end by themselves (trainers/stopping.py). A second SIGTERM, and SIGINT, end them at once. A SIGHUP that
+is ignored when the launcher starts (nohup) stays ignored.
 
 A rank that is stopped or frozen ends the run (runtime/heartbeat.py).
 """
@@ -46,7 +46,7 @@ TORCHRUN_GRACE_S = 29
 
 
 class _Drop(logging.Filter):
-    """Drops records by how they begin."""
+    """Filter that drops records with given beginnings."""
 
     def __init__(self, beginnings: tuple[str, ...]) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class _Drop(logging.Filter):
 
 
 class _StopRequest:
-    """Passes requests to stop on to the ranks of this node."""
+    """Signal handler that passes requests to stop on to the ranks of this node."""
 
     #: Within this time a second signal is the first one once more: a batch system may send it to a process and to its group.
     SAME_REQUEST_S = 2.0
@@ -66,10 +66,10 @@ class _StopRequest:
         self.received_at: float | None = None  # time.monotonic()
 
     def receive(self, number: int, frame: FrameType | None) -> None:
-        """The handler of SIGTERM, SIGUSR1 and SIGHUP.
+        """Handle SIGTERM, SIGUSR1 and SIGHUP.
 
         Raises:
-            SignalException: nothing runs yet, or it is a second SIGTERM: torchrun ends the ranks.
+            SignalException: Nothing runs yet, or it is a second SIGTERM: torchrun ends the ranks.
         """
         name = signal.Signals(number)
         ranks = self._ranks()
@@ -86,13 +86,13 @@ class _StopRequest:
 
     @staticmethod
     def _ranks() -> list[int]:
-        """The agent's children, which it starts from the main thread."""
+        """Return the agent's children, which it starts from the main thread."""
         me = os.getpid()
         return [int(pid) for pid in Path(f"/proc/{me}/task/{me}/children").read_text().split()]
 
 
 def describe_failure(rank: int, failure: ProcessFailure) -> tuple[str, int]:
-    """(one line, exit status) for a rank that failed."""
+    """Return (one line, exit status) for a failed rank."""
     if failure.exitcode < 0:
         return f"rank {rank} was ended by {failure.signal_name()} (signal {-failure.exitcode})", 128 - failure.exitcode
     return f"rank {rank} ended with exit status {failure.exitcode}; see the error above", failure.exitcode
@@ -101,25 +101,25 @@ def describe_failure(rank: int, failure: ProcessFailure) -> tuple[str, int]:
 def first_cause(failures: Mapping[int, ProcessFailure]) -> tuple[int, ProcessFailure]:
     """Return the rank that failed by itself, and its failure.
 
-    A rank whose peer was killed ends within milliseconds, and torchrun finds both at one look: it cannot tell which was first. A rank
-    that was ended by a signal did not end since another one had, unless torchrun ended it: by SIGTERM, and TORCHRUN_GRACE_S later by
-    SIGKILL. Among such, and without any, it is the earliest.
+    A rank whose peer was killed ends within milliseconds, and torchrun finds both at once, so it cannot tell which was first. A signal
+    that ended a rank is a cause of its own, unless torchrun sent it: SIGTERM, and SIGKILL after TORCHRUN_GRACE_S. Among such ranks, and
+    where there is none, the earliest is the first cause.
     """
-    begun = min(failure.timestamp for failure in failures.values())
+    earliest = min(failure.timestamp for failure in failures.values())
 
     def order(item: tuple[int, ProcessFailure]) -> tuple[bool, int]:
         failure = item[1]
-        is_torchruns = failure.exitcode == -signal.SIGTERM or failure.timestamp >= begun + TORCHRUN_GRACE_S
+        is_torchruns = failure.exitcode == -signal.SIGTERM or failure.timestamp >= earliest + TORCHRUN_GRACE_S
         return failure.exitcode >= 0 or is_torchruns, failure.timestamp
 
     return min(failures.items(), key=order)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run torchrun; returns the exit status.
+    """Run torchrun and return the exit status.
 
     Args:
-        arguments: torchrun's; None: those of the process.
+        arguments: Arguments of torchrun; None: those of the process.
     """
     for name, beginnings in REPLACED_RECORDS.items():
         logging.getLogger(name).addFilter(_Drop(beginnings))
@@ -143,12 +143,12 @@ def main(arguments: list[str] | None = None) -> int:
             run(args)
     except ChildFailedError as error:
         if monitor.has_ended_a_rank:
-            return EXIT_STUCK  # it has said why
+            return EXIT_STUCK  # the reason is logged
         rank, failure = first_cause(error.failures)
         if request.received_at is not None and failure.exitcode == -signal.SIGUSR1:
-            text, status = "the run was stopped before it had begun: there is nothing to save", EXIT_STOPPED
+            text, status = "the run was stopped before its first step: there is nothing to save", EXIT_STOPPED
         elif failure.exitcode in (EXIT_STOPPED, EXIT_NOT_STOPPED_IN_TIME):
-            return failure.exitcode  # the ranks have said it
+            return failure.exitcode  # the ranks have printed it
         else:
             text, status = describe_failure(rank, failure)
     except RendezvousConnectionError as error:

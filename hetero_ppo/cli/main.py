@@ -1,9 +1,8 @@
 """The console script ``hetero-ppo``: subcommands, and errors that a user can act on in one line.
 
-What the user got wrong is a ``ValueError`` or ``FileNotFoundError`` and prints as ``error: ...`` with exit status 2; what
-failed under the run, a server or the numbers, prints the same way with exit status 1. A training run that a signal stopped after a
-checkpoint ends with status 75 (docs/recovery.md). Anything else is a fault of ours and
-shows its traceback; ``--traceback`` shows it for all.
+A user's mistake is a ``ValueError`` or ``FileNotFoundError``, which prints as ``error: ...`` with exit status 2. A failure during the
+run, of a server or of the numbers, prints the same way with exit status 1. A training run that a signal stopped after a checkpoint ends
+with status 75 (docs/recovery.md). Everything else is a bug of ours and shows its traceback; ``--traceback`` shows it for all.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ SUBCOMMANDS = (config, validate, plan, train, export, report, reward_model, toke
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser with every subcommand."""
+    """Return the parser with every subcommand."""
     parser = argparse.ArgumentParser(prog="hetero-ppo", description="SFT, reward model and PPO on Megatron-Core")
     parser.add_argument("--version", action="version", version=f"%(prog)s {version('hetero-ppo')}")
     parser.add_argument("--traceback", action="store_true", help="show where in the code an input error was raised")
@@ -37,13 +36,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one subcommand; returns the exit status.
+    """Run one subcommand and return the exit status.
 
     Args:
-        arguments: without the program's name; None: those of the process.
+        arguments: Arguments without the program's name; None: those of the process.
     """
     args = build_parser().parse_args(arguments)
-    gc.disable()  # until a run begins: the objects of imported modules stay, and are looked through again and again for garbage
+    gc.disable()  # until a run begins: otherwise the objects of imported modules are scanned again and again
     try:
         check_versions()
         with console_logging():
@@ -58,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         say_error(str(error))
         return 1
-    except OSError as error:  # of a file that nobody has a name for: a full disk is no fault of ours
+    except OSError as error:  # nobody named the file; a full disk is no bug of ours
         if args.traceback or not takes_no_more(error):
             raise
         say_error(describe(error, None if error.filename is None else Path(error.filename), "a file"))

@@ -35,7 +35,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prints the plan; ValueError when the run does not fit."""
+    """Print the plan, and raise a ValueError when the run does not fit."""
     # Megatron-Core takes seconds to import; `hetero-ppo --help` should not.
     from hetero_ppo.algorithms.advantage_registry import check_advantage
     from hetero_ppo.config.checks import check_config

@@ -1,4 +1,4 @@
-"""One error said once, though every rank of a run may have it, and never lost, though one rank alone may have it."""
+"""Print an error once, whether every rank of a run has it or only one."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ import sys
 import time
 from pathlib import Path
 
-#: What the other ranks leave the first one to speak, when all find the same mistake at about the same time.
+#: Time that the other ranks leave the first one to print, when all find the same mistake at about the same time.
 FIRST_RANK_HEAD_START_S = 1.0
 
 
 def say_error(text: str) -> None:
-    """Print ``error: <text>`` on stderr. Under torchrun the ranks of a node print the same text once between them.
+    """Print ``error: <text>`` on stderr. Under torchrun the ranks of a node print equal texts once.
 
-    The first rank that marks the text in the folder that torchrun made for this launch prints it; the others have nothing
-    to add. A text that no other rank has is always printed, with its rank.
+    torchrun makes a folder for each launch. The first rank that marks the text there prints it; the others print nothing. A text that no
+    other rank has is always printed, with its rank.
     """
     rank, local_rank = os.environ.get("RANK"), os.environ.get("LOCAL_RANK", "0")
     where = "" if local_rank == "0" else f" (rank {rank})"
     if local_rank != "0":
-        # Torchrun ends all ranks when one has ended: this one waits and speaks first.
+        # torchrun ends all ranks when one has ended, so SIGTERM has to wait until this one has printed.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         time.sleep(FIRST_RANK_HEAD_START_S)
     if _is_first_to_say(text):

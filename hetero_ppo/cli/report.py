@@ -30,7 +30,11 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run(args: argparse.Namespace) -> None:
-    """Raises ValueError for a folder without metrics, malformed files, or a summary of a run without evaluations."""
+    """Write the report, and print its path or a summary.
+
+    Raises:
+        ValueError: A folder has no metrics, a file is malformed, or the summary is of a run without evaluations.
+    """
     # torch and matplotlib take seconds to import; `hetero-ppo --help` should not.
     from hetero_ppo.observability.report import build_report
     from hetero_ppo.observability.summary import REPORT_FILE, format_summary

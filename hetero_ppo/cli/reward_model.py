@@ -1,4 +1,4 @@
-"""``hetero-ppo score``, ``eval rm`` and ``verify rm``: what a trained reward model says, how well, and whether its bits are the same."""
+"""``hetero-ppo score``, ``eval rm`` and ``verify rm``: scores of a trained reward model, their quality, and whether their bits are the same."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     score.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON lines to write")
     score.set_defaults(run=_score)
 
-    evaluate = subparsers.add_parser("eval", help="judge a trained model").add_subparsers(required=True, metavar="what")
+    evaluate = subparsers.add_parser("eval", help="evaluate a trained model").add_subparsers(
+        required=True, metavar="what"
+    )
     evaluate_rm = evaluate.add_parser("rm", help="accuracy of a reward model on pairs, its calibration and its margins")
     _add_model_arguments(evaluate_rm)
     _add_data_arguments(evaluate_rm, "pairs, as a reward model is trained on")
@@ -38,7 +40,7 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="default: that of the golden scores, else bf16 on CUDA and fp32 on a CPU",
     )
-    parser.add_argument("--plain", action="store_true", help="not the aligned forward")
+    parser.add_argument("--plain", action="store_true", help="use the plain forward in place of the aligned one")
     parser.add_argument("--tensor", type=int, default=1, help="tensor-parallel ranks, under torchrun")
     parser.add_argument("--pipeline", type=int, default=1, help="pipeline stages, under torchrun")
     parser.add_argument("--sequence", action="store_true", help="sequence parallelism")
@@ -47,8 +49,8 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_data_arguments(parser: argparse.ArgumentParser, rows: str) -> None:
     parser.add_argument("--data", required=True, metavar="FILE", help=f".jsonl or .parquet: {rows}")
-    parser.add_argument("--no-chat-template", action="store_true", help="texts are tokenised as they stand")
-    parser.add_argument("--max-tokens", type=int, default=1024, help="of a sequence; a longer one is an error")
+    parser.add_argument("--no-chat-template", action="store_true", help="tokenise texts as they are")
+    parser.add_argument("--max-tokens", type=int, default=1024, help="longest sequence; a longer one is an error")
 
 
 def _score(args: argparse.Namespace) -> None:

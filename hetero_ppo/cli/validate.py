@@ -8,7 +8,7 @@ from hetero_ppo.cli.arguments import add_config_arguments
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = subparsers.add_parser("validate", help="check config, data and tokenizer; say what a run would do")
+    parser = subparsers.add_parser("validate", help="check config, data and tokenizer; print what a run would do")
     parser.add_argument("--world-size", type=int, default=1, metavar="N", help="processes of the run (%(default)s)")
     parser.add_argument(
         "--device-gib",
@@ -23,7 +23,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prints the report; ValueError or FileNotFoundError for the first thing that would stop the run."""
+    """Print the report, and raise a ValueError or FileNotFoundError for the first thing that would stop the run."""
     # transformers takes seconds to import; `hetero-ppo --help` should not.
     from hetero_ppo.cli.validation import print_validation
 

@@ -38,7 +38,7 @@ from hetero_ppo.runtime.settle import settle
 from hetero_ppo.table import render_table
 from hetero_ppo.trainers.run_inputs import text_inputs
 
-#: Around what the loss is on, in the printed sample.
+#: Brackets around what the loss is on, in the printed sample.
 MASK_OPEN, MASK_CLOSE = "[[", "]]"
 #: Kind of run -> what stands between these brackets.
 MASKED = {"sft": "what the loss is on", "rm": "the two answers", "ppo": "where the response goes"}
@@ -52,12 +52,13 @@ def print_validation(config_path: str, overrides: list[str], world_size: int, de
 
     Args:
         config_path: YAML file with ``kind: sft``, ``rm`` or ``ppo``.
-        overrides: ``a.b=c``.
-        world_size: processes of the run.
-        device_gib: memory of one GPU of the run; None: the config's, or this machine's. Without any the run is one on CPUs.
+        overrides: Fields with other values, each as ``a.b=c``.
+        world_size: Number of processes of the run.
+        device_gib: Memory of one GPU of the run; None: the configuration's, or this machine's. Without any the run is one on CPUs.
 
     Raises:
-        ValueError, FileNotFoundError: the first thing that would stop the run.
+        ValueError: A rule is broken, or a file is wrong.
+        FileNotFoundError: A file is missing.
     """
     if world_size < 1:
         raise ValueError(f"--world-size {world_size}: a run has at least 1 process")
@@ -106,7 +107,7 @@ def print_validation(config_path: str, overrides: list[str], world_size: int, de
 
 
 def _try_functions(config: AnyConfig) -> list[str]:
-    """A line for each Python function; it has been imported in a worker process, as in a run."""
+    """Import every Python function in a worker process, as a run does, and return a line for each."""
     if not isinstance(config, PpoConfig):
         return []
     reward, train = config.reward, config.train
@@ -121,7 +122,7 @@ def _try_functions(config: AnyConfig) -> list[str]:
 
 
 def _re_encoders(config: AnyConfig, encoder: TextEncoder, datasets: list[Dataset[Any]]) -> dict[str, ReEncoder]:
-    """Those of the reward models that read texts anew, by role; their templates have been tried on the prompts."""
+    """Return the re-encoders of the reward models that have one, by role; their templates were tried on the prompts."""
     if not isinstance(config, PpoConfig):
         return {}
     return load_re_encoders(config, encoder, datasets)
@@ -160,13 +161,13 @@ def _describe_roles(config: AnyConfig, world_size: int) -> str:
 
 
 def percentile(values: Sequence[int], percent: int) -> int:
-    """The smallest of ``values`` that at least ``percent`` per cent of them do not exceed."""
+    """Return the smallest value that at least ``percent`` per cent of the values do not exceed."""
     rank = -(-len(values) * percent // 100)
     return sorted(values)[max(rank, 1) - 1]
 
 
 def _table(datasets: list[Dataset[Any]]) -> str:
-    """One line per file: counts of rows, percentiles of tokens."""
+    """Return a table with a line per file: counts of rows, percentiles of tokens."""
     head = [
         "file",
         "rows",
@@ -189,7 +190,7 @@ def _table(datasets: list[Dataset[Any]]) -> str:
 
 
 def sample_text(encoder: TextEncoder, example: SftExample | PreferenceExample | PromptExample) -> str:
-    """The text that the model reads, special tokens included, with what the loss is on in brackets."""
+    """Return the text that the model reads, with special tokens, and with brackets around what the loss is on."""
     if isinstance(example, SftExample):
         return _marked(encoder, example.token_ids, example.answer_spans)
     if isinstance(example, PreferenceExample):

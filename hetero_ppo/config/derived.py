@@ -1,4 +1,4 @@
-"""What follows from the few batch sizes a user writes: computed once, printed when a run starts, never written back."""
+"""Values that follow from the few sizes that a user writes: computed once, printed when a run starts, never written back."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def config_reward_models(config: AnyConfig) -> dict[str, RewardRoleConfig]:
 
 
 def trained_roles(config: AnyConfig) -> dict[str, TrainedRoleConfig]:
-    """The roles of ``config_roles`` that have an optimizer."""
+    """Return the roles of ``config_roles`` that have an optimizer."""
     return {name: role for name, role in config_roles(config).items() if isinstance(role, TrainedRoleConfig)}
 
 
@@ -65,7 +65,7 @@ def has_servers(config: PpoConfig) -> bool:
 
 
 def overlaps_generation(config: PpoConfig) -> bool:
-    """True when forwards run beside generation: not where the trainer itself generates."""
+    """Return whether forwards run during generation; they do not where the trainer itself generates."""
     return config.pipeline.overlap and not actor_generates(config)
 
 
@@ -77,10 +77,15 @@ def max_model_len(config: PpoConfig) -> int:
 
 
 def data_parallel_size(role: str, parallel: ParallelConfig, world_size: int) -> int:
-    """Ranks left to ``role`` for data parallelism.
+    """Return the number of ranks that a layout leaves for data parallelism.
+
+    Args:
+        role: Path of the role's section, for the message.
+        parallel: Layout of the role.
+        world_size: Number of ranks of the run.
 
     Raises:
-        ValueError: the layout does not divide the world size.
+        ValueError: The layout does not divide the world size.
     """
     model_ranks = parallel.tensor * parallel.pipeline * parallel.context
     if world_size % model_ranks:
@@ -107,11 +112,11 @@ def longest_sequence(config: AnyConfig, role: str) -> tuple[int, str]:
 
 @dataclass(frozen=True)
 class Passes:
-    """How often a trained role goes over the rollout batch of a PPO step, and in what minibatches."""
+    """Passes of a trained role over the rollout batch of a PPO step, and its minibatches."""
 
     epochs: int
     minibatch_size: int  # responses per optimizer step, over all ranks
-    size_field: str  # that gives it
+    size_field: str  # field that gives this size
 
 
 def passes(algorithm: AlgorithmConfig, role: str) -> Passes:
@@ -126,25 +131,23 @@ def passes(algorithm: AlgorithmConfig, role: str) -> Passes:
 
 @dataclass(frozen=True)
 class RoleBatching:
-    """How one trained role cuts its optimizer steps."""
+    """Batches and micro-batches of one trained role."""
 
     role: str
     data_parallel_size: int  # ranks
     batch_per_rank: (
-        int  # sequences (SFT, PPO) or pairs (reward model) per optimizer step on one data-parallel rank, on average
+        int  # sequences, or pairs of a reward model, per optimizer step on one data-parallel rank, on average
     )
-    micro_batch_size: int  # of them per forward, where micro_batch_tokens is None
+    micro_batch_size: int  # the same per forward, where micro_batch_tokens is None
     micro_batch_tokens: int | None  # tokens per forward
-    micro_batches: (
-        int | None
-    )  # per optimizer step on one rank, the last one may be smaller; None: a budget of tokens and lengths decide
+    micro_batches: int | None  # per optimizer step on one rank; None: a budget of tokens and the lengths decide
     optimizer_steps_per_step: int  # optimizer steps per PPO step; 1 for SFT and reward model
     total_optimizer_steps: int
 
 
 @dataclass(frozen=True)
 class SupervisedBatching:
-    """SFT and reward model."""
+    """Batching of an SFT or reward-model run."""
 
     num_rows: int  # examples (SFT) or pairs (reward model) in the training file, after over-long ones were left out
     global_batch_size: int
@@ -167,7 +170,7 @@ class SupervisedBatching:
 
 @dataclass(frozen=True)
 class PpoBatching:
-    """PPO: everything is counted in prompts, responses or steps."""
+    """Batching of a PPO run, counted in prompts, responses or steps."""
 
     num_prompts: int  # in the training file, after over-long ones were left out
     rollout_batch_size: int  # prompts per PPO step, over all ranks
@@ -212,7 +215,7 @@ class PpoBatching:
         return _describe(rows + [row for role in self.roles.values() for row in _role_rows(role, "responses")])
 
     def _rows_of_other_passes(self) -> list[tuple[str, int, str]]:
-        """Rows of the roles whose passes over the rollout batch are not the actor's."""
+        """Return table rows of the roles whose passes over the rollout batch differ from the actor's."""
         passes_of = {name: (self.minibatches_per_epoch[name], self.epochs[name]) for name in self.roles}
         return [
             (f"{name} minibatches", minibatches, f"per {name} epoch, {epochs} {name} epochs per step")
@@ -243,10 +246,17 @@ def _describe(rows: list[tuple[str, int, str]]) -> str:
 
 
 def total_steps(steps: int | None, epochs: int, num_rows: int, rows_per_step: int, source: str) -> int:
-    """``steps`` where given, else enough steps that every row is seen ``epochs`` times (the last pass may go on).
+    """Return the length of a run in steps.
+
+    Args:
+        steps: Length as the user gives it; None: ``epochs`` decides.
+        epochs: Number of times that every row is seen; the last step may begin one more pass.
+        num_rows: Number of usable rows.
+        rows_per_step: Number of rows of a step, over all ranks.
+        source: Data file, for the message.
 
     Raises:
-        ValueError: there is nothing to do.
+        ValueError: The run would have no steps.
     """
     total = steps if steps is not None else math.ceil(num_rows * epochs / rows_per_step)
     if num_rows == 0 or total <= 0:
@@ -258,10 +268,15 @@ def total_steps(steps: int | None, epochs: int, num_rows: int, rows_per_step: in
 
 
 def derive_supervised(config: SftConfig | RmConfig, world_size: int, num_rows: int) -> SupervisedBatching:
-    """Batching of an SFT or reward-model run on ``world_size`` ranks with ``num_rows`` usable training rows.
+    """Return the batching of an SFT or reward-model run.
+
+    Args:
+        config: Configuration of the run.
+        world_size: Number of ranks.
+        num_rows: Number of usable training rows.
 
     Raises:
-        ValueError: sizes that do not divide, or zero steps.
+        ValueError: Sizes do not divide, or the run would have no steps.
     """
     name, role = next(iter(trained_roles(config).items()))
     train = config.train
@@ -271,10 +286,15 @@ def derive_supervised(config: SftConfig | RmConfig, world_size: int, num_rows: i
 
 
 def derive_ppo(config: PpoConfig, world_size: int, num_prompts: int) -> PpoBatching:
-    """Batching of a PPO run on ``world_size`` ranks with ``num_prompts`` usable prompts.
+    """Return the batching of a PPO run.
+
+    Args:
+        config: Configuration of the run.
+        world_size: Number of ranks.
+        num_prompts: Number of usable prompts.
 
     Raises:
-        ValueError: sizes that do not divide, or zero steps.
+        ValueError: Sizes do not divide, or the run would have no steps.
     """
     algorithm, train = config.algorithm, config.train
     responses = algorithm.rollout_batch_size * algorithm.samples_per_prompt
@@ -316,18 +336,20 @@ def derive_ppo(config: PpoConfig, world_size: int, num_prompts: int) -> PpoBatch
 
 
 def chunk_size(config: PpoConfig, world_size: int) -> int:
-    """Responses of a chunk of the pipeline, over all ranks."""
+    """Return the number of responses of a chunk of the pipeline, over all ranks."""
     responses = config.algorithm.rollout_batch_size * config.algorithm.samples_per_prompt
     return min(config.pipeline.chunk_size or running_batch(config.rollout, world_size), responses)
 
 
 def chunk_sizes(num_responses: int, chunk_size: int) -> list[int]:
-    """Responses of each chunk, in the order of completion. The last of several is cut again: its responses, which are the longest,
-    complete one by one, and those that are there need not wait for the very last.
+    """Return the number of responses of each chunk, in the order of completion.
+
+    The last of several chunks is cut again. Its responses are the longest and complete one by one, so the first of them need not wait
+    for the very last.
 
     Args:
-        num_responses: of a step, at least 1.
-        chunk_size: of a whole chunk.
+        num_responses: Number of responses of a step, at least 1.
+        chunk_size: Number of responses of a whole chunk.
     """
     sizes = [chunk_size] * ((num_responses - 1) // chunk_size)
     rest = num_responses - sum(sizes)
@@ -338,19 +360,19 @@ def chunk_sizes(num_responses: int, chunk_size: int) -> list[int]:
 
 
 def num_servers(rollout: RolloutConfig, world_size: int) -> int:
-    """vLLM servers of the run: as many as the config says, or at ``tensor_parallel`` 1 one for every rank."""
+    """Return the number of vLLM servers of the run: as the configuration says, else one for every ``tensor_parallel`` ranks."""
     if rollout.num_servers is not None:
         return rollout.num_servers
     return max(1, world_size // rollout.tensor_parallel)
 
 
 def num_nodes(world_size: int) -> int:
-    """Nodes of the run, each with as many ranks: from torchrun's LOCAL_WORLD_SIZE, without which it is one."""
+    """Return the number of nodes of the run: world size over torchrun's LOCAL_WORLD_SIZE, or 1 without torchrun."""
     return max(1, world_size // int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
 
 
 def servers_of_nodes(rollout: RolloutConfig, world_size: int) -> list[int]:
-    """vLLM servers of each node: as many on each, the first ones have one more where that leaves a rest."""
+    """Return the number of vLLM servers of each node: equal numbers, and one more on the first nodes where that leaves a rest."""
     nodes = num_nodes(world_size)
     each, rest = divmod(num_servers(rollout, world_size), nodes)
     return [each + (node < rest) for node in range(nodes)]
@@ -370,7 +392,7 @@ def weight_transfer(rollout: RolloutConfig, *, one_node: bool) -> WeightTransfer
 
 
 def running_batch(rollout: RolloutConfig, world_size: int) -> int:
-    """Responses that all servers generate at once."""
+    """Return the number of responses that all servers generate at once."""
     return rollout.max_num_seqs * num_servers(rollout, world_size)
 
 
@@ -398,10 +420,16 @@ def _role_batching(
 
 
 def exact_quotient(numerator: int, denominator: int, numerator_name: str, denominator_name: str) -> int:
-    """``numerator / denominator``.
+    """Return a quotient that has to be a whole number.
+
+    Args:
+        numerator: Number that is divided.
+        denominator: Number that divides it.
+        numerator_name: Field of the first number, for the message.
+        denominator_name: Field of the second number, for the message.
 
     Raises:
-        ValueError: it is not a whole number; names the nearest sizes that would do.
+        ValueError: It is not a whole number; the message names the nearest sizes that would do.
     """
     if numerator % denominator:
         below = numerator - numerator % denominator

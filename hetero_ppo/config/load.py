@@ -55,17 +55,22 @@ class DraftConfig:
     ] = ()  # lines about options of the file that no run of its kind ever used; they are left out
 
     def missing_fields(self) -> list[str]:
-        """Mandatory fields that neither the file nor an override gives, sorted."""
+        """Return the mandatory fields that neither the file nor an override gives, sorted."""
         values: Any = OmegaConf.to_container(self.node, resolve=False)
         return sorted(_missing(values, ""))
 
 
 def load_config(path: str, overrides: list[str]) -> LoadedConfig:
-    """Read ``path``, apply ``overrides`` (each ``a.b=c``) in order, resolve interpolations.
+    """Read a YAML file, apply overrides in order, and resolve interpolations.
+
+    Args:
+        path: Path of the file.
+        overrides: Fields with other values, each as ``a.b=c``.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: bad YAML, unknown key, wrong type, missing mandatory field, unset environment variable.
+        FileNotFoundError: There is no such file.
+        ValueError: The YAML is bad, a key is unknown, a value has the wrong type, or a mandatory field or an environment variable is
+            missing.
     """
     draft = load_draft(path, overrides)
     missing = draft.missing_fields()
@@ -82,11 +87,15 @@ def load_config(path: str, overrides: list[str]) -> LoadedConfig:
 
 
 def load_draft(path: str, overrides: list[str]) -> DraftConfig:
-    """As ``load_config``, but mandatory fields may be missing and interpolations stay as they were written.
+    """Read a YAML file and apply overrides, without resolving interpolations; mandatory fields may be missing.
+
+    Args:
+        path: Path of the file.
+        overrides: Fields with other values, each as ``a.b=c``.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: bad YAML, unknown key, wrong type.
+        FileNotFoundError: There is no such file.
+        ValueError: The YAML is bad, a key is unknown, or a value has the wrong type.
     """
     values, lines = _read_yaml(path)
     kind = _kind(values, path)
@@ -117,7 +126,7 @@ def load_draft(path: str, overrides: list[str]) -> DraftConfig:
 
 
 def _read_yaml(path: str) -> tuple[dict[str, Any], dict[str, int]]:
-    """Values of the file, and the line of every dotted key."""
+    """Return the values of a file, and the line of every dotted key."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"config file {path!r} does not exist (current folder: {os.getcwd()})")
     try:
@@ -184,7 +193,7 @@ def _override_leaves(override: str, schema_class: type) -> Iterator[tuple[str, A
 def _leaves(
     values: dict[Any, Any], section: type, prefix: str, origin: Callable[[str], str], schema_class: type
 ) -> Iterator[tuple[str, Any, Any]]:
-    """(dotted field, value, type) of everything set below a section; an unknown key is an error."""
+    """Yield (dotted field, value, type) of everything that is set below a section, and refuse unknown keys."""
     hints = hints_of(section)
     for key, value in values.items():
         field = f"{prefix}{key}"
@@ -209,7 +218,7 @@ def _leaves(
 def _item_leaves(
     values: dict[Any, Any] | list[Any], section: type, field: str, origin: Callable[[str], str], schema_class: type
 ) -> Iterator[tuple[str, Any, Any]]:
-    """The same of a list of sections: all of it, or by number those items that an override changes."""
+    """Yield the same for a list of sections: for all of its items, or for those whose numbers an override gives."""
     if isinstance(values, list):
         yield field, [], list[section]  # type: ignore[valid-type]  # what was there goes
         values = dict(enumerate(values))
@@ -224,7 +233,7 @@ def _item_leaves(
 
 
 def _suggestion(key: str, prefix: str, section: type, schema_class: type) -> str:
-    """The nearest known key: a sibling, else the same or a similar name anywhere, else the list of siblings."""
+    """Return the nearest known key: a sibling, else the same or a similar name anywhere, else the list of siblings."""
     siblings = [field.name for field in dataclasses.fields(section)]
     near = difflib.get_close_matches(key, siblings, n=1)
     if near:
@@ -239,7 +248,7 @@ def _suggestion(key: str, prefix: str, section: type, schema_class: type) -> str
 
 
 def all_fields(section: type, prefix: str = "") -> Iterator[str]:
-    """Dotted names of all leaf fields of a schema class."""
+    """Yield the dotted names of all fields of a schema class that are no sections."""
     for name, hint in hints_of(section).items():
         nested = section_class(hint)
         if nested is None:
@@ -277,7 +286,7 @@ def _assign(node: DictConfig, schema_class: type, field: str, value: Any, hint: 
 
 
 def _is_acceptable(value: Any, plain: Any) -> bool:
-    """Stricter than OmegaConf, which reads 3 as true and true as the text "True"."""
+    """Return whether a type takes a value. OmegaConf is less strict: it reads 3 as true and true as the text "True"."""
     interpolated = isinstance(value, str) and "${" in value
     if plain is bool and value is not None:
         return isinstance(value, bool) or interpolated

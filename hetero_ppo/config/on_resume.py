@@ -71,7 +71,7 @@ def leaves(values: dict[str, Any], section: type, prefix: str = "") -> Iterator[
 
 
 def is_named(field: str, names: Collection[str]) -> bool:
-    """Whether a field, or a section that it is in, is among ``names``."""
+    """Return whether a field, or a section that it is in, is among ``names``."""
     parts = field.split(".")
     return any(".".join(parts[:depth]) in names for depth in range(1, len(parts) + 1))
 

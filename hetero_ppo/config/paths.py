@@ -32,7 +32,7 @@ def expand_paths(node: DictConfig) -> None:
         node: Resolved configuration.
 
     Raises:
-        ValueError: a shell variable, or the home of a user who is not there.
+        ValueError: A path holds a shell variable, or the home of an unknown user.
     """
     for field, value in _texts(OmegaConf.to_container(node), ""):
         if not any(field == name or field.endswith(f".{name}") for name in PATH_FIELDS):
@@ -49,7 +49,7 @@ def expand_paths(node: DictConfig) -> None:
 
 
 def _texts(values: Any, prefix: str) -> Iterator[tuple[str, str]]:
-    """(dotted field, text) of every text below a section; items of lists are numbered."""
+    """Yield (dotted field, text) of every text below a section; items of lists are numbered."""
     items = values.items() if isinstance(values, dict) else enumerate(values)
     for name, value in items:
         if isinstance(value, (dict, list)):

@@ -1,10 +1,10 @@
-"""Secrets that stand in a configuration are not printed and not saved."""
+"""Remove secrets from a configuration before it is printed or saved."""
 
 from __future__ import annotations
 
 import re
 
-#: What a secret looks like: a name and password in an address; tokens of Hugging Face, OpenAI, GitHub, AWS and W&B's new form.
+#: Forms of secrets: a name and password in an address; tokens of Hugging Face, OpenAI, GitHub, AWS and W&B's new form.
 SECRETS = (
     re.compile(r"(?<=://)[^\s/:@'\"]+:[^\s/@'\"]+(?=@)"),
     re.compile(r"\bhf_[A-Za-z0-9]{20,}\b"),
@@ -17,7 +17,7 @@ REDACTED = "REDACTED"
 
 
 def redact(text: str) -> str:
-    """The text with ``REDACTED`` for everything that looks like a secret."""
+    """Return the text with ``REDACTED`` in place of everything that looks like a secret."""
     for pattern in SECRETS:
         text = pattern.sub(REDACTED, text)
     return text

@@ -4,6 +4,6 @@ from __future__ import annotations
 
 
 def require(condition: bool, field: str, value: object, rule: str) -> None:
-    """Raises ValueError with all three where ``condition`` is false."""
+    """Raise a ValueError that names field, value and rule where ``condition`` is false."""
     if not condition:
         raise ValueError(f"{field}={value}: {rule}")

@@ -161,7 +161,7 @@ def unused_options(loaded: LoadedConfig) -> list[str]:
 
 
 def _default(section: type, field: str) -> Any:
-    """The default of an option, which a configuration that a run has saved sets too."""
+    """Return the default of an option. The saved configuration of a run sets defaults too, so these are not reported."""
     *sections, name = field.split(".")
     for part in sections:
         if not part.isdecimal():
@@ -173,7 +173,7 @@ def _default(section: type, field: str) -> Any:
 
 
 def _role_options(config: AnyConfig) -> Iterator[UnusedOptions[AnyConfig]]:
-    """What depends on a role; the condition is that the options are given at all."""
+    """Yield the options that a role does not use because of another option of that role."""
     for name, role in config_roles(config).items():
         if role.micro_batch_tokens is not None:
             yield UnusedOptions(

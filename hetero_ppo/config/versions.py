@@ -1,4 +1,4 @@
-"""Oldest versions of packages that are safe to run what a run does with them."""
+"""Oldest versions of packages without a known security hole in what a run does with them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from packaging.version import Version
 
-#: Package -> oldest version, and the hole that was closed in it.
+#: Package -> oldest safe version, and the hole that it closed.
 OLDEST = {
     "torch": ("2.10.0", "CVE-2026-24747: a file that is read with weights_only=True corrupts memory"),
     "megatron-core": ("0.15.3", "CVE-2026-24150 to 24152: a checkpoint runs code"),
@@ -21,10 +21,10 @@ OLDEST = {
 
 
 def check_versions() -> None:
-    """Packages that are not installed are not looked at.
+    """Refuse installed packages with known security holes.
 
     Raises:
-        ValueError: a package is older than ``OLDEST``.
+        ValueError: A package is older than ``OLDEST``.
     """
     for package, (oldest, hole) in OLDEST.items():
         try:

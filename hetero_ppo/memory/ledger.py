@@ -1,4 +1,4 @@
-"""What each role really holds, where: read off its storages before and after every switch."""
+"""Record of what each role holds, and where: read from its storages before and after every switch of turns."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class LedgerEntry:
     device: RoleBytes
     host: RoleBytes  # pinned buffers
     reported: int | None  # bytes of tensors, as torch's allocator reports them; None without CUDA
-    reserved: int | None  # bytes that torch's allocator has of the driver, these tensors included; None without CUDA
+    reserved: int | None  # bytes that torch's allocator took from the driver, with these tensors; None without CUDA
 
     @property
     def device_bytes(self) -> int:
@@ -39,7 +39,7 @@ class LedgerEntry:
 
 @dataclass
 class Ledger:
-    """Looks of the newest step, and what every phase held at most."""
+    """Entries of the newest steps, and the most that every phase held."""
 
     look: Callable[[], tuple[RoleBytes, RoleBytes]]  # (device, host), now
     reported: Callable[[], int | None]
@@ -48,11 +48,11 @@ class Ledger:
     phases: dict[str, dict[str, dict[Kind, int]]] = field(default_factory=dict)  # phase -> role -> kind -> bytes
     reserved_phases: dict[str, int] = field(
         default_factory=dict
-    )  # phase -> bytes that torch's allocator had as it ended; CUDA alone
+    )  # phase -> bytes that torch's allocator had; CUDA only
     max_entries: int = 256
 
     def record(self, phase: str, moment: str) -> LedgerEntry:
-        """Look and keep it; the oldest entries go."""
+        """Read the memory, keep the entry and return it; the oldest entries are dropped."""
         device, host = self.look()
         entry = LedgerEntry(phase, moment, device, host, self.reported(), self.reserved())
         self.entries.append(entry)
@@ -60,7 +60,7 @@ class Ledger:
         return entry
 
     def computed(self, phase: str, held: RoleBytes) -> None:
-        """Note what the roles of a phase's turn held while it computed: the most of all times."""
+        """Keep the most that the roles of a phase have held while it computed."""
         reserved = self.reserved()
         if reserved is not None:  # it does not shrink within a turn, so it is the turn's most
             self.reserved_phases[phase] = max(reserved, self.reserved_phases.get(phase, 0))
@@ -72,5 +72,5 @@ class Ledger:
 
 
 def total(held: RoleBytes) -> int:
-    """Bytes of all roles and kinds."""
+    """Return the bytes of all roles and kinds."""
     return sum(num_bytes for kinds in held.values() for num_bytes in kinds.values())

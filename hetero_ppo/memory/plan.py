@@ -55,24 +55,24 @@ class PhasePlan:
     """One phase of a step, on the rank that is fullest in it."""
 
     phase: str
-    computing: str | None  # whose forward or backward it is; None: the generator computes, in its own share
+    computing: str | None  # role that computes; None: the generator, in its own share
     rank: int
     roles: Bytes  # on the device
     activations: int  # estimate, bytes
     ahead: int  # bytes of the next turn that may have come in already, as far as the largest turn leaves room
     generator: int  # the generator's share of the device, bytes
-    reserves: Sequence[ReservePart]  # what a CUDA device holds beside tensors; nothing on a CPU
+    reserves: Sequence[ReservePart]  # what a CUDA device holds besides tensors; empty on a CPU
     copied_out: int  # bytes to host memory as the phase begins, of the rank that copies most then
     copied_in: int  # bytes from host memory
 
     @property
     def counted(self) -> int:
-        """What the project allocates itself, bytes."""
+        """Bytes that the project allocates itself."""
         return sum(size for kinds in self.roles.values() for size in kinds.values())
 
     @property
     def reserve(self) -> int:
-        """Bytes that a CUDA device holds beside tensors."""
+        """Bytes that a CUDA device holds besides tensors."""
         return sum(part.num_bytes for part in self.reserves)
 
     @property
@@ -87,11 +87,16 @@ class PhasePlan:
         )
 
     def of_kind(self, kind: Kind) -> int:
-        """Bytes of a kind, all roles together."""
+        """Return the bytes of a kind, all roles together."""
         return sum(kinds.get(kind, 0) for kinds in self.roles.values())
 
     def seconds(self, pcie_gb_s: float, *, overlap: bool) -> float:
-        """Of the copies: both ways side by side, or one after the other. Rate of one direction in 1e9 bytes per second."""
+        """Return the seconds of the copies.
+
+        Args:
+            pcie_gb_s: Rate of one direction in 1e9 bytes per second.
+            overlap: Whether both directions run in parallel; otherwise one follows the other.
+        """
         bytes_waited_for = max(self.copied_in, self.copied_out) if overlap else self.copied_in + self.copied_out
         return bytes_waited_for / (pcie_gb_s * 1e9)
 
@@ -100,12 +105,12 @@ class PhasePlan:
 class HostPlan:
     """Host memory of the fullest node, bytes."""
 
-    pinned: Mapping[str, int]  # role -> buffers of what leaves the device
-    weight_files: int  # the generator's weights on their way, in shared memory: the old version and the new one
+    pinned: Mapping[str, int]  # role -> buffers for what leaves the device
+    weight_files: int  # the generator's weights in shared memory during a sync: the old version and the new one
     generator: int  # the servers' weights and KV cache, on a CPU
-    checkpoint: int  # of the trained roles, copied before it is written
-    loading: int  # what the ranks read of a checkpoint at one time; there is no copy then
-    device_is_host: int  # what the ranks hold "on the device", when the device is the CPU
+    checkpoint: int  # copy of the trained roles that a checkpoint is written from
+    loading: int  # the part of a checkpoint that the ranks read at one time; there is no copy then
+    device_is_host: int  # what the ranks hold on the device, when the device is the CPU
 
     @property
     def total(self) -> int:
@@ -115,7 +120,7 @@ class HostPlan:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What a run will hold, where, and when."""
+    """Memory of a run: by phase on a device, and on a host."""
 
     kind: str  # "sft", "rm" or "ppo"
     world_size: int
@@ -125,7 +130,7 @@ class MemoryPlan:
     host: HostPlan
     generator: GeneratorPlan | None
     device_bytes: int | None  # of one device; None: a CPU, without a limit of its own
-    residency: ResidencyConfig | None  # PPO alone has turns
+    residency: ResidencyConfig | None  # None: the run has no turns
 
     @property
     def peak(self) -> PhasePlan:
@@ -141,17 +146,17 @@ def plan_memory(
     device_bytes: int | None = None,
     rank: int | None = None,
 ) -> MemoryPlan:
-    """Plan a run.
+    """Return the memory plan of a run.
 
     Args:
-        config: checked.
-        world_size: ranks of the run.
-        ranks_per_node: None: ``DEFAULT_RANKS_PER_NODE``, or fewer where the world is smaller.
-        device_bytes: memory of one device; None: a CPU.
-        rank: plan this rank alone; None: in every phase, the rank that is fullest in it.
+        config: Checked configuration of the run.
+        world_size: Number of ranks of the run.
+        ranks_per_node: Number of ranks of a node; None: ``DEFAULT_RANKS_PER_NODE``, or fewer where the world is smaller.
+        device_bytes: Memory of one device; None: a CPU.
+        rank: The only rank to plan; None: in every phase, the rank that is fullest in it.
 
     Raises:
-        ValueError: a config.json that is missing or not supported, a layout that does not fit model or world.
+        ValueError: A config.json is missing or not supported, or a layout does not fit model or world.
     """
     on_cpu = device_bytes is None
     roles = {name: RoleStorage(name, role, world_size, on_cpu=on_cpu) for name, role in config_roles(config).items()}
@@ -280,7 +285,10 @@ class _PhasePlanner:
         }
 
     def _ahead(self, index: int, rank: int) -> int:
-        """What ``engines.shared_device`` lets come in before its turn: roles never hold more than their largest turn does."""
+        """Return the bytes of the next turn that ``engines.shared_device`` lets come in during this one.
+
+        Roles never hold more than in their largest turn.
+        """
         phase, following = self.phases[index], self._next(index)
         missing = sum(
             self.roles[name].bytes_by_kind(rank).get(kind, 0)
@@ -311,7 +319,7 @@ class _PhasePlanner:
 
 
 def role_work(config: AnyConfig, role: RoleStorage, *, training: bool, on_cpu: bool) -> Work:
-    """The largest micro-batch of a role, and how many there are on one rank."""
+    """Return the largest micro-batch of a role, and the number of micro-batches on one rank."""
     size = role.config.micro_batch_size
     if isinstance(config, PpoConfig):
         algorithm, sampling = config.algorithm, config.rollout
@@ -341,7 +349,7 @@ def role_work(config: AnyConfig, role: RoleStorage, *, training: bool, on_cpu: b
 
 
 def _gathered_bytes(role: RoleStorage) -> int:
-    """What ``stream_hf`` holds of the largest tensor: the shards, and what they are joined to."""
+    """Return the bytes that ``stream_hf`` holds of the largest tensor: the shards, and the tensor that they are joined to."""
     largest = max(hf_tensor_sizes(role.bridge, role.head).values()) * role.element_bytes
     parallel = role.config.parallel
     if parallel.tensor > 1:

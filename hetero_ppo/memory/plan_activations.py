@@ -55,7 +55,7 @@ class LayerWidths:
 
     @classmethod
     def of(cls, bridge: BridgeConfig, *, on_cuda: bool = False) -> LayerWidths:
-        """Those of a model in its layout."""
+        """Return the widths of a model in its layout."""
         config, dims = bridge.transformer, bridge.dims
         tensor = config.tensor_model_parallel_size
         moe = config.num_moe_experts is not None
@@ -78,18 +78,21 @@ class LayerWidths:
         )
 
     def norm(self) -> float:
-        """Bytes per token of one RMSNorm: its input, what it gives, one fp32 scale; in fp32 the normalised input too, if not aligned."""
+        """Return the bytes per token of one RMSNorm: its input, its output, one fp32 scale.
+
+        In fp32 the normalised input is kept as well, except in an aligned role.
+        """
         return (self.element * (2 * self.hidden) + self._normalised(self.hidden) + FP32_BYTES) / self.hidden_parts
 
     def _normalised(self, width: int) -> int:
         return FP32_BYTES * width if self.element == FP32_BYTES and not self.aligned else 0
 
     def attention(self) -> float:
-        """Bytes per token: the qkv product (values are a view of it), rotated queries and keys, output, softmax scale.
+        """Return the bytes per token of attention.
 
-        In float32 on CUDA keys and values are copied for every query head.
-
-        In an aligned role fp32 copies of the qkv product and of what is rotated, and the output.
+        These are the qkv product (values are a view of it), rotated queries and keys, output, and softmax scale. In float32 on CUDA keys
+        and values are copied for every query head. An aligned role keeps fp32 copies of the qkv product and of what is rotated, and the
+        output.
         """
         if self.aligned:
             tiles = FP32_BYTES * (2 * self.query + 3 * self.key) + self.element * self.query
@@ -117,10 +120,10 @@ class LayerWidths:
         )
 
     def mlp(self) -> float:
-        """Bytes per token: gate and up, silu(gate), if not aligned, and the product. What "selective" recomputes.
+        """Return the bytes per token of the MLP, which "selective" recomputes: gate and up, the product, and silu(gate) if not aligned.
 
-        With experts, for every expert of a token: gate and up, the product, the token's copy, its weight and two indices; and
-        the router's map. Tokens are taken to spread evenly over the ranks' experts.
+        With experts it is, for every expert of a token: gate and up, the product, the token's copy, its weight and two indices; and
+        the map of the router. Tokens are assumed to spread evenly over the experts of the ranks.
         """
         if not self.num_experts:
             return (3 if self.aligned else 4) * self.ffn * self.element
@@ -130,16 +133,16 @@ class LayerWidths:
         return (routed + self.num_experts * (self.element + 1)) / self.hidden_parts
 
     def mlp_gradients(self) -> float:
-        """Bytes per token of the gradients of gate, up and product."""
+        """Return the bytes per token of the gradients of gate, up and product."""
         copies = self.experts_per_token / self.hidden_parts if self.num_experts else 1
         return 3 * self.ffn * self.element * copies
 
     def rope(self, length: int) -> int:
-        """Bytes per micro-batch: cosine and sine, for queries and for keys; in an aligned role all layers keep the same."""
+        """Return the bytes per micro-batch of cosine and sine, for queries and for keys; in an aligned role all layers share them."""
         return 0 if self.aligned else 4 * self.head_dim * length * self.element
 
     def layer(self, rows: int, length: int, recompute: str | None) -> float:
-        """Bytes that a layer keeps from its forward to its backward, of [rows, length] tokens on this rank."""
+        """Return the bytes that a layer keeps from its forward to its backward for [rows, length] tokens on this rank."""
         tokens = rows * length
         if recompute == "full":
             return tokens * self.element * self.hidden / self.hidden_parts
@@ -148,14 +151,14 @@ class LayerWidths:
 
 
 def training_bytes(bridge: BridgeConfig, head: str, recompute: str | None, pp_rank: int, work: Work) -> int:
-    """The most that a forward-backward pass holds on a rank of a pipeline stage: what is kept, and what is at work beside it.
+    """Return the most bytes that a forward-backward pass holds on a rank of a pipeline stage: what is kept, and the work of one layer.
 
     Args:
-        bridge: model and layout.
+        bridge: Model and layout.
         head: "lm", "value" or "score".
         recompute: None, "selective" or "full".
-        pp_rank: pipeline stage.
-        work: whole sequences; context parallelism divides them here.
+        pp_rank: Number of the pipeline stage.
+        work: Whole sequences; context parallelism divides them here.
     """
     widths = LayerWidths.of(bridge, on_cuda=work.on_cuda)
     rows, length = work.rows, _own_length(widths, work)
@@ -172,7 +175,7 @@ def training_bytes(bridge: BridgeConfig, head: str, recompute: str | None, pp_ra
 
 
 def kept_bytes(bridge: BridgeConfig, head: str, recompute: str | None, pp_rank: int, work: Work) -> float:
-    """What a rank of a pipeline stage keeps for the backward passes to come, at most. Arguments as in ``training_bytes``."""
+    """Return the most bytes that a rank of a pipeline stage keeps for later backward passes. Arguments as in ``training_bytes``."""
     widths, pipeline = LayerWidths.of(bridge, on_cuda=work.on_cuda), bridge.pipeline_layout
     rows, length = work.rows, _own_length(widths, work)
     chunks = microbatches_in_flight(bridge, pp_rank, work.num_microbatches)
@@ -186,12 +189,12 @@ def kept_bytes(bridge: BridgeConfig, head: str, recompute: str | None, pp_rank: 
 
 
 def _hidden(widths: LayerWidths, tokens: int) -> float:
-    """Bytes of the hidden states between two layers."""
+    """Return the bytes of the hidden states between two layers."""
     return tokens * widths.element * widths.hidden / widths.hidden_parts
 
 
 def forward_bytes(bridge: BridgeConfig, head: str, pp_rank: int, work: Work) -> int:
-    """The most that a forward without gradients holds on a rank of a pipeline stage: one layer, or what follows the last."""
+    """Return the most bytes that a forward without gradients holds on a rank of a stage: one layer, or what follows the last."""
     widths = LayerWidths.of(bridge, on_cuda=work.on_cuda)
     rows, length = work.rows, _own_length(widths, work)
     most = widths.layer(rows, length, None)
@@ -207,10 +210,10 @@ def forward_bytes(bridge: BridgeConfig, head: str, pp_rank: int, work: Work) -> 
 
 
 def microbatches_in_flight(bridge: BridgeConfig, pp_rank: int, num_microbatches: int) -> int:
-    """Model chunks' worth of micro-batches whose backward is still to come, at most.
+    """Return how many (model chunk, micro-batch) pairs wait for their backward at most.
 
-    One forward, one backward: a stage runs as many forwards ahead as there are stages behind it, and one more. Interleaved,
-    the warm-up is longer (Narayanan et al. 2021, figure 4).
+    In the schedule of one forward, one backward a stage runs as many forwards ahead as there are stages behind it, and one more. The
+    interleaved schedule has a longer warm-up (Narayanan et al. 2021, figure 4).
     """
     pipeline = bridge.pipeline_layout
     behind = pipeline.pp_size - pp_rank - 1
@@ -220,7 +223,7 @@ def microbatches_in_flight(bridge: BridgeConfig, pp_rank: int, num_microbatches:
 
 
 def _own_length(widths: LayerWidths, work: Work) -> int:
-    """Tokens of a sequence on one context-parallel rank, with the padding that the layout needs."""
+    """Return the tokens of a sequence on one context-parallel rank, with the padding that the layout needs."""
     parts = widths.hidden_parts * (2 * widths.context if widths.context > 1 else 1)
     return -(-work.length // parts) * parts // widths.context
 
@@ -236,6 +239,6 @@ def _slices(bridge: BridgeConfig, tokens: int, slice_elements: int) -> int:
 
 
 def _vocabulary_weight(bridge: BridgeConfig) -> int:
-    """Gradient of an embedding matrix, before it is added to the fp32 buffer."""
+    """Return the bytes of the gradient of an embedding matrix, before it is added to the fp32 buffer."""
     columns = bridge.padded_vocab_size // bridge.transformer.tensor_model_parallel_size
     return columns * bridge.transformer.hidden_size * bridge.transformer.params_dtype.itemsize

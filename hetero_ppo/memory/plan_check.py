@@ -28,18 +28,18 @@ UTILIZATION_STEP = 0.05
 
 @dataclass(frozen=True)
 class Change:
-    """Fields of a config with other values, as overrides."""
+    """Other values for fields of a configuration."""
 
     fields: tuple[tuple[str, Any], ...]  # (dotted name, value)
 
     def describe(self) -> str:
-        """As a command line takes it."""
+        """Return the fields as a command line takes them."""
         return " ".join(
             f"{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in self.fields
         )
 
     def apply(self, config: AnyConfig) -> AnyConfig:
-        """A changed copy."""
+        """Return a changed copy."""
         changed = copy.deepcopy(config)
         for name, value in self.fields:
             *path, last = name.split(".")
@@ -59,16 +59,17 @@ def check_fits(
     device_gib: float | None = None,
     host_gib: float | None = None,
 ) -> MemoryPlan:
-    """The plan of a run that fits the machine.
+    """Return the plan of a run, and refuse a run that does not fit the machine.
 
     Args:
-        config: checked.
-        world_size: ranks of the run.
-        ranks_per_node: None: torchrun's LOCAL_WORLD_SIZE, else ``plan.DEFAULT_RANKS_PER_NODE`` at most.
-        device_gib, host_gib: None: the config's ``residency``, else the machine's.
+        config: Checked configuration of the run.
+        world_size: Number of ranks of the run.
+        ranks_per_node: Number of ranks of a node; None: torchrun's LOCAL_WORLD_SIZE, else at most ``plan.DEFAULT_RANKS_PER_NODE``.
+        device_gib: Memory of one device in GiB; None: ``residency.device_gib``, else the machine's.
+        host_gib: Memory of one node in GiB; None: ``residency.host_gib``, else the machine's.
 
     Raises:
-        ValueError: it does not fit; names the phase, the roles, how much it is over, and the cheapest change.
+        ValueError: The run does not fit; the message names the phase, the roles, how much it is over, and the cheapest change.
     """
     limits = find_limits(config.residency, device_gib, host_gib)
     local_ranks = ranks_per_node or int(os.environ.get("LOCAL_WORLD_SIZE", "0")) or None
@@ -85,7 +86,7 @@ def require_fit(config: AnyConfig, plan: MemoryPlan, limits: Limits) -> None:
 
 
 def _advice(config: AnyConfig, plan: MemoryPlan, limits: Limits, excess: Excess) -> str:
-    """The first change that is enough; else the first few that are together, the cheapest ones tried first."""
+    """Return the cheapest change that is enough, else a few that are enough together."""
     kept: list[Change] = []
     best = plan
     for change in candidate_changes(config, plan, limits, excess):
@@ -109,7 +110,7 @@ def _advice(config: AnyConfig, plan: MemoryPlan, limits: Limits, excess: Excess)
 def _without_needless(
     changes: list[Change], after: MemoryPlan, config: AnyConfig, plan: MemoryPlan, limits: Limits
 ) -> tuple[list[Change], MemoryPlan]:
-    """The changes without those that the others can do without, the dearest left out first."""
+    """Return the changes without needless ones; the most expensive are left out first."""
     for change in reversed(changes):
         fewer = [other for other in changes if other is not change]
         replanned = _replan(fewer, config, plan, limits)
@@ -119,7 +120,7 @@ def _without_needless(
 
 
 def _overflow(plan: MemoryPlan, limits: Limits) -> int:
-    """Bytes over the limits, all phases and places together: what every change is to make smaller."""
+    """Return the bytes over the limits, all phases and places together; every change has to make them fewer."""
     over = max(0, plan.host.total - limits.host)
     if limits.device is not None:
         over += sum(max(0, phase.total - limits.device) for phase in plan.phases)
@@ -136,12 +137,12 @@ def _bring(changes: list[Change], before: MemoryPlan, after: MemoryPlan, excess:
 
 
 def joined(changes: list[Change]) -> Change:
-    """All of them; a field has the last one's value."""
+    """Return all changes as one; a field gets the value of the last change that names it."""
     return Change(tuple({name: value for change in changes for name, value in change.fields}.items()))
 
 
 def _replan(changes: list[Change], config: AnyConfig, plan: MemoryPlan, limits: Limits) -> MemoryPlan | None:
-    """The plan with these changes; None where the config's checks or the model refuse them."""
+    """Return the plan with these changes; None where the checks or the model refuse them."""
     changed = joined(changes).apply(config)
     try:
         check_config(changed, plan.world_size)
@@ -151,11 +152,11 @@ def _replan(changes: list[Change], config: AnyConfig, plan: MemoryPlan, limits: 
 
 
 def candidate_changes(config: AnyConfig, plan: MemoryPlan, limits: Limits, excess: Excess) -> Iterator[Change]:
-    """Changes that may help, the one that costs least first.
+    """Yield changes that may help, the cheapest first.
 
-    Sharding the optimizer costs next to nothing; offloading costs the copies; a smaller share of the generator makes rollouts
-    slower, and so do forwards that wait for them; smaller micro-batches and recomputation training; more tensor- and then pipeline-parallel ranks cost
-    communication in every layer, or bubbles, and more so in a role that is trained.
+    Sharding the optimizer costs next to nothing. Offloading costs the copies. A smaller share of the generator makes rollouts slower,
+    and so do forwards that wait for them. Smaller micro-batches and recomputation make training slower. More tensor-parallel ranks cost
+    communication in every layer, and more pipeline-parallel ranks cost bubbles, most of all in a trained role.
     """
     roles, trained = config_roles(config), trained_roles(config)
     over = [] if limits.device is None else [phase for phase in plan.phases if phase.total > limits.device]

@@ -1,4 +1,4 @@
-"""The plan beside what a ledger of a run recorded."""
+"""Compare the plan with what the ledger of a run recorded."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class ComparedBytes:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Plan and ledger side by side; activations and the generator take no part."""
+    """Plan and ledger next to each other, without activations and the generator."""
 
     rows: tuple[ComparedBytes, ...]
     only_planned: tuple[str, ...]  # phases that never came
-    only_recorded: tuple[str, ...]  # phases beside the steps: export, loading a checkpoint
+    only_recorded: tuple[str, ...]  # phases outside the steps: export, loading a checkpoint
 
     @property
     def plan_error_pct(self) -> float:
@@ -45,7 +45,7 @@ class Comparison:
         return sum(row.planned for row in rows), sum(row.recorded for row in rows)
 
     def render(self) -> str:
-        """A table of the rows and a sum for every phase, in GiB, or in MiB where a phase holds less than one GiB."""
+        """Return a table of the rows and a sum for every phase, in GiB, or in MiB where no phase holds one GiB."""
         phases = dict.fromkeys(row.phase for row in self.rows)
         unit = "GiB" if max(self._sums(phase)[0] for phase in phases) >= GIB else "MiB"
         divisor = GIB if unit == "GiB" else GIB // 1024
@@ -62,13 +62,13 @@ class Comparison:
 
 
 def compare_reserved(plan: MemoryPlan, reserved: Mapping[str, int]) -> str:
-    """Put what torch's allocator had in each phase beside what the plan counts in it: tensors, workspaces, slack.
+    """Return a table of what torch's allocator had in each phase and what the plan counts in it: tensors, workspaces, slack.
 
-    The plan counts every phase by itself. torch keeps what the phases before left, until memory is given back as the generator wakes.
+    The plan counts every phase by itself. torch keeps what earlier phases left, until it gives memory back before the generator wakes.
 
     Args:
-        plan: of the rank that kept the ledger.
-        reserved: phase -> bytes that torch's allocator had at most (``Ledger.reserved_phases``).
+        plan: Plan of the rank that kept the ledger.
+        reserved: Phase -> most bytes that torch's allocator had (``Ledger.reserved_phases``).
     """
     phases = [phase for phase in plan.phases if phase.phase in reserved]
     lines = [("phase", "plan GiB", "reserved GiB", "difference")]
@@ -92,14 +92,14 @@ def _cells(planned: int, recorded: int, divisor: int) -> tuple[str, str, str]:
 
 
 def compare(plan: MemoryPlan, ledger_bytes: Mapping[str, Mapping[str, Mapping[Kind, int]]]) -> Comparison:
-    """Put a ledger's device bytes beside the plan's.
+    """Return the device bytes of the plan and of a ledger, row by row.
 
     Args:
-        plan: of the rank that kept the ledger (``plan_memory(..., rank=...)``), or of the fullest one for a ledger of that.
-        ledger_bytes: phase -> role -> kind -> bytes on the device while the phase computed, after the first optimizer step.
+        plan: Plan of the rank that kept the ledger (``plan_memory(..., rank=...)``), or of the fullest one for a ledger of that.
+        ledger_bytes: Phase -> role -> kind -> bytes on the device while the phase computed, after the first optimizer step.
 
     Raises:
-        ValueError: they have no phase in common.
+        ValueError: Plan and ledger have no phase in common.
     """
     planned = {phase.phase: phase.roles for phase in plan.phases}
     common = [phase for phase in planned if phase in ledger_bytes]

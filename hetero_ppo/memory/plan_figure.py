@@ -16,17 +16,21 @@ SUFFIXES = (".svg", ".png", ".pdf")
 
 
 def _parts(phase: PhasePlan) -> dict[str, int]:
-    """Bytes by what they are for, in the order of the bars."""
+    """Return the bytes by their use, in the order of the bars."""
     kinds = {kind.value: phase.of_kind(kind) for kind in Kind}
     estimated = {"activations": phase.activations, "ahead of the next turn": phase.ahead}
     return {**kinds, **estimated, "generator": phase.generator, "reserve": phase.reserve}
 
 
 def draw_plan(plan: MemoryPlan, path: str) -> None:
-    """Write the picture; the suffix says how.
+    """Write the picture in the format of its suffix.
+
+    Args:
+        plan: Plan of a run.
+        path: File to write.
 
     Raises:
-        ValueError: another suffix than ``SUFFIXES``, or a file that cannot be written.
+        ValueError: The suffix is not in ``SUFFIXES``, or the file cannot be written.
     """
     if not path.endswith(SUFFIXES):
         raise ValueError(f"--figure {path}: a picture ends in {', '.join(SUFFIXES)}")

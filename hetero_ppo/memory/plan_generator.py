@@ -17,42 +17,40 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class GeneratorPlan:
-    """vLLM: ``gpu_memory_utilization`` of a device while it generates, its weights alone during a weight sync, else asleep.
+    """Memory of the generator.
 
-    The actor as its own generator: the key-value cache, on a CPU too; its parameters are counted with its role.
-
-    Asleep it holds nothing: its weights come back from the files of the last weight sync. On a CPU its servers lie in host memory and sleep never; then ``awake`` is 0.
+    vLLM takes ``gpu_memory_utilization`` of a device while it generates, and only its weights during a weight sync. Asleep it holds
+    nothing: its weights come back from the files of the last weight sync. On a CPU its servers lie in host memory and never sleep; then
+    ``awake`` is 0. An actor that is its own generator has a key-value cache, on a CPU too; its parameters are counted with its role.
     """
 
     awake: int  # bytes of one device
     weights: int  # bytes of one device (GPU), or of one server (CPU)
     bytes_per_token: int  # of KV cache on one device
     weight_files: (
-        int  # bytes in shared memory of rank 0's node at a weight sync: old and new version, and what servers received
+        int  # bytes in shared memory of rank 0's node during a sync: old and new version, and what servers received
     )
-    sync_blocks: (
-        int  # bytes of a GPU at a weight sync: tensors that are packed into a block, and with cuda_ipc all blocks
-    )
+    sync_blocks: int  # bytes of a GPU during a sync: tensors that are packed into a block, and with cuda_ipc all blocks
     host_bytes: int  # of all servers of the fullest node on a CPU
     sleeps: bool  # gives the device back between rollouts
 
     @property
     def kv_tokens(self) -> int:
-        """Tokens whose keys and values fit beside the weights at most; vLLM's own activations and graphs take some of it."""
+        """Most tokens whose keys and values fit next to the weights; activations and graphs of vLLM take some of this space."""
         return max(0, (self.awake - self.weights) // self.bytes_per_token)
 
 
 def plan_generator(
     config: PpoConfig, actor: RoleStorage, device_bytes: int | None, world_size: int, ranks_per_node: int
 ) -> GeneratorPlan | None:
-    """The generator's bytes; None when recorded rollouts take its place.
+    """Return the generator's bytes; None when recorded rollouts take its place.
 
     Args:
-        config: checked.
-        actor: whose weights the generator runs.
-        device_bytes: memory of one device; None: a CPU.
-        world_size: ranks of the run.
-        ranks_per_node: of them, over which servers are dealt.
+        config: Checked configuration of the run.
+        actor: Role whose weights the generator runs.
+        device_bytes: Memory of one device; None: a CPU.
+        world_size: Number of ranks of the run.
+        ranks_per_node: Number of ranks of a node; servers are spread over the nodes.
     """
     if config.train.replay_rollouts is not None:
         return None
@@ -78,7 +76,7 @@ def plan_generator(
 
 
 def _sync_blocks(actor: RoleStorage, element: int, whole: int, transfer: WeightTransfer) -> int:
-    """Tensors of one block and the block, which is full when the last one makes it ``SHARD_BYTES`` or more."""
+    """Return the bytes of the tensors of one block, and of the block, which is full from ``SHARD_BYTES`` on."""
     largest = max(hf_tensor_sizes(actor.bridge, actor.head).values()) * element
     block = min(whole, SHARD_BYTES + largest)
     return block + (whole if transfer is WeightTransfer.cuda_ipc else block)

@@ -1,4 +1,4 @@
-"""What a run may take: the device, the node's host memory; and whether a plan stays within it."""
+"""Find the memory of a device and of a node, and where a plan exceeds it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CGROUP_ROOT = Path("/sys/fs/cgroup")
 
 @dataclass(frozen=True)
 class Limits:
-    """Bytes. A device of None has no limit of its own: it is the CPU."""
+    """Memory in bytes that a run may take. A device of None is the CPU, which has no limit of its own."""
 
     device: int | None  # of one device
     host: int  # of one node
@@ -31,7 +31,7 @@ class Excess:
     over: int  # bytes
 
     def describe(self) -> str:
-        """One clause for an error message."""
+        """Return one clause for an error message."""
         over = f"{self.over / GIB:.2f} GiB"
         roles = ", ".join(self.roles)
         if self.place == "generator":
@@ -80,7 +80,7 @@ def _bytes(gib: float | None) -> int | None:
 
 
 def cuda_device_bytes() -> int | None:
-    """Memory of this rank's CUDA device as the driver reports it; nothing is allocated on it. None without CUDA."""
+    """Return the memory of this rank's CUDA device as the driver reports it, without allocating on it; None without CUDA."""
     import torch
 
     if not torch.cuda.is_available():
@@ -91,7 +91,7 @@ def cuda_device_bytes() -> int | None:
 def machine_host_bytes(
     cgroup_root: Path = CGROUP_ROOT, own_cgroups: Path = Path("/proc/self/cgroup")
 ) -> tuple[int, str]:
-    """(bytes, what sets them): the lowest of this process's cgroup limits, v2 or v1, and the machine's memory."""
+    """Return (bytes, what sets them): the lowest of this process's cgroup limits, v2 or v1, and the machine's memory."""
     limits = [(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "the machine's memory")]
     lines = own_cgroups.read_text().splitlines() if own_cgroups.is_file() else []
     for line in lines:
@@ -104,7 +104,7 @@ def machine_host_bytes(
 
 
 def _cgroup_limits(root: Path, path: str, name: str) -> list[tuple[int, str]]:
-    """Limits of a cgroup and of all above it. In a container the own cgroup is the root, whatever the path says."""
+    """Return the limits of a cgroup and of all above it. In a container the own cgroup is the root, whatever the path says."""
     folder = root / path.strip("/")
     files = [parent / name for parent in (folder, *folder.parents) if parent == root or root in parent.parents]
     texts = [(file, file.read_text().strip()) for file in files if file.is_file()]
@@ -112,7 +112,7 @@ def _cgroup_limits(root: Path, path: str, name: str) -> list[tuple[int, str]]:
 
 
 def find_excess(plan: MemoryPlan, limits: Limits) -> Excess | None:
-    """What breaks a limit: the fullest phase first, then the generator's share, then host memory."""
+    """Return the first limit that a plan breaks: in the fullest phase, of the generator's share, or of host memory."""
     if limits.device is not None:
         phase = plan.peak
         if phase.total > limits.device:

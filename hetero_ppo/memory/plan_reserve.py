@@ -1,6 +1,6 @@
-"""What a CUDA device holds beside the run's own tensors, part by part. No device was measured: estimates are called estimates.
+"""What a CUDA device holds besides the run's own tensors, part by part. These are estimates: no device was measured.
 
-A user who has measured one replaces it (``memory`` section of the config, docs/memory.md says how).
+A user who has measured one gives it in the ``memory`` section of the configuration (docs/memory.md).
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ class Reserve:
         """Return the parts that count in a phase.
 
         Args:
-            tensor_bytes: of the trainer: roles, activations, and what has come in ahead.
-            generator_awake: vLLM has its share of the device, which its graphs are a part of.
-            syncing: vLLM has its weights alone.
+            tensor_bytes: Tensors of the trainer: roles, activations, and what has come in ahead.
+            generator_awake: Whether vLLM holds its share of the device, which includes its graphs.
+            syncing: Whether vLLM holds only its weights.
         """
         counts = {"always": True, "asleep": not generator_awake, "sync": syncing}
         parts = tuple(part for part in self.parts if counts[part.when])

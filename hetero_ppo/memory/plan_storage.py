@@ -49,7 +49,7 @@ class BufferLayout:
     buckets: tuple[tuple[int, int], ...]  # (start, end) of every bucket, padding included
 
     def shard_numel(self, rank: int, size: int) -> int:
-        """Elements of parameters, padding left out, in the parts of all buckets that a rank of ``size`` keeps."""
+        """Return the elements of parameters, without padding, in the parts of all buckets that one of ``size`` ranks keeps."""
         total, first = 0, 0
         for start, end in self.buckets:
             part = (end - start) // size
@@ -66,13 +66,13 @@ class BufferLayout:
 def buffer_layout(
     parameters: Sequence[LocalParameter], *, distributed: bool, num_shards: int, bucket_size: int | None
 ) -> BufferLayout:
-    """Lay the parameters of a chunk out, last one first, as they come out of the backward pass.
+    """Return the layout of a chunk's parameters, the last one first, as the backward pass reaches them.
 
     Args:
-        parameters: in the order of ``named_parameters``.
-        distributed: with the distributed optimizer's padding.
-        num_shards: data- times context-parallel ranks.
-        bucket_size: elements after which a bucket is closed; None: one bucket.
+        parameters: Parameters of the chunk, in the order of ``named_parameters``.
+        distributed: Whether the layout has the padding of the distributed optimizer.
+        num_shards: Number of data- times context-parallel ranks.
+        bucket_size: Number of elements from which on a bucket is full; None: one bucket.
     """
     spans: list[tuple[int, int]] = []
     buckets: list[tuple[int, int]] = []
@@ -109,14 +109,16 @@ class RoleStorage:
     """A role in its layout over the ranks of a run; nothing is built."""
 
     def __init__(self, name: str, config: RoleConfig, world_size: int, *, on_cpu: bool = True) -> None:
-        """Args:
-        name: path of its section, such as "actor" or "reward_models.0".
-        config: of its ``model.path`` config.json alone is read.
-        world_size: ranks.
-        on_cpu: of the run; the plan may be made elsewhere.
+        """Read config.json of a role's model.
+
+        Args:
+            name: Path of its section, such as "actor" or "reward_models.0".
+            config: The section; of its ``model.path`` only config.json is read.
+            world_size: Number of ranks of the run.
+            on_cpu: Whether the run computes on CPUs; the plan may be made on another machine.
 
         Raises:
-            ValueError: no such file, a model or layout that is not supported, a layout that does not divide the world.
+            ValueError: There is no such file, the model or layout is not supported, or the layout does not divide the world.
         """
         self.spec = role_spec(name, with_dtype(config, on_cuda=not on_cpu))
         self.name, self.head, self.config = name, self.spec.head, self.spec.config
@@ -151,14 +153,14 @@ class RoleStorage:
         return Place(pp_rank, in_stage // parallel.tensor, in_stage // parallel.expert)
 
     def bytes_by_kind(self, rank: int) -> dict[Kind, int]:
-        """What the rank holds when nothing is offloaded and an optimizer step has been done; kinds of 0 bytes are left out."""
+        """Return the bytes of a rank after an optimizer step, without offloading; kinds of 0 bytes are left out."""
         place = self.place(rank)
         if place not in self._bytes:
             self._bytes[place] = {kind: size for kind, size in self._count(place).items() if size}
         return self._bytes[place]
 
     def checkpoint_bytes(self, rank: int) -> int:
-        """What the rank writes of a checkpoint of a trained role: the first of those that hold the same does."""
+        """Return the bytes that a rank writes of a checkpoint of a trained role: of equal copies, the first rank writes its own."""
         place, optimizer = self.place(rank), self.spec.trained_config.optimizer
         total = 0
         for chunk in self.parameters[place.pp_rank]:
@@ -173,7 +175,7 @@ class RoleStorage:
         return total
 
     def loading_bytes(self, rank: int) -> int:
-        """Return an upper bound of what the rank holds beside its own tensors while it loads a checkpoint of a trained role.
+        """Return an upper bound of what a rank holds besides its own tensors while it loads a checkpoint of a trained role.
 
         That is one tensor of the files at a time: a parameter, or its state, of which a distributed optimizer's files have slices.
         """
@@ -207,7 +209,7 @@ class RoleStorage:
     def _buffers(
         self, place: Place, index: int, chunk: Sequence[LocalParameter]
     ) -> Iterator[tuple[BufferLayout, int, int]]:
-        """(layout, this rank's shard, number of shards) of DDP's buffers of a chunk; experts have one of their own."""
+        """Yield (layout, this rank's shard, number of shards) of DDP's buffers of a chunk; experts have their own buffer."""
         dense = [parameter for parameter in chunk if not parameter.expert]
         experts = [parameter for parameter in chunk if parameter.expert]
         for parameters, rank, size in (
@@ -223,7 +225,7 @@ class RoleStorage:
             yield layout, rank, size
 
     def _bucket_size(self, pp_rank: int, chunk: int) -> int | None:
-        """DistributedDataParallel cuts the first chunk of the first stage alone, and only to overlap its reduction."""
+        """Return the size of DDP's buckets: it cuts only the first chunk of the first stage, to overlap its reduction."""
         ddp = self.spec.trained_config.ddp
         if not ddp.overlap_grad_reduce or pp_rank > 0 or chunk > 0:
             return None

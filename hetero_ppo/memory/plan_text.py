@@ -1,4 +1,4 @@
-"""The plan as a page of text, as a paragraph, and as JSON."""
+"""Write the plan as a page of text, as two lines, and as JSON."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ NOTHING = "-"
 
 @dataclass(frozen=True)
 class Unit:
-    """What a page counts in."""
+    """Unit of the sizes on a page."""
 
     name: str
     num_bytes: int
     digits_of_seconds: int
 
     def text(self, size: float) -> str:
-        """A number of bytes with two digits."""
+        """Return a number of bytes in this unit, with two digits."""
         return f"{size / self.num_bytes:.2f}"
 
     def cell(self, size: int) -> str:
-        """The same, and nothing for nothing."""
+        """Return the same, and a dash for 0."""
         return self.text(size) if size else NOTHING
 
     def seconds(self, seconds: float) -> str:
@@ -41,12 +41,12 @@ class Unit:
 
 
 def unit_of(plan: MemoryPlan) -> Unit:
-    """GiB (2^30 bytes), or MiB for a run that holds less than one."""
+    """Return GiB (2^30 bytes), or MiB for a run that holds less than one GiB."""
     return Unit("GiB", GIB, 2) if plan.peak.total >= GIB else Unit("MiB", GIB // 1024, 4)
 
 
 def render_plan(plan: MemoryPlan, limits: Limits) -> str:
-    """Roles, device bytes by phase with a bar each, copies, host memory."""
+    """Return a page with roles, device bytes and a bar for every phase, copies, and host memory."""
     unit = unit_of(plan)
     parts = [_roles_table(plan), _device_table(plan, unit)]
     if plan.peak.reserves:
@@ -60,7 +60,7 @@ def render_plan(plan: MemoryPlan, limits: Limits) -> str:
 
 
 def summarise(plan: MemoryPlan, limits: Limits) -> str:
-    """Two lines: the fullest phase, and host memory."""
+    """Return two lines: the fullest phase, and host memory."""
     peak, unit = plan.peak, unit_of(plan)
     device = "(the CPU)" if plan.device_bytes is None else f"of {unit.text(plan.device_bytes)}"
     lines = [
@@ -131,14 +131,14 @@ def _device_table(plan: MemoryPlan, unit: Unit) -> str:
 
 
 def resident_text(plan: MemoryPlan, phase: PhasePlan) -> str:
-    """Names of the roles on the device; "all roles" where none leaves."""
+    """Return the names of the roles on the device, or "all roles" where none leaves."""
     if len(phase.roles) == len(plan.roles) > 1:
         return "all roles"
     return ", ".join(phase.roles) or NOTHING
 
 
 def bar(share: float) -> str:
-    """A bar of ``BAR_CELLS`` cells between strokes; what is over 1 goes beyond the right one."""
+    """Return a bar of ``BAR_CELLS`` cells between strokes; a share over 1 goes beyond the right one."""
     eighths = round(share * BAR_CELLS * 8)
     full, rest = divmod(eighths, 8)
     if full >= BAR_CELLS:
@@ -147,7 +147,7 @@ def bar(share: float) -> str:
 
 
 def _reserve_table(plan: MemoryPlan, unit: Unit) -> str:
-    """Tabulate what a device holds beside tensors, each part in the phase where it is largest."""
+    """Return a table of what a device holds besides tensors, each part in the phase where it is largest."""
     largest: dict[str, ReservePart] = {}
     for phase in plan.phases:
         for part in phase.reserves:
@@ -212,7 +212,7 @@ def _host_lines(plan: MemoryPlan, limits: Limits, unit: Unit) -> str:
 
 
 def plan_values(plan: MemoryPlan, limits: Limits) -> dict[str, Any]:
-    """The whole plan as JSON takes it: sizes in bytes, copies also in seconds."""
+    """Return the whole plan as values for JSON: sizes in bytes, copies also in seconds."""
     rate = plan.residency.pcie_gb_s if plan.residency is not None else None
     phases = []
     for phase in plan.phases:
@@ -240,10 +240,10 @@ def plan_values(plan: MemoryPlan, limits: Limits) -> dict[str, Any]:
 
 
 def write_json(plan: MemoryPlan, limits: Limits, path: str) -> None:
-    """``plan_values`` as a file.
+    """Write ``plan_values`` to a file.
 
     Raises:
-        ValueError: it cannot be written.
+        ValueError: The file cannot be written.
     """
     try:
         Path(path).write_text(json_text(plan_values(plan, limits), indent=2) + "\n", encoding="utf-8")
