@@ -15,7 +15,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run(args: argparse.Namespace) -> None:
-    # torch.distributed, Megatron-Core and the engine take seconds to import; `hetero-ppo --help` should not.
+    # torch.distributed, Megatron-Core and the trainers take seconds to import; `hetero-ppo --help` should not.
     from hetero_ppo.runtime.terminal import survive_hangup
     from hetero_ppo.trainers import launch
 

@@ -47,5 +47,5 @@ def check_ensemble(config: PpoConfig) -> None:
     fix = "there is no ensemble; give reward_models, or leave it out"
     require(size > 0 or reward.ensemble is EnsembleScore.mean, "reward.ensemble", reward.ensemble.value, fix)
     k, name = reward.ensemble_k, "reward.ensemble_k"
-    fix = "it is used by reward.ensemble=mean_minus_std alone; set that, or leave it out"
+    fix = "only reward.ensemble=mean_minus_std uses it; set that, or leave it out"
     require(k == 1 or reward.ensemble is EnsembleScore.mean_minus_std, name, k, fix)

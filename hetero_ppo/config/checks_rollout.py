@@ -8,7 +8,7 @@ from hetero_ppo.config.schema import (
     OldLogProbs,
     PpoConfig,
     RolloutConfig,
-    RolloutEngineKind,
+    GeneratorKind,
     SamplingConfig,
     WeightTransfer,
 )
@@ -68,7 +68,7 @@ def check_over_sampling(config: PpoConfig) -> None:
     fits = {
         "algorithm.old_log_probs=rollout (the log-probs of the weights that sampled)": config.algorithm.old_log_probs
         is OldLogProbs.rollout,
-        "rollout.engine=vllm": config.rollout.engine is RolloutEngineKind.vllm,
+        "rollout.engine=vllm": config.rollout.engine is GeneratorKind.vllm,
         "rollout.sampling.stop=[] (a text may begin in one part and end in the next)": not config.rollout.sampling.stop,
         "train.replay_rollouts=null": config.train.replay_rollouts is None,
     }

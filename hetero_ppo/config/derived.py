@@ -15,7 +15,7 @@ from hetero_ppo.config.schema import (
     RmConfig,
     RoleConfig,
     RolloutConfig,
-    RolloutEngineKind,
+    GeneratorKind,
     SftConfig,
     TrainedRoleConfig,
     WeightTransfer,
@@ -45,7 +45,7 @@ def config_roles(config: AnyConfig) -> dict[str, RoleConfig]:
 
 
 def config_reward_models(config: AnyConfig) -> dict[str, RewardRoleConfig]:
-    """Return the roles of ``config_roles`` that score responses; none where a function alone does."""
+    """Return the roles of ``config_roles`` that score responses; none where only a function does."""
     return {name: role for name, role in config_roles(config).items() if isinstance(role, RewardRoleConfig)}
 
 
@@ -56,12 +56,12 @@ def trained_roles(config: AnyConfig) -> dict[str, TrainedRoleConfig]:
 
 def actor_generates(config: PpoConfig) -> bool:
     """Return whether the actor itself is the generator."""
-    return config.rollout.engine is RolloutEngineKind.megatron and config.train.replay_rollouts is None
+    return config.rollout.engine is GeneratorKind.megatron and config.train.replay_rollouts is None
 
 
 def has_servers(config: PpoConfig) -> bool:
     """Return whether vLLM servers are the generator."""
-    return config.rollout.engine is RolloutEngineKind.vllm and config.train.replay_rollouts is None
+    return config.rollout.engine is GeneratorKind.vllm and config.train.replay_rollouts is None
 
 
 def overlaps_generation(config: PpoConfig) -> bool:
@@ -181,7 +181,7 @@ class PpoBatching:
     minibatches_per_epoch: dict[str, int]  # trained role -> its optimizer steps in one pass over the rollout batch
     epochs: dict[str, int]  # trained role -> its passes over the rollout batch
     total_steps: int  # PPO steps
-    critic_warmup_steps: int  # PPO steps that train the critic alone
+    critic_warmup_steps: int  # PPO steps that train only the critic
     roles: dict[str, RoleBatching]  # of the trained roles, by name
 
     def describe(self) -> str:

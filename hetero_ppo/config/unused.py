@@ -111,12 +111,12 @@ PPO_OPTIONS: tuple[UnusedOptions[PpoConfig], ...] = (
     UnusedOptions(
         _SERVERS_MEMORY,
         lambda config: config.train.replay_rollouts is not None,
-        "train.replay_rollouts takes the place of an engine",
+        "train.replay_rollouts takes the place of a generator",
     ),
     UnusedOptions(
         _fields("rollout", "engine", *_GENERATORS),
         lambda config: config.train.replay_rollouts is not None,
-        "train.replay_rollouts takes the place of an engine",
+        "train.replay_rollouts takes the place of a generator",
     ),
     UnusedOptions(
         ("data.eval", "train.eval_every", "train.eval_function"),

@@ -1,7 +1,7 @@
 """The memory of a run before the run: device bytes by phase, role and kind, host bytes, and what the turns copy.
 
-Nothing is built and no device is used; of every role's model folder config.json alone is read. What the project allocates
-itself is counted to the byte, activations are estimated and stated apart.
+Nothing is built and no device is used; of every role's model folder only config.json is read. What the project allocates itself is
+counted to the byte; activations are estimated and shown in a column of their own.
 """
 
 from __future__ import annotations

@@ -102,7 +102,7 @@ class LayerWidths:
             kept = product + self.query + self.key + self.query
         else:
             # Keys and values are copies: for every query head, or of all ranks, or both. Then copies are made for each of two chunks,
-            # of those up to its end, which together are all and half a rank's share of them. The product is kept by the norm alone.
+            # of those up to its end, which together are all and half a rank's share of them. Only the norm keeps the product.
             copies = 2 * (self.query if self.whole_heads else self.key) * self.context
             copies += self.query if self.whole_heads and self.context > 1 else 0
             output = self.query if self.context == 1 else 2 * self.query  # put together from two chunks

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,13 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from hetero_ppo.config.checks import check_config
 from hetero_ppo.config.derived import config_roles, has_servers
 from hetero_ppo.config.load import AnyConfig, load_config
-from hetero_ppo.config.schema import ParallelConfig, PpoConfig, RoleConfig, RolloutEngineKind, WeightTransfer
+from hetero_ppo.config.schema import ParallelConfig, PpoConfig, RoleConfig, GeneratorKind, WeightTransfer
 from hetero_ppo.config.unused import unused_options
 from hetero_ppo.distributed import groups
 from hetero_ppo.memory.plan import GIB, MemoryPlan, plan_memory
 from hetero_ppo.memory.plan_check import Change
 from hetero_ppo.memory.plan_compare import compare_reserved
-from hetero_ppo.memory.plan_reserve import MIB, num_communicators, plan_reserve, server_parts
+from hetero_ppo.memory.plan_reserve import MIB, ReservePart, num_communicators, plan_reserve, server_parts
 
 ROOT = Path(__file__).parents[2]
 QWEN, LLAMA = "examples/memory/qwen3_8b.yaml", "examples/memory/llama3_70b.yaml"
@@ -48,10 +49,9 @@ def parts(*changes: tuple[str, Any], path: str = QWEN, world_size: int = 8, tens
     """Name -> bytes in the weight sync, in which everything counts."""
     config = Change(changes).apply(loaded(path))
     check_config(config, world_size)
-    assert isinstance(config, PpoConfig)
-    servers = (
-        server_parts(config.rollout, config.memory, world_size, one_node=world_size <= 8) if has_servers(config) else ()
-    )
+    servers: Sequence[ReservePart] = ()
+    if isinstance(config, PpoConfig) and has_servers(config):
+        servers = server_parts(config.rollout, config.memory, world_size, one_node=world_size <= 8)
     reserve = plan_reserve(config.memory, config_roles(config), world_size, has_experts=False, servers=servers)
     return {part.name: part.num_bytes for part in reserve.of_phase(tensors, generator_awake=False, syncing=True)}
 
@@ -106,7 +106,7 @@ def test_without_servers_there_is_nothing_of_them(tmp_path: Path) -> None:
         "kind: sft\nrun: {dir: r}\ndata: {train: a.jsonl}\nactor: {model: {path: examples/memory/qwen3_8b, dtype: bf16}}\n"
     )
     sft = parts(path=str(tmp_path / "sft.yaml"), world_size=1)
-    own = parts(("rollout.engine", RolloutEngineKind.megatron), ("rollout.num_servers", None))
+    own = parts(("rollout.engine", GeneratorKind.megatron), ("rollout.num_servers", None))
     assert not [name for found in (sft, own) for name in found if "vLLM" in name]
     assert "the trainer's NCCL communicators" not in sft
 

@@ -19,7 +19,7 @@ from hetero_ppo.config.schema import (
     ReEncodeConfig,
     RewardErrors,
     RewardRoleConfig,
-    RolloutEngineKind,
+    GeneratorKind,
     WeightTransfer,
 )
 from hetero_ppo.data.sampler import ResumableSampler
@@ -127,7 +127,7 @@ def test_a_generator_is_what_the_options_say(
     monkeypatch.setattr(ReplayGenerator, "__init__", lambda self, folder, first: asked.append((folder, first)))
     assert ppo_generator.begin_generator(config, writer, encoder, 4, None).generator.capabilities.is_recorded
     assert asked == [(tmp_path / "recorded", 5)]
-    config.rollout.engine = RolloutEngineKind.megatron
+    config.rollout.engine = GeneratorKind.megatron
     assert not actor_generates(config), "the recorded responses are used"
     config.train.replay_rollouts = None
     assert actor_generates(config)

@@ -55,12 +55,12 @@ class KlConfig:
 
 @dataclass
 class RolloutCorrectionConfig:
-    """Importance weights on the policy loss, for the difference between engine and trainer."""
+    """Importance weights on the policy loss, for the difference between generator and trainer."""
 
     kind: RolloutCorrectionKind = option(
         RolloutCorrectionKind.none, "Correction of the policy loss", resume=OnResume.objective
     )
-    # A smaller cap would scale down tokens on which engine and trainer agree.
+    # A smaller cap would scale down tokens on which generator and trainer agree.
     cap: float = option(2.0, "Largest weight", unit=PLAIN, minimum=1, finite=True, resume=OnResume.objective)
     level: CorrectionLevel = option(
         CorrectionLevel.token, "Part of a response that one weight covers", resume=OnResume.objective
@@ -111,7 +111,7 @@ class AlgorithmConfig:
         OldLogProbs.actor, "Source of the log-probs of the policy that sampled", resume=OnResume.objective
     )
     rollout_correction: RolloutCorrectionConfig = section(
-        RolloutCorrectionConfig, "Importance weights for the difference between engine and trainer"
+        RolloutCorrectionConfig, "Importance weights for the difference between generator and trainer"
     )
     whiten_advantages: bool = option(
         True, "Advantages are whitened over the whole rollout batch and all ranks", resume=OnResume.objective

@@ -82,10 +82,10 @@ class RewardSource(str, Enum):
     mix = "mix"  # both: reward.model_weight x the model's score + reward.function_weight x the function's
 
 
-class RolloutEngineKind(str, Enum):
-    """What answers the prompts."""
+class GeneratorKind(str, Enum):
+    """Generator: what answers the prompts."""
 
-    vllm = "vllm"  # servers beside the trainer
+    vllm = "vllm"  # servers next to the trainer
     megatron = "megatron"  # the actor itself, between its other turns; for machines without vLLM, and for debugging
 
 
@@ -102,18 +102,18 @@ class OldLogProbs(str, Enum):
     """Where the log-probs of the policy that sampled come from."""
 
     actor = "actor"  # a forward of the actor
-    rollout = "rollout"  # the engine's own; saves a forward, and the engine's rounding enters the ratio
+    rollout = "rollout"  # the generator's own; saves a forward, and the generator's rounding enters the ratio
 
 
 class RolloutCorrectionKind(str, Enum):
-    """What is done about the engine sampling from a policy that is not quite the trainer's."""
+    """Correction of the small difference between the generator's policy and the trainer's."""
 
     none = "none"
     truncated = "truncated"  # truncated importance sampling (Yao et al. 2025)
 
 
 class CorrectionLevel(str, Enum):
-    """What one importance weight of the rollout correction covers."""
+    """Part of a response that one importance weight of the rollout correction covers."""
 
     token = "token"  # one weight per token
     sequence = "sequence"  # one weight per response: the product of its tokens' ratios

@@ -93,7 +93,7 @@ class PpoConfig:
     )
     reward: RewardConfig = section(RewardConfig, "Scores of responses, and how they become one")
     algorithm: AlgorithmConfig = section(AlgorithmConfig, "Objective and batches")
-    rollout: RolloutConfig = section(RolloutConfig, "Engine that answers prompts")
+    rollout: RolloutConfig = section(RolloutConfig, "Generator that answers prompts")
     train: PpoTrainConfig = section(PpoTrainConfig, "Length, evaluation and records")
     pipeline: PipelineConfig = section(
         PipelineConfig, "Forwards of complete responses during the generation of others", resume=OnResume.operation

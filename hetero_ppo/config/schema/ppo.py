@@ -48,7 +48,7 @@ class PpoTrainConfig:
     )
     replay_rollouts: str | None = option(
         None,
-        "Folder of recorded rollouts whose token ids take the place of an engine's; null: an engine answers",
+        "Folder of recorded rollouts whose token ids take the place of a generator's; null: a generator answers",
         resume=OnResume.applied,
     )
 
@@ -66,7 +66,7 @@ class PipelineConfig:
     )
     sweep_s: float = option(
         20.0,
-        "Time for the sweep, which finds the fewest simultaneous responses at which the engine is fastest",
+        "Time for the sweep, which finds the fewest simultaneous responses at which the generator is fastest",
         unit="s",
         above=0,
     )

@@ -1,16 +1,16 @@
-"""Sections of what answers prompts, and of how closely its log-probs have to agree with the trainer's."""
+"""Sections of the generator, and of how closely its log-probs have to agree with the trainer's."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hetero_ppo.config.schema.choices import Dtype, RolloutEngineKind, WeightTransfer
+from hetero_ppo.config.schema.choices import Dtype, GeneratorKind, WeightTransfer
 from hetero_ppo.config.schema.option import PLAIN, OnResume, option, section
 
 
 @dataclass
 class SamplingConfig:
-    """Sampling of responses. Every field is sent to the engine explicitly: no server-side default takes part."""
+    """Sampling of responses. Every field is sent to the generator, so that no default of a server takes part."""
 
     temperature: float = option(
         1.0, "Divisor of the logits; 0 is greedy", unit=PLAIN, minimum=0, resume=OnResume.objective
@@ -49,7 +49,7 @@ class SamplingConfig:
 
 @dataclass
 class MismatchConfig:
-    """Bounds on the difference between the engine's log-probs and the trainer's over the response tokens of a step."""
+    """Bounds on the difference between the generator's log-probs and the trainer's over the response tokens of a step."""
 
     max_log_prob_diff_mean: float | None = option(
         None, "Largest mean |difference|; null: 1e-3 (fp32), 0.1 (bf16)", unit="nats", minimum=0
@@ -67,9 +67,9 @@ class MismatchConfig:
 
 @dataclass
 class RolloutConfig:
-    """Engine that answers prompts, its servers, and the transfer of weights to them."""
+    """Generator that answers prompts, its servers, and the transfer of weights to them."""
 
-    engine: RolloutEngineKind = option(RolloutEngineKind.vllm, "Engine that answers prompts", resume=OnResume.operation)
+    engine: GeneratorKind = option(GeneratorKind.vllm, "Generator that answers prompts", resume=OnResume.operation)
     num_servers: int | None = option(
         None,
         "Number of vLLM HTTP servers, dealt over the nodes; null: one for every tensor_parallel ranks",
@@ -82,7 +82,7 @@ class RolloutConfig:
         "Network interface (eth0) through which nodes reach each other's servers; null: the one towards MASTER_ADDR",
         resume=OnResume.operation,
     )
-    dtype: Dtype | None = option(None, "Dtype of the engine; null: the actor's", resume=OnResume.applied)
+    dtype: Dtype | None = option(None, "Dtype of the generator; null: the actor's", resume=OnResume.applied)
     max_num_seqs: int = option(
         64,
         "Running batch of one server; with engine megatron, of one data-parallel rank of the actor",
@@ -120,7 +120,9 @@ class RolloutConfig:
         resume=OnResume.operation,
     )
     sleep: bool | None = option(
-        None, "The engine frees its device memory while the trainer computes; null: on GPUs", resume=OnResume.operation
+        None,
+        "The generator frees its device memory while the trainer computes; null: on GPUs",
+        resume=OnResume.operation,
     )
     start_timeout_s: float = option(240.0, "Deadline of a server's start", unit="s", above=0, resume=OnResume.operation)
     request_timeout_s: float = option(600.0, "Deadline of one request", unit="s", above=0, resume=OnResume.operation)
@@ -151,7 +153,7 @@ class RolloutConfig:
     )
     verify_sync: bool = option(
         True,
-        "Every sync compares checksums of the engine's parameters, and its log-probs of a probe prompt",
+        "Every sync compares checksums of the generator's parameters, and its log-probs of a probe prompt",
         resume=OnResume.operation,
     )
     verify_sync_tolerance: float | None = option(
@@ -171,7 +173,7 @@ class RolloutConfig:
     )
     mismatch: MismatchConfig = section(
         MismatchConfig,
-        "Bounds on the difference between the engine's log-probs and the trainer's",
+        "Bounds on the difference between the generator's log-probs and the trainer's",
         resume=OnResume.operation,
     )
     sampling: SamplingConfig = section(SamplingConfig, "Sampling of the responses that are trained on")

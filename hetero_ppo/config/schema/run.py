@@ -29,7 +29,7 @@ class RunConfig:
     log_every: int = option(1, "Interval of metrics in the log", unit="steps", minimum=1, resume=OnResume.operation)
     log_level: LogLevel = option(
         LogLevel.info,
-        "Lowest level of the lines that are printed on stdout. Ranks other than 0 print warnings and errors alone",
+        "Lowest level of the lines that are printed on stdout. Ranks other than 0 print only warnings and errors",
         resume=OnResume.operation,
     )
     log_format: LogFormat = option(
