@@ -130,7 +130,7 @@ def test_the_defaults_pass(tmp_path: Path, kind: str, world_size: int) -> None:
         (["reward_models=[{model: {path: m}}, {model: {path: m}}]"], "reward_model is set too"),
         (["reward_model=null", "reward_models=[{model: {path: m}}]"], "an ensemble has two at least"),
         (["reward.ensemble=min"], "reward.ensemble=min: there is no ensemble"),
-        (["reward.ensemble_k=2"], "reward.ensemble_k=2.0: it is used by reward.ensemble=mean_minus_std alone"),
+        (["reward.ensemble_k=2"], "reward.ensemble_k=2.0: only reward.ensemble=mean_minus_std uses it"),
         (
             ["reward_model=null", "reward_models=[{model: {path: m}}, {model: {path: m}, parallel: {tensor: 3}}]"],
             "reward_models.1.parallel: tensor 3",
