@@ -84,9 +84,7 @@ def microbatches(batching: str, multiple: int) -> Iterator[tuple[Row, Microbatch
 
 
 def role_config(model: Path, dtype: str, layout: dict[str, Any], aligned: bool | None) -> TrainedRoleConfig:
-    """Args:
-    layout: fields of ParallelConfig, and ``packing``.
-    """
+    """Return the configuration of a role in a layout: fields of ParallelConfig, and ``packing``."""
     return TrainedRoleConfig(
         model=ModelConfig(path=str(model), dtype=Dtype(dtype)),
         parallel=ParallelConfig(**{name: value for name, value in layout.items() if name != "packing"}),

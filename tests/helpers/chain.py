@@ -61,7 +61,7 @@ class Chain:
 
     @property
     def template(self) -> Path:
-        """Chat template that SFT is told to use; its export hands it to what is trained from it."""
+        """Chat template of the SFT run. Its export hands the template to the runs that start from it."""
         return self.root / "template.jinja"
 
     def run_dir(self, stage: str) -> Path:
