@@ -1,10 +1,10 @@
-"""A recording ``torch.cuda`` with a virtual clock, for tests of what the project does on CUDA where there is no GPU.
+"""A recording ``torch.cuda`` with a virtual clock, for tests of the code for CUDA on a machine without a GPU.
 
-Tensors are host tensors; what is emulated is time and the allocator. A stream is the time at which all that was queued on it is done. Copies
-take bytes over a rate, kernels what ``VirtualCuda.kernel`` says; who synchronises moves the host's clock on. Memory that tensors gave back
-stays with the process until ``empty_cache``, as with torch's allocator: only then another process can have it.
+Tensors are host tensors; time and the allocator are emulated. A stream holds the time at which all its queued work is done. A copy takes
+its bytes over a rate, a kernel the seconds given to ``VirtualCuda.kernel``; a synchronisation moves the host's clock on. Memory that tensors
+release stays with the process until ``empty_cache``, as with torch's allocator: only then another process can use it.
 
-Limits: no values depend on an order, host threads share one clock, and memory is counted whole, not cut into blocks.
+Limits: values do not depend on the order of streams, host threads share one clock, and memory is counted as a sum, without blocks.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from hetero_ppo.engines.shared_device import SharedDevice
@@ -28,7 +29,7 @@ COPY_RATE = 1e6
 
 @dataclass
 class VirtualStream:
-    """Stands for torch.cuda.Stream."""
+    """Stand-in for torch.cuda.Stream."""
 
     cuda: VirtualCuda
     name: str
@@ -42,14 +43,14 @@ class VirtualStream:
         self.cuda.now = max(self.cuda.now, self.busy_until)
 
     def queue(self, seconds: float) -> tuple[float, float]:
-        """Queue work; (begin, end) of it."""
+        """Queue work. Return its start and end."""
         begin = max(self.busy_until, self.cuda.now)
         self.busy_until = begin + seconds
         return begin, self.busy_until
 
 
 class VirtualEvent:
-    """Stands for torch.cuda.Event."""
+    """Stand-in for torch.cuda.Event."""
 
     def __init__(self, cuda: VirtualCuda) -> None:
         self.cuda = cuda
@@ -79,7 +80,7 @@ class VirtualCuda:
     total: int  # bytes
     now: float = 0.0  # the host's clock, virtual seconds
     allocated: int = 0  # bytes of tensors
-    reserved: int = 0  # bytes that this process has of the driver
+    reserved: int = 0  # bytes that this process holds from the driver
     waits: list[tuple[str, str]] = field(default_factory=list)  # (stream that waits, stream that it waits for)
     copies: list[Copy] = field(default_factory=list)
     num_streams: int = 0
@@ -89,7 +90,7 @@ class VirtualCuda:
         self._thread = threading.local()
 
     def kernel(self, seconds: float, num_bytes: int = 0) -> tuple[float, float]:
-        """Queue a computation on the default stream, with so many bytes of activations; (begin, end) of it."""
+        """Queue a computation on the default stream, with so many bytes of activations. Return its start and end."""
         self.hold(self.allocated + num_bytes)
         self.hold(self.allocated - num_bytes)
         return self.default.queue(seconds)
@@ -128,8 +129,18 @@ class VirtualCuda:
 
         return Runtime
 
-    def install(self, patch: pytest.MonkeyPatch) -> None:
-        """Take torch.cuda's place under the residency of roles; to be called before a ``SharedDevice`` is made."""
+    @classmethod
+    def installed(cls, total: int, patch: pytest.MonkeyPatch) -> VirtualCuda:
+        """Make a device of so many bytes, and put it in place of torch.cuda under the residency of roles.
+
+        To be called before a ``SharedDevice`` is made. Barriers of this one process return at once.
+        """
+        cuda = cls(total)
+        cuda._install(patch)
+        patch.setattr(dist, "barrier", lambda group: None)
+        return cuda
+
+    def _install(self, patch: pytest.MonkeyPatch) -> None:
         patch.setattr(platform, "HAS_CUDA", True)
         patch.setattr(platform, "device", lambda: torch.device("cpu"))
         replaced = {

@@ -17,7 +17,6 @@ from hetero_ppo.rollout.generator import Capabilities, NullGenerator
 from hetero_ppo.step.kinds import TRAINING, Kind
 from hetero_ppo.step.phases import ppo_phases
 from hetero_ppo.memory.plan import GIB
-from hetero_ppo.trainers import ppo_turns
 from hetero_ppo.trainers.ppo_turns import GeneratorTurns
 from hetero_ppo.trainers.ppo_memory import memory_metrics
 
@@ -53,10 +52,7 @@ class Generator(NullGenerator):
 
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> VirtualCuda:
-    cuda = VirtualCuda(TOTAL)
-    cuda.install(monkeypatch)
-    monkeypatch.setattr(ppo_turns.dist, "barrier", lambda group: None)
-    return cuda
+    return VirtualCuda.installed(TOTAL, monkeypatch)
 
 
 @pytest.fixture

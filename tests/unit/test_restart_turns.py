@@ -140,9 +140,7 @@ class Client:
 
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> VirtualCuda:
-    cuda = VirtualCuda(TOTAL)
-    cuda.install(monkeypatch)
-    monkeypatch.setattr(ppo_turns.dist, "barrier", lambda group: None)
+    cuda = VirtualCuda.installed(TOTAL, monkeypatch)
     monkeypatch.setattr(vllm_module, "VllmServer", Server)
     monkeypatch.setattr(pool_module, "ServerClient", Client)
     monkeypatch.setattr(Server, "cuda", cuda, raising=False)
