@@ -387,8 +387,31 @@ def weight_transfer(rollout: RolloutConfig, *, one_node: bool) -> WeightTransfer
     """
     if rollout.weight_transfer is not WeightTransfer.auto:
         return rollout.weight_transfer
-    # One GPU's server reads files too: cuda_ipc makes two more crossings between host and device, and a second file.
+    # One GPU's server reads files too: CUDA IPC has not run on a GPU.
     return WeightTransfer.shared_memory if one_node else WeightTransfer.collective
+
+
+def sends_buckets(kind: WeightTransfer, rollout: RolloutConfig) -> bool:
+    """Return whether a weight sync sends buckets from the trainer's device, which stay on the servers' devices until they are loaded.
+
+    A server of several GPUs may hold a model that does not fit on one of them, so its weights go through host memory.
+
+    Args:
+        kind: Way of the weights; not ``auto``.
+        rollout: Section of the config.
+    """
+    return kind is not WeightTransfer.shared_memory and rollout.tensor_parallel == 1
+
+
+def keeps_weight_files(rollout: RolloutConfig, *, sent: bool, can_sleep: bool) -> bool:
+    """Return whether a weight sync writes files: servers read them, or may lose their weights and need them again.
+
+    Args:
+        rollout: Section of the config.
+        sent: Whether the servers are sent buckets, see ``sends_buckets``.
+        can_sleep: Whether the servers sleep. They drop their weights then, and may wake without a sync.
+    """
+    return not sent or rollout.max_restarts > 0 or can_sleep
 
 
 def running_batch(rollout: RolloutConfig, world_size: int) -> int:

@@ -311,7 +311,7 @@ class _PhasePlanner:
 
     def _estimate(self, phase: Phase, role: RoleStorage, pp_rank: int) -> int:
         if phase.generator is GeneratorMemory.weights:
-            return _gathered_bytes(role) + (0 if self.generator is None else self.generator.sync_blocks)
+            return _gathered_bytes(role) + (0 if self.generator is None else self.generator.sync_buckets)
         work = role_work(self.config, role, training=phase.is_training, on_cpu=self.on_cpu)
         if phase.is_training:
             return training_bytes(role.bridge, role.head, role.spec.trained_config.recompute, pp_rank, work)

@@ -5,7 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from hetero_ppo.config.derived import actor_generates, max_model_len, num_servers, weight_transfer
+from hetero_ppo.config.derived import (
+    actor_generates,
+    keeps_weight_files,
+    max_model_len,
+    num_servers,
+    sends_buckets,
+    weight_transfer,
+)
 from hetero_ppo.config.devices import dtype_of
 from hetero_ppo.config.schema import PpoConfig, RolloutConfig, WeightTransfer
 from hetero_ppo.memory.plan_storage import DTYPES, RoleStorage
@@ -27,10 +34,10 @@ class GeneratorPlan:
     awake: int  # bytes of one device
     weights: int  # bytes of one device (GPU), or of one server (CPU)
     bytes_per_token: int  # of KV cache on one device
-    weight_files: (
-        int  # bytes in shared memory of rank 0's node during a sync: old and new version, and what servers received
-    )
-    sync_blocks: int  # bytes of a GPU during a sync: tensors that are packed into a block, and with cuda_ipc all blocks
+    # bytes of rank 0's host memory at a weight sync: files of two versions, and what servers received
+    weight_files: int
+    # bytes of a GPU at a weight sync: tensors that are being packed, and the buckets that stay there
+    sync_buckets: int
     host_bytes: int  # of all servers of the fullest node on a CPU
     sleeps: bool  # gives the device back between rollouts
 
@@ -63,23 +70,47 @@ def plan_generator(
     servers = num_servers(rollout, world_size)
     one_node = num_nodes == 1 or servers == 1
     transfer = weight_transfer(rollout, one_node=one_node)
-    received = 0 if transfer is WeightTransfer.shared_memory else math.ceil(servers / num_nodes)
+    sleeps = device_bytes is not None and rollout.sleep is not False
     return GeneratorPlan(
         awake=0 if device_bytes is None else int(rollout.gpu_memory_utilization * device_bytes),
         weights=whole // rollout.tensor_parallel,
         bytes_per_token=2 * layers * dims.key * element // rollout.tensor_parallel,
-        weight_files=(2 + received) * whole,
-        sync_blocks=0 if device_bytes is None else _sync_blocks(actor, element, whole, transfer),
+        weight_files=_host_copies(rollout, transfer, math.ceil(servers / num_nodes), device_bytes, sleeps) * whole,
+        sync_buckets=0
+        if device_bytes is None
+        else _sync_buckets(actor, element, whole, sends_buckets(transfer, rollout)),
         host_bytes=math.ceil(servers / num_nodes) * (whole + rollout.kv_cache_mib * MIB),
-        sleeps=device_bytes is not None and rollout.sleep is not False,
+        sleeps=sleeps,
     )
 
 
-def _sync_blocks(actor: RoleStorage, element: int, whole: int, transfer: WeightTransfer) -> int:
-    """Return the bytes of the tensors of one block, and of the block, which is full from ``SHARD_BYTES`` on."""
+def _host_copies(
+    rollout: RolloutConfig, transfer: WeightTransfer, num_servers: int, device_bytes: int | None, sleeps: bool
+) -> int:
+    """Return how many copies of the weights host memory of rank 0's node has during a sync.
+
+    Args:
+        rollout: The ``rollout`` section.
+        transfer: Way of the weights.
+        num_servers: Servers of rank 0's node.
+        device_bytes: Memory of one device. None: a CPU, whose buckets are in host memory.
+        sleeps: Whether the servers sleep.
+    """
+    sent = sends_buckets(transfer, rollout)
+    files = 2 if keeps_weight_files(rollout, sent=sent, can_sleep=sleeps) else 0
+    if transfer is WeightTransfer.shared_memory or (sent and device_bytes is not None):
+        return files
+    return files + num_servers + sent
+
+
+def _sync_buckets(actor: RoleStorage, element: int, whole: int, sent: bool) -> int:
+    """Return the bytes of a GPU for the tensors of one bucket, and for it or, where buckets are sent, for all of them.
+
+    A bucket is full when the last tensor makes it ``SHARD_BYTES`` or more.
+    """
     largest = max(hf_tensor_sizes(actor.bridge, actor.head).values()) * element
-    block = min(whole, SHARD_BYTES + largest)
-    return block + (whole if transfer is WeightTransfer.cuda_ipc else block)
+    bucket = min(whole, SHARD_BYTES + largest)
+    return bucket + (whole if sent else bucket)
 
 
 def _plan_actor_as_generator(
@@ -103,7 +134,7 @@ def _plan_actor_as_generator(
         weights=0,
         bytes_per_token=bytes_per_token,
         weight_files=0,
-        sync_blocks=0,
+        sync_buckets=0,
         host_bytes=0,
         sleeps=device_bytes is not None if rollout.sleep is None else rollout.sleep,
     )

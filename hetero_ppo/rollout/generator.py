@@ -15,6 +15,7 @@ from typing import Self
 from torch import Tensor
 
 from hetero_ppo.config.schema import SamplingConfig
+from hetero_ppo.rollout.weights.targets import POLICY, check_target
 from hetero_ppo.types import OnResponse, PromptBatch, Response
 
 
@@ -124,13 +125,17 @@ class Generator(ABC):
         """
 
     @abstractmethod
-    def sync_weights(self, tensors: Iterator[tuple[str, Tensor]], version: str) -> None:
+    def sync_weights(self, tensors: Iterator[tuple[str, Tensor]], version: str, *, target: str = POLICY) -> None:
         """Answer with new weights from now on.
 
         Args:
             tensors: Pairs of Hugging Face name and full tensor of the whole model. Making them is collective over the actor's ranks, so
                 they are read on every rank where ``needs_weight_sync``, and on none otherwise.
             version: Label of the weights.
+            target: Model that the weights are for, see ``weights/targets.py``.
+
+        Raises:
+            ValueError: There is no such target.
         """
 
     def verify_sync(self, token_ids: list[int], log_probs: list[float]) -> float:
@@ -204,8 +209,9 @@ class NullGenerator(Generator):
     ) -> list[list[Response]]:
         raise AssertionError("this rank has no generator; it gets the responses from rank 0")
 
-    def sync_weights(self, tensors: Iterator[tuple[str, Tensor]], version: str) -> None:
+    def sync_weights(self, tensors: Iterator[tuple[str, Tensor]], version: str, *, target: str = POLICY) -> None:
         """Read the tensors to their end where the generator's rank does, since making them is collective."""
+        check_target(target)
         if self.capabilities.needs_weight_sync:
             for _ in tensors:
                 pass

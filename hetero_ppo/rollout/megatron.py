@@ -16,6 +16,7 @@ from hetero_ppo.rollout.checks import check_request, probe_difference
 from hetero_ppo.rollout.generator import Capabilities, GenerationRequest, Generator
 from hetero_ppo.rollout.requests import response_seed
 from hetero_ppo.rollout.servers.server import sleeps
+from hetero_ppo.rollout.weights.targets import POLICY, check_target
 from hetero_ppo.types import OnResponse, Response
 from megatron_bridge import platform
 
@@ -151,8 +152,9 @@ class MegatronGenerator(Generator):
         if not self._decoder.has_cache:
             raise RuntimeError(f"{what}: the generator is asleep; wake it before")
 
-    def sync_weights(self, tensors: Iterator[tuple[str, Tensor]], version: str) -> None:
+    def sync_weights(self, tensors: Iterator[tuple[str, Tensor]], version: str, *, target: str = POLICY) -> None:
         """Take the label of the actor's newest parameters. The tensors are not read, on any rank."""
+        check_target(target)
         self.version = version
 
     def prompt_log_probs(self, token_ids: list[int]) -> list[float]:

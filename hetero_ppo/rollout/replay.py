@@ -20,6 +20,7 @@ from hetero_ppo.disk import writing
 from hetero_ppo.observability.json_text import json_text
 from hetero_ppo.rollout.checks import check_resumption
 from hetero_ppo.rollout.generator import Capabilities, GenerationRequest, Generator
+from hetero_ppo.rollout.weights.targets import POLICY, check_target
 from hetero_ppo.types import OnResponse, Response, Rollout
 
 FILE_NAME = re.compile(r"step_(\d+)\.jsonl")
@@ -247,5 +248,6 @@ class ReplayGenerator(Generator):
                 on_response(row, sample, response)
         return answers
 
-    def sync_weights(self, tensors: Iterator[tuple[str, Tensor]], version: str) -> None:
+    def sync_weights(self, tensors: Iterator[tuple[str, Tensor]], version: str, *, target: str = POLICY) -> None:
         """Do nothing: recorded responses have the versions that they were recorded with. The tensors are not read, on any rank."""
+        check_target(target)

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from hetero_ppo.config.derived import weight_transfer
+from hetero_ppo.config.derived import keeps_weight_files, weight_transfer
 from hetero_ppo.config.schema import Dtype, RolloutConfig, WeightTransfer
 from hetero_ppo.errors import RunError
 from hetero_ppo.rollout.servers.compute_mode import check_compute_mode
@@ -29,15 +29,11 @@ from hetero_ppo.rollout.requests import Requests
 from hetero_ppo.rollout.beam_search import BeamSearch, Expand, Hypothesis, run_search
 from hetero_ppo.rollout.servers.pool import Member, ServerPool, gather_all
 from hetero_ppo.rollout.servers.server import MAX_LOG_PROBS, VllmServer, server_spec, sleeps
+from hetero_ppo.rollout.weights.bucket import PinnedStaging
+from hetero_ppo.rollout.weights.targets import POLICY, check_target
 from hetero_ppo.rollout.weights.transports import weight_transport
-from hetero_ppo.rollout.weights.weight_sync import (
-    BlockWriter,
-    PinnedStaging,
-    SyncStats,
-    check_room_for_another,
-    remove_weights,
-    write_weights,
-)
+from hetero_ppo.rollout.weights.weight_sync import SyncStats
+from hetero_ppo.rollout.weights.weight_version import Packer, check_room_for_another, remove_files, take_weights
 from hetero_ppo.types import OnResponse, Response
 
 T = TypeVar("T")
@@ -155,10 +151,10 @@ class VllmGenerator(Generator):
     @property
     def weights_key(self) -> str:
         """Name of the servers' weights by their content; before the first sync, by the folder that they come from."""
-        files = self._started_pool().files
-        if files is None:
+        weights = self._started_pool().weights
+        if weights is None:
             return f"{self._spec.model_path} {self.version}"
-        return hashlib.sha256(json.dumps(sorted(files.checksums.items())).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(sorted(weights.checksums.items())).encode()).hexdigest()
 
     @property
     def servers(self) -> list[AnyServer]:
@@ -210,7 +206,7 @@ class VllmGenerator(Generator):
             self._private_dir.remove()
             raise
         address = LOOPBACK if self._cluster is None else self._cluster.address
-        transport = weight_transport(self._transfer, self._device, self.config.sync_timeout_s, address, self._staging)
+        transport = weight_transport(self._transfer, self.config, self._device, address, self._staging)
         try:
             others = [] if self._cluster is None else remote_servers(self._cluster, self.config.start_timeout_s)
         except RunError:
@@ -307,7 +303,7 @@ class VllmGenerator(Generator):
         if not self.capabilities.can_sleep or self._state is ServersState.asleep:
             return
         pool = self._started_pool()
-        if pool.files is None and pool.version is not None:
+        if pool.weights is None and pool.version is not None:
             raise RuntimeError(
                 "sleep: the servers' weights were never synchronised and would be lost; call sync_weights before"
             )
@@ -325,8 +321,8 @@ class VllmGenerator(Generator):
             self._state = ServersState.weights
         if self._state is ServersState.weights and not weights_only:
             pool = self._started_pool()
-            if self._weights_dropped and pool.files is not None:  # without files they were random ones
-                self._run(pool.load(pool.files))
+            if self._weights_dropped and pool.weights is not None:  # without a sync they were random ones
+                self._run(pool.load(pool.weights))
                 self._weights_dropped = False
             self._post_all("wake", "/wake_up?tags=kv_cache")
             self._state = ServersState.awake
@@ -339,43 +335,52 @@ class VllmGenerator(Generator):
         if self._state is ServersState.asleep or (state is ServersState.awake and self._state is not state):
             raise RuntimeError(f"{what}: the generator is {self._state.value}; wake it before")
 
-    def sync_weights(self, tensors: Iterator[tuple[str, Tensor]], version: str) -> None:
-        """Replaces the servers' weights; ``last_sync`` says what it took.
+    def sync_weights(self, tensors: Iterator[tuple[str, Tensor]], version: str, *, target: str = POLICY) -> None:
+        """Replace the servers' weights, see ``Generator.sync_weights``. ``last_sync`` then has the size and duration.
 
         Args:
-            tensors: (Hugging Face name, full tensor) of the whole model; tied tensors may be left out. Read once, in order.
-            version: label of the new weights; responses carry it.
+            tensors: Pairs of Hugging Face name and full tensor of the whole model, read once, in order. Tied tensors may be left out.
+            version: Label of the new weights. Responses carry it.
+            target: Model that the weights are for.
 
         Raises:
-            ValueError: a tensor is missing, unknown, comes twice, or has the wrong shape; the servers keep their old weights.
-            RuntimeError: a server failed, or its parameters hold other bytes than were sent; nothing is left running.
+            ValueError: There is no such target, or a tensor is missing, unknown, comes twice, or has the wrong shape. The servers
+                keep their old weights.
+            RuntimeError: A server failed, or its parameters hold other bytes than were sent. Nothing is left running.
         """
+        check_target(target)
         self._require(ServersState.weights, "weight sync")
         pool = self._started_pool()
+        transport = pool.transport
         self._num_syncs += 1
         start = time.perf_counter()
-        transport = pool.transport
-        transport.release()  # what a sync that failed has left
-        writer = None
-        if self._device.type == "cuda" or transport.keeps_blocks:
-            writer = BlockWriter(self._staging, transport.keep if transport.keeps_blocks else None)
-        assert self._private_dir is not None  # made before the pool
-        files = write_weights(
-            self._private_dir.path / f"weights_{self._num_syncs}", tensors, version, self.dtype, writer
+        packer = None
+        if self._device.type == "cuda" or transport.sends_buckets:
+            packer = Packer(self._staging, transport.sends_buckets)
+        weights = take_weights(
+            self._next_folder(sent=transport.sends_buckets), tensors, version, self.dtype, packer, target
         )
         written = time.perf_counter()
-        previous = pool.files
+        previous = pool.weights
         if previous is None:
-            check_room_for_another(files)
+            check_room_for_another(weights)
         try:
-            checksum_s = self._run(pool.load(files))
+            checksum_s = self._run(pool.load(weights))
         except ValueError:
-            remove_weights(files)
+            remove_files(weights)
+            transport.release(weights)
             raise
-        self.last_sync = SyncStats(files.num_bytes, time.perf_counter() - start, written - start, checksum_s)
+        self.last_sync = SyncStats(weights.num_bytes, time.perf_counter() - start, written - start, checksum_s)
         self._weights_dropped = False
         if previous is not None:
-            remove_weights(previous)
+            remove_files(previous)
+
+    def _next_folder(self, *, sent: bool) -> Path | None:
+        """Return the folder for the files of this sync. None: nobody would read them, because the servers are sent buckets."""
+        assert self._private_dir is not None  # made before the pool
+        if not keeps_weight_files(self.config, sent=sent, can_sleep=self.capabilities.can_sleep):
+            return None
+        return self._private_dir.path / f"weights_{self._num_syncs}"
 
     def sync_metrics(self) -> dict[str, float]:
         """Return the last weight sync's seconds and rate, and how servers shared the requests since the last call."""

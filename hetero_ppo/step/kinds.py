@@ -20,5 +20,5 @@ TRAINING = frozenset(Kind)
 #: What the optimizer alone holds.
 OPTIMIZER = frozenset({Kind.main_params, Kind.moments})
 
-#: Weights go to the rollout servers in files, and on a GPU in blocks, of about this size.
+#: Weights go to the rollout servers in buckets and files of about this size.
 SHARD_BYTES = 512 * 2**20

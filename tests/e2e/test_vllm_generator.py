@@ -43,7 +43,8 @@ from hetero_ppo.errors import RunError
 from hetero_ppo.rollout.vllm import VllmGenerator
 from hetero_ppo.rollout.sweep import find_running_batch
 from hetero_ppo.rollout.weights.transports import weight_transport
-from hetero_ppo.rollout.weights.weight_sync import WeightFiles, stage, swap, write_weights
+from hetero_ppo.rollout.weights.weight_sync import stage, swap
+from hetero_ppo.rollout.weights.weight_version import WeightVersion, take_weights
 
 pytestmark = pytest.mark.slow
 
@@ -191,9 +192,9 @@ def test_new_weights_serve_after_a_sync(generator: VllmGenerator) -> None:
     assert worst_difference(new, PROMPTS + long_prompt, answers) < 1e-4
     assert worst_difference(old, PROMPTS + long_prompt, answers) > 0.5
     assert generator.verify_sync(PROMPTS[-1], model_log_probs(new, PROMPTS[-1]).tolist()) < 1e-4
-    files = generator._started_pool().files.paths
+    files = generator._started_pool().weights.paths
     generator.sync_weights(weights(new), "step_2")
-    assert not files[0].exists() and generator._started_pool().files.paths[0].exists()
+    assert not files[0].exists() and generator._started_pool().weights.paths[0].exists()
 
 
 #: One tensor of each kind that the generator holds in its own way: fused, packed, padded, plain.
@@ -207,7 +208,7 @@ CORRUPTED = (
 )
 
 
-def flip_bits(files: WeightFiles, names: tuple[str, ...]) -> None:
+def flip_bits(files: WeightVersion, names: tuple[str, ...]) -> None:
     """Flip one bit of one element of each tensor in the file."""
     (path,) = files.paths
     with open(path, "r+b") as file:
@@ -223,7 +224,7 @@ def flip_bits(files: WeightFiles, names: tuple[str, ...]) -> None:
 
 def use_transfer(generator: VllmGenerator, kind: WeightTransfer) -> None:
     """Switch the running server to another transport of weights."""
-    generator._started_pool().transport = weight_transport(kind, torch.device("cpu"), 60.0)
+    generator._started_pool().transport = weight_transport(kind, generator.config, torch.device("cpu"))
 
 
 def on_loop(generator: VllmGenerator, call: Coroutine[Any, Any, Any]) -> Any:
@@ -234,7 +235,7 @@ def on_loop(generator: VllmGenerator, call: Coroutine[Any, Any, Any]) -> Any:
 def test_corrupted_tensors_are_named_whether_they_arrived_so_or_were_loaded_so(generator: VllmGenerator) -> None:
     client = generator._started_pool().members[0].client
     folder = generator.servers[0].private_dir  # servers read files of the run alone
-    files = write_weights(folder / "a", weights(make_model(5)), "bits lost on the way", Dtype.fp32)
+    files = take_weights(folder / "a", weights(make_model(5)), "bits lost on the way", Dtype.fp32)
     flip_bits(files, CORRUPTED)
     with pytest.raises(RunError, match="'bits lost on the way'.* read other bytes than were written for") as caught:
         on_loop(generator, stage(client, files, 60.0))
@@ -245,7 +246,7 @@ def test_corrupted_tensors_are_named_whether_they_arrived_so_or_were_loaded_so(g
     assert str(list(CORRUPTED)) in str(caught.value)
     use_transfer(generator, WeightTransfer.shared_memory)
 
-    files = write_weights(folder / "b", weights(make_model(5)), "bits lost in loading", Dtype.fp32)
+    files = take_weights(folder / "b", weights(make_model(5)), "bits lost in loading", Dtype.fp32)
     on_loop(generator, stage(client, files, 60.0))
     flip_bits(files, CORRUPTED)  # the staged tensors are a view of the file
     with pytest.raises(RunError, match="'bits lost in loading'.* hold other bytes than were sent for") as caught:

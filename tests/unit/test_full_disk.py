@@ -25,7 +25,7 @@ from hetero_ppo.experience.bank import RolloutBank
 from hetero_ppo.observability.metrics import MetricsLogger
 from hetero_ppo.observability.sinks.jsonl import METRICS_FILE
 from hetero_ppo.rollout.replay import RolloutRecord, write_records
-from hetero_ppo.rollout.weights.weight_sync import check_room_for_another, write_weights
+from hetero_ppo.rollout.weights.weight_version import check_room_for_another, take_weights
 from hetero_ppo.types import Response, StepMetrics
 from megatron_bridge.weights.hf_checkpoint import write_safetensors
 
@@ -96,9 +96,9 @@ def test_weights_for_the_servers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     expected = r"weights for the rollout servers .*shard_00000.safetensors could not be written: .*it takes 3.984 KiB.*two versions of the weights"
     with file_size_limit(2000), pytest.raises(RunError, match=expected):
-        write_weights(tmp_path / "one", tensors(), "v", Dtype.fp32)
+        take_weights(tmp_path / "one", tensors(), "v", Dtype.fp32)
     assert not list(tmp_path.iterdir())
-    files = write_weights(tmp_path / "one", tensors(), "v", Dtype.fp32)
+    files = take_weights(tmp_path / "one", tensors(), "v", Dtype.fp32)
     check_room_for_another(files)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=3999))
     with pytest.raises(

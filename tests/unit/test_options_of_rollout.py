@@ -119,7 +119,7 @@ def test_deadlines_of_servers_and_checks_of_their_weights(verify: bool, monkeypa
         pool = ServerPool([server, server], config, "v", SharedMemory())  # type: ignore[list-item]
         assert pool.max_restarts == 7 and pool._slots._value == 2 * 6 * 2
         await pool._boot(pool.members[0], "start")
-        pool.files = SimpleNamespace(version="w", checksums={})  # type: ignore[assignment]
+        pool.weights = SimpleNamespace(version="w", checksums={})  # type: ignore[assignment]
         await pool._boot(pool.members[1], "restart")
 
     asyncio.run(run())

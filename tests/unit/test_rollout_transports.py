@@ -21,8 +21,9 @@ from hetero_ppo.config.derived import weight_transfer
 from hetero_ppo.config.schema import Dtype, RolloutConfig, WeightTransfer
 from hetero_ppo.rollout.weights.cuda_ipc import IpcHandle
 from hetero_ppo.network import KeptPort, own_address
-from hetero_ppo.rollout.weights.weight_group import Meeting, WeightGroup, join_store, map_shard, num_bytes, open_store
-from hetero_ppo.rollout.weights.weight_sync import write_weights
+from hetero_ppo.rollout.weights.bucket import map_bucket, num_bytes
+from hetero_ppo.rollout.weights.weight_group import Meeting, WeightGroup, join_store, open_store
+from hetero_ppo.rollout.weights.weight_version import take_weights
 
 CPU = torch.device("cpu")
 HANDLE = IpcHandle(bytes(range(64)), 4096, 512, b"/torch_1_2", 3, b"\x00\xff" * 32, True)
@@ -35,12 +36,12 @@ def test_auto_depends_on_places_alone() -> None:
         assert weight_transfer(RolloutConfig(weight_transfer=asked), one_node=True) is asked
 
 
-def test_a_shard_is_the_bytes_of_its_file(tmp_path: Path) -> None:
+def test_a_bucket_is_the_bytes_of_its_file(tmp_path: Path) -> None:
     tensors = {"a": torch.randn(3, 5), "b": torch.randn(7), "scalar": torch.tensor(2.0)}
-    files = write_weights(tmp_path / "w", iter(tensors.items()), "v1", Dtype.bf16)
-    shard = map_shard(files.paths[0])
-    assert shard.data.numel() == num_bytes(shard.header) == files.num_bytes
-    found = replace(shard, header=json.loads(json.dumps(shard.header))).tensors()
+    files = take_weights(tmp_path / "w", iter(tensors.items()), "v1", Dtype.bf16)
+    bucket = map_bucket(files.paths[0])
+    assert bucket.data.numel() == num_bytes(bucket.header) == files.num_bytes
+    found = replace(bucket, header=json.loads(json.dumps(bucket.header))).tensors()
     assert found.keys() == tensors.keys()
     assert all(torch.equal(found[name], tensors[name].to(torch.bfloat16)) for name in tensors)
 

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, Qwen3Config, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from hetero_ppo.config.schema import Dtype
-from hetero_ppo.rollout.weights import weight_sync
-from hetero_ppo.rollout.weights.weight_sync import remove_weights, write_weights
+from hetero_ppo.rollout.weights import weight_version
 from hetero_ppo.rollout.weights.tensor_bytes import tensor_checksum
+from hetero_ppo.rollout.weights.weight_version import remove_files, take_weights
 from hetero_ppo.rollout.weights.worker_extension import WeightReceiver, expected_shapes, find_problems
 
 TINY = {
@@ -36,7 +36,7 @@ def test_views_of_one_buffer_arrive_in_the_engine_dtype(tmp_path: Path) -> None:
     buffer = torch.randn(40, generator=torch.Generator().manual_seed(0))
     tensors = {"a": buffer[:12].view(3, 4), "b": buffer[12:40].view(7, 4).t(), "scalar": torch.tensor(2.5)}
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        files = write_weights(tmp_path / name, stream(tensors), "v1", Dtype(name))
+        files = take_weights(tmp_path / name, stream(tensors), "v1", Dtype(name))
         loaded = load_file(files.paths[0])
         assert list(loaded) == list(files.checksums) or set(loaded) == set(files.checksums)
         for key, tensor in tensors.items():
@@ -45,7 +45,7 @@ def test_views_of_one_buffer_arrive_in_the_engine_dtype(tmp_path: Path) -> None:
 
 
 def test_shards_are_private_and_appear_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weight_sync, "SHARD_BYTES", 100)
+    monkeypatch.setattr(weight_version, "SHARD_BYTES", 100)
     tensors = {f"t{i}": torch.full((10,), float(i)) for i in range(7)}
     seen: list[bool] = []
 
@@ -54,21 +54,21 @@ def test_shards_are_private_and_appear_together(tmp_path: Path, monkeypatch: pyt
             seen.append((tmp_path / "w").exists())
             yield item
 
-    files = write_weights(tmp_path / "w", watched(), "v1", Dtype.fp32)
+    files = take_weights(tmp_path / "w", watched(), "v1", Dtype.fp32)
     assert not any(seen) and len(files.paths) == 3
     loaded = {name: tensor for path in files.paths for name, tensor in load_file(path).items()}
     assert loaded.keys() == tensors.keys() and all(torch.equal(loaded[name], tensors[name]) for name in tensors)
     assert {stat.S_IMODE(path.stat().st_mode) for path in files.paths} == {0o600}
     assert stat.S_IMODE((tmp_path / "w").stat().st_mode) == 0o700
-    remove_weights(files)
+    remove_files(files)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_stream_without_tensors_or_with_one_twice_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="'v1': the stream has no tensors"):
-        write_weights(tmp_path / "a", iter([]), "v1", Dtype.fp32)
+        take_weights(tmp_path / "a", iter([]), "v1", Dtype.fp32)
     with pytest.raises(ValueError, match="tensor 'x' comes twice"):
-        write_weights(tmp_path / "b", iter([("x", torch.zeros(1))] * 2), "v1", Dtype.fp32)
+        take_weights(tmp_path / "b", iter([("x", torch.zeros(1))] * 2), "v1", Dtype.fp32)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -112,4 +112,4 @@ def test_every_wrong_tensor_is_named() -> None:
 
 def test_nothing_is_loaded_that_was_not_staged() -> None:
     with pytest.raises(RuntimeError, match="no weights are staged"):
-        WeightReceiver().hetero_ppo_load_staged(verify=True)
+        WeightReceiver().hetero_ppo_load_staged("policy", verify=True)

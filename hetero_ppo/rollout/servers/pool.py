@@ -18,7 +18,8 @@ from hetero_ppo.errors import RunError
 from hetero_ppo.rollout.servers.client import ServerClient, ServerDied, ServerHangs, ServerIsDown
 from hetero_ppo.rollout.servers.nodes import AnyServer
 from hetero_ppo.rollout.weights.transports import WeightTransport
-from hetero_ppo.rollout.weights.weight_sync import WeightFiles, stage, swap
+from hetero_ppo.rollout.weights.weight_sync import stage, swap
+from hetero_ppo.rollout.weights.weight_version import WeightVersion
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -79,7 +80,7 @@ class ServerPool:
         self._notes: set[asyncio.Task[None]] = set()  # of deaths, being written
         self.initial_version = initial_version
         self.transport = transport
-        self.files: WeightFiles | None = None
+        self.weights: WeightVersion | None = None  # newest ones that were synchronised
         self.max_restarts = config.max_restarts
         self.start_timeout_s = config.start_timeout_s
         self.sync_timeout_s = config.sync_timeout_s
@@ -89,7 +90,7 @@ class ServerPool:
     @property
     def version(self) -> str | None:
         """Label of the weights that all servers hold; None: random ones."""
-        return self.files.version if self.files is not None else self.initial_version
+        return self.weights.version if self.weights is not None else self.initial_version
 
     @property
     def up(self) -> list[Member]:
@@ -136,13 +137,14 @@ class ServerPool:
         await member.client.open()
         try:
             await member.client.wait_ready(self.start_timeout_s)
-            if self.files is not None:
-                died = await self.transport.deliver([member.client], self.files)
+            weights = self.weights
+            if weights is not None:
+                died = await self.transport.deliver([member.client], weights)
                 if died:
                     raise died[0]
-                await self._stage(member.client, self.files)
-                await swap(member.client, self.files, self.sync_timeout_s, verify=self.verify_sync)
-                self.transport.release()
+                await self._stage(member.client, weights)
+                await swap(member.client, weights, self.sync_timeout_s, verify=self.verify_sync)
+                self.transport.release(weights)
             elif self.initial_version is not None:
                 body = {"new_version": self.initial_version}
                 await member.client.post(phase, "/update_weight_version", self.sync_timeout_s, body)
@@ -263,7 +265,7 @@ class ServerPool:
                 self.on_stalled()
                 await self._revived.wait()
 
-    async def load(self, files: WeightFiles) -> float:
+    async def load(self, weights: WeightVersion) -> float:
         """Gives all servers new weights. They are checked by every server before the first one changes. Those that are down start with them.
 
         Returns:
@@ -275,13 +277,13 @@ class ServerPool:
         """
         staged_s = None
         while staged_s is None:
-            staged_s = await self._deliver(files)
-        self.files = files  # a server that is restarted from here on starts with them
-        loaded_s = await gather_all([self._swap(member, files) for member in staged_s])
-        self.transport.release()
+            staged_s = await self._deliver(weights)
+        self.weights = weights  # a server that is restarted from here on starts with them
+        loaded_s = await gather_all([self._swap(member, weights) for member in staged_s])
+        self.transport.release(weights)
         return max(map(sum, zip(staged_s.values(), loaded_s, strict=True)), default=0.0)
 
-    async def _deliver(self, files: WeightFiles) -> dict[Member, float] | None:
+    async def _deliver(self, weights: WeightVersion) -> dict[Member, float] | None:
         """Brings new weights to all servers that are not down, and lets them be checked.
 
         Returns:
@@ -289,9 +291,9 @@ class ServerPool:
         """
         members = self.up
         starts = [member.starts for member in members]
-        died = await self.transport.deliver([member.client for member in members], files) if members else {}
+        died = await self.transport.deliver([member.client for member in members], weights) if members else {}
         if not died:
-            calls = [self._stage(member.client, files) for member in members]
+            calls = [self._stage(member.client, weights) for member in members]
             results = await asyncio.gather(*calls, return_exceptions=True)
             died = {index: result for index, result in enumerate(results) if isinstance(result, ServerDied)}
             for error in results:
@@ -304,16 +306,13 @@ class ServerPool:
             await self._restart(members[index], starts[index], "weight sync", cause)
         return None
 
-    async def _stage(self, client: ServerClient, files: WeightFiles) -> float:
-        expected = self.transport.checksums(files)
-        return await stage(
-            client, files, self.sync_timeout_s, reads_files=self.transport.reads_files, checksums=expected
-        )
+    async def _stage(self, client: ServerClient, weights: WeightVersion) -> float:
+        return await stage(client, weights, self.sync_timeout_s, reads_files=self.transport.reads_files)
 
-    async def _swap(self, member: Member, files: WeightFiles) -> float:
+    async def _swap(self, member: Member, weights: WeightVersion) -> float:
         starts = member.starts
         try:
-            return await swap(member.client, files, self.sync_timeout_s, verify=self.verify_sync)
+            return await swap(member.client, weights, self.sync_timeout_s, verify=self.verify_sync)
         except ServerDied as error:
             await self._restart(member, starts, "weight sync", error)
             return 0.0

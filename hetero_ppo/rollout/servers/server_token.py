@@ -48,7 +48,6 @@ WORKER_METHODS = frozenset(
         "hetero_ppo_device",
         "hetero_ppo_join",
         "hetero_ppo_receive",
-        "hetero_ppo_open",
         "hetero_ppo_stage_weights",
         "hetero_ppo_load_staged",
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import zlib
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -37,6 +38,11 @@ def tensor_checksum(tensor: Tensor) -> str:
 def host_checksum(tensor: Tensor) -> str:
     """Return the CRC-32 of a tensor's bytes, wherever it lies; see ``tensor_checksum``."""
     return tensor_checksum(tensor.to("cpu").contiguous())
+
+
+def checksum_on(device: torch.device) -> Callable[[Tensor], str]:
+    """Return the checksum for tensors of a device: CRC-32 in host memory, sums of lanes on a GPU."""
+    return host_checksum if device.type == "cpu" else lane_checksum
 
 
 def lane_checksum(tensor: Tensor) -> str:

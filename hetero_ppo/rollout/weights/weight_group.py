@@ -8,11 +8,9 @@ and places.
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,38 +21,7 @@ from hetero_ppo.network import listening_socket, own_address
 from hetero_ppo.peer_proof import prove_peers
 from hetero_ppo.rollout.weights.signed_store import SignedStore
 
-TORCH_DTYPE_OF = {"F32": torch.float32, "BF16": torch.bfloat16}  # safetensors' names
 POLL_S = 0.001
-
-
-@dataclass(frozen=True)
-class Shard:
-    """Tensors one after the other in one block of bytes, as in a safetensors file."""
-
-    header: dict[str, Any]  # tensor name -> dtype, shape, data_offsets
-    data: Tensor  # [bytes] uint8
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Views of the block, by name."""
-        return {
-            name: self.data[slice(*entry["data_offsets"])].view(TORCH_DTYPE_OF[entry["dtype"]]).view(entry["shape"])
-            for name, entry in self.header.items()
-        }
-
-
-def num_bytes(header: dict[str, Any]) -> int:
-    """Bytes of the block that a header describes."""
-    return max(entry["data_offsets"][1] for entry in header.values())
-
-
-def map_shard(path: Path) -> Shard:
-    """A safetensors file's header and a view of its bytes; nothing is read before it is looked at."""
-    with open(path, "rb") as file:
-        header_bytes = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(header_bytes))
-    start = 8 + header_bytes
-    whole = torch.from_file(str(path), shared=False, size=start + num_bytes(header), dtype=torch.uint8)
-    return Shard(header, whole[start:])
 
 
 @dataclass(frozen=True)

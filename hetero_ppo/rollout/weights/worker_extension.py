@@ -1,10 +1,12 @@
 """Receives weights inside vLLM's worker process (``--worker-extension-cls``).
 
-The trainer writes safetensors files, or sends their shards (``transports.py``), and calls these methods over ``/collective_rpc`` with plain
-JSON arguments; nothing is ever unpickled. Two calls, because an update that fails half-way leaves vLLM's model unusable:
-``hetero_ppo_stage_weights`` opens the files, or takes the shards that came or were opened in the trainer's memory, checks names and shapes against the model's Hugging Face
-layout and returns a checksum per tensor, with the old weights untouched; ``hetero_ppo_load_staged`` puts them in place and compares what
-the engine's parameters then hold with these checksums.
+The trainer writes safetensors files, or sends buckets (``transports.py``), and calls these methods over ``/collective_rpc`` with plain
+JSON arguments; nothing is ever unpickled. Every message names its target, the model that the weights are for, and a handler per target
+does the work. Two calls are needed because an update that fails half-way leaves vLLM's model unusable:
+
+- ``hetero_ppo_stage_weights`` takes the files or the buckets that arrived, compares names and shapes with the model's Hugging Face
+  layout and returns a checksum per tensor. The old weights stay as they are.
+- ``hetero_ppo_load_staged`` puts the tensors in place and compares what the model's parameters then hold with these checksums.
 """
 
 from __future__ import annotations
@@ -15,20 +17,24 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from hetero_ppo.rollout.weights.bucket import Bucket, num_bytes
 from hetero_ppo.rollout.weights.cuda_ipc import IpcHandle, device_id
 from hetero_ppo.rollout.weights.loaded_weights import NUM_HASH_THREADS, LoadedWeights
-from hetero_ppo.rollout.weights.tensor_bytes import host_checksum, lane_checksum
-from hetero_ppo.rollout.weights.weight_group import Meeting, Shard, WeightGroup, join_store, num_bytes
+from hetero_ppo.rollout.weights.targets import POLICY, check_target
+from hetero_ppo.rollout.weights.tensor_bytes import checksum_on
+from hetero_ppo.rollout.weights.weight_group import Meeting, WeightGroup, join_store
+
+CPU = torch.device("cpu")
 
 
 def expected_shapes(hf_config: Any) -> tuple[dict[str, list[int]], set[str]]:
-    """Name -> shape of a checkpoint's tensors, and the names that may be left out because they are tied to others."""
+    """Return the name and shape of a checkpoint's tensors, and the names that may be left out because they are tied to others."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -41,7 +47,7 @@ def expected_shapes(hf_config: Any) -> tuple[dict[str, list[int]], set[str]]:
 
 
 def checkpoint_shapes(name: str, shape: list[int]) -> dict[str, list[int]]:
-    """Name -> shape of what a model's tensor is in a checkpoint: transformers holds all experts of a layer in one tensor."""
+    """Return name and shape of a model's tensor in a checkpoint: transformers holds all experts of a layer in one tensor."""
     layer, found, kind = name.partition(".mlp.experts.")
     if not found:
         return {name: shape}
@@ -55,7 +61,7 @@ def checkpoint_shapes(name: str, shape: list[int]) -> dict[str, list[int]]:
 
 
 def find_problems(received: dict[str, Tensor], shapes: dict[str, list[int]], optional: set[str]) -> list[str]:
-    """What is wrong with a set of tensors, one sentence per tensor."""
+    """Return one sentence for each tensor that does not fit the model."""
     problems = [f"missing tensor {name!r}" for name in sorted(shapes.keys() - received.keys() - optional)]
     problems += [f"unknown tensor {name!r}" for name in sorted(received.keys() - shapes.keys())]
     for name in sorted(received.keys() & shapes.keys()):
@@ -78,29 +84,152 @@ def repack_experts(model: torch.nn.Module) -> None:
 
 
 @dataclass(frozen=True)
-class ArrivedShard:
-    """A received shard in a file of the server's own temporary directory: in shared memory, one copy for all of its workers."""
+class BucketFile:
+    """A received bucket in a file of the server's own temporary directory: in shared memory, one copy for all of its workers."""
 
     header: dict[str, Any]
     path: Path
 
     def map(self) -> Tensor:
-        """[bytes] uint8; the file is made where it is not."""
+        """Return [bytes] uint8. The file is created where it does not exist."""
         return torch.from_file(str(self.path), shared=True, size=num_bytes(self.header), dtype=torch.uint8)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Views of the file's bytes, by name."""
-        return Shard(self.header, self.map()).tensors()
+        """Return views of the file's bytes, by tensor name."""
+        return Bucket(self.header, self.map()).tensors()
 
 
 def _read_files(paths: list[str]) -> dict[str, Tensor]:
-    """Views of the files' bytes, by tensor name."""
+    """Return views of the files' bytes, by tensor name."""
     tensors: dict[str, Tensor] = {}
     for path in paths:
         with safe_open(path, framework="pt", device="cpu") as file:
             for name in file.offset_keys():
                 tensors[name] = file.get_tensor(name)
     return tensors
+
+
+class Worker(Protocol):
+    """The parts of vLLM's Worker that are used here."""
+
+    device: torch.device
+    model_config: Any
+    parallel_config: Any
+    get_model: Callable[[], Any]
+    reload_weights: Callable[..., None]
+
+    @property
+    def hetero_ppo_rank(self) -> int:
+        """Tensor-parallel rank. Rank 0 joins the trainer's group."""
+
+
+class PolicyHandler:
+    """Stages and loads the weights of the model that answers prompts.
+
+    Args:
+        worker: vLLM's worker.
+    """
+
+    def __init__(self, worker: Worker) -> None:
+        self.worker = worker
+        self.arrived: tuple[BucketFile | Bucket, ...] = ()
+        self.staged: dict[str, Tensor] | None = None
+        self.checksums: dict[str, str] = {}  # of the staged tensors
+        self._expected: tuple[dict[str, list[int]], set[str]] | None = None
+
+    @property
+    def expected(self) -> tuple[dict[str, list[int]], set[str]]:
+        """Shapes of the model's tensors, see ``expected_shapes``. They are kept: finding them takes longer than checking tensors."""
+        if self._expected is None:
+            self._expected = expected_shapes(self.worker.model_config.hf_config)
+        return self._expected
+
+    def receive(self, header: dict[str, Any], handle: IpcHandle | None, index: int, group: WeightGroup | None) -> None:
+        """Take one bucket, see ``WeightReceiver.hetero_ppo_receive``."""
+        worker = self.worker
+        before = self.arrived if index else ()
+        if worker.parallel_config.tensor_parallel_size == 1:
+            self.arrived = (*before, Bucket(header, self._taken(header, handle, group)))
+            return
+        shared = BucketFile(header, Path(tempfile.gettempdir()) / f"hetero_ppo_{POLICY}_{index}")
+        self.arrived = (*before, shared)
+        if worker.hetero_ppo_rank == 0:
+            shared.path.unlink(missing_ok=True)  # not overwritten, because the last version may still be mapped
+            # The copy is complete when it returns. From then on the trainer may use its memory for something else.
+            shared.map().copy_(self._taken(header, handle, group))
+
+    def _taken(self, header: dict[str, Any], handle: IpcHandle | None, group: WeightGroup | None) -> Tensor:
+        """Return the bytes of a bucket on the worker's device: the trainer's own memory, or memory that was broadcast to."""
+        if group is None:
+            assert handle is not None  # the trainer sends one to workers that are not in the group
+            return handle.open(self.worker.device)
+        data = torch.empty(num_bytes(header), dtype=torch.uint8, device=self.worker.device)
+        group.broadcast(data)
+        return data
+
+    def stage(self, paths: list[str] | None) -> dict[str, Any]:
+        """Check tensors, see ``WeightReceiver.hetero_ppo_stage_weights``."""
+        if paths is not None:
+            self.arrived = ()
+            tensors = _read_files(paths)
+        else:
+            tensors = {name: tensor for bucket in self.arrived for name, tensor in bucket.tensors().items()}
+        problems = find_problems(tensors, *self.expected)
+        start = time.perf_counter()
+        checksum = self.checksum
+        with ThreadPoolExecutor(max_workers=NUM_HASH_THREADS) as pool:
+            checksums = dict(zip(tensors, pool.map(checksum, tensors.values()), strict=True))
+        seconds = time.perf_counter() - start
+        self.staged, self.checksums = (None, {}) if problems else (tensors, checksums)
+        return {"problems": problems, "checksums": checksums, "verify_s": seconds}
+
+    @property
+    def checksum(self) -> Callable[[Tensor], str]:
+        """Checksum of the tensors that arrived, computed where they are."""
+        on_device = any(isinstance(bucket, Bucket) for bucket in self.arrived)
+        return checksum_on(self.worker.device if on_device else CPU)
+
+    def load(self, verify: bool) -> dict[str, Any]:
+        """Load staged tensors, see ``WeightReceiver.hetero_ppo_load_staged``."""
+        tensors, self.staged = self.staged, None
+        if tensors is None:
+            raise RuntimeError("no weights are staged: call hetero_ppo_stage_weights first")
+        checksum = self.checksum
+        for bucket in self.arrived:
+            if isinstance(bucket, BucketFile):  # all workers have mapped it; the last one to close it frees the memory
+                bucket.path.unlink(missing_ok=True)
+        self.arrived = ()
+        if not verify:
+            self._load(tensors)
+            return {"wrong": [], "unread": [], "verify_s": 0.0}
+        worker = self.worker
+        loaded = LoadedWeights(
+            worker.get_model(),
+            tensors,
+            self.checksums,
+            rank=worker.hetero_ppo_rank,
+            size=worker.parallel_config.tensor_parallel_size,
+            cpu=worker.device.type == "cpu",
+            checksum=checksum,
+        )
+        with loaded.watching():
+            self._load(tensors)
+        return {"wrong": loaded.wrong, "unread": loaded.unread, "verify_s": loaded.seconds}
+
+    def _load(self, tensors: dict[str, Tensor]) -> None:
+        worker = self.worker
+        if worker.device.type == "cpu":
+            repack_experts(worker.get_model())
+        worker.reload_weights(weights_iterator=iter(tensors.items()))
+        if worker.model_config.hf_config.tie_word_embeddings:
+            # On the CPU a layer computes from a packed copy of its weight. vLLM packs those that it loaded, and of a tied
+            # matrix it loads the input side alone. Without this, logits stay those of the first weights.
+            head = worker.get_model().lm_head
+            head.quant_method.process_weights_after_loading(head)
+
+
+#: Target -> its handler.
+HANDLERS = {POLICY: PolicyHandler}
 
 
 class WeightReceiver:
@@ -113,36 +242,42 @@ class WeightReceiver:
     get_model: Callable[[], Any]
     reload_weights: Callable[..., None]
 
-    hetero_ppo_staged: dict[str, Tensor] | None = None
-    hetero_ppo_checksums: dict[str, str] | None = None  # of the staged tensors
-    #: What the first sync found: building the model's skeleton takes longer than checking the tensors.
-    hetero_ppo_expected: tuple[dict[str, list[int]], set[str]] | None = None
-
-    #: The group that shards are broadcast in; None: there is none, or this worker is no member.
+    #: Group that buckets are broadcast in. None: there is none, or this worker is no member.
     hetero_ppo_group: WeightGroup | None = None
-    hetero_ppo_arrived: tuple[ArrivedShard | Shard, ...] = ()  # in files, or in the trainer's memory
+    hetero_ppo_handlers: dict[str, PolicyHandler] | None = None  # by target; None before the first message
 
     def hetero_ppo_pulse(self) -> dict[str, Any]:
-        """A sign of life: the answer takes the same way as everything that the engine does (``pulse.py``)."""
+        """Give a sign of life. The answer takes the same way as everything that the server does (``pulse.py``)."""
         return {}
 
     def hetero_ppo_device(self) -> dict[str, Any]:
-        """Where this worker computes, see ``cuda_ipc.device_id``."""
+        """Return the device that this worker computes on, see ``cuda_ipc.device_id``."""
         return {"device": device_id(self.device)}
 
     @property
     def hetero_ppo_rank(self) -> int:
-        """Tensor-parallel rank. Rank 0 receives for all of the server."""
+        """Tensor-parallel rank. Rank 0 joins the trainer's group."""
         from vllm.distributed import get_tensor_model_parallel_rank
 
         return get_tensor_model_parallel_rank()
 
+    def _hetero_ppo_handler(self, target: str) -> PolicyHandler:
+        """Return the handler of a target.
+
+        Raises:
+            ValueError: There is no such target.
+        """
+        check_target(target)
+        if self.hetero_ppo_handlers is None:
+            self.hetero_ppo_handlers = {name: handler(self) for name, handler in HANDLERS.items()}
+        return self.hetero_ppo_handlers[target]
+
     def hetero_ppo_join(self, meeting: dict[str, Any], rank: int | None) -> dict[str, Any]:
-        """Joins the group of the trainer and one worker of each server, in place of the one that it was in.
+        """Join the group of the trainer and one worker of each server, in place of the group before.
 
         Args:
-            meeting: a ``Meeting`` as JSON.
-            rank: of this server's member in the group; None: it has none.
+            meeting: A ``Meeting`` as JSON.
+            rank: Rank of this server's member in the group. None: it has no member.
         """
         self.hetero_ppo_group = None
         if rank is not None and self.hetero_ppo_rank == 0:
@@ -150,114 +285,47 @@ class WeightReceiver:
             self.hetero_ppo_group = WeightGroup(join_store(where), where, rank, self.device)
         return {}
 
-    def hetero_ppo_receive(self, header: dict[str, Any], handle: dict[str, Any] | None, index: int) -> dict[str, Any]:
-        """Takes one shard into a file that all of the server's workers read: by a broadcast, or from the trainer's device memory.
+    def hetero_ppo_receive(
+        self, target: str, header: dict[str, Any], handle: dict[str, Any] | None, index: int
+    ) -> dict[str, Any]:
+        """Take one bucket. The only worker of a server keeps it on its device; several workers share it in a file of the host.
 
         Args:
-            header: its tensors, as in a safetensors file.
-            handle: an ``IpcHandle`` as JSON, for a server that has no member in the group.
-            index: of the shard, from 0; with 0 what came before is forgotten.
+            target: Model that the tensors are for.
+            header: Names, dtypes, shapes and places of the tensors, as in a safetensors file.
+            handle: An ``IpcHandle`` of the trainer's memory as JSON, for a server without a member in the group. The trainer keeps
+                that memory until the tensors are loaded.
+            index: Number of the bucket, from 0. Bucket 0 replaces all that came before.
         """
-        shard = ArrivedShard(header, Path(tempfile.gettempdir()) / f"hetero_ppo_shard_{index}")
-        self.hetero_ppo_arrived = (*(self.hetero_ppo_arrived if index else ()), shard)
-        if self.hetero_ppo_rank == 0:
-            shard.path.unlink(missing_ok=True)  # not overwritten: the last version may still be mapped
-            data = shard.map()
-            if self.hetero_ppo_group is None:
-                assert handle is not None  # the trainer sends one to servers without a member
-                # Complete when it returns: the trainer's memory may then be used for something else.
-                data.copy_(IpcHandle.from_json(handle).open(self.device))
-            elif self.device.type == "cpu":
-                self.hetero_ppo_group.broadcast(data)
-            else:
-                on_device = torch.empty_like(data, device=self.device)
-                self.hetero_ppo_group.broadcast(on_device)
-                data.copy_(on_device)
+        opened = None if handle is None else IpcHandle.from_json(handle)
+        self._hetero_ppo_handler(target).receive(header, opened, index, self.hetero_ppo_group)
         return {}
 
-    def hetero_ppo_open(self, header: dict[str, Any], handle: dict[str, Any], index: int) -> dict[str, Any]:
-        """Opens one shard in the trainer's device memory, to be loaded from there; the trainer keeps it until that is done.
+    def hetero_ppo_stage_weights(self, target: str, paths: list[str] | None) -> dict[str, Any]:
+        """Check the tensors of safetensors files, or of the buckets that were received.
 
         Args:
-            header: its tensors, as in a safetensors file.
-            handle: an ``IpcHandle`` as JSON.
-            index: of the shard, from 0; with 0 what came before is forgotten.
-        """
-        shard = Shard(header, IpcHandle.from_json(handle).open(self.device))
-        self.hetero_ppo_arrived = (*(self.hetero_ppo_arrived if index else ()), shard)
-        return {}
-
-    @property
-    def hetero_ppo_checksum(self) -> Callable[[Tensor], str]:
-        """Checksum of the tensors that arrived: computed where they are."""
-        in_place = any(isinstance(shard, Shard) for shard in self.hetero_ppo_arrived)
-        return lane_checksum if in_place else host_checksum
-
-    def hetero_ppo_stage_weights(self, paths: list[str] | None) -> dict[str, Any]:
-        """Checks the tensors of safetensors files, or with None those that were received.
+            target: Model that the tensors are for.
+            paths: Files. None: the buckets.
 
         Returns:
-            ``{"problems": [...], "checksums": {name: checksum}, "verify_s": seconds}``, the last of them for the checksums;
-            tensors are kept for ``hetero_ppo_load_staged`` when there is no problem.
+            ``{"problems": [...], "checksums": {name: checksum}, "verify_s": seconds}``, the last of them for the checksums.
+            Without a problem the tensors are kept for ``hetero_ppo_load_staged``.
         """
-        if paths is not None:
-            tensors, self.hetero_ppo_arrived = _read_files(paths), ()
-        else:
-            tensors = {name: tensor for shard in self.hetero_ppo_arrived for name, tensor in shard.tensors().items()}
-        if self.hetero_ppo_expected is None:
-            self.hetero_ppo_expected = expected_shapes(self.model_config.hf_config)
-        problems = find_problems(tensors, *self.hetero_ppo_expected)
-        start = time.perf_counter()
-        with ThreadPoolExecutor(max_workers=NUM_HASH_THREADS) as pool:
-            checksums = dict(zip(tensors, pool.map(self.hetero_ppo_checksum, tensors.values()), strict=True))
-        seconds = time.perf_counter() - start
-        self.hetero_ppo_staged = None if problems else tensors
-        self.hetero_ppo_checksums = None if problems else checksums
-        return {"problems": problems, "checksums": checksums, "verify_s": seconds}
+        return self._hetero_ppo_handler(target).stage(paths)
 
-    def hetero_ppo_load_staged(self, verify: bool) -> dict[str, Any]:
-        """Replaces the model's weights with the staged ones.
+    def hetero_ppo_load_staged(self, target: str, verify: bool) -> dict[str, Any]:
+        """Replace a model's weights with the staged ones.
 
         Args:
-            verify: compare what lies in the model's parameters with the staged tensors' checksums.
+            target: Model that they are for.
+            verify: Whether to compare what the model's parameters hold afterwards with the staged tensors' checksums.
 
         Returns:
-            ``{"wrong": names, "unread": names, "verify_s": seconds}``: tensors that the parameters hold otherwise, and not at all.
+            ``{"wrong": names, "unread": names, "verify_s": seconds}``: the tensors that the parameters hold otherwise, and those that
+            were found in no parameter.
 
         Raises:
-            RuntimeError: nothing is staged.
+            RuntimeError: Nothing is staged.
         """
-        tensors, self.hetero_ppo_staged = self.hetero_ppo_staged, None
-        checksums = self.hetero_ppo_checksums
-        if tensors is None or checksums is None:
-            raise RuntimeError("no weights are staged: call hetero_ppo_stage_weights first")
-        checksum = self.hetero_ppo_checksum
-        for shard in self.hetero_ppo_arrived:
-            if isinstance(shard, ArrivedShard):  # all workers have mapped them; the last one to let go frees the memory
-                shard.path.unlink(missing_ok=True)
-        self.hetero_ppo_arrived = ()
-        if not verify:
-            self._hetero_ppo_load(tensors)
-            return {"wrong": [], "unread": [], "verify_s": 0.0}
-        loaded = LoadedWeights(
-            self.get_model(),
-            tensors,
-            checksums,
-            rank=self.hetero_ppo_rank,
-            size=self.parallel_config.tensor_parallel_size,
-            cpu=self.device.type == "cpu",
-            checksum=checksum,
-        )
-        with loaded.watching():
-            self._hetero_ppo_load(tensors)
-        return {"wrong": loaded.wrong, "unread": loaded.unread, "verify_s": loaded.seconds}
-
-    def _hetero_ppo_load(self, tensors: dict[str, Tensor]) -> None:
-        if self.device.type == "cpu":
-            repack_experts(self.get_model())
-        self.reload_weights(weights_iterator=iter(tensors.items()))
-        if self.model_config.hf_config.tie_word_embeddings:
-            # On the CPU a layer computes from a packed copy of its weight. vLLM packs those that it loaded, and of a tied
-            # matrix it loads the input side alone: without this, logits are those of the first weights for ever.
-            head = self.get_model().lm_head
-            head.quant_method.process_weights_after_loading(head)
+        return self._hetero_ppo_handler(target).load(verify)
