@@ -155,7 +155,7 @@ GROUPS: tuple[Group, ...] = (
                 (
                     ("rollout/log_prob_diff_mean", "rollouts, mean"),
                     ("rollout/log_prob_diff_max", "largest"),
-                    ("rollout/golden_log_prob_diff", "after weight sync"),
+                    ("rollout/probe_log_prob_diff", "after weight sync"),
                 ),
             ),
             Panel(

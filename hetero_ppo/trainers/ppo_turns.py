@@ -113,7 +113,7 @@ class GeneratorTurns:
         if not self.generator.is_here:
             return {}
         with self.at_work("probe prompt"):
-            return {"rollout/golden_log_prob_diff": self.generator.verify_sync(token_ids, log_probs)}
+            return {"rollout/probe_log_prob_diff": self.generator.verify_sync(token_ids, log_probs)}
 
     def at_work(self, name: str) -> contextlib.AbstractContextManager[Args]:
         """Return a span of the generator's lane in the trace."""

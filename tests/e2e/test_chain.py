@@ -44,7 +44,7 @@ PPO_METRICS = {
     *("critic/grad_norm", "critic/lr"),
     *("reward/mean", "reward/std", "reward/with_kl_mean", "kl/reference", "kl/coef"),
     *("response_length/mean", "response_length/max", "response_length/clip_ratio"),
-    *("rollout/log_prob_diff_mean", "rollout/log_prob_diff_max", "rollout/golden_log_prob_diff"),
+    *("rollout/log_prob_diff_mean", "rollout/log_prob_diff_max", "rollout/probe_log_prob_diff"),
     *("rollout/sync_s", "rollout/sync_gb_s", "rollout/verify_s"),
 }
 PHASES = {"rollout", "experience", "train_critic", "train_actor", "weight_sync", "total"}
@@ -109,7 +109,7 @@ def test_actor_begins_as_the_reference_and_the_engine_agrees(chain: Chain) -> No
     assert abs(metrics[1]["kl/reference"]) < 1e-5 < abs(metrics[NUM_STEPS]["kl/reference"])
     for values in metrics.values():
         assert values["rollout/log_prob_diff_max"] < 1e-3
-        assert values["rollout/golden_log_prob_diff"] < 1e-3
+        assert values["rollout/probe_log_prob_diff"] < 1e-3
     coefs = [values["kl/coef"] for values in metrics.values()]
     assert coefs[0] == 0.05 and len(set(coefs)) == NUM_STEPS  # the adaptive controller moves it
 

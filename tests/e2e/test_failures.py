@@ -107,7 +107,7 @@ def test_a_killed_server_is_restarted_until_no_restart_is_left(chain: Chain, tmp
     metrics = read_metrics(run_dir)
     assert len(metrics) >= 3 and list(metrics) == list(range(1, len(metrics) + 1))
     for values in metrics.values():
-        assert values["rollout/log_prob_diff_max"] < 1e-3 and values["rollout/golden_log_prob_diff"] < 1e-3
+        assert values["rollout/log_prob_diff_max"] < 1e-3 and values["rollout/probe_log_prob_diff"] < 1e-3
         # One minibatch and one epoch: the loss sees the policy that made the old log-probs.
         assert abs(values["actor/ppo_kl"]) < 1e-5 and values["actor/pg_clipfrac"] == 0
     assert_server_and_transformers_agree(run_dir, actor)

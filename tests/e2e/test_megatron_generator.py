@@ -21,7 +21,7 @@ def test_the_engine_is_the_trainer(two_processes: Path) -> None:
     for values in metrics.values():
         assert all(math.isfinite(value) for value in values.values())
         assert values["rollout/log_prob_diff_max"] < 1e-4
-        assert values["rollout/golden_log_prob_diff"] < 1e-4
+        assert values["rollout/probe_log_prob_diff"] < 1e-4
         assert values["rollout/ratio_outside_share"] == 0
     assert abs(metrics[1]["kl/reference"]) < 1e-5 < abs(metrics[2]["kl/reference"])
 

@@ -38,7 +38,7 @@ def test_resumed_ppo_takes_the_same_step_bit_for_bit(chain: Chain, one_process: 
     straight, resumed = (results(folder) for folder in (chain.run_dir("ppo"), one_process / "ppo_resumed"))
     assert list(resumed) == list(range(CHECKPOINT_STEP + 1, NUM_STEPS + 1))
     expected = straight[NUM_STEPS]
-    del expected["rollout/golden_log_prob_diff"]
+    del expected["rollout/probe_log_prob_diff"]
     assert resumed[NUM_STEPS] == expected
     assert_same_weights(one_process / "ppo_resumed" / "hf", chain.export("ppo"))
 

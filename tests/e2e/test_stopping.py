@@ -56,7 +56,7 @@ def test_sigterm_to_the_launcher_saves_ppo_and_engine_and_trainer_have_stayed_to
     for step, values in steps.items():
         assert values["rollout/log_prob_diff_max"] < 1e-4, step
         assert values["rollout/ratio_outside_share"] == 0, step
-        assert values["rollout/golden_log_prob_diff"] < 1e-4, step
+        assert values["rollout/probe_log_prob_diff"] < 1e-4, step
         assert abs(values["actor/ppo_kl_first"]) < 1e-7, step
     differences = [values["rollout/log_prob_diff_mean"] for values in steps.values()]
     assert mean(differences[-4:]) < 1.5 * mean(differences[:4]), "the difference grows"

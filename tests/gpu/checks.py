@@ -189,7 +189,7 @@ def aligned(cpu: bool) -> dict[str, Any]:
 def transports(cpu: bool) -> dict[str, Any]:
     """Check the transport of weights by CUDA IPC and by a process group."""
     return _pytest(
-        [str(TESTS / "unit" / name) for name in ("test_rollout_transports.py", "test_rollout_device_blocks.py")]
+        [str(TESTS / "unit" / name) for name in ("test_rollout_transports.py", "test_rollout_device_buckets.py")]
     )
 
 

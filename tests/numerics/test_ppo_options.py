@@ -222,7 +222,7 @@ def test_every_step_generates_with_its_own_weights(rank: OneRank) -> None:
     """The log-probs that the generator sampled with are those of the trained actor: of step 2, those of the weights after step 1."""
     for step, metrics in read_metrics(rank.folder("generated")).items():
         assert metrics["rollout/log_prob_diff_max"] < 1e-4, step
-        assert metrics["rollout/golden_log_prob_diff"] < 1e-4, step
+        assert metrics["rollout/probe_log_prob_diff"] < 1e-4, step
     assert abs(read_metrics(rank.folder("generated"))[2]["kl/reference"]) > 1e-4
 
 

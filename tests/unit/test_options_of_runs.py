@@ -196,7 +196,7 @@ def test_the_probe_prompt_is_compared_where_that_is_asked_for(
         data=SimpleNamespace(probe_ids=[1, 2]), config=config, actor=actor, turns=turns, generator=generator
     )
     assert PpoTrainer.sync_weights(trainer, 1) == (
-        {"rollout/golden_log_prob_diff": 0.25} if verify and not is_recorded else {}
+        {"rollout/probe_log_prob_diff": 0.25} if verify and not is_recorded else {}
     )
 
 
