@@ -1,14 +1,14 @@
 """Beam search over next-token log-probs, for evaluation.
 
-The search itself knows no engine: :meth:`BeamSearch.advance` takes the best next tokens of every live beam. Candidates are
+The search itself knows no generator: :meth:`BeamSearch.advance` takes the best next tokens of every live beam. Candidates are
 ranked as in Wu et al. 2016 ("Google's neural machine translation system", section 7) and as transformers ranks them: a
 hypothesis of L tokens, end-of-sequence included, with summed log-prob c has the score c / L^a, where a is the length penalty. Of all
 continuations the best ``num_beams`` that do not end a sequence live on; an end among the best ``num_beams`` is finished.
 
 **When it stops.** A live beam of l tokens with sum c <= 0 can only lose: every descendant has a sum c' <= c <= 0 and a length L with
-l < L <= max_tokens. For a > 0 the score c' / L^a is at most c / max_tokens^a, the longest descendant's if it lost nothing more; for
-a <= 0, L^a falls with L and the score is at most c / (l + 1)^a, the shortest one's. The search ends when no live beam's bound is above
-the worst of the ``num_return`` best finished hypotheses: from then on nothing that is returned can change.
+l < L <= max_tokens. For a > 0 the score c' / L^a is at most c / max_tokens^a, that of the longest descendant if it lost nothing more. For
+a <= 0, L^a falls with L, and the score is at most c / (l + 1)^a, that of the shortest one. The search ends when no live beam's bound is
+above the worst of the ``num_return`` best finished hypotheses. From then on nothing that is returned can change.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 from hetero_ppo.rollout.servers.pool import gather_all
 
-#: Most probable next tokens of a sequence: (token id, log-prob), best first.
+#: Function from response tokens to the most probable next tokens: (token id, log-prob), best first.
 Expand = Callable[[list[int]], Coroutine[Any, Any, list[tuple[int, float]]]]
 
 
@@ -35,7 +35,7 @@ class Hypothesis:
 
 @dataclass(frozen=True)
 class Beam:
-    """A hypothesis that goes on."""
+    """A hypothesis that has not ended."""
 
     token_ids: list[int]
     log_prob: float
@@ -46,14 +46,14 @@ class BeamSearch:
     """The state of one prompt's search.
 
     Args:
-        num_beams: live beams, at least 1.
-        max_tokens: a response of so many tokens is finished with ``length``.
-        length_penalty: exponent a; above 0 longer responses gain, below 0 shorter ones.
-        end_token_ids: they end a response.
-        num_return: hypotheses asked for, at most ``num_beams``; the more, the later the search may end.
+        num_beams: Largest number of live beams, at least 1.
+        max_tokens: Largest number of response tokens. A response of so many tokens is finished with ``length``.
+        length_penalty: Exponent a. Above 0 it favours longer responses, below 0 shorter ones.
+        end_token_ids: Token ids that end a response.
+        num_return: Number of hypotheses to return, at most ``num_beams``. The more, the later the search may end.
 
     Raises:
-        ValueError: a number is out of its range.
+        ValueError: A number is out of its range.
     """
 
     num_beams: int
@@ -74,7 +74,7 @@ class BeamSearch:
 
     @property
     def num_candidates(self) -> int:
-        """Next tokens of one beam that can matter: so many of them live on at most, and each end token may be above them."""
+        """Number of next tokens of one beam that can matter: at most ``num_beams`` live on, and each end token may rank above them."""
         return self.num_beams + len(self.end_token_ids)
 
     @property
@@ -84,25 +84,24 @@ class BeamSearch:
             return True
         if len(self.finished) < self.num_return:
             return False
-        return (
-            self.bound(self.live[0]) <= self.finished[-1].score
-        )  # the first has the largest sum, so the largest bound
+        # The first beam has the largest sum, and so the largest bound.
+        return self.bound(self.live[0]) <= self.finished[-1].score
 
     def score(self, log_prob: float, length: int) -> float:
-        """Of a hypothesis of ``length`` tokens."""
+        """Return the score of a hypothesis of ``length`` tokens."""
         return log_prob / length**self.length_penalty
 
     def bound(self, beam: Beam) -> float:
-        """The highest score that any descendant of a live beam can reach."""
+        """Return the highest score that any descendant of a live beam can reach."""
         length = self.max_tokens if self.length_penalty > 0 else len(beam.token_ids) + 1
         return self.score(beam.log_prob, length)
 
     def advance(self, candidates: Sequence[Sequence[tuple[int, float]]]) -> None:
-        """One more token.
+        """Extend the live beams by one token.
 
         Args:
-            candidates: for each live beam, in order, its ``num_candidates`` most probable next tokens (all of them, where the
-                vocabulary has fewer) as (token id, log-prob).
+            candidates: The ``num_candidates`` most probable next tokens of each live beam, in order, as (token id, log-prob). They
+                are all tokens where the vocabulary has fewer.
         """
         ranked = sorted(
             (
@@ -126,11 +125,11 @@ class BeamSearch:
 
 
 async def run_search(search: BeamSearch, expand: Expand) -> list[Hypothesis]:
-    """Runs a search to its end and returns what it found, best first.
+    """Run a search to its end and return its hypotheses, best first.
 
     Args:
-        search: not begun.
-        expand: gives the ``search.num_candidates`` most probable next tokens after response tokens; all live beams ask at once.
+        search: New search.
+        expand: Function that gives the ``search.num_candidates`` most probable next tokens. All live beams call it concurrently.
     """
     while not search.done:
         search.advance(await gather_all([expand(beam.token_ids) for beam in search.live]))

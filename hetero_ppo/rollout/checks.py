@@ -1,4 +1,4 @@
-"""What all generators check alike: requests before they are sent, and log-probs of the probe prompt after a sync."""
+"""Checks that all generators make: of a request before it is sent, and of the probe prompt's log-probs after a sync."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from hetero_ppo.errors import RunError
 from hetero_ppo.rollout.generator import Capabilities, GenerationRequest
 from hetero_ppo.rollout.partial import ABORTED
 
-#: Largest |difference| between the generator's and the trainer's log-probs of a probe prompt. bf16 has 8 bits of mantissa, and the
-#: two sides round at different places.
+#: Largest |difference| between the generator's and the trainer's log-probs of a probe prompt. bf16 has 8 bits of mantissa, and
+#: generator and trainer round at different places.
 SYNC_TOLERANCE = {Dtype.fp32: 1e-3, Dtype.bf16: 0.15}
 
 
@@ -19,8 +19,8 @@ def check_request(request: GenerationRequest, capabilities: Capabilities, max_mo
 
     Args:
         request: The request.
-        capabilities: Those of the generator.
-        max_model_len: Tokens that the generator takes, prompt and response together.
+        capabilities: Capabilities of the generator.
+        max_model_len: Largest number of tokens of the generator, prompt and response together.
     """
     num_prompts, n = len(request.prompts), request.n
     limits = [request.sampling.max_tokens] * num_prompts if request.max_tokens is None else request.max_tokens
@@ -56,7 +56,7 @@ def check_prompts(prompts: list[list[int]], max_tokens: list[int], max_model_len
     Args:
         prompts: Token ids.
         max_tokens: Largest number of response tokens of each prompt.
-        max_model_len: Tokens that the generator takes, prompt and response together.
+        max_model_len: Largest number of tokens of the generator, prompt and response together.
     """
     if not prompts:
         raise ValueError("generate: no prompts")

@@ -1,7 +1,7 @@
-"""What answers prompts, as the trainer sees it: one interface, and what each implementation can do.
+"""The interface of generators, which answer prompts, and the capabilities of each.
 
-``vllm.py`` (servers), ``megatron.py`` (the actor's own decoder) and ``replay.py`` (recorded rollouts) implement it. A rank that has no
-generator of its own has a :class:`NullGenerator`, so the same calls run on every rank.
+``vllm.py`` (servers), ``megatron.py`` (the actor's own decoder) and ``replay.py`` (recorded rollouts) implement it. A rank without a
+generator has a :class:`NullGenerator`, so every rank makes the same calls.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from hetero_ppo.types import OnResponse, PromptBatch, Response
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What a generator can do and what it needs. All ranks of a run have the same, those with a ``NullGenerator`` included."""
+    """What a generator can do and what it needs. All ranks of a run have the same capabilities, also those with a ``NullGenerator``."""
 
-    is_collective: bool = False  # it is on every rank, and all ranks call it together; False: it is on rank 0 alone
+    is_collective: bool = False  # it is on every rank, and all ranks call it together; False: only rank 0 has it
     is_recorded: bool = False  # it repeats recorded responses: it answers no other prompts and scores no given tokens
-    can_resume: bool = False  # it goes on with partial responses, and aborts the others when enough are complete
+    can_resume: bool = False  # it continues partial responses, and aborts the others when enough are complete
     can_sleep: bool = False  # it gives device memory back in ``sleep`` and takes it in ``wake``
     has_servers: bool = False  # its processes may die, and ``restart_down`` starts them again
     needs_weight_sync: bool = False  # it answers with a copy of the actor's weights, which ``sync_weights`` replaces
@@ -33,26 +33,28 @@ class Capabilities:
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """What a generator is asked for: n responses to each of P prompts. Place p * n + j is that of response j to prompt p."""
+    """A request for n responses to each of P prompts. Response j to prompt p has place p * n + j."""
 
     prompts: PromptBatch  # P prompts; the same on every rank
     sampling: SamplingConfig
     n: int
     seed: int  # the same request with the same weights gives the same tokens
     max_tokens: list[int] | None = None  # response tokens of each prompt, [P]; None: ``sampling.max_tokens`` for all
-    #: [P * n] what there is of each response from an earlier request, or None where there is nothing. It keeps its tokens, log-probs
+    #: [P * n] partial responses of earlier requests, each None where there is none. A partial response keeps its tokens, log-probs
     #: and weight versions, and is continued with the present weights. None: every response is new.
     partial: list[Response | None] | None = None
-    num_needed: int | None = None  # complete responses after which the others are aborted; None: all are waited for
+    num_needed: int | None = (
+        None  # number of complete responses after which the others are aborted; None: no one is aborted
+    )
 
     @property
     def num_places(self) -> int:
-        """Number of responses that are asked for."""
+        """Number of responses that are requested."""
         return len(self.prompts) * self.n
 
     @property
     def num_rows(self) -> int:
-        """Number of responses that are waited for."""
+        """Number of responses that must be complete."""
         return self.num_places if self.num_needed is None else self.num_needed
 
     def limit_of(self, prompt: int) -> int:
@@ -60,7 +62,7 @@ class GenerationRequest:
         return self.sampling.max_tokens if self.max_tokens is None else self.max_tokens[prompt]
 
     def with_complete(self, responses: Sequence[tuple[int, Response]]) -> GenerationRequest:
-        """Return the request in which these responses are there already.
+        """Return the request with these responses as ones that are complete already.
 
         Args:
             responses: Pairs of a place and its response.
@@ -76,12 +78,12 @@ class GenerationRequest:
 class Generator(ABC):
     """Answers prompts. A context manager: entering it starts the generator, leaving it ends it.
 
-    A generator that lacks a capability inherits the methods that belong to it, which then have nothing to do.
+    The methods that belong to a capability do nothing by default, for generators without it.
     """
 
-    #: What it can do and what it needs; the same on every rank.
+    #: Capabilities, the same on every rank.
     capabilities: Capabilities
-    #: Whether this rank has the generator. False: it gets the responses from rank 0.
+    #: Whether this rank has the generator. False: this rank gets the responses from rank 0.
     is_here = True
 
     def __enter__(self) -> Self:
@@ -94,10 +96,10 @@ class Generator(ABC):
         self.close()
 
     def start(self) -> None:
-        """Start it; it is awake when this returns."""
+        """Start the generator. It is awake when this returns."""
 
     def close(self) -> None:
-        """End it. May be called more than once."""
+        """End the generator. May be called more than once."""
 
     @abstractmethod
     def generate(
@@ -111,13 +113,14 @@ class Generator(ABC):
 
         Args:
             request: Prompts, and how to answer them.
-            on_response: Called with (prompt, sample, response) for every response that is complete, in the order of completion, at
-                most ``num_needed`` times.
-            on_stalled: Called again and again while all servers are down and prompts wait for ``restart_down``; None: that is an error.
+            on_response: Function that is called with (prompt, sample, response) for every complete response, in the order of
+                completion, at most ``num_needed`` times.
+            on_stalled: Function that is called repeatedly while all servers are down and prompts wait for ``restart_down``. None: that
+                is an error.
 
         Returns:
             For each prompt, in order, its n responses. With ``num_needed`` the aborted ones end with ``abort``, and more may be complete
-            than ``on_response`` was called for; both are for the next request's ``partial``.
+            than ``on_response`` was called for. Both go into the next request's ``partial``.
 
         Raises:
             ValueError: The request does not fit the generator.
@@ -139,7 +142,7 @@ class Generator(ABC):
         """
 
     def verify_sync(self, token_ids: list[int], log_probs: list[float]) -> float:
-        """Compare the log-probs of a probe prompt with the trainer's own. Not for recorded responses.
+        """Compare the log-probs of a probe prompt with the trainer's own. Generators of recorded responses do not have it.
 
         Args:
             token_ids: Probe prompt of L tokens.
@@ -154,7 +157,7 @@ class Generator(ABC):
         raise AssertionError(f"{type(self).__name__} computes no log-probs of a probe prompt")
 
     def sync_metrics(self) -> dict[str, float]:
-        """Return what the last weight sync took, and how the requests since the one before were shared among servers."""
+        """Return metrics of the last weight sync, and of how the servers shared the requests since the sync before it."""
         return {}
 
     def sleep(self) -> None:
@@ -176,15 +179,15 @@ class Generator(ABC):
         """Set whether a server that dies is restarted at once, or waits for ``restart_down``.
 
         Args:
-            allowed: False while the trainer has the devices that it shares with the servers.
+            allowed: Whether servers may start. False while the trainer has the devices that it shares with them.
         """
 
     def restart_down(self) -> None:
-        """Restart the servers that are down; they are awake and have the newest weights when this returns."""
+        """Restart the servers that are down. They are awake and have the newest weights when this returns."""
 
     @property
     def weights_key(self) -> str:
-        """Name of the weights by their content, for responses that are kept on disk. For generators that can resume."""
+        """Name of the weights by their content, for responses that are kept on disk. Only generators that can resume have it."""
         raise AssertionError(f"{type(self).__name__} resumes no responses")
 
 
@@ -192,7 +195,7 @@ class NullGenerator(Generator):
     """Stands for the generator of another rank.
 
     Args:
-        capabilities: Those of the generator that answers.
+        capabilities: Capabilities of the generator that answers.
     """
 
     is_here = False

@@ -27,17 +27,17 @@ PHASE = "rollout"
 class MegatronGenerator(Generator):
     """Answers with the actor's own parameters, on every rank of its layout.
 
-    ``generate``, ``prompt_log_probs`` and ``verify_sync`` are collective over the actor's ranks: the data-parallel ones share the
-    responses, the tensor-parallel ones compute each together. They open the actor's turn themselves. There is no second copy of
-    the weights and nothing to synchronise.
+    ``generate``, ``prompt_log_probs`` and ``verify_sync`` are collective over the actor's ranks. Data-parallel ranks share the
+    responses, and tensor-parallel ranks compute each one together. The methods open the actor's turn themselves. There is no second
+    copy of the weights, so there is nothing to synchronise.
 
     Args:
-        config: the ``rollout`` section; ``max_num_seqs`` responses are decoded at the same time on a data-parallel rank.
-        actor: its layout is tensor and data parallelism alone.
-        max_model_len: tokens, longest prompt and response together.
-        eos_token_ids: they end a response, unless ``sampling.ignore_eos``.
-        initial_version: label of the actor's weights.
-        decode: text of tokens, special ones left out, for stop strings; None: ``sampling.stop`` is refused.
+        config: The ``rollout`` section. A data-parallel rank decodes ``max_num_seqs`` responses at once.
+        actor: Actor whose layout has tensor and data parallelism only.
+        max_model_len: Largest number of tokens, prompt and response together.
+        eos_token_ids: Token ids that end a response, unless ``sampling.ignore_eos``.
+        initial_version: Label of the actor's weights.
+        decode: Function from token ids to their text without special tokens, for stop strings. None: ``sampling.stop`` is refused.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class MegatronGenerator(Generator):
         on_response: OnResponse | None = None,
         on_stalled: Callable[[], None] | None = None,
     ) -> list[list[Response]]:
-        """Answer prompts, see ``Generator.generate``. Collective over the actor's ranks; every rank gives the same and gets all.
+        """Answer prompts, see ``Generator.generate``. Collective over the actor's ranks: every rank gives the same request and gets all responses.
 
         With several data-parallel ranks ``on_response`` is called when all responses are complete. It is called in the same order on
         every rank.
@@ -131,7 +131,7 @@ class MegatronGenerator(Generator):
         return [[responses[i * n + j] for j in range(n)] for i in range(num_prompts)]
 
     def _end_of(self, sampling: SamplingConfig) -> Callable[[list[int]], bool]:
-        """Return a function that tells whether the last of a response's tokens ends it."""
+        """Return a function that returns whether the last of a response's tokens ends it."""
         stops = {*sampling.stop_token_ids, *([] if sampling.ignore_eos else self.eos_token_ids)}
 
         def is_last(token_ids: list[int]) -> bool:

@@ -1,8 +1,8 @@
-"""Responses that a step leaves unfinished, and that a later one goes on with.
+"""Responses that one step leaves incomplete and a later step continues.
 
-With ``rollout.over_sampling`` a step sends more prompts than it needs responses, and takes the first that are complete: nobody waits for
-the longest one. The others are aborted and kept with their tokens and log-probs, and the next step goes on from prompt and tokens
-under its new weights, with the tokens that are left. A token keeps the log-prob that the weights gave it that sampled it.
+With ``rollout.over_sampling`` a step sends more prompts than it needs responses, and takes the first that are complete, so that it does
+not wait for the longest one. The others are aborted and kept with their tokens and log-probs. The next step continues them with its own
+weights. A token keeps the log-prob of the weights that sampled it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from hetero_ppo.types import PromptBatch, Response
 
 #: finish_reason of a response that is not complete.
 ABORTED = "abort"
+#: Name of the partial responses in a checkpoint. Checkpoints of all versions have it.
+STATE_KEY = "begun"
 
 
 def continued(partial: Response, rest: Response) -> Response:
@@ -23,7 +25,7 @@ def continued(partial: Response, rest: Response) -> Response:
 
     Args:
         partial: First part.
-        rest: What came after it; without tokens when nothing did.
+        rest: Second part. It may have no tokens.
     """
     if not rest.token_ids:
         return partial
@@ -38,12 +40,12 @@ def continued(partial: Response, rest: Response) -> Response:
 
 
 class PartialBuffer:
-    """Prompts that wait for a response, the oldest first, each with what there is of it. The same prompts on every rank.
+    """Prompts that wait for a response, the oldest first, each with its partial response. The prompts are the same on every rank.
 
-    A prompt is here once for each of its responses. The partial responses are known on the generator's rank alone.
+    A prompt is here once for each of its responses. Only the generator's rank knows the partial responses.
 
     Args:
-        over_sampling: Responses that a step starts or resumes, over those that it needs; at least 1.
+        over_sampling: Ratio of the responses that a step starts or resumes to those that it needs, at least 1.
     """
 
     def __init__(self, over_sampling: float) -> None:
@@ -55,11 +57,11 @@ class PartialBuffer:
         return len(self.partial)
 
     def take(self, num_needed: int, next_prompts: Callable[[], PromptBatch], n: int) -> PromptBatch:
-        """Return the prompts of a step: enough of the oldest, new ones behind them.
+        """Return the prompts of a step: the oldest first, and new ones after them.
 
         Args:
             num_needed: Responses that the step needs.
-            next_prompts: Source of new prompts, called until there are enough.
+            next_prompts: Source of new prompts. It is called until there are enough.
             n: Responses per new prompt.
         """
         size = math.ceil(num_needed * self.over_sampling)
@@ -73,11 +75,11 @@ class PartialBuffer:
         return self.prompts.select(range(size))
 
     def keep(self, complete: set[int], responses: dict[int, Response]) -> None:
-        """Drop the prompts whose responses a step has used, and keep the others with what there is of their responses.
+        """Drop the prompts whose responses a step has used, and keep the others with their partial responses.
 
         Args:
             complete: Places among the step's prompts whose responses the step has used.
-            responses: Place -> response of the others, as far as it came; empty on ranks without the generator.
+            responses: Partial responses of the others, by place. Empty on ranks without the generator.
         """
         for place, response in responses.items():
             self.partial[place] = response if response.token_ids else None
@@ -88,21 +90,21 @@ class PartialBuffer:
     def state_dict(self) -> dict[str, Any]:
         """Return the state for a checkpoint, as JSON."""
         partial = [None if response is None else asdict(response) for response in self.partial]
-        return {"prompts": vars(self.prompts), "begun": partial}
+        return {"prompts": vars(self.prompts), STATE_KEY: partial}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over the state of a checkpoint.
 
         Raises:
-            ValueError: Prompts wait, and this run never comes to them.
+            ValueError: Prompts wait for a response, and this run would never send them.
         """
-        if state["begun"] and self.over_sampling == 1.0:
+        if state[STATE_KEY] and self.over_sampling == 1.0:
             raise ValueError(
-                f"rollout.over_sampling=1: in the checkpoint {len(state['begun'])} prompts wait for a response, some of them "
-                "begun; set it above 1, as the run had it that wrote the checkpoint"
+                f"rollout.over_sampling=1: in the checkpoint {len(state[STATE_KEY])} prompts wait for a response, some of them with "
+                "partial ones; set it above 1, as in the run that wrote the checkpoint"
             )
         self.prompts = PromptBatch(**state["prompts"])
-        self.partial = [None if values is None else _response(values) for values in state["begun"]]
+        self.partial = [None if values is None else _response(values) for values in state[STATE_KEY]]
 
 
 def _response(values: dict[str, Any]) -> Response:

@@ -1,6 +1,6 @@
 """Rollouts on disk, one JSON line per response, and a generator that answers from them.
 
-``<dir>/step_<number>.jsonl``. Replaying fixes the token ids of a run, so that two runs that differ in their parallel layout can be
+Step n has the file ``<dir>/step_<n>.jsonl``. A replay fixes the token ids of a run. Two runs with different parallel layouts can then be
 compared number by number, and a step can be repeated without a model that answers.
 """
 
@@ -29,7 +29,7 @@ FINISH_REASONS = ("stop", "length")
 
 @dataclass(frozen=True)
 class RolloutRecord:
-    """One line of a rollout file. Further keys of the line (scores, texts) are in ``extra``."""
+    """One line of a rollout file. Its other keys (scores, texts) are in ``extra``."""
 
     step: int
     prompt_index: int  # row of the dataset
@@ -39,11 +39,11 @@ class RolloutRecord:
     finish_reason: str  # "stop" or "length"
     weight_version: str
     label: Any = None
-    chunk: int = 0  # of the pipeline, that the response was complete in
+    chunk: int = 0  # chunk of the pipeline in which the response was complete
     extra: dict[str, Any] = field(default_factory=dict)
 
 
-#: Key -> type of its value, and of the list's items.
+#: Key -> type of its value, and for a list the type of its items.
 _FIELDS: dict[str, tuple[type, ...]] = {
     "step": (int,),
     "prompt_index": (int,),
@@ -56,12 +56,18 @@ _FIELDS: dict[str, tuple[type, ...]] = {
 
 
 def step_path(directory: Path, step: int) -> Path:
-    """File of a PPO step."""
+    """Return the path of a PPO step's file."""
     return directory / f"step_{step:06d}.jsonl"
 
 
 def rollout_records(rollout: Rollout, step: int, extra: Mapping[str, Sequence[Any]]) -> list[RolloutRecord]:
-    """Rows of a rollout batch as records. ``extra``: name -> one value per row."""
+    """Return the rows of a rollout batch as records.
+
+    Args:
+        rollout: All rows of the step.
+        step: PPO step.
+        extra: Further columns, name -> one JSON value per row.
+    """
     records = []
     for row in range(rollout.batch_size):
         start, end = int(rollout.prompt_lengths[row]), int(rollout.sequence_lengths[row])
@@ -83,13 +89,13 @@ def rollout_records(rollout: Rollout, step: int, extra: Mapping[str, Sequence[An
 
 
 def _older(rollout: Rollout, row: int) -> dict[str, Any]:
-    """Of a resumed response: (label, tokens) of the weights before ``weight_version``, oldest first."""
+    """Return (label, tokens) of the weights before ``weight_version`` for a resumed response, oldest first; {} for any other."""
     earlier = rollout.earlier_versions[row] if rollout.earlier_versions else []
     return {"earlier_versions": earlier} if earlier else {}
 
 
 def write_records(directory: Path, step: int, records: Sequence[RolloutRecord]) -> Path:
-    """Writes one step's file; it appears when it is complete, and replaces an older one of the same step."""
+    """Write one step's file. It appears when it is complete, and replaces an older one of the same step."""
     path = step_path(directory, step)
     partial = path.with_suffix(".partial")
     with writing(path, f"rollouts of step {step}", remedy="choose another run.dir, or set train.dump_rollouts=false"):
@@ -105,13 +111,13 @@ def write_records(directory: Path, step: int, records: Sequence[RolloutRecord]) 
 def write_rollouts(
     directory: Path, step: int, rollout: Rollout, extra: Mapping[str, Sequence[Any]] | None = None
 ) -> Path:
-    """Writes ``<directory>/step_<step>.jsonl`` and returns its path.
+    """Write ``<directory>/step_<step>.jsonl`` and return its path.
 
     Args:
-        directory: made when it is not there.
+        directory: Folder, which is made where it does not exist.
         step: PPO step.
-        rollout: all rows of the step.
-        extra: further columns, name -> one JSON value per row.
+        rollout: All rows of the step.
+        extra: Further columns, name -> one JSON value per row.
     """
     return write_records(directory, step, rollout_records(rollout, step, extra or {}))
 
@@ -150,10 +156,10 @@ def _parse(line: str, where: str) -> RolloutRecord:
 
 
 def read_rollouts(path: Path) -> list[RolloutRecord]:
-    """Reads one step's file.
+    """Read one step's file.
 
     Raises:
-        ValueError: a line is malformed (names file, line and field), or the file is empty.
+        ValueError: A line is malformed (the error names file, line and field), or the file is empty.
     """
     with open(path, encoding="utf-8") as file:
         records = [_parse(line, f"{path}:{number}") for number, line in enumerate(file, 1)]
@@ -163,10 +169,10 @@ def read_rollouts(path: Path) -> list[RolloutRecord]:
 
 
 def recorded_steps(directory: Path) -> list[int]:
-    """Steps that have a file in ``directory``, in order.
+    """Return the steps that have a file in ``directory``, in order.
 
     Raises:
-        ValueError: there is none.
+        ValueError: There is none.
     """
     steps = sorted(
         int(match[1]) for path in directory.glob("step_*.jsonl") if (match := FILE_NAME.fullmatch(path.name))
@@ -181,7 +187,7 @@ class ReplayGenerator(Generator):
 
     Args:
         directory: Folder of the ``step_*.jsonl`` files.
-        first_step: Recorded step that the first call answers from; None: the first there is.
+        first_step: Recorded step that the first call answers from. None: the first one in the folder.
 
     Raises:
         ValueError: There is no such file.
@@ -249,5 +255,5 @@ class ReplayGenerator(Generator):
         return answers
 
     def sync_weights(self, tensors: Iterator[tuple[str, Tensor]], version: str, *, target: str = POLICY) -> None:
-        """Do nothing: recorded responses have the versions that they were recorded with. The tensors are not read, on any rank."""
+        """Ignore the weights: recorded responses keep the versions of their recording. The tensors are not read, on any rank."""
         check_target(target)

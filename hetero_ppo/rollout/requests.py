@@ -1,4 +1,4 @@
-"""The servers' requests of one ``generate`` call: sent, reported as they complete, and aborted when enough of them have."""
+"""Sends the requests of one ``generate`` call to the servers, reports responses as they complete, and aborts the rest when enough have."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def response_seed(seed: int, prompt: int, sample: int) -> int:
 
 @dataclass
 class Requests:
-    """One request to the generator as requests to its servers. All methods run on the pool's event loop.
+    """One request to the generator, as one request per response to its servers. All methods run on the pool's event loop.
 
     Args:
         pool: Servers that take the requests.
         request: Prompts, and how to answer them.
         stop: Token ids that end a response.
-        timeout_s: Seconds that one request may take.
-        on_response: Called for every complete response, the first ``num_rows`` alone.
+        timeout_s: Deadline of one request in seconds.
+        on_response: Function that is called for the first ``num_rows`` complete responses.
     """
 
     pool: ServerPool
@@ -43,7 +43,7 @@ class Requests:
     timeout_s: float
     on_response: OnResponse | None = None
     _num_complete: int = 0
-    _open: int = 0  # responses that are still awaited
+    _open: int = 0  # number of responses that have not come yet
     _call: int = field(default_factory=lambda: next(_calls))
     _sent: dict[str, Member] = field(default_factory=dict)  # request id -> the server that has it
     _enough: asyncio.Event = field(default_factory=asyncio.Event)

@@ -1,4 +1,4 @@
-"""Finds the smallest batch at which a generator is as fast as it can be, by measuring it."""
+"""Finds the smallest batch at which a generator reaches its best rate, by measuring it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class SweepResult:
     """Rates by batch, and the batch that was chosen."""
 
     tokens_per_s: dict[int, float]  # responses in flight -> response tokens per second, all servers together
-    batch: int  # the smallest with ``share`` of the best rate
+    batch: int  # smallest one with ``share`` of the best rate
     share: float
     seconds: float  # that the sweep took
 
@@ -38,7 +38,7 @@ class SweepResult:
 
 
 def batches(largest: int) -> list[int]:
-    """8, 16, 32, ... and the largest itself."""
+    """Return 8, 16, 32, ... and the largest itself."""
     sizes = []
     size = FIRST_BATCH
     while size < largest:
@@ -57,12 +57,12 @@ def find_running_batch(
     share: float = 0.95,
     clock: Callable[[], float] = time.perf_counter,
 ) -> SweepResult:
-    """Generate with ever more requests at once, and return the fewest that reach ``share`` of the best rate.
+    """Generate with more and more requests at once, and return the fewest that reach ``share`` of the best rate.
 
     Args:
         generator: Generator that is started, awake and has weights.
-        prompts: Prompts of the run; taken in turn.
-        sampling: Sampling of the run. All responses have 32 tokens here, or ``max_tokens`` where that is less.
+        prompts: Prompts of the run. They are repeated where the batch is larger.
+        sampling: Sampling of the run. All responses have 32 tokens here, or ``max_tokens`` if that is less.
         largest: Number of requests that the generator runs at once: ``max_num_seqs`` of all servers.
         budget_s: Seconds after which no larger batch, and no further round of one, is started. The first batch is always measured.
         share: Share of the best rate that is good enough, in (0, 1].

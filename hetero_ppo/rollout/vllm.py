@@ -1,4 +1,4 @@
-"""The generator of a run with vLLM: servers, which get new weights by files or collectives."""
+"""The generator with vLLM: HTTP servers that answer prompts and get new weights after every step."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ T = TypeVar("T")
 
 
 class ServersState(Enum):
-    """What the servers hold on their devices."""
+    """Memory that the servers hold on their devices."""
 
     awake = "awake"  # weights and KV cache
     weights = "without its KV cache"
@@ -48,12 +48,12 @@ class ServersState(Enum):
 
 
 def check_devices(config: RolloutConfig, num_here: int, num_devices: int | None) -> None:
-    """Raises ValueError when the servers of this node do not fit its GPUs, or need one.
+    """Raise ValueError when the servers of this node need more GPUs than it has.
 
     Args:
-        config: the ``rollout`` section.
-        num_here: servers on this node.
-        num_devices: GPUs of this node; None: it computes on its CPU.
+        config: The ``rollout`` section.
+        num_here: Number of servers on this node.
+        num_devices: Number of GPUs of this node. None: it computes on its CPU.
     """
     needed = num_here * config.tensor_parallel
     if num_devices is None and config.weight_transfer is WeightTransfer.cuda_ipc:
@@ -70,21 +70,21 @@ def check_devices(config: RolloutConfig, num_here: int, num_devices: int | None)
 
 
 class VllmGenerator(Generator):
-    """vLLM servers, on this node and on others. Leaving the context ends the servers, and so does any error but ValueError.
+    """vLLM servers, on this node and on others. Leaving the context ends the servers, and so does any error except ValueError.
 
-    Use it from one rank of the run. ``generate`` and ``sync_weights`` block; they may be called from different threads.
+    Use it from one rank of the run. ``generate`` and ``sync_weights`` block. They may be called from different threads.
 
     Args:
-        config: the ``rollout`` section, with a number of servers.
-        model_path: Hugging Face folder.
-        dtype: the actor's dtype, for ``config.dtype`` None.
-        run_dir: server logs go to ``<run_dir>/rollout/server_<i>.log``.
-        max_model_len: tokens, longest prompt and response together.
-        eos_token_ids: they end a response, unless ``sampling.ignore_eos``.
-        initial_version: label of the weights in ``model_path``. None: the folder has config.json alone; the servers start with
+        config: The ``rollout`` section, with a number of servers.
+        model_path: Hugging Face folder of the model.
+        dtype: The actor's dtype, which the servers have where ``config.dtype`` is None.
+        run_dir: Folder of the run. Server logs go to ``<run_dir>/rollout/server_<i>.log``.
+        max_model_len: Largest number of tokens, prompt and response together.
+        eos_token_ids: Token ids that end a response, unless ``sampling.ignore_eos``.
+        initial_version: Label of the weights in ``model_path``. None: the folder has only config.json, so the servers start with
             random weights and refuse to generate before the first sync.
-        tokenizer_path: Hugging Face folder of the tokenizer, for stop strings; None: ``sampling.stop`` is refused.
-        cluster: the nodes of the run, where others have servers too; None: all are on this one.
+        tokenizer_path: Hugging Face folder of the tokenizer, for stop strings. None: ``sampling.stop`` is refused.
+        cluster: Nodes of the run, if other nodes have servers. None: all servers are on this node.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class VllmGenerator(Generator):
         self.max_model_len = max_model_len
         self.eos_token_ids = eos_token_ids
         self._cluster = cluster
-        # A run has replaced null by a number (derived.num_servers); a generator without a run has one server.
+        # A run has replaced null by a number (derived.num_servers). A generator without a run has one server.
         self._num_here = (config.num_servers or 1) if cluster is None else cluster.counts[cluster.node]
         self._spec = server_spec(
             config,
@@ -116,7 +116,7 @@ class VllmGenerator(Generator):
             load_weights=initial_version is not None,
             tokenizer_path=tokenizer_path,
         )
-        # Of this thread: start() may run in another one, whose current device is the first.
+        # Taken here, because start() may run in another thread, whose current device is the first one.
         self._device = torch.device("cuda", torch.cuda.current_device()) if self._spec.cuda else torch.device("cpu")
         self._staging = PinnedStaging()
         self._transfer = weight_transfer(config, one_node=cluster is None)
@@ -126,7 +126,7 @@ class VllmGenerator(Generator):
         self._num_syncs = 0
         self.capabilities = self.capabilities_of(config, cuda=self._spec.cuda)
         self._state = ServersState.awake
-        self._weights_dropped = False  # what the servers have in place of weights is garbage
+        self._weights_dropped = False  # the servers' memory of the weights has no valid contents
         self._pool: ServerPool | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
@@ -145,12 +145,12 @@ class VllmGenerator(Generator):
 
     @property
     def version(self) -> str | None:
-        """Label of the weights in the servers; None: random ones."""
+        """Label of the servers' weights. None: they are random."""
         return self._started_pool().version
 
     @property
     def weights_key(self) -> str:
-        """Name of the servers' weights by their content; before the first sync, by the folder that they come from."""
+        """Name of the servers' weights by their content. Before the first sync it is that of the folder that they come from."""
         weights = self._started_pool().weights
         if weights is None:
             return f"{self._spec.model_path} {self.version}"
@@ -158,6 +158,7 @@ class VllmGenerator(Generator):
 
     @property
     def servers(self) -> list[AnyServer]:
+        """All servers of the run."""
         return [member.server for member in self._started_pool().members]
 
     @property
@@ -174,16 +175,16 @@ class VllmGenerator(Generator):
         """Restart the servers that died while they could not be.
 
         Raises:
-            RuntimeError: a server ended while starting, or did not answer in time; nothing is left running.
+            RuntimeError: A server ended while starting, or did not answer in time. Nothing is left running.
         """
         self._run(self._started_pool().restart_down())
 
     def start(self) -> None:
-        """Starts all servers and returns when they answer (20 to 60 s).
+        """Start all servers and return when they answer (20 to 60 s).
 
         Raises:
-            ValueError: the servers need more GPUs than this node has, or the temporary directory's path is too long for sockets.
-            RuntimeError: a server ended, or did not answer within ``start_timeout_s``; nothing is left running.
+            ValueError: The servers need more GPUs than this node has, or the temporary directory's path is too long for sockets.
+            RuntimeError: A server ended, or did not answer within ``start_timeout_s``. Nothing is left running.
         """
         if self._pool is not None:
             raise RuntimeError("the generator is started already")
@@ -225,11 +226,11 @@ class VllmGenerator(Generator):
         on_response: OnResponse | None = None,
         on_stalled: Callable[[], None] | None = None,
     ) -> list[list[Response]]:
-        """Answer prompts, see ``Generator.generate``. All of the sampling is sent; nothing is left to the server's defaults.
+        """Answer prompts, see ``Generator.generate``. Every sampling parameter is sent, so that no default of the server applies.
 
         Raises:
             ValueError: A prompt is empty or too long, or there are stop strings and no tokenizer.
-            RuntimeError: A server failed beyond ``max_restarts``; nothing is left running.
+            RuntimeError: A server failed beyond ``max_restarts``. Nothing is left running.
         """
         check_request(request, self.capabilities, self.max_model_len)
         sampling = request.sampling
@@ -252,23 +253,23 @@ class VllmGenerator(Generator):
     def beam_search(
         self, prompts: list[list[int]], *, num_beams: int, max_tokens: int, length_penalty: float, num_return: int
     ) -> list[list[Hypothesis]]:
-        """The most probable answers to prompts, as far as a beam search finds them; see ``rollout/beam_search.py``.
+        """Return the most probable responses to prompts that a beam search finds; see ``rollout/beam_search.py``.
 
-        Every token of a live beam is a request of its own; the prefix cache has the tokens before it.
+        Every token of a live beam is one request. The prefix cache has the tokens before it.
 
         Args:
-            prompts: token ids.
-            num_beams: responses that are extended side by side.
-            max_tokens: response tokens.
-            length_penalty: exponent of the length that a response's log-prob is divided by.
-            num_return: responses per prompt, at most ``num_beams``.
+            prompts: Token ids.
+            num_beams: Number of responses that are extended concurrently.
+            max_tokens: Largest number of response tokens.
+            length_penalty: Exponent of the length that a response's log-prob is divided by.
+            num_return: Number of responses per prompt, at most ``num_beams``.
 
         Returns:
             For each prompt its responses, the highest score first.
 
         Raises:
-            ValueError: a prompt is empty or too long, or a number is out of its range.
-            RuntimeError: a server failed beyond ``max_restarts``; nothing is left running.
+            ValueError: A prompt is empty or too long, or a number is out of its range.
+            RuntimeError: A server failed beyond ``max_restarts``. Nothing is left running.
         """
         check_prompts(prompts, [max_tokens] * len(prompts), self.max_model_len)
         searches = [BeamSearch(num_beams, max_tokens, length_penalty, self.eos_token_ids, num_return) for _ in prompts]
@@ -294,11 +295,11 @@ class VllmGenerator(Generator):
     def sleep(self) -> None:
         """Give the device's memory back, weights and KV cache. Nothing may be in flight.
 
-        The weights are dropped, not kept in host memory (vLLM's sleep level 2): the next sync brings new ones, or the files of the
+        The weights are dropped, not kept in host memory (vLLM's sleep level 2). The next sync brings new ones, or the files of the
         last one bring them back. On a CPU vLLM has no device memory to give back; the order of calls is the same.
 
         Raises:
-            RuntimeError: the weights are those of a checkpoint folder, of which there are no files to bring them back from.
+            RuntimeError: The weights are those of the model's folder, and no sync has written files to bring them back from.
         """
         if not self.capabilities.can_sleep or self._state is ServersState.asleep:
             return
@@ -314,7 +315,7 @@ class VllmGenerator(Generator):
         """Take the device's memory again.
 
         Args:
-            weights_only: room for the weights, for a sync; the KV cache stays away, so that the actor has room beside them.
+            weights_only: Whether to take the memory of the weights alone, for a sync, so that the actor fits next to them.
         """
         if self._state is ServersState.asleep:
             self._post_all("wake", "/wake_up?tags=weights")
@@ -387,7 +388,7 @@ class VllmGenerator(Generator):
         return {} if self.last_sync is None else self.last_sync.metrics() | self._share_metrics()
 
     def _share_metrics(self) -> dict[str, float]:
-        """Return the share of requests that the least asked server answered; nothing where there is one server."""
+        """Return the share of requests that the least used server answered; {} with one server."""
         members = self._started_pool().members
         answered = [member.num_answered for member in members]
         for member in members:
@@ -397,11 +398,11 @@ class VllmGenerator(Generator):
         return {"rollout/least_server_share": min(answered) / sum(answered)}
 
     def prompt_log_probs(self, token_ids: list[int], server: int = 0) -> list[float]:
-        """log p(token t + 1 | tokens 0..t) at temperature 1, for t = 0 .. len - 2, by one of the servers."""
+        """Return [L - 1] log p(token t + 1 | tokens 0..t) at temperature 1, by one of the servers, for a prompt of L tokens."""
         return self._prompt_log_probs(token_ids, [self._started_pool().members[server]])[0]
 
     def _prompt_log_probs(self, token_ids: list[int], members: list[Member]) -> list[list[float]]:
-        """By several servers at the same time."""
+        """Return the log-probs of several servers, which are asked concurrently."""
         self._require(ServersState.awake, "prompt log-probs")
         pool = self._started_pool()
         timeout_s = self.config.sync_timeout_s
@@ -434,7 +435,7 @@ class VllmGenerator(Generator):
         return largest
 
     def close(self) -> None:
-        """Ends the servers and removes sockets and weight files. May be called more than once."""
+        """End the servers and remove sockets and weight files. May be called more than once."""
         pool, self._pool = self._pool, None
         if pool is None:
             return

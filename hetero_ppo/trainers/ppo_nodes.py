@@ -9,7 +9,7 @@ from hetero_ppo.config.derived import actor_generates, max_model_len, servers_of
 from hetero_ppo.config.devices import dtype_of
 from hetero_ppo.config.schema import PpoConfig
 from hetero_ppo.data.chat_template import tokenizer_folder
-from hetero_ppo.rollout.servers.nodes import Cluster, NodeServers, meet_nodes
+from hetero_ppo.rollout.servers.nodes import Cluster, NodeServers, rendezvous
 from hetero_ppo.rollout.servers.server import server_spec, sleeps
 from hetero_ppo.trainers.run import Run
 from megatron_bridge import platform
@@ -22,7 +22,7 @@ def meet(config: PpoConfig, run: Run) -> Cluster | None:
     counts = servers_of_nodes(config.rollout, run.world_size)
     if actor_generates(config) or config.train.replay_rollouts is not None or not any(counts[1:]):
         return None
-    cluster = meet_nodes(
+    cluster = rendezvous(
         counts, config.rollout.interface, os.environ["MASTER_ADDR"], config.rollout.sync_timeout_s, run.world
     )
     log.info(f"rollout servers on {sum(map(bool, counts))} nodes, {counts}; node 0 is reached at {cluster.address}")

@@ -140,7 +140,7 @@ def test_servers_of_several_nodes_meet_over_the_interface(
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     monkeypatch.setenv("MASTER_ADDR", "10.0.0.1")
     monkeypatch.setattr(
-        ppo_nodes, "meet_nodes", lambda *args: (met.append(args), SimpleNamespace(address="10.0.0.1"))[1]
+        ppo_nodes, "rendezvous", lambda *args: (met.append(args), SimpleNamespace(address="10.0.0.1"))[1]
     )
     config.rollout.interface, config.rollout.sync_timeout_s = "eth7", 5.0
     ppo_nodes.meet(config, FakeRun(tmp_path, world_size=2))

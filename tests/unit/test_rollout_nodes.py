@@ -28,7 +28,7 @@ PROGRAM = "import os, time; print('here', os.environ['VLLM_API_KEY'], os.getpid(
 
 
 def cluster(node: int, counts: list[int], store: dist.Store) -> Cluster:
-    """Make a cluster as ``meet_nodes`` does."""
+    """Make a cluster as ``rendezvous`` does."""
     return Cluster(
         node, "127.0.0.1", counts, SignedStore(store, derived_key(SECRET, "orders and states"), "servers"), SECRET
     )

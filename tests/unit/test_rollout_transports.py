@@ -22,7 +22,7 @@ from hetero_ppo.config.schema import Dtype, RolloutConfig, WeightTransfer
 from hetero_ppo.rollout.weights.cuda_ipc import IpcHandle
 from hetero_ppo.network import KeptPort, own_address
 from hetero_ppo.rollout.weights.bucket import map_bucket, num_bytes
-from hetero_ppo.rollout.weights.weight_group import Meeting, WeightGroup, join_store, open_store
+from hetero_ppo.rollout.weights.weight_group import Rendezvous, WeightGroup, join_store, open_store
 from hetero_ppo.rollout.weights.weight_version import take_weights
 
 CPU = torch.device("cpu")
@@ -46,30 +46,30 @@ def test_a_bucket_is_the_bytes_of_its_file(tmp_path: Path) -> None:
     assert all(torch.equal(found[name], tensors[name].to(torch.bfloat16)) for name in tensors)
 
 
-def make_meeting(port: int, size: int, **seconds: float) -> Meeting:
-    deadlines = {"meeting_timeout_s": 10.0, "broadcast_timeout_s": 10.0} | seconds
-    return Meeting(host="127.0.0.1", port=port, name="weights 1", key="5e" * 32, size=size, **deadlines)
+def make_rendezvous(port: int, size: int, **seconds: float) -> Rendezvous:
+    deadlines = {"join_timeout_s": 10.0, "broadcast_timeout_s": 10.0} | seconds
+    return Rendezvous(host="127.0.0.1", port=port, name="weights 1", key="5e" * 32, size=size, **deadlines)
 
 
 def test_a_group_of_its_own_leaves_the_default_group_alone() -> None:
     store = open_store("127.0.0.1", 10.0)
     assert listening_only_on_loopback(store.port)
-    meeting = make_meeting(store.port, 3)
+    rendezvous = make_rendezvous(store.port, 3)
     arrived = {rank: torch.zeros(1000, dtype=torch.uint8) for rank in (1, 2)}
 
     def member(rank: int) -> None:
-        WeightGroup(join_store(meeting), meeting, rank, CPU).broadcast(arrived[rank])
+        WeightGroup(join_store(rendezvous), rendezvous, rank, CPU).broadcast(arrived[rank])
 
     threads = [threading.Thread(target=member, args=(rank,)) for rank in arrived]
     for thread in threads:
         thread.start()
     sent = torch.arange(1000).to(torch.uint8)
-    WeightGroup(store, meeting, 0, CPU).broadcast(sent)
+    WeightGroup(store, rendezvous, 0, CPU).broadcast(sent)
     for thread in threads:
         thread.join()
     assert all(torch.equal(data, sent) for data in arrived.values()) and not dist.is_initialized()
     seen = [*store.list_keys(), *(store.get(key) for key in store.list_keys())]
-    assert len(seen) == 6 and not [text for text in map(str, seen) if meeting.key in text], "the key is in no store"
+    assert len(seen) == 6 and not [text for text in map(str, seen) if rendezvous.key in text], "the key is in no store"
 
 
 def test_a_member_that_others_put_into_the_store_is_refused() -> None:
@@ -77,7 +77,7 @@ def test_a_member_that_others_put_into_the_store_is_refused() -> None:
     store = open_store("127.0.0.1", 10.0)
     store.set("weights 1/0/1", b"an address of somebody else")
     with pytest.raises(RuntimeError, match="weights 1/0/1: a value that was not written by this run"):
-        WeightGroup(store, make_meeting(store.port, 2), 0, CPU)
+        WeightGroup(store, make_rendezvous(store.port, 2), 0, CPU)
 
 
 def listening_only_on_loopback(port: int) -> bool:
@@ -98,13 +98,13 @@ def test_who_connects_in_a_workers_place_gets_no_weights() -> None:
     Either no group comes about, or, where the strangers came too late, one of the two members alone, which works.
     """
     store = open_store("127.0.0.1", 10.0)
-    meeting = make_meeting(store.port, 2, meeting_timeout_s=3.0, broadcast_timeout_s=3.0)
+    rendezvous = make_rendezvous(store.port, 2, join_timeout_s=3.0, broadcast_timeout_s=3.0)
     before, data = own_listeners(), [torch.arange(8, dtype=torch.uint8), torch.zeros(8, dtype=torch.uint8)]
     ended: dict[int, str] = {}
 
     def join(rank: int) -> None:
         try:
-            group = WeightGroup(store if rank == 0 else join_store(meeting), meeting, rank, CPU)
+            group = WeightGroup(store if rank == 0 else join_store(rendezvous), rendezvous, rank, CPU)
         except RuntimeError as error:
             ended[rank] = f"no group: {error}"
             return
@@ -132,16 +132,16 @@ def test_who_connects_in_a_workers_place_gets_no_weights() -> None:
 def test_a_member_that_does_not_come_is_an_error_within_the_deadline() -> None:
     store = open_store("127.0.0.1", 10.0)
     with pytest.raises(RuntimeError, match="(?i)time"):
-        WeightGroup(store, make_meeting(store.port, 2, meeting_timeout_s=0.5), 0, CPU)
+        WeightGroup(store, make_rendezvous(store.port, 2, join_timeout_s=0.5), 0, CPU)
 
 
 def test_a_member_that_says_nothing_is_an_error_within_the_deadline() -> None:
     store = open_store("127.0.0.1", 10.0)
-    meeting = make_meeting(store.port, 2, broadcast_timeout_s=0.5)
+    rendezvous = make_rendezvous(store.port, 2, broadcast_timeout_s=0.5)
     silent: list[WeightGroup] = []
-    thread = threading.Thread(target=lambda: silent.append(WeightGroup(join_store(meeting), meeting, 0, CPU)))
+    thread = threading.Thread(target=lambda: silent.append(WeightGroup(join_store(rendezvous), rendezvous, 0, CPU)))
     thread.start()
-    group = WeightGroup(store, meeting, 1, CPU)
+    group = WeightGroup(store, rendezvous, 1, CPU)
     thread.join()
     start = time.monotonic()
     with pytest.raises(RuntimeError, match="(?i)time"):

@@ -1,7 +1,7 @@
-"""Speaks HTTP with one vLLM server: token ids in, token ids and log-probs of the sampled tokens out.
+"""Client of one vLLM server over HTTP: token ids in, token ids and log-probs of the sampled tokens out.
 
-Requests go to ``/inference/v1/generate``: one prompt each, so that each has its own seed, and the answer says which weights made
-which tokens. For 64 prompts it costs no more than one ``/v1/completions`` request with a list of prompts.
+Each request to ``/inference/v1/generate`` has one prompt, so that each has its own seed. The answer names the weights that made the
+tokens. 64 such requests cost no more than one ``/v1/completions`` request with a list of 64 prompts.
 """
 
 from __future__ import annotations
@@ -27,28 +27,28 @@ from hetero_ppo.types import Response
 
 HEALTH_TIMEOUT_S = 5.0
 POLL_S = 0.2
-#: Between two looks at whether the server is still there.
+#: Time between two checks that the server still serves.
 WATCH_S = 2.0
-#: A server whose engine died may still be answering: its answers say more than closed connections do.
+#: A server whose engine core died may still answer requests. Its answers help more than closed connections.
 ANSWER_GRACE_S = 2.0
-#: What the server puts before the ids of requests.
+#: Prefix that the server puts before the ids of requests.
 REQUEST_PREFIX = "generate-tokens-"
-#: Between two questions to a server's workers is this time, or that which an answer takes.
+#: Longest time between two questions to a server's workers, where the first has been answered.
 LONGEST_GAP_S = 2 * WATCH_S + HEALTH_TIMEOUT_S
-#: Phases whose deadline is rollout.request_timeout_s; that of the others is rollout.sync_timeout_s.
+#: Phases whose deadline is rollout.request_timeout_s. The others have rollout.sync_timeout_s.
 REQUEST_PHASES = ("generate", "beam search", "abort")
-#: Routes of prompts. The engine answers other questions between two of their tokens; during other work it need not.
+#: Routes of prompts. While it works on them the server answers other questions too; during other work it may be silent.
 PROMPT_ROUTES = "/inference/"
-#: The server's clamp of log-probs that are -inf or NaN.
+#: Value that the server sends for log-probs that are -inf or NaN.
 NOT_FINITE = -9999.0
 
 
 class ServerDied(Exception):
-    """The server's process ended, or its engine did; the supervisor decides what to do about it."""
+    """The server's process ended, or its engine core did. The pool decides what to do."""
 
 
 class ServerHangs(ServerDied):
-    """The server's processes are there and do not answer; to be ended, and then as one that died."""
+    """The server's processes run and do not answer. The pool ends the server and treats it as one that died."""
 
 
 class ServerIsDown(RunError):
@@ -56,7 +56,7 @@ class ServerIsDown(RunError):
 
 
 class NotTheServerError(Exception):
-    """Who answers at the server's address does not know its token: nothing may be sent there."""
+    """The process that answers at the server's address does not know its token, so nothing may be sent there."""
 
 
 class ServerClient:
@@ -66,9 +66,10 @@ class ServerClient:
     ``RuntimeError``, which names the phase, the server and its log, when it answers with an error.
 
     Args:
-        server: Started or not.
-        hang_timeout_s: Seconds without any answer from its workers after which it hangs; None: it may be silent for any time.
-        on_death: Called when the watcher finds that the server has died or hangs, with the reason; None: the next call finds out.
+        server: Server, which may not be started yet.
+        hang_timeout_s: Seconds without any answer from its workers after which it hangs. None: it may be silent for any time.
+        on_death: Function that is called with the reason when the watcher finds that the server has died or hangs. None: the next
+            call finds out.
     """
 
     def __init__(
@@ -80,21 +81,22 @@ class ServerClient:
         self.server = server
         self.hang_timeout_s = hang_timeout_s
         self._on_death = on_death
-        self._hang = ""  # what was noticed; empty: it does not hang
-        self._num_long_calls = 0  # in flight, in which it may be silent
+        self._hang = ""  # why it hangs; empty: it does not hang
+        self._num_long_calls = 0  # calls in flight during which it may be silent
         self._session: aiohttp.ClientSession | None = None
         self._watcher: asyncio.Task[None] | None = None
         self._dead = False
-        self.num_opened = 0  # tells one start of the server from another
+        self.num_opened = 0  # a different number for each start of the server
 
     async def open(self) -> None:
+        """Open a session with a server that was started."""
         self.num_opened += 1
         # No limit on connections: a request that waits for one would not be in the server's batch.
         self._session = self._new_session(limit=0, keepalive_timeout=15.0)
         self._dead, self._hang = False, ""
 
     def _new_session(self, **options: Any) -> aiohttp.ClientSession:
-        """A session whose requests carry the token. ``options``: of its connector."""
+        """Return a session whose requests carry the token. The options are those of its connector."""
         token = {"Authorization": f"Bearer {self.server.api_key}"}
         return aiohttp.ClientSession(connector=self._connector(**options), headers=token)
 
@@ -103,6 +105,7 @@ class ServerClient:
         return aiohttp.TCPConnector(**options) if path is None else aiohttp.UnixConnector(str(path), **options)
 
     async def close(self) -> None:
+        """Stop watching the server and close all connections. May be called more than once."""
         if self._watcher is not None:
             self._watcher.cancel()
             await asyncio.wait({self._watcher})
@@ -113,11 +116,11 @@ class ServerClient:
         self._dead = True  # until it is opened again
 
     async def wait_ready(self, timeout_s: float) -> None:
-        """Returns when the server answers; from then on it is watched.
+        """Return when the server answers. From then on it is watched.
 
         Raises:
-            ServerDied: it ended while starting.
-            RuntimeError: it does not answer within the deadline, or somebody else does.
+            ServerDied: It ended while starting.
+            RuntimeError: It does not answer within the deadline, or another process does.
         """
         deadline = asyncio.get_running_loop().time() + timeout_s
         while asyncio.get_running_loop().time() < deadline:
@@ -130,14 +133,14 @@ class ServerClient:
         raise RunError(f"start: {self.server.name} did not answer within {timeout_s:.0f} s; {self.server.report()}")
 
     async def healthy(self) -> bool:
-        """True when the server answers that its engine is alive."""
+        """Return whether the server answers that its engine core is alive."""
         try:
             return await self._health() == 200
         except (aiohttp.ClientError, OSError, NotTheServerError):  # TimeoutError is an OSError
             return False
 
     async def _proven_healthy(self) -> bool:
-        """As ``healthy``, for a server that was just started; somebody else in its place is an error."""
+        """Return ``healthy`` for a server that was just started. Another process in its place is an error."""
         try:
             return await self._health() == 200
         except (aiohttp.ClientError, OSError):
@@ -146,14 +149,14 @@ class ServerClient:
             raise RunError(f"start: {self.server.name}: {error}; {self.server.report()}") from None
 
     async def _health(self) -> int:
-        """HTTP status of the server's health. No token goes with the question; the answer proves that the server knows it.
+        """Return the HTTP status of the server's health. The token is not sent; the answer proves that the server knows it.
 
         Raises:
-            NotTheServerError: it does not.
+            NotTheServerError: The server does not know it.
         """
         challenge, url = secrets.token_hex(16), f"{self.server.endpoint.url}{HEALTH}"
         timeout = aiohttp.ClientTimeout(total=HEALTH_TIMEOUT_S)
-        # A connection for each look: a server that shuts down takes no new ones.
+        # A new connection for each check, because a server that shuts down takes no new ones.
         async with (
             aiohttp.ClientSession(connector=self._connector(force_close=True), timeout=timeout) as session,
             session.get(url, headers={CHALLENGE: challenge}, allow_redirects=False) as reply,
@@ -166,12 +169,12 @@ class ServerClient:
             return reply.status
 
     async def _watch(self) -> None:
-        """Ends the requests in flight when the server is no more, or does not do anything any more.
+        """End the requests in flight when the server has died or hangs.
 
-        An API server whose engine dies may never answer some of them, a weight sync's for instance, and waits for their
-        connections to close before it exits: they would wait for each other until the deadline.
+        An API server whose engine core died may never answer some of them, those of a weight sync for instance. It waits for their
+        connections to close before it exits, so client and server would wait for each other until the deadline.
         """
-        # A connection for each question: a server that shuts down takes no new ones.
+        # A new connection for each question, because a server that shuts down takes no new ones.
         async with self._new_session(force_close=True) as session:
             pulse = Pulse(lambda: self._ask_workers(session), LONGEST_GAP_S)
             try:
@@ -188,13 +191,13 @@ class ServerClient:
             finally:
                 pulse.close()
         self._dead = True
-        assert self._session is not None  # whoever closes it ends this task first
+        assert self._session is not None  # ``close`` ends this task first
         await self._session.close()
         if self._on_death is not None:
             self._on_death(ServerHangs(self._hang) if self._hang else ServerDied("it takes no connections"))
 
     async def _ask_workers(self, session: aiohttp.ClientSession) -> None:
-        """Returns when the server's workers have answered, or the server has refused to ask them."""
+        """Return when the server's workers have answered, or the server has refused to ask them."""
         with contextlib.suppress(aiohttp.ClientError, OSError):
             url, never = f"{self.server.endpoint.url}/collective_rpc", aiohttp.ClientTimeout(total=None)
             body = {"method": "hetero_ppo_pulse"}
@@ -202,7 +205,7 @@ class ServerClient:
                 await reply.read()
 
     async def _serves(self) -> bool:
-        """False when the server says that its engine is dead, takes no connections, or is another one. A slow one does serve."""
+        """Return False when the server reports a dead engine core, takes no connections, or is another process. A slow server serves."""
         try:
             return await self._health() < 500
         except TimeoutError:
@@ -220,9 +223,16 @@ class ServerClient:
         timeout_s: float,
         request_id: str,
     ) -> Response:
-        """One response of at most ``max_tokens`` tokens. ``stop``: ids that end it, end-of-sequence included.
+        """Return one response.
 
-        ``request_id`` names it for :meth:`abort`; an aborted response has the tokens it has, maybe none.
+        Args:
+            prompt: Token ids.
+            sampling: How to sample, but for ``max_tokens`` and the token ids that end a response.
+            max_tokens: Largest number of response tokens.
+            stop: Token ids that end the response, end-of-sequence included.
+            seed: Seed of the response.
+            timeout_s: Deadline in seconds.
+            request_id: Name of the request for :meth:`abort`. An aborted response has the tokens that were sampled, maybe none.
         """
         params = {
             "n": 1,
@@ -237,10 +247,10 @@ class ServerClient:
             "repetition_penalty": 1.0,
             "seed": seed,
             "stop_token_ids": stop,
-            # The server's own idea of the end-of-sequence token takes no part: ours is in stop_token_ids.
+            # stop_token_ids has our end-of-sequence tokens. The server's own are not used.
             "ignore_eos": True,
-            "logprobs": 0,  # of the sampled token alone
-            # Text is made only where a stop string is looked for in it; special tokens are no part of it.
+            "logprobs": 0,  # log-probs of the sampled token only
+            # Text is made only to find stop strings in it, and has no special tokens.
             "detokenize": bool(sampling.stop),
             "stop": sampling.stop,
             "skip_special_tokens": True,
@@ -251,7 +261,7 @@ class ServerClient:
         return self._response(answer["choices"][0])
 
     async def abort(self, request_ids: list[str], timeout_s: float) -> None:
-        """Ends requests; they answer with what they have. Ids that the server does not know are no error."""
+        """End requests, which then answer with the tokens that they have. Ids that the server does not know are no error."""
         body = {"request_ids": [REQUEST_PREFIX + request_id for request_id in request_ids]}
         await self.post("abort", "/inference/v1/abort_requests", timeout_s, body)
 
@@ -274,7 +284,7 @@ class ServerClient:
         return Response(choice["token_ids"], log_probs, choice["finish_reason"], versions[0])
 
     async def prompt_log_probs(self, token_ids: list[int], timeout_s: float) -> list[float]:
-        """log p(token t + 1 | tokens 0..t) at temperature 1, for t = 0 .. len - 2."""
+        """Return [L - 1] log p(token t + 1 | tokens 0..t) at temperature 1, for a prompt of L tokens."""
         params = {"max_tokens": 1, "temperature": 1.0, "top_p": 1.0, "top_k": -1, "seed": 0, "ignore_eos": True}
         params |= {"prompt_logprobs": 0, "detokenize": False}
         body = {"model": SERVED_MODEL_NAME, "token_ids": token_ids, "sampling_params": params}
@@ -283,8 +293,8 @@ class ServerClient:
         return [entry[str(token)]["logprob"] for entry, token in zip(entries, token_ids[1:], strict=True)]
 
     async def top_log_probs(self, token_ids: list[int], count: int, timeout_s: float) -> list[tuple[int, float]]:
-        """The ``count`` most probable next tokens, best first, as (token id, log-prob at temperature 1)."""
-        # Greedy, so that the sampled token, which always comes along, is the first of them.
+        """Return the ``count`` most probable next tokens, best first, as (token id, log-prob at temperature 1)."""
+        # The answer always has the sampled token. With greedy sampling that is the first one.
         params = {"max_tokens": 1, "temperature": 0.0, "top_p": 1.0, "top_k": -1, "seed": 0, "ignore_eos": True}
         params |= {"logprobs": count, "detokenize": False}
         body = {"model": SERVED_MODEL_NAME, "token_ids": token_ids, "sampling_params": params}
@@ -294,13 +304,13 @@ class ServerClient:
         return [(token, log_prob) for token, log_prob in found if log_prob > NOT_FINITE]
 
     async def call_worker(self, phase: str, method: str, timeout_s: float, **arguments: Any) -> list[dict[str, Any]]:
-        """Calls a method of the worker extension; one result per worker (tensor-parallel rank)."""
-        # The server's own deadline is the later one: it would be an answer, of a server whose worker hangs.
+        """Call a method of the worker extension. Return one result per worker (tensor-parallel rank)."""
+        # The server's own deadline is later: an answer of its front end would hide that a worker hangs.
         body = {"method": method, "kwargs": arguments, "timeout": timeout_s + 60.0}
         return (await self.post(phase, "/collective_rpc", timeout_s + 5.0, body))["results"]
 
     async def post(self, phase: str, route: str, timeout_s: float, body: dict[str, Any] | None = None) -> Any:
-        """POSTs JSON and returns the answer's JSON."""
+        """Post JSON and return the answer's JSON."""
         if self._hang:
             raise ServerHangs(self._hang)
         if self._dead:

@@ -1,4 +1,4 @@
-"""Whether two processes may use a GPU: the trainer and a rollout server share one."""
+"""Checks that two processes may use a GPU, because the trainer and a rollout server share one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-#: As nvidia-smi prints it: one process has the device. Slurm clusters often set it.
+#: nvidia-smi's name of the mode in which only one process can use the device. Slurm clusters often set it.
 EXCLUSIVE = "Exclusive_Process"
 QUERY = ("--query-gpu=index,uuid,compute_mode", "--format=csv,noheader")
 MPS_PIPES = "/tmp/nvidia-mps"
@@ -15,7 +15,7 @@ TIMEOUT_S = 30.0
 
 
 def check_compute_mode() -> None:
-    """Raise ValueError where a GPU of this process takes one process alone and no MPS daemon shares it out."""
+    """Raise ValueError where a GPU of this process allows one process only and no MPS daemon shares it."""
     program = shutil.which("nvidia-smi")
     if program is None or mps_runs(dict(os.environ)):
         return
@@ -34,13 +34,13 @@ def exclusive_devices(answer: str, visible: str | None) -> list[str]:
 
     Args:
         answer: Lines of nvidia-smi: index, UUID, compute mode.
-        visible: CUDA_VISIBLE_DEVICES; None: all.
+        visible: Value of CUDA_VISIBLE_DEVICES. None: all GPUs are visible.
     """
     rows = [[cell.strip() for cell in line.split(",")] for line in answer.splitlines() if line.count(",") == 2]
-    wanted = None if visible is None else {name.strip() for name in visible.split(",")}
-    return [index for index, uuid, mode in rows if mode == EXCLUSIVE and (wanted is None or {index, uuid} & wanted)]
+    names = None if visible is None else {name.strip() for name in visible.split(",")}
+    return [index for index, uuid, mode in rows if mode == EXCLUSIVE and (names is None or {index, uuid} & names)]
 
 
 def mps_runs(environment: dict[str, str]) -> bool:
-    """Whether an MPS daemon listens where CUDA looks for it."""
+    """Return whether an MPS daemon listens where CUDA expects it."""
     return (Path(environment.get("CUDA_MPS_PIPE_DIRECTORY", MPS_PIPES)) / "control").exists()

@@ -1,18 +1,18 @@
-"""Stands between the trainer and one rollout server, so that the server never outlives the trainer.
+"""Runs one rollout server and ends it with the trainer, however the trainer ends.
 
-Run as a script, ``python guardian.py TRAINER_PID GRACE_S DIR LISTEN_FD -- COMMAND...``, with the standard library alone (it starts in
-milliseconds). It starts COMMAND in a process group of its own, prints the group's id on stdout, and then
+It is a script, ``python guardian.py TRAINER_PID GRACE_S DIR LISTEN_FD -- COMMAND...``, which imports only the standard library and starts in
+milliseconds. It starts COMMAND in a new process group and prints the group's id on stdout. Then:
 
-- ends with COMMAND's return code (128 + n for a signal n) when COMMAND ends, after killing what is left of its group: a killed
-  API server would otherwise leave vLLM's EngineCore process running;
-- on SIGTERM, asks COMMAND to stop, and kills the group when it has not within GRACE_S seconds;
-- when the trainer is gone, SIGKILL included, kills the group at once and removes DIR (sockets and weights of this run);
-- passes the socket LISTEN_FD on to COMMAND (-1: there is none), and closes it to clients when COMMAND has ended: the trainer keeps its
-  port for the next start, and clients are refused until then.
+- When COMMAND ends, it kills what is left of the group and ends with COMMAND's return code (128 + n for a signal n). A killed
+  API server would otherwise leave vLLM's EngineCore process running.
+- On SIGTERM it asks COMMAND to stop, and kills the group after GRACE_S seconds.
+- When the trainer is gone, even by SIGKILL, it kills the group at once and removes DIR (sockets and weights of this run).
+- It hands the socket LISTEN_FD to COMMAND (-1: there is none), and refuses clients there when COMMAND has ended. The trainer keeps the
+  port for the next start.
 
-The trainer's death is seen by this process' parent changing. A pipe that closes would do as well, except that a process forked
-by the trainer (a data-loader worker) keeps it open; PR_SET_PDEATHSIG on this process would fire when the *thread* that started
-it ends. The command itself does get PR_SET_PDEATHSIG: this process has one thread.
+The guardian notices the trainer's death because its own parent changes. A pipe would not do: a process that the trainer forked (a data-loader
+worker) keeps it open. PR_SET_PDEATHSIG on the guardian would not do either: it fires when the *thread* that started it ends. COMMAND
+itself gets PR_SET_PDEATHSIG, because the guardian has one thread.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def _die_with_parent() -> None:
 
 
 def kill_group(group: int) -> None:
-    """SIGKILL to every process of a group; a group that is gone is no error."""
+    """Send SIGKILL to every process of a group. A group that is gone is no error."""
     try:
         os.killpg(group, signal.SIGKILL)
     except ProcessLookupError:
@@ -50,7 +50,7 @@ def kill_group(group: int) -> None:
 
 
 def processes_of(group: int) -> list[int]:
-    """Processes of a group."""
+    """Return the process ids of a group."""
     found = []
     for name in os.listdir("/proc"):
         if name.isdigit():
@@ -63,7 +63,7 @@ def processes_of(group: int) -> list[int]:
 
 
 def _reap_orphans() -> None:
-    """Waits for the killed processes that became this process' children when their parent died."""
+    """Wait for the killed processes that became this process' children when their parent died."""
     while True:
         try:
             os.waitpid(-1, 0)
@@ -80,7 +80,7 @@ def _on_sigterm(signum: int, frame: FrameType | None) -> None:
 
 
 def _watch(child: subprocess.Popen[bytes], trainer: int, private_dir: str) -> None:
-    """Returns when the child has ended, by itself or because the trainer is gone."""
+    """Return when the child has ended, by itself or because the trainer is gone."""
     while child.poll() is None:
         if os.getppid() != trainer:
             kill_group(child.pid)
@@ -91,7 +91,7 @@ def _watch(child: subprocess.Popen[bytes], trainer: int, private_dir: str) -> No
 
 
 def _close_to_clients(listener: socket.socket) -> None:
-    """As ``hetero_ppo.network.stop_listening``, which a script with the standard library alone cannot import."""
+    """Close a socket to clients, as ``hetero_ppo.network.stop_listening`` does, which this script cannot import."""
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
     if listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):  # else the server has done it
         listener.shutdown(socket.SHUT_RDWR)

@@ -1,7 +1,7 @@
-"""vLLM's HTTP server on a socket that is open already: ``python -m hetero_ppo.rollout.servers.inherited_socket FD <vLLM's arguments>``.
+"""Runs vLLM's HTTP server on an open socket: ``python -m hetero_ppo.rollout.servers.inherited_socket FD <vLLM's arguments>``.
 
-vLLM would bind ``--host`` and ``--port`` itself. Between the moment that a port is chosen and that one, and at every restart, another user
-of the machine could take it, and be sent tokens and prompts. So the trainer's process binds once, listens, and hands the socket over.
+vLLM would bind ``--host`` and ``--port`` itself. Before that, and at every restart, another user of the machine could take the port and
+be sent tokens and prompts. The trainer's process therefore binds once, listens, and hands the socket over.
 """
 
 from __future__ import annotations
@@ -14,17 +14,16 @@ from hetero_ppo.network import stop_listening
 
 
 class InheritedSocket(socket.socket):
-    """A listening socket of another process. Closing it here refuses clients there too, as closing the only one would."""
+    """A listening socket of another process. Closing it refuses clients, although the other process still has it open."""
 
     def __init__(self, descriptor: int):
         super().__init__(fileno=descriptor)
         self.set_inheritable(False)  # vLLM's other processes have no use for it
-        self._twin = socket.socket(
-            fileno=os.dup(descriptor)
-        )  # the event loop takes this object's descriptor away before it is closed
+        # The event loop detaches this object's descriptor before it closes the object.
+        self._twin = socket.socket(fileno=os.dup(descriptor))
 
     def close(self) -> None:
-        """May be called more than once."""
+        """Close the socket and refuse its clients. May be called more than once."""
         if self._twin.fileno() >= 0:
             stop_listening(self._twin)
             self._twin.close()
@@ -32,12 +31,12 @@ class InheritedSocket(socket.socket):
 
 
 def main() -> None:
-    """Run vLLM's server as its own command does, but for who makes the socket."""
+    """Run vLLM's server as its own command does, on the inherited socket."""
     from vllm.entrypoints.launchers import launcher
     from vllm.entrypoints.launchers.api_server import entry
 
     inherited = InheritedSocket(int(sys.argv.pop(1)))
-    replaced = launcher.create_server_socket  # an error here says that vLLM has changed
+    replaced = launcher.create_server_socket  # an error here means that vLLM has changed
 
     def create_server_socket(address: tuple[str, int], *, reuse_port: bool) -> socket.socket:
         if inherited.getsockname() != address:

@@ -1,10 +1,11 @@
-"""Servers on the other nodes of a run: started and watched by a rank of their own node, on orders of rank 0.
+"""Runs servers on the other nodes of a run. A rank of their own node starts and watches them, on orders of rank 0.
 
-Rank 0's node has a TCPStore that listens on the node's own address in the cluster alone. The first rank of every other node
-(:class:`NodeServers`) writes there where its servers listen and how they are, and reads what it is to do; rank 0 (:class:`RemoteServer`)
-does the reverse. Prompts and weights go straight to the servers. Whoever reaches the store can read all that is in it, so nothing in it is
-secret, and orders and states are signed (``signed_store.py``): the run's secret went to the ranks over their process group, and every
-server's key is computed from it.
+Rank 0's node has a TCPStore, which listens only on the node's own address in the cluster. The first rank of every other node
+(:class:`NodeServers`) writes its servers' addresses and states there, and reads orders. Rank 0 (:class:`RemoteServer`) writes orders
+and reads states. Prompts and weights go straight to the servers.
+
+Everybody who reaches the store can read it. So it has no secret in it, and orders and states are signed (``signed_store.py``). The ranks got
+the run's secret over their process group, and every server's key is computed from it.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from hetero_ppo.rollout.weights.weight_group import connect_store, open_store
 log = logging.getLogger(__name__)
 
 POLL_S = 0.2
-#: A node's rank that runs at all has answered an order by then.
+#: Deadline of a node's rank to handle an order. A rank that still runs is faster.
 ANSWER_TIMEOUT_S = 60.0
 
 
@@ -40,41 +41,41 @@ ANSWER_TIMEOUT_S = 60.0
 class Cluster:
     """The nodes of a run, as one of its ranks sees them."""
 
-    node: int  # of this rank
-    address: str  # of this node, that the others reach
-    counts: list[int]  # servers of each node
-    store: SignedStore  # between rank 0 and the other nodes' first ranks
-    secret: bytes = field(repr=False)  # of the run
+    node: int  # node of this rank
+    address: str  # address of this node that the others reach
+    counts: list[int]  # number of servers of each node
+    store: SignedStore  # for orders and states, between rank 0 and the other nodes' first ranks
+    secret: bytes = field(repr=False)  # key of the run
 
     def server_key(self, index: int) -> str:
-        """Token of one server; it tells nothing about the others'."""
+        """Return the token of one server. It reveals nothing about the other tokens."""
         return derived_key(self.secret, f"server {index}").hex()
 
     @property
     def first_index(self) -> int:
-        """Number of this node's first server among all."""
+        """Number of this node's first server among all servers."""
         return sum(self.counts[: self.node])
 
 
-def meet_nodes(
+def rendezvous(
     counts: list[int], interface: str | None, master: str, timeout_s: float, world: dist.ProcessGroup
 ) -> Cluster:
-    """Make the store and tell all ranks. Collective over the world.
+    """Open the store on rank 0 and connect all ranks to it. Collective over the world.
 
     Args:
-        counts: servers of each node; each node has as many ranks.
-        interface: see ``network.own_address``.
+        counts: Number of servers of each node. All nodes have equally many ranks.
+        interface: Network interface, see ``network.own_address``.
         master: MASTER_ADDR of the run.
-        timeout_s: deadline of the store.
+        timeout_s: Deadline of the store in seconds.
         world: Group of all ranks.
 
     Raises:
-        ValueError: this node has no such address, or some node has one that others cannot reach.
+        ValueError: This node has no such address, or some node has one that others cannot reach.
     """
     rank, ranks_per_node = world.rank(), world.size() // len(counts)
     node, address = rank // ranks_per_node, own_address(master, interface)
     store = open_store(address, timeout_s) if rank == 0 else None
-    # Over the process group: what is in the store is everybody's to read.
+    # Sent over the process group, because everybody can read the store.
     place = None if store is None else {"host": address, "port": store.port, "secret": new_secret().hex()}
     place = broadcast_json(place, 0, world)
     num_loopback = torch.tensor([int(address.startswith("127."))])
@@ -93,12 +94,12 @@ def meet_nodes(
 
 
 class NodeServers:
-    """The servers of a node that rank 0 is not on, in its first rank. They end with :meth:`close`, and with this process.
+    """Runs the servers of a node other than rank 0's, in its first rank. They end with :meth:`close`, and with this process.
 
     Args:
-        cluster: of this rank.
-        spec: what the servers of the run have in common.
-        log_dir: of the servers.
+        cluster: Nodes of the run, as this rank sees them.
+        spec: Settings that all servers share.
+        log_dir: Folder of the servers' logs.
     """
 
     def __init__(self, cluster: Cluster, spec: ServerSpec, log_dir: Path):
@@ -117,13 +118,15 @@ class NodeServers:
             )
             for place, index in enumerate(indices)
         ]
-        self._starts = [0] * len(self._servers)  # the last one that was ordered
-        self._told: list[dict[str, Any] | None] = [None] * len(self._servers)
+        self._starts = [0] * len(self._servers)  # number of each server's last start
+        self._reported: list[dict[str, Any] | None] = [None] * len(
+            self._servers
+        )  # state of each server that rank 0 has
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="node-servers", daemon=True)
 
     def begin(self) -> None:
-        """Tell rank 0 where the servers will listen, and follow its orders from now on."""
+        """Send the servers' addresses to rank 0, and handle its orders from now on."""
         listening = [
             {"index": server.index, "address": server.endpoint.address, "log": str(server.log_path)}
             for server in self._servers
@@ -144,9 +147,9 @@ class NodeServers:
         try:
             while not self._closed.wait(POLL_S):
                 for place, server in enumerate(self._servers):
-                    self._obey(place, server)
+                    self._handle_order(place, server)
                     server.end_frozen_guardian()
-                    self._tell(place, server)
+                    self._notify(place, server)
         except dist.DistError as error:
             if not self._closed.is_set():
                 log.warning("node %d: rank 0 does not answer any more (%s); its servers end", self._cluster.node, error)
@@ -157,9 +160,9 @@ class NodeServers:
                 server.wait()
             with contextlib.suppress(dist.DistError):  # rank 0 may have ended before
                 for place, server in enumerate(self._servers):
-                    self._tell(place, server)
+                    self._notify(place, server)
 
-    def _obey(self, place: int, server: VllmServer) -> None:
+    def _handle_order(self, place: int, server: VllmServer) -> None:
         found = self._cluster.store.newest(f"order/{server.index}")
         if found is None:
             return
@@ -172,18 +175,18 @@ class NodeServers:
             server.terminate()
             server.wait()
 
-    def _tell(self, place: int, server: VllmServer) -> None:
+    def _notify(self, place: int, server: VllmServer) -> None:
         ended = server.exit_code is not None  # by itself; None: it runs, or was stopped
         if ended:
             server.refuse_clients()
         state = {"start": self._starts[place], "running": server.running, "report": server.report() if ended else ""}
-        if state != self._told[place]:
+        if state != self._reported[place]:
             self._cluster.store.set(f"state/{server.index}", json.dumps(state))
-            self._told[place] = state
+            self._reported[place] = state
 
 
 class RemoteServer:
-    """Rank 0's hand on a server of another node; the methods of ``VllmServer`` that a pool needs."""
+    """A server of another node, as rank 0 controls it. It has the methods of ``VllmServer`` that a pool needs."""
 
     def __init__(self, cluster: Cluster, node: int, index: int, api_key: str, address: str, log_path: str):
         self.index = index
@@ -194,13 +197,14 @@ class RemoteServer:
 
     @property
     def name(self) -> str:
+        """Name of the server in messages."""
         return f"rollout server {self.index} on node {self._node} ({self.endpoint.address})"
 
     def spawn(self) -> None:
-        """Orders a start of the process and returns when it was made.
+        """Order a start of the process, and return when it was started.
 
         Raises:
-            RuntimeError: the node's rank does not answer.
+            RuntimeError: The node's rank does not answer.
         """
         self._start += 1
         self._order(stop=False)
@@ -225,28 +229,28 @@ class RemoteServer:
         return state["start"] == self._start and state["running"]
 
     def end_frozen_guardian(self) -> None:
-        """Nothing to do here: the node's rank looks after it."""
+        """Leave the guardian to the node's rank, which watches it."""
 
     def report(self) -> str:
-        """State, log path and last lines, for an error message."""
+        """Return state, log path and last lines of the server, for an error message."""
         return self._state()["report"] or f"still running; log on node {self._node}: {self._log_path}"
 
     def terminate(self) -> None:
-        """Asks for the end; :meth:`wait` sees to it."""
+        """Order the end of the server. :meth:`wait` waits for it."""
         self._order(stop=True)
 
     def wait_exit(self, timeout_s: float) -> None:
-        """Waits for a process that is ending by itself; returns after the timeout if it is not."""
+        """Wait for a process that is ending by itself, at most ``timeout_s`` seconds."""
         deadline = time.monotonic() + timeout_s
         while self.running and time.monotonic() < deadline:
             time.sleep(POLL_S)
 
     def wait(self) -> None:
-        """Waits for the end that was asked for. What does not end, ends with the node's rank."""
+        """Wait for the end that was ordered. A process that does not end by then ends with the node's rank."""
         self.wait_exit(STOP_GRACE_S + 6.0)
 
     def kill(self) -> None:
-        """Ends the server."""
+        """End the server."""
         self.terminate()
         self.wait()
 
@@ -255,10 +259,10 @@ AnyServer = VllmServer | RemoteServer
 
 
 def remote_servers(cluster: Cluster, timeout_s: float) -> list[RemoteServer]:
-    """All servers of other nodes, once their ranks have said where they will listen.
+    """Return all servers of other nodes, once their ranks have announced the addresses.
 
     Raises:
-        RuntimeError: a node's first rank did not say so in time.
+        RuntimeError: A node's first rank did not announce its servers in time.
     """
     servers: list[RemoteServer] = []
     for node, count in enumerate(cluster.counts):
@@ -271,7 +275,7 @@ def remote_servers(cluster: Cluster, timeout_s: float) -> list[RemoteServer]:
 
 
 def _announced(cluster: Cluster, node: int, timeout_s: float) -> list[dict[str, Any]]:
-    """What the first rank of a node says of its servers; see ``NodeServers.begin``."""
+    """Return what the first rank of a node announces about its servers; see ``NodeServers.begin``."""
     deadline = time.monotonic() + timeout_s
     while (found := cluster.store.newest(f"node/{node}")) is None:
         if time.monotonic() > deadline:

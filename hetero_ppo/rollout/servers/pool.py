@@ -1,8 +1,8 @@
-"""All servers of a run: started together, restarted when they die, given requests by load.
+"""All servers of a run: they start together, are restarted when they die, and get requests by load.
 
-A server that shares its GPU with the trainer cannot start while the trainer holds the card: vLLM asks for its share of free memory, and
-nobody else may give memory back while it profiles. ``may_restart`` is therefore False outside of the generator's turns. A server that
-dies then is *down*: it is ended and noted, gets no calls, and starts again in ``restart_down``.
+A server that shares its GPU with the trainer cannot start while the trainer holds the card: vLLM needs its share of the memory free, and
+no other process may give memory back while it profiles. ``may_restart`` is therefore False outside of the generator's turns. A server that
+dies then is *down*: it is ended and logged, gets no calls, and starts again in ``restart_down``.
 """
 
 from __future__ import annotations
@@ -24,30 +24,30 @@ from hetero_ppo.rollout.weights.weight_version import WeightVersion
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
-#: Running batches of requests that a server holds: one in work and one waiting. When a whole batch ends at once, the next begins
+#: Number of running batches that a server holds: one in work and one waiting. When a whole batch ends at once, the next one starts
 #: without the client, whose thread may be waiting for the trainer's.
 QUEUE_FACTOR = 2
-#: A server whose engine died answers 500 for a while before its process ends.
+#: A server whose engine core died answers 500 for a while before its process ends.
 EXIT_WAIT_S = 10.0
 PAUSE_TIMEOUT_S = 5.0
 
 
 @dataclass(eq=False)
 class Member:
-    """A server, its client, and what the pool knows of it."""
+    """A server, its client, and its state in the pool."""
 
     server: AnyServer
     client: ServerClient
-    num_answered: int = 0  # requests, since somebody asked
-    in_flight: int = 0
+    num_answered: int = 0  # requests since the last weight sync's metrics
+    in_flight: int = 0  # requests
     restarts: int = 0
     is_down: bool = False  # it died, and starts again in the generator's next turn
-    starts: int = 0  # how often it has been started: tells whether somebody else has restarted it meanwhile
+    starts: int = 0  # number of starts; a caller sees by it that another one has restarted the server
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
 async def gather_all(calls: list[Coroutine[Any, Any, T]]) -> list[T]:
-    """Runs all; at the first error the others are cancelled and that error is raised."""
+    """Run all calls concurrently. At the first error the others are cancelled and that error is raised."""
     try:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(call) for call in calls]
@@ -57,13 +57,13 @@ async def gather_all(calls: list[Coroutine[Any, Any, T]]) -> list[T]:
 
 
 class ServerPool:
-    """All methods run on one event loop.
+    """The servers of a run. All methods run on one event loop.
 
     Args:
-        servers: not started yet.
-        config: the ``rollout`` section.
-        initial_version: label of the weights in the model's folder; None when the servers start with random weights.
-        transport: way of the weights into the servers.
+        servers: Servers that are not started yet.
+        config: The ``rollout`` section.
+        initial_version: Label of the weights in the model's folder. None: the servers start with random weights.
+        transport: Transport of new weights to the servers.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class ServerPool:
         self.may_restart = True  # False: the trainer has the devices, a server that dies is down
         self.on_stalled: Callable[[], None] | None = None  # called when requests wait, and all servers are down
         self._revived = asyncio.Condition()
-        self._notes: set[asyncio.Task[None]] = set()  # of deaths, being written
+        self._notes: set[asyncio.Task[None]] = set()  # tasks that handle deaths
         self.initial_version = initial_version
         self.transport = transport
         self.weights: WeightVersion | None = None  # newest ones that were synchronised
@@ -89,7 +89,7 @@ class ServerPool:
 
     @property
     def version(self) -> str | None:
-        """Label of the weights that all servers hold; None: random ones."""
+        """Label of the weights that all servers hold. None: they are random."""
         return self.weights.version if self.weights is not None else self.initial_version
 
     @property
@@ -99,7 +99,7 @@ class ServerPool:
 
     def _client(self, server: AnyServer, hang_timeout_s: float | None) -> ServerClient:
         def note_death(cause: ServerDied) -> None:
-            if not self.may_restart:  # end what is left of it: the trainer needs its memory
+            if not self.may_restart:  # end what is left of it, because the trainer needs its memory
                 member = next(one for one in self.members if one.server is server)
                 note = asyncio.ensure_future(self._restart(member, member.starts, "between calls", cause))
                 self._notes.add(note)
@@ -108,31 +108,31 @@ class ServerPool:
         return ServerClient(server, hang_timeout_s, note_death)
 
     async def start(self) -> None:
-        """Starts all servers at the same time.
+        """Start all servers concurrently.
 
         Raises:
-            RuntimeError: a server ended while starting, or did not answer within the deadline.
+            RuntimeError: A server ended while starting, or did not answer within the deadline.
         """
         await gather_all([self._boot(member, "start") for member in self.members])
 
     async def stop(self) -> None:
-        """Ends all servers, whatever state they are in."""
+        """End all servers, whatever state they are in."""
         await asyncio.gather(*(self._stop(member) for member in self.members))
 
     async def _stop(self, member: Member) -> None:
         try:
             if member.server.running and await member.client.healthy():
-                # Without it a SIGTERM with requests in flight can hang vLLM's shutdown.
+                # Without it vLLM may hang when it gets SIGTERM with requests in flight.
                 await member.client.post("stop", "/pause?mode=abort", PAUSE_TIMEOUT_S)
         except (ServerDied, RuntimeError) as error:
-            log.info("stop: %s", error)  # it is ended below all the same
+            log.info("stop: %s", error)  # it is ended below in any case
         finally:
             await member.client.close()
             member.server.terminate()
             await asyncio.to_thread(member.server.wait)
 
     async def _boot(self, member: Member, phase: str) -> None:
-        """Starts a server and gives it the newest weights."""
+        """Start a server and give it the newest weights."""
         await asyncio.to_thread(member.server.spawn)
         await member.client.open()
         try:
@@ -158,17 +158,21 @@ class ServerPool:
         member.starts += 1
 
     async def _restart(self, member: Member, starts: int, phase: str, cause: ServerDied) -> None:
-        """Restarts a dead server, or one that hangs, unless that has happened since it was seen alive with ``starts`` starts.
+        """Restart a server that died or hangs. Outside of the generator's turns only end it; it is down then.
 
-        Outside of the generator's turns the server is ended, and is down.
+        Args:
+            member: Server to restart.
+            starts: Value of ``member.starts`` when the caller found it alive. Nothing is done if it was restarted since.
+            phase: Name of the caller's work, for messages.
+            cause: Error that the caller got.
 
         Raises:
-            RuntimeError: it died more often than ``max_restarts`` allows.
+            RuntimeError: The server died more often than ``max_restarts`` allows.
         """
         async with member.lock:
             if member.starts != starts or member.is_down:
                 return
-            await member.client.close()  # an API server whose engine died waits for its connections to close
+            await member.client.close()  # an API server whose engine core died waits for its connections to close
             hangs = isinstance(cause, ServerHangs)
             if not hangs:
                 await asyncio.to_thread(member.server.wait_exit, EXIT_WAIT_S)
@@ -186,10 +190,10 @@ class ServerPool:
                 member.is_down = True
 
     async def restart_down(self) -> None:
-        """Start the servers that are down, with the newest weights. The devices have room, and nobody gives memory back meanwhile.
+        """Start the servers that are down, with the newest weights. Their memory must be free, and no process may give memory back meanwhile.
 
         Raises:
-            RuntimeError: a server ended while starting, or did not answer within the deadline.
+            RuntimeError: A server ended while starting, or did not answer within the deadline.
         """
 
         async def restart(member: Member) -> None:
@@ -202,7 +206,7 @@ class ServerPool:
             self._revived.notify_all()
 
     async def call_up(self, phase: str, send: Callable[[ServerClient], Awaitable[T]]) -> list[T]:
-        """Call all servers that are not down, as :meth:`call` does. Returns the answers of those that stay up."""
+        """Call all servers that are not down, as :meth:`call` does. Return the answers of those that stay up."""
 
         async def ask(member: Member) -> list[T]:
             try:
@@ -213,10 +217,10 @@ class ServerPool:
         return [answer for answers in await gather_all([ask(member) for member in self.up]) for answer in answers]
 
     async def call(self, member: Member, phase: str, send: Callable[[ServerClient], Awaitable[T]]) -> T:
-        """Sends a request, and sends it again when the server died or hung under it and was restarted.
+        """Send a request, and send it again when the server died or hung meanwhile and was restarted.
 
         Raises:
-            ServerIsDown: it died, and may not be restarted now.
+            ServerIsDown: The server died, and may not be restarted now.
         """
         while True:
             async with member.lock:  # held while the server is restarted
@@ -231,7 +235,7 @@ class ServerPool:
                 await self._restart(member, starts, phase, error)
 
     async def call_least_loaded(self, phase: str, send: Callable[[ServerClient, Member], Awaitable[T]]) -> T:
-        """Call the server with the fewest requests, as :meth:`call` does, and another one when that server goes down."""
+        """Call the server with the fewest requests, as :meth:`call` does. Call another one when that server goes down."""
         async with self._slots:
             while True:
                 await self._wait_for_server(phase)
@@ -251,10 +255,10 @@ class ServerPool:
                 return answer
 
     async def _wait_for_server(self, phase: str) -> None:
-        """Return when a server is up; the trainer is asked for the devices where none is.
+        """Return when a server is up. Where none is, ask the trainer for the devices.
 
         Raises:
-            ServerIsDown: nobody can be asked.
+            ServerIsDown: No server is up, and there is no trainer to ask.
         """
         async with self._revived:
             while not self.up:
@@ -266,14 +270,17 @@ class ServerPool:
                 await self._revived.wait()
 
     async def load(self, weights: WeightVersion) -> float:
-        """Gives all servers new weights. They are checked by every server before the first one changes. Those that are down start with them.
+        """Give all servers new weights. Every server checks them before the first one changes. Servers that are down start with them.
+
+        Args:
+            weights: New version.
 
         Returns:
-            Seconds the slowest server spent on checksums; 0 when all servers are down.
+            Seconds that the slowest server spent on checksums. 0 if all servers are down.
 
         Raises:
-            ValueError: the tensors do not fit the model; the servers keep their old weights.
-            RuntimeError: a server answered with an error, not in time, or died too often.
+            ValueError: The tensors do not fit the model. The servers keep their old weights.
+            RuntimeError: A server answered with an error, not in time, or died too often.
         """
         staged_s = None
         while staged_s is None:
@@ -284,10 +291,11 @@ class ServerPool:
         return max(map(sum, zip(staged_s.values(), loaded_s, strict=True)), default=0.0)
 
     async def _deliver(self, weights: WeightVersion) -> dict[Member, float] | None:
-        """Brings new weights to all servers that are not down, and lets them be checked.
+        """Deliver new weights to all servers that are not down, and let the servers check them.
 
         Returns:
-            Seconds that each server spent on checksums; None: servers died and were restarted, or are down, so all begins again.
+            Seconds that each server spent on checksums. None: servers died and were restarted, or are down, so everything must be
+            done again.
         """
         members = self.up
         starts = [member.starts for member in members]

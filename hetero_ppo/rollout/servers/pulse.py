@@ -1,4 +1,4 @@
-"""Whether a server still does anything: a question that passes through its front end, its engine core and all of its workers."""
+"""Asks a server again and again whether it still works. The question passes through its front end, its engine core and all workers."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from hetero_ppo.observability.silence import SilenceClock
 
 
 class Pulse:
-    """Has one question out at a time, and counts how long there is no answer. Used on one event loop.
+    """Keeps one question open at a time, and measures how long it has no answer. Used on one event loop.
 
-    vLLM's ``/health`` looks at a flag of its front end: it answers 200 while the engine core is stopped.
+    vLLM's ``/health`` checks a flag of its front end only, and answers 200 while the engine core is stopped.
     """
 
     def __init__(self, ask: Callable[[], Awaitable[None]], longest_gap_s: float) -> None:
-        """Ask nothing yet.
+        """Prepare the pulse; the first question comes with :meth:`look`.
 
         Args:
-            ask: Sends the question and returns when it is answered, or refused.
-            longest_gap_s: See ``SilenceClock``, in seconds.
+            ask: Function that sends the question and returns when it is answered or refused.
+            longest_gap_s: Longest time between two looks that counts as silence, in seconds; see ``SilenceClock``.
         """
         self._ask = ask
         self._clock = SilenceClock(longest_gap_s)
@@ -27,14 +27,14 @@ class Pulse:
         self._num_answers = 0
 
     def look(self, *, is_busy: bool) -> float:
-        """Return the seconds for which the question that is out has no answer; ask again when it has one.
+        """Return for how many seconds the open question has had no answer. Ask again if it has one.
 
         Args:
-            is_busy: The server has work that it may take any time for, with a deadline of its own: nothing counts.
+            is_busy: Whether the server has work with its own deadline, during which it may be silent. Then no silence counts.
         """
         if self._question is None or self._question.done():
             if self._question is not None:
-                self._question.exception()  # a refused question is for /health to explain
+                self._question.exception()  # /health explains a refused question
             self._num_answers += 1
             self._question = asyncio.ensure_future(self._ask())
         if is_busy:
@@ -42,6 +42,6 @@ class Pulse:
         return self._clock.look(self._num_answers)
 
     def close(self) -> None:
-        """Take the question back."""
+        """Cancel the open question."""
         if self._question is not None:
             self._question.cancel()

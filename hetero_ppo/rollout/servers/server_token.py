@@ -1,9 +1,9 @@
-"""Stands in front of all routes of a rollout server, inside vLLM's HTTP process (``--middleware``).
+"""Guards all routes of a rollout server, inside vLLM's HTTP process (``--middleware``).
 
-A request needs the server's token. With it come the routes that the trainer uses, and of vLLM's workers the methods that weight updates
-need, on files of this run: everything else of vLLM's server is closed, since its development routes call any method of a worker.
+A request needs the server's token. With it only those routes are open that the trainer uses, and only those methods of vLLM's workers that
+weight updates need, on files of this run. Everything else is closed, because vLLM's development routes can call any method of a worker.
 
-Before the trainer sends the token or a prompt, the server proves that it knows the token: it answers ``/health`` with an HMAC of a number
+Before the trainer sends the token or a prompt, the server proves that it knows the token. It answers ``/health`` with an HMAC of a number
 that the trainer chose.
 """
 
@@ -24,10 +24,10 @@ App = Callable[[Message, Receive, Send], Awaitable[None]]
 
 HEALTH = "/health"
 RPC = "/collective_rpc"
-#: Header of a request for health, with the trainer's number; and of its answer.
+#: Header of a health request, with the trainer's number, and header of the answer, with the proof.
 CHALLENGE, PROOF = "x-hetero-ppo-challenge", "x-hetero-ppo-proof"
 MAX_CHALLENGE_BYTES = 128
-#: What the trainer posts to (client.py, pool.py, vllm.py, weight_sync.py).
+#: Routes that the trainer posts to (client.py, pool.py, vllm.py, weight_sync.py).
 ROUTES = frozenset(
     {
         "/inference/v1/generate",
@@ -53,23 +53,23 @@ WORKER_METHODS = frozenset(
     }
 )
 RPC_FIELDS = frozenset({"method", "kwargs", "timeout"})
-#: Names and shapes of all tensors of a shard take some megabytes at most.
+#: Names and shapes of all tensors of a bucket take some megabytes at most.
 MAX_RPC_BYTES = 256 * 2**20
 
 
 def proof_of(token: str, challenge: str) -> str:
-    """What only a server with the token can answer to a challenge; it does not tell the token."""
+    """Return the answer to a challenge that only a server with the token can give. It does not reveal the token."""
     return hmac.digest(token.encode(), b"rollout server: " + challenge.encode(), "sha256").hex()
 
 
 class RequireToken:
-    """401 to every request without the server's token, 404 to routes that the trainer does not use, 403 to other calls of workers."""
+    """Answers 401 to requests without the server's token, 404 to routes that the trainer does not use, 403 to other calls of workers."""
 
     def __init__(self, app: App):
         self.app = app
         self.token = os.environ["VLLM_API_KEY"]
         self.expected = f"Bearer {self.token}".encode()
-        #: The run's directory on this node: a server's temporary directory lies in it (``server.environment``).
+        #: The run's directory on this node, the parent of a server's temporary directory (``server.environment``).
         self.private_dir = Path(tempfile.gettempdir()).resolve().parent
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
@@ -112,7 +112,7 @@ class RequireToken:
         return send_with_proof
 
     def _allows_call(self, body: bytes) -> bool:
-        """True for a call of one of our own methods, by name, on files of this run."""
+        """Return whether a call names one of our own methods, with files of this run only."""
         try:
             call = json.loads(body)
         except ValueError:
@@ -135,7 +135,7 @@ async def _refuse(send: Send, status: int) -> None:
 
 
 async def _read(receive: Receive) -> bytes | None:
-    """The request's whole body; None where it is too long, or the client has gone."""
+    """Return the request's whole body; None if it is too long or the client has gone."""
     parts, num_bytes, more = [], 0, True
     while more:
         message = await receive()
@@ -150,7 +150,7 @@ async def _read(receive: Receive) -> bytes | None:
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:
-    """The body that was read, once; then what the server says."""
+    """Return a ``receive`` that gives the body that was read once, and then the server's messages."""
     messages = iter([{"type": "http.request", "body": body, "more_body": False}])
 
     async def receive_again() -> Message:

@@ -1,4 +1,4 @@
-"""One call of all servers' workers at the same time, with the trainer's own part beside it."""
+"""Calls the workers of all servers concurrently, together with the trainer's own part."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ async def call_workers(
     timeout_s: float,
     own_part: Callable[[], None] | None = None,
 ) -> tuple[list[list[dict[str, Any]]], dict[int, ServerDied]]:
-    """Call a method of all servers' workers and do the trainer's part concurrently; every part ends before this returns.
+    """Call a method of all servers' workers and do the trainer's part concurrently. Every part has ended when this returns.
 
     Args:
         clients: Clients of the servers.
         method: Name of a method of ``worker_extension.WeightReceiver``.
-        arguments: Arguments of the method, for each server.
+        arguments: Arguments of the method for each server.
         timeout_s: Deadline of the calls.
-        own_part: The trainer's part; it runs in a thread.
+        own_part: Function that does the trainer's part, in a thread. None: it has no part.
 
     Returns:
-        Each server's answers, one per worker, and the servers that died, by their place in ``clients``.
+        The answers of each server, one per worker, and the errors of the servers that died, by position in ``clients``.
 
     Raises:
         RunError: A call, or the trainer's part, failed.

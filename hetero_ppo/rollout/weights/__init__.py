@@ -1,4 +1,4 @@
-"""New weights for the servers: by files in shared memory, by CUDA IPC, or by a process group, each with checksums.
+"""Brings new weights to the servers, with checksums: by files in shared memory, by CUDA IPC, or by a process group.
 
-Start at ``weight_sync.py``. ``worker_extension.py`` and ``loaded_weights.py`` run inside of vLLM's workers.
+Start at ``weight_sync.py``, which lists the parts of a sync. ``worker_extension.py`` and ``loaded_weights.py`` run inside vLLM's workers.
 """

@@ -28,12 +28,12 @@ from hetero_ppo.rollout.servers.worker_calls import PHASE, call_workers
 from hetero_ppo.rollout.weights.bucket import Bucket, PinnedStaging, map_bucket
 from hetero_ppo.rollout.weights.cuda_ipc import IpcHandle, device_id
 from hetero_ppo.rollout.weights.signed_store import derived_key, new_secret
-from hetero_ppo.rollout.weights.weight_group import Meeting, WeightGroup, open_store
+from hetero_ppo.rollout.weights.weight_group import Rendezvous, WeightGroup, open_store
 from hetero_ppo.rollout.weights.weight_version import WeightVersion
 from megatron_bridge.platform.copies import release_cached_memory
 
 #: Workers join at once, or not at all.
-MEETING_TIMEOUT_S = 30.0
+JOIN_TIMEOUT_S = 30.0
 
 
 class DeviceBuckets:
@@ -71,7 +71,7 @@ class DeviceBuckets:
         self._group: WeightGroup | None = None
         self._members: list[tuple[int, int]] = []  # (server, its start) of those that ``_ranks`` is about
         self._ranks: list[int | None] = []  # each server's rank in the group; None: it opens the trainer's buckets
-        self._num_meetings = 0
+        self._num_groups = 0
         self._lock = asyncio.Lock()
 
     def release(self, weights: WeightVersion) -> None:
@@ -157,22 +157,22 @@ class DeviceBuckets:
         if self._store is None:
             self._store = open_store(self.address, self.timeout_s)
         store = self._store
-        self._num_meetings += 1
-        name = f"weights {self._num_meetings}"
-        meeting = Meeting(
+        self._num_groups += 1
+        name = f"weights {self._num_groups}"
+        rendezvous = Rendezvous(
             host=self.address,
             port=store.port,
             name=name,
             key=derived_key(self._secret, name).hex(),
             size=size,
-            meeting_timeout_s=min(MEETING_TIMEOUT_S, self.timeout_s),
+            join_timeout_s=min(JOIN_TIMEOUT_S, self.timeout_s),
             broadcast_timeout_s=self.timeout_s,
         )
 
         def join() -> None:
-            self._group = WeightGroup(store, meeting, 0, self.device)
+            self._group = WeightGroup(store, rendezvous, 0, self.device)
 
-        arguments = [{"meeting": meeting.to_json(), "rank": rank} for rank in self._ranks]
+        arguments = [{"rendezvous": rendezvous.to_json(), "rank": rank} for rank in self._ranks]
         _, died = await call_workers(clients, "hetero_ppo_join", arguments, self.timeout_s, join)
         return died
 

@@ -1,10 +1,10 @@
-"""Proves, inside vLLM's worker process, that the engine's own parameters hold what was sent.
+"""Checks, inside vLLM's worker process, that vLLM's own parameters hold what was sent.
 
-The engine fuses tensors (query, key and value into one, gate and up into one, all experts of a layer into two), gives every
-tensor-parallel rank a part, pads the vocabulary, and on a CPU packs linear layers into a kernel's private layout. Here its
-parameters are cut back into the checkpoint's tensors, and a checksum of each is compared by name with the one that was sent. Where a
-layer packs its weights (linear layers on a CPU, experts anywhere) they are read just before, after the loader has filled them; what
-the kernel then computes is for the probe prompt to show.
+vLLM joins tensors (query, key and value into one, gate and up into one, all experts of a layer into two), gives every
+tensor-parallel rank a part, pads the vocabulary, and on a CPU packs linear layers into a kernel's private layout. This module cuts its
+parameters back into the checkpoint's tensors, and compares the checksum of each with the one that was sent, by name. Layers that pack
+their weights (linear layers on a CPU, experts anywhere) are read after the loader has filled them and before they are packed. The probe
+prompt checks what the kernel then computes.
 """
 
 from __future__ import annotations
@@ -25,14 +25,15 @@ NUM_HASH_THREADS = 4  # hashing releases the GIL
 
 
 def part_of(full: Tensor, shape: Sequence[int], rank: int, size: int, *, padded: bool) -> Tensor:
-    """The part of a checkpoint's tensor that a tensor-parallel rank holds.
+    """Return the part of a checkpoint's tensor that a tensor-parallel rank holds.
 
     Args:
-        full: as the checkpoint has it.
-        shape: of what the rank holds.
-        rank: tensor-parallel rank, of ``size``.
-        padded: rows beyond the checkpoint's are padding (a vocabulary), so the last ranks may hold fewer. Otherwise ranks beyond
-            the number of parts hold copies (key and value heads, of which there may be fewer than ranks).
+        full: Tensor of the checkpoint.
+        shape: Shape of what the rank holds.
+        rank: Tensor-parallel rank.
+        size: Number of tensor-parallel ranks.
+        padded: Whether rows beyond the checkpoint's are padding (a vocabulary), so that the last ranks may hold fewer. Otherwise
+            ranks beyond the number of parts hold copies (key and value heads, of which there may be fewer than ranks).
     """
     part = full
     for dim, (rows, held) in enumerate(zip(full.shape, shape, strict=True)):
@@ -44,12 +45,12 @@ def part_of(full: Tensor, shape: Sequence[int], rank: int, size: int, *, padded:
 
 
 def dense_pieces(prefix: str, layer: nn.Module, packed: Mapping[str, Sequence[str]]) -> dict[str, Tensor]:
-    """Checkpoint name -> view of a layer's parameter, for all parameters that can be read.
+    """Return views of a layer's parameters by their names in a checkpoint, for all parameters that can be read.
 
     Args:
-        prefix: the layer's name in the model.
-        layer: any but one of routed experts. Parameters that a kernel has taken away are empty and left out.
-        packed: name of a fused layer -> names of its parts, in order.
+        prefix: Name of the layer in the model.
+        layer: Layer without routed experts. Parameters that a kernel has taken away are empty and are left out.
+        packed: Name of a fused layer -> names of its parts, in order.
     """
     parent, _, leaf = prefix.rpartition(".")
     pieces: dict[str, Tensor] = {}
@@ -66,7 +67,7 @@ def dense_pieces(prefix: str, layer: nn.Module, packed: Mapping[str, Sequence[st
 
 
 def expert_pieces(prefix: str, layer: nn.Module) -> dict[str, Tensor]:
-    """The same for a layer of routed experts: w13_weight [E, 2 * I, H], w2_weight [E, H, I]."""
+    """Return the same for a layer of routed experts: w13_weight [E, 2 * I, H], w2_weight [E, H, I]."""
     experts = prefix[: prefix.index(".experts") + len(".experts")]
     w13, w2 = layer.get_parameter("w13_weight").data, layer.get_parameter("w2_weight").data
     gates, ups = w13.chunk(2, dim=1)
@@ -88,15 +89,16 @@ def compare_pieces(
     padded: bool = False,
     checksum: Callable[[Tensor], str] = host_checksum,
 ) -> dict[str, bool]:
-    """Name -> True when the piece's checksum differs from the sent tensor's; names that were not sent are left out.
+    """Return for every piece that was sent whether its checksum differs from that of the tensor that was sent, by name.
 
     Args:
-        pieces: what the engine holds, by checkpoint name.
-        staged: the tensors that were sent.
-        checksums: of the whole tensors, as the trainer has them too.
-        rank: tensor-parallel rank, of ``size``.
-        padded: see :func:`part_of`.
-        checksum: the one that ``checksums`` has; of the bytes wherever they lie.
+        pieces: Tensors that vLLM holds, by checkpoint name.
+        staged: Tensors that were sent, by checkpoint name.
+        checksums: Checksums of the whole tensors that were sent.
+        rank: Tensor-parallel rank.
+        size: Number of tensor-parallel ranks.
+        padded: Whether rows may be padding, see :func:`part_of`.
+        checksum: Function that computed ``checksums``.
     """
 
     def differs(name: str) -> bool:
@@ -116,12 +118,13 @@ class LoadedWeights:
     """Compares a model's parameters with what was sent, during and after a load.
 
     Args:
-        model: vLLM's.
-        staged: checkpoint name -> tensor that was sent.
-        checksums: of the same tensors.
-        rank: tensor-parallel rank, of ``size``.
-        cpu: linear layers are packed, so they are read before that.
-        checksum: the one that ``checksums`` has.
+        model: vLLM's model.
+        staged: Tensors that were sent, by checkpoint name.
+        checksums: Checksums of the tensors that were sent.
+        rank: Tensor-parallel rank.
+        size: Number of tensor-parallel ranks.
+        cpu: Whether linear layers are packed, so that they must be read before that.
+        checksum: Function that computed ``checksums``.
     """
 
     model: nn.Module
@@ -131,22 +134,22 @@ class LoadedWeights:
     size: int
     cpu: bool
     checksum: Callable[[Tensor], str] = host_checksum
-    differs: dict[str, bool] = field(default_factory=dict)  # by name, of what has been read
-    seconds: float = 0.0  # spent on reading and hashing
+    differs: dict[str, bool] = field(default_factory=dict)  # name -> whether it differs, for what has been read
+    seconds: float = 0.0  # time for reading and checksums
 
     @property
     def wrong(self) -> list[str]:
-        """Names of tensors that the engine holds otherwise than they were sent."""
+        """Names of tensors that vLLM does not hold as they were sent."""
         return sorted(name for name, differs in self.differs.items() if differs)
 
     @property
     def unread(self) -> list[str]:
-        """Names of tensors that were sent and found in no parameter."""
+        """Names of tensors that were sent and were found in no parameter."""
         return sorted(self.staged.keys() - self.differs.keys())
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Inside, layers are read between being loaded and being packed; on leaving, everything else is read."""
+        """Read every layer that packs its weights after it is loaded and before it is packed. On leaving, read all other layers."""
         layers = [(name, layer) for name, layer in self.model.named_modules() if self._packs(layer)]
         wrapped = {id(layer.quant_method): layer.quant_method for _, layer in layers}
         names = {id(layer): name for name, layer in layers}
@@ -156,7 +159,7 @@ class LoadedWeights:
             yield
         finally:
             for method in wrapped.values():
-                del method.process_weights_after_loading  # the instance's; the class has its own
+                del method.process_weights_after_loading  # removes the instance's wrapper; the class has its own method
         for name, layer in self.model.named_modules():
             if id(layer) not in names:
                 self._read(name, layer)

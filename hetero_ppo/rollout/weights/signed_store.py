@@ -1,8 +1,8 @@
-"""A key-value store of torch whose values nobody changes without the run's key.
+"""A key-value store of torch that refuses values which were not written with the run's key.
 
-A ``TCPStore`` asks nobody for a password: whoever reaches its port reads all names and values, and sets them. So nothing secret is ever
-written, and every value carries a counter and an HMAC over its name, counter and content. What has none of this run, or is older than what
-was read before, is refused. Whoever reaches the store can still keep the run from going on.
+A ``TCPStore`` has no password: everybody who reaches its port can read and set all names and values. So nothing secret is ever
+written. Every value has a counter, and an HMAC of its name, counter and content. Values without the run's HMAC are refused, and so are values older
+than what was read before. Others can still stop the run from going on.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ SECRET_BYTES = 32
 
 
 def new_secret() -> bytes:
-    """A key that nobody guesses."""
+    """Return a new random key."""
     return secrets.token_bytes(SECRET_BYTES)
 
 
 def derived_key(secret: bytes, purpose: str) -> bytes:
-    """The key for one purpose, from which neither the secret nor another purpose's key can be computed."""
+    """Return the key for one purpose. Neither the secret nor another purpose's key can be computed from it."""
     return hmac.digest(secret, purpose.encode(), "sha256")
 
 
 class RefusedValueError(RuntimeError):
-    """A value that is not of this run, or an old one again."""
+    """A value was not written by this run, or is an old one that was written again."""
 
 
 class SignedStore(dist.Store):
-    """The values below one name of another store. Each of them has one writer.
+    """The values of another store whose names begin with one prefix. Each value has one writer.
 
     Process groups can be made with it: torch calls the methods below from C++. Keep a reference for as long as such a group lives.
 
     Args:
-        store: the store that all members reach.
-        key: the same for all members, and known to nobody else.
-        name: what the names of all values begin with.
+        store: Store that all members reach.
+        key: Key that all members have, and nobody else.
+        name: Prefix of the names of all values.
     """
 
     def __init__(self, store: dist.Store, key: bytes, name: str):
@@ -52,7 +52,7 @@ class SignedStore(dist.Store):
         self._store, self._key, self._name = store, key, name
         self._counter = itertools.count(1)
         self._newest: dict[str, tuple[int, bytes]] = {}  # name -> counter and content of the newest value that was read
-        self._refused: set[str] = set()  # names of values that were logged
+        self._refused: set[str] = set()  # names whose refusal was logged
 
     def _full(self, key: str) -> str:
         return f"{self._name}/{key}"
@@ -63,7 +63,7 @@ class SignedStore(dist.Store):
         )
 
     def set(self, key: str, value: str | bytes) -> None:
-        """Write a value, newer than all that this member wrote before."""
+        """Write a value with a higher counter than all that this member wrote before."""
         value = value.encode() if isinstance(value, str) else bytes(value)
         content = next(self._counter).to_bytes(COUNTER_BYTES, "big") + value
         self._store.set(self._full(key), self._mac(key, content) + content)  # type: ignore[arg-type]  # bytes are not in torch's stub
@@ -72,7 +72,7 @@ class SignedStore(dist.Store):
         """Wait for a value and return it.
 
         Raises:
-            RefusedValueError: it was not written by a member, or is older than the newest that was read.
+            RefusedValueError: It was not written by a member, or is older than the newest one that was read.
         """
         found = self._store.get(self._full(key))
         mac, content = found[:MAC_BYTES], found[MAC_BYTES:]
@@ -85,7 +85,7 @@ class SignedStore(dist.Store):
         return value
 
     def newest(self, key: str) -> bytes | None:
-        """Return the newest value of a member; None before the first one. What is refused is logged, once for every name."""
+        """Return the newest value of a member; None before the first one. A refusal is logged once for every name."""
         if self._store.check([self._full(key)]):
             try:
                 return self.get(key)
@@ -106,7 +106,7 @@ class SignedStore(dist.Store):
             self._store.wait(names, timeout)
 
     def add(self, key: str, amount: int) -> int:
-        """Counters have no HMAC; nothing here makes decisions on them."""
+        """Add to a counter. Counters have no HMAC, so nothing here decides by them."""
         return self._store.add(self._full(key), amount)
 
     def delete_key(self, key: str) -> bool:

@@ -1,4 +1,4 @@
-"""The bytes of a tensor, and their checksums: CRC-32 of host memory, and one that a device computes where the bytes are."""
+"""The bytes of a tensor and their checksums: CRC-32 in host memory, and sums that a device computes where the bytes are."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-#: Lanes that ``lane_checksum`` multiplies with their positions at a time: its temporaries take 8 bytes a lane.
+#: ``lane_checksum`` multiplies ``ROWS`` rows of ``ROW_LANES`` lanes with their positions at a time. Its temporaries take 8 bytes a lane.
 ROW_LANES = 1 << 16
 ROWS = 1 << 8
 _WORD = (1 << 64) - 1
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous CPU tensor, which must outlive the view.
+    """Return the bytes of a contiguous CPU tensor, which must outlive the view.
 
-    Not by way of numpy: ``Tensor.numpy`` marks the storage as never to be resized, and these are views of live parameters,
+    It avoids ``Tensor.numpy``, which marks the storage as never to be resized. These are views of live parameters,
     whose storage is released when their role leaves the device.
     """
     assert tensor.is_contiguous() and tensor.device.type == "cpu"
@@ -27,16 +27,16 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
 
 
 def tensor_checksum(tensor: Tensor) -> str:
-    """CRC-32 of a contiguous CPU tensor's bytes, as hex.
+    """Return the CRC-32 of a contiguous CPU tensor's bytes, as hexadecimal digits.
 
-    It is there against mistakes, not against an adversary, and sees any change of up to 32 bits in a row for certain. SHA-256 takes
-    3.5 times as long (1.9 GB/s on a core where this takes 6.6), three times a sync.
+    It detects mistakes, not an adversary, and certainly any change of up to 32 bits in a row. SHA-256 takes
+    3.5 times as long (1.9 GB/s on a core where CRC-32 had 6.6), and a sync computes checksums three times.
     """
     return f"{zlib.crc32(tensor_bytes(tensor)):08x}"
 
 
 def host_checksum(tensor: Tensor) -> str:
-    """Return the CRC-32 of a tensor's bytes, wherever it lies; see ``tensor_checksum``."""
+    """Return the CRC-32 of a tensor's bytes, wherever they are; see ``tensor_checksum``."""
     return tensor_checksum(tensor.to("cpu").contiguous())
 
 
@@ -54,15 +54,17 @@ def lane_checksum(tensor: Tensor) -> str:
 
     as hexadecimal digits ``n-A-B``. The order of summation plays no part, so the value is exact on any device.
 
-    It sees for certain (positions stay below 2^47, which is 256 TiB): any change within one lane, so every flipped bit, because B changes by
-    i * d with 0 < |d| < 2^16; any change of two lanes, two that are swapped among them, because A stays only where the changes
-    are d and -d, and then B changes by (i - j) * d; another length. Tensors that are swapped are seen by their names, each of which
-    has its own checksum. Three changed lanes and more can cancel: it is there against mistakes, not against an adversary.
+    It certainly detects the following (positions stay below 2^47, which is 256 TiB):
 
-    On a CPU it takes several times as long as CRC-32 (docs/rollout.md), which host memory keeps.
+    - any change within one lane, so every flipped bit: B changes by i * d with 0 < |d| < 2^16;
+    - any change of two lanes, so two that are swapped: A stays only if the changes are d and -d, and then B changes by (i - j) * d;
+    - another length.
+
+    Each name has its own checksum, so swapped tensors are detected. Three or more changed lanes can cancel each other: the checksum detects
+    mistakes, not an adversary. On a CPU it takes several times as long as CRC-32 (docs/rollout.md), which host memory uses therefore.
 
     Args:
-        tensor: Elements of 2 or 4 bytes, contiguous or not.
+        tensor: Tensor with elements of 2 or 4 bytes, contiguous or not.
     """
     lanes = tensor.detach().contiguous().view(-1).view(torch.int16)
     weights = torch.arange(1, min(ROW_LANES, lanes.numel()) + 1, device=lanes.device)

@@ -31,7 +31,7 @@ class WeightTransport(Protocol):
         """Free the buckets of a version, because the servers have loaded them or never will."""
 
     async def deliver(self, clients: list[ServerClient], weights: WeightVersion) -> dict[int, ServerDied]:
-        """Bring the tensors to servers. Their weights stay as they are.
+        """Send the tensors to servers. Their weights stay as they are.
 
         Returns:
             Position in ``clients`` -> error, for every server that died meanwhile. Where it is empty, all servers have all tensors.

@@ -28,7 +28,7 @@ from hetero_ppo.rollout.weights.cuda_ipc import IpcHandle, device_id
 from hetero_ppo.rollout.weights.loaded_weights import NUM_HASH_THREADS, LoadedWeights
 from hetero_ppo.rollout.weights.targets import POLICY, check_target
 from hetero_ppo.rollout.weights.tensor_bytes import checksum_on
-from hetero_ppo.rollout.weights.weight_group import Meeting, WeightGroup, join_store
+from hetero_ppo.rollout.weights.weight_group import Rendezvous, WeightGroup, join_store
 
 CPU = torch.device("cpu")
 
@@ -109,7 +109,7 @@ def _read_files(paths: list[str]) -> dict[str, Tensor]:
     return tensors
 
 
-class Worker(Protocol):
+class VllmWorker(Protocol):
     """The parts of vLLM's Worker that are used here."""
 
     device: torch.device
@@ -130,7 +130,7 @@ class PolicyHandler:
         worker: vLLM's worker.
     """
 
-    def __init__(self, worker: Worker) -> None:
+    def __init__(self, worker: VllmWorker) -> None:
         self.worker = worker
         self.arrived: tuple[BucketFile | Bucket, ...] = ()
         self.staged: dict[str, Tensor] | None = None
@@ -272,16 +272,16 @@ class WeightReceiver:
             self.hetero_ppo_handlers = {name: handler(self) for name, handler in HANDLERS.items()}
         return self.hetero_ppo_handlers[target]
 
-    def hetero_ppo_join(self, meeting: dict[str, Any], rank: int | None) -> dict[str, Any]:
+    def hetero_ppo_join(self, rendezvous: dict[str, Any], rank: int | None) -> dict[str, Any]:
         """Join the group of the trainer and one worker of each server, in place of the group before.
 
         Args:
-            meeting: A ``Meeting`` as JSON.
+            rendezvous: A ``Rendezvous`` as JSON.
             rank: Rank of this server's member in the group. None: it has no member.
         """
         self.hetero_ppo_group = None
         if rank is not None and self.hetero_ppo_rank == 0:
-            where = Meeting(**meeting)
+            where = Rendezvous(**rendezvous)
             self.hetero_ppo_group = WeightGroup(join_store(where), where, rank, self.device)
         return {}
 
