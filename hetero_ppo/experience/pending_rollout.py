@@ -11,12 +11,14 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from tqdm import tqdm
 
 from hetero_ppo.config.derived import chunk_sizes
 from hetero_ppo.distributed.text import broadcast_json
 from hetero_ppo.errors import RunError
 from hetero_ppo.experience.bank import RolloutBank
 from hetero_ppo.experience.rollouts import build_rollout
+from hetero_ppo.observability.progress import PlainProgress, progress
 from hetero_ppo.observability.trace import GENERATOR, TRAINER, WAIT_FOR_GENERATOR, TraceRecorder
 from hetero_ppo.rollout.generator import GenerationRequest, Generator
 from hetero_ppo.types import Chunk, Response, Rollout
@@ -183,8 +185,17 @@ class PendingRollout:
         start = time.perf_counter()
         try:
             on_stalled = None if self._restart is None else self._note_stall
-            with self._trace.span(GENERATOR, "generate"):
-                self._answers = self._generator.generate(self.request, on_response=self._note, on_stalled=on_stalled)
+            bar: tqdm | PlainProgress[None] = progress(
+                description="rollout", total=self.num_rows, unit="response", leave=False
+            )
+            with self._trace.span(GENERATOR, "generate"), bar:
+                bar.update(len(self._banked))
+
+                def note(prompt: int, sample: int, response: Response) -> None:
+                    if self._note(prompt, sample, response):
+                        bar.update(1)
+
+                self._answers = self._generator.generate(self.request, on_response=note, on_stalled=on_stalled)
         except BaseException as error:  # noqa: BLE001  raised to the trainer, which waits for chunks
             with self._changed:
                 self._error = error
@@ -196,15 +207,17 @@ class PendingRollout:
             self._stalled = True
             self._changed.notify_all()
 
-    def _note(self, prompt: int, sample: int, response: Response) -> None:
+    def _note(self, prompt: int, sample: int, response: Response) -> bool:
+        """Take a complete response. Return False if it was there already."""
         place = prompt * self.request.n + sample
         if place in self._banked:
-            return
+            return False
         if self._bank is not None:
             self._bank.add(place, response)
         with self._changed:
             self._complete.append((place if self._keeps_order else len(self._complete), place, response))
             self._changed.notify_all()
+        return True
 
     # --- the trainer's thread ---
 

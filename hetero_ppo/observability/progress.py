@@ -106,6 +106,7 @@ def progress(
     total: int | None = None,
     is_writer: bool | None = None,
     unit: str = "it",
+    leave: bool = True,
 ) -> tqdm | PlainProgress[T]:
     """Wrap an iterable, or count to ``total`` with ``update(n)`` inside a ``with``. Output goes to stderr.
 
@@ -117,11 +118,14 @@ def progress(
         total: Number of items; None: the iterable's length if it has one.
         is_writer: Whether this process prints; None: torchrun's rank 0 does.
         unit: Unit of the bar.
+        leave: Whether the bar stays on the terminal when it is done. False: for a bar inside the loop of another one.
     """
     if is_writer is None:
         is_writer = is_writer_rank()
     if total is None and isinstance(iterable, Sized):
         total = len(iterable)
     if is_writer and sys.stderr.isatty():
-        return tqdm(iterable, desc=description, total=total, unit=unit, file=sys.stderr, dynamic_ncols=True)
+        return tqdm(
+            iterable, desc=description, total=total, unit=unit, leave=leave, file=sys.stderr, dynamic_ncols=True
+        )
     return PlainProgress(iterable, total, description, sys.stderr if is_writer else None)
