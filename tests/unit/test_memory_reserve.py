@@ -85,15 +85,22 @@ def test_servers_of_several_gpus_and_nodes_have_communicators() -> None:
     )
 
 
-def test_blocks_of_a_weight_sync_are_on_the_device() -> None:
-    """The largest tensor, 151,936 x 4096 in bf16, twice: as shards and joined. A block: what makes 512 MiB and the largest tensor, as copies
-    and packed; by CUDA IPC the packed blocks stay, the whole model of 8,190,735,360 parameters.
+def test_buckets_of_a_weight_sync_are_on_the_device() -> None:
+    """The largest tensor, 151,936 x 4096 in bf16, twice: as shards and joined. A bucket of 512 MiB and the largest tensor, as copies and
+    packed. Where buckets are sent they stay, the whole model of 8,190,735,360 parameters, and the host has two versions of files or none.
     """
     largest, whole = 2 * 151_936 * 4096, 2 * 8_190_735_360
-    block = 512 * MIB + largest
-    plans = planned(), planned(("rollout.weight_transfer", WeightTransfer.cuda_ipc), ("rollout.num_servers", 1))
+    bucket, collective = 512 * MIB + largest, ("rollout.weight_transfer", WeightTransfer.collective)
+    plans = [
+        planned(),
+        planned(("rollout.weight_transfer", WeightTransfer.cuda_ipc), ("rollout.num_servers", 1)),
+        planned(collective, ("rollout.max_restarts", 0), ("rollout.sleep", False)),
+        planned(collective, ("rollout.tensor_parallel", 2), ("rollout.num_servers", 4)),
+    ]
     found = [phase.activations for plan in plans for phase in plan.phases if phase.phase == "weight_sync"]
-    assert found == [2 * largest + 2 * block, 2 * largest + block + whole]
+    by_file, sent = 2 * largest + 2 * bucket, 2 * largest + bucket + whole
+    assert found == [by_file, sent, sent, by_file]
+    assert [plan.host.weight_files for plan in plans] == [2 * whole, 2 * whole, 0, (2 + 4) * whole]
 
 
 def test_an_engine_that_does_not_sleep_has_its_graphs_in_its_share() -> None:

@@ -307,6 +307,23 @@ def test_a_restarted_worker_gets_buckets_of_the_files(
     assert same(client.loaded, tensors) and old.buckets == [] and len(new.buckets) == len(new.paths)
 
 
+def test_a_delivery_is_whole_when_another_server_releases_the_buckets(
+    tensors: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two servers are restarted at the same time: one has loaded while the other one still receives."""
+    client, transport = Client(tensors), new_transport(WeightTransfer.collective)
+    weights = packed(tmp_path / "w", tensors)
+    receive = Worker.hetero_ppo_receive
+
+    def release_and_receive(worker: Worker, **arguments: Any) -> dict[str, Any]:
+        transport.release(weights)
+        return receive(worker, **arguments)
+
+    monkeypatch.setattr(Worker, "hetero_ppo_receive", release_and_receive)
+    asyncio.run(load(transport, [client], weights))
+    assert same(client.loaded, tensors)
+
+
 def test_a_bit_that_is_lost_on_the_way_names_the_tensor_before_the_load(
     tensors: dict[str, Tensor], shared: dict[int, Tensor], as_on_a_gpu: None
 ) -> None:

@@ -114,7 +114,7 @@ class ServerSpec:
     cuda: bool  # the servers compute on GPUs
     config: RolloutConfig
     threads: int  # OMP threads of a server on a CPU
-    tokenizer_path: str | None = None  # for stop strings; None: the servers know token ids alone
+    tokenizer_path: str | None = None  # for stop strings; None: the servers handle token ids only
 
 
 def sleeps(config: RolloutConfig, *, cuda: bool) -> bool:

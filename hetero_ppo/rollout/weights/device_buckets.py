@@ -101,8 +101,9 @@ class DeviceBuckets:
         """Yield the buckets of a version on the trainer's device; those that stay there are kept in the version."""
         if self.sends_buckets:
             if not weights.buckets:
-                weights.buckets.extend([await asyncio.to_thread(self._upload, path) for path in weights.paths])
-            for bucket in weights.buckets:
+                uploaded = [await asyncio.to_thread(self._upload, path) for path in weights.paths]
+                weights.buckets.extend(uploaded)
+            for bucket in tuple(weights.buckets):  # another server's restart may release them meanwhile
                 yield bucket
         else:
             for path in weights.paths:

@@ -73,8 +73,8 @@ def find_problems(received: dict[str, Tensor], shapes: dict[str, list[int]], opt
 def repack_experts(model: torch.nn.Module) -> None:
     """Make the next load pack the experts' weights for the CPU kernel, as the first one did.
 
-    vLLM packs them where it builds that kernel, and it builds one kernel alone: weights that come later would be copied, unpacked,
-    to where the kernel looks for packed ones.
+    vLLM packs them when it builds that kernel, and it builds the kernel once. Later weights would be copied unpacked to where the
+    kernel expects packed ones.
     """
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
@@ -223,7 +223,7 @@ class PolicyHandler:
         worker.reload_weights(weights_iterator=iter(tensors.items()))
         if worker.model_config.hf_config.tie_word_embeddings:
             # On the CPU a layer computes from a packed copy of its weight. vLLM packs those that it loaded, and of a tied
-            # matrix it loads the input side alone. Without this, logits stay those of the first weights.
+            # matrix it loads only the input side. Without this, logits stay those of the first weights.
             head = worker.get_model().lm_head
             head.quant_method.process_weights_after_loading(head)
 
