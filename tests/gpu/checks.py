@@ -233,12 +233,12 @@ def synchronisations(cpu: bool) -> dict[str, Any]:
 
 
 CHECKS = [
-    Check("premises", "what the other checks take for granted", 90, premises),
+    Check("premises", "what the other checks assume", 90, premises),
     Check("adam", "the project's Adam on the device", 60, adam),
     Check("steps after events", "gradients after a save (finding A3)", 180, steps_after_events),
     Check("residency", "turns: streams, bits, guards", 240, residency),
     Check(
-        "turns beside a neighbour",
+        "turns next to another process",
         "another process finds memory at each wake (A2, C2)",
         120,
         checks_memory.neighbour,
