@@ -119,7 +119,9 @@ class Bench:
         """Wake the generator, start a rollout and return it."""
         self.trainer.turns.wake()
         request = GenerationRequest(self.prompts, self.trainer.config.rollout.sampling, n=1, seed=1, max_tokens=lengths)
-        return PendingRollout(generator, request, dist.group.WORLD, version="step0", chunk_size=self.chunk_size).start()
+        return PendingRollout(
+            generator, request, dist.group.WORLD, generator_rank=0, version="step0", chunk_size=self.chunk_size
+        ).start()
 
     def generate_alone(self, lengths: list[int]) -> tuple[float, float]:
         """Generate without forwards. Return the seconds of the whole generation, and those to its first chunk."""

@@ -1,4 +1,4 @@
-"""Process groups of a role: one ProcessGroupCollection for each, over the same ranks.
+"""Process groups of a role: one ProcessGroupCollection for each role, over the ranks that it lives on.
 
 Megatron-Core's global accessors (``parallel_state.get_*``) know one layout for the whole process. Here every role has its
 own, so groups are built on a HyperCommGrid and handed on as arguments.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import atexit
 import gc
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -100,9 +100,9 @@ atexit.register(_made.forget)
 
 
 def _group(division: Sequence[Sequence[int]]) -> dist.ProcessGroup | None:
-    """This rank's group of a division of the world; None where it is in none. Collective over the world.
+    """Return this rank's group of a division of ranks; None where the rank is in none. Collective over the world.
 
-    Roles take turns, so those that divide the ranks alike share the groups: each has threads of its own with gloo, and a
+    Roles take turns, so roles that divide the ranks alike share the groups: each group has threads of its own with gloo, and a
     communicator with buffers on the device with NCCL.
     """
     if _made.world is not dist.group.WORLD:  # another world was joined since
@@ -118,64 +118,90 @@ def _group(division: Sequence[Sequence[int]]) -> dist.ProcessGroup | None:
     return _made.groups[key]
 
 
-def role_groups(role: str, parallel: ParallelConfig) -> ProcessGroupCollection:
+@dataclass(frozen=True)
+class _Grid:
+    """A role's ranks on a grid with named axes, the first axis fastest."""
+
+    ranks: Sequence[int]  # global ranks, in the order of the grid
+    sizes: Mapping[str, int]  # axis -> its length
+
+    def group(self, *axes: str) -> dist.ProcessGroup | None:
+        """Return this rank's group along some axes. Collective over the world."""
+        grid = HyperCommGrid(list(self.sizes.values()), list(self.sizes))
+        return _group([[self.ranks[place] for place in places] for places in grid.get_rank_enum(list(axes))])
+
+
+def role_groups(
+    role: str, parallel: ParallelConfig, ranks: Sequence[int] | None = None
+) -> ProcessGroupCollection | None:
     """Create all groups of one role's layout. Collective over the world: every rank calls it, roles in the same order.
 
-    Rank order is tp fastest, then cp, dp, pp, as in Megatron-LM's default "tp-cp-ep-dp-pp".
+    The order of ranks is tp fastest, then cp, dp, pp, as in Megatron-LM's default "tp-cp-ep-dp-pp".
+
+    Args:
+        role: Name of the role, for messages.
+        parallel: Layout of the role over its ranks.
+        ranks: Ranks that the role lives on (``step.placement``), in ascending order; None: all ranks.
+
+    Returns:
+        The groups; None on a rank that the role does not live on.
 
     Raises:
-        ValueError: the layout does not divide the world size.
+        ValueError: The layout does not divide the number of ranks.
     """
-    world_size = dist.get_world_size()
-    dp = data_parallel_size(role, parallel, world_size)
-    grid = HyperCommGrid([parallel.tensor, parallel.context, dp, parallel.pipeline], ["tp", "cp", "dp", "pp"])
+    ranks = range(dist.get_world_size()) if ranks is None else ranks
+    dp = data_parallel_size(role, parallel, len(ranks))
+    sizes = {"tp": parallel.tensor, "cp": parallel.context, "dp": dp, "pp": parallel.pipeline}
+    grid = _Grid(ranks, sizes)
     groups = ProcessGroupCollection()
-    groups.tp = _group(grid.get_rank_enum("tp"))
-    groups.cp = _group(grid.get_rank_enum("cp"))
-    groups.dp = _group(grid.get_rank_enum("dp"))
-    groups.pp = _group(grid.get_rank_enum("pp"))
-    groups.mp = _group(grid.get_rank_enum(["tp", "pp"]))
-    groups.tp_cp = _group(grid.get_rank_enum(["tp", "cp"]))
-    groups.dp_cp = _group(grid.get_rank_enum(["cp", "dp"]))
-    groups.tp_dp_cp = _group(grid.get_rank_enum(["tp", "cp", "dp"]))
+    groups.tp, groups.cp, groups.dp, groups.pp = (grid.group(axis) for axis in sizes)
+    groups.mp = grid.group("tp", "pp")
+    groups.tp_cp = grid.group("tp", "cp")
+    groups.dp_cp = grid.group("cp", "dp")
+    groups.tp_dp_cp = grid.group("tp", "cp", "dp")
     groups.intra_dp_cp = groups.dp_cp
-    _add_expert_groups(groups, parallel, world_size)
+    _add_expert_groups(groups, parallel, ranks)
     groups.inter_dist_opt = None
-    groups.intra_dist_opt = dist.group.WORLD
-    groups.embd, groups.pos_embd = _embedding_groups(parallel, dp)
-    return groups
+    is_everywhere = len(ranks) == dist.get_world_size()
+    groups.intra_dist_opt = dist.group.WORLD if is_everywhere else _group([ranks])
+    groups.embd, groups.pos_embd = _embedding_groups(parallel, ranks)
+    return groups if dist.get_rank() in ranks else None
 
 
-def _add_expert_groups(groups: ProcessGroupCollection, parallel: ParallelConfig, world_size: int) -> None:
-    """Expert layers have a grid of their own over the ranks of a pipeline stage: experts are spread over ``expert`` neighbours,
-    and every block of neighbours is a replica. No expert is divided over ranks.
+def _add_expert_groups(groups: ProcessGroupCollection, parallel: ParallelConfig, ranks: Sequence[int]) -> None:
+    """Add the groups of expert layers, which have a grid of their own over the ranks of a pipeline stage.
+
+    Experts are spread over ``expert`` neighbours, and every block of neighbours is a replica. No expert is divided over ranks.
     """
-    solo = _group([[rank] for rank in range(world_size)])
+    solo = _group([[rank] for rank in ranks])
     groups.expt_tp = solo
     if parallel.expert == 1:
         groups.ep, groups.tp_ep, groups.tp_ep_pp, groups.expt_dp = solo, solo, groups.pp, groups.tp_dp_cp
     else:
-        replicas = world_size // (parallel.pipeline * parallel.expert)
-        grid = HyperCommGrid([parallel.expert, replicas, parallel.pipeline], ["ep", "dp", "pp"])
-        groups.ep = _group(grid.get_rank_enum("ep"))
+        replicas = len(ranks) // (parallel.pipeline * parallel.expert)
+        grid = _Grid(ranks, {"ep": parallel.expert, "dp": replicas, "pp": parallel.pipeline})
+        groups.ep = grid.group("ep")
         groups.tp_ep = groups.ep
-        groups.tp_ep_pp = _group(grid.get_rank_enum(["ep", "pp"]))
-        groups.expt_dp = _group(grid.get_rank_enum("dp"))
+        groups.tp_ep_pp = grid.group("ep", "pp")
+        groups.expt_dp = grid.group("dp")
     groups.intra_expt_dp = groups.expt_dp
 
 
-def _embedding_groups(parallel: ParallelConfig, dp: int) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
-    """(first and last pipeline stage, first stage) of this rank's pipeline; None on ranks outside them.
+def _embedding_groups(
+    parallel: ParallelConfig, ranks: Sequence[int]
+) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
+    """Return the group of the first and the last stage of this rank's pipeline, and that of the first stage; None outside of them.
 
     Tied embeddings live on both stages and their gradients are summed over the first group.
     """
-    stride = parallel.tensor * parallel.context * dp  # distance between two stages of one pipeline
-    ends = [sorted({first, first + stride * (parallel.pipeline - 1)}) for first in range(stride)]
-    return _group(ends), _group([[first] for first in range(stride)])
+    stride = len(ranks) // parallel.pipeline  # distance between two stages of one pipeline
+    last = stride * (parallel.pipeline - 1)
+    ends = [sorted({ranks[first], ranks[first + last]}) for first in range(stride)]
+    return _group(ends), _group([[ranks[first]] for first in range(stride)])
 
 
-def world_of(groups: ProcessGroupCollection) -> dist.ProcessGroup:
-    """Return the group of all ranks of the run, of which the groups of a role are parts."""
+def all_ranks(groups: ProcessGroupCollection) -> dist.ProcessGroup:
+    """Return the group of all ranks that a role lives on, of which its other groups are parts."""
     return groups.intra_dist_opt
 
 

@@ -70,10 +70,13 @@ class RoleModel:
     report: LoadReport
 
 
-def build_role(role: str, config: RoleConfig, head: Head, recompute: str | None = None) -> RoleModel:
-    """Create the groups, the model and its weights. Collective over the world."""
+def build_role(
+    role: str, config: RoleConfig, head: Head, recompute: str | None = None, ranks: Sequence[int] | None = None
+) -> RoleModel:
+    """Create the groups, the model and its weights. Collective over the world; arguments as those of ``ModelEngine``."""
     bridge = role_bridge(config, recompute)
-    groups = role_groups(role, config.parallel)
+    groups = role_groups(role, config.parallel, ranks)
+    assert groups is not None, f"{role} does not live on this rank"
     start, seed = head_start(config.model, head)
     chunks = build_model(bridge, groups, head=head, init_seed=seed, head_init=start.value)
     report = load_hf(chunks, bridge, config.model.path, groups, head=head)
@@ -101,6 +104,7 @@ class ModelEngine:
         head: Head,
         recompute: str | None = None,
         device: SharedDevice | None = None,
+        ranks: Sequence[int] | None = None,
     ) -> None:
         """Args:
         role: its name in messages.
@@ -108,12 +112,13 @@ class ModelEngine:
         head: what the last stage computes.
         recompute: of activations, see TrainedRoleConfig.
         device: which the role shares with others; None: it has one of its own and stays there.
+        ranks: Ranks that the role lives on (``step.placement``); this rank is one of them. None: all ranks.
         """
         config = with_dtype(config, on_cuda=platform.HAS_CUDA)
         self.role = role
         self.config = config
         self.head: Head = head
-        model = build_role(role, config, head, recompute)
+        model = build_role(role, config, head, recompute, ranks)
         self.bridge = model.bridge
         self.groups = model.groups
         self.load_report = model.report

@@ -25,7 +25,7 @@ from hetero_ppo.algorithms.losses import Loss, add_metric_sums
 from hetero_ppo.algorithms.schedules import lr_at
 from hetero_ppo.config.schema import Dtype, OptimizerConfig, TrainedRoleConfig
 from hetero_ppo.distributed.text import broadcast_text
-from hetero_ppo.distributed.groups import is_last_stage, last_stage_rank, world_of
+from hetero_ppo.distributed.groups import is_last_stage, last_stage_rank, all_ranks
 from hetero_ppo.engines.gradients import Ddp, FirstGradients, clip_divisor, divide_gradients
 from hetero_ppo.engines.loss_terms import LossTerm, TermResult, TrainStepResult, gradient_scales
 from hetero_ppo.engines.microbatches import MicrobatchSize, pair_tokens, split, split_pairs
@@ -57,6 +57,7 @@ class TrainEngine(ModelEngine):
         head: Head,
         total_steps: int,
         device: SharedDevice | None = None,
+        ranks: Sequence[int] | None = None,
     ) -> None:
         """Args:
         role: its name in messages.
@@ -64,12 +65,13 @@ class TrainEngine(ModelEngine):
         head: what the last stage computes.
         total_steps: optimizer steps of the run, for the learning-rate schedule.
         device: which the role shares with others; None: it has one of its own and stays there.
+        ranks: Ranks that the role lives on (``step.placement``); this rank is one of them. None: all ranks.
         """
         self.train_config = config
         self.total_steps = total_steps
         self.steps_done = 0
         self.skipped_in_a_row = 0
-        super().__init__(role, config, head, config.recompute, device)
+        super().__init__(role, config, head, config.recompute, device, ranks)
 
     def _prepare(self) -> None:
         config = self.train_config
@@ -395,7 +397,7 @@ class TrainEngine(ModelEngine):
         weights = self._sharded_weights()
         slices = None
         if self.train_config.optimizer.distributed:
-            slices = OptimizerSlices(self._optimizers, weights, world_of(self.groups), gathered=gathered)
+            slices = OptimizerSlices(self._optimizers, weights, all_ranks(self.groups), gathered=gathered)
             optimizer = slices.state
         else:
             optimizer = self.optimizer.sharded_state_dict(

@@ -39,6 +39,7 @@ class PendingRollout:
         generator: Generator that answers.
         request: Prompts, and how to answer them; the same on every rank but for the partial responses, which the generator's rank has.
         world: Group of all ranks.
+        generator_rank: Rank that has the generator, and broadcasts its responses. A collective generator is on every rank.
         version: Label of the weights that the generator has.
         chunk_size: Responses of a chunk; the last chunks have fewer (``derived.chunk_sizes``).
         bank: Bank on the generator's rank, with the step's file open; it gets every response that completes. None: nothing is banked.
@@ -55,6 +56,7 @@ class PendingRollout:
         request: GenerationRequest,
         world: dist.ProcessGroup,
         *,
+        generator_rank: int,
         version: str,
         chunk_size: int,
         bank: RolloutBank | None = None,
@@ -75,6 +77,7 @@ class PendingRollout:
         )  # rows have their places; otherwise they follow each other as they complete
         self._generator = generator
         self._world = world
+        self._generator_rank = generator_rank
         self._trace = trace or TraceRecorder()
         self._thread: threading.Thread | None = None
         self._changed = threading.Condition()
@@ -129,7 +132,7 @@ class PendingRollout:
             fresh = self._wait(wait_for_all) if self._generator.is_here else []
             count = torch.tensor([RESTART if fresh is None else len(fresh)])
             if self._world.size() > 1:
-                dist.broadcast(count, 0, group=self._world)
+                dist.broadcast(count, self._generator_rank, group=self._world)
             if int(count) != RESTART:
                 break
             self._stalled = False
@@ -257,7 +260,7 @@ class PendingRollout:
             raise self._error
 
     def _share(self, fresh: list[tuple[int, int, Response]], count: int) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Return rows [k], and lengths [k], truncated [k], tokens [k, R] and log-probs [k, R]; rank 0 hands them to all ranks."""
+        """Return rows [k], and lengths [k], truncated [k], tokens [k, R] and log-probs [k, R]. The generator's rank broadcasts them."""
         width = self._tokens.shape[1]
         header = torch.zeros(count, 3, dtype=torch.int64)
         tokens = torch.zeros(count, width, dtype=torch.int64)
@@ -270,14 +273,14 @@ class PendingRollout:
             log_probs[index, :length] = torch.tensor(response.log_probs)
         if self._world.size() > 1:
             for tensor in (header, tokens, log_probs):
-                dist.broadcast(tensor, 0, group=self._world)
+                dist.broadcast(tensor, self._generator_rank, group=self._world)
         return header[:, 0], (header[:, 1], header[:, 2].bool(), tokens, log_probs)
 
     def _share_origins(self, rows: Tensor, fresh: list[tuple[int, int, Response]]) -> None:
-        """Hand the place of every row, and the weights that made it, from rank 0 to all ranks."""
+        """Broadcast the place of every row, and the weights that made it, from the generator's rank."""
         origins = [(place, response.weight_version, list(response.earlier)) for _, place, response in fresh]
         if self._world.size() > 1:
-            origins = broadcast_json(origins, 0, self._world)
+            origins = broadcast_json(origins, self._generator_rank, self._world)
         for row, (place, version, earlier) in zip(rows.tolist(), origins, strict=True):
             self._place[row] = place
             self._versions[row] = (version, [(label, count) for label, count in earlier])
@@ -302,6 +305,7 @@ def collect_rollout(
     request: GenerationRequest,
     world: dist.ProcessGroup,
     *,
+    generator_rank: int,
     version: str,
     trace: TraceRecorder | None = None,
 ) -> Rollout:
@@ -311,9 +315,18 @@ def collect_rollout(
         generator: Generator that answers.
         request: Prompts, and how to answer them.
         world: Group of all ranks.
+        generator_rank: Rank that has the generator, and broadcasts its responses. A collective generator is on every rank.
         version: Label of the weights that the generator has.
         trace: Trace that records the generator's time.
     """
-    pending = PendingRollout(generator, request, world, version=version, chunk_size=request.num_rows, trace=trace)
+    pending = PendingRollout(
+        generator,
+        request,
+        world,
+        generator_rank=generator_rank,
+        version=version,
+        chunk_size=request.num_rows,
+        trace=trace,
+    )
     pending.start().next_chunks()
     return pending.rollout()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hetero_ppo.config.schema import RoleConfig
 from hetero_ppo.data.collate import pad_right
-from hetero_ppo.distributed.groups import world_of
+from hetero_ppo.distributed.groups import all_ranks
 from hetero_ppo.distributed.text import broadcast_json
 from hetero_ppo.engines.model_engine import ModelEngine
 from hetero_ppo.engines.outputs import OutputFn, log_probs_output, scores_output, values_output
@@ -90,20 +90,20 @@ def find_difference(engine: ModelEngine) -> tuple[str | None, int]:
                 where = f"of a sequence of {len(row)} tokens in the run's micro-batches"
                 found.append(_difference(where, f"{engine.head} head"))
             num_compared += 1
-    return _agreed(found[0] if found else None, world_of(engine.groups)), num_compared
+    return _agreed(found[0] if found else None, all_ranks(engine.groups)), num_compared
 
 
 def _difference(where: str, layer: str) -> str:
     return f"the bits {where} are not those of the sequence alone; the first layer whose output differs is the {layer}"
 
 
-def _agreed(difference: str | None, world: dist.ProcessGroup) -> str | None:
-    """Return the difference of the first rank that has one, on every rank. Collective over the world."""
-    first = torch.tensor([world.size() if difference is None else world.rank()])
-    dist.all_reduce(first, dist.ReduceOp.MIN, group=world)
-    if int(first) == world.size():
+def _agreed(difference: str | None, group: dist.ProcessGroup) -> str | None:
+    """Return the difference of the first rank that has one, on every rank. Collective over the group of the role's ranks."""
+    first = torch.tensor([group.size() if difference is None else group.rank()])
+    dist.all_reduce(first, dist.ReduceOp.MIN, group=group)
+    if int(first) == group.size():
         return None
-    return str(broadcast_json(difference, int(first), world))
+    return str(broadcast_json(difference, dist.get_global_rank(group, int(first)), group))
 
 
 def build_proved(config: C, build: Callable[[C], E], consequence: str = "no golden scores") -> E:

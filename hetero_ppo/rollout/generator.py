@@ -83,7 +83,7 @@ class Generator(ABC):
 
     #: Capabilities, the same on every rank.
     capabilities: Capabilities
-    #: Whether this rank has the generator. False: this rank gets the responses from rank 0.
+    #: Whether this rank has the generator. False: this rank gets the responses from the generator's rank.
     is_here = True
 
     def __enter__(self) -> Self:
@@ -210,7 +210,7 @@ class NullGenerator(Generator):
         on_response: OnResponse | None = None,
         on_stalled: Callable[[], None] | None = None,
     ) -> list[list[Response]]:
-        raise AssertionError("this rank has no generator; it gets the responses from rank 0")
+        raise AssertionError("this rank has no generator; it gets the responses from the generator's rank")
 
     def sync_weights(self, tensors: Iterator[tuple[str, Tensor]], version: str, *, target: str = POLICY) -> None:
         """Read the tensors to their end where the generator's rank does, since making them is collective."""

@@ -27,6 +27,7 @@ from hetero_ppo.observability.progress import progress
 from hetero_ppo.observability.timers import PhaseTimer
 from hetero_ppo.rollout.generator import Generator
 from hetero_ppo.runtime.unsaved import UnsavedWork
+from hetero_ppo.step.placement import run_placement
 from hetero_ppo.step.roles import ACTOR
 from hetero_ppo.trainers import ppo_bank, ppo_functions, ppo_generator, ppo_memory, ppo_nodes, ppo_setup
 from hetero_ppo.trainers.ppo_turns import GeneratorTurns
@@ -66,17 +67,18 @@ class PpoTrainer:
         self.trace = ppo_setup.trace_recorder(config, run, self.start)
         self.timer = PhaseTimer(platform.synchronize, self.trace, run.watchdog)
         cluster = ppo_nodes.meet(config, run)
+        placement = run_placement(config, run.world_size)
         self.node_servers = ppo_nodes.begin_servers(config, run, cluster)
         starting = None
         if not actor_generates(config):
             first = min(self.start, self.total_steps - 1)
-            starting = ppo_generator.begin_generator(config, run, self.data.encoder, first, cluster)
+            starting = ppo_generator.begin_generator(config, run, self.data.encoder, first, cluster, placement)
             if starting.generator.capabilities.can_sleep:  # it may not hold the device while roles are built on it
                 starting.wait().sleep()
                 dist.barrier(run.world)
         # An error here is raised at once, not when the generator is up: its guardian ends it with this process.
         self.device = ppo_setup.shared_device(config, self.trace)
-        self.roles = ppo_setup.build_roles(config, run, self.batching, self.device)
+        self.roles = ppo_setup.build_roles(config, run, self.batching, self.device, placement)
         self.golden = ppo_setup.build_golden_guards(config, self.roles)
         self.maker = ppo_setup.build_maker(config, self.roles, self.functions.reward, re_encoders)
         self.generator: Generator = (
@@ -85,7 +87,7 @@ class PpoTrainer:
             else starting.wait()
         )
         self.health = HealthMonitor(build_checks(config))
-        self.turns = GeneratorTurns(self.generator, self.device, run.world)
+        self.turns = GeneratorTurns(self.generator, self.device, run.world, placement.generator_rank)
         self.bank = ppo_bank.open_bank(config, run, self.generator, resumes=self.run.continues_its_folder)
         self.chunk_size = self.batching.chunk_size
         self.pipeline = Pipeline(self.maker, config.pipeline.overlap)
@@ -204,6 +206,7 @@ class PpoTrainer:
                 self.generator,
                 request,
                 self.run.world,
+                generator_rank=self.turns.generator_rank,
                 version=f"step{step}",
                 chunk_size=self.chunk_size,
                 bank=self.bank,

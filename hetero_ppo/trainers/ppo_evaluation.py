@@ -74,13 +74,17 @@ class Evaluator:
         sampling = self.config.rollout.eval_sampling
         greedy_rollout = None
         request = GenerationRequest(prompts, sampling, n=1, seed=EVAL_SEED)
-        trace = self.turns.device.trace
+        trace, owner = self.turns.device.trace, self.turns.generator_rank
         with self.turns.generating() as generator:
-            rollout = collect_rollout(generator, request, self.turns.world, version=version, trace=trace)
+            rollout = collect_rollout(
+                generator, request, self.turns.world, generator_rank=owner, version=version, trace=trace
+            )
             if self.check is not None:
                 greedy = dataclasses.replace(sampling, temperature=0.0, top_p=1.0, top_k=-1)
                 asked = dataclasses.replace(request, sampling=greedy)
-                greedy_rollout = collect_rollout(generator, asked, self.turns.world, version=version, trace=trace)
+                greedy_rollout = collect_rollout(
+                    generator, asked, self.turns.world, generator_rank=owner, version=version, trace=trace
+                )
         # Their workers score while the models do.
         checks = []
         if self.check is not None:

@@ -18,6 +18,7 @@ from hetero_ppo.rollout.megatron import MegatronGenerator
 from hetero_ppo.rollout.replay import ReplayGenerator
 from hetero_ppo.rollout.servers.nodes import Cluster
 from hetero_ppo.rollout.vllm import VllmGenerator
+from hetero_ppo.step.placement import Placement
 from hetero_ppo.trainers import ppo_nodes
 from hetero_ppo.trainers.run import Run
 from megatron_bridge import platform
@@ -54,9 +55,9 @@ class StartingGenerator:
 
 
 def begin_generator(
-    config: PpoConfig, run: Run, encoder: TextEncoder, start: int, cluster: Cluster | None
+    config: PpoConfig, run: Run, encoder: TextEncoder, start: int, cluster: Cluster | None, placement: Placement
 ) -> StartingGenerator:
-    """Return the generator of rank 0, which is starting; other ranks get its stand-in. Not for an actor that generates itself.
+    """Return the generator on its rank, where it is starting; other ranks get a stand-in. Not for an actor that generates itself.
 
     Args:
         config: Configuration of the run.
@@ -64,14 +65,16 @@ def begin_generator(
         encoder: Encoder of the prompts, for the tokens that end a response.
         start: Number of PPO steps that are done already; recorded steps are counted from 1.
         cluster: Nodes of the run, see ``ppo_nodes.meet``.
+        placement: Placement of the run, which says on which rank the generator is.
     """
     assert not actor_generates(config), "the actor is built first"
+    is_here = run.world.rank() == placement.generator_rank
     if config.train.replay_rollouts is not None:
-        if not run.is_writer:
+        if not is_here:
             return StartingGenerator(NullGenerator(ReplayGenerator.capabilities)).begin()
         return StartingGenerator(ReplayGenerator(Path(config.train.replay_rollouts), start + 1)).begin()
     capabilities = VllmGenerator.capabilities_of(config.rollout, cuda=platform.HAS_CUDA)
-    if not run.is_writer:
+    if not is_here:
         return StartingGenerator(NullGenerator(capabilities)).begin()
     transfer = weight_transfer(config.rollout, one_node=cluster is None)
     log.info(f"weights get into the rollout servers by {transfer.value} (rollout.weight_transfer)")

@@ -43,6 +43,7 @@ from hetero_ppo.rollout.generator import GenerationRequest
 from hetero_ppo.rollout.partial import PartialBuffer
 from hetero_ppo.rollout.sweep import find_running_batch
 from hetero_ppo.step.phases import step_phases
+from hetero_ppo.step.placement import Placement
 from hetero_ppo.step.roles import ACTOR, CRITIC, RoleSpec, run_roles
 from hetero_ppo.trainers.ppo_turns import GeneratorTurns
 from hetero_ppo.trainers.run import Run
@@ -156,8 +157,17 @@ def shared_device(config: PpoConfig, trace: TraceRecorder) -> SharedDevice:
     return SharedDevice(config.residency, step_phases(config), trace)
 
 
-def build_roles(config: PpoConfig, run: Run, batching: PpoBatching, device: SharedDevice) -> Roles:
-    """Build and load the models, one after the other; each leaves the device before the next. Collective.
+def build_roles(
+    config: PpoConfig, run: Run, batching: PpoBatching, device: SharedDevice, placement: Placement
+) -> Roles:
+    """Build and load the models, one after the other; each leaves the device before the next. Collective over the world.
+
+    Args:
+        config: Checked configuration of the run.
+        run: The run.
+        batching: Batch arithmetic of the run.
+        device: Device that the roles share.
+        placement: Ranks that each role lives on.
 
     Raises:
         ValueError: A checkpoint cannot be loaded, or a reward model's has no score head.
@@ -165,8 +175,9 @@ def build_roles(config: PpoConfig, run: Run, batching: PpoBatching, device: Shar
 
     def build(spec: RoleSpec, role: RoleConfig) -> ModelEngine:
         if isinstance(role, TrainedRoleConfig):
-            return TrainEngine(spec.name, role, spec.head, batching.roles[spec.name].total_optimizer_steps, device)
-        return ModelEngine(spec.name, role, spec.head, device=device)
+            total_steps = batching.roles[spec.name].total_optimizer_steps
+            return TrainEngine(spec.name, role, spec.head, total_steps, device, placement.ranks[spec.name])
+        return ModelEngine(spec.name, role, spec.head, device=device, ranks=placement.ranks[spec.name])
 
     engines: dict[str, ModelEngine] = {}
     for name, spec in run_roles(config).items():
@@ -233,7 +244,7 @@ def chunk_size(config: PpoConfig, run: Run, data: PpoData, batching: PpoBatching
             log.info(result.table())
             found[0] = min(result.batch, batching.responses_per_step)
     if run.world_size > 1:
-        dist.broadcast(found, 0, group=run.world)
+        dist.broadcast(found, turns.generator_rank, group=run.world)
     return int(found)
 
 

@@ -32,6 +32,7 @@ class GeneratorTurns:
     generator: Generator
     device: SharedDevice
     world: dist.ProcessGroup  # all ranks
+    generator_rank: int  # rank that owns the generator
 
     def __post_init__(self) -> None:
         self._allow_restarts(False)
@@ -73,7 +74,7 @@ class GeneratorTurns:
             return
         num_down = torch.tensor([self.generator.num_down])
         if self.world.size() > 1:
-            dist.broadcast(num_down, 0, group=self.world)
+            dist.broadcast(num_down, self.generator_rank, group=self.world)
         if not num_down:
             return
         self.device.generator_turn("rollout", ahead=False)

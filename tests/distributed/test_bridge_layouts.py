@@ -34,6 +34,13 @@ LM_CASES = ("llama_untied", "llama_tied_llama3", "qwen2_tied", "qwen2_untied_yar
 LM_RUNS = [(case, layout) for case in LM_CASES for layout in LAYOUTS]
 LM_RUNS += [(case, layout) for case in MOE_CASES for layout in MOE_LAYOUTS]
 
+#: Ranks that a role has to itself, and its layout over them. Tied embeddings lie on the first and the last stage.
+OWN_RANKS: dict[str, tuple[str, list[int], dict[str, Any]]] = {
+    "tp2 on ranks 1 and 3": ("qwen3_tied", [1, 3], {"tensor": 2, "sequence": True}),
+    "pp2 on ranks 1 and 3": ("qwen3_tied", [1, 3], {"pipeline": 2}),
+    "ep2 on ranks 2 and 3": ("qwen3_moe_tied", [2, 3], {"expert": 2}),
+}
+
 pytestmark = pytest.mark.slow
 
 
@@ -67,6 +74,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]
     content["weight_map"]["model.layers.3.extra.weight"] = content["weight_map"]["model.norm.weight"]
     index.write_text(json.dumps(content))
     jobs = _jobs(folder)
+    for name, (case, ranks, layout) in OWN_RANKS.items():
+        paths = {"checkpoint": str(folder / f"{case}-lm"), "out": str(folder / f"out-{name}")}
+        jobs[name] = {**paths, "head": "lm", "dtype": "float32", "layout": layout, "ranks": ranks}
     whole = next(iter(jobs.values()))
     jobs["broken"] = {**whole, "checkpoint": str(broken), "out": str(folder / "out-broken")}
     (folder / "jobs.json").write_text(json.dumps(jobs))
@@ -95,6 +105,21 @@ def test_export_is_the_source(run: tuple[Path, dict[str, Any]], case: str, layou
     assert not list(folder.glob(".*"))  # nothing half-written is left
     assert all(rank["stream_equals_source"] and rank["saved_when_returned"] for rank in results[name])
     assert all(rank["initialised"] == [] for rank in results[name])
+
+
+@pytest.mark.parametrize("name", OWN_RANKS)
+def test_a_role_on_ranks_of_its_own(run: tuple[Path, dict[str, Any]], name: str) -> None:
+    """Its ranks load, run, stream and export the model among themselves. The others have no part in it, and wait for nothing."""
+    folder, results = run
+    case, ranks, _ = OWN_RANKS[name]
+    assert [rank for rank, seen in enumerate(results[name]) if seen] == ranks
+    for rank in ranks:
+        seen = results[name][rank]
+        assert seen["ranks"] == ranks and seen["stream_equals_source"] and seen["saved_when_returned"]
+    assert same_tensors(read_tensors(folder / f"{case}-lm"), read_tensors(folder / f"out-{name}"))
+    with torch.no_grad():
+        expected = hf_model(case)(token_ids()).logits
+    assert (torch.load(folder / f"out-{name}.pt") - expected).abs().max() <= 2e-5
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -63,7 +63,7 @@ def neighbour(cpu: bool) -> dict[str, Any]:
     with world(), Neighbour() as process:
         device = _synthetic_roles(kind)
         generator = Generator(process, 6 * kind)
-        turns = GeneratorTurns(generator, device, torch.distributed.group.WORLD)
+        turns = GeneratorTurns(generator, device, torch.distributed.group.WORLD, 0)
         for _ in range(3):
             with turns.generating():
                 pass

@@ -59,7 +59,7 @@ def started(generator: Scripted, buffer: PartialBuffer, version: str) -> Pending
     prompts = buffer.take(WANTED, next_prompts, n=1)
     partial = buffer.partial[: len(prompts)]
     request = GenerationRequest(prompts, SAMPLING, n=1, seed=0, partial=partial, num_needed=WANTED)
-    return PendingRollout(generator, request, dist.group.WORLD, version=version, chunk_size=2).start()
+    return PendingRollout(generator, request, dist.group.WORLD, generator_rank=0, version=version, chunk_size=2).start()
 
 
 def finished(generator: Scripted, buffer: PartialBuffer, version: str) -> PendingRollout:

@@ -168,7 +168,9 @@ def started(
     **more: Any,
 ) -> PendingRollout:
     request = GenerationRequest(prompts, SAMPLING, n=n, seed=0)
-    return PendingRollout(generator, request, dist.group.WORLD, version=version, chunk_size=chunk_size, **more).start()
+    return PendingRollout(
+        generator, request, dist.group.WORLD, generator_rank=0, version=version, chunk_size=chunk_size, **more
+    ).start()
 
 
 def collected(recorded: Path, prompts: PromptBatch) -> Rollout:
@@ -176,6 +178,7 @@ def collected(recorded: Path, prompts: PromptBatch) -> Rollout:
         ReplayGenerator(recorded),
         GenerationRequest(prompts, SAMPLING, n=SAMPLES, seed=0),
         dist.group.WORLD,
+        generator_rank=0,
         version="step0",
     )
 

@@ -82,7 +82,7 @@ def _train(device: SharedDevice, cuda: VirtualCuda, role: str, seconds: float) -
 
 def test_the_generator_finds_room_at_every_wake(device: SharedDevice, cuda: VirtualCuda) -> None:
     generator = Generator(cuda)
-    turns = GeneratorTurns(generator, device, ONE_RANK)
+    turns = GeneratorTurns(generator, device, ONE_RANK, 0)
     for _ in range(3):
         with turns.generating():
             assert cuda.reserved + GENERATOR <= cuda.total
@@ -101,7 +101,7 @@ def test_a_wake_without_room_says_what_the_device_holds(device: SharedDevice, cu
     with pytest.raises(
         RunError, match=r"wake: no memory.*GiB are free on device 0; this rank holds .*gpu_memory_utilization"
     ):
-        GeneratorTurns(generator, device, ONE_RANK).wake()
+        GeneratorTurns(generator, device, ONE_RANK, 0).wake()
 
 
 def test_what_comes_ahead_does_not_wait_for_queued_kernels(device: SharedDevice, cuda: VirtualCuda) -> None:
@@ -142,7 +142,7 @@ def test_the_ledger_has_what_torch_reserved_beside_what_it_allocated(device: Sha
     assert metrics["memory/reserved_gib"] * GIB == TURN + ACTIVATIONS
     assert metrics["memory/allocated_gib"] * GIB == TURN
     assert metrics["memory/cached_gib"] * GIB >= ACTIVATIONS
-    GeneratorTurns(NullGenerator(Capabilities(can_sleep=True)), device, ONE_RANK).wake()
+    GeneratorTurns(NullGenerator(Capabilities(can_sleep=True)), device, ONE_RANK, 0).wake()
     assert device.ledger.record("rollout", "after").cached == 0
 
 

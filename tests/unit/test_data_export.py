@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from tests.helpers.one_rank import ONE_RANK
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from hetero_ppo.config.schema import DataConfig, Dtype, ModelConfig, PpoConfig
@@ -16,6 +17,7 @@ from hetero_ppo.data.export_files import export_files
 from hetero_ppo.data.tokenizer_training import train_tokenizer
 from hetero_ppo.rollout.megatron import MegatronGenerator
 from hetero_ppo.rollout.vllm import VllmGenerator
+from hetero_ppo.step.placement import run_placement
 from hetero_ppo.trainers import ppo_generator
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}<|im_end|>{% endfor %}"
@@ -104,7 +106,7 @@ def test_both_generators_stop_at_every_end(tmp_path: Path, monkeypatch: pytest.M
     for kind in (MegatronGenerator, VllmGenerator):
         monkeypatch.setattr(kind, "__init__", record)
         monkeypatch.setattr(kind, "start", lambda self: None)
-    run: Any = SimpleNamespace(is_writer=True, world_size=1, dir=tmp_path)
+    run: Any = SimpleNamespace(world=ONE_RANK, world_size=1, dir=tmp_path)
     ppo_generator.generator_of_actor(config, encoder, None)
-    ppo_generator.begin_generator(config, run, encoder, 0, None).wait()
+    ppo_generator.begin_generator(config, run, encoder, 0, None, run_placement(config, 1)).wait()
     assert [arguments["eos_token_ids"] for arguments in given] == [[2, 0], [2, 0]]

@@ -28,6 +28,7 @@ from hetero_ppo.reward.re_encoding import load_re_encoders
 from hetero_ppo.rollout.generator import Capabilities, NullGenerator
 from hetero_ppo.rollout.replay import ReplayGenerator
 from hetero_ppo.rollout.vllm import VllmGenerator
+from hetero_ppo.step.placement import Placement
 from hetero_ppo.trainers import ppo_bank, ppo_functions, ppo_generator, ppo_nodes, ppo_setup
 
 
@@ -113,19 +114,21 @@ def test_a_generator_is_what_the_options_say(
     config.rollout.weight_transfer = WeightTransfer.collective
     config.rollout.dtype = Dtype.bf16
     encoder: Any = SimpleNamespace(end_token_ids=[2], decode=None)
-    writer, other = FakeRun(tmp_path), FakeRun(tmp_path, is_writer=False)
-    generator = ppo_generator.begin_generator(config, writer, encoder, 0, None).generator
+    placement = Placement({}, generator_rank=1)  # a rank that writes nothing may own the generator
+    owner = FakeRun(tmp_path, is_writer=False, world=SimpleNamespace(rank=lambda: 1))
+    other = FakeRun(tmp_path, world=SimpleNamespace(rank=lambda: 0))
+    generator = ppo_generator.begin_generator(config, owner, encoder, 0, None, placement).generator
     assert isinstance(generator, VllmGenerator) and generator.config.num_servers == 3 and generator.dtype is Dtype.bf16
     assert generator.config.weight_transfer is WeightTransfer.collective and generator.config.max_num_seqs == 10
     assert generator._spec.model_path == config.actor.model.path
-    stand_in = ppo_generator.begin_generator(config, other, encoder, 0, None).generator
+    stand_in = ppo_generator.begin_generator(config, other, encoder, 0, None, placement).generator
     assert not stand_in.is_here and stand_in.capabilities == generator.capabilities
     config.train.replay_rollouts = str(tmp_path / "recorded")
-    stand_in = ppo_generator.begin_generator(config, other, encoder, 4, None).generator
+    stand_in = ppo_generator.begin_generator(config, other, encoder, 4, None, placement).generator
     assert not stand_in.is_here and stand_in.capabilities == ReplayGenerator.capabilities
     asked: list[tuple[Path, int]] = []
     monkeypatch.setattr(ReplayGenerator, "__init__", lambda self, folder, first: asked.append((folder, first)))
-    assert ppo_generator.begin_generator(config, writer, encoder, 4, None).generator.capabilities.is_recorded
+    assert ppo_generator.begin_generator(config, owner, encoder, 4, None, placement).generator.capabilities.is_recorded
     assert asked == [(tmp_path / "recorded", 5)]
     config.rollout.engine = GeneratorKind.megatron
     assert not actor_generates(config), "the recorded responses are used"

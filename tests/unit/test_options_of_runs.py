@@ -189,7 +189,7 @@ def test_the_probe_prompt_is_compared_where_that_is_asked_for(
     monkeypatch.setattr(ppo.ppo_setup, "probe_log_probs", lambda actor, ids: [0.0])
     generator = Recorded(is_recorded)
     device: Any = SimpleNamespace(trace=TraceRecorder(), wait_for_room=lambda: None, generator_turn=lambda phase: None)
-    turns = GeneratorTurns(generator, device, ONE_RANK)
+    turns = GeneratorTurns(generator, device, ONE_RANK, 0)
     actor = SimpleNamespace(on_device=lambda phase: nullcontext(), stream_weights=list)
     config = SimpleNamespace(rollout=SimpleNamespace(verify_sync=verify))
     trainer: Any = SimpleNamespace(

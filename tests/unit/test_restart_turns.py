@@ -167,7 +167,7 @@ class Job:
         for role in ("critic", "actor"):
             tensors = {kind: [torch.zeros(UNIT, dtype=torch.uint8) for _ in range(8)] for kind in TRAINED}
             self.device.add(RoleResidency(role, tensors, [], lambda: None))
-        self.turns = GeneratorTurns(self.generator, self.device, ONE_RANK)
+        self.turns = GeneratorTurns(self.generator, self.device, ONE_RANK, 0)
         self.sync("step0")
         self.turns.sleep()
 
@@ -250,7 +250,9 @@ def test_in_an_generator_turn_of_its_own_a_server_starts_at_once(job: Job, monke
 
 def pending_rollout(job: Job, num_prompts: int) -> PendingRollout:
     request = GenerationRequest(prompts_of([[5 + place] for place in range(num_prompts)]), SAMPLING, n=1, seed=0)
-    return PendingRollout(job.generator, request, ONE_RANK, version="step0", chunk_size=2, restart=job.turns.restarter)
+    return PendingRollout(
+        job.generator, request, ONE_RANK, generator_rank=0, version="step0", chunk_size=2, restart=job.turns.restarter
+    )
 
 
 def test_while_roles_compute_beside_generation_other_servers_answer(

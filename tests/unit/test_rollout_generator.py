@@ -72,7 +72,7 @@ def test_turns_follow_the_capabilities_on_every_rank(monkeypatch: pytest.MonkeyP
     found = {}
     for name, capabilities in {"servers": SERVERS, "recorded": ReplayGenerator.capabilities}.items():
         generator: Generator = NullGenerator(capabilities)
-        turns = GeneratorTurns(generator, device, ONE_RANK)
+        turns = GeneratorTurns(generator, device, ONE_RANK, 0)
         with turns.generating() as given:
             assert given is generator
         found[name] = (turns.needs_first_sync, turns.restarter is not None, barriers.copy())

@@ -1,6 +1,6 @@
 """On every rank: load checkpoints in several layouts, run them, stream and save them.
 
-Usage: see ``jobs.run_jobs``. A job: checkpoint, out, head, dtype and the layout.
+Usage: see ``jobs.run_jobs``. A job: checkpoint, out, head, dtype and the layout; ranks where the role does not live on all of them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch.distributed as dist
 from tests.distributed.workers.jobs import run_jobs
 
 from hetero_ppo.config.schema import ParallelConfig
-from hetero_ppo.distributed.groups import role_groups
+from hetero_ppo.distributed.groups import all_ranks, role_groups
 from megatron_bridge.model.config_mapping import bridge_config, read_hf_config
 from megatron_bridge.model_provider import build_model
 from megatron_bridge.weights.export_hf import save_hf
@@ -24,9 +24,11 @@ from tests.helpers.bridge_models import pipeline_forward, read_tensors, same_ten
 
 
 def run_job(job: dict[str, Any]) -> dict[str, Any]:
-    """Run a job. Return what this rank saw."""
+    """Run a job. Return what this rank saw; nothing where the role does not live on it."""
     parallel = ParallelConfig(**job["layout"])
-    groups = role_groups("actor", parallel)
+    groups = role_groups("actor", parallel, job.get("ranks"))
+    if groups is None:
+        return {}
     dtype = getattr(torch, job["dtype"])
     bridge = bridge_config(read_hf_config(job["checkpoint"]), dtype=dtype, **job["layout"])
     chunks = build_model(bridge, groups, head=job["head"])
@@ -42,13 +44,14 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
         "initialised": report.initialised,
         "stream_equals_source": same_tensors(source, streamed),
         "saved_when_returned": (Path(job["out"]) / "config.json").is_file(),
+        "ranks": dist.get_process_group_ranks(all_ranks(groups)),
     }
     if dtype is torch.float32:
         output = pipeline_forward(chunks, token_ids(), groups, bridge.transformer.hidden_size)
         parts = [torch.empty_like(output) for _ in range(parallel.tensor)]
         dist.all_gather(parts, output, group=groups.tp)
         whole = torch.cat(parts, dim=-1)[..., : bridge.vocab_size] if job["head"] == "lm" else output
-        if dist.get_rank() == 0:
+        if all_ranks(groups).rank() == 0:
             torch.save(whole, Path(job["out"]).with_suffix(".pt"))
     return result
 
