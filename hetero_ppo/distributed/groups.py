@@ -1,7 +1,7 @@
 """Process groups of a role: one ProcessGroupCollection for each role, over the ranks that it lives on.
 
-Megatron-Core's global accessors (``parallel_state.get_*``) know one layout for the whole process. Here every role has its
-own, so groups are built on a HyperCommGrid and handed on as arguments.
+Megatron-Core's global accessors (``parallel_state.get_*``) know one layout for the whole process. Here every role has a layout of its
+own, so its groups are built on a HyperCommGrid and passed as arguments.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ def initialise(timeout_minutes: float) -> dist.ProcessGroup:
         The group of all ranks.
 
     Raises:
-        RuntimeError: not started by torchrun.
-        RunError: somebody else takes part.
-        ValueError: nodes have different keys.
+        RuntimeError: The process was not started by torchrun.
+        RunError: A process that is not of this run takes part.
+        ValueError: Nodes have different keys.
     """
     missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
@@ -49,7 +49,7 @@ def initialise(timeout_minutes: float) -> dist.ProcessGroup:
     keep_collectives_inside(one_node=int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) == world_size)
     _made.timeout = timedelta(minutes=timeout_minutes)
     _made.num_worlds += 1
-    # Names of their own for every world, and for ranks that were started again.
+    # Every world, and every start of the ranks by torchrun, has names of its own in the store.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = dist.PrefixStore(f"{attempt}/{_made.num_worlds}", open_store(_made.timeout))
     _made.key = run_key()
@@ -66,7 +66,7 @@ def initialise(timeout_minutes: float) -> dist.ProcessGroup:
 
 
 def _prove(group: dist.ProcessGroup, name: str) -> None:
-    """Make sure that the members of a new group are of this run, where it has a key."""
+    """Check that the members of a new group are of this run, where the run has a key."""
     if _made.key is not None:
         prove_peers(group, _made.key, f"{name} ({_made.num_worlds})")
 
@@ -81,13 +81,16 @@ def finish() -> None:
 
 @dataclass
 class _Made:
-    """Groups of one world: ranks of every group of a division -> this rank's group."""
+    """The groups that this process has made in its world."""
 
     world: dist.ProcessGroup | None = None
-    timeout: timedelta | None = None  # of collectives; torch gives a new group its own default, not that of the world
+    timeout: timedelta | None = (
+        None  # deadline of collectives: torch gives a new group its own default, not the world's
+    )
+    #: A division of ranks (the ranks of each of its groups) -> this rank's group.
     groups: dict[tuple[tuple[int, ...], ...], dist.ProcessGroup | None] = field(default_factory=dict)
-    num_worlds: int = 0  # that this process has joined
-    key: bytes | None = None  # of the run
+    num_worlds: int = 0  # number of worlds that this process has joined
+    key: bytes | None = None  # secret of the run
 
     def forget(self) -> None:
         self.world = None
@@ -95,7 +98,7 @@ class _Made:
 
 
 _made = _Made()
-# Groups that live until the interpreter is taken apart now and then end the process with SIGABRT: gloo's threads still run.
+# gloo's threads still run while the interpreter shuts down. Groups that live until then sometimes end the process with SIGABRT.
 atexit.register(_made.forget)
 
 
@@ -105,7 +108,7 @@ def _group(division: Sequence[Sequence[int]]) -> dist.ProcessGroup | None:
     Roles take turns, so roles that divide the ranks alike share the groups: each group has threads of its own with gloo, and a
     communicator with buffers on the device with NCCL.
     """
-    if _made.world is not dist.group.WORLD:  # another world was joined since
+    if _made.world is not dist.group.WORLD:  # the process has joined another world since
         _made.forget()
         _made.world = dist.group.WORLD
     key = tuple(tuple(ranks) for ranks in division)
@@ -206,10 +209,10 @@ def all_ranks(groups: ProcessGroupCollection) -> dist.ProcessGroup:
 
 
 def is_last_stage(groups: ProcessGroupCollection) -> bool:
-    """True on the ranks that hold the end of the model."""
+    """Return whether this rank holds the end of the model."""
     return groups.pp.rank() == groups.pp.size() - 1
 
 
 def last_stage_rank(groups: ProcessGroupCollection) -> int:
-    """Global rank of the last stage of this rank's pipeline."""
+    """Return the global rank of the last stage of this rank's pipeline."""
     return dist.get_process_group_ranks(groups.pp)[-1]

@@ -1,4 +1,4 @@
-"""What a rank says when a collective fails because another rank is not there."""
+"""The message of a rank whose collective failed because another rank is gone."""
 
 from __future__ import annotations
 
@@ -6,22 +6,21 @@ import re
 
 import torch.distributed as dist
 
-#: In the text of every error of gloo's, which are RuntimeErrors like others.
+#: Part of the text of gloo's errors, which have no class of their own.
 GLOO = "gloo/transport/"
-#: The address of the other end: of its connection, by which a log of the network knows it.
+#: Address of the other end of a connection, which logs of the network have too.
 PEER = re.compile(r"\[([\w.:]+)\]:(\d+)")
 
 
 def describe_lost_peer(error: RuntimeError, phase: str, timeout_minutes: float) -> str | None:
-    """One line for an error of a collective: this rank, its phase, the peer where it is known, and what the backend says.
+    """Return one line for an error of a collective; None for any other error.
+
+    The line has this rank, its phase, the peer where it is known, and the backend's reason.
 
     Args:
-        error: any.
-        phase: in which it was raised; empty: outside of all.
-        timeout_minutes: the collectives' deadline.
-
-    Returns:
-        None for an error of anything else.
+        error: The error.
+        phase: Phase of the step in which it was raised; empty: outside of all phases.
+        timeout_minutes: Deadline of the collectives.
     """
     text = str(error)
     if not isinstance(error, dist.DistBackendError) and GLOO not in text:

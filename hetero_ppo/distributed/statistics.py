@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Moments(NamedTuple):
-    """Of the masked values of all ranks."""
+    """Moments of the masked values of all ranks."""
 
     mean: float
     var: float  # population variance
@@ -19,21 +19,18 @@ class Moments(NamedTuple):
 
 
 def global_masked_moments(values: Tensor, mask: Tensor, group: dist.ProcessGroup | None) -> Moments:
-    """Mean, population variance and number of the masked values of all ranks of ``group``.
+    """Return mean, population variance and number of the masked values of all ranks of a group, equal on all of them.
 
-    Each rank's mean and squared deviations are taken first and then combined (Chan, Golub and LeVeque 1979), so that a
-    mean far from 0 costs no digits. A rank may have no masked value.
+    Every rank computes the mean and the squared deviations of its own values. These are then combined (Chan, Golub and LeVeque 1979),
+    so that a mean far from 0 costs no digits. A rank may have no masked value.
 
     Args:
-        values: any shape, float; on a device that ``group`` can communicate from.
-        mask: bool, the shape of ``values``.
-        group: ranks with different values (a data-parallel group); None is this process alone.
-
-    Returns:
-        ``Moments(mean, var, count)``, equal on all ranks.
+        values: Float tensor of any shape, on a device that ``group`` can communicate from.
+        mask: Bool tensor of the same shape.
+        group: Ranks with different values (a data-parallel group); None: this process alone.
 
     Raises:
-        ValueError: no rank has a masked value.
+        ValueError: No rank has a masked value.
     """
     selected = values.detach()[mask].double()
     count = selected.numel()
@@ -53,14 +50,14 @@ def global_masked_moments(values: Tensor, mask: Tensor, group: dist.ProcessGroup
 
 
 def all_reduce_metric_sums(metric_sums: Mapping[str, Tensor], group: dist.ProcessGroup | None) -> dict[str, float]:
-    """Add sums (and counts) over the ranks of ``group``, in one collective.
+    """Add sums and counts over the ranks of a group, in one collective.
 
     Args:
-        metric_sums: name -> [] tensor, at least one; the same names on all ranks, in any order.
-        group: ranks that saw different rows (a data-parallel group); None is this process alone.
+        metric_sums: Name -> [] tensor, at least one; the same names on all ranks, in any order.
+        group: Ranks that saw different rows (a data-parallel group); None: this process alone.
 
     Returns:
-        name -> sum, equal on all ranks.
+        Name -> sum, equal on all ranks.
     """
     names = sorted(metric_sums)
     total = _gather(torch.stack([metric_sums[name].double() for name in names]), group).sum(dim=0)
@@ -68,7 +65,10 @@ def all_reduce_metric_sums(metric_sums: Mapping[str, Tensor], group: dist.Proces
 
 
 def _gather(local: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """[...] of each rank -> [ranks, ...] on the CPU, in rank order: unlike an all-reduce, whose order is its own."""
+    """Return the [...] tensors of all ranks as [ranks, ...] on the CPU.
+
+    Sums over them are in the order of ranks. An all-reduce has an order of its own.
+    """
     if group is None:
         return local[None].cpu()
     parts = [torch.empty_like(local) for _ in range(group.size())]

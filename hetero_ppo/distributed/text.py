@@ -28,5 +28,11 @@ def broadcast_text(text: str, source: int, group: dist.ProcessGroup) -> str:
 
 
 def broadcast_json(value: Any, source: int, group: dist.ProcessGroup) -> Any:
-    """Return a value of one rank as ``broadcast_text`` does: a value of lists, objects, strings and numbers. Tuples come as lists."""
+    """Return a value of one rank on every rank of a group, as ``broadcast_text`` does with a text.
+
+    Args:
+        value: Value of JSON, read on ``source`` alone; tuples come as lists.
+        source: Global rank of a member.
+        group: The group.
+    """
     return json.loads(broadcast_text(json.dumps(value), source, group))

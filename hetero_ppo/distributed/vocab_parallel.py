@@ -34,26 +34,26 @@ def vocab_parallel_log_probs(
     with_entropy: bool,
     num_parts: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Log-probability of each target under ``softmax(logits / temperature)``, and the entropy of that distribution.
+    """Return the log-probability of each target under ``softmax(logits / temperature)``, and the entropy of that distribution.
 
     Rank r of ``tp_group`` holds columns ``r * V/tp .. (r + 1) * V/tp - 1``. Columns from ``vocab_size`` on are padding:
     they take no part, and their gradient is 0. Results and gradients of the log-probs are equal on all ranks of the
     group; the gradient of the logits is each rank's own columns, without a collective.
 
-    Logits that are not contiguous cost a copy of them, forward and backward. To leave out the last position of [B, S,
-    V/tp], which predicts nothing, give it any target and slice the results, not the logits.
+    Logits that are not contiguous are copied, forward and backward. To leave out the last position of [B, S, V/tp], which predicts
+    nothing, give it any target and slice the results, not the logits.
 
     Args:
         logits: [..., V/tp] bf16, fp16, float32 or float64, finite.
         targets: [...] int64, global token ids below ``vocab_size``.
-        temperature: the sampling temperature of the engine, above 0: it divides the logits.
-        vocab_size: true size of the vocabulary, in columns of all ranks together.
-        tp_group: the role's tensor-parallel group; None is one rank.
-        with_entropy: compute the entropy as well. Differentiable; detach it where it is only a metric, and the
-            backward does no work for it.
-        num_parts: sum over so many equal parts of the columns, then over the parts in their order, so that the bits do not
-            depend on how many ranks there are. A multiple of their number that divides the columns; None: each rank's columns
-            are a part, and torch chooses the order of a single rank's.
+        temperature: Sampling temperature of the generator, above 0. It divides the logits.
+        vocab_size: True size of the vocabulary, in columns of all ranks together.
+        tp_group: Tensor-parallel group of the role; None: one rank.
+        with_entropy: Whether to compute the entropy too. It is differentiable. Where it is only a metric, detach it: the backward
+            then does no work for it.
+        num_parts: Number of equal parts of the columns. Sums are taken over each part, and then over the parts in their order, so
+            that the bits do not depend on the number of ranks. It is a multiple of that number and divides the columns. None: each
+            rank's columns are one part.
 
     Returns:
         log_probs [...] and entropy [...] (None without ``with_entropy``), float32 (float64 for float64 logits), nats.
@@ -136,7 +136,7 @@ def _forward(
     with_entropy: bool,
     num_parts: int | None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """log_probs [...], entropy [...] or None, log of the softmax denominator [...]."""
+    """Return log_probs [...], entropy [...] or None, and the log of the softmax denominator [...]."""
     rows = logits.detach().reshape(-1, logits.shape[-1])
     first, num_columns = _own_columns(rows.shape[1], vocab_size, tp_group)
     rows, flat_targets = rows[:, :num_columns], targets.reshape(-1)
@@ -160,7 +160,7 @@ def _forward(
 def _one_rank_rows(
     rows: Tensor, targets: Tensor, temperature: float, with_entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """log_probs, log of the softmax denominator, entropy; each [N], of rows [N, V] and targets [N]."""
+    """Return log_probs, log of the softmax denominator and entropy, each [N, 1], for rows [N, V] and targets [N]."""
     targets = targets[:, None]
     log_probs = torch.empty(rows.shape[0], 1, dtype=_compute_dtype(rows), device=rows.device)
     log_sum_exp = torch.empty_like(log_probs)
@@ -179,7 +179,15 @@ def _one_rank_rows(
 def _split_rows(
     rows: Tensor, targets: Tensor, temperature: float, tp_group: dist.ProcessGroup, with_entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """As ``_one_rank_rows``, of a rank's columns and of targets counted from its first column. Two collectives."""
+    """Return what ``_one_rank_rows`` does, each [N], for one rank's columns. Two collectives.
+
+    Args:
+        rows: [N, columns], logits of this rank's columns without padding.
+        targets: [N] int64, counted from this rank's first column.
+        temperature: Sampling temperature.
+        tp_group: Tensor-parallel group.
+        with_entropy: Whether to compute the entropy.
+    """
     num_rows, num_columns = rows.shape
     dtype = _compute_dtype(rows)
     if num_columns:
@@ -209,7 +217,7 @@ def _split_rows(
 def _part_rows(
     parts: list[Tensor], targets: Tensor, temperature: float, tp_group: dist.ProcessGroup | None, with_entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """As ``_split_rows``, of this rank's parts [N, columns], with sums over every part and then over the parts in order."""
+    """Return what ``_split_rows`` does. Sums are taken over each of this rank's parts [N, columns], then over all parts in order."""
     num_rows, dtype = targets.shape[0], _compute_dtype(parts[0])
     row_max = torch.full((num_rows,), -torch.inf, dtype=dtype, device=targets.device)
     for part in parts:
@@ -217,7 +225,7 @@ def _part_rows(
             torch.maximum(row_max, part.amax(dim=1).to(dtype) / temperature, out=row_max)
     if tp_group is not None:
         dist.all_reduce(row_max, op=dist.ReduceOp.MAX, group=tp_group)
-    # of each part, the sums of _split_rows
+    # for each part, the sums of _split_rows
     sums = torch.zeros(len(parts), 3, num_rows, dtype=dtype, device=targets.device)
     first = 0
     for part, part_sums in zip(parts, sums):
@@ -255,7 +263,7 @@ def _backward(
     first: int,
     num_columns: int,
 ) -> Tensor:
-    """Gradient of the logits [..., V/tp] from gradients [N, 1] that are divided by the temperature already."""
+    """Return the gradient of the logits [..., V/tp] from gradients [N, 1] that are already divided by the temperature."""
     grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     grad_rows = grad_logits.view(-1, logits.shape[-1])
     grad_rows[:, num_columns:] = 0  # padding
@@ -284,7 +292,7 @@ def _backward(
 
 
 def _own_columns(local_columns: int, vocab_size: int, tp_group: dist.ProcessGroup | None) -> tuple[int, int]:
-    """First global column of this rank, and how many of its columns are not padding."""
+    """Return the first global column of this rank, and the number of its columns that are not padding."""
     first = 0 if tp_group is None else tp_group.rank() * local_columns
     return first, min(max(vocab_size - first, 0), local_columns)
 
@@ -294,7 +302,7 @@ def _compute_dtype(logits: Tensor) -> torch.dtype:
 
 
 def _scaled(rows: Tensor, temperature: float) -> Tensor:
-    """Rows in the dtype of the computation, divided by the temperature; a view of them where neither changes them."""
+    """Return the rows in the dtype of the computation, divided by the temperature; the rows themselves where neither changes them."""
     rows = rows.to(_compute_dtype(rows))
     return rows if temperature == 1.0 else rows / temperature
 

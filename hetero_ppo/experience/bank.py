@@ -1,10 +1,10 @@
-"""Responses on disk as they complete: a run that is killed does not ask the generator for them a second time.
+"""The bank: responses on disk as they complete, so that a run that was killed does not ask the generator for them a second time.
 
-One file for each PPO step since the last checkpoint. A resumed run comes to the same weights, seeds and prompts, which is what a
-file's key says; under another key its responses are not those of this run and are dropped.
+There is one file for each PPO step since the last checkpoint. A resumed run comes to the same weights, seeds and prompts, which a file's
+key is made from. A file with another key holds the responses of another run, and is dropped.
 
-Every line begins with the CRC-32 of its JSON. Damaged lines are dropped, counted and printed, and the rest is used: the generator is asked
-for what is missing. So are lines of older versions, which had no checksum.
+Every line begins with the CRC-32 of its JSON. Damaged lines are dropped and counted, and so are lines of older versions, which had no
+checksum. The other lines are used, and the generator is asked for what is missing.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ REMEDY = "choose another run.dir, or set rollout.bank=false"
 
 
 def bank_key(**parts: Any) -> str:
-    """Return the SHA-256 of what decides over a step's responses, as JSON."""
+    """Return the SHA-256 of everything that a step's responses depend on, as JSON."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 class RolloutBank:
-    """The bank's files of a run, on the generator's rank alone.
+    """The files of a run's bank, on the generator's rank alone.
 
     Args:
-        folder: Folder of the files; it is made when it is needed.
-        resumes: Whether to keep what an earlier run left there; False removes it.
+        folder: Folder of the files, which is made when it is needed.
+        resumes: Whether to keep the files that an earlier run left there; False removes them.
     """
 
     def __init__(self, folder: Path, *, resumes: bool) -> None:
@@ -55,10 +55,10 @@ class RolloutBank:
             key: Key of the step (``bank_key``).
 
         Returns:
-            Pairs of place and response that are there under this key and undamaged, in the order of completion.
+            Pairs of place and response that the file has under this key, without the damaged ones, in the order of completion.
 
         Raises:
-            RunError: The disk takes no more.
+            RunError: The disk is full.
         """
         self.end()
         path = self._path(step)
@@ -67,19 +67,19 @@ class RolloutBank:
             log.warning(f"bank of responses: {path}: {found.fault}; the generator is asked for them again")
         with self._lock, writing(path, "bank of responses", remedy=REMEDY):
             self.folder.mkdir(parents=True, exist_ok=True)
-            # Written again, so that a line that a kill has cut, or that is damaged, is there no more.
-            beside = path.with_suffix(".partial")
-            with beside.open("wb") as file:
+            # The file is written again without damaged lines, and without the line that a kill has cut.
+            partial = path.with_suffix(".partial")
+            with partial.open("wb") as file:
                 file.writelines(line + b"\n" for line in found.lines or [_line({"key": key})])
-            beside.rename(path)
+            partial.rename(path)
             self._file = path.open("ab", buffering=0)
         return found.banked
 
     def add(self, place: int, response: Response) -> None:
-        """Write one response; from any thread. It survives the process, if not the machine.
+        """Write one response, from any thread. It survives the end of the process, but not a crash of the machine.
 
         Raises:
-            RunError: The disk takes no more.
+            RunError: The disk is full.
         """
         line = _line({"place": place, "response": asdict(response)}) + b"\n"
         with self._lock, writing(self.folder, "bank of responses", len(line), REMEDY):
@@ -98,7 +98,7 @@ class RolloutBank:
         """Remove the files of steps that a checkpoint covers.
 
         Args:
-            done: Number of PPO steps of that checkpoint; None: all files.
+            done: Number of PPO steps of that checkpoint; None removes all files.
         """
         for path in self.folder.glob("step_*"):
             if done is None or int(path.stem.removeprefix("step_")) < done:
@@ -110,11 +110,11 @@ class RolloutBank:
 
 @dataclass(frozen=True)
 class _Found:
-    """What a file holds."""
+    """The contents of a file."""
 
-    lines: list[bytes]  # the key's and those of ``banked``; none when the key is another
+    lines: list[bytes]  # the line of the key and the lines of ``banked``; empty where the key is another
     banked: list[tuple[int, Response]]
-    fault: str | None  # what is damaged in it, for the user
+    fault: str | None  # what is damaged, for the user
 
 
 def _line(record: dict[str, Any]) -> bytes:
@@ -129,7 +129,7 @@ def _record(line: bytes) -> dict[str, Any] | None:
 
 
 def _read(path: Path, key: str) -> _Found:
-    whole = path.read_bytes().split(b"\n")[:-1]  # what follows the last line's end, a kill has cut
+    whole = path.read_bytes().split(b"\n")[:-1]  # a kill has cut what follows the last end of a line
     if not whole:
         return _Found([], [], None)
     first = _record(whole[0])

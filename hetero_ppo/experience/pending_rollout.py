@@ -1,4 +1,4 @@
-"""A rollout that is not complete yet: the generator answers in a thread of its own, and chunks of complete responses reach every rank."""
+"""A rollout that is not complete yet. The generator answers in a thread of its own, and every rank gets the complete responses in chunks."""
 
 from __future__ import annotations
 
@@ -67,14 +67,12 @@ class PendingRollout:
         self.request = request.with_complete(banked)
         self.version = version
         self.num_rows = request.num_rows
-        self.seconds = 0.0  # that the generator took, on its rank
+        self.seconds = 0.0  # time that the generator took, on its rank
         self._restart = restart
         self._stalled = False  # the generator waits for its restart
         self._bank = bank
         self._banked = {place for place, _ in banked}
-        self._keeps_order = (
-            request.num_needed is None
-        )  # rows have their places; otherwise they follow each other as they complete
+        self._keeps_order = request.num_needed is None  # otherwise the rows are in the order of completion
         self._generator = generator
         self._world = world
         self._generator_rank = generator_rank
@@ -82,13 +80,13 @@ class PendingRollout:
         self._thread: threading.Thread | None = None
         self._changed = threading.Condition()
         self._complete: list[tuple[int, int, Response]] = []  # (row, place, response) in the order of completion
-        self._answers: list[list[Response]] = []  # the generator's
+        self._answers: list[list[Response]] = []  # what the generator returned
         self._error: BaseException | None = None
         for place, response in banked:
             self._complete.append((place if self._keeps_order else len(self._complete), place, response))
-        # What every rank knows, by row.
+        # From here on: what every rank knows; tensors and lists have an entry for each row.
         self._num_shared = 0
-        self._sizes = chunk_sizes(self.num_rows, chunk_size)  # of the chunks that were not handed out
+        self._sizes = chunk_sizes(self.num_rows, chunk_size)  # sizes of the chunks that have not been handed out
         self._num_chunks = 0
         width = max(request.limit_of(prompt) for prompt in range(len(request.prompts)))
         self._lengths = torch.zeros(self.num_rows, dtype=torch.int64)
@@ -96,7 +94,7 @@ class PendingRollout:
         self._tokens = torch.zeros(self.num_rows, width, dtype=torch.int64)
         self._log_probs = torch.zeros(self.num_rows, width, dtype=torch.float32)
         self._chunk_of = [0] * self.num_rows
-        self._place = list(range(self.num_rows))  # of a row's prompt and sample: p * n + j
+        self._place = list(range(self.num_rows))  # p * n + j, for a row's prompt p and sample j
         self._versions: list[Versions] = [(version, [])] * self.num_rows
 
     def start(self) -> PendingRollout:
@@ -125,7 +123,7 @@ class PendingRollout:
             wait_for_all: Whether to wait until the generator has answered everything.
 
         Raises:
-            RunError: An answer was made by other weights than ``version``. Errors of the generator are raised too.
+            RunError: Other weights than ``version`` made an answer. Errors of the generator are raised too.
         """
         assert not self.finished, "all chunks have been handed out"
         while True:
@@ -136,7 +134,7 @@ class PendingRollout:
             if int(count) != RESTART:
                 break
             self._stalled = False
-            assert self._restart is not None  # without one the generator is not asked to report that it waits
+            assert self._restart is not None  # otherwise the generator would not report that it waits
             self._restart()
         assert fresh is not None
         rows, part = self._share(fresh, int(count))
@@ -225,7 +223,7 @@ class PendingRollout:
     # --- the trainer's thread ---
 
     def _wait(self, wait_for_all: bool) -> list[tuple[int, int, Response]] | None:
-        """Return what completes the next chunks: whole chunks alone. None: the generator waits for its restart."""
+        """Return (row, place, response) of the next whole chunks that are complete. None: the generator waits for its restart."""
         with self._changed:
             num_needed = self.num_rows if wait_for_all else self._num_shared + self._sizes[0]
             start = time.perf_counter()
@@ -246,7 +244,7 @@ class PendingRollout:
         return fresh
 
     def _whole_sizes(self, num_responses: int) -> list[int]:
-        """Return the sizes of the next chunks that so many responses complete."""
+        """Return the sizes of the next chunks that this number of responses completes."""
         ends = list(itertools.accumulate(self._sizes))
         return self._sizes[: sum(end <= num_responses for end in ends)]
 

@@ -1,12 +1,12 @@
 """From chunks of a rollout to an experience, while the generator still works.
 
-Forwards of a finished chunk run beside the generation of the next ones. Chunks that are complete when the trainer looks form a
-wave: every role takes one turn in it and runs its forward over each of the wave's chunks. The next wave goes through the roles
-backwards, so that it begins with the role that is on the device already. A reward function's workers get a chunk as soon as it is
-complete; their scores are waited for after the last wave.
+The forwards of a complete chunk run while the generator answers the prompts of the next chunks. All chunks that are complete when the
+trainer looks form a wave. In a wave every role takes one turn, in which it runs its forward over each of the wave's chunks. The next wave
+goes through the roles backwards, so that it begins with the role that is already on the device. A reward function's workers get a chunk
+as soon as it is complete. The trainer waits for their scores after the last wave.
 
-The serial twin (``overlap=False``) waits for the last response, and all chunks are one wave. Both run the same forwards over the
-same chunks, so their tensors have the same bits.
+The serial twin (``overlap=False``) waits for the last response, and then runs all chunks as one wave. Both run the same forwards over
+the same chunks, so their tensors have the same bits.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from hetero_ppo.types import Chunk, Experience
 class WaveRecord:
     """One pass through the stages."""
 
-    chunks: list[int]
+    chunks: list[int]  # indices
     stages: list[str]  # in the order in which they ran
-    beside_generation: bool  # the generator was still at work when it began
+    during_generation: bool  # whether the generator was still at work when the wave began
 
 
 @dataclass
 class Pipeline:
-    """Runs the stages over the chunks of a generation."""
+    """Runs the stages over the chunks of a rollout."""
 
     maker: ExperienceMaker
-    overlap: bool  # begin with the first complete chunk; False: when the last response is complete
+    overlap: bool  # whether to begin with the first complete chunk; False: when the last response is complete
     waves: list[WaveRecord] = field(default_factory=list)  # of the last ``make``
 
     def make(
@@ -91,7 +91,7 @@ class Pipeline:
         *,
         is_last: bool,
     ) -> None:
-        """Every stage over the chunks. The last wave ends with the last stage, whose role is trained next."""
+        """Run every stage over the chunks. The last wave ends with the last stage, since the role of that stage is trained next."""
         backwards = bool(self.waves) and self.waves[-1].stages[0] == stages[0].name and not is_last
         order = list(reversed(stages)) if backwards else list(stages)
         self.waves.append(WaveRecord([chunk.index for chunk in chunks], [stage.name for stage in order], not is_last))
@@ -113,19 +113,19 @@ class Pipeline:
         return stage.role.on_device(phase=stage.name, then=then)
 
     def _metrics(self, pending: PendingRollout, forward_s: float) -> dict[str, float]:
-        beside = [wave for wave in self.waves if wave.beside_generation]
+        early = [wave for wave in self.waves if wave.during_generation]
         return {
             "rollout/generate_s": pending.seconds,
             "pipeline/forwards_s": forward_s,
             "pipeline/num_chunks": float(sum(len(wave.chunks) for wave in self.waves)),
             "pipeline/num_waves": float(len(self.waves)),
-            "pipeline/chunks_beside_generation": float(sum(len(wave.chunks) for wave in beside)),
+            "pipeline/chunks_during_generation": float(sum(len(wave.chunks) for wave in early)),
             **pending.metrics(),
         }
 
 
 class _Collected:
-    """What the stages gave, chunk by chunk, in tensors of the whole rollout: [B, T] or [B] float32."""
+    """The results of the stages, which come chunk by chunk, in tensors of the whole rollout: [B, T] or [B] float32."""
 
     def __init__(self, pending: PendingRollout, stages: Sequence[Stage]) -> None:
         self._num_rows = pending.num_rows
@@ -137,7 +137,7 @@ class _Collected:
         }
 
     def take(self, stage: Stage, chunk: Chunk, values: Tensor) -> None:
-        """File a chunk's values; columns that the chunk lacks are 0."""
+        """Put a chunk's values into its rows. Columns that the chunk lacks stay 0."""
         if stage.per_token:
             self._num_columns = max(self._num_columns, values.shape[1])
             self._tensors[stage.name][chunk.rows, : values.shape[1]] = values
@@ -146,7 +146,7 @@ class _Collected:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """By stage, as wide as the longest sequence needs."""
+        """Name of a stage -> its results, with as many columns as the longest sequence needs."""
         return {
             name: tensor[:, : self._num_columns].contiguous() if tensor.dim() == 2 else tensor
             for name, tensor in self._tensors.items()

@@ -17,15 +17,15 @@ def build_rollout(
     """Join prompts and responses into right-padded sequences.
 
     Args:
-        prompts: N, one for each response.
-        lengths: [N] int64, response tokens.
+        prompts: N prompts, one for each response.
+        lengths: [N] int64, numbers of response tokens.
         tokens: [N, R] int64, right-padded responses.
-        log_probs: [N, R] float32.
-        truncated: [N] bool.
-        version: label of the weights.
+        log_probs: [N, R] float32, log-probs of the tokens by the generator.
+        truncated: [N] bool, whether a response reached the length limit.
+        version: Label of the weights that sampled the responses.
 
     Raises:
-        ValueError: an empty response.
+        ValueError: A response is empty.
     """
     empty = (lengths == 0).nonzero().flatten().tolist()
     if empty:
@@ -59,7 +59,7 @@ def build_rollout(
 
 
 def response_texts(rollout: Rollout, decode: Decode) -> list[str]:
-    """The responses as text, special tokens left out."""
+    """Return the responses as texts, without special tokens."""
     return [
         decode(rollout.token_ids[row, int(rollout.prompt_lengths[row]) : int(rollout.sequence_lengths[row])].tolist())
         for row in range(rollout.batch_size)
@@ -67,6 +67,6 @@ def response_texts(rollout: Rollout, decode: Decode) -> list[str]:
 
 
 class Decode(Protocol):
-    """Token ids to text."""
+    """Turns token ids into text."""
 
     def __call__(self, token_ids: list[int]) -> str: ...

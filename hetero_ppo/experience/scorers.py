@@ -20,7 +20,7 @@ from hetero_ppo.reward.re_encoding import ReEncoder
 from hetero_ppo.step.phases import score_phases
 from hetero_ppo.types import Rollout, Scores
 
-#: Stage of the reward function; those of the models are named by ``step.phases.score_phases``.
+#: Name of the reward function's stage. The stages of the models have the names of their phases (``step.phases.score_phases``).
 FUNCTION_SCORES = "function_scores"
 
 
@@ -29,24 +29,22 @@ class Stage:
     """One forward of the experience."""
 
     name: str
-    role: ModelEngine | None  # whose turn it needs; None: no role's
-    compute: Callable[[Rollout], Tensor]  # in the role's turn: [B, T] or [B] float32 of B rows
-    per_token: bool = True
-    begin: Callable[[Rollout], PendingScores] | None = (
-        None  # starts it elsewhere, in parallel with other stages; None: it cannot
-    )
+    role: ModelEngine | None  # model that computes, in a turn of its own; None: no model
+    compute: Callable[[Rollout], Tensor]  # B rows -> [B, T] or [B] float32; runs in the model's turn
+    per_token: bool = True  # whether the results are [B, T]
+    #: Starts the stage in other processes, in parallel with the other stages; None: it runs in this one.
+    begin: Callable[[Rollout], PendingScores] | None = None
 
 
 @dataclass(frozen=True)
 class Scorers:
     """The reward models of a run and its reward function. They give one record of scores."""
 
-    models: Sequence[ModelEngine]  # with score heads; empty: the function alone
+    models: Sequence[ModelEngine]  # models with score heads; empty: the function alone scores
     function: FunctionReward | None
     config: RewardConfig
-    re_encoders: Mapping[str, ReEncoder] = field(
-        default_factory=dict
-    )  # by role, of models with a tokenizer of their own
+    #: Role -> re-encoder of texts, for models with a tokenizer of their own.
+    re_encoders: Mapping[str, ReEncoder] = field(default_factory=dict)
 
     def function_stages(self) -> list[Stage]:
         """Return the stage of the reward function; no stage where there is no function."""
@@ -69,7 +67,7 @@ class Scorers:
         return list(score_phases([engine.role for engine in self.models]))
 
     def combine(self, computed: Mapping[str, Tensor]) -> Scores:
-        """Return the scores that follow from what the stages gave.
+        """Return the scores that follow from the results of the stages.
 
         Args:
             computed: Scores of every stage by its name, [B] float32.
@@ -100,7 +98,7 @@ class Scorers:
                 with turn:
                     computed[stage.name] = stage.compute(rollout)
         computed |= {name: scores.result() for name, scores in pending.items()}
-        self.metrics()  # those of the next step are of its own responses
+        self.metrics()  # drops these counts: the next step's metrics are about its own responses
         return self.combine(computed)
 
     def metrics(self) -> dict[str, float]:
@@ -114,12 +112,12 @@ class Scorers:
 
 
 def part_name(role: str) -> str:
-    """ "model" for reward_model, "model_0" for reward_models.0."""
+    """Return how metrics name a reward model: ``model`` for reward_model, ``model_0`` for reward_models.0."""
     return "_".join(["model", *role.split(".")[1:]])
 
 
 def model_scores(engine: ModelEngine, re_encoder: ReEncoder | None, rollout: Rollout) -> Tensor:
-    """[B] float32 scores of the reward model at the end of each sequence."""
+    """Return [B] float32 scores by a reward model, at the end of each sequence."""
     if re_encoder is None:
         token_ids, lengths = rollout.token_ids, rollout.sequence_lengths
     else:
@@ -128,7 +126,7 @@ def model_scores(engine: ModelEngine, re_encoder: ReEncoder | None, rollout: Rol
 
 
 def part_metrics(parts: Mapping[str, Tensor]) -> dict[str, float]:
-    """Mean and population standard deviation of every part, rows without a score left out."""
+    """Return mean and population standard deviation of every part, without the rows that have no score."""
     metrics: dict[str, float] = {}
     for name, scores in parts.items():
         scores = scores[~scores.isnan()]

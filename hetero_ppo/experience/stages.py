@@ -1,4 +1,4 @@
-"""What an experience is made of: one function for each forward, and the maths between them and the losses."""
+"""The stages of an experience, one for each forward of the step, and the maths between their results and the losses."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from hetero_ppo.types import Experience, Rollout, Scores
 
 
 def policy_log_probs(engine: ModelEngine, rollout: Rollout, temperature: float) -> Tensor:
-    """[B, T] float32 log-probs of the rollout's tokens under the actor or the reference, at the sampling temperature."""
+    """Return [B, T] float32 log-probs of the rollout's tokens under a policy, at the sampling temperature."""
     output = log_probs_output(
         temperature=temperature, vocab_size=engine.vocab_size, groups=engine.groups, num_parts=engine.vocab_parts
     )
@@ -41,15 +41,15 @@ def policy_log_probs(engine: ModelEngine, rollout: Rollout, temperature: float) 
 
 
 def state_values(engine: ModelEngine, rollout: Rollout) -> Tensor:
-    """[B, T] float32 values of the states before each response token."""
-    wanted = pad(rollout.response_mask, (0, 1))
-    values = engine.forward(rollout.token_ids, rollout.sequence_lengths, values_output, wanted)
+    """Return [B, T] float32 values of the states before each response token."""
+    output_mask = pad(rollout.response_mask, (0, 1))
+    values = engine.forward(rollout.token_ids, rollout.sequence_lengths, values_output, output_mask)
     return values.masked_fill(~rollout.response_mask, 0)
 
 
 @dataclass
 class ExperienceMaker:
-    """The stages, and what follows them. The engines are the PPO trainer's; their weights are those of the rollout."""
+    """Names the stages of an experience, and assembles their results. The engines have the weights that sampled the rollout."""
 
     engines: Mapping[str, ModelEngine]  # role -> engine
     phases: Sequence[Phase]  # of a step, in order (``step.phases``)
@@ -86,11 +86,11 @@ class ExperienceMaker:
 
         Args:
             rollout: B responses.
-            computed: what the stages gave of all rows, by name: [B, T] or [B] float32.
+            computed: Name of a stage -> its results of all rows, [B, T] or [B] float32.
 
         Raises:
-            FloatingPointError: a forward gave a NaN or an infinity.
-            RunError: the reward function has failed for every response, or no token is left to learn from.
+            FloatingPointError: A forward gave a NaN or an infinity.
+            RunError: The reward function has failed for every response, or no token is left to learn from.
         """
         for name, tensor in computed.items():
             # A reward function leaves NaN where it failed, and reward.on_error=exclude.
@@ -102,7 +102,7 @@ class ExperienceMaker:
         algorithm = self.algorithm
         scores = self.scorers.combine(computed)
         values, ref_log_probs = computed.get("values"), computed["ref_log_probs"]
-        old_log_probs = computed.get("old_log_probs", rollout.rollout_log_probs)  # no such stage: the engine's own
+        old_log_probs = computed.get("old_log_probs", rollout.rollout_log_probs)  # without the stage: the generator's
         if bool(scores.outcome.isnan().all()):
             assert self.scorers.function is not None
             last = self.scorers.function.last_failure
@@ -123,7 +123,7 @@ class ExperienceMaker:
         if algorithm.whiten_advantages:
             moments = global_masked_moments(advantages, mask, None)
             advantages = whiten(advantages, mask, moments.mean, moments.var)
-        tis_weights, comparison = compare_with_engine(algorithm, rollout, old_log_probs, mask)
+        tis_weights, comparison = compare_with_generator(algorithm, rollout, old_log_probs, mask)
         metrics = experience_metrics(rollout, scores, rewards, old_log_probs, ref_log_probs, self.kl_controller.coef)
         return Experience(
             rollout=rollout,
@@ -140,7 +140,10 @@ class ExperienceMaker:
         )
 
     def _shape_outcome(self, rollout: Rollout, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """Return outcome scores as the policy sees them, and the mask of what it learns from: no token of a response without a score."""
+        """Return the outcome scores as the policy sees them, and the mask of the tokens that it learns from.
+
+        A response without a score has no such token.
+        """
         has_score = ~scores.isnan()
         shaped = scores.masked_fill(~has_score, 0)
         if self.reward_config.normalise:
@@ -157,34 +160,34 @@ class ExperienceMaker:
         )
 
 
-def compare_with_engine(
+def compare_with_generator(
     algorithm: AlgorithmConfig, rollout: Rollout, old_log_probs: Tensor, mask: Tensor
 ) -> tuple[Tensor | None, dict[str, float]]:
-    """How far the trainer is from the engine, and the weights that correct for it.
+    """Compare the trainer's log-probs with the generator's, and return weights that correct for the difference.
 
     Args:
-        algorithm: of the run.
-        rollout: B responses with the engine's log-probs.
-        old_log_probs: [B, T] float32, the trainer's.
-        mask: [B, T] bool, the tokens of the losses.
+        algorithm: Section of the configuration.
+        rollout: B responses with the generator's log-probs.
+        old_log_probs: [B, T] float32, log-probs by the trainer.
+        mask: [B, T] bool, tokens of the losses.
 
     Returns:
-        [B, T] float32 importance weights, None where no correction is asked for; and the metrics. Old log-probs that are the
-        engine's own have nothing to be compared with: no weights, no metrics.
+        [B, T] float32 importance weights, None where no correction is asked for; and the metrics. Where the old log-probs are the
+        generator's own there is nothing to compare: no weights and no metrics.
     """
     if algorithm.old_log_probs is OldLogProbs.rollout:
         return None, {}
-    engine = rollout.rollout_log_probs
-    metrics = mismatch_metrics(old_log_probs, engine, rollout.response_mask)
+    generated = rollout.rollout_log_probs
+    metrics = mismatch_metrics(old_log_probs, generated, rollout.response_mask)
     correction = algorithm.rollout_correction
     if correction.kind is RolloutCorrectionKind.none:
         return None, metrics
-    weights, weight_metrics = truncated_weights(old_log_probs, engine, mask, correction.level, correction.cap)
+    weights, weight_metrics = truncated_weights(old_log_probs, generated, mask, correction.level, correction.cap)
     return weights, metrics | weight_metrics
 
 
 def sequence_kl(log_probs: Tensor, ref_log_probs: Tensor, mask: Tensor) -> Tensor:
-    """[B] nats: log-ratio to the reference summed over each response, an unbiased estimate of the sequence KL."""
+    """Return [B] nats: the log-ratio to the reference summed over each response, an unbiased estimate of the sequence KL."""
     return (log_probs - ref_log_probs).masked_fill(~mask, 0).sum(dim=1)
 
 
@@ -196,7 +199,7 @@ def experience_metrics(
     ref_log_probs: Tensor,
     kl_coef: float,
 ) -> dict[str, float]:
-    """verl's names, over the whole rollout batch."""
+    """Return the metrics of the whole rollout batch, with verl's names."""
     mask = rollout.response_mask
     lengths = rollout.response_lengths.float()
     kl = sequence_kl(old_log_probs, ref_log_probs, mask)

@@ -1,4 +1,4 @@
-"""The parts of a PPO step as values, which memory plan, residency and trace read.
+"""The parts of a training step as values: its roles, their phases and their placement. All other packages read these.
 
-Start at ``phases.py``: which role is on the device when.
+Start at ``phases.py``, which lists the phases of a step in order, with what each needs on the device.
 """

@@ -1,4 +1,4 @@
-"""What a role keeps in memory, by kind. Plan, ledger and residency count in these."""
+"""Kinds of storage that a role keeps in memory. Plan, ledger and residency count bytes by kind."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from enum import Enum
 
 
 class Kind(str, Enum):
-    """A role's storage that enters and leaves the device as one."""
+    """A part of a role's storage, which moves to the device and back as a whole."""
 
     params = "params"  # in the dtype of the forward
     grads = "grads"  # Megatron-Core's DDP gradient buffers, fp32
@@ -14,10 +14,10 @@ class Kind(str, Enum):
     moments = "moments"  # Adam's exp_avg and exp_avg_sq, fp32
 
 
-#: What a forward needs, and what an optimizer step needs.
+#: Kinds that a forward needs, and kinds that an optimizer step needs.
 FORWARD = frozenset({Kind.params})
 TRAINING = frozenset(Kind)
-#: What the optimizer alone holds.
+#: Kinds that the optimizer alone holds.
 OPTIMIZER = frozenset({Kind.main_params, Kind.moments})
 
 #: Weights go to the rollout servers in buckets and files of about this size.

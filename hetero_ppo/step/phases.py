@@ -1,9 +1,13 @@
 """The phases of a training step as values: whose work each is, and what it needs on the device.
 
-Memory plan, residency, trace and ledger read this list. Its order saves switches. The first reward model waits on the device while the
-generator works, in the critic's place. The critic's values come last of the forwards, so its training finds the parameters there. The
-actor's training comes last of all, so the weight synchronisation does too. Without a critic its two phases are absent. With overlapped generation the forwards run once for every wave
-of chunks (``experience.pipeline``), the last time in this order.
+Memory plan, residency, trace, ledger and the stages of the experience read this list. Its order saves switches of the device:
+
+- The first reward model is on the device while the generator works, so that it can score at once.
+- The critic's values are the last forward, so that its training finds its parameters on the device.
+- The actor's training is the last training, so that the weight synchronisation finds them too.
+
+Without a critic its two phases are absent. When the forwards run during generation, they run once for every wave of chunks
+(``experience.pipeline``), and in this order in the last wave.
 """
 
 from __future__ import annotations
@@ -19,12 +23,12 @@ from hetero_ppo.step.kinds import FORWARD, TRAINING, Kind
 from hetero_ppo.step.roles import ACTOR, CRITIC, REFERENCE, run_roles
 
 
-#: How the names of a role's weights begin among what phases read and write.
+#: Prefix of the names of weights among what phases read and write.
 WEIGHTS = "weights of "
 
 
 class GeneratorMemory(Enum):
-    """What the generator holds on the device."""
+    """The memory that the generator holds on the device."""
 
     nothing = "nothing"  # it sleeps
     weights = "weights"  # during a weight synchronisation
@@ -36,12 +40,12 @@ class Phase:
     """One phase of a step."""
 
     name: str  # as the step's timers, the trace and the ledger name it
-    role: str | None  # whose forward or backward it is; None: the generator's work
+    role: str | None  # role that computes; None: the generator works
     needs: Mapping[str, frozenset[Kind]]  # role -> kinds on the device while it runs; absent roles are in host memory
-    reads: Sequence[str] = ()  # tensors of the step, "weights of <role>" included
-    writes: Sequence[str] = ()
+    reads: Sequence[str] = ()  # names of tensors of the step, and "weights of <role>"
+    writes: Sequence[str] = ()  # names of the same kind
     generator: GeneratorMemory = GeneratorMemory.nothing
-    is_concurrent: bool = False  # with generation, chunk after chunk
+    is_concurrent: bool = False  # whether it runs during generation, chunk after chunk
 
     @property
     def is_forward(self) -> bool:
@@ -50,7 +54,7 @@ class Phase:
 
     @property
     def is_training(self) -> bool:
-        """True when it ends in optimizer steps."""
+        """True when it ends with an update of the role's weights."""
         return self.role is not None and weights_of(self.role) in self.writes
 
 
@@ -94,7 +98,7 @@ def ppo_phases(
         actor_scores_old: Whether old log-probs come from a forward of the actor; otherwise they are the generator's.
         has_critic: Whether a critic gives values and is trained.
         overlap: Whether forwards run while the generator works, for chunk after chunk; it is then awake in them.
-        actor_generates: Whether the actor is the generator, whose turn is then the actor's.
+        actor_generates: Whether the actor is the generator; the rollout is then the actor's turn.
     """
     waiting = {ACTOR: FORWARD} if actor_generates else {name: FORWARD for name in reward_models[:1]}
     phases = [Phase("rollout", None, waiting, writes=("rollout",), generator=GeneratorMemory.everything)]
@@ -133,7 +137,7 @@ def check_order(phases: Sequence[Phase]) -> None:
     """Check that a step can run in this order: every phase reads what an earlier one wrote, or the weights of a role.
 
     Raises:
-        ValueError: A phase reads what is not there yet, has the name of another one, or needs nothing of its own role.
+        ValueError: A phase reads a tensor that no earlier phase writes, has the name of another one, or needs nothing of its own role.
     """
     written: set[str] = set()
     names: set[str] = set()

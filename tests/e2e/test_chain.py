@@ -141,7 +141,7 @@ def test_forwards_begin_before_generation_ends(chain: Chain) -> None:
     """Chunks of the engine's running batch of six, in the order of completion; the last one has what is left."""
     steps = read_metrics(chain.run_dir("ppo"))
     assert all(values["pipeline/num_chunks"] == 3 for values in steps.values())
-    assert any(values["pipeline/chunks_beside_generation"] >= 1 for values in steps.values())
+    assert any(values["pipeline/chunks_during_generation"] >= 1 for values in steps.values())
     for step in steps:
         chunks = [row.chunk for row in records(chain, step)]
         assert [chunks.count(chunk) for chunk in range(4)] == [6, 6, 4, 0]

@@ -260,12 +260,12 @@ def test_overlapped_and_serial_give_the_same_bits(
     assert one.rollout.chunk_index == other.rollout.chunk_index == [1, 0, 1, 0, 2, 2, 0, 1, 0, 1]
 
     assert [wave.chunks for wave in overlapped.pipeline.waves] == [[0], [1], [2]]
-    assert [wave.beside_generation for wave in overlapped.pipeline.waves] == [True, True, False]
+    assert [wave.during_generation for wave in overlapped.pipeline.waves] == [True, True, False]
     forwards = [stage.name for stage in overlapped.maker.stages()]
     assert [wave.stages for wave in overlapped.pipeline.waves] == [forwards, forwards[::-1], forwards]
     assert [wave.chunks for wave in serial.pipeline.waves] == [[0, 1, 2]]
     assert (overlapped.generated, serial.generated) == (1, 1)
-    assert one.metrics["pipeline/chunks_beside_generation"] == 2 and other.metrics["pipeline/num_waves"] == 1
+    assert one.metrics["pipeline/chunks_during_generation"] == 2 and other.metrics["pipeline/num_waves"] == 1
     for roles in (overlapped, serial):
         assert roles.critic.residency.bytes_by_kind()[0][Kind.params] == roles.critic.residency.num_bytes(FORWARD)
         roles.device.close()

@@ -17,7 +17,7 @@ from hetero_ppo.config.schema import (
     RolloutCorrectionKind,
 )
 from hetero_ppo.experience.rollouts import build_rollout
-from hetero_ppo.experience.stages import compare_with_engine
+from hetero_ppo.experience.stages import compare_with_generator
 from hetero_ppo.health.check import Severity
 from hetero_ppo.health.mismatch import Bound, MismatchGuard, mismatch_bounds
 from hetero_ppo.types import PromptBatch, Rollout
@@ -48,11 +48,11 @@ def test_what_is_compared_and_what_is_corrected() -> None:
     rollout = rollout_of([-1.0, -2.0, -3.0])
     old = (rollout.rollout_log_probs + torch.tensor([0.0, 3.0, 0.0, -0.5])).masked_fill(~rollout.response_mask, 0)
     of_engine = AlgorithmConfig(old_log_probs=OldLogProbs.rollout)
-    assert compare_with_engine(of_engine, rollout, old, rollout.response_mask) == (None, {})
-    weights, metrics = compare_with_engine(AlgorithmConfig(), rollout, old, rollout.response_mask)
+    assert compare_with_generator(of_engine, rollout, old, rollout.response_mask) == (None, {})
+    weights, metrics = compare_with_generator(AlgorithmConfig(), rollout, old, rollout.response_mask)
     assert weights is None and set(metrics) == FIGURES and metrics["rollout/log_prob_diff_max"] == 3
     correction = RolloutCorrectionConfig(kind=RolloutCorrectionKind.truncated)
-    weights, metrics = compare_with_engine(
+    weights, metrics = compare_with_generator(
         AlgorithmConfig(rollout_correction=correction), rollout, old, rollout.response_mask
     )
     torch.testing.assert_close(weights, torch.tensor([[0.0, 2.0, 1.0, 0.60653]]), atol=1e-5, rtol=0)

@@ -255,7 +255,7 @@ def pending_rollout(job: Job, num_prompts: int) -> PendingRollout:
     )
 
 
-def test_while_roles_compute_beside_generation_other_servers_answer(
+def test_while_roles_compute_during_generation_other_servers_answer(
     cuda: VirtualCuda, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of two servers one dies: its prompts go to the other. When that dies too the devices are asked for, and both start."""
