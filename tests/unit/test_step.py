@@ -15,6 +15,7 @@ from hetero_ppo.observability.gantt import LANE_COLOURS
 from hetero_ppo.observability.trace import LANES
 from hetero_ppo.step.kinds import FORWARD, TRAINING
 from hetero_ppo.step.phases import GeneratorMemory, Phase, check_order, ppo_phases, step_phases, training_phase
+from hetero_ppo.step.placement import run_placement
 from hetero_ppo.step.roles import ROLE_SECTIONS, run_roles
 
 ROOT = Path(__file__).parents[2]
@@ -64,6 +65,15 @@ def test_old_log_probs_of_the_generator_need_no_phase_of_the_actor() -> None:
         config = load_config(str(ROOT / "configs/ppo/word_sort.yaml"), [f"algorithm.old_log_probs={source}"]).config
         first[source] = next(phase.name for phase in step_phases(config) if phase.role == "actor")
     assert first == {"actor": "old_log_probs", "rollout": "train_actor"}
+
+
+def test_every_role_lives_on_all_ranks_and_rank_0_has_the_generator() -> None:
+    config = load_config(str(ROOT / "configs/ppo/word_sort.yaml"), []).config
+    placement = run_placement(config, 4)
+    assert {name: list(ranks) for name, ranks in placement.ranks.items()} == {
+        name: [0, 1, 2, 3] for name in run_roles(config)
+    }
+    assert placement.generator_rank == 0
 
 
 def test_a_phase_reads_what_an_earlier_one_wrote() -> None:
