@@ -55,8 +55,8 @@ def generalized_advantages(
         token_level_rewards: [B, T] float.
         values: [B, T] float; column t is the value of the state before token t + 1.
         response_mask: [B, T] bool; the True columns of a row follow each other without a gap.
-        gamma: discount per token.
-        lam: lambda of the estimator.
+        gamma: Discount per token.
+        lam: Lambda of the estimator.
 
     Returns:
         advantages [B, T] and returns [B, T], 0 outside ``response_mask``, without a graph.

@@ -34,10 +34,10 @@ def kl_estimate(log_probs: Tensor, ref_log_probs: Tensor, estimator: KlEstimator
     clamped to at most 20 so that a token which the policy has all but ruled out gives a finite number instead of an overflow.
 
     Args:
-        log_probs: [B, T] float, of the policy, in nats.
-        ref_log_probs: [B, T] float, of the reference.
-        estimator: k1, k2, k3 or k3+.
-        clamp: largest absolute value in nats, ``algorithm.kl.clamp``; None: no bound.
+        log_probs: [B, T] float, log-probs of the policy, nats.
+        ref_log_probs: [B, T] float, log-probs of the reference, nats.
+        estimator: Value of ``algorithm.kl.estimator``.
+        clamp: Largest absolute value in nats, ``algorithm.kl.clamp``; None sets no bound.
 
     Returns:
         [B, T] float, nats; differentiable in both inputs.
@@ -73,7 +73,7 @@ class FixedKlController:
         self.coef = coef
 
     def update(self, current_kl: float, num_samples: int) -> None:
-        """Same call as ``AdaptiveKlController.update``; changes nothing."""
+        """Keep the coefficient. The arguments are those of ``AdaptiveKlController.update``."""
 
     def state_dict(self) -> dict[str, str | float]:
         return {"controller": KlController.fixed.value, "coef": self.coef}
@@ -82,7 +82,7 @@ class FixedKlController:
         """Check that the checkpoint had the same controller. The coefficient of the configuration is kept.
 
         Raises:
-            ValueError: the checkpoint was written with another controller.
+            ValueError: The checkpoint was written with another controller.
         """
         _check_controller(state, KlController.fixed)
 
@@ -94,9 +94,9 @@ class AdaptiveKlController:
     ``e = clip((KL - target) / target, -0.2, 0.2)``, ``coef <- coef * (1 + e * num_samples / horizon)``.
 
     Args:
-        coef: initial coefficient.
+        coef: Initial coefficient.
         target: KL per sequence, nats, above 0.
-        horizon: samples over which the coefficient moves by its own size when the error is 1.
+        horizon: Number of samples over which the coefficient moves by its own size when the error is 1.
     """
 
     def __init__(self, coef: float, target: float, horizon: int):
@@ -112,11 +112,11 @@ class AdaptiveKlController:
         """Move the coefficient after one rollout batch.
 
         Args:
-            current_kl: mean KL per sequence of the batch, nats.
-            num_samples: responses in the batch, over all ranks.
+            current_kl: Mean KL per sequence of the batch, nats.
+            num_samples: Number of responses in the batch, over all ranks.
 
         Raises:
-            ValueError: the KL is not finite, or the batch is so large for the horizon (5 times or more) that the
+            ValueError: The KL is not finite, or the batch is so large for the horizon (5 times or more) that the
                 coefficient could turn negative.
         """
         if not math.isfinite(current_kl):
@@ -137,14 +137,14 @@ class AdaptiveKlController:
         """Take the coefficient of a checkpoint; target and horizon stay as configured.
 
         Raises:
-            ValueError: the checkpoint was written with another controller.
+            ValueError: The checkpoint was written with another controller.
         """
         _check_controller(state, KlController.adaptive)
         self.coef = float(state["coef"])
 
 
 def build_kl_controller(config: KlConfig) -> FixedKlController | AdaptiveKlController:
-    """The controller that ``algorithm.kl`` asks for."""
+    """Return the controller that ``algorithm.kl`` asks for."""
     if config.controller == KlController.adaptive:
         return AdaptiveKlController(config.coef, config.target, config.horizon)
     return FixedKlController(config.coef)

@@ -52,7 +52,7 @@ def policy_loss(
     denominator: float,
     tis_weights: Tensor | None = None,
 ) -> Loss:
-    """Clipped surrogate objective, negated.
+    """Return the negated clipped surrogate objective.
 
     Schulman et al. 2017, "Proximal Policy Optimization Algorithms", equation 7: the token's loss is
     ``max(-A ratio, -A clip(ratio, 1 - clip_ratio, 1 + clip_ratio))``. With ``dual_clip = c``, Ye et al. 2020,
@@ -61,14 +61,14 @@ def policy_loss(
     token's loss after all clipping (Yao et al. 2025; ``rollout_correction.truncated_weights``).
 
     Args:
-        log_probs: [b, t] float, of the policy being trained, with a graph.
-        old_log_probs: [b, t] float, of the policy that made the rollout.
+        log_probs: [b, t] float, log-probs of the policy being trained, with a graph.
+        old_log_probs: [b, t] float, log-probs of the policy that made the rollout.
         advantages: [b, t] float.
         mask: [b, t] bool.
-        clip_ratio: epsilon.
-        dual_clip: c > 1; None switches it off.
-        denominator: tokens of the global minibatch (see the module's docstring).
-        tis_weights: [b, t] float without a graph, or None: no correction, and no arithmetic for it.
+        clip_ratio: Epsilon, ``algorithm.clip_ratio``.
+        dual_clip: Constant c > 1; None switches the dual clip off.
+        denominator: Number of tokens of the global minibatch (see the module's docstring).
+        tis_weights: [b, t] float without a graph; None applies no correction.
 
     Returns:
         The loss and actor/pg_loss (weighted, as it is minimised), actor/pg_clipfrac, actor/pg_clipfrac_lower, actor/ppo_kl, actor/ratio_mean.
@@ -113,19 +113,19 @@ def value_loss(
     value_clip: float | None,
     denominator: float,
 ) -> Loss:
-    """Squared error of the critic, halved, with the clip that PPO's reference implementation uses.
+    """Return half the squared error of the critic, clipped as in PPO's reference implementation.
 
     With ``V_clip = clip(V, V_old - value_clip, V_old + value_clip)`` the token's loss is
     ``max((V - R)^2, (V_clip - R)^2) / 2`` (openai/baselines ppo2; Engstrom et al. 2020, "Implementation Matters in Deep
     Policy Gradients").
 
     Args:
-        values: [b, t] float, of the critic being trained, with a graph.
-        old_values: [b, t] float, of the critic before this PPO step.
+        values: [b, t] float, values of the critic being trained, with a graph.
+        old_values: [b, t] float, values of the critic before this PPO step.
         returns: [b, t] float.
         mask: [b, t] bool.
         value_clip: |V - V_old| beyond which the clipped value counts; None switches it off.
-        denominator: tokens of the global minibatch (see the module's docstring).
+        denominator: Number of tokens of the global minibatch (see the module's docstring).
 
     Returns:
         The loss and critic/vf_loss, critic/vf_clipfrac, critic/vpred_mean, and the parts from which ``mean_metrics``
@@ -162,13 +162,13 @@ def value_loss(
 
 
 def entropy_bonus(entropy: Tensor, mask: Tensor, entropy_coef: float, denominator: float) -> Loss:
-    """``-entropy_coef * mean(entropy)`` (Schulman et al. 2017, equation 9), and the metric actor/entropy.
+    """Return ``-entropy_coef * mean(entropy)`` (Schulman et al. 2017, equation 9) with the metric actor/entropy.
 
     Args:
-        entropy: [b, t] float, nats, of the policy's distribution over the vocabulary.
+        entropy: [b, t] float, nats, entropy of the policy's distribution over the vocabulary.
         mask: [b, t] bool.
-        entropy_coef: weight; with 0 only the metric is of use, and the loss is a 0 without a graph.
-        denominator: tokens of the global minibatch.
+        entropy_coef: Weight of the bonus. With 0 the loss is 0 without a graph, and only the metric is of use.
+        denominator: Number of tokens of the global minibatch.
 
     Raises:
         ValueError: ``denominator`` is not positive.
@@ -188,16 +188,16 @@ def kl_loss(
     kl_loss_coef: float,
     denominator: float,
 ) -> Loss:
-    """``kl_loss_coef * mean(KL estimate)`` (Shao et al. 2024, "DeepSeekMath", equation 4), and actor/kl_loss.
+    """Return ``kl_loss_coef * mean(KL estimate)`` (Shao et al. 2024, "DeepSeekMath", equation 4) with the metric actor/kl_loss.
 
     Args:
-        log_probs: [b, t] float, of the policy being trained, with a graph.
+        log_probs: [b, t] float, log-probs of the policy being trained, with a graph.
         ref_log_probs: [b, t] float.
         mask: [b, t] bool.
-        estimator: see ``kl_estimate``. The gradient of k1 is 0 in expectation: it regularises nothing here.
-        clamp: see ``kl_estimate``.
-        kl_loss_coef: weight. The metric is without it.
-        denominator: tokens of the global minibatch.
+        estimator: Estimator of ``kl_estimate``. The gradient of k1 is 0 in expectation, so it regularises nothing here.
+        clamp: Bound of ``kl_estimate``.
+        kl_loss_coef: Weight of the loss; the metric does not contain it.
+        denominator: Number of tokens of the global minibatch.
 
     Raises:
         ValueError: ``denominator`` is not positive.
@@ -211,7 +211,7 @@ def kl_loss(
 def bradley_terry_loss(
     chosen_scores: Tensor, rejected_scores: Tensor, margin: float, score_l2: float, denominator: float
 ) -> Loss:
-    """``-log sigmoid(chosen - rejected - margin)`` per pair, and a weight on squared scores.
+    """Return ``-log sigmoid(chosen - rejected - margin)`` per pair, plus a penalty on squared scores.
 
     Ouyang et al. 2022, "Training language models to follow instructions with human feedback", equation 1; the margin
     as in Touvron et al. 2023, "Llama 2", equation 2.
@@ -219,9 +219,9 @@ def bradley_terry_loss(
     Args:
         chosen_scores: [b] float, with a graph.
         rejected_scores: [b] float, with a graph.
-        margin: score difference that is asked for.
-        score_l2: weight of the mean of squared scores, over both sides.
-        denominator: pairs of the global minibatch.
+        margin: Score difference between chosen and rejected that the loss asks for.
+        score_l2: Weight of the mean of squared scores, over both sides.
+        denominator: Number of pairs of the global minibatch.
 
     Returns:
         The loss and rm/loss (Bradley-Terry alone), rm/accuracy (a tie is a miss), rm/score_margin, rm/chosen_score,
@@ -250,12 +250,12 @@ def bradley_terry_loss(
 
 
 def sft_loss(log_probs: Tensor, mask: Tensor, denominator: float) -> Loss:
-    """Negative log-likelihood of answer tokens, and the metric sft/loss.
+    """Return the negative log-likelihood of answer tokens with the metric sft/loss.
 
     Args:
-        log_probs: [b, t] float, of the data's tokens, with a graph.
+        log_probs: [b, t] float, log-probs of the data's tokens, with a graph.
         mask: [b, t] bool, True where a column predicts a token of an answer.
-        denominator: answer tokens of the global minibatch.
+        denominator: Number of answer tokens of the global minibatch.
 
     Raises:
         ValueError: ``denominator`` is not positive.
@@ -277,11 +277,11 @@ def mean_metrics(metric_sums: Mapping[str, Tensor | float], count: Tensor | floa
     """Divide sums by their count; the parts of explained variance become critic/vf_explained_var.
 
     Args:
-        metric_sums: name -> sum over all ranks and micro-batches.
-        count: tokens (or pairs) that the sums are over.
+        metric_sums: Name -> sum over all ranks and micro-batches.
+        count: Number of tokens (or pairs) that the sums are over.
 
     Returns:
-        name -> mean. NaN where nothing was counted; explained variance is NaN too where all returns are equal.
+        Name -> mean. NaN where nothing was counted; explained variance is NaN too where all returns are equal.
     """
     number = float(count)
     means = {name: float(total) / number if number else math.nan for name, total in metric_sums.items()}
@@ -296,7 +296,7 @@ def mean_metrics(metric_sums: Mapping[str, Tensor | float], count: Tensor | floa
 
 
 def _with_sums(loss: Tensor, mask: Tensor, metrics: Mapping[str, Tensor]) -> Loss:
-    """The loss with the sum of each metric over the mask. Nothing waits for the device."""
+    """Return the loss with the sum of each metric over the mask, without waiting for the device."""
     with torch.no_grad():
         values = torch.stack([value.detach().double() for value in metrics.values()])
         sums = values.masked_fill_(~mask, 0).flatten(1).sum(dim=1)

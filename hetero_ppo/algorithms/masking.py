@@ -1,6 +1,6 @@
 """Masks over predicted tokens, and sums, means and whitening under them.
 
-Letters: B sequences, S tokens of the padded sequence, T = S - 1 columns. Column t speaks of the prediction of token
+Letters: B sequences, S tokens of the padded sequence, T = S - 1 columns. Column t belongs to the prediction of token
 t + 1 from tokens 0..t (see ``hetero_ppo.types``).
 """
 
@@ -14,7 +14,7 @@ WHITEN_EPS = 1e-8
 
 
 def response_mask(prompt_lengths: Tensor, sequence_lengths: Tensor, num_columns: int) -> Tensor:
-    """True where a column predicts a response token.
+    """Return a mask that is True where a column predicts a response token.
 
     The response of a row is tokens ``prompt_length .. sequence_length - 1``; the columns that predict them are
     ``prompt_length - 1 .. sequence_length - 2``.
@@ -22,7 +22,7 @@ def response_mask(prompt_lengths: Tensor, sequence_lengths: Tensor, num_columns:
     Args:
         prompt_lengths: [B] int64, tokens, at least 1 (the first response token needs a token before it).
         sequence_lengths: [B] int64, tokens of prompt and response.
-        num_columns: T.
+        num_columns: Number of columns T.
 
     Returns:
         [B, T] bool.
@@ -32,7 +32,7 @@ def response_mask(prompt_lengths: Tensor, sequence_lengths: Tensor, num_columns:
 
 
 def last_response_column(response_mask: Tensor) -> Tensor:
-    """Index of each row's last True column; -1 for a row without any.
+    """Return the index of each row's last True column; -1 for a row without any.
 
     Args:
         response_mask: [B, T] bool.
@@ -45,11 +45,11 @@ def last_response_column(response_mask: Tensor) -> Tensor:
 
 
 def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
-    """Sum over the True places of ``mask``. What lies elsewhere, NaN included, takes no part.
+    """Return the sum over the True places of ``mask``. Values elsewhere are ignored, NaN included.
 
     Args:
-        values: any shape.
-        mask: bool, the shape of ``values``.
+        values: Tensor of any shape.
+        mask: Bool tensor of the shape of ``values``.
 
     Returns:
         [] in the dtype of ``values``.
@@ -58,14 +58,14 @@ def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def masked_mean(values: Tensor, mask: Tensor, denominator: float | None = None) -> Tensor:
-    """``masked_sum`` divided by ``denominator``; by the number of True places where it is None.
+    """Return ``masked_sum`` divided by ``denominator``, or by the number of True places if it is None.
 
     A mean over no place at all, with ``denominator=None``, is NaN, as ``torch.mean`` of an empty tensor is.
 
     Args:
-        values: any shape.
-        mask: bool, the shape of ``values``.
-        denominator: number of tokens that the mean is over, where ``mask`` is only a part of them.
+        values: Tensor of any shape.
+        mask: Bool tensor of the shape of ``values``.
+        denominator: Number of tokens that the mean is over, if ``mask`` covers only a part of them.
 
     Returns:
         [] in the dtype of ``values``.
@@ -74,14 +74,14 @@ def masked_mean(values: Tensor, mask: Tensor, denominator: float | None = None) 
 
 
 def whiten(values: Tensor, mask: Tensor, mean: float, var: float) -> Tensor:
-    """``(values - mean) / sqrt(var + 1e-8)`` in the mask, 0 outside.
+    """Return ``(values - mean) / sqrt(var + 1e-8)`` in the mask and 0 outside.
 
     Args:
         values: [B, T] float.
         mask: [B, T] bool.
-        mean: of the masked values over the whole rollout batch and all ranks
+        mean: Mean of the masked values over the whole rollout batch and all ranks
             (``hetero_ppo.distributed.statistics.global_masked_moments``), not of this tensor.
-        var: their population variance.
+        var: Population variance of the same values.
 
     Returns:
         [B, T] in the dtype of ``values``.

@@ -61,7 +61,7 @@ class RunningMoments:
 
 
 def ensemble_score(scores: Tensor, how: EnsembleScore, k: float) -> Tensor:
-    """One score of those that several reward models give.
+    """Combine the scores of several reward models into one score.
 
     Coste et al. 2023, "Reward Model Ensembles Help Mitigate Overoptimization" (mean, worst case, and an uncertainty-weighted
     one that subtracts the variance); Eisenstein et al. 2023, "Helping or Herding? Reward Model Ensembles Mitigate but do
@@ -69,8 +69,8 @@ def ensemble_score(scores: Tensor, how: EnsembleScore, k: float) -> Tensor:
 
     Args:
         scores: [M, B] float32 of M models.
-        how: ``reward.ensemble``.
-        k: with ``mean_minus_std``, population standard deviations that are subtracted.
+        how: Value of ``reward.ensemble``.
+        k: Number of population standard deviations that ``mean_minus_std`` subtracts.
 
     Returns:
         [B] float32.
@@ -84,10 +84,10 @@ def ensemble_score(scores: Tensor, how: EnsembleScore, k: float) -> Tensor:
 
 
 def mix_scores(parts: Sequence[tuple[float, Tensor]]) -> Tensor:
-    """Sum of weight x score, in float64 and rounded once.
+    """Return the sum of weight x score, computed in float64 and rounded once.
 
     Args:
-        parts: at least one (weight, [B] float32 scores); NaN where a part has none.
+        parts: At least one (weight, [B] float32 scores); NaN where a part has none.
 
     Returns:
         [B] float32, NaN where any part is.
@@ -96,12 +96,12 @@ def mix_scores(parts: Sequence[tuple[float, Tensor]]) -> Tensor:
 
 
 def normalise_scores(scores: Tensor, mean: float, var: float) -> Tensor:
-    """``(scores - mean) / sqrt(var + 1e-8)`` with running moments that hold these scores already.
+    """Return ``(scores - mean) / sqrt(var + 1e-8)``, with running moments that already contain these scores.
 
     Args:
         scores: [B] float.
-        mean: running mean, ``RunningMoments.mean``.
-        var: running population variance, ``RunningMoments.var``.
+        mean: Running mean, ``RunningMoments.mean``.
+        var: Running population variance, ``RunningMoments.var``.
 
     Returns:
         [B] in the dtype of ``scores``.
@@ -114,7 +114,7 @@ def clip_scores(scores: Tensor, clip: float) -> Tensor:
 
     Args:
         scores: [B] float.
-        clip: ``reward.clip``.
+        clip: Value of ``reward.clip``.
 
     Returns:
         [B] in the dtype of ``scores``.
@@ -135,7 +135,7 @@ def apply_truncation(
         truncated: [B] bool.
         policy: ``score`` changes nothing; ``penalise`` replaces the score; ``mask`` takes the row out of the mask, and
             so out of losses, whitening and token counts.
-        truncation_score: with ``penalise``, ``algorithm.truncation_score``.
+        truncation_score: Value of ``algorithm.truncation_score``, which ``penalise`` reads.
 
     Returns:
         scores [B], response_mask [B, T].
@@ -162,7 +162,7 @@ def token_level_rewards(
         process: [B, T] float, the score of the step that ends with token t + 1, and 0 where no step ends; None: no scores of steps.
         kl: [B, T] float, nats per token (``kl_estimate``).
         response_mask: [B, T] bool.
-        kl_coef: current coefficient of the controller.
+        kl_coef: Current coefficient of the controller.
 
     Returns:
         [B, T] float, 0 outside ``response_mask``.

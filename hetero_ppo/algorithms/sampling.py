@@ -16,9 +16,9 @@ def sample_tokens(
     Args:
         logits: [n, V], finite.
         uniforms: [n] float64 in [0, 1).
-        temperature: 0: the largest logit, the first of several.
-        top_p: in (0, 1], share of the probability that is kept at least: nucleus sampling (Holtzman et al. 2020).
-        top_k: tokens that are kept, and those that are as likely as the last of them; -1: all.
+        temperature: Temperature of the distribution; 0 takes the largest logit, the first of several.
+        top_p: Smallest share of the probability that is kept, in (0, 1]: nucleus sampling (Holtzman et al. 2020).
+        top_k: Number of tokens that are kept, besides those that are as likely as the last of them; -1 keeps all.
 
     Returns:
         (tokens [n] int64, log-probs [n] float32) in the distribution that was drawn from; at temperature 0, in that of
@@ -30,9 +30,9 @@ def sample_tokens(
         return tokens, _log_probs(logits, tokens)
     logits = _cut(logits / temperature, top_p, top_k)
     cumulative = torch.softmax(logits, dim=-1).cumsum(dim=-1, dtype=torch.float64)
-    # The product stays below the total, so what is found is a token that was kept.
-    wanted = uniforms.clamp(max=1 - 2**-50)[:, None] * cumulative[:, -1:]
-    tokens = torch.searchsorted(cumulative, wanted, right=True)[:, 0]
+    # The product stays below the total, so the search finds a token that was kept.
+    target = uniforms.clamp(max=1 - 2**-50)[:, None] * cumulative[:, -1:]
+    tokens = torch.searchsorted(cumulative, target, right=True)[:, 0]
     return tokens, _log_probs(logits, tokens)
 
 
@@ -41,7 +41,7 @@ def _log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
 
 
 def _cut(logits: Tensor, top_p: float, top_k: int) -> Tensor:
-    """[n, V] with -inf for the tokens that are left out."""
+    """Return [n, V] logits with -inf for the tokens that are left out."""
     if 0 < top_k < logits.shape[-1]:
         last = logits.topk(top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < last, -torch.inf)

@@ -8,7 +8,7 @@ from hetero_ppo.config.schema import LrSchedule, OptimizerConfig
 
 
 def lr_at(step: int, config: OptimizerConfig, total_steps: int) -> float:
-    """Learning rate of one optimizer step.
+    """Return the learning rate of one optimizer step.
 
     Warm-up is linear, ``lr * (step + 1) / (warmup_steps + 1)``, so that the first step moves the weights and step
     ``warmup_steps`` is the first with the full rate. After it the rate is constant, or falls linearly or along half a
@@ -16,9 +16,9 @@ def lr_at(step: int, config: OptimizerConfig, total_steps: int) -> float:
     ``total_steps`` would be: the last step is not wasted on a rate of 0. Beyond ``total_steps`` it stays at ``min_lr``.
 
     Args:
-        step: optimizer steps taken before this one, from 0.
-        config: lr, min_lr, lr_schedule and warmup_steps are read.
-        total_steps: optimizer steps of the whole run, warm-up included.
+        step: Number of optimizer steps taken before this one, from 0.
+        config: Section of the optimizer, of which lr, min_lr, lr_schedule and warmup_steps are read.
+        total_steps: Number of optimizer steps of the whole run, warm-up included.
 
     Returns:
         The learning rate itself, not a multiplier.

@@ -29,28 +29,28 @@ MIN_ROWS = 4
 
 @dataclass(frozen=True)
 class Request:
-    """A response that is wanted."""
+    """One request for a response."""
 
     prompt: list[int]
     max_tokens: int
-    seed: int  # of its random numbers, one for each token
+    seed: int  # seed of the response's random numbers, one for each token
 
 
 @dataclass(frozen=True)
 class Completion:
-    """A response that is complete."""
+    """A complete response."""
 
     token_ids: list[int]
     log_probs: list[float]
     stopped: bool  # its last token ended it; False: it has max_tokens
-    step: int  # forward of this rank that it was complete after
+    step: int  # number of the forward on this rank that completed it
 
 
 @dataclass
 class _Sequence:
     """A request that has a slot."""
 
-    index: int  # of the request
+    index: int  # place of the request among all requests
     request: Request
     uniforms: list[float]  # one for each token that may come
     token_ids: list[int] = field(default_factory=list)
@@ -66,15 +66,15 @@ class _Sequence:
 class Decoder:
     """Answers requests with the parameters of a role, on one data-parallel rank of it.
 
-    A response's random numbers are its own, whatever else is in the batch. Its logits are rounded as the batch's size has it, on
-    which a token depends only where a random number falls between two roundings of a probability.
+    A response has random numbers of its own, so they do not depend on the rest of the batch. The rounding of its logits does depend on
+    the size of the batch. That changes a token only if a random number falls between two roundings of a probability.
     """
 
     def __init__(self, engine: ModelEngine, num_slots: int, max_length: int) -> None:
         """Args:
-        engine: of a role whose layout is tensor and data parallelism alone.
-        num_slots: sequences that are decoded at the same time.
-        max_length: tokens of prompt and response at most.
+        engine: Model of a role whose layout has tensor and data parallelism only.
+        num_slots: Number of sequences that are decoded at the same time.
+        max_length: Largest number of tokens of prompt and response.
         """
         layout = engine.config.parallel
         assert layout.pipeline == layout.context == layout.expert == 1, "check_megatron_engine"
@@ -88,12 +88,12 @@ class Decoder:
         return self._cache is not None
 
     def allocate(self) -> None:
-        """Take the memory of the cache, where it is not taken."""
+        """Allocate the cache, unless it is allocated."""
         if self._cache is None:
             self._cache = SlotCache(self.engine.bridge.transformer, self.num_slots, self.max_length)
 
     def free(self) -> None:
-        """Give it back."""
+        """Free the cache."""
         self._cache = None
 
     @torch.no_grad()
@@ -104,16 +104,16 @@ class Decoder:
         is_last: Callable[[list[int]], bool],
         on_complete: Callable[[int, Completion], None],
     ) -> None:
-        """Answer all, in the engine's turn. Collective over its tensor-parallel ranks.
+        """Answer all requests, in the role's turn. Collective over its tensor-parallel ranks.
 
         Args:
-            requests: in the order in which they get a slot.
-            sampling: temperature, top_p and top_k.
-            is_last: of a response's tokens so far: whether the last of them ends it.
-            on_complete: told of every request's completion.
+            requests: Requests in the order in which they get a slot.
+            sampling: Temperature, top_p and top_k of the sampling.
+            is_last: Function of a response's tokens so far that returns whether the last of them ends it.
+            on_complete: Function that is called with the index and the completion of every request.
 
         Raises:
-            FloatingPointError: a logit is NaN or infinite.
+            FloatingPointError: A logit is NaN or infinite.
         """
         (model,) = self.engine.evaluating("generation")
         waiting = deque(enumerate(requests))
@@ -137,9 +137,9 @@ class Decoder:
 
     @torch.no_grad()
     def log_probs(self, token_ids: list[int]) -> list[float]:
-        """log p(token t + 1 | tokens 0..t) at temperature 1, for t = 0 .. len - 2, in the engine's turn.
+        """Return log p(token t + 1 | tokens 0..t) at temperature 1, for t = 0 .. len - 2, in the role's turn.
 
-        The first half goes as a prompt does, the rest as a response does: token by token through the cache. Collective over the
+        The first half is computed like a prompt, the rest like a response: token by token through the cache. Collective over the
         tensor-parallel ranks.
         """
         (model,) = self.engine.evaluating("generation")
@@ -152,7 +152,7 @@ class Decoder:
         return torch.log_softmax(torch.cat(logits).float(), dim=-1).gather(1, targets)[:, 0].tolist()
 
     def _admit(self, waiting: deque[tuple[int, Request]], num_free: int) -> list[_Sequence]:
-        """The next requests: as many as there are slots for and one forward should take."""
+        """Take the next requests: as many as have a free slot and fit into one forward."""
         admitted: list[_Sequence] = []
         num_tokens = 0
         while waiting and len(admitted) < num_free:
@@ -167,7 +167,7 @@ class Decoder:
         return admitted
 
     def _step(self, model: GPTModel, live: Sequence[_Sequence], admitted: Sequence[_Sequence]) -> Tensor:
-        """[live and admitted, V] logits of their next tokens."""
+        """Return [live and admitted, V] logits of the next token of every sequence."""
         tokens = [sequence.token_ids[-1] for sequence in live]
         positions = [sequence.num_cached for sequence in live]
         rows = list(range(len(live)))
@@ -186,11 +186,11 @@ class Decoder:
         stretches: Sequence[Stretch],
         rows: Sequence[int],
     ) -> Tensor:
-        """[rows, V] logits, the same bits on every tensor-parallel rank."""
+        """Return [rows, V] logits, the same bits on every tensor-parallel rank."""
         assert self._cache is not None
         num_tokens = self._padded(len(tokens))
-        wanted = [*rows, *[0] * (self._padded(len(rows)) - len(rows))]
-        self._cache.take(positions, stretches, num_tokens, wanted)
+        head_rows = [*rows, *[0] * (self._padded(len(rows)) - len(rows))]
+        self._cache.take(positions, stretches, num_tokens, head_rows)
         padded = [*tokens, *[0] * (num_tokens - len(tokens))]
         ids = torch.tensor([padded], device=platform.device())
         # Rotary embeddings take positions from the cache; the model takes an argument for learned ones.
@@ -198,16 +198,16 @@ class Decoder:
         return logits[0, : len(rows), : self.engine.vocab_size]
 
     def _padded(self, num_rows: int) -> int:
-        """Rows of a product: as micro-batches are padded, and never few enough for another kernel."""
+        """Return the number of rows of a product, padded like micro-batches and to ``MIN_ROWS`` at least."""
         return self.engine.forward_size.padded(max(num_rows, MIN_ROWS))
 
     def _sample(
         self, logits: Tensor, live: Sequence[_Sequence], sampling: SamplingConfig
     ) -> tuple[list[int], list[float]]:
-        """Next token of every sequence and its log-prob. The tensor-parallel ranks take those of their first one.
+        """Sample the next token of every sequence, with its log-prob. All tensor-parallel ranks take the tokens of the first one.
 
         Raises:
-            FloatingPointError: a logit is NaN or infinite.
+            FloatingPointError: A logit is NaN or infinite.
         """
         if not torch.isfinite(logits.sum()):
             raise FloatingPointError(
@@ -228,7 +228,7 @@ class Decoder:
         return tokens.tolist(), log_probs.tolist()
 
     def _retire(self, live: list[_Sequence]) -> None:
-        """Take out what is complete. The last sequences move into the slots that become free, so that slots stay in one piece."""
+        """Remove complete sequences. The last ones move into the slots that become free, so that the used slots stay contiguous."""
         assert self._cache is not None
         slot = 0
         while slot < len(live):
