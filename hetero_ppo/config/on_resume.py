@@ -52,7 +52,7 @@ def leaves(values: dict[str, Any], section: type, prefix: str = "") -> Iterator[
     """Yield (dotted field, value) of a configuration's plain values; an optional section that is not there gives None.
 
     Args:
-        values: As YAML has them. Keys that the schema does not know are leaves, too.
+        values: Values of a YAML file. Keys that the schema does not know are leaves too.
         section: Class of these values.
         prefix: Dotted name of the section, with a dot at the end.
     """
@@ -80,7 +80,7 @@ def optional_sections(values: dict[str, Any], section: type, prefix: str = "") -
     """Yield the dotted names of the optional sections, and of the items of lists of sections, that are there.
 
     Args:
-        values: As YAML has them.
+        values: Values of a YAML file.
         section: Class of these values.
         prefix: Dotted name of the section, with a dot at the end.
     """

@@ -121,7 +121,7 @@ def option(
         also: Single numbers that are allowed beyond the bounds.
         choices: The only texts that are allowed.
         endings: Endings of which a text has one.
-        resume: What happens to another value when a run resumes; None where the rule of its section decides.
+        resume: Rule for another value when a run resumes, or None where the rule of its section decides.
     """
     bounds = Bounds(minimum, above, maximum, below, finite, also, choices, endings)
     metadata = {_KEY: Option(text, unit, bounds, resume)}
@@ -136,7 +136,7 @@ def section(section_class: type, text: str, *, resume: OnResume = OnResume.secti
     Args:
         section_class: Dataclass of the section.
         text: Documentation, one sentence or noun phrase.
-        resume: What happens to other values when a run resumes.
+        resume: Rule for other values when a run resumes.
     """
     return dataclasses.field(default_factory=section_class, metadata={_KEY: Option(text, resume=resume)})
 
