@@ -11,9 +11,9 @@ from tests.helpers.language import ROOT
 MODULES = [path for package in ("hetero_ppo", "megatron_bridge") for path in sorted((ROOT / package).rglob("*.py"))]
 PAGES = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
 #: Least share of functions whose docstrings begin with an imperative verb.
-LEAST_SHARE = 0.88
+LEAST_SHARE = 0.9
 #: Packages whose texts are not in plain words yet. pyproject.toml leaves them out of ruff's D401 too.
-EXEMPT = ("algorithms", "distributed", "engines", "experience", "inference", "trainers")
+EXEMPT = ("engines", "trainers")
 FINISHED = [path for path in MODULES if path.relative_to(ROOT).parts[1] not in EXEMPT]
 #: The name under which a run's start is stored; "begun" of a response is a partial response.
 START_OF_A_RUN = ROOT / "hetero_ppo" / "runtime" / "resume.py"
