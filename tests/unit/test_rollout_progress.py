@@ -58,7 +58,9 @@ def test_a_bar_on_the_terminal_counts_responses_and_goes_with_the_rollout(monkey
     generator = OneByOne(Capabilities(is_collective=True, can_resume=True))
     generator.terminal = sys.stderr
     request = GenerationRequest(prompts_of([[3], [4], [5]]), SamplingConfig(max_tokens=1), n=1, seed=0)
-    pending = PendingRollout(generator, request, ONE_RANK, version="step0", chunk_size=3, banked=[(0, DONE)])
+    pending = PendingRollout(
+        generator, request, ONE_RANK, generator_rank=0, version="step0", chunk_size=3, banked=[(0, DONE)]
+    )
     pending.start().next_chunks()
     assert [text.split("|")[0].strip() for text in generator.shown] == [
         "rollout:  33%",
