@@ -72,12 +72,12 @@ class FirstGradients:
 
 
 def clip_divisor(grad_norm: float, clip: float) -> float:
-    """What gradients of norm ``grad_norm`` are divided by so that it is ``clip`` at most; 1 where that is 0 (no clipping)."""
+    """Return the divisor that makes a gradient norm ``clip`` at most. It is 1 if ``clip`` is 0, which means no clipping."""
     return max(1.0, (grad_norm + CLIP_EPS) / clip) if clip > 0 else 1.0
 
 
 def divide_gradients(optimizers: Sequence[MegatronOptimizer], divisor: float) -> None:
-    """Divide the gradients that the optimizers are ready to take; on a CPU it is left to the step, which reads them anyway."""
+    """Divide the gradients that the optimizers are ready to take. On a CPU the optimizer step divides, since it reads them anyway."""
     for one in optimizers:
         if one.optimizer is None:  # a stage without parameters of this class
             continue

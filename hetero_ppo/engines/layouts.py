@@ -1,4 +1,4 @@
-"""A role's model in its layout, as the model bridge takes the two: what cannot be built is said before anything loads."""
+"""Maps a role's model and layout to the model bridge. Models that cannot be built are errors before anything loads."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_bridge import platform
 from megatron_bridge.model.config_mapping import BridgeConfig, bridge_config, read_hf_config
 from megatron_bridge.weights.import_hf import check_checkpoint
 
-#: Dtype of the schema -> of torch.
+#: Dtype of the schema -> dtype of torch.
 DTYPES = {Dtype.fp32: torch.float32, Dtype.bf16: torch.bfloat16}
 
 
@@ -22,11 +22,11 @@ def role_bridge(config: RoleConfig, recompute: str | None = None, *, on_cuda: bo
 
     Args:
         config: Model and layout.
-        recompute: Of activations, see TrainedRoleConfig.
-        on_cuda: Whether the run computes on GPUs; None: as this machine does.
+        recompute: Recomputation of activations, as in ``TrainedRoleConfig``.
+        on_cuda: Whether the run computes on GPUs; None asks this machine.
 
     Raises:
-        ValueError: the model or the layout is not supported, or they don't go together.
+        ValueError: The model or the layout is not supported, or the two do not fit together.
     """
     on_cuda = platform.HAS_CUDA if on_cuda is None else on_cuda
     config, layout = with_dtype(config, on_cuda=on_cuda), config.parallel
@@ -51,10 +51,10 @@ def role_bridge(config: RoleConfig, recompute: str | None = None, *, on_cuda: bo
 
 
 def check_models_fit_layouts(config: AnyConfig, *, on_cuda: bool | None = None) -> None:
-    """Check that every role's model can be built in its layout. Arguments as for ``role_bridge``.
+    """Check that every role's model can be built in its layout. The arguments are those of ``role_bridge``.
 
     Raises:
-        ValueError: the first that cannot: role, model folder, and what does not go together.
+        ValueError: A model cannot be built; the message names its role, its folder and the reason.
     """
     for name, role in config_roles(config).items():
         try:
@@ -70,7 +70,7 @@ def check_checkpoints(config: AnyConfig, *, on_cuda: bool | None = None) -> dict
         Role -> tensors that the checkpoint lacks and that are initialised.
 
     Raises:
-        ValueError: the first role whose checkpoint cannot be loaded, and why; or a reward model without a score head.
+        ValueError: A checkpoint cannot be loaded, or a reward model has no score head; the message names role and reason.
     """
     initialised = {}
     for name, role in config_roles(config).items():

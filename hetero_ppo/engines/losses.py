@@ -1,4 +1,4 @@
-"""The losses as a TrainEngine calls them: model output and micro-batch in, sums out."""
+"""The losses in the form that a TrainEngine calls: from model output and micro-batch to sums."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SUM = 1.0
 
 
 def sft_loss_fn(vocab_size: int, groups: ProcessGroupCollection, num_parts: int | None = None) -> LossFn:
-    """Negative log-likelihood of the answers' tokens; arguments as for ``token_log_probs``."""
+    """Return the negative log-likelihood of the answers' tokens. The arguments are those of ``token_log_probs``."""
 
     def loss_fn(logits: Tensor, microbatch: Microbatch) -> Loss:
         log_probs, _ = token_log_probs(
@@ -36,7 +36,7 @@ def sft_loss_fn(vocab_size: int, groups: ProcessGroupCollection, num_parts: int 
 
 
 def reward_loss_fn(config: RewardModelLossConfig) -> LossFn:
-    """Bradley-Terry loss; micro-batches come from ``split_pairs``."""
+    """Return the Bradley-Terry loss. Its micro-batches come from ``split_pairs``."""
 
     def loss_fn(output: Tensor, microbatch: Microbatch) -> Loss:
         chosen, rejected = scores_output(output, microbatch).chunk(2)
@@ -52,7 +52,13 @@ def actor_loss_fn(
     groups: ProcessGroupCollection,
     num_parts: int | None = None,
 ) -> LossFn:
-    """Clipped policy objective (weighted where the rollout is corrected for), entropy bonus, and KL to the reference where it is in the loss."""
+    """Return the loss of the actor: clipped policy objective, entropy bonus and, with ``kl.loss_coef``, the KL to the reference.
+
+    The objective is weighted if the micro-batch has importance weights. Arguments besides ``config`` are those of ``token_log_probs``.
+
+    Args:
+        config: Section ``algorithm`` of the run.
+    """
 
     def loss_fn(logits: Tensor, microbatch: Microbatch) -> Loss:
         inputs = microbatch.inputs
@@ -88,7 +94,7 @@ def actor_loss_fn(
 
 
 def critic_loss_fn(config: AlgorithmConfig) -> LossFn:
-    """Clipped squared error of the values."""
+    """Return the loss of the critic: the clipped squared error of the values."""
 
     def loss_fn(output: Tensor, microbatch: Microbatch) -> Loss:
         inputs = microbatch.inputs

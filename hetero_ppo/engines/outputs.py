@@ -29,15 +29,15 @@ def token_log_probs(
     with_entropy: bool = False,
     num_parts: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Log-probs of the tokens that came, and optionally the entropy of the distributions they came from.
+    """Return the log-probs of the next tokens, and optionally the entropy of their distributions.
 
     Args:
-        logits: [1, n, V / tp], of the tokens in the output mask and this rank's slice of the vocabulary.
-        microbatch: Of a ``ModelInput``.
-        temperature: Divides the logits, as the engine's sampler does.
-        vocab_size: True size; the padding columns above it take no part.
-        groups: The role's; the results are whole on every context-parallel rank.
-        num_parts: Of the vocabulary, see ``vocab_parallel_log_probs``; those of an aligned role.
+        logits: [1, n, V / tp], logits of the tokens in the output mask for this rank's slice of the vocabulary.
+        microbatch: Micro-batch of a ``ModelInput``.
+        temperature: Divisor of the logits, as in the generator's sampler.
+        vocab_size: Size of the vocabulary without padding columns, which are ignored.
+        groups: Process groups of the role. The results are whole on every context-parallel rank.
+        num_parts: Number of parts of the vocabulary that an aligned role sums over, as in ``vocab_parallel_log_probs``; None otherwise.
 
     Returns:
         ([b, s - 1] float32, [b, s - 1] float32 or None); 0 outside the output mask.
@@ -60,7 +60,7 @@ def token_log_probs(
 def log_probs_output(
     *, temperature: float, vocab_size: int, groups: ProcessGroupCollection, num_parts: int | None = None
 ) -> OutputFn:
-    """[1, n, V / tp] -> [b, s - 1] log-probs; arguments as for ``token_log_probs``."""
+    """Return a function from [1, n, V / tp] logits to [b, s - 1] log-probs. The arguments are those of ``token_log_probs``."""
 
     def output(logits: Tensor, microbatch: Microbatch) -> Tensor:
         return token_log_probs(
@@ -71,10 +71,10 @@ def log_probs_output(
 
 
 def values_output(values: Tensor, microbatch: Microbatch) -> Tensor:
-    """[b, s] -> [b, s - 1]: column t is the value of the state that token t + 1 is chosen in."""
+    """Return [b, s - 1] of [b, s] values: column t is the value of the state in which token t + 1 is chosen."""
     return values[:, :-1]
 
 
 def scores_output(scores: Tensor, microbatch: Microbatch) -> Tensor:
-    """[b, s] -> [b]: the score at the end of each sequence."""
+    """Return [b] of [b, s] scores: the score at the end of each sequence."""
     return at_sequence_end(scores, microbatch.sequence_lengths)

@@ -25,7 +25,7 @@ class ResidencyError(RuntimeError):
     """A role was used where its bytes are not, or turns were nested. Our own bug, or that of a plugin."""
 
 
-#: What may be asked of a parameter whose memory is released: nothing that reads or writes it.
+#: Attributes and methods of a parameter that stay usable while its memory is released. None of them reads or writes the memory.
 _METADATA = frozenset(
     {
         *(
@@ -40,7 +40,7 @@ _METADATA = frozenset(
 
 
 class OffloadedParameter(torch.nn.Parameter):
-    """What a parameter is while its memory is released. Torch would read freed memory and take the process down."""
+    """Class of a parameter whose memory is released. It raises an error where torch would read freed memory and end the process."""
 
     @classmethod
     def __torch_function__(
@@ -86,7 +86,7 @@ class Block:
         return self.storage.nbytes() > 0
 
     def device_view(self) -> Tensor:
-        """[num_bytes] uint8 of the device's memory, while it is there."""
+        """Return the block's memory on the device as [num_bytes] uint8. It is valid while ``on_device`` is true."""
         return self._view
 
 
@@ -101,10 +101,10 @@ class RoleResidency:
         leave: Callable[[], None],
     ) -> None:
         """Args:
-        role: its name in messages.
-        tensors: every tensor of each kind, views and aliases too. Tensors of one storage belong to the first kind.
-        parameters: of the model; touching one while it is in host memory is an error.
-        leave: called at the end of a turn, before anything moves: finishes what Megatron-Core left pending.
+        role: Name of the role in messages.
+        tensors: Every tensor of each kind, views and aliases too. Tensors of one storage belong to the first kind.
+        parameters: Parameters of the model; the use of one in host memory is an error.
+        leave: Function that finishes pending work of Megatron-Core. It is called at the end of a turn, before anything moves.
         """
         self.role = role
         self.leave = leave
@@ -129,11 +129,11 @@ class RoleResidency:
         return frozenset(block.kind for block in self.blocks)
 
     def num_bytes(self, kinds: frozenset[Kind]) -> int:
-        """Bytes of these kinds, wherever they are."""
+        """Return the bytes of these kinds, on the device or not."""
         return sum(block.num_bytes for block in self.blocks if block.kind in kinds)
 
     def bytes_by_kind(self) -> tuple[dict[Kind, int], dict[Kind, int]]:
-        """(on the device, in host buffers), as the storages are now. A host buffer stays when its bytes are on the device."""
+        """Return the present bytes (on the device, in host buffers). A host buffer stays when its bytes are on the device."""
         device = {kind: 0 for kind in Kind if kind in self.kinds}
         host = dict(device)
         for block in self.blocks:
@@ -142,13 +142,13 @@ class RoleResidency:
         return device, host
 
     def error(self, what: str) -> ResidencyError:
-        """An error that names role and phase."""
+        """Return an error that names role and phase."""
         return ResidencyError(
             f"{self.role}: {what}; its last turn was phase {self.phase!r}. Use it inside 'with engine.on_device(...)'"
         )
 
     def mark_changed(self, kinds: frozenset[Kind]) -> None:
-        """The device's bytes of these kinds are newer than the host's from here on."""
+        """Note that the device's bytes of these kinds are newer than the host's."""
         for block in self.blocks:
             block.is_dirty = block.is_dirty or block.kind in kinds
 
@@ -200,23 +200,19 @@ class RoleResidency:
     # --- guards ---
 
     def guard(self) -> None:
-        """From here on touching a parameter is an error with a name, not a crash."""
+        """Make every use of a parameter an error that names the role, instead of a crash."""
         for parameter in self.parameters:
             parameter.__dict__["_residency"] = self
             parameter.__class__ = OffloadedParameter
 
     def unguard(self) -> None:
-        """Parameters are ordinary again."""
+        """Make the parameters ordinary again."""
         for parameter in self.parameters:
             parameter.__class__ = self._classes[id(parameter)]
 
     @contextlib.contextmanager
     def on_host(self) -> Iterator[None]:
-        """Every tensor whose memory is released points into its host buffer, for a checkpoint straight from there.
-
-        Raises:
-            ResidencyError: gradients are asked for, or bytes are still moving.
-        """
+        """Replace the data of every released tensor by its host buffer, so that a checkpoint is written from there. Gradients stay out."""
         before: list[tuple[Tensor, Tensor]] = []
         self.unguard()
         try:
@@ -240,7 +236,7 @@ def _aligned(num_bytes: int) -> int:
 
 
 def _view_of_host(tensor: Tensor, host: Tensor) -> Tensor:
-    """The part of a host buffer that ``tensor`` is of its storage, in its dtype and shape."""
+    """Return the part of a host buffer that holds ``tensor``, in its dtype and shape."""
     size = tensor.element_size()
     start = host.storage_offset() // size + tensor.storage_offset()
     view = torch.empty(0, dtype=tensor.dtype)
