@@ -38,16 +38,16 @@ def model_inputs(
     device: torch.device,
     one_shape: bool,
 ) -> list[ModelInput]:
-    """What the model computes of every micro-batch.
+    """Return the model's input for every micro-batch.
 
     Under causal attention no output depends on a later token, so the tokens behind the last one in the output mask of a row are left out.
 
     Args:
-        microbatches: On the host.
-        size: Says whether those that padding would make longer are packed, and what lengths are multiples of.
-        cp_group: Context-parallel ranks; one where packed.
-        device: Of the model.
-        one_shape: All with the length of the longest; they have equal numbers of rows.
+        microbatches: Micro-batches on the host.
+        size: Size of micro-batches, which decides about packing and about multiples of lengths.
+        cp_group: Group of the context-parallel ranks. Packing needs a group of one rank.
+        device: Device of the model.
+        one_shape: Whether all get the length of the longest; they have equal numbers of rows.
     """
     reads = [_wanted(m) for m in microbatches]
     columns = [torch.arange(1, read.shape[1] + 1) for read in reads]
@@ -66,7 +66,7 @@ def model_inputs(
 
 
 def _wanted(microbatch: Microbatch) -> Tensor:
-    """[b, s] bool."""
+    """Return the output mask, [b, s] bool; every token of a sequence if the micro-batch has none."""
     if microbatch.output_mask is not None:
         return microbatch.output_mask
     return torch.arange(microbatch.token_ids.shape[1]) < microbatch.sequence_lengths[:, None]
@@ -102,8 +102,9 @@ def _packed(
 
 
 def _rounded(output_mask: Tensor, there: Tensor, size: MicrobatchSize) -> Tensor:
-    """Some more of the tokens that are there, up to a multiple of ``size.head_multiple``, as far as they go. One at least: ranks of a
-    tensor-parallel group would else have nothing to exchange about the head's output.
+    """Extend the output mask to a multiple of ``size.head_multiple`` tokens, as far as there are tokens.
+
+    It gets at least one token, because the ranks of a tensor-parallel group exchange the head's output.
     """
     count = int(output_mask.sum())
     more = -count % size.head_multiple if count else size.head_multiple
@@ -132,11 +133,12 @@ def _on_device(
 
 
 def in_place(values: Tensor, microbatch: Microbatch, cp_group: dist.ProcessGroup) -> Tensor:
-    """[..., n] of the tokens in the output mask -> [..., b, s], 0 elsewhere, whole on every context-parallel rank. Differentiable; collective
-    over ``cp_group``.
+    """Put [..., n] values of the tokens in the output mask into [..., b, s] with 0 elsewhere, whole on every context-parallel rank.
+
+    The result is differentiable. Collective over ``cp_group``.
 
     Args:
-        microbatch: Of a ModelInput.
+        microbatch: Micro-batch of a ``ModelInput``.
     """
     assert microbatch.output_mask is not None
     shape = (*values.shape[:-1], *microbatch.output_mask.shape)
@@ -146,10 +148,12 @@ def in_place(values: Tensor, microbatch: Microbatch, cp_group: dist.ProcessGroup
 
 
 def next_tokens(microbatch: Microbatch, cp_group: dist.ProcessGroup) -> Tensor:
-    """[n] int64: the token that follows each one in the output mask, which may lie in another rank's columns; behind the last token, any.
+    """Return [n] int64: the token after each one in the output mask, which may be in another rank's columns.
+
+    After a row's last token the value is arbitrary.
 
     Args:
-        microbatch: Of a ModelInput.
+        microbatch: Micro-batch of a ``ModelInput``.
     """
     assert microbatch.output_mask is not None
     following = to_columns(microbatch.token_ids.roll(-1, dims=1), microbatch.output_mask.shape[1] * cp_group.size())
@@ -157,7 +161,7 @@ def next_tokens(microbatch: Microbatch, cp_group: dist.ProcessGroup) -> Tensor:
 
 
 def _last_columns(value: Tensor, num_columns: int) -> Tensor:
-    """[..., t] -> [..., num_columns]: cut, or padded with zeros."""
+    """Return [..., num_columns] of [..., t]: cut, or padded with zeros."""
     if value.shape[-1] >= num_columns:
         return value[..., :num_columns]
     return torch.nn.functional.pad(value, (0, num_columns - value.shape[-1]))

@@ -116,7 +116,7 @@ class _MetadataUnpickler(pickle.Unpickler):
         self._path = path
 
     def find_class(self, module: str, name: str) -> Any:
-        """Called for every name in the pickle."""
+        """Return the class of a name in the pickle, if a checkpoint may use it."""
         if name in METADATA_CLASSES.get(module, ()):
             return super().find_class(module, name)
         value = getattr(torch, name, None) if module == "torch" else None

@@ -19,30 +19,30 @@ from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSys
 from torch import Tensor
 
 
-#: As much as the small files of a role take.
+#: Bytes that the small files of a role need at most.
 TRIED_BYTES = 1 << 16
 
 
 class RoleSnapshot:
-    """What a role has to be saved, as it was when this was made."""
+    """A copy of everything that a role saves, as it was when the copy was made."""
 
     def __init__(self, state: dict[str, Any], folder: Path, live: set[int]) -> None:
         """Plan the save and copy what this rank writes of it. Collective over the world.
 
         Args:
-            state: sharded state dict.
-            folder: there, and empty.
-            live: addresses of the storages that training changes; tensors of others are taken as they are.
+            state: Sharded state dict of the role.
+            folder: Existing empty folder.
+            live: Addresses of the storages that training changes. Tensors of other storages are not copied.
 
         Raises:
-            OSError: the disk takes nothing.
+            OSError: The disk cannot be written.
         """
-        # What the writer reports, it puts into this queue; one of its own for every save.
+        # The writer puts its reports into this queue. Every save has its own.
         self._reports: queue.Queue[Any] = queue.Queue()
         filesystem_async._results_queue = self._reports
         try:
             request = dist_checkpointing.save(state, str(folder), async_sharded_save=True)
-        except RuntimeError:  # torch.save's, of a small file: it says "iostream error" where the system has said why
+        except RuntimeError:  # torch.save of a small file hides the system's reason behind "iostream error"
             _try_to_write(folder)
             raise
         self._finish = request.finalize_fns
@@ -62,7 +62,7 @@ class RoleSnapshot:
         """Write this rank's files and wait until they are on the disk. From any thread.
 
         Returns:
-            Whether they are; if not, ``finish`` raises why.
+            Whether the files are on the disk. If they are not, ``finish`` raises the reason.
         """
         written: dict[int, list[Any]] = {}
         while self._buckets:
@@ -82,18 +82,18 @@ class RoleSnapshot:
         return True
 
     def finish(self) -> None:
-        """Write what describes all ranks' files, after ``write`` of all of them. Collective over the world.
+        """Write the description of all ranks' files, after all ranks have called ``write``. Collective over the world.
 
         Raises:
-            CheckpointException: a rank could not write its files; on all ranks.
-            OSError: this rank could not write the description.
+            CheckpointException: A rank could not write its files. All ranks raise it.
+            OSError: This rank could not write the description.
         """
         for function in self._finish:
             function()
 
 
 def _try_to_write(folder: Path) -> None:
-    """Raises what the system says to a small file."""
+    """Write a small file, so that a full or broken disk raises the system's own error."""
     path = folder / "written_to_see"
     with path.open("wb") as file:
         file.write(bytes(TRIED_BYTES))
