@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.helpers.chain import ROOT
 from tests.helpers.processes import LOOPBACK_ADDRESSES, listening_addresses
 from tests.helpers.generator_contract import (
     EOS,
@@ -59,10 +60,11 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def doomed_trainer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.Popen[str]]:
-    """A trainer process that starts a generator of its own, beside the tests' one, and will be killed; see tied_trainer.py."""
+    """A trainer process with its own generator, which a test kills; see tied_trainer.py."""
     folder = tmp_path_factory.mktemp("doomed")
     process = subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name("tied_trainer.py")), str(folder)],
+        [sys.executable, "-m", "tests.e2e.tied_trainer", str(folder)],
+        cwd=ROOT,
         stdout=subprocess.PIPE,
         text=True,
     )

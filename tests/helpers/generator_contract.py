@@ -1,4 +1,4 @@
-"""What every generator does, whichever it is: tests of vLLM, of the actor as its own generator, and of recorded rollouts."""
+"""Tests that every generator passes: vLLM, the actor as its own generator, and recorded rollouts."""
 
 from __future__ import annotations
 
@@ -25,8 +25,13 @@ FREE = SamplingConfig(max_tokens=24, ignore_eos=True)
 PROMPTS = [[2 + (7 * i + 3 * j * j) % (VOCAB - 2) for j in range(4 + i)] for i in range(12)]
 
 
-def make_model(seed: int) -> LlamaForCausalLM:
-    """Make a model of 2.7 M parameters, with logits far enough from uniform that a wrong weight shows."""
+def make_model(seed: int, *, tied: bool = False) -> LlamaForCausalLM:
+    """Make a model of 2.7 M parameters, with logits far enough from uniform that a wrong weight shows.
+
+    Args:
+        seed: Seed of the weights.
+        tied: True to use the matrix of the embedding as the head too.
+    """
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=VOCAB,
@@ -39,6 +44,7 @@ def make_model(seed: int) -> LlamaForCausalLM:
         eos_token_id=EOS,
         bos_token_id=None,
         pad_token_id=0,
+        tie_word_embeddings=tied,
     )
     model = LlamaForCausalLM(config).eval()
     with torch.no_grad():
@@ -74,8 +80,8 @@ def weights(model: LlamaForCausalLM) -> Iterator[tuple[str, Tensor]]:
     yield from model.state_dict().items()
 
 
-def save_model(path: Path) -> None:
-    make_model(0).save_pretrained(path)
+def save_model(path: Path, *, tied: bool = False) -> None:
+    make_model(0, tied=tied).save_pretrained(path)
     vocabulary = {"<pad>": 0, "<eos>": EOS} | {f"t{i}": i for i in range(2, VOCAB)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
