@@ -187,7 +187,7 @@ def begin() -> type[Run]:
     import hetero_ppo.rollout.vllm
     import hetero_ppo.rollout.megatron
     import hetero_ppo.runtime.heartbeat
-    import hetero_ppo.trainers.ppo
+    import hetero_ppo.trainers.open_ppo
     import hetero_ppo.trainers.stopping  # noqa: F401
 
     if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:

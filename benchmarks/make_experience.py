@@ -38,6 +38,7 @@ from hetero_ppo.experience.pipeline import Pipeline
 from hetero_ppo.observability.timers import PhaseTimer
 from hetero_ppo.rollout.generator import Capabilities, GenerationRequest, Generator, NullGenerator
 from hetero_ppo.rollout.vllm import VllmGenerator
+from hetero_ppo.trainers.open_ppo import open_ppo
 from hetero_ppo.trainers.ppo import PpoTrainer
 from hetero_ppo.trainers.run import start_run
 from hetero_ppo.trainers.stopping import StopRequests
@@ -292,7 +293,7 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     if not platform.HAS_CUDA:
         pin_to(cores[1])  # the server is started from here
     stop = StopRequests(loaded.config.run.stop_within_s)
-    with start_run(loaded, stop) as current, PpoTrainer(loaded.config, current) as trainer:
+    with start_run(loaded, stop) as current, open_ppo(loaded.config, current) as trainer:
         if not platform.HAS_CUDA:
             pin_to(cores[0])
         if trainer.turns.needs_first_sync:

@@ -30,7 +30,7 @@ from hetero_ppo.memory.plan_text import summarise
 from hetero_ppo.engines.layouts import check_checkpoints, check_models_fit_layouts
 from hetero_ppo.reward.function import try_function
 from hetero_ppo.reward.function_pool import FunctionSpec
-from hetero_ppo.reward.re_encoding import ReEncoder, load_re_encoders
+from hetero_ppo.reward.re_encoding import load_re_encoders
 from hetero_ppo.runtime.inputs import check_inputs
 from hetero_ppo.runtime.resume import beginning, read_resume
 from hetero_ppo.runtime.run_folder import check_folder
@@ -78,11 +78,12 @@ def print_validation(config_path: str, overrides: list[str], world_size: int, de
     functions = _try_functions(config)
     memory = summarise(check_fits(config, world_size, device_gib=device_gib), limits)
     policy, role = next(iter(config_roles(config).items()))
-    encoder = load_text_encoder(role.model, config.data, policy, beginning(resume).begun)
+    encoder = load_text_encoder(role.model, config.data, policy, beginning(resume).started_at)
     load = LOADERS[config.kind]
     train = load(config.data.train, config.data, encoder)
     evaluation = None if config.data.eval is None else load(config.data.eval, config.data, encoder)
-    re_encoders = _re_encoders(config, encoder, [train, *([evaluation] if evaluation is not None else [])])
+    datasets = [train, *([evaluation] if evaluation is not None else [])]
+    re_encoders = load_re_encoders(config_reward_models(config), config.data, encoder, datasets)
     same = check_inputs(resume, text_inputs(config, resume, encoder, train, re_encoders))
     batching = _batching(config, world_size, len(train))
 
@@ -95,7 +96,7 @@ def print_validation(config_path: str, overrides: list[str], world_size: int, de
             print(f"{name:<12} {', '.join(tensors)} will be initialised: the checkpoint has none")
     for line in [*decided, *unused_options(loaded)]:
         print(f"note         {line}")
-    print(f"\ndata\n{_table([dataset for dataset in (train, evaluation) if dataset is not None])}")
+    print(f"\ndata\n{_table(datasets)}")
     print(
         f"\nfirst example ({MASK_OPEN}...{MASK_CLOSE}: {MASKED[config.kind]})\n{_indent(sample_text(encoder, train.examples[0]))}"
     )
@@ -119,13 +120,6 @@ def _try_functions(config: AnyConfig) -> list[str]:
         )
         if name is not None
     ]
-
-
-def _re_encoders(config: AnyConfig, encoder: TextEncoder, datasets: list[Dataset[Any]]) -> dict[str, ReEncoder]:
-    """Return the re-encoders of the reward models that have one, by role; their templates were tried on the prompts."""
-    if not isinstance(config, PpoConfig):
-        return {}
-    return load_re_encoders(config, encoder, datasets)
 
 
 def _batching(config: AnyConfig, world_size: int, num_rows: int) -> str:

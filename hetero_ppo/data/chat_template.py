@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
@@ -22,7 +23,7 @@ from hetero_ppo.config.schema import DataConfig, ModelConfig, PpoConfig, RewardR
 from hetero_ppo.data.continuation import adds_prefix, encode_continuation
 from hetero_ppo.data.end_tokens import EndToken, find_end_tokens
 from hetero_ppo.data.reading import Message
-from hetero_ppo.data.tokenizer_checks import check_embedding_rows, check_end_tokens
+from hetero_ppo.data.tokenizer_checks import check_embedding_rows, check_end_tokens, check_stop_tokens
 from megatron_bridge.weights.hf_checkpoint import check_links
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
@@ -240,17 +241,19 @@ def check_tokenizers(config: AnyConfig) -> None:
         ValueError: A token id or end-token id has no embedding row; a model has another vocabulary or end-of-sequence token; a reward model
             has another template; or ``re_encode`` is set without need.
     """
-    if isinstance(config, PpoConfig):
-        _check_reward_encoders(config)
-    roles = config_roles(config)
+    roles, reward_models = config_roles(config), config_reward_models(config)
     policy_name = next(iter(roles))  # the actor; the reward model in a reward-model run
+    if reward_models:
+        _check_reward_encoders(reward_models, roles[policy_name].model, config.data)
     policy_folder = tokenizer_folder(roles[policy_name].model)
     policy = load_tokenizer(policy_folder, f"{policy_name}.model.path")
-    check_end_tokens(config, policy, policy_name)
+    check_end_tokens(roles[policy_name].model, policy, policy_name)
+    if isinstance(config, PpoConfig):
+        check_stop_tokens(config.rollout, roles[policy_name].model)
     for name, role in roles.items():
         field = f"{name}.model.path"
         folder = tokenizer_folder(role.model)
-        re_encodes = isinstance(role, RewardRoleConfig) and role.re_encode is not None
+        re_encodes = name in reward_models and reward_models[name].re_encode is not None
         reader, source = (load_tokenizer(folder, field), folder) if re_encodes else (policy, policy_folder)
         rows = read_model_config(field, role.model.path)["vocab_size"]
         check_embedding_rows(reader, source, f"{field}={role.model.path}", rows)
@@ -258,19 +261,19 @@ def check_tokenizers(config: AnyConfig) -> None:
             _check_same_vocabulary(policy, policy_folder, load_tokenizer(folder, field), folder, name)
 
 
-def _check_reward_encoders(config: PpoConfig) -> None:
+def _check_reward_encoders(reward_models: Mapping[str, RewardRoleConfig], actor: ModelConfig, data: DataConfig) -> None:
     """Check that texts are encoded again exactly for those reward models whose token ids would differ."""
-    policy = load_text_encoder(config.actor.model, config.data, "actor")
-    for name, role in config_reward_models(config).items():
+    policy = load_text_encoder(actor, data, "actor")
+    for name, role in reward_models.items():
         folder = tokenizer_folder(role.model)
         if role.re_encode is not None:
-            if load_reward_encoder(role, config.data, name).fingerprint == policy.fingerprint:
+            if load_reward_encoder(role, data, name).fingerprint == policy.fingerprint:
                 raise ValueError(
                     f"{name}.re_encode: the tokenizer and template in {folder} are those of {policy.source}, and ids that are "
                     f"carried are exact; set {name}.re_encode=null"
                 )
             continue
-        if _same_folder(folder, policy.source) or policy.template is None or config.data.chat_template is not None:
+        if _same_folder(folder, policy.source) or policy.template is None or data.chat_template is not None:
             continue
         template = load_tokenizer(folder, f"{name}.model.path").chat_template
         if template is not None and template != policy.template:

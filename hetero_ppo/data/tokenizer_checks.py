@@ -5,9 +5,7 @@ from __future__ import annotations
 from transformers import PreTrainedTokenizerBase
 
 from hetero_ppo.config.checks_models import read_model_config
-from hetero_ppo.config.derived import config_roles
-from hetero_ppo.config.load import AnyConfig
-from hetero_ppo.config.schema import PpoConfig
+from hetero_ppo.config.schema import ModelConfig, RolloutConfig
 from hetero_ppo.data.end_tokens import find_end_tokens
 
 
@@ -33,18 +31,18 @@ def check_embedding_rows(tokenizer: PreTrainedTokenizerBase, source: str, model:
         )
 
 
-def check_end_tokens(config: AnyConfig, tokenizer: PreTrainedTokenizerBase, role: str) -> None:
+def check_end_tokens(model: ModelConfig, tokenizer: PreTrainedTokenizerBase, role: str) -> None:
     """Check that the policy can sample every token that ends a sequence.
 
     Args:
-        config: Configuration of the run.
+        model: Model of the policy.
         tokenizer: Tokenizer of the policy.
         role: Name of the policy.
 
     Raises:
-        ValueError: An id has no embedding row.
+        ValueError: A token id has no embedding row.
     """
-    path = config_roles(config)[role].model.path
+    path = model.path
     rows = read_model_config(f"{role}.model.path", path)["vocab_size"]
     for end in find_end_tokens(tokenizer, path):
         if end.token_id >= rows:
@@ -52,10 +50,18 @@ def check_end_tokens(config: AnyConfig, tokenizer: PreTrainedTokenizerBase, role
                 f"{role}.model.path={path}: the end of a sequence {end} has no embedding row, of which the model has {rows}; correct "
                 f"eos_token_id in {', '.join(end.sources)}"
             )
-    if isinstance(config, PpoConfig):
-        for name in ("sampling", "eval_sampling"):
-            for token_id in vars(config.rollout)[name].stop_token_ids:
-                if token_id >= rows:
-                    raise ValueError(
-                        f"rollout.{name}.stop_token_ids: {token_id} has no embedding row, of which {role}.model.path={path} has {rows}"
-                    )
+
+
+def check_stop_tokens(rollout: RolloutConfig, actor: ModelConfig) -> None:
+    """Check that the actor can sample every token that stops a response.
+
+    Raises:
+        ValueError: A token id has no embedding row.
+    """
+    rows = read_model_config("actor.model.path", actor.path)["vocab_size"]
+    for name, sampling in (("sampling", rollout.sampling), ("eval_sampling", rollout.eval_sampling)):
+        for token_id in sampling.stop_token_ids:
+            if token_id >= rows:
+                raise ValueError(
+                    f"rollout.{name}.stop_token_ids: {token_id} has no embedding row, of which actor.model.path={actor.path} has {rows}"
+                )

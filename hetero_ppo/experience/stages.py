@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from hetero_ppo.algorithms.advantage_registry import build_estimator
 from hetero_ppo.algorithms.advantages import AdvantageEstimator, AdvantageInputs
-from hetero_ppo.algorithms.kl import AdaptiveKlController, FixedKlController, kl_estimate
+from hetero_ppo.algorithms.kl import AdaptiveKlController, FixedKlController, build_kl_controller, kl_estimate
 from hetero_ppo.algorithms.masking import whiten
 from hetero_ppo.algorithms.rewards import (
     RunningMoments,
@@ -21,13 +22,15 @@ from hetero_ppo.algorithms.rewards import (
     token_level_rewards,
 )
 from hetero_ppo.algorithms.rollout_correction import mismatch_metrics, truncated_weights
-from hetero_ppo.config.schema import AlgorithmConfig, OldLogProbs, RewardConfig, RolloutCorrectionKind
+from hetero_ppo.config.schema import AlgorithmConfig, OldLogProbs, PpoConfig, RewardConfig, RolloutCorrectionKind
 from hetero_ppo.distributed.statistics import global_masked_moments
 from hetero_ppo.engines.model_engine import ModelEngine
 from hetero_ppo.engines.outputs import log_probs_output, values_output
 from hetero_ppo.errors import RunError
 from hetero_ppo.experience.scorers import FUNCTION_SCORES, Scorers, Stage, part_metrics
-from hetero_ppo.step.phases import Phase
+from hetero_ppo.reward.function import FunctionReward
+from hetero_ppo.reward.re_encoding import ReEncoder
+from hetero_ppo.step.phases import Phase, step_phases
 from hetero_ppo.types import Experience, Rollout, Scores
 
 
@@ -158,6 +161,34 @@ class ExperienceMaker:
             algorithm.truncated,
             algorithm.truncation_score,
         )
+
+
+def build_maker(
+    config: PpoConfig,
+    engines: Mapping[str, ModelEngine],
+    function: FunctionReward | None,
+    re_encoders: Mapping[str, ReEncoder],
+) -> ExperienceMaker:
+    """Build the maker of experiences of a run.
+
+    Args:
+        config: Configuration of the run.
+        engines: Engines of the run's roles, by name.
+        function: The ``reward.function``; None: reward models alone score.
+        re_encoders: Re-encoders of the reward models that have a tokenizer of their own, by role.
+    """
+    reward_models = [engine for engine in engines.values() if engine.head == "score"]
+    return ExperienceMaker(
+        engines=engines,
+        phases=step_phases(config),
+        scorers=Scorers(reward_models, function, config.reward, re_encoders),
+        estimator=build_estimator(config.algorithm),
+        algorithm=config.algorithm,
+        reward_config=config.reward,
+        temperature=config.rollout.sampling.temperature,
+        kl_controller=build_kl_controller(config.algorithm.kl),
+        score_moments=RunningMoments(),
+    )
 
 
 def compare_with_generator(

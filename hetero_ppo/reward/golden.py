@@ -8,6 +8,7 @@ a difference can be traced to the layer in which it begins.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import platform as python_platform
 from collections.abc import Sequence
@@ -26,6 +27,8 @@ from hetero_ppo.engines.outputs import scores_output
 from hetero_ppo.errors import RunError
 from hetero_ppo.reward.layer_digests import layer_digests
 from megatron_bridge import platform
+
+log = logging.getLogger(__name__)
 
 GOLDEN_FILE = "golden_scores.jsonl"
 #: Number of pairs in a file, and of those with digests of layers.
@@ -239,6 +242,24 @@ class GoldenGuard:
         self.checks += 1
         with self.engine.on_device(phase="golden_scores"):
             check_golden(self.engine, self.golden, self.path, numbers)
+
+
+def golden_guards(reward_models: Sequence[ModelEngine], every: int) -> list[GoldenGuard]:
+    """Build a guard for every reward model that has golden scores; log why the others have none.
+
+    Args:
+        reward_models: Models of the run that score responses.
+        every: Number of steps between two checks; 0: the first check alone.
+
+    Raises:
+        ValueError: A file of golden scores cannot be read, or was made in another dtype than its aligned role has.
+    """
+    guards = []
+    for engine in reward_models:
+        guard, note = golden_guard(engine, every)
+        log.info(note)
+        guards += [] if guard is None else [guard]
+    return guards
 
 
 def golden_guard(engine: ModelEngine, every: int) -> tuple[GoldenGuard | None, str]:

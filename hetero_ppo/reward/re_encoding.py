@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from hetero_ppo.config.derived import config_reward_models
-from hetero_ppo.config.schema import PpoConfig
+from hetero_ppo.config.schema import DataConfig, RewardRoleConfig
 from hetero_ppo.data.chat_template import TextEncoder, load_reward_encoder
 from hetero_ppo.data.collate import pad_right
 from hetero_ppo.data.conversation import encode_responses
@@ -96,24 +95,27 @@ class ReEncoder:
 
 
 def load_re_encoders(
-    config: PpoConfig, actor: TextEncoder, datasets: Sequence[Dataset[PromptExample]]
+    reward_models: Mapping[str, RewardRoleConfig],
+    data_config: DataConfig,
+    actor: TextEncoder,
+    datasets: Sequence[Dataset[PromptExample]],
 ) -> dict[str, ReEncoder]:
-    """Build the re-encoders of the reward models that encode texts again, by role.
+    """Return the re-encoders of reward models that have a tokenizer of their own, by role.
 
     Args:
-        config: Checked configuration of the run.
+        reward_models: Sections of the reward models, by role.
+        data_config: The ``data`` section.
         actor: Tokenizer and template of the actor.
         datasets: Prompts of the run, held-out ones too.
 
     Raises:
-        ValueError: A reward model has no tokenizer or template, its template refuses a prompt, or prompts have tools.
+        ValueError: A reward model has no tokenizer or template, or one that does not take the prompts; prompts have tools.
     """
     found = {}
-    for name, role in config_reward_models(config).items():
+    for name, role in reward_models.items():
         if role.re_encode is not None:
-            found[name] = ReEncoder(
-                name, load_reward_encoder(role, config.data, name, actor.started_at), actor, role.re_encode.max_tokens
-            )
+            encoder = load_reward_encoder(role, data_config, name, actor.started_at)
+            found[name] = ReEncoder(name, encoder, actor, role.re_encode.max_tokens)
             found[name].check_templates(example.messages for data in datasets for example in data.examples)
             for data in datasets:
                 if any(example.tools is not None for example in data.examples):

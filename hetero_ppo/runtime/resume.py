@@ -29,7 +29,7 @@ class Resume:
     step: int
     run_id: str  # id of the run that wrote it
     is_own_folder: bool  # True: it lies in the folder of this run
-    begun: datetime | None  # start of that run, local time; None: its version did not store it
+    started_at: datetime | None  # start of that run, local time; None: its version did not store it
     #: Input -> digest; None: its version did not store them, or made them differently.
     inputs: dict[str, str] | None
     changes: list[ConfigChange] = field(default_factory=list)  # fields whose values differ from the checkpoint's
@@ -57,7 +57,7 @@ class Beginning:
     """Identity and start of a run."""
 
     run_id: str
-    begun: datetime  # local time
+    started_at: datetime  # local time
 
 
 def read_resume(loaded: LoadedConfig) -> Resume | None:
@@ -74,7 +74,7 @@ def read_resume(loaded: LoadedConfig) -> Resume | None:
     folder = checkpoint_folder(load_dir, config.checkpoint.step)
     state = read_state(folder)
     is_own = load_dir.resolve() == own.resolve()
-    begun = state.get("begun")
+    started_at = state.get("begun")
     saved, note = saved_config(folder, load_dir)
     if saved is not None:
         _check_kind(saved, loaded, folder)
@@ -83,7 +83,7 @@ def read_resume(loaded: LoadedConfig) -> Resume | None:
         step=int(state["step"]),
         run_id=str(state.get("run_id", UNNAMED)),
         is_own_folder=is_own,
-        begun=None if begun is None else datetime.fromisoformat(begun).replace(tzinfo=None),
+        started_at=None if started_at is None else datetime.fromisoformat(started_at).replace(tzinfo=None),
         inputs=state["inputs"] if state.get("digests_version") == DIGESTS_VERSION else None,
         aligned=state.get("aligned", {}),
         changes=[] if saved is None else compare(saved, config_values(loaded), loaded.kind),
@@ -105,7 +105,7 @@ def beginning(resume: Resume | None) -> Beginning:
     if resume is None:
         return Beginning(uuid.uuid4().hex, now)
     run_id = resume.run_id if resume.is_own_folder else uuid.uuid4().hex
-    return Beginning(run_id, resume.begun or now)
+    return Beginning(run_id, resume.started_at or now)
 
 
 def check_changes(resume: Resume) -> None:

@@ -1,4 +1,4 @@
-"""A run's checkpoint as a Hugging Face folder, in a process of its own."""
+"""Exports a role of a checkpoint as a Hugging Face folder, in a process of its own."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from hetero_ppo.checkpoint.manager import check_contents, checkpoint_folder
 from hetero_ppo.config.load import AnyConfig, load_config
-from hetero_ppo.config.schema import ParallelConfig
+from hetero_ppo.config.schema import DataConfig, ParallelConfig
 from hetero_ppo.data.chat_template import TextEncoder, load_text_encoder
 from hetero_ppo.data.export_files import TEMPLATE_FILE, export_files
 from hetero_ppo.network import INTERFACE_VARIABLES
@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> None:
         args: ``run_dir``, ``role`` (None: actor, or reward for a reward-model run), ``step`` (None: newest), ``out``.
 
     Raises:
-        ValueError: no such run, role or checkpoint, or ``out`` is there already.
+        ValueError: There is no such run, role or checkpoint, or ``out`` is there already.
     """
     saved = Path(args.run_dir) / "config.yaml"
     if not saved.is_file():
@@ -40,38 +40,37 @@ def run(args: argparse.Namespace) -> None:
     folder = checkpoint_folder(Path(args.run_dir), args.step)
     check_contents(folder)
     with single_process():
-        _export(config, role, folder, Path(args.run_dir), args.out)
+        encoder = _encoder(roles[role], config.data, Path(args.run_dir))
+        _export(roles[role], encoder, folder, args.out, config.run.timeout_minutes)
     print(f"exported {role} of {folder} to {args.out}")
 
 
-def _export(config: AnyConfig, role: str, checkpoint: Path, run_dir: Path, out: str) -> None:
+def _export(spec: RoleSpec, encoder: TextEncoder, checkpoint: Path, out: str, timeout_minutes: float) -> None:
     # Megatron-Core takes seconds to import: after the checks.
     from hetero_ppo.distributed.groups import initialise
     from hetero_ppo.engines.model_engine import ModelEngine
     from hetero_ppo.reward.golden import GOLDEN_FILE
     from hetero_ppo.trainers.run import end_run
 
-    initialise(config.run.timeout_minutes)
+    initialise(timeout_minutes)
     try:
-        spec = trained_specs(config)[role]
         spec.config.parallel = ParallelConfig()
-        engine = ModelEngine(role, spec.config, spec.head)
-        engine.load_weights(checkpoint / role)
+        engine = ModelEngine(spec.name, spec.config, spec.head)
+        engine.load_weights(checkpoint / spec.name)
         golden = checkpoint / GOLDEN_FILE
-        more = export_files(_encoder(config, role, run_dir), spec.config.model.path, spec.head)
+        more = export_files(encoder, spec.config.model.path, spec.head)
         files = {**more.files, **({GOLDEN_FILE: golden.read_text(encoding="utf-8")} if golden.is_file() else {})}
         engine.export(out, files=files, config_changes=more.config)
     finally:
         end_run()
 
 
-def _encoder(config: AnyConfig, role: str, run_dir: Path) -> TextEncoder:
-    """Tokenizer and template of the run; the template is the one that it wrote into its folder when it started."""
+def _encoder(spec: RoleSpec, data: DataConfig, run_dir: Path) -> TextEncoder:
+    """Return the tokenizer of the role, and the template that the run wrote into its folder when it started."""
     kept = run_dir / TEMPLATE_FILE
-    data = config.data
     if data.apply_chat_template and kept.is_file():
         data = replace(data, chat_template=str(kept))
-    return load_text_encoder(trained_specs(config)[role].config.model, data, role)
+    return load_text_encoder(spec.config.model, data, spec.name)
 
 
 def trained_specs(config: AnyConfig) -> dict[str, RoleSpec]:
@@ -81,7 +80,7 @@ def trained_specs(config: AnyConfig) -> dict[str, RoleSpec]:
 
 @contextmanager
 def single_process() -> Iterator[None]:
-    """A world of this process alone, which needs no port; afterwards the environment is as it was."""
+    """Make the environment that of a world of this process alone, which needs no port; restore it after the block."""
     world = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     changed = [*world, *INTERFACE_VARIABLES]

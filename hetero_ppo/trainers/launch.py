@@ -31,11 +31,11 @@ def main(config_path: str, overrides: list[str]) -> None:
 
     Args:
         config_path: YAML file with ``kind: sft``, ``rm`` or ``ppo``.
-        overrides: ``a.b=c``.
+        overrides: Options of the command line, ``a.b=c``.
 
     Raises:
-        ValueError: bad config or data; nothing was started.
-        StoppedOnRequest: a signal ended the run after a checkpoint.
+        ValueError: The config or the data cannot be used; nothing was started.
+        StoppedOnRequest: A signal ended the run after a checkpoint.
     """
     loaded, decided = settle(load_config(config_path, overrides), on_cuda=torch.cuda.is_available())
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -65,21 +65,21 @@ def _fit(loaded: LoadedConfig, run: Run) -> None:
         _collect_garbage()
         RewardModelTrainer(loaded.config, run).fit()
     else:
-        from hetero_ppo.trainers.ppo import PpoTrainer
+        from hetero_ppo.trainers.open_ppo import open_ppo
 
         _collect_garbage()
-        with PpoTrainer(loaded.config, run) as trainer:
+        with open_ppo(loaded.config, run) as trainer:
             trainer.fit()
 
 
 def _collect_garbage() -> None:
-    """From here on, of what is made from here on: ``cli.main`` imports without."""
+    """Switch garbage collection on, which ``cli.main`` switched off. It leaves out the objects that exist now: imported modules."""
     gc.freeze()
     gc.enable()
 
 
 def _train(loaded: LoadedConfig, decided: list[str], world_size: int, stop: StopRequests, heartbeat: Heartbeat) -> None:
-    # Imported now: a bad config is said before Megatron-Core is loaded.
+    # Imported now: errors of the config are raised before Megatron-Core is loaded.
     from hetero_ppo.distributed.lost_peer import describe_lost_peer
     from hetero_ppo.engines.layouts import check_checkpoints, check_models_fit_layouts
     from hetero_ppo.memory.plan_check import check_fits

@@ -3,118 +3,95 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import torch
-import torch.distributed as dist
 
 from hetero_ppo.checkpoint.manager import CheckpointManager
-from hetero_ppo.config.derived import actor_generates, passes
+from hetero_ppo.config.derived import PpoBatching, passes
 from hetero_ppo.config.schema import PpoConfig
 from hetero_ppo.data.export_files import export_files
 from hetero_ppo.engines.loss_terms import LossFn, LossTerm, TrainStepResult, num_loss_tokens, step_metrics
 from hetero_ppo.engines.losses import actor_loss_fn, critic_loss_fn
+from hetero_ppo.engines.probe import probe_log_probs
+from hetero_ppo.engines.shared_device import SharedDevice
 from hetero_ppo.engines.train_engine import TrainEngine
+from hetero_ppo.experience.bank import RolloutBank
 from hetero_ppo.experience.pending_rollout import PendingRollout
 from hetero_ppo.experience.pipeline import Pipeline
+from hetero_ppo.experience.stages import ExperienceMaker
 from hetero_ppo.health.check import Moment
 from hetero_ppo.health.monitor import HealthMonitor
-from hetero_ppo.health.registry import build_checks
 from hetero_ppo.observability.metrics import MetricsLogger
 from hetero_ppo.observability.progress import progress
 from hetero_ppo.observability.timers import PhaseTimer
+from hetero_ppo.observability.trace import TraceRecorder
+from hetero_ppo.reward.golden import GoldenGuard
 from hetero_ppo.rollout.generator import Generator
 from hetero_ppo.runtime.unsaved import UnsavedWork
-from hetero_ppo.step.placement import run_placement
 from hetero_ppo.step.roles import ACTOR
-from hetero_ppo.trainers import ppo_bank, ppo_functions, ppo_generator, ppo_memory, ppo_nodes, ppo_setup
-from hetero_ppo.trainers.ppo_turns import GeneratorTurns
+from hetero_ppo.trainers import ppo_bank, ppo_memory
+from hetero_ppo.trainers.ppo_chunks import find_chunk_size
+from hetero_ppo.trainers.ppo_data import PpoData
 from hetero_ppo.trainers.ppo_evaluation import Evaluator
-from hetero_ppo.trainers.run import Run, first_step
-from hetero_ppo.trainers.run_inputs import model_inputs, text_inputs
+from hetero_ppo.trainers.ppo_state import STATE_NAMES, load_trainer_state, trainer_state
+from hetero_ppo.trainers.ppo_turns import GeneratorTurns
+from hetero_ppo.trainers.roles import Roles
+from hetero_ppo.trainers.run import Run
 from hetero_ppo.types import Experience, PolicyInputs, StepMetrics, ValueInputs
-from megatron_bridge import platform
 
 log = logging.getLogger(__name__)
 
 
+@dataclass(kw_only=True)
 class PpoTrainer:
-    """Rollout, experience, updates of critic and actor, weight sync; once per PPO step."""
+    """Rollout, experience, updates of critic and actor, weight sync; once per PPO step. ``open_ppo`` opens its parts."""
 
-    def __init__(self, config: PpoConfig, run: Run) -> None:
-        """Load data, start the generator, build the roles.
+    config: PpoConfig
+    run: Run
+    start: int  # PPO steps that are done already
+    data: PpoData
+    batching: PpoBatching
+    timer: PhaseTimer
+    roles: Roles
+    golden: Sequence[GoldenGuard]
+    maker: ExperienceMaker
+    pipeline: Pipeline
+    turns: GeneratorTurns
+    bank: RolloutBank | None  # None: responses are not kept on disk
+    evaluator: Evaluator
+    health: HealthMonitor
+    chunk_size: int  # responses of a chunk; a sweep or a checkpoint may change it before the first step
 
-        Args:
-            config: checked.
-            run: of this process.
-        """
-        self.config = config
-        self.run = run
-        ppo_memory.log_plan(config, run)
-        self.data = ppo_setup.load_data(config, run)
-        self.functions = ppo_functions.open_functions(config, run, self.data.encoder)
-        re_encoders = ppo_setup.build_re_encoders(config, self.data)
-        self.functions.check(run)
-        run.check_inputs(
-            text_inputs(config, run.resume, self.data.encoder, self.data.train, re_encoders)
-            + model_inputs(config, run.world)
-        )
-        self.batching = ppo_setup.describe_batching(config, run, self.data)
-        self.total_steps = self.batching.total_steps
-        self.start = first_step(config.checkpoint, run.dir, self.total_steps)
-        self.trace = ppo_setup.trace_recorder(config, run, self.start)
-        self.timer = PhaseTimer(platform.synchronize, self.trace, run.watchdog)
-        cluster = ppo_nodes.meet(config, run)
-        placement = run_placement(config, run.world_size)
-        self.node_servers = ppo_nodes.begin_servers(config, run, cluster)
-        starting = None
-        if not actor_generates(config):
-            first = min(self.start, self.total_steps - 1)
-            starting = ppo_generator.begin_generator(config, run, self.data.encoder, first, cluster, placement)
-            if starting.generator.capabilities.can_sleep:  # it may not hold the device while roles are built on it
-                starting.wait().sleep()
-                dist.barrier(run.world)
-        # An error here is raised at once, not when the generator is up: its guardian ends it with this process.
-        self.device = ppo_setup.shared_device(config, self.trace)
-        self.roles = ppo_setup.build_roles(config, run, self.batching, self.device, placement)
-        self.golden = ppo_setup.build_golden_guards(config, self.roles)
-        self.maker = ppo_setup.build_maker(config, self.roles, self.functions.reward, re_encoders)
-        self.generator: Generator = (
-            ppo_generator.generator_of_actor(config, self.data.encoder, self.roles.actor)
-            if starting is None
-            else starting.wait()
-        )
-        self.health = HealthMonitor(build_checks(config))
-        self.turns = GeneratorTurns(self.generator, self.device, run.world, placement.generator_rank)
-        self.bank = ppo_bank.open_bank(config, run, self.generator, resumes=self.run.continues_its_folder)
-        self.chunk_size = self.batching.chunk_size
-        self.pipeline = Pipeline(self.maker, config.pipeline.overlap)
-        self.evaluator = Evaluator(config, run, self.data, self.maker, self.turns, self.functions.evaluation)
+    @property
+    def total_steps(self) -> int:
+        """Number of PPO steps of the whole run."""
+        return self.batching.total_steps
 
-    def __enter__(self) -> Self:
-        return self
+    @property
+    def actor(self) -> TrainEngine:
+        """The policy."""
+        return self.roles.actor
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
+    @property
+    def device(self) -> SharedDevice:
+        """The device that the roles take turns on."""
+        return self.turns.device
 
-    def close(self) -> None:
-        """End the generator and its processes, and give the host buffers back."""
-        try:
-            self.functions.close()
-            if self.bank is not None:
-                self.bank.end()
-            self.generator.close()
-            if self.node_servers is not None:
-                self.node_servers.close()
-        finally:  # a lane that still waits for room would keep the process
-            self.device.close()
+    @property
+    def generator(self) -> Generator:
+        """What answers prompts."""
+        return self.turns.generator
+
+    @property
+    def trace(self) -> TraceRecorder:
+        """The recorder of the steps' traces."""
+        return self.device.trace
 
     def fit(self) -> None:
-        """The algorithm (Schulman et al. 2017, algorithm 1; Ouyang et al. 2022, section 3.5)."""
+        """Train the policy (Schulman et al. 2017, algorithm 1; Ouyang et al. 2022, section 3.5)."""
         config = self.config
         manager = CheckpointManager(
             self.run.dir,
@@ -123,30 +100,15 @@ class PpoTrainer:
             timeout_s=60 * config.run.timeout_minutes,
             about=self.run.about,
         )
-        manager.check_room(self.roles.trained)
-        self._resume(manager)
-        if self.turns.needs_first_sync or self.start > 0:
-            self.sync_weights(self.start)
-        is_new_size = config.pipeline.chunk_size != 0 or self.run.has_changed("pipeline.chunk_size")
-        if self.start == 0 or is_new_size:  # a size that a sweep found is the checkpoint's: the bits depend on it
-            self.chunk_size = ppo_setup.chunk_size(config, self.run, self.data, self.batching, self.turns)
-        for golden in self.golden:
-            golden.check(self.start, first=True)
-        if not self.run.continues_its_folder:
-            self.evaluator.run_and_save("before", f"step{self.start}")
-        if self.run.should_stop(self.start, self.total_steps):
-            self.run.stopped(self.start, is_saved=False)
-        self.run.forget_later_steps(self.start, config.train.replay_rollouts)
-        with (
-            manager,
-            MetricsLogger(
-                self.run.dir,
-                config.run,
-                is_writer=self.run.is_writer,
-                total_steps=self.total_steps,
-                first_step=self.start + 1,
-            ) as logger,
-        ):
+        self._prepare(manager)
+        logger = MetricsLogger(
+            self.run.dir,
+            config.run,
+            is_writer=self.run.is_writer,
+            total_steps=self.total_steps,
+            first_step=self.start + 1,
+        )
+        with manager, logger:
             unsaved = UnsavedWork(config.checkpoint.every, self.total_steps)
             unsaved.start(self.start)
             self.timer.collect()
@@ -183,25 +145,47 @@ class PpoTrainer:
                         self._save(manager, step + 1, metrics, wait=stopping or last)
                 if stopping:
                     self.run.stopped(step + 1)
+        self._finish()
+
+    def _prepare(self, manager: CheckpointManager) -> None:
+        """Resume from the checkpoint that the run goes on from, give the generator its weights, and evaluate the policy."""
+        config = self.config
+        manager.check_room(self.roles.trained)
+        self._resume(manager)
+        if self.turns.needs_first_sync or self.start > 0:
+            self.sync_weights(self.start)
+        is_new_size = config.pipeline.chunk_size != 0 or self.run.has_changed("pipeline.chunk_size")
+        if self.start == 0 or is_new_size:  # a size that a sweep found is the checkpoint's: the bits depend on it
+            self.chunk_size = find_chunk_size(
+                config.pipeline, config.rollout, self.run.world, self.data, self.batching, self.turns
+            )
+        for golden in self.golden:
+            golden.check(self.start, first=True)
+        if not self.run.continues_its_folder:
+            self.evaluator.run_and_save("before", f"step{self.start}")
+        if self.run.should_stop(self.start, self.total_steps):
+            self.run.stopped(self.start, is_saved=False)
+        self.run.forget_later_steps(self.start, config.train.replay_rollouts)
+
+    def _finish(self) -> None:
+        """Evaluate and export the policy after the last step."""
         self.health.log_counts()
         self.evaluator.run_and_save("after", f"step{self.total_steps}")
-        if config.checkpoint.export_hf:
+        if self.config.checkpoint.export_hf:
             self.turns.sleep()
             with self.actor.on_device(phase="export"):
-                more = export_files(self.data.encoder, config.actor.model.path, "lm")
+                more = export_files(self.data.encoder, self.config.actor.model.path, "lm")
                 self.actor.export(str(self.run.dir / "hf"), files=more.files, config_changes=more.config)
             self.run.exported("the actor ", self.total_steps)
 
-    @property
-    def actor(self) -> TrainEngine:
-        return self.roles.actor
-
     def make_experience(self, step: int) -> Experience:
-        """Roll the current policy out on the step's prompts, and score what it answered."""
+        """Roll the current policy out on the prompts of the step, and score the responses."""
         seed = self.config.run.seed * 1_000_003 + step
         with self.timer.phase("rollout"):
             self.turns.wake(shared=self.config.pipeline.overlap)
-            request = ppo_setup.step_request(self.data, self.config, self.batching, seed)
+            request = self.data.next_request(
+                self.config.algorithm, self.config.rollout.sampling, self.batching.responses_per_step, seed
+            )
             pending = PendingRollout(
                 self.generator,
                 request,
@@ -262,17 +246,19 @@ class PpoTrainer:
         loss_fn: LossFn,
         step: int,
     ) -> dict[str, float]:
-        """All epochs of minibatches of one role; its metrics, over all of them."""
+        """Train one role in all of its epochs and minibatches, and return its metrics over all of them."""
         rollout, name = experience.rollout, engine.role
         results: list[TrainStepResult] = []
-        # Without the actor's training the weight sync comes next.
+        # During the critic's warm-up the weight sync comes next, which needs the actor.
         then = [ACTOR] if step < self.config.algorithm.critic_warmup_steps else None
         with engine.on_device(grads=True, optimizer=True, phase=f"train_{name}", then=then):
             for rows in self._minibatches(name, rollout.batch_size, step):
                 parts = engine.microbatches(rollout.token_ids, rollout.sequence_lengths, inputs, rows)
                 results.append(engine.train_step([LossTerm(parts, loss_fn, num_loss_tokens(inputs, rows))]))
         metrics = step_metrics(results)
-        if engine is self.actor:  # before any update the policy is the one that sampled: what is left is rounding
+        if (
+            engine is self.actor
+        ):  # before its first update the policy is the one that sampled, so this is rounding alone
             first = results[0].terms[0]
             metrics["actor/ppo_kl_first"] = float(first.metric_sums["actor/ppo_kl"]) / max(first.count, 1)
         skipped = sum(result.is_skipped for result in results)
@@ -282,7 +268,7 @@ class PpoTrainer:
         return metrics
 
     def _minibatches(self, name: str, num_rows: int, step: int) -> list[list[int]]:
-        """Rows of every minibatch of the step, the same on every rank, and for both roles where their passes are alike."""
+        """Return the rows of every minibatch of the step. They are the same on every rank, and for both roles if their passes are alike."""
         own = passes(self.config.algorithm, name)
         generator = torch.Generator().manual_seed(self.config.run.seed * 7_919 + step)
         minibatches = []
@@ -293,7 +279,10 @@ class PpoTrainer:
         return minibatches
 
     def sync_weights(self, step: int) -> dict[str, float]:
-        """Hand the actor's weights to the generator, and check that it answers with them.
+        """Hand the actor's weights to the generator, and check that it answers with them. Collective.
+
+        Args:
+            step: Number of steps that are done, which labels the weights.
 
         Raises:
             RuntimeError: The generator's log-probs of the probe prompt are not the trainer's.
@@ -305,7 +294,7 @@ class PpoTrainer:
             tensors = self.actor.stream_weights()
             with self.turns.at_work("weight sync"):
                 self.generator.sync_weights(tensors, f"step{step}")
-            log_probs = ppo_setup.probe_log_probs(self.actor, ids) if verify else []
+            log_probs = probe_log_probs(self.actor, ids) if verify else []
         metrics: dict[str, float] = {}
         if verify:
             self.turns.wake()
@@ -313,7 +302,7 @@ class PpoTrainer:
         return metrics | self.generator.sync_metrics()
 
     def _save(self, manager: CheckpointManager, step: int, metrics: dict[str, float], *, wait: bool) -> None:
-        state = {**ppo_setup.trainer_state(self.data, self.maker, self.health), "chunk_size": self.chunk_size}
+        state = {**trainer_state(self.data, self.maker, self.health), "chunk_size": self.chunk_size}
         bank = self.bank
 
         def then() -> None:
@@ -325,8 +314,8 @@ class PpoTrainer:
     def _resume(self, manager: CheckpointManager) -> None:
         if self.config.checkpoint.load is None:
             return
-        names = {*ppo_setup.STATE_NAMES, "chunk_size"}
+        names = {*STATE_NAMES, "chunk_size"}
         state = manager.load(Path(self.config.checkpoint.load), self.roles.trained, names)
-        ppo_setup.load_trainer_state(state, self.data, self.maker, self.health, self.run)
+        load_trainer_state(state, self.data, self.maker, self.health, self.run)
         self.chunk_size = int(state["chunk_size"])
         log.info(f"resumed PPO from {self.config.checkpoint.load} at step {self.start}")

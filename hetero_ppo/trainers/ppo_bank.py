@@ -1,10 +1,12 @@
-"""A run's bank of responses: where it lies, and what decides over a step's responses."""
+"""The bank of a run: responses that a resumed run does not ask for again."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import asdict
 
-from hetero_ppo.config.schema import PpoConfig
+from hetero_ppo.config.schema import CheckpointConfig, RolloutConfig
 from hetero_ppo.experience.bank import RolloutBank, bank_key
 from hetero_ppo.rollout.generator import GenerationRequest, Generator
 from hetero_ppo.trainers.run import Run
@@ -13,20 +15,26 @@ from hetero_ppo.types import Response
 FOLDER = "bank"
 
 
-def open_bank(config: PpoConfig, run: Run, generator: Generator, *, resumes: bool) -> RolloutBank | None:
-    """Return the bank on the generator's rank; None where nothing is banked: without checkpoints there is nothing to resume.
+@contextlib.contextmanager
+def open_bank(
+    rollout: RolloutConfig, checkpoint: CheckpointConfig, run: Run, generator: Generator
+) -> Iterator[RolloutBank | None]:
+    """Open the bank on the generator's rank. None where nothing is banked: without checkpoints there is nothing to resume.
 
     Args:
-        config: Configuration of the run.
-        run: The run.
-        generator: The generator.
-        resumes: Whether the run continues in its own folder.
+        rollout: The ``rollout`` section.
+        checkpoint: The ``checkpoint`` section.
+        run: Run of this process. Where it continues in its own folder, the responses that are there are kept.
+        generator: Generator of this rank.
     """
-    if not (
-        generator.is_here and generator.capabilities.can_resume and config.rollout.bank and config.checkpoint.every
-    ):
-        return None
-    return RolloutBank(run.dir / FOLDER, resumes=resumes)
+    if not (generator.is_here and generator.capabilities.can_resume and rollout.bank and checkpoint.every):
+        yield None
+        return
+    bank = RolloutBank(run.dir / FOLDER, resumes=run.continues_its_folder)
+    try:
+        yield bank
+    finally:
+        bank.end()
 
 
 def begin_step(

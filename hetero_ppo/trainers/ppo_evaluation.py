@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hetero_ppo.config.schema import PpoConfig
+from hetero_ppo.config.schema import SamplingConfig
 from hetero_ppo.disk import writing
 from hetero_ppo.experience.pending_rollout import collect_rollout
 from hetero_ppo.experience.rollouts import response_texts
@@ -21,8 +21,8 @@ from hetero_ppo.reward.function import FunctionReward
 from hetero_ppo.rollout.generator import GenerationRequest
 from hetero_ppo.rollout.replay import write_rollouts
 from hetero_ppo.step.roles import ACTOR, REFERENCE
+from hetero_ppo.trainers.ppo_data import PpoData
 from hetero_ppo.trainers.ppo_turns import GeneratorTurns
-from hetero_ppo.trainers.ppo_setup import PpoData
 from hetero_ppo.trainers.run import Run
 from hetero_ppo.types import Experience
 
@@ -48,30 +48,43 @@ class Evaluation:
 
 
 class Evaluator:
-    """Answers the held-out prompts with the generator and scores the answers."""
+    """Answers the held-out prompts with the generator and scores the answers.
+
+    Args:
+        run: Run of this process.
+        data: Prompts of the run.
+        maker: Maker of experiences, whose scorers, actor and reference are used.
+        turns: Turns of the generator on the device.
+        check: The ``train.eval_function``; None: there is no accuracy.
+        sampling: How the answers are sampled.
+        dump_rollouts: Whether ``dump_rollout`` writes.
+    """
 
     def __init__(
         self,
-        config: PpoConfig,
         run: Run,
         data: PpoData,
         maker: ExperienceMaker,
         turns: GeneratorTurns,
         check: FunctionReward | None,
+        *,
+        sampling: SamplingConfig,
+        dump_rollouts: bool,
     ) -> None:
-        self.config = config
         self.run_info = run
         self.data = data
         self.maker = maker
         self.turns = turns
         self.check = check
+        self.sampling = sampling
+        self.dump_rollouts = dump_rollouts
 
     def run(self, version: str) -> Evaluation | None:
         """Sample and score; None without held-out prompts, or when recorded rollouts are replayed. Collective."""
         prompts = self.data.eval_prompts
         if prompts is None or self.turns.generator.capabilities.is_recorded:
             return None
-        sampling = self.config.rollout.eval_sampling
+        sampling = self.sampling
         greedy_rollout = None
         request = GenerationRequest(prompts, sampling, n=1, seed=EVAL_SEED)
         trace, owner = self.turns.device.trace, self.turns.generator_rank
@@ -118,7 +131,12 @@ class Evaluator:
         )
 
     def run_and_save(self, name: str, version: str) -> None:
-        """Evaluate, print, and write ``<run.dir>/eval_<name>.json``."""
+        """Evaluate, log the numbers, and write ``<run.dir>/eval_<name>.json``. Collective.
+
+        Args:
+            name: Name of the file, and of the moment in the log: "before" or "after".
+            version: Label of the weights.
+        """
         evaluation = self.run(version)
         if evaluation is None:
             return
@@ -131,7 +149,7 @@ class Evaluator:
 
     @staticmethod
     def metrics(evaluation: Evaluation | None) -> dict[str, float]:
-        """The numbers, under eval/."""
+        """Return the numbers of an evaluation as metrics; none without an evaluation."""
         if evaluation is None:
             return {}
         values = {
@@ -146,7 +164,7 @@ class Evaluator:
 
     def dump_rollout(self, step: int, experience: Experience) -> None:
         """Write the step's prompts, responses and scores to ``<run.dir>/rollouts/``."""
-        if not (self.config.train.dump_rollouts and self.run_info.is_writer):
+        if not (self.dump_rollouts and self.run_info.is_writer):
             return
         rollout = experience.rollout
         extra: dict[str, list[Any]] = {
@@ -159,5 +177,5 @@ class Evaluator:
 
 
 def score_column(scores: Tensor) -> list[float | None]:
-    """[B] scores as JSON has them: None where there is none."""
+    """Return [B] scores for a JSON file, with None where a response has no score."""
     return [None if math.isnan(score) else score for score in scores.tolist()]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
-from hetero_ppo.config.schema import PpoConfig
+from hetero_ppo.config.schema import PpoTrainConfig, RewardConfig
 from hetero_ppo.data.chat_template import TextEncoder
 from hetero_ppo.reward.function import FunctionReward
 from hetero_ppo.trainers.run import Run
@@ -32,19 +34,25 @@ class PpoFunctions:
             if run.is_writer:  # the workers are on its rank
                 log.info(function.describe())
 
-    def close(self) -> None:
-        """End the worker processes."""
-        for function in self._all:
-            function.close()
-
     @property
     def _all(self) -> list[FunctionReward]:
         return [function for function in (self.reward, self.evaluation) if function is not None]
 
 
-def open_functions(config: PpoConfig, run: Run, encoder: TextEncoder) -> PpoFunctions:
-    """Start a worker of each function on rank 0; they import the functions' modules while the run goes on to load."""
-    reward, train = config.reward, config.train
+@contextlib.contextmanager
+def open_functions(
+    reward: RewardConfig, train: PpoTrainConfig, run: Run, encoder: TextEncoder
+) -> Iterator[PpoFunctions]:
+    """Start a worker of each function on rank 0, and end all workers with the block.
+
+    The workers import the modules of the functions while the run goes on to load.
+
+    Args:
+        reward: The ``reward`` section, whose limits of time and workers hold for both functions.
+        train: The ``train`` section, for the function of the evaluation.
+        run: Run of this process.
+        encoder: Encoder of the prompts, which makes the texts that the functions read.
+    """
     function = partial(
         FunctionReward,
         decode=encoder.decode,
@@ -60,6 +68,7 @@ def open_functions(config: PpoConfig, run: Run, encoder: TextEncoder) -> PpoFunc
         if train.eval_function is None
         else function(train.eval_function, field="train.eval_function", batch=train.eval_batch),
     )
-    for each in functions._all:
-        each.open()
-    return functions
+    with contextlib.ExitStack() as stack:
+        for each in functions._all:
+            stack.enter_context(contextlib.closing(each)).open()
+        yield functions

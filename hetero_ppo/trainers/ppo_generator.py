@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import threading
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
+from types import TracebackType
 from typing import Self
 
 from hetero_ppo.config.derived import actor_generates, max_model_len, num_servers, weight_transfer
 from hetero_ppo.config.devices import dtype_of
-from hetero_ppo.config.schema import PpoConfig
+from hetero_ppo.config.schema import PpoConfig, RolloutConfig
 from hetero_ppo.data.chat_template import TextEncoder
 from hetero_ppo.engines.model_engine import ModelEngine
 from hetero_ppo.rollout.generator import Generator, NullGenerator
@@ -26,59 +27,81 @@ from megatron_bridge import platform
 log = logging.getLogger(__name__)
 
 
-@dataclass
 class StartingGenerator:
-    """Starts a generator during the loading of the models: both take tens of seconds."""
+    """A generator that starts in a thread of its own, while the models are loaded; both take tens of seconds.
 
-    generator: Generator
-    _errors: list[BaseException] = field(default_factory=list)
+    A context manager. Leaving it closes the generator. One that is still starting then is not waited for: its thread closes it when it has
+    started. Where the process ends before that, the guardians of its servers end them.
 
-    def begin(self) -> Self:
-        """Start in the background. The generator's processes belong to its own thread, which lives on."""
+    Args:
+        generator: Generator that is not started yet.
+    """
 
-        def start() -> None:
-            try:
-                self.generator.start()
-            except BaseException as error:  # noqa: BLE001  handed to the caller of wait()
-                self._errors.append(error)
+    def __init__(self, generator: Generator) -> None:
+        self.generator = generator
+        self._thread = threading.Thread(target=self._start, name="rollout-start", daemon=True)
+        self._lock = threading.Lock()
+        self._has_started = False
+        self._is_left = False
+        self._error: BaseException | None = None
 
-        self._thread = threading.Thread(target=start, name="rollout-start", daemon=True)
+    def __enter__(self) -> Self:
         self._thread.start()
         return self
 
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        with self._lock:
+            self._is_left = True
+            if not self._has_started:
+                return
+        self.generator.close()
+
     def wait(self) -> Generator:
-        """Return the generator when it is ready, or raise what its start raised."""
+        """Return the generator when it is ready, or raise the error of its start."""
         self._thread.join()
-        if self._errors:
-            raise self._errors[0]
+        if self._error is not None:
+            raise self._error
         return self.generator
 
+    def _start(self) -> None:
+        try:
+            self.generator.start()
+        except BaseException as error:  # noqa: BLE001  raised by wait()
+            self._error = error
+        with self._lock:
+            self._has_started = True
+            if not self._is_left:
+                return
+        self.generator.close()
 
-def begin_generator(
-    config: PpoConfig, run: Run, encoder: TextEncoder, start: int, cluster: Cluster | None, placement: Placement
-) -> StartingGenerator:
-    """Return the generator on its rank, where it is starting; other ranks get a stand-in. Not for an actor that generates itself.
+
+def build_generator(
+    config: PpoConfig, run: Run, encoder: TextEncoder, num_done: int, cluster: Cluster | None, placement: Placement
+) -> Generator:
+    """Build the generator of a run whose actor does not generate itself. Ranks other than its own get a stand-in.
 
     Args:
         config: Configuration of the run.
-        run: The run.
+        run: Run of this process.
         encoder: Encoder of the prompts, for the tokens that end a response.
-        start: Number of PPO steps that are done already; recorded steps are counted from 1.
-        cluster: Nodes of the run, see ``ppo_nodes.meet``.
+        num_done: Number of PPO steps that are done already; recorded steps are counted from 1.
+        cluster: Nodes with rollout servers, from ``ppo_nodes.find_nodes``.
         placement: Placement of the run, which says on which rank the generator is.
     """
     assert not actor_generates(config), "the actor is built first"
     is_here = run.world.rank() == placement.generator_rank
     if config.train.replay_rollouts is not None:
         if not is_here:
-            return StartingGenerator(NullGenerator(ReplayGenerator.capabilities)).begin()
-        return StartingGenerator(ReplayGenerator(Path(config.train.replay_rollouts), start + 1)).begin()
+            return NullGenerator(ReplayGenerator.capabilities)
+        return ReplayGenerator(Path(config.train.replay_rollouts), num_done + 1)
     capabilities = VllmGenerator.capabilities_of(config.rollout, cuda=platform.HAS_CUDA)
     if not is_here:
-        return StartingGenerator(NullGenerator(capabilities)).begin()
+        return NullGenerator(capabilities)
     transfer = weight_transfer(config.rollout, one_node=cluster is None)
     log.info(f"weights get into the rollout servers by {transfer.value} (rollout.weight_transfer)")
-    generator = VllmGenerator(
+    return VllmGenerator(
         replace(config.rollout, num_servers=num_servers(config.rollout, run.world_size), weight_transfer=transfer),
         model_path=config.actor.model.path,
         dtype=dtype_of(config.actor.model),
@@ -87,18 +110,26 @@ def begin_generator(
         eos_token_ids=encoder.end_token_ids,
         # A generator that sleeps gets its first weights by a sync like all others, so that it can drop them.
         initial_version=None if capabilities.can_sleep else "step0",
-        tokenizer_path=ppo_nodes.servers_tokenizer(config),
+        tokenizer_path=ppo_nodes.servers_tokenizer(config.rollout, config.actor.model),
         cluster=cluster,
     )
-    return StartingGenerator(generator).begin()
 
 
-def generator_of_actor(config: PpoConfig, encoder: TextEncoder, actor: ModelEngine) -> MegatronGenerator:
-    """Return the actor as its own generator; every rank has it."""
+def generator_of_actor(
+    rollout: RolloutConfig, encoder: TextEncoder, actor: ModelEngine, *, max_model_len: int
+) -> MegatronGenerator:
+    """Return the actor as its own generator. Every rank has it.
+
+    Args:
+        rollout: The ``rollout`` section.
+        encoder: Encoder of the prompts, for the tokens that end a response and the texts of stop strings.
+        actor: Policy.
+        max_model_len: Number of tokens of the longest prompt and response together.
+    """
     return MegatronGenerator(
-        config.rollout,
+        rollout,
         actor,
-        max_model_len=max_model_len(config),
+        max_model_len=max_model_len,
         eos_token_ids=encoder.end_token_ids,
         initial_version="step0",
         decode=encoder.decode,

@@ -1,8 +1,9 @@
-"""What a PPO run says about its memory: the plan before it loads anything, the ledger beside it after a step."""
+"""The memory of a PPO run in its log: the plan before anything is loaded, and the ledger next to it after the first step."""
 
 from __future__ import annotations
 
 import logging
+
 import torch.distributed as dist
 
 from hetero_ppo.config.schema import PpoConfig
@@ -22,10 +23,10 @@ log = logging.getLogger(__name__)
 
 
 def log_plan(config: PpoConfig, run: Run) -> None:
-    """Print the peak of the plan.
+    """Log the peak of the plan.
 
     Raises:
-        ValueError: the run cannot fit.
+        ValueError: The run does not fit its devices.
     """
     plan = check_fits(config, run.world_size)
     turns = "roles take turns" if config.residency.offload else "all roles stay"
@@ -36,9 +37,9 @@ def log_plan(config: PpoConfig, run: Run) -> None:
 
 
 def log_ledger(config: PpoConfig, run: Run, device: SharedDevice) -> None:
-    """Print the plan of this rank beside what its storages held in each phase, and write it to the run folder.
+    """Log the plan of this rank next to what its storages held in each phase, and write both to the run folder.
 
-    The writer's rank stands for all: ranks of one role hold the same but for the ends of a pipeline.
+    Rank 0 stands for all ranks: those of one role hold the same, but for the ends of a pipeline.
     """
     if not run.is_writer:
         return
@@ -78,7 +79,7 @@ def log_ledger(config: PpoConfig, run: Run, device: SharedDevice) -> None:
 
 
 def memory_metrics(device: SharedDevice) -> dict[str, float]:
-    """Of the step: what switching cost, and the most that the roles held on the device at once since the run began."""
+    """Return what switching roles has cost since the last call, and the most that they held on the device since the run began."""
     cost = device.collect_cost()
     values = {
         "memory/device_peak_gib": device.peak_bytes / GIB,

@@ -1,4 +1,4 @@
-"""The commands on a trained reward model: score, evaluate, verify. One process, or those of a torchrun."""
+"""Commands on a trained reward model: score, evaluate, verify. They run in one process, or in those of torchrun."""
 
 from __future__ import annotations
 
@@ -44,11 +44,15 @@ Answered = TypeVar("Answered", bound=AnsweredDataConfig)
 
 @contextmanager
 def reward_engine(args: argparse.Namespace, *, has_to_be_aligned: bool = False) -> Iterator[ModelEngine]:
-    """Give the checkpoint in the layout that the arguments name: aligned, unless ``--plain`` is given or it cannot be, which is printed.
+    """Load the checkpoint in the layout that the arguments name. It is aligned where it can be, unless ``--plain`` is given.
+
+    Args:
+        args: Arguments of the command.
+        has_to_be_aligned: Whether a reward model that cannot be aligned is an error.
 
     Raises:
-        RunError: it has to be aligned, and its bits depend on the batch.
-        ValueError: no such folder, or one without a score head.
+        RunError: It has to be aligned, and its bits depend on the batch.
+        ValueError: There is no such folder, or its model has no score head.
     """
     checkpoint: Path = args.checkpoint
     if not (checkpoint / "config.json").is_file():
@@ -82,7 +86,7 @@ def _build(config: RoleConfig, checkpoint: Path) -> ModelEngine:
 
 
 def _dtype(given: str | None, checkpoint: Path) -> Dtype | None:
-    """Return the dtype that was given, else that of the golden scores; None without either: the device's default."""
+    """Return the dtype that was given, else that of the golden scores; None without either, for the device's default."""
     file = checkpoint / GOLDEN_FILE
     if given is None and file.is_file():
         given = read_golden(file).record["dtype"]
@@ -166,11 +170,11 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 def verify(args: argparse.Namespace) -> None:
-    """Compute all golden scores anew, and the layers of the pairs that have them.
+    """Compute all golden scores again, and the layers of the pairs that have them.
 
     Raises:
-        RunError: a score or a layer differs.
-        ValueError: no golden scores, or the plain forward was asked for.
+        RunError: A score or a layer differs.
+        ValueError: There are no golden scores, or the plain forward was asked for.
     """
     file: Path = args.checkpoint / GOLDEN_FILE
     if args.plain:

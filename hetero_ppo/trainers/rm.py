@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+
 import torch
 from torch import Tensor
 
@@ -21,9 +22,12 @@ from hetero_ppo.engines.microbatches import sequence_ends
 from hetero_ppo.engines.outputs import scores_output
 from hetero_ppo.engines.train_engine import TrainEngine
 from hetero_ppo.reward.golden import GOLDEN_FILE, make_golden
+from hetero_ppo.step.roles import run_roles
+from hetero_ppo.trainers.roles import build_role
 from hetero_ppo.trainers.run import Run
 from hetero_ppo.trainers.run_inputs import model_inputs, text_inputs
-from hetero_ppo.trainers.supervised import SupervisedTrainer, build_role, make_sampler
+from hetero_ppo.trainers.samplers import make_sampler
+from hetero_ppo.trainers.supervised import SupervisedTrainer
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +36,7 @@ class RewardModelTrainer(SupervisedTrainer):
     """Trains the reward model to score the chosen answer above the rejected one."""
 
     def __init__(self, config: RmConfig, run: Run) -> None:
-        encoder = load_text_encoder(config.reward.model, config.data, "reward", run.beginning.begun)
+        encoder = load_text_encoder(config.reward.model, config.data, "reward", run.beginning.started_at)
         log.info(encoder.describe_ends())
         run.keep_template(encoder)
         self.data = load_preferences(config.data.train, config.data, encoder, node_files(run.world))
@@ -41,30 +45,33 @@ class RewardModelTrainer(SupervisedTrainer):
         if config.data.eval is not None:
             self.held_out = load_preferences(config.data.eval, config.data, encoder, node_files(run.world))
             log.info(self.held_out.report.describe())
-        run.check_inputs(text_inputs(config, run.resume, encoder, self.data, {}) + model_inputs(config, run.world))
+        run.check_inputs(
+            text_inputs(config, run.resume, encoder, self.data, {}) + model_inputs(run_roles(config), run.world)
+        )
         batching = derive_supervised(config, run.world_size, len(self.data))
         log.info(batching.describe())
         engine = build_role(
             run, "reward", config.reward, lambda role: TrainEngine("reward", role, "score", batching.total_steps)
         )
-        sampler = make_sampler(self.data, config.train.global_batch_size, config.run, config.data)
+        batch_size = config.train.global_batch_size
+        sampler = make_sampler(self.data, batch_size, seed=config.run.seed, shuffle=config.data.shuffle)
         super().__init__(run, config.run, config.train, config.checkpoint, batching, sampler, engine, encoder)
         self.loss = config.loss
         self.loss_fn = reward_loss_fn(config.loss)
 
     def step(self, rows: list[int]) -> TrainStepResult:
-        """One optimizer step on these pairs."""
+        """Take one optimizer step on these pairs."""
         batch = collate_preferences([self.data.examples[row] for row in rows])
         return self.engine.train_step([LossTerm(self.engine.pair_microbatches(batch), self.loss_fn, len(rows))])
 
     def weight_files(self) -> dict[str, str]:
-        """Golden scores of held-out pairs, or of training pairs without those, where the forward is aligned."""
+        """Return the golden scores of held-out pairs, or of training pairs where there are none. A plain forward has no golden scores."""
         if not self.engine.bridge.aligned:
             return {}
         return {GOLDEN_FILE: make_golden(self.engine, (self.held_out or self.data).examples).text()}
 
     def evaluate(self) -> dict[str, float]:
-        """Loss and accuracy on the held-out pairs; a tie counts as wrong."""
+        """Return loss and accuracy on the held-out pairs. A tie counts as wrong."""
         if self.held_out is None:
             return {}
         chosen, rejected = [], []

@@ -1,4 +1,4 @@
-"""What every run sets up before its trainer: ranks, threads, the run folder."""
+"""Opens what every kind of run needs before its trainer: the world, seeds, threads, the run folder."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ from hetero_ppo.distributed.text import broadcast_json
 from hetero_ppo.errors import StoppedOnRequest
 from hetero_ppo.observability.logs import ONCE, console_logging
 from hetero_ppo.observability.records import CONFIG_FILE
+from hetero_ppo.observability.trace import TRACE_FOLDER, TraceRecorder
 from hetero_ppo.observability.watchdog import Watchdog
 from hetero_ppo.runtime.heartbeat import Heartbeat
 from hetero_ppo.runtime.inputs import Input, check_inputs, differing
@@ -53,16 +54,14 @@ class Run:
     stop: StopRequests
     watchdog: Watchdog
     beginning: Beginning
-    resume: Resume | None  # what it goes on from; None: it is a run from the beginning
+    resume: Resume | None  # the checkpoint that it goes on from; None: it starts from the beginning
     inputs: dict[str, str] = field(
         default_factory=dict
-    )  # name -> digest of what it is made from; filled by check_inputs
+    )  # name -> digest of what the run is made from; filled by check_inputs
     aligned: dict[str, bool] = field(
         default_factory=dict
-    )  # role whose ``aligned`` is null -> what it came to; filled by build_role
-    changed_inputs: set[str] = field(
-        default_factory=set
-    )  # names of those that are not the checkpoint's, which is allowed
+    )  # role whose ``aligned`` is null -> whether it is aligned; filled by build_role
+    changed_inputs: set[str] = field(default_factory=set)  # names of inputs that differ from the checkpoint's and may
 
     @property
     def is_writer(self) -> bool:
@@ -81,11 +80,11 @@ class Run:
 
     @property
     def about(self) -> dict[str, Any]:
-        """What every checkpoint says of its run."""
-        begun = self.beginning.begun.isoformat()
+        """Record of the run that every checkpoint holds."""
+        started_at = self.beginning.started_at.isoformat()
         about = {
             "run_id": self.beginning.run_id,
-            "begun": begun,
+            "begun": started_at,  # as in checkpoints of older versions
             "inputs": self.inputs,
             "digests_version": DIGESTS_VERSION,
         }
@@ -95,7 +94,7 @@ class Run:
         """Compare what the run is made from with the checkpoint that it goes on from, and note it for its own checkpoints.
 
         Raises:
-            ValueError: It has another content, which ``checkpoint.allow_changes`` does not name.
+            ValueError: An input has another content, and ``checkpoint.allow_changes`` does not name it.
         """
         for line in check_inputs(self.resume, inputs):
             log.info(line)
@@ -103,11 +102,11 @@ class Run:
         self.changed_inputs.update(one.name for one in differing(self.resume, inputs))
 
     def allows(self, name: str) -> bool:
-        """Whether ``checkpoint.allow_changes`` names a field, or its content differs and may."""
+        """Return whether ``checkpoint.allow_changes`` names a field, or its content differs and may."""
         return self.resume is not None and (name in self.changed_inputs or is_named(name, self.resume.allowed))
 
     def has_changed(self, name: str) -> bool:
-        """Whether a field has another value than in the checkpoint that the run goes on from."""
+        """Return whether a field has another value than in the checkpoint that the run goes on from."""
         return self.resume is not None and self.resume.has_changed(name)
 
     def keep_template(self, encoder: TextEncoder) -> None:
@@ -116,17 +115,28 @@ class Run:
             (self.dir / TEMPLATE_FILE).write_text(encoder.template, encoding="utf-8")
 
     def should_stop(self, step: int, total_steps: int) -> bool:
-        """Whether the run is to end after ``step``, because a signal asked for it. Collective over the world, once a step.
+        """Return whether a signal asked the run to end after ``step``. Collective over the world, once a step.
 
-        A run that has done its last step goes on to what follows it.
+        A run that has done its last step goes on to the evaluation and the export.
         """
         return self.stop.agreed(self.world) and step < total_steps
 
-    def forget_later_steps(self, step: int, replayed: str | None = None) -> None:
-        """Where the run goes on in its folder, remove what that says of steps after ``step``; on one rank, before the next step.
+    def trace_recorder(self, every: int, *, num_done: int) -> TraceRecorder:
+        """Return the recorder of rank 0, which stands for all ranks. Other ranks get one that records nothing.
 
         Args:
-            step: Steps done.
+            every: Steps between traces; 0: none.
+            num_done: Number of steps that are done already.
+        """
+        if not self.is_writer:
+            return TraceRecorder()
+        return TraceRecorder(self.dir / TRACE_FOLDER, every, first_step=num_done + 1)
+
+    def forget_later_steps(self, step: int, replayed: str | None = None) -> None:
+        """Remove what the folder holds of steps after ``step``, where the run goes on in it. Rank 0 does it, before the next step.
+
+        Args:
+            step: Number of steps that are done.
             replayed: Folder of rollouts that the run answers from.
         """
         if self.is_writer and self.continues_its_folder:
@@ -143,7 +153,7 @@ class Run:
         """End the run on request.
 
         Raises:
-            StoppedOnRequest: always.
+            StoppedOnRequest: Always.
         """
         self.stop.honoured()
         if is_saved:
@@ -158,6 +168,11 @@ class Run:
 @contextlib.contextmanager
 def start_run(loaded: LoadedConfig, stop: StopRequests, heartbeat: Heartbeat | None = None) -> Iterator[Run]:
     """Join the world, set seeds and threads, and hold the run folder, with the resolved config in it, for the block.
+
+    Args:
+        loaded: Checked configuration.
+        stop: Requests to stop, which end the run after a step.
+        heartbeat: Heartbeat that gets the names of the phases; None: there is none.
 
     Raises:
         ValueError: The run folder cannot be written, is in use, or holds results of another run; or there is no checkpoint to go on
@@ -186,8 +201,8 @@ def start_run(loaded: LoadedConfig, stop: StopRequests, heartbeat: Heartbeat | N
         )
         resume = read_resume(loaded)
         dist.barrier(world)  # rank 0 may now replace what the others have read
-        said, begun = _claim_folder(loaded, resume, stack, world)
-        run = Run(Path(config.dir), world, stop, watchdog, begun, resume)
+        notes, start = _claim_folder(loaded, resume, stack, world)
+        run = Run(Path(config.dir), world, stop, watchdog, start, resume)
         spec = "Transformer Engine (in bf16; in fp32 the local)" if HAS_TRANSFORMER_ENGINE else "local"
         log.info(
             f"{loaded.kind} run in {run.dir}: {run.world_size} rank(s) on {platform.device().type}, "
@@ -203,7 +218,7 @@ def start_run(loaded: LoadedConfig, stop: StopRequests, heartbeat: Heartbeat | N
             log.info(
                 "run.heartbeat_timeout_s: nobody looks at heartbeats; scripts/train_*.sh and hetero_ppo.cli.launcher do"
             )
-        for line in [*said, *([] if resume is None else [resume.describe()])]:
+        for line in [*notes, *([] if resume is None else [resume.describe()])]:
             log.info(line)
         dist.barrier(world)
         yield run
@@ -212,23 +227,23 @@ def start_run(loaded: LoadedConfig, stop: StopRequests, heartbeat: Heartbeat | N
 def _claim_folder(
     loaded: LoadedConfig, resume: Resume | None, stack: contextlib.ExitStack, world: dist.ProcessGroup
 ) -> tuple[list[str], Beginning]:
-    """Return (what rank 0 did to the folder, in words; which run this is). Collective over the world.
+    """Return lines about what rank 0 did to the folder, and which run this is. Collective over the world.
 
     Args:
         loaded: Configuration, which goes into the folder.
-        resume: What the run goes on from.
-        stack: Holds the folder on rank 0.
+        resume: Checkpoint that the run goes on from.
+        stack: Stack that holds the folder on rank 0.
         world: Group of all ranks.
 
     Raises:
-        ValueError: On every rank, what rank 0 has found.
+        ValueError: Rank 0 cannot use the folder; every rank raises it.
     """
-    found: dict[str, Any] = {"error": "", "said": [], "run_id": "", "begun": ""}
+    found: dict[str, Any] = {"error": "", "notes": [], "run_id": "", "started_at": ""}
     if world.rank() == 0:
-        folder, begun = Path(loaded.config.run.dir), beginning(resume)
-        found |= {"run_id": begun.run_id, "begun": begun.begun.isoformat()}
+        folder, start = Path(loaded.config.run.dir), beginning(resume)
+        found |= {"run_id": start.run_id, "started_at": start.started_at.isoformat()}
         try:
-            found["said"] = stack.enter_context(claimed_folder(loaded))
+            found["notes"] = stack.enter_context(claimed_folder(loaded))
             save_config(loaded, str(folder / CONFIG_FILE))
         except ValueError as error:
             found["error"] = str(error)
@@ -237,7 +252,7 @@ def _claim_folder(
     found = broadcast_json(found, 0, world)
     if found["error"]:
         raise ValueError(found["error"])
-    return found["said"], Beginning(found["run_id"], datetime.fromisoformat(found["begun"]))
+    return found["notes"], Beginning(found["run_id"], datetime.fromisoformat(found["started_at"]))
 
 
 def _set_threads(config: RunConfig) -> int:
@@ -248,12 +263,17 @@ def _set_threads(config: RunConfig) -> int:
 
 
 def first_step(checkpoint: CheckpointConfig, run_dir: Path, total_steps: int) -> int:
-    """The step that a run begins with: 0, or that of the checkpoint it resumes from.
+    """Return the number of steps that are done when a run starts: 0, or that of the checkpoint that it resumes from.
 
-    A run that was stopped after its last step, in the evaluation or the export, goes on with these: it begins at its last step.
+    A run that was stopped after its last step, in the evaluation or the export, resumes there: all of its steps are done.
+
+    Args:
+        checkpoint: The ``checkpoint`` section.
+        run_dir: Folder of the run.
+        total_steps: Number of steps of the whole run.
 
     Raises:
-        ValueError: there is no checkpoint, it is damaged, or it leaves nothing to do.
+        ValueError: There is no checkpoint, it is damaged, or it leaves nothing to do.
     """
     if checkpoint.load is None:
         return 0
@@ -263,7 +283,7 @@ def first_step(checkpoint: CheckpointConfig, run_dir: Path, total_steps: int) ->
     if step > total_steps or (step == total_steps and not has_to_export):
         raise ValueError(
             f"checkpoint.load={checkpoint.load}: it is at step {step} of {total_steps}, zero steps are left to do; "
-            "raise train.steps (or train.epochs), or start anew without checkpoint.load"
+            "raise train.steps (or train.epochs), or start again without checkpoint.load"
         )
     return step
 

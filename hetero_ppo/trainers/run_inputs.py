@@ -8,7 +8,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from hetero_ppo.config.derived import config_roles, trained_roles
+from hetero_ppo.config.derived import config_roles
 from hetero_ppo.config.load import AnyConfig
 from hetero_ppo.config.on_resume import rule_of
 from hetero_ppo.config.schema import PpoConfig
@@ -19,6 +19,7 @@ from hetero_ppo.data.prompts import PromptExample, labels_digest
 from hetero_ppo.reward.re_encoding import ReEncoder
 from hetero_ppo.runtime.inputs import Input, differing, function_digest
 from hetero_ppo.runtime.resume import Resume
+from hetero_ppo.step.roles import RoleSpec
 from megatron_bridge.weights.weights_digest import config_digest, model_digest
 
 
@@ -56,16 +57,19 @@ def text_inputs(
     return inputs
 
 
-def model_inputs(config: AnyConfig, world: dist.ProcessGroup) -> list[Input]:
+def model_inputs(roles: Mapping[str, RoleSpec], world: dist.ProcessGroup) -> list[Input]:
     """Return the weights of frozen roles, and what config.json says of trained ones. Collective over the world.
 
     Each folder is read once, by all ranks together.
+
+    Args:
+        roles: Roles of the run, by name.
+        world: Group of all ranks.
     """
     inputs, digests = [], dict[str, str]()
-    trained = trained_roles(config)
-    for name, role in config_roles(config).items():
-        path, field = role.model.path, f"{name}.model.path"
-        if name in trained:
+    for name, spec in roles.items():
+        path, field = spec.config.model.path, f"{name}.model.path"
+        if spec.is_trained:
             inputs.append(Input(f"{field} (config.json)", config_digest(path), (field,)))
             continue
         if path not in digests:

@@ -1,12 +1,12 @@
-"""A run that is asked to stop: by SIGTERM, by SIGUSR1, which batch systems send some minutes before they kill, or by SIGHUP, when the
+"""Requests to stop a run: by SIGTERM, by SIGUSR1, which batch systems send some minutes before they kill, or by SIGHUP, when the
 terminal is closed or the connection lost. A SIGHUP that is ignored when the run starts (nohup) stays ignored.
 
-The ranks finish the step, save a checkpoint, and end with exit status 75. A rank that gets no such request learns of it at the
-end of the step, where all agree. Two things end the process at once: a second SIGTERM, and a SIGTERM from torchrun that another
-rank has died.
+The ranks finish the step, save a checkpoint, and end with exit status 75. A rank that gets no signal learns of the request at the end of
+the step, where all ranks agree. Two signals end the process at once: a second SIGTERM, and the SIGTERM by which torchrun ends a rank when
+another one has died.
 
-Signals are read by a thread. Python runs handlers between two instructions of the main thread, which may sit in a collective, in
-a forward or in a wait for the engine for minutes.
+A thread reads the signals. Python runs handlers between two instructions of the main thread, which may be for minutes in a collective, in a
+forward or in a wait for the generator.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ import torch.distributed as dist
 from hetero_ppo.errors import EXIT_NOT_STOPPED_IN_TIME
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-#: A batch system may signal every process of a job while the launcher passes the same request on: within this time it is one request.
+#: Seconds in which several signals are one request: a batch system may signal every process while the launcher passes the signal on.
 SAME_REQUEST_S = 2.0
-#: Between two looks at whether the launcher is still there. One that is killed cannot end its ranks.
+#: Seconds between two checks that the launcher still runs. A launcher that is killed cannot end its ranks.
 LOOK_S = 1.0
-#: Of Linux's prctl.h.
+#: Option of prctl(2), from prctl.h.
 PR_SET_PDEATHSIG = 1
 
 
 class StopRequests:
-    """Listens to the signals while the block runs. In the main thread of the process."""
+    """Listens to the signals while the block runs. It is opened in the main thread of the process.
+
+    Args:
+        within_s: Seconds from the request after which the process ends, with a checkpoint or without.
+    """
 
     def __init__(self, within_s: float) -> None:
-        """
-        Args:
-            within_s: seconds from the request after which the process ends, checkpoint or not.
-        """
         self.within_s = within_s
         self._requested_at: float | None = None  # time.monotonic()
         self._is_honoured = False
@@ -78,17 +78,17 @@ class StopRequests:
 
     @property
     def is_requested(self) -> bool:
-        """Whether this process was asked to stop."""
+        """True when this process was asked to stop."""
         return self._requested_at is not None
 
     def agreed(self, world: dist.ProcessGroup) -> bool:
         """Return whether any rank of the world was asked to stop. Collective, once a step: all ranks stop after the same one."""
-        wanted = torch.tensor([int(self.is_requested)])
-        dist.all_reduce(wanted, op=dist.ReduceOp.MAX, group=world)
-        return bool(wanted)
+        num_requests = torch.tensor([int(self.is_requested)])
+        dist.all_reduce(num_requests, op=dist.ReduceOp.MAX, group=world)
+        return bool(num_requests)
 
     def honoured(self) -> None:
-        """The checkpoint is made: signals and the bound have nothing left to ask for."""
+        """Note that the checkpoint is made. Signals and the limit of seconds have no effect after that."""
         self._is_honoured = True
 
     def _listen(self) -> None:
@@ -135,17 +135,17 @@ class StopRequests:
     def _end(self, status: int, text: str | None) -> None:
         if text is not None and _is_first_rank():
             print(f"error: {text}", file=sys.stderr, flush=True)
-        # The main thread may never come back; what the process started ends with it (rollout/servers/guardian.py).
+        # The main thread may never return. The processes that this one started end with it (rollout/servers/guardian.py).
         os._exit(status)
 
 
 def _end_with_parent() -> None:
-    """From here on the kernel ends this process when its launcher dies: on the way out it may wait for the launcher's store."""
+    """Let the kernel end this process when its launcher dies: while it ends, it may wait for the launcher's store."""
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
 
 
 def _leave_it_to_the_thread(number: int, frame: FrameType | None) -> None:
-    """The handler, without which there would be nothing to read."""
+    """Leave the signal to the thread. Without a handler Python would not write it to the pipe."""
 
 
 def _is_first_rank() -> bool:
@@ -153,12 +153,12 @@ def _is_first_rank() -> bool:
 
 
 def _a_rank_of_the_node_has_ended() -> bool:
-    """True under torchrun's agent when it has fewer children than the node has ranks: it ends the others then, by SIGTERM."""
+    """Return whether torchrun's agent has fewer children than the node has ranks. It then ends the others by SIGTERM."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return False
     agent = os.getppid()
     children = Path(f"/proc/{agent}/task/{agent}/children")
     try:
         return len(children.read_text().split()) < int(os.environ["LOCAL_WORLD_SIZE"])
-    except FileNotFoundError:  # the agent has gone, or a kernel that does not say
+    except FileNotFoundError:  # the agent has ended, or the kernel does not list children
         return not Path(f"/proc/{agent}").exists()

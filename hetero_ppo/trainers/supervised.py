@@ -1,52 +1,46 @@
-"""What SFT and reward-model training share: the loop over batches, evaluation, checkpoints, export."""
+"""The part that SFT and reward-model training share: the loop over batches, evaluation, checkpoints, export."""
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from hetero_ppo.checkpoint.manager import CheckpointManager
 from hetero_ppo.config.derived import SupervisedBatching
-from hetero_ppo.config.schema import (
-    CheckpointConfig,
-    DataConfig,
-    HeadInit,
-    RoleConfig,
-    RunConfig,
-    SupervisedTrainConfig,
-)
+from hetero_ppo.config.schema import CheckpointConfig, RunConfig, SupervisedTrainConfig
 from hetero_ppo.data.chat_template import TextEncoder
-from hetero_ppo.data.dataset import Dataset, Example
 from hetero_ppo.data.export_files import export_files
 from hetero_ppo.data.sampler import ResumableSampler
-from hetero_ppo.engines.model_engine import ModelEngine, head_start
 from hetero_ppo.engines.loss_terms import TrainStepResult, step_metrics
 from hetero_ppo.engines.train_engine import TrainEngine
-from hetero_ppo.observability.logs import ONCE
 from hetero_ppo.observability.metrics import MetricsLogger
 from hetero_ppo.observability.progress import progress
 from hetero_ppo.observability.timers import PhaseTimer
-from hetero_ppo.reward.self_check import build_proved
 from hetero_ppo.runtime.unsaved import UnsavedWork
 from hetero_ppo.trainers.run import Run, first_step
+from hetero_ppo.trainers.samplers import load_sampler
 from hetero_ppo.types import StepMetrics
 from megatron_bridge import platform
 
 log = logging.getLogger(__name__)
 
-E = TypeVar("E", bound=Example)
-C = TypeVar("C", bound=RoleConfig)
-RoleEngine = TypeVar("RoleEngine", bound=ModelEngine)
-
 
 class SupervisedTrainer(ABC):
-    """Trains one role on a fixed data set.
+    """Trains one role on a fixed dataset.
 
-    A subclass loads the data before it builds the engine, so that bad data is said before a model is loaded.
+    A subclass loads the data before it builds the engine, so that an error in the data is raised before a model is loaded.
+
+    Args:
+        run: Run of this process.
+        run_config: The ``run`` section.
+        train: The ``train`` section.
+        checkpoint: The ``checkpoint`` section.
+        batching: Batch arithmetic of the run.
+        sampler: Sampler of the training rows.
+        engine: Trained role.
+        encoder: Tokenizer and chat template of the run.
     """
 
     def __init__(
@@ -60,16 +54,6 @@ class SupervisedTrainer(ABC):
         engine: TrainEngine,
         encoder: TextEncoder,
     ) -> None:
-        """Args:
-        run: of this process.
-        run_config: seed, logging.
-        train: batching and length.
-        checkpoint: when to save, what to load.
-        batching: derived sizes.
-        sampler: of the training rows, over all ranks.
-        engine: the trained role.
-        encoder: tokenizer and chat template of the run.
-        """
         self.run = run
         self.run_config = run_config
         self.train = train
@@ -81,14 +65,14 @@ class SupervisedTrainer(ABC):
 
     @abstractmethod
     def step(self, rows: list[int]) -> TrainStepResult:
-        """One optimizer step on the rows of the training data."""
+        """Take one optimizer step on these rows of the training data."""
 
     @abstractmethod
     def evaluate(self) -> dict[str, float]:
-        """Metrics on the held-out data; empty without any."""
+        """Return metrics on the held-out data; none without any."""
 
     def weight_files(self) -> dict[str, str]:
-        """Name -> text of what goes with the present weights, into a checkpoint and an export. Collective."""
+        """Return name -> text of the files that go with the present weights into a checkpoint and an export. Collective."""
         return {}
 
     def fit(self) -> None:
@@ -160,77 +144,3 @@ class SupervisedTrainer(ABC):
             "train/skipped_steps": float(result.is_skipped),
             **step_metrics([result]),
         }
-
-
-def make_sampler(
-    dataset: Dataset[E], global_batch_size: int, run_config: RunConfig, data: DataConfig
-) -> ResumableSampler:
-    """Rows of every step, over all ranks: each rank holds whole batches and takes its rows in its layout."""
-    return ResumableSampler(
-        len(dataset),
-        global_batch_size,
-        dp_rank=0,
-        dp_size=1,
-        seed=run_config.seed,
-        shuffle=data.shuffle,
-        fingerprint=dataset.fingerprint,
-    )
-
-
-def load_sampler(sampler: ResumableSampler, state: dict[str, Any], run: Run) -> None:
-    """Go on with the rows after those of a checkpoint, as far as ``checkpoint.allow_changes`` allows other ones.
-
-    Raises:
-        ValueError: They are of other data, or in another order.
-    """
-    allowed = [] if run.resume is None else run.resume.allowed
-    sampler.load_state_dict(state, allowed=allowed, is_data_allowed=run.allows("data.train"))
-
-
-def build_role(run: Run, name: str, config: C, build: Callable[[C], RoleEngine]) -> RoleEngine:
-    """Build a role of a run, aligned where its configuration and the device say so, and print what was loaded. Collective.
-
-    A run that goes on from a checkpoint computes a role as that run did where ``aligned`` is null in both, and prints it where it cannot.
-
-    Args:
-        run: Notes whether the role is aligned where that was left open, for its checkpoints.
-        name: Of the role.
-        config: Model and layout.
-        build: Makes the engine of a configuration.
-
-    Raises:
-        RunError: the role was asked to be aligned, and its bits depend on the batch.
-    """
-    if config.aligned is not None:
-        engine = build_proved(config, build)
-        describe_loaded(engine)
-        return engine
-    before = None if run.resume is None else run.resume.aligned.get(name)
-    engine = build_proved(config if before is not False else dataclasses.replace(config, aligned=False), build)
-    describe_loaded(engine)
-    run.aligned[name] = engine.bridge.aligned
-    if before is False and run.resume is not None:
-        engine.plain_because = "aligned is null, and it was plain in the run that the checkpoint is of"
-        log.info(
-            f"{name}: plain, as in the run of {run.resume.folder} ({name}.aligned is null): no golden scores; set it to true to be aligned"
-        )
-    elif before and run.resume is not None and not engine.bridge.aligned:
-        log.warning(
-            f"{name} was aligned in the run of {run.resume.folder} and is not any more ({name}.{engine.plain_because}): the bits of "
-            "its outputs are other ones from here on",
-            extra=ONCE,
-        )
-    elif before is None and run.resume is not None and engine.bridge.aligned and platform.HAS_CUDA:
-        log.info(f"{name}: aligned from here on; {run.resume.folder} does not say whether it was")
-    return engine
-
-
-def describe_loaded(engine: ModelEngine) -> None:
-    """Name every tensor that was initialised rather than loaded."""
-    report = engine.load_report
-    model = engine.config.model
-    log.info(f"{engine.role}: {report.loaded} tensors loaded from {model.path}")
-    for name in report.initialised:
-        start, seed = head_start(model, engine.head)
-        how = "at zero" if start is HeadInit.zero else f"at random, seed {seed}"
-        log.info(f"{engine.role}: {name} was INITIALISED ({how}): the checkpoint has none")

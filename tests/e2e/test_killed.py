@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 START_S, SOON_S = 240.0, 60.0
 CHUNK = 6
 #: The first checkpoint is written as ever, the second one never to its end; nothing else happens.
-HELD = {"point": "call:hetero_ppo.trainers.ppo:PpoTrainer.close", "logged": 2, "what": "hang", "held": True}
+HELD = {"point": "call:hetero_ppo.engines.shared_device:SharedDevice.close", "logged": 2, "what": "hang", "held": True}
 
 
 def banked(run_dir: Path, step: int) -> int:

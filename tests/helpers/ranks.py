@@ -145,7 +145,7 @@ def _wait(ranks: dict[int, int], timeout_s: float) -> str | None:
 if __name__ == "__main__":
     import hetero_ppo.rollout.vllm
     import hetero_ppo.rollout.megatron
-    import hetero_ppo.trainers.ppo
+    import hetero_ppo.trainers.open_ppo
     import hetero_ppo.trainers.rm
     import hetero_ppo.trainers.sft  # noqa: F401
     from transformers import AutoModelForCausalLM  # noqa: F401

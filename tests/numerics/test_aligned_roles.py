@@ -35,9 +35,9 @@ from hetero_ppo.reward import self_check
 from hetero_ppo.reward.golden import GOLDEN_FILE, GoldenGuard, golden_guard, make_golden, read_golden
 from hetero_ppo.reward.self_check import check_alignment
 from hetero_ppo.step.kinds import FORWARD
-from hetero_ppo.trainers import reward_commands, supervised
+from hetero_ppo.trainers import reward_commands, roles
 from hetero_ppo.trainers.rm import RewardModelTrainer
-from hetero_ppo.trainers.supervised import build_role
+from hetero_ppo.trainers.roles import build_role
 from hetero_ppo.types import PolicyInputs
 from megatron_bridge.aligned import products
 
@@ -122,7 +122,7 @@ def test_an_aligned_role_passes_its_self_check_and_a_plain_one_does_not(
 @pytest.fixture
 def on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """The self-check is asked for, as on CUDA; of two sequences, for speed."""
-    for module in (self_check, supervised):
+    for module in (self_check, roles):
         monkeypatch.setattr(module, "platform", SimpleNamespace(HAS_CUDA=True))
     monkeypatch.setattr(self_check, "LENGTHS", (5, 65))
 

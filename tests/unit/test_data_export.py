@@ -105,8 +105,7 @@ def test_both_generators_stop_at_every_end(tmp_path: Path, monkeypatch: pytest.M
 
     for kind in (MegatronGenerator, VllmGenerator):
         monkeypatch.setattr(kind, "__init__", record)
-        monkeypatch.setattr(kind, "start", lambda self: None)
     run: Any = SimpleNamespace(world=ONE_RANK, world_size=1, dir=tmp_path)
-    ppo_generator.generator_of_actor(config, encoder, None)
-    ppo_generator.begin_generator(config, run, encoder, 0, None, run_placement(config, 1)).wait()
+    ppo_generator.generator_of_actor(config.rollout, encoder, None, max_model_len=9)
+    ppo_generator.build_generator(config, run, encoder, 0, None, run_placement(config, 1))
     assert [arguments["eos_token_ids"] for arguments in given] == [[2, 0], [2, 0]]

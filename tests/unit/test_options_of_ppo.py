@@ -29,7 +29,8 @@ from hetero_ppo.rollout.generator import Capabilities, NullGenerator
 from hetero_ppo.rollout.replay import ReplayGenerator
 from hetero_ppo.rollout.vllm import VllmGenerator
 from hetero_ppo.step.placement import Placement
-from hetero_ppo.trainers import ppo_bank, ppo_functions, ppo_generator, ppo_nodes, ppo_setup
+from hetero_ppo.trainers import ppo_bank, ppo_chunks, ppo_functions, ppo_generator, ppo_nodes
+from hetero_ppo.trainers.ppo_data import load_data
 
 
 @dataclass
@@ -39,8 +40,9 @@ class FakeRun:
     dir: Path
     is_writer: bool = True
     world_size: int = 1
+    continues_its_folder: bool = False
     world: Any = field(default_factory=lambda: ONE_RANK)
-    beginning: Any = field(default_factory=lambda: SimpleNamespace(begun=None))
+    beginning: Any = field(default_factory=lambda: SimpleNamespace(started_at=None))
     watchdog: Any = field(default_factory=lambda: SimpleNamespace(progress=None))
 
     def keep_template(self, encoder: object) -> None: ...
@@ -69,16 +71,17 @@ def config(tokenizer: Path, tmp_path: Path) -> PpoConfig:
 
 def test_prompts_of_a_step(config: PpoConfig, tmp_path: Path) -> None:
     config.run.seed = 7
-    data = ppo_setup.load_data(config, FakeRun(tmp_path))
+    data = load_data(config, FakeRun(tmp_path))
     order = ResumableSampler(6, 4, dp_rank=0, dp_size=1, seed=7, shuffle=True, fingerprint="").next_global_batch()
     assert order != sorted(order)
-    request = ppo_setup.step_request(data, config, derive_ppo(config, 1, 6), 5)
+    responses = derive_ppo(config, 1, 6).responses_per_step
+    request = data.next_request(config.algorithm, config.rollout.sampling, responses, 5)
     assert (request.n, request.seed) == (3, 5) and request.prompts.prompt_texts == [f"hello {row}" for row in order]
     assert request.sampling is config.rollout.sampling and request.partial is request.num_needed is None
     assert data.held_out is not None and len(data.held_out) == 3
     config.data.shuffle = False
     config.data.eval = None
-    data = ppo_setup.load_data(config, FakeRun(tmp_path))
+    data = load_data(config, FakeRun(tmp_path))
     assert data.next_prompts().prompt_texts == [f"hello {row}" for row in range(4)] and data.eval_prompts is None
 
 
@@ -100,8 +103,9 @@ def test_sizes_of_a_run(config: PpoConfig) -> None:
 
 def test_a_step_asks_for_more_prompts_than_it_needs_with_over_sampling(config: PpoConfig, tmp_path: Path) -> None:
     config.rollout.over_sampling = 1.25
-    data = ppo_setup.load_data(config, FakeRun(tmp_path))
-    request = ppo_setup.step_request(data, config, derive_ppo(config, 1, 6), 5)
+    data = load_data(config, FakeRun(tmp_path))
+    responses = derive_ppo(config, 1, 6).responses_per_step
+    request = data.next_request(config.algorithm, config.rollout.sampling, responses, 5)
     assert (request.n, request.num_needed, request.num_rows, request.num_places) == (1, 12, 12, 15)
     assert request.partial == [None] * 15
 
@@ -109,7 +113,6 @@ def test_a_step_asks_for_more_prompts_than_it_needs_with_over_sampling(config: P
 def test_a_generator_is_what_the_options_say(
     config: PpoConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ppo_generator.StartingGenerator, "begin", lambda self: self)  # it is not started
     config.rollout.num_servers, config.rollout.max_num_seqs = 3, 10
     config.rollout.weight_transfer = WeightTransfer.collective
     config.rollout.dtype = Dtype.bf16
@@ -117,18 +120,18 @@ def test_a_generator_is_what_the_options_say(
     placement = Placement({}, generator_rank=1)  # a rank that writes nothing may own the generator
     owner = FakeRun(tmp_path, is_writer=False, world=SimpleNamespace(rank=lambda: 1))
     other = FakeRun(tmp_path, world=SimpleNamespace(rank=lambda: 0))
-    generator = ppo_generator.begin_generator(config, owner, encoder, 0, None, placement).generator
+    generator = ppo_generator.build_generator(config, owner, encoder, 0, None, placement)
     assert isinstance(generator, VllmGenerator) and generator.config.num_servers == 3 and generator.dtype is Dtype.bf16
     assert generator.config.weight_transfer is WeightTransfer.collective and generator.config.max_num_seqs == 10
     assert generator._spec.model_path == config.actor.model.path
-    stand_in = ppo_generator.begin_generator(config, other, encoder, 0, None, placement).generator
+    stand_in = ppo_generator.build_generator(config, other, encoder, 0, None, placement)
     assert not stand_in.is_here and stand_in.capabilities == generator.capabilities
     config.train.replay_rollouts = str(tmp_path / "recorded")
-    stand_in = ppo_generator.begin_generator(config, other, encoder, 4, None, placement).generator
+    stand_in = ppo_generator.build_generator(config, other, encoder, 4, None, placement)
     assert not stand_in.is_here and stand_in.capabilities == ReplayGenerator.capabilities
     asked: list[tuple[Path, int]] = []
     monkeypatch.setattr(ReplayGenerator, "__init__", lambda self, folder, first: asked.append((folder, first)))
-    assert ppo_generator.begin_generator(config, owner, encoder, 4, None, placement).generator.capabilities.is_recorded
+    assert ppo_generator.build_generator(config, owner, encoder, 4, None, placement).capabilities.is_recorded
     assert asked == [(tmp_path / "recorded", 5)]
     config.rollout.engine = GeneratorKind.megatron
     assert not actor_generates(config), "the recorded responses are used"
@@ -146,7 +149,7 @@ def test_servers_of_several_nodes_meet_over_the_interface(
         ppo_nodes, "rendezvous", lambda *args: (met.append(args), SimpleNamespace(address="10.0.0.1"))[1]
     )
     config.rollout.interface, config.rollout.sync_timeout_s = "eth7", 5.0
-    ppo_nodes.meet(config, FakeRun(tmp_path, world_size=2))
+    ppo_nodes.find_nodes(config.rollout, FakeRun(tmp_path, world_size=2))
     assert met == [([1, 1], "eth7", "10.0.0.1", 5.0, ONE_RANK)]
 
 
@@ -154,17 +157,16 @@ def test_servers_of_several_nodes_meet_over_the_interface(
 def test_responses_are_banked_where_that_is_asked_for(bank: bool, config: PpoConfig, tmp_path: Path) -> None:
     config.rollout.bank, config.checkpoint.every = bank, 2
     generator: Any = SimpleNamespace(is_here=True, capabilities=Capabilities(can_resume=True))
-    found = ppo_bank.open_bank(config, FakeRun(tmp_path), generator, resumes=False)
-    assert (found is not None) is bank
-    if found is not None:
-        found.end()
+    with ppo_bank.open_bank(config.rollout, config.checkpoint, FakeRun(tmp_path), generator) as found:
+        assert (found is not None) is bank
 
 
 def test_nothing_is_banked_where_no_generator_could_resume_it(config: PpoConfig, tmp_path: Path) -> None:
     config.checkpoint.every = 2
     recorded: Any = SimpleNamespace(is_here=True, capabilities=ReplayGenerator.capabilities)
     for generator in (recorded, NullGenerator(Capabilities(can_resume=True))):
-        assert ppo_bank.open_bank(config, FakeRun(tmp_path), generator, resumes=False) is None
+        with ppo_bank.open_bank(config.rollout, config.checkpoint, FakeRun(tmp_path), generator) as found:
+            assert found is None
 
 
 def test_functions_get_their_options(config: PpoConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,36 +174,20 @@ def test_functions_get_their_options(config: PpoConfig, tmp_path: Path, monkeypa
 
     def record(*args: Any, **options: Any) -> SimpleNamespace:
         made.append((args, options))
-        return SimpleNamespace(open=lambda: None)
+        return SimpleNamespace(open=lambda: None, close=lambda: None)
 
     monkeypatch.setattr(ppo_functions, "FunctionReward", record)
     config.reward.function, config.train.eval_function = "scorer.py:score", "scorer.py:check"
     config.reward.batch, config.train.eval_batch = 5, 6
     config.reward.timeout_s, config.reward.workers, config.reward.concurrency = 7.0, 8, 9
     config.reward.on_error = RewardErrors.exclude
-    ppo_functions.open_functions(config, FakeRun(tmp_path), SimpleNamespace(decode="decode"))
+    with ppo_functions.open_functions(config.reward, config.train, FakeRun(tmp_path), SimpleNamespace(decode="decode")):
+        pass
     common = {"timeout_s": 7.0, "workers": 8, "concurrency": 9, "progress": None, "world": ONE_RANK, "decode": "decode"}
     assert made == [
         (("scorer.py:score",), {"on_error": RewardErrors.exclude, "batch": 5, **common}),
         (("scorer.py:check",), {"field": "train.eval_function", "batch": 6, **common}),
     ]
-
-
-def test_traces_checks_and_sweeps(
-    config: PpoConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, logged: pytest.LogCaptureFixture
-) -> None:
-    config.train.trace_every = 3
-    recorder = ppo_setup.trace_recorder(config, FakeRun(tmp_path), 10)
-    assert [step for step in range(11, 19) if recorder.is_due(step)] == [
-        11,
-        12,
-        15,
-        18,
-    ]  # the first two, and every third
-    monkeypatch.setattr(ppo_setup, "golden_guard", lambda engine, every: (None, f"{engine} {every}"))
-    config.reward.golden_every = 4
-    ppo_setup.build_golden_guards(config, SimpleNamespace(reward_models=["scorer"]))
-    assert logged.messages == ["scorer 4"]
 
 
 def test_a_sweep_has_its_time(config: PpoConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,12 +197,12 @@ def test_a_sweep_has_its_time(config: PpoConfig, tmp_path: Path, monkeypatch: py
         found.update(limits)
         return SimpleNamespace(batch=2, table=lambda: "")
 
-    monkeypatch.setattr(ppo_setup, "find_running_batch", sweep)
+    monkeypatch.setattr(ppo_chunks, "find_running_batch", sweep)
     config.pipeline.chunk_size, config.pipeline.sweep_s = 0, 1.5
     config.rollout.max_num_seqs, config.rollout.num_servers = 10, 2
-    data = ppo_setup.load_data(config, FakeRun(tmp_path))
+    data = load_data(config, FakeRun(tmp_path))
     turns: Any = SimpleNamespace(generating=lambda: nullcontext(SimpleNamespace(is_here=True)))
-    size = ppo_setup.chunk_size(config, FakeRun(tmp_path), data, derive_ppo(config, 1, 6), turns)
+    size = ppo_chunks.find_chunk_size(config.pipeline, config.rollout, ONE_RANK, data, derive_ppo(config, 1, 6), turns)
     assert size == 2 and found == {"largest": 20, "budget_s": 1.5}
 
 
@@ -227,7 +213,6 @@ def test_texts_are_encoded_again_with_the_reward_models_template(
     template.write_text(CHATML_TEMPLATE.replace("assistant", "scorer"))
     scorer = RewardRoleConfig(re_encode=ReEncodeConfig(max_tokens=17, chat_template=str(template)))
     scorer.model.path = str(tokenizer)
-    config.reward_model = scorer
-    data = ppo_setup.load_data(config, FakeRun(tmp_path))
-    found = load_re_encoders(config, data.encoder, [data.train])["reward_model"]
+    data = load_data(config, FakeRun(tmp_path))
+    found = load_re_encoders({"reward_model": scorer}, config.data, data.encoder, data.datasets)["reward_model"]
     assert found.max_tokens == 17 and found.encoder.template == template.read_text() != data.encoder.template

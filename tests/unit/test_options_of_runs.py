@@ -186,7 +186,7 @@ def test_the_probe_prompt_is_compared_where_that_is_asked_for(
     verify: bool, is_recorded: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Recorded responses have no weights that could be compared."""
-    monkeypatch.setattr(ppo.ppo_setup, "probe_log_probs", lambda actor, ids: [0.0])
+    monkeypatch.setattr(ppo, "probe_log_probs", lambda actor, ids: [0.0])
     generator = Recorded(is_recorded)
     device: Any = SimpleNamespace(trace=TraceRecorder(), wait_for_room=lambda: None, generator_turn=lambda phase: None)
     turns = GeneratorTurns(generator, device, ONE_RANK, 0)

@@ -208,11 +208,11 @@ def test_later_checkpoints_of_another_run_are_not_taken_for_newer_ones(tmp_path:
 def test_a_run_keeps_its_name_and_its_date(tmp_path: Path) -> None:
     run_dir = save_checkpoint(configured(tmp_path, "sft"))
     resume = read_resume(configured(tmp_path, "sft", f"checkpoint.load={run_dir}"))
-    begun = beginning(resume)
-    assert (begun.run_id, begun.begun) == ("a", datetime(2024, 2, 29, 23, 59, 59))
+    found = beginning(resume)
+    assert (found.run_id, found.started_at) == ("a", datetime(2024, 2, 29, 23, 59, 59))
     assert resume is not None and resume.inputs == {"a": "b"}
     assert beginning(None).run_id != beginning(None).run_id
-    assert abs((beginning(None).begun - datetime.now()).total_seconds()) < 60
+    assert abs((beginning(None).started_at - datetime.now()).total_seconds()) < 60
 
 
 def test_a_checkpoint_of_an_older_version_has_no_name_and_no_date(tmp_path: Path) -> None:
