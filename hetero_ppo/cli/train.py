@@ -6,6 +6,7 @@ import argparse
 import gc
 
 from hetero_ppo.cli.arguments import add_config_arguments
+from hetero_ppo.config.load import load_config
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -15,10 +16,11 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run(args: argparse.Namespace) -> None:
-    # torch.distributed, Megatron-Core and the trainers take seconds to import; `hetero-ppo --help` should not.
+    loaded = load_config(args.config, args.overrides)
+    # Imported now: torch, Megatron-Core and the trainers take seconds, which a mistake in the configuration does not wait for.
     from hetero_ppo.runtime.terminal import survive_hangup
     from hetero_ppo.trainers import launch
 
     survive_hangup()
-    launch.main(args.config, args.overrides)
+    launch.main(loaded)
     gc.collect()  # the trainer's models hold process groups in cycles, which must go before the interpreter does

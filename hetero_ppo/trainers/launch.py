@@ -11,7 +11,7 @@ import torch
 
 from hetero_ppo.algorithms.advantage_registry import check_advantage
 from hetero_ppo.config.checks import check_config, check_paths
-from hetero_ppo.config.load import LoadedConfig, load_config
+from hetero_ppo.config.load import LoadedConfig
 from hetero_ppo.config.schema import RmConfig, SftConfig
 from hetero_ppo.config.unused import unused_options
 from hetero_ppo.data.chat_template import check_tokenizers
@@ -26,18 +26,17 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def main(config_path: str, overrides: list[str]) -> None:
-    """Load and check the config, then train.
+def main(loaded: LoadedConfig) -> None:
+    """Check the config, then train.
 
     Args:
-        config_path: YAML file with ``kind: sft``, ``rm`` or ``ppo``.
-        overrides: Options of the command line, ``a.b=c``.
+        loaded: Configuration as the file and the command line give it.
 
     Raises:
         ValueError: The config or the data cannot be used; nothing was started.
         StoppedOnRequest: A signal ended the run after a checkpoint.
     """
-    loaded, decided = settle(load_config(config_path, overrides), on_cuda=torch.cuda.is_available())
+    loaded, decided = settle(loaded, on_cuda=torch.cuda.is_available())
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     check_config(loaded.config, world_size)
     check_advantage(loaded.config)

@@ -374,12 +374,15 @@ def test_the_version_is_that_of_setup_and_of_the_citation(capsys: pytest.Capture
     assert f"\nversion: {stated[1]}\n" in (root / "CITATION.cff").read_text()
 
 
-def test_every_command_is_there_and_help_imports_nothing_heavy() -> None:
+def test_every_command_is_there_and_help_imports_nothing_heavy(tmp_path: Path) -> None:
+    """Nor does a run whose configuration has a mistake."""
+    (tmp_path / "wrong.yaml").write_text("kind: sft\ntrian: 3\n")
     assert {"config", "validate", "plan", "train", "export", "tokenizer", "init-model", "report"} <= set(
         build_parser().format_help().split()
     )
     code = (
         "import sys, hetero_ppo.cli.main, hetero_ppo.data.files\n"
+        f"assert hetero_ppo.cli.main.main(['train', '--config', {str(tmp_path / 'wrong.yaml')!r}]) == 2\n"
         "heavy = {'torch', 'transformers', 'megatron', 'vllm', 'pyarrow', 'matplotlib', 'numpy'}\n"
         "print(heavy & set(sys.modules))"
     )

@@ -13,6 +13,7 @@ from tests.helpers.one_rank import ONE_RANK
 import torch
 from torch import Tensor
 
+from hetero_ppo.config.load import load_config
 from hetero_ppo.config.schema import (
     CheckpointConfig,
     Dtype,
@@ -64,7 +65,7 @@ def test_a_run_listens_and_beats_as_long_as_its_options_say(tmp_path: Path, monk
         launch, "_train", lambda loaded, _, __, stop, beat: given.update(kind=loaded.kind, stop=stop, beat=beat)
     )
     (tmp_path / "sft.yaml").write_text(CONFIG)
-    launch.main(str(tmp_path / "sft.yaml"), [])
+    launch.main(load_config(str(tmp_path / "sft.yaml"), []))
     assert given == {"kind": "sft", "stop": 7, "beat": 8}
 
 
