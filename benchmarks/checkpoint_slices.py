@@ -56,8 +56,8 @@ class Sent(TorchDispatchMode):
 
 def gathered_state(engine: TrainEngine, *, is_loading: bool) -> dict[str, Any]:
     """Return the role's state as Megatron-Core's fully_reshardable describes it."""
-    weights = engine._sharded_weights()
-    metadata = {**engine._sharding_metadata, **GATHERED}
+    weights = engine.model.sharded_weights()
+    metadata = {**engine.model.sharding_metadata, **GATHERED}
     return {
         **weights,
         "optimizer": engine.optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=metadata),
@@ -66,14 +66,14 @@ def gathered_state(engine: TrainEngine, *, is_loading: bool) -> dict[str, Any]:
 
 def save_gathered(engine: TrainEngine, folder: Path) -> RoleSnapshot:
     """Save the role as earlier versions did."""
-    live = {tensor.untyped_storage().data_ptr() for tensors in engine._tensors().values() for tensor in tensors}
+    live = {tensor.untyped_storage().data_ptr() for tensors in engine.tensors().values() for tensor in tensors}
     return RoleSnapshot(gathered_state(engine, is_loading=False), folder, live)
 
 
 def load_gathered(engine: TrainEngine, folder: Path) -> None:
     """Load the role as earlier versions did."""
     state = load_role(gathered_state(engine, is_loading=True), folder)
-    engine._take_weights(state)
+    engine.model.take_weights(state)
     engine.optimizer.load_state_dict(state["optimizer"])
 
 

@@ -141,7 +141,7 @@ def killed_while_saving() -> list[Case]:
         Case(f"kill while saving, {name}", KILLED, point={"point": point, "logged": 2, "role": role, "what": "kill"})
         for name, (point, role) in SAVING.items()
     ]
-    export = {"point": "call:hetero_ppo.engines.train_engine:TrainEngine.export", "logged": STEPS, "what": "kill"}
+    export = {"point": "call:hetero_ppo.engines.model_engine:ModelEngine.export", "logged": STEPS, "what": "kill"}
     exporting = ("checkpoint.export_hf=true",)
     return [
         *found,

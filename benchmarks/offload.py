@@ -73,16 +73,16 @@ class Roles:
         self.actor = TrainEngine("actor", config, "lm", 1000, self.device)
         self.critic = TrainEngine("critic", config, "value", 1000, self.device)
         generator = torch.Generator().manual_seed(0)
-        self.ids = torch.randint(0, self.actor.vocab_size, (args.rows, args.tokens), generator=generator)
+        self.ids = torch.randint(0, self.actor.model.vocab_size, (args.rows, args.tokens), generator=generator)
         self.lengths = torch.full((args.rows,), args.tokens)
         self.mask = torch.ones(args.rows, args.tokens - 1, dtype=torch.bool)
 
     def train(self, engine: TrainEngine, steps: int) -> None:
         """Run optimizer steps inside a turn."""
         zeros = self.mask.float() * 0
-        inputs: Any = AnswerInputs(self.mask) if engine.head == "lm" else ValueInputs(zeros, zeros + 1, self.mask)
-        vocab_loss = sft_loss_fn(engine.vocab_size, engine.groups)
-        loss = vocab_loss if engine.head == "lm" else critic_loss_fn(PpoConfig().algorithm)
+        inputs: Any = AnswerInputs(self.mask) if engine.model.head == "lm" else ValueInputs(zeros, zeros + 1, self.mask)
+        vocab_loss = sft_loss_fn(engine.model.vocab_size, engine.groups)
+        loss = vocab_loss if engine.model.head == "lm" else critic_loss_fn(PpoConfig().algorithm)
         for _ in range(steps):
             parts = engine.microbatches(self.ids, self.lengths, inputs, range(len(self.ids)))
             engine.train_step([LossTerm(parts, loss, self.mask.sum().item())])
@@ -177,7 +177,7 @@ def measure_turns(roles: Roles, cycles: int, steps: int) -> dict[str, float]:
 
 def planned_bytes(engine: TrainEngine) -> int:
     """Return the bytes that ``hetero-ppo plan`` counts for a role, from its configuration alone."""
-    return sum(RoleStorage(engine.role, engine.train_config, 1).bytes_by_kind(0).values())
+    return sum(RoleStorage(engine.role, engine.config, 1).bytes_by_kind(0).values())
 
 
 def resident_set_bytes() -> int:

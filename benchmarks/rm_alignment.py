@@ -144,7 +144,7 @@ def train(model: Path, out: Path, pairs: list[PreferenceExample], steps: int) ->
     for _ in range(steps):
         batch = collate_preferences(random_numbers.sample(pairs, 32))
         engine.train_step([LossTerm(engine.pair_microbatches(batch), loss_fn, 32)])
-    engine.export(str(out))
+    engine.model.export(str(out))
 
 
 def microbatches(
@@ -179,7 +179,7 @@ def all_scores(engine: ModelEngine, sequences: list[list[int]]) -> dict[str, Ten
         for padding in PADDINGS:
             parts = microbatches(sequences, batching, padding, engine.forward_size.length_multiple)
             with torch.no_grad():
-                outputs = engine.run_schedule([m for _, m in parts], scores_output, forward_only=True)
+                outputs = engine.run_schedule(engine.models, [m for _, m in parts], scores_output, forward_only=True)
             scores = torch.empty(len(sequences))
             for (rows, _), output in zip(parts, outputs):
                 scores[rows] = output

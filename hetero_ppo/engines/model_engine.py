@@ -41,6 +41,7 @@ from hetero_ppo.engines.microbatches import (
 )
 from hetero_ppo.engines.model_input import ModelInput, in_place, model_inputs
 from hetero_ppo.engines.outputs import OutputFn
+from hetero_ppo.engines.parameter_gather import ParameterGather
 from hetero_ppo.engines.residency import RoleResidency
 from hetero_ppo.engines.role_reading import load_role
 from hetero_ppo.engines.shared_device import SharedDevice
@@ -105,14 +106,19 @@ class ModelEngine:
         recompute: str | None = None,
         device: SharedDevice | None = None,
         ranks: Sequence[int] | None = None,
+        *,
+        forward_tokens: int | None = None,
+        is_trained: bool = False,
     ) -> None:
         """Args:
-        role: its name in messages.
-        config: model and layout.
-        head: what the last stage computes.
-        recompute: of activations, see TrainedRoleConfig.
-        device: which the role shares with others; None: it has one of its own and stays there.
-        ranks: Ranks that the role lives on (``step.placement``); this rank is one of them. None: all ranks.
+        role: Name of the role in messages.
+        config: Model and layout.
+        head: Head that the last stage computes.
+        recompute: Recomputation of activations in a backward, as in ``TrainedRoleConfig``.
+        device: Device that the role shares with others; None gives it one of its own, where it stays.
+        ranks: Ranks that the role lives on (``step.placement``), this rank among them; None means all ranks.
+        forward_tokens: Tokens of a micro-batch without a backward; None takes ``config.micro_batch_tokens``.
+        is_trained: Whether a TrainEngine completes the role with ``add_training``. Until then the device does not know the role.
         """
         config = with_dtype(config, on_cuda=platform.HAS_CUDA)
         self.role = role
@@ -125,26 +131,42 @@ class ModelEngine:
         self.plain_because: str | None = (
             None  # "aligned is ...", where the choice was left open and the role is not aligned
         )
-        #: What the schedules run: the GPTModels here, their DDP wrappers in a TrainEngine.
-        self.chunks: list[Any] = list(model.chunks)
         self.models: list[GPTModel] = model.chunks
         for chunk in self.models:
             chunk.eval()
         self.device = device or SharedDevice(ResidencyConfig(offload=False))
-        self._prepare()
-        parameters = [p for chunk in self.models for p in chunk.parameters()]
-        self.residency = RoleResidency(role, self._tensors(), parameters, self._leave_device)
+        self._forward_tokens = forward_tokens or config.micro_batch_tokens
+        self._parameter_gather: ParameterGather | None = None  # a trained role's
+        self.residency: RoleResidency
+        if not is_trained:
+            self._register({Kind.params: [*self.parameters()]}, leave=lambda: None)
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """Return the parameters of every chunk of this rank."""
+        return [p for chunk in self.models for p in chunk.parameters()]
+
+    def add_training(
+        self, tensors: Mapping[Kind, list[Tensor]], gather: ParameterGather, leave: Callable[[], None]
+    ) -> None:
+        """Complete a role that is trained, and register all its bytes with the device. Called once, by its TrainEngine.
+
+        Args:
+            tensors: Every tensor of each kind, aliases and views too; the parameters are among them.
+            gather: Gather of new parameters, which is finished before this engine reads any.
+            leave: Function that is called at the end of a turn, before anything moves.
+        """
+        self._parameter_gather = gather
+        self._register(tensors, leave)
+
+    def _register(self, tensors: Mapping[Kind, list[Tensor]], leave: Callable[[], None]) -> None:
+        """Count the role's bytes, and add it to the device."""
+        self.residency = RoleResidency(self.role, tensors, self.parameters(), leave)
         self.device.add(self.residency)
 
-    def _prepare(self) -> None:
-        """What else a role holds; called before its bytes are counted."""
-
-    def _tensors(self) -> dict[Kind, list[Tensor]]:
-        """Every tensor of each kind, aliases and views too."""
-        return {Kind.params: [p for chunk in self.models for p in chunk.parameters()]}
-
-    def _leave_device(self) -> None:
-        """Called at the end of a turn, before anything moves."""
+    def _finish_gather(self) -> None:
+        """Make parameters whole that the last optimizer step left on other ranks."""
+        if self._parameter_gather is not None:
+            self._parameter_gather.finish()
 
     def on_device(
         self, *, grads: bool = False, optimizer: bool = False, phase: str, then: Sequence[str] | None = None
@@ -195,7 +217,7 @@ class ModelEngine:
         Returns:
             [B, S - 1] or [B] float32, on the host; outside output_mask it may hold anything.
         """
-        self.device.require(self.role, FORWARD, "a forward")
+        self.evaluating("a forward")
         given, num_columns = token_ids.shape[0], token_ids.shape[1] - 1
         # Every data-parallel rank takes part in the role's collectives, so each gets a row at least: copies, cut below.
         copies = [*range(given), *[given - 1] * (self.groups.dp.size() - given)]
@@ -207,7 +229,9 @@ class ModelEngine:
         parts = split(token_ids, sequence_lengths, None, dealt[self.groups.dp.rank()], size, output_mask)
         microbatches = self.as_many_as_peers([m for _, m in parts], sequence_lengths.tolist(), dealt, size)
         with torch.no_grad():
-            outputs = self.run_schedule(microbatches, lambda tensor, m: output(tensor, m), forward_only=True)
+            outputs = self.run_schedule(
+                self.models, microbatches, lambda tensor, m: output(tensor, m), forward_only=True
+            )
         local: Tensor | None = None
         if is_last_stage(self.groups):
             per_token = bool(outputs) and outputs[0].dim() == 2
@@ -218,22 +242,31 @@ class ModelEngine:
         return self._gather(local)[:given]
 
     def evaluating(self, what: str) -> list[GPTModel]:
-        """The model's chunks as they are for a forward of ``what``, for as long as the role's turn lasts.
+        """Return the model's chunks in evaluation mode, with the newest weights, for as long as the role's turn lasts.
+
+        Args:
+            what: Name of the caller's work, for the error.
 
         Raises:
             ResidencyError: The role has no turn.
         """
         self.device.require(self.role, FORWARD, what)
-        for chunk in self.chunks:
+        self._finish_gather()
+        for chunk in self.models:
             chunk.eval()
         return self.models
 
     @property
     def forward_size(self) -> MicrobatchSize:
-        """Of the micro-batches of a forward without a backward."""
-        return self._size(self.config.micro_batch_tokens)
+        """Size of the micro-batches of a forward without a backward."""
+        return self.microbatch_size(self._forward_tokens)
 
-    def _size(self, tokens: int | None) -> MicrobatchSize:
+    def microbatch_size(self, tokens: int | None) -> MicrobatchSize:
+        """Return the size of micro-batches of this layout.
+
+        Args:
+            tokens: Most tokens of a micro-batch; None counts rows only.
+        """
         layout = self.config.parallel
         parts = layout.tensor if layout.sequence else 1
         equal = parts if layout.context == 1 else layout.context * math.lcm(2, parts)
@@ -297,16 +330,23 @@ class ModelEngine:
         return local
 
     def run_schedule(
-        self, microbatches: Sequence[Microbatch], last_stage: Callable[[Tensor, Microbatch], Any], *, forward_only: bool
+        self,
+        chunks: Sequence[torch.nn.Module],
+        microbatches: Sequence[Microbatch],
+        last_stage: Callable[[Tensor, Microbatch], Any],
+        *,
+        forward_only: bool,
     ) -> list[Any]:
-        """Megatron-Core's schedule for this layout over the micro-batches of this data-parallel rank.
+        """Run Megatron-Core's schedule for this layout over the micro-batches of this data-parallel rank.
 
         Args:
-            microbatches: On the host.
-            last_stage: (model output, micro-batch) -> what a forward collects, or (loss, tokens, metrics) in training.
+            chunks: Chunks of the model that the schedule runs: ``models``, or their wrappers in training.
+            microbatches: Micro-batches on the host.
+            last_stage: Function of model output and micro-batch. It returns a result in a forward, and (loss, tokens, metrics) in
+                training.
 
         Returns:
-            What the last stage gave for every micro-batch; an empty list on other stages.
+            The results of the last stage, one for every micro-batch; an empty list on other stages.
         """
         device, cp_group = platform.device(), self.groups.cp
 
@@ -327,7 +367,7 @@ class ModelEngine:
         interleaved = parallel.virtual_pipeline is not None
         if interleaved:
             microbatches = same_shape(microbatches, parallel.pipeline)
-        size = self._size(None)
+        size = self.microbatch_size(None)
         inputs = model_inputs(microbatches, size, cp_group=cp_group, device=device, one_shape=interleaved)
         arguments: dict[str, Any] = {
             "forward_step_func": forward_step,
@@ -339,45 +379,52 @@ class ModelEngine:
             "pg_collection": self.groups,
         }
         if parallel.pipeline == 1:
-            return forward_backward_no_pipelining(data_iterator=iter(inputs), model=self.chunks[0], **arguments)
+            return forward_backward_no_pipelining(data_iterator=iter(inputs), model=chunks[0], **arguments)
         communicator = P2PCommunicator(self.groups.pp, self.bridge.transformer)
         if parallel.virtual_pipeline is None:
             return forward_backward_pipelining_without_interleaving(
-                data_iterator=iter(inputs), model=self.chunks[0], p2p_communicator=communicator, **arguments
+                data_iterator=iter(inputs), model=chunks[0], p2p_communicator=communicator, **arguments
             )
         return forward_backward_pipelining_with_interleaving(
-            data_iterator=[iter(inputs) for _ in self.chunks],
-            model=self.chunks,
+            data_iterator=[iter(inputs) for _ in chunks],
+            model=list(chunks),
             p2p_communicator=communicator,
             **arguments,
         )
 
     def stream_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """(Hugging Face name, whole tensor) one at a time, on every rank. Collective."""
+        """Yield (Hugging Face name, whole tensor) of the newest weights, one at a time, on every rank. Collective."""
         self.device.require(self.role, FORWARD, "reading its weights")
+        self._finish_gather()
         return stream_hf(self.models, self.bridge, self.groups, head=self.head)
 
     @property
-    def _sharding_metadata(self) -> dict[str, Any]:
-        """Arguments of Megatron-Core's sharded_state_dict functions: this role's groups, and that optimizers are not numbered."""
+    def sharding_metadata(self) -> dict[str, Any]:
+        """Arguments of Megatron-Core's sharded_state_dict functions: the role's groups, and optimizers without numbers."""
         return {"chained_optim_avoid_prefix": True, "dp_cp_group": self.groups.dp_cp}
 
-    def _sharded_weights(self) -> dict[str, dict[str, Any]]:
-        """Weights of every chunk in sharded form; layers carry their global number, so any layout can load them."""
+    def sharded_weights(self) -> dict[str, dict[str, Any]]:
+        """Return the newest weights of every chunk in sharded form; layers carry their global number, so any layout can load them."""
+        self._finish_gather()
         return {
-            f"chunk{index}": chunk.sharded_state_dict(metadata=self._sharding_metadata)
+            f"chunk{index}": chunk.sharded_state_dict(metadata=self.sharding_metadata)
             for index, chunk in enumerate(self.models)
         }
 
-    def _take_weights(self, state: dict[str, Any]) -> None:
+    def take_weights(self, state: dict[str, Any]) -> None:
+        """Copy loaded weights into the model.
+
+        Args:
+            state: State of every chunk, under the names that ``sharded_weights`` gives.
+        """
         for index, chunk in enumerate(self.models):
             chunk.load_state_dict(state[f"chunk{index}"], strict=True)
 
     def load_weights(self, folder: Path) -> None:
-        """The weights alone of what ``TrainEngine.save`` wrote, in this or another layout. Collective over the world."""
+        """Load the weights alone from a checkpoint that ``TrainEngine.save`` wrote, in any layout. Collective over the world."""
         self.device.require(self.role, FORWARD, "loading its weights")
         self.residency.mark_changed(FORWARD)
-        self._take_weights(load_role(self._sharded_weights(), folder))
+        self.take_weights(load_role(self.sharded_weights(), folder))
 
     def export(
         self,
@@ -393,6 +440,7 @@ class ModelEngine:
             RunError: The disk takes no more. What was there before is there still.
         """
         self.device.require(self.role, FORWARD, "an export")
+        self._finish_gather()
         num_bytes = export_bytes(self.bridge, self.head, self.bridge.transformer.params_dtype)
         remedy = "export elsewhere: hetero-ppo export --run <run.dir> --out <folder>"
         with writing(Path(out_dir), f"export of {self.role} to", num_bytes, remedy):

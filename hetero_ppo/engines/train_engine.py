@@ -1,10 +1,10 @@
-"""A role that is trained: Megatron-Core's DDP and optimizer around the model engine."""
+"""A role that is trained: its model, and Megatron-Core's gradient buffers and optimizer around it."""
 
 from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
-from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -31,7 +30,7 @@ from hetero_ppo.engines.loss_terms import LossTerm, TermResult, TrainStepResult,
 from hetero_ppo.engines.microbatches import MicrobatchSize, pair_tokens, split, split_pairs
 from hetero_ppo.engines.model_engine import ModelEngine
 from hetero_ppo.engines.optimizer_slices import OptimizerSlices, is_distributed, is_gathered
-from hetero_ppo.engines.outputs import OutputFn
+from hetero_ppo.engines.parameter_gather import ParameterGather
 from hetero_ppo.engines.role_reading import load_role, tensor_names
 from hetero_ppo.engines.role_snapshot import RoleSnapshot
 from hetero_ppo.engines.shared_device import SharedDevice
@@ -47,8 +46,12 @@ COUNTS = ("steps_done", "skipped_in_a_row")
 OPTIONS = ("betas", "eps")
 
 
-class TrainEngine(ModelEngine):
-    """Forward, backward and optimizer steps of one role."""
+class TrainEngine:
+    """Training steps of one role, and its state in a checkpoint.
+
+    ``model`` is the role's model. It runs the forwards, exports and streams the weights. Everything that only training needs is here:
+    the wrappers with the gradient buffers, the optimizer, and the counts of steps.
+    """
 
     def __init__(
         self,
@@ -60,31 +63,48 @@ class TrainEngine(ModelEngine):
         ranks: Sequence[int] | None = None,
     ) -> None:
         """Args:
-        role: its name in messages.
-        config: model, layout and optimizer.
-        head: what the last stage computes.
-        total_steps: optimizer steps of the run, for the learning-rate schedule.
-        device: which the role shares with others; None: it has one of its own and stays there.
-        ranks: Ranks that the role lives on (``step.placement``); this rank is one of them. None: all ranks.
+        role: Name of the role in messages.
+        config: Model, layout and optimizer.
+        head: Head that the last stage computes.
+        total_steps: Optimizer steps of the run, for the learning-rate schedule.
+        device: Device that the role shares with others; None gives it one of its own, where it stays.
+        ranks: Ranks that the role lives on (``step.placement``), this rank among them; None means all ranks.
         """
-        self.train_config = config
+        self.role = role
+        self.config = config
         self.total_steps = total_steps
         self.steps_done = 0
         self.skipped_in_a_row = 0
-        super().__init__(role, config, head, config.recompute, device, ranks)
-
-    def _prepare(self) -> None:
-        config = self.train_config
-        self.chunks = [self._wrap(chunk, index) for index, chunk in enumerate(self.models)]
-        self._gather_in_forward = True  # overlap_param_gather: Megatron-Core's forward hooks are on
+        self.model = ModelEngine(
+            role,
+            config,
+            head,
+            config.recompute,
+            device,
+            ranks,
+            forward_tokens=config.forward_micro_batch_tokens,
+            is_trained=True,
+        )
+        self.device = self.model.device
+        self.groups = self.model.groups
+        self.chunks = [self._wrap(chunk, index) for index, chunk in enumerate(self.model.models)]
+        self.gather = ParameterGather(self.chunks, is_overlapped=config.ddp.overlap_param_gather)
         self.optimizer = self._build_optimizer()
-        transformer = self.bridge.transformer
         self.gradients = FirstGradients(self.chunks)
+        transformer = self.model.bridge.transformer
         transformer.finalize_model_grads_func = self._finalize_gradients
         transformer.grad_scale_func = None
         if config.ddp.overlap_grad_reduce:
             no_syncs = [chunk.no_sync for chunk in self.chunks]
             transformer.no_sync_func = no_syncs if len(no_syncs) > 1 else no_syncs[0]
+        self.model.add_training(self.tensors(), self.gather, self._end_turn)
+        self.residency = self.model.residency
+
+    def on_device(
+        self, *, grads: bool = False, optimizer: bool = False, phase: str, then: Sequence[str] | None = None
+    ) -> contextlib.AbstractContextManager[None]:
+        """Return a turn of this role, as ``ModelEngine.on_device`` does."""
+        return self.model.on_device(grads=grads, optimizer=optimizer, phase=phase, then=then)
 
     def _finalize_gradients(self, model: list[DistributedDataParallel], num_tokens: Tensor, **groups: Any) -> None:
         """Sums over ranks. The optimizer step divides by the number of tokens, so Megatron-Core is not told of it."""
@@ -97,8 +117,10 @@ class TrainEngine(ModelEngine):
         chained = isinstance(self.optimizer, ChainedOptimizer)
         return self.optimizer.chained_optimizers if chained else [self.optimizer]
 
-    def _tensors(self) -> dict[Kind, list[Tensor]]:
-        tensors = {kind: list[Tensor]() for kind in Kind} | super()._tensors()
+    def tensors(self) -> dict[Kind, list[Tensor]]:
+        """Return every tensor of each kind, aliases and views too."""
+        tensors = {kind: list[Tensor]() for kind in Kind}
+        tensors[Kind.params] += self.model.parameters()
         for chunk in self.chunks:
             for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
                 parts = [buffer, *buffer.buckets]
@@ -115,13 +137,13 @@ class TrainEngine(ModelEngine):
             tensors[Kind.moments] += [value for state in optimizer.optimizer.state.values() for value in state.values()]
         return tensors
 
-    def _leave_device(self) -> None:
-        """Parameters are whole, and nothing refers to the gradient buffers, when the bytes leave."""
-        self._settle_parameters()
+    def _end_turn(self) -> None:
+        """Make the parameters whole and drop all references to the gradient buffers, before the bytes leave."""
+        self.gather.finish()
         self.optimizer.zero_grad()
 
     def _wrap(self, chunk: torch.nn.Module, index: int) -> DistributedDataParallel:
-        config = self.train_config
+        config = self.config
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
             overlap_grad_reduce=config.ddp.overlap_grad_reduce,
@@ -130,10 +152,10 @@ class TrainEngine(ModelEngine):
             bucket_size=config.ddp.bucket_size,
         )
         # Buckets after the first chunk's are reduced while earlier chunks still compute: no need to cut them.
-        return Ddp(self.bridge.transformer, ddp, chunk, disable_bucketing=index > 0, pg_collection=self.groups)
+        return Ddp(self.model.bridge.transformer, ddp, chunk, disable_bucketing=index > 0, pg_collection=self.groups)
 
     def _build_optimizer(self) -> MegatronOptimizer:
-        config: OptimizerConfig = self.train_config.optimizer
+        config: OptimizerConfig = self.config.optimizer
         megatron_config = MegatronOptimizerConfig(
             optimizer="adam",
             lr=config.lr,
@@ -143,10 +165,10 @@ class TrainEngine(ModelEngine):
             adam_beta2=config.beta2,
             adam_eps=config.eps,
             clip_grad=config.grad_clip,
-            bf16=self.config.model.dtype is Dtype.bf16,
-            params_dtype=self.bridge.transformer.params_dtype,
+            bf16=self.model.config.model.dtype is Dtype.bf16,
+            params_dtype=self.model.bridge.transformer.params_dtype,
             use_distributed_optimizer=config.distributed,
-            overlap_param_gather=self.train_config.ddp.overlap_param_gather,
+            overlap_param_gather=self.config.ddp.overlap_param_gather,
         )
         optimizer = get_megatron_optimizer(
             megatron_config,
@@ -161,59 +183,10 @@ class TrainEngine(ModelEngine):
                 one.init_state_fn(one.optimizer)
         return optimizer
 
-    def forward(
-        self, token_ids: Tensor, sequence_lengths: Tensor, output: OutputFn, output_mask: Tensor | None = None
-    ) -> Tensor:
-        """ModelEngine.forward, in evaluation mode."""
-        self._settle_parameters()
-        for chunk in self.chunks:
-            chunk.eval()
-        return super().forward(token_ids, sequence_lengths, output, output_mask)
-
-    def evaluating(self, what: str) -> list[GPTModel]:
-        """ModelEngine.evaluating, with the newest weights."""
-        self._settle_parameters()
-        return super().evaluating(what)
-
-    def stream_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """ModelEngine.stream_weights, of the newest weights."""
-        self._settle_parameters()
-        return super().stream_weights()
-
-    def export(
-        self,
-        out_dir: str,
-        *,
-        tokenizer_dir: str | None = None,
-        files: Mapping[str, str] | None = None,
-        config_changes: Mapping[str, Any] | None = None,
-    ) -> None:
-        """ModelEngine.export, of the newest weights."""
-        self._settle_parameters()
-        super().export(out_dir, tokenizer_dir=tokenizer_dir, files=files, config_changes=config_changes)
-
-    def _settle_parameters(self) -> None:
-        """With overlap_param_gather, finish the gather that the next training forward would have hidden."""
-        if self.train_config.ddp.overlap_param_gather and self._gather_in_forward:
-            for chunk in self.chunks:
-                chunk.disable_forward_pre_hook(param_sync=True)
-            self._gather_in_forward = False
-
-    def _gather_in_training_forward(self) -> None:
-        if self.train_config.ddp.overlap_param_gather and not self._gather_in_forward:
-            for chunk in self.chunks:
-                chunk.enable_forward_pre_hook()
-            self._gather_in_forward = True
-
     @property
     def training_size(self) -> MicrobatchSize:
-        """Of the micro-batches of a training step."""
-        return self._size(self.config.micro_batch_tokens)
-
-    @property
-    def forward_size(self) -> MicrobatchSize:
-        """ModelEngine.forward_size; a forward without a backward can be larger."""
-        return self._size(self.train_config.forward_micro_batch_tokens or self.config.micro_batch_tokens)
+        """Size of the micro-batches of a training step."""
+        return self.model.microbatch_size(self.config.micro_batch_tokens)
 
     def microbatches(
         self, token_ids: Tensor, sequence_lengths: Tensor, inputs: Any, rows: Sequence[int]
@@ -227,12 +200,12 @@ class TrainEngine(ModelEngine):
             rows: the minibatch's rows, over all ranks.
         """
         lengths = sequence_lengths.tolist()
-        dealt = self.deal(lengths, rows, self.training_size)
+        dealt = self.model.deal(lengths, rows, self.training_size)
         output_mask = None if inputs is None else pad(inputs.mask, (0, 1))
         parts = split(
             token_ids, sequence_lengths, inputs, dealt[self.groups.dp.rank()], self.training_size, output_mask
         )
-        return self.as_many_as_peers([m for _, m in parts], lengths, dealt, self.training_size)
+        return self.model.as_many_as_peers([m for _, m in parts], lengths, dealt, self.training_size)
 
     def pair_microbatches(self, batch: PreferenceBatch) -> list[Microbatch]:
         """This data-parallel rank's part of a batch of pairs; a pair's two sequences share a micro-batch.
@@ -241,7 +214,7 @@ class TrainEngine(ModelEngine):
             ValueError: the interleaved schedule can't take micro-batches of these sizes.
         """
         size = self.training_size
-        mine = self.deal(pair_tokens(batch, size), range(len(batch.chosen_ids)), size)[self.groups.dp.rank()]
+        mine = self.model.deal(pair_tokens(batch, size), range(len(batch.chosen_ids)), size)[self.groups.dp.rank()]
         parts = split_pairs(batch, mine, size)
         interleaved, stages = self.config.parallel.virtual_pipeline is not None, self.config.parallel.pipeline
         if interleaved and (len(parts) % stages or len({len(m.token_ids) for m in parts}) > 1):
@@ -266,7 +239,7 @@ class TrainEngine(ModelEngine):
                 weights are as before the step.
         """
         self.device.require(self.role, frozenset({Kind.params, Kind.grads}), "training")
-        self._gather_in_training_forward()
+        self.gather.use_hooks()
         for chunk in self.chunks:
             chunk.train()
         self.gradients.begin()
@@ -299,7 +272,7 @@ class TrainEngine(ModelEngine):
             scale: Factor of the term's losses.
             is_last: Whether it is the step's last term.
         """
-        transformer = self.bridge.transformer
+        transformer = self.model.bridge.transformer
         finalize, no_sync = transformer.finalize_model_grads_func, transformer.no_sync_func
         transformer.grad_scale_func = None if scale == 1.0 else partial(operator.mul, scale)
         with contextlib.ExitStack() as stack:
@@ -322,14 +295,14 @@ class TrainEngine(ModelEngine):
             count = result.count if self.groups.cp.rank() == 0 else torch.zeros_like(result.count)
             return result.loss, count.to(torch.int), result
 
-        outputs = self.run_schedule(term.microbatches, last_stage, forward_only=False)
+        outputs = self.model.run_schedule(self.chunks, term.microbatches, last_stage, forward_only=False)
         loss_sum, count, metric_sums = self._reduce(outputs)
         return TermResult(loss_sum / term.denominator if term.denominator > 0 else 0.0, count, metric_sums)
 
     @property
     def checkpoint_bytes(self) -> int:
         """Bytes of this rank's share of a checkpoint of the role: what data-parallel ranks hold alike is divided among them."""
-        own = OPTIMIZER if self.train_config.optimizer.distributed else frozenset()
+        own = OPTIMIZER if self.config.optimizer.distributed else frozenset()
         alike = self.residency.kinds - own - {Kind.grads}
         return self.residency.num_bytes(alike) // self.groups.dp_cp.size() + self.residency.num_bytes(own)
 
@@ -343,8 +316,8 @@ class TrainEngine(ModelEngine):
             The copy, which is to be written and finished. Whatever the role does next does not change it.
         """
         with self.device.for_saving(self.role):
-            buffers = [buffer for chunk in self.models for buffer in chunk.buffers()]
-            tensors = [*buffers, *(tensor for tensors in self._tensors().values() for tensor in tensors)]
+            buffers = [buffer for chunk in self.model.models for buffer in chunk.buffers()]
+            tensors = [*buffers, *(tensor for tensors in self.tensors().values() for tensor in tensors)]
             live = {tensor.untyped_storage().data_ptr() for tensor in tensors}
             state, _ = self._sharded_state_dict(is_loading=False)
             return RoleSnapshot(state, folder, live)
@@ -361,7 +334,7 @@ class TrainEngine(ModelEngine):
         self.residency.mark_changed(TRAINING)
         asked, slices = self._sharded_state_dict(is_loading=True, gathered=is_gathered(names))
         state = load_role(asked, folder)
-        self._take_weights(state)
+        self.model.take_weights(state)
         loaded = state["optimizer"] if slices is None else slices.take(state["optimizer"], folder)
         moments = [
             (o, {p: dict(values) for p, values in o.optimizer.state.items()}) for o in self._optimizers if o.optimizer
@@ -382,7 +355,7 @@ class TrainEngine(ModelEngine):
     def _check_kind_of_optimizer(self, folder: Path, names: set[str]) -> None:
         """Raise an error when the checkpoint was written with the other kind of optimizer: the two forms are not translated."""
         saved = is_distributed(names)
-        if saved != self.train_config.optimizer.distributed:
+        if saved != self.config.optimizer.distributed:
             field = f"{self.role}.optimizer.distributed"
             raise ValueError(
                 f"checkpoint {folder} was written with {field}={str(saved).lower()}, and its optimizer state can be read with "
@@ -393,15 +366,14 @@ class TrainEngine(ModelEngine):
         self, *, is_loading: bool, gathered: bool = False
     ) -> tuple[dict[str, Any], OptimizerSlices | None]:
         """Return the role's state in sharded form, and its slices of distributed optimizers; see OptimizerSlices for ``gathered``."""
-        self._settle_parameters()
-        weights = self._sharded_weights()
+        weights = self.model.sharded_weights()
         slices = None
-        if self.train_config.optimizer.distributed:
+        if self.config.optimizer.distributed:
             slices = OptimizerSlices(self._optimizers, weights, all_ranks(self.groups), gathered=gathered)
             optimizer = slices.state
         else:
             optimizer = self.optimizer.sharded_state_dict(
-                weights, is_loading=is_loading, metadata=self._sharding_metadata
+                weights, is_loading=is_loading, metadata=self.model.sharding_metadata
             )
         counts = dict(zip(COUNTS, (self.steps_done, self.skipped_in_a_row), strict=True))
         return {**weights, "optimizer": optimizer, **counts}, slices
@@ -419,7 +391,7 @@ class TrainEngine(ModelEngine):
         grad_norm = float(self.optimizer.get_grad_norm()) / denominator
         if found_bad or not grad_norm < float("inf"):
             self.skipped_in_a_row += 1
-            allowed = self.train_config.optimizer.max_skipped_steps
+            allowed = self.config.optimizer.max_skipped_steps
             if self.skipped_in_a_row <= allowed:
                 return None
             raise FloatingPointError(
@@ -428,7 +400,7 @@ class TrainEngine(ModelEngine):
                 "weights are unchanged. Lower the learning rate, or look at this step's data in the rollout dump"
             )
         self.skipped_in_a_row = 0
-        divisor = denominator * clip_divisor(grad_norm, self.train_config.optimizer.grad_clip)
+        divisor = denominator * clip_divisor(grad_norm, self.config.optimizer.grad_clip)
         divide_gradients(self._optimizers, divisor)
         self.optimizer.step_with_ready_grads()
         return grad_norm
@@ -438,7 +410,7 @@ class TrainEngine(ModelEngine):
 
         Norm weights and biases are in a group of their own, whose ``wd_mult`` is 0.
         """
-        config = self.train_config.optimizer
+        config = self.config.optimizer
         learning_rate = lr_at(self.steps_done, config, self.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -461,6 +433,11 @@ class TrainEngine(ModelEngine):
             dist.broadcast(totals, source, group=self.groups.pp)
             names = broadcast_text("\n".join(names), source, self.groups.pp).split("\n")
         return float(totals[0]), int(totals[1]), {name: totals[2 + i] for i, name in enumerate(names)}
+
+
+def model_of(engine: ModelEngine | TrainEngine) -> ModelEngine:
+    """Return the model of a role, trained or not."""
+    return engine.model if isinstance(engine, TrainEngine) else engine
 
 
 def _options(group: dict[str, Any]) -> dict[str, Any]:

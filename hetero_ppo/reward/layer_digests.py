@@ -47,6 +47,7 @@ def layer_digests(
     try:
         with torch.no_grad():
             engine.run_schedule(
+                engine.models,
                 [Microbatch(padded, lengths, output_mask=output_mask)],
                 lambda output, microbatch: output,
                 forward_only=True,

@@ -18,6 +18,7 @@ from hetero_ppo.data.collate import pad_right
 from hetero_ppo.distributed.groups import all_ranks
 from hetero_ppo.distributed.text import broadcast_json
 from hetero_ppo.engines.model_engine import ModelEngine
+from hetero_ppo.engines.train_engine import TrainEngine, model_of
 from hetero_ppo.engines.outputs import OutputFn, log_probs_output, scores_output, values_output
 from hetero_ppo.errors import RunError
 from hetero_ppo.observability.logs import ONCE
@@ -27,7 +28,7 @@ from megatron_bridge import platform
 log = logging.getLogger(__name__)
 
 C = TypeVar("C", bound=RoleConfig)
-E = TypeVar("E", bound=ModelEngine)
+E = TypeVar("E", ModelEngine, TrainEngine)
 
 #: Lengths of the sequences in tokens: around a tile of attention, below and above.
 LENGTHS = (2, 5, 33, 64, 65, 127, 200)
@@ -120,32 +121,33 @@ def build_proved(config: C, build: Callable[[C], E], consequence: str = "no gold
         RunError: ``aligned`` is true, and the role's bits depend on the batch.
     """
     engine = build(config)
-    if config.aligned is None and engine.bridge.plain_because is not None:
-        engine.plain_because = f"aligned is null, and it {engine.bridge.plain_because}"
-        log.info(f"{engine.role}: not aligned ({engine.role}.{engine.plain_because}): {consequence}")
-    if not (engine.bridge.aligned and platform.HAS_CUDA):
+    model = model_of(engine)
+    if config.aligned is None and model.bridge.plain_because is not None:
+        model.plain_because = f"aligned is null, and it {model.bridge.plain_because}"
+        log.info(f"{model.role}: not aligned ({model.role}.{model.plain_because}): {consequence}")
+    if not (model.bridge.aligned and platform.HAS_CUDA):
         return engine
     if config.aligned is not None:
-        log.info(check_alignment(engine))
+        log.info(check_alignment(model))
         return engine
-    difference, num_compared = find_difference(engine)
+    difference, num_compared = find_difference(model)
     if difference is None:
         log.info(
-            f"{engine.role}: aligned: {num_compared} outputs of layers have the same bits alone and among others on this device"
+            f"{model.role}: aligned: {num_compared} outputs of layers have the same bits alone and among others on this device"
         )
         return engine
-    role = engine.role
+    role = model.role
     log.warning(
         f"{role}: NOT ALIGNED. {role}.aligned is null (aligned where possible), and the self-check found: {difference}. "
         f"The run continues with the plain layers: {consequence}, and bits that depend on batch and layout. Set {role}.aligned to false "
         "to hide this line, or to true to make it an error",
         extra=ONCE,
     )
-    engine.device.remove(role)
-    del engine
+    model.device.remove(role)
+    del engine, model
     gc.collect()  # models and hooks refer to each other
     engine = build(dataclasses.replace(config, aligned=False))
-    engine.plain_because = "aligned is null, and it failed the self-check on this device"
+    model_of(engine).plain_because = "aligned is null, and it failed the self-check on this device"
     return engine
 
 

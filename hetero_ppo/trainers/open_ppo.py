@@ -92,7 +92,7 @@ def open_ppo(config: PpoConfig, run: Run) -> Iterator[PpoTrainer]:
             generator = starting.wait()
         else:
             generator = ppo_generator.generator_of_actor(
-                config.rollout, data.encoder, roles.actor, max_model_len=max_model_len(config)
+                config.rollout, data.encoder, roles.actor.model, max_model_len=max_model_len(config)
             )
             stack.enter_context(contextlib.closing(generator))
         turns = GeneratorTurns(generator, device, run.world, placement.generator_rank)

@@ -175,7 +175,7 @@ class PpoTrainer:
             self.turns.sleep()
             with self.actor.on_device(phase="export"):
                 more = export_files(self.data.encoder, self.config.actor.model.path, "lm")
-                self.actor.export(str(self.run.dir / "hf"), files=more.files, config_changes=more.config)
+                self.actor.model.export(str(self.run.dir / "hf"), files=more.files, config_changes=more.config)
             self.run.exported("the actor ", self.total_steps)
 
     def make_experience(self, step: int) -> Experience:
@@ -232,7 +232,7 @@ class PpoTrainer:
             experience.response_mask,
             experience.tis_weights,
         )
-        actor = self.actor
+        actor = self.actor.model
         loss_fn = actor_loss_fn(
             self.config.algorithm, self.maker.temperature, actor.vocab_size, actor.groups, actor.vocab_parts
         )
@@ -291,10 +291,10 @@ class PpoTrainer:
         verify = self.config.rollout.verify_sync and not self.generator.capabilities.is_recorded
         with self.actor.on_device(phase="weight_sync"):
             self.turns.wake_for_sync()
-            tensors = self.actor.stream_weights()
+            tensors = self.actor.model.stream_weights()
             with self.turns.at_work("weight sync"):
                 self.generator.sync_weights(tensors, f"step{step}")
-            log_probs = probe_log_probs(self.actor, ids) if verify else []
+            log_probs = probe_log_probs(self.actor.model, ids) if verify else []
         metrics: dict[str, float] = {}
         if verify:
             self.turns.wake()

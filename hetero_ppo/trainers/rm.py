@@ -66,9 +66,9 @@ class RewardModelTrainer(SupervisedTrainer):
 
     def weight_files(self) -> dict[str, str]:
         """Return the golden scores of held-out pairs, or of training pairs where there are none. A plain forward has no golden scores."""
-        if not self.engine.bridge.aligned:
+        if not self.engine.model.bridge.aligned:
             return {}
-        return {GOLDEN_FILE: make_golden(self.engine, (self.held_out or self.data).examples).text()}
+        return {GOLDEN_FILE: make_golden(self.engine.model, (self.held_out or self.data).examples).text()}
 
     def evaluate(self) -> dict[str, float]:
         """Return loss and accuracy on the held-out pairs. A tie counts as wrong."""
@@ -89,4 +89,4 @@ class RewardModelTrainer(SupervisedTrainer):
         }
 
     def _scores(self, token_ids: Tensor, lengths: Tensor) -> Tensor:
-        return self.engine.forward(token_ids, lengths, scores_output, sequence_ends(lengths, token_ids.shape[1]))
+        return self.engine.model.forward(token_ids, lengths, scores_output, sequence_ends(lengths, token_ids.shape[1]))

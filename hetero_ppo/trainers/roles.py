@@ -12,7 +12,7 @@ from hetero_ppo.config.derived import PpoBatching
 from hetero_ppo.config.schema import HeadInit, PpoConfig, RoleConfig, TrainedRoleConfig
 from hetero_ppo.engines.model_engine import ModelEngine, head_start
 from hetero_ppo.engines.shared_device import SharedDevice
-from hetero_ppo.engines.train_engine import TrainEngine
+from hetero_ppo.engines.train_engine import TrainEngine, model_of
 from hetero_ppo.observability.logs import ONCE
 from hetero_ppo.reward.self_check import build_proved
 from hetero_ppo.step.placement import Placement
@@ -23,19 +23,15 @@ from megatron_bridge import platform
 log = logging.getLogger(__name__)
 
 C = TypeVar("C", bound=RoleConfig)
-RoleEngine = TypeVar("RoleEngine", bound=ModelEngine)
+RoleEngine = TypeVar("RoleEngine", ModelEngine, TrainEngine)
 
 
 @dataclass(frozen=True)
 class Roles:
     """The models of a PPO run."""
 
-    engines: Mapping[str, ModelEngine]  # by the names of ``step.roles``, in the order of building
-
-    @property
-    def trained(self) -> dict[str, TrainEngine]:
-        """Name -> engine of the roles that have an optimizer."""
-        return {name: engine for name, engine in self.engines.items() if isinstance(engine, TrainEngine)}
+    engines: Mapping[str, ModelEngine]  # models of all roles by the names of ``step.roles``, in the order of building
+    trained: Mapping[str, TrainEngine]  # roles that have an optimizer, by name
 
     @property
     def actor(self) -> TrainEngine:
@@ -70,23 +66,22 @@ def build_roles(
         RunError: A role has to be aligned, and its bits depend on the batch.
     """
     engines: dict[str, ModelEngine] = {}
+    trained: dict[str, TrainEngine] = {}
     for name, spec in run_roles(config).items():
-        engine: ModelEngine
         if spec.is_trained:
             num_steps = batching.roles[name].total_optimizer_steps
-            engine = build_role(
-                run, name, spec.trained_config, _trained(spec, num_steps, device, placement.ranks[name])
-            )
+            build = _trained(spec, num_steps, device, placement.ranks[name])
+            trained[name] = build_role(run, name, spec.trained_config, build)
+            engines[name] = trained[name].model
         else:
-            engine = build_role(run, name, spec.config, _frozen(spec, device, placement.ranks[name]))
-            initialised = engine.load_report.initialised
+            engines[name] = build_role(run, name, spec.config, _frozen(spec, device, placement.ranks[name]))
+            initialised = engines[name].load_report.initialised
             if initialised and spec.head == "score":
                 raise ValueError(
                     f"{name}.model.path is {spec.config.model.path}: the checkpoint has no score head "
                     f"({', '.join(initialised)}); give the export of a reward-model run"
                 )
-        engines[name] = engine
-    return Roles(engines)
+    return Roles(engines, trained)
 
 
 def _trained(
@@ -118,24 +113,25 @@ def build_role(run: Run, name: str, config: C, build: Callable[[C], RoleEngine])
     """
     if config.aligned is not None:
         engine = build_proved(config, build)
-        describe_loaded(engine)
+        describe_loaded(model_of(engine))
         return engine
     before = None if run.resume is None else run.resume.aligned.get(name)
     engine = build_proved(config if before is not False else dataclasses.replace(config, aligned=False), build)
-    describe_loaded(engine)
-    run.aligned[name] = engine.bridge.aligned
+    model = model_of(engine)
+    describe_loaded(model)
+    run.aligned[name] = model.bridge.aligned
     if before is False and run.resume is not None:
-        engine.plain_because = "aligned is null, and it was plain in the run that the checkpoint is of"
+        model.plain_because = "aligned is null, and it was plain in the run that the checkpoint is of"
         log.info(
             f"{name}: plain, as in the run of {run.resume.folder} ({name}.aligned is null): no golden scores; set it to true to be aligned"
         )
-    elif before and run.resume is not None and not engine.bridge.aligned:
+    elif before and run.resume is not None and not model.bridge.aligned:
         log.warning(
-            f"{name} was aligned in the run of {run.resume.folder} and is not any more ({name}.{engine.plain_because}): the bits of "
+            f"{name} was aligned in the run of {run.resume.folder} and is not any more ({name}.{model.plain_because}): the bits of "
             "its outputs are other ones from here on",
             extra=ONCE,
         )
-    elif before is None and run.resume is not None and engine.bridge.aligned and platform.HAS_CUDA:
+    elif before is None and run.resume is not None and model.bridge.aligned and platform.HAS_CUDA:
         log.info(f"{name}: aligned from here on; {run.resume.folder} does not say whether it was")
     return engine
 

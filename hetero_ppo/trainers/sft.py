@@ -54,7 +54,7 @@ class SftTrainer(SupervisedTrainer):
         batch_size = config.train.global_batch_size
         sampler = make_sampler(self.data, batch_size, seed=config.run.seed, shuffle=config.data.shuffle)
         super().__init__(run, config.run, config.train, config.checkpoint, batching, sampler, engine, encoder)
-        self.loss_fn = sft_loss_fn(engine.vocab_size, engine.groups, engine.vocab_parts)
+        self.loss_fn = sft_loss_fn(engine.model.vocab_size, engine.groups, engine.model.vocab_parts)
 
     def step(self, rows: list[int]) -> TrainStepResult:
         """Take one optimizer step on these examples."""
@@ -67,7 +67,7 @@ class SftTrainer(SupervisedTrainer):
         """Return the mean negative log-likelihood of the held-out answers' tokens."""
         if self.held_out is None:
             return {}
-        engine = self.engine
+        engine = self.engine.model
         output = log_probs_output(
             temperature=1.0, vocab_size=engine.vocab_size, groups=engine.groups, num_parts=engine.vocab_parts
         )
@@ -78,7 +78,7 @@ class SftTrainer(SupervisedTrainer):
                 break
             batch = collate_sft([self.held_out.examples[row] for row in rows])
             output_mask = pad(batch.loss_mask, (0, 1))
-            log_probs = self.engine.forward(batch.token_ids, batch.sequence_lengths, output, output_mask)
+            log_probs = engine.forward(batch.token_ids, batch.sequence_lengths, output, output_mask)
             total -= log_probs[batch.loss_mask].double().sum()
             count += int(batch.loss_mask.sum())
         return {"eval/loss": float(total) / count}

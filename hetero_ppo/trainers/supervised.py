@@ -124,9 +124,9 @@ class SupervisedTrainer(ABC):
                 if stopping:
                     self.run.stopped(step + 1)
         if self.checkpoint.export_hf:
-            more = export_files(self.encoder, self.engine.config.model.path, self.engine.head)
+            more = export_files(self.encoder, self.engine.config.model.path, self.engine.model.head)
             files = {**more.files, **self.weight_files()}
-            self.engine.export(str(self.run.dir / "hf"), files=files, config_changes=more.config)
+            self.engine.model.export(str(self.run.dir / "hf"), files=files, config_changes=more.config)
             self.run.exported("", self.total_steps)
 
     def _resume(self, manager: CheckpointManager) -> None:

@@ -144,7 +144,7 @@ def forward_and_backward(cpu: bool) -> dict[str, Any]:
                 )
                 engine = TrainEngine("actor", config, "lm", 10)
                 output = log_probs_output(temperature=1.0, vocab_size=vocab, groups=engine.groups)
-                found = engine.forward(ids, torch.tensor(lengths), output)
+                found = engine.model.forward(ids, torch.tensor(lengths), output)
                 error = float((found - log_probs)[mask].abs().mean())
                 parts = engine.microbatches(ids, torch.tensor(lengths), AnswerInputs(mask), range(2))
                 result = engine.train_step([LossTerm(parts, sft_loss_fn(vocab, engine.groups), int(mask.sum()))])
@@ -217,7 +217,7 @@ def synchronisations(cpu: bool) -> dict[str, Any]:
         output = log_probs_output(temperature=1.0, vocab_size=1024, groups=engine.groups)
         parts = engine.microbatches(ids, lengths, AnswerInputs(torch.ones(4, 63, dtype=torch.bool)), range(4))
         work = {
-            "forward": lambda: engine.forward(ids, lengths, output),
+            "forward": lambda: engine.model.forward(ids, lengths, output),
             "step": lambda: engine.train_step([LossTerm(parts, sft_loss_fn(1024, engine.groups), 4 * 63)]),
         }
         for name, function in work.items():

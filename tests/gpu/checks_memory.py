@@ -145,7 +145,7 @@ def activations(cpu: bool) -> dict[str, Any]:
             before = torch.cuda.memory_allocated()
             engine.train_step([LossTerm(parts, sft_loss_fn(vocab, engine.groups), rows * (length - 1))])
             measured = torch.cuda.max_memory_allocated() - before
-            planned = training_bytes(engine.bridge, "lm", recompute, 0, Work(rows, length, 1))
+            planned = training_bytes(engine.model.bridge, "lm", recompute, 0, Work(rows, length, 1))
             facts[f"{rows}x{length}{'_full' if recompute else ''}"] = round(measured / planned, 3)
             del engine
     assert all(ratio < 1.1 for ratio in facts.values()), f"measured over planned: {facts}"

@@ -111,7 +111,7 @@ def results(engine: ModelEngine) -> dict[str, list[Tensor]]:
     for batching in BATCHINGS:
         parts = list(microbatches(batching, engine.forward_size.length_multiple))
         with torch.no_grad():
-            outputs = engine.run_schedule([m for _, m in parts], output_of(engine), forward_only=True)
+            outputs = engine.run_schedule(engine.models, [m for _, m in parts], output_of(engine), forward_only=True)
         if is_last_stage(engine.groups):
             by_row = [(row, value) for (group, _), output in zip(parts, outputs) for row, value in zip(group, output)]
             by_row.sort(key=lambda item: item[0])

@@ -86,7 +86,7 @@ def _first_ppo_kl(config: TrainedRoleConfig) -> float:
     old = scorer.forward(ids, lengths, output).masked_fill(~mask, 0)
     actor = TrainEngine("actor", dataclasses.replace(config, packing=True), "lm", 1)
     inputs = PolicyInputs(old, old, torch.randn(mask.shape), mask)
-    loss_fn = actor_loss_fn(AlgorithmConfig(), 0.7, actor.vocab_size, actor.groups, actor.vocab_parts)
+    loss_fn = actor_loss_fn(AlgorithmConfig(), 0.7, actor.model.vocab_size, actor.groups, actor.model.vocab_parts)
     parts = actor.microbatches(ids, lengths, inputs, range(len(LENGTHS)))
     return step_metrics([actor.train_step([LossTerm(parts, loss_fn, int(mask.sum()))])])["actor/ppo_kl"]
 
@@ -147,7 +147,7 @@ def _run(aligned: dict[str, bool] | None = None) -> SimpleNamespace:
 
 def _build(run: SimpleNamespace, folder: Path, aligned: bool | None, device: SharedDevice | None = None) -> ModelEngine:
     config = dataclasses.replace(role_config(folder, "bf16", {}, aligned), micro_batch_size=3)
-    return build_role(run, "reward", config, lambda role: TrainEngine("reward", role, "score", 1, device))
+    return build_role(run, "reward", config, lambda role: TrainEngine("reward", role, "score", 1, device)).model
 
 
 def test_by_default_a_role_is_aligned_where_it_proves_it(

@@ -55,7 +55,7 @@ def train(engine: TrainEngine) -> None:
 
 
 def weights(engines: dict[str, TrainEngine]) -> list[Tensor]:
-    return [tensor.clone() for engine in engines.values() for _, tensor in engine.stream_weights()]
+    return [tensor.clone() for engine in engines.values() for _, tensor in engine.model.stream_weights()]
 
 
 def manager_of(run_dir: Path, timeout_s: float = ENOUGH_S, **config: object) -> CheckpointManager:
@@ -169,7 +169,7 @@ def test_an_export_has_the_rights_of_the_umask_and_one_on_a_full_disk_leaves_the
     engine, out, before = engines["actor"], tmp_path / "hf", os.umask(0o027)
     try:
         with engine.on_device(phase="export"):
-            engine.export(str(out))
+            engine.model.export(str(out))
     finally:
         os.umask(before)
     assert {path.name: stat.S_IMODE(path.stat().st_mode) for path in out.iterdir()} == dict.fromkeys(
@@ -179,7 +179,7 @@ def test_an_export_has_the_rights_of_the_umask_and_one_on_a_full_disk_leaves_the
     size = (len(weights) - 8 - int.from_bytes(weights[:8], "little")) / 1024
     message = rf"export of actor to {out} could not be written: .*ulimit -f.*it takes {size:.4g} KiB; .* hetero-ppo export --run"
     with file_size_limit(4000), pytest.raises(RunError, match=message), engine.on_device(phase="export"):
-        engine.export(str(out))
+        engine.model.export(str(out))
     assert (out / "model.safetensors").read_bytes() == weights and [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 

@@ -25,6 +25,7 @@ from hetero_ppo.config.schema import (
 from hetero_ppo.engines.loss_terms import LossTerm, TrainStepResult
 from hetero_ppo.engines.losses import sft_loss_fn
 from hetero_ppo.engines.outputs import log_probs_output
+from hetero_ppo.engines.model_engine import ModelEngine
 from hetero_ppo.engines.train_engine import TrainEngine
 from hetero_ppo.types import AnswerInputs, Microbatch
 from megatron_bridge.model.config_mapping import VOCAB_PARTS
@@ -100,7 +101,7 @@ def test_steps_are_those_of_torchs_adam(model: Path, schedule: LrSchedule, distr
         assert result.learning_rate == pytest.approx(rate)
         assert norm > 0.6 and (result.loss, result.grad_norm) == pytest.approx((loss, norm), rel=1e-4)
     expected = dict(reference.named_parameters())
-    for name, weight in engine.stream_weights():
+    for name, weight in engine.model.stream_weights():
         torch.testing.assert_close(weight, expected[name].detach(), rtol=1e-4, atol=1e-5, msg=name)
 
 
@@ -130,7 +131,7 @@ def test_weight_decay_is_that_of_torch(model: Path, distributed: bool) -> None:
     our_step(engine, 0)
     reference_step(reference, adam, 1e-2, 0, clip=defaults.grad_clip or torch.inf)
     expected = dict(reference.named_parameters())
-    matrices = {name: weight for name, weight in engine.stream_weights() if weight.dim() == 2}
+    matrices = {name: weight for name, weight in engine.model.stream_weights() if weight.dim() == 2}
     assert len(matrices) >= 7 * LAYERS
     for name, weight in matrices.items():
         torch.testing.assert_close(weight, expected[name].detach(), rtol=1e-4, atol=1e-5, msg=name)
@@ -146,14 +147,16 @@ def test_recomputation_computes_again(model: Path, recompute: str | None, layers
     def count(name: str) -> Callable[..., None]:
         return lambda *_: calls.update({name: calls.get(name, 0) + 1})
 
-    layer = engine.models[0].decoder.layers[1]
+    layer = engine.model.models[0].decoder.layers[1]
     layer.register_forward_pre_hook(count("layer"))
     layer.mlp.register_forward_pre_hook(count("mlp"))
     our_step(engine, 0)
     assert calls == {"layer": 2 * layers, "mlp": 2 * mlps}
     calls.clear()
     with torch.no_grad():
-        engine.forward(rows_of_step(0), torch.full((ROWS,), LENGTH), lambda logits, m: torch.zeros(len(m.token_ids)))
+        engine.model.forward(
+            rows_of_step(0), torch.full((ROWS,), LENGTH), lambda logits, m: torch.zeros(len(m.token_ids))
+        )
     assert calls == {"layer": 2, "mlp": 2}
 
 
@@ -166,12 +169,11 @@ def test_sizes_of_micro_batches_are_the_roles_own(model: Path) -> None:
         packing=False,
     )
     engine = TrainEngine("actor", config, "lm", STEPS)
-    assert (engine.training_size.rows, engine.training_size.tokens, engine.forward_size.tokens) == (5, 70, 90)
+    assert (engine.training_size.rows, engine.training_size.tokens, engine.model.forward_size.tokens) == (5, 70, 90)
     assert engine.training_size.packed is False
-    engine.config.packing = True
-    assert engine.training_size.packed is engine.forward_size.packed is True
-    engine.train_config.forward_micro_batch_tokens = None
-    assert engine.forward_size.tokens == 70
+    engine.model.config.packing = True
+    assert engine.training_size.packed is engine.model.forward_size.packed is True
+    assert ModelEngine("actor", config, "lm").forward_size.tokens == 70
 
 
 @pytest.mark.parametrize("overlap", [False, True])
@@ -183,11 +185,11 @@ def test_gradients_are_reduced_in_buckets_while_others_are_computed(model: Path,
     engine = TrainEngine("actor", config, "lm", STEPS)
     (chunk,) = engine.chunks
     sizes = [sum(p.numel() for p in bucket.params_list) for buffer in chunk.buffers for bucket in buffer.buckets]
-    assert sum(sizes) == sum(p.numel() for p in engine.models[0].parameters())
+    assert sum(sizes) == sum(p.numel() for p in engine.model.models[0].parameters())
     assert len(sizes) > 4 and min(sizes[:-1]) >= 3000 and max(sizes) < 9000 if overlap else len(sizes) == 1
     assert bool(chunk.remove_forward_pre_hook_handles) is overlap
     assert isinstance(engine.optimizer.chained_optimizers[0], DistributedOptimizer) is overlap
-    assert (engine.bridge.transformer.no_sync_func is not None) is overlap
+    assert (engine.model.bridge.transformer.no_sync_func is not None) is overlap
 
 
 def test_dtype_and_seed_of_a_model(model: Path) -> None:
@@ -195,8 +197,8 @@ def test_dtype_and_seed_of_a_model(model: Path) -> None:
     for seed in (3, 3, 4):
         config = HeadedModelConfig(path=str(model), dtype=Dtype.bf16, head_init=HeadInit.normal, init_seed=seed)
         engine = TrainEngine("critic", CriticConfig(config), "value", STEPS)
-        assert {parameter.dtype for parameter in engine.models[0].parameters()} == {torch.bfloat16}
-        heads.append(dict(engine.stream_weights())["score.weight"].clone())
+        assert {parameter.dtype for parameter in engine.model.models[0].parameters()} == {torch.bfloat16}
+        heads.append(dict(engine.model.stream_weights())["score.weight"].clone())
     assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
 
 
@@ -204,13 +206,15 @@ def test_dtype_and_seed_of_a_model(model: Path) -> None:
 def test_an_aligned_roles_log_probs_are_sums_over_parts_of_the_vocabulary(model: Path, aligned: bool) -> None:
     """To the bit: sums over each of the parts that tensor-parallel ranks may have, added in their order. Plain ones are torch's."""
     ids, engine, kept = rows_of_step(0), role(model, aligned=aligned), list[Tensor]()
-    log_probs = log_probs_output(temperature=1.0, vocab_size=VOCAB, groups=engine.groups, num_parts=engine.vocab_parts)
+    log_probs = log_probs_output(
+        temperature=1.0, vocab_size=VOCAB, groups=engine.groups, num_parts=engine.model.vocab_parts
+    )
 
     def keep(logits: Tensor, microbatch: Microbatch) -> Tensor:
         kept.append(logits.clone())
         return log_probs(logits, microbatch)
 
-    ours = engine.forward(ids, torch.full((ROWS,), LENGTH), keep)
+    ours = engine.model.forward(ids, torch.full((ROWS,), LENGTH), keep)
     logits = torch.cat(kept, dim=1)[0, :, :VOCAB].view(ROWS, LENGTH, -1)[:, :-1]
     targets = ids[:, 1:, None]
     expected = logits.log_softmax(-1).gather(-1, targets)[..., 0]

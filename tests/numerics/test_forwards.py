@@ -75,7 +75,7 @@ def engine(model: Path, dtype: Dtype, head: str, *, packing: bool, tokens: int |
 
 def log_probs(role: TrainEngine, ids: Tensor, wanted: Tensor | None) -> Tensor:
     output = log_probs_output(temperature=0.7, vocab_size=VOCAB, groups=role.groups)
-    return role.forward(ids, LENGTHS, output, wanted)[MASK]
+    return role.model.forward(ids, LENGTHS, output, wanted)[MASK]
 
 
 @pytest.mark.parametrize("packing", [False, True])
@@ -99,13 +99,13 @@ def test_packed_values_scores_and_gradients_are_the_padded_ones(
     results = []
     for packing in (False, True):
         scalar = engine(model, dtype, "value", packing=packing, tokens=96)
-        values = scalar.forward(ids, LENGTHS, values_output, WANTED)[MASK]
-        scores = [scalar.forward(ids, LENGTHS, scores_output, wanted) for wanted in (None, ends)]
+        values = scalar.model.forward(ids, LENGTHS, values_output, WANTED)[MASK]
+        scores = [scalar.model.forward(ids, LENGTHS, scores_output, wanted) for wanted in (None, ends)]
         torch.testing.assert_close(scores[0], scores[1], rtol=0, atol=tolerance)
         lm = engine(model, dtype, "lm", packing=packing, tokens=96)
         parts = lm.microbatches(ids, LENGTHS, AnswerInputs(MASK), range(8))
         step = lm.train_step([LossTerm(parts, sft_loss_fn(VOCAB, lm.groups), int(MASK.sum()))])
-        gradient = torch.cat([p.main_grad.flatten() for p in lm.models[0].parameters()])
+        gradient = torch.cat([p.main_grad.flatten() for p in lm.model.models[0].parameters()])
         results.append((values, scores[0], torch.tensor([step.loss, step.grad_norm]), gradient))
     scale = float(results[0][3].abs().max())
     for padded, packed in zip(*results):
@@ -117,7 +117,7 @@ def test_the_head_computes_wanted_tokens_alone(model: Path, ids: Tensor) -> None
     seen: dict[str, int] = {}
     for packing in (False, True):
         role = engine(model, Dtype.fp32, "lm", packing=packing, tokens=1024)
-        chunk = role.models[0]
+        chunk = role.model.models[0]
         chunk.output_layer.register_forward_hook(lambda _m, given, _o: seen.update(head=given[0].shape[:2].numel()))
         chunk.decoder.layers[0].mlp.register_forward_hook(
             lambda _m, given, _o: seen.update(body=given[0].shape[:2].numel())
@@ -134,9 +134,9 @@ def test_a_micro_batch_without_padding_is_not_packed(model: Path, ids: Tensor) -
     """20 tokens of 20, 19 and 19: 60 padded against 58; and 20, 15 and 10."""
     role = engine(model, Dtype.fp32, "lm", packing=True)
     for lengths, packed in (([20, 19, 19], False), ([20, 15, 10], True)):
-        ((_, microbatch),) = split(ids, torch.tensor(lengths), None, range(3), role.forward_size)
+        ((_, microbatch),) = split(ids, torch.tensor(lengths), None, range(3), role.model.forward_size)
         settings = {"cp_group": role.groups.cp, "device": torch.device("cpu"), "one_shape": False}
-        (given,) = model_inputs([microbatch], role.forward_size, **settings)
+        (given,) = model_inputs([microbatch], role.model.forward_size, **settings)
         assert (given.packing is not None) == packed
         assert given.token_ids.shape == ((1, 45) if packed else (3, 20)) and len(given.head_rows) == sum(lengths)
 
@@ -147,9 +147,9 @@ def test_the_head_of_a_bf16_model_computes_a_multiple(model: Path, ids: Tensor) 
     for lengths, columns, expected in (([40, 39, 38], [5, 9, 37], 64), ([40, 39, 38], [], 64), ([9, 9, 9], [1], 48)):
         wanted = torch.zeros(3, 40, dtype=torch.bool)
         wanted[:, columns] = True
-        ((_, microbatch),) = split(ids, torch.tensor(lengths), None, range(3), role.forward_size, wanted)
+        ((_, microbatch),) = split(ids, torch.tensor(lengths), None, range(3), role.model.forward_size, wanted)
         settings = {"cp_group": role.groups.cp, "device": torch.device("cpu"), "one_shape": False}
-        (given,) = model_inputs([microbatch], role.forward_size, **settings)
+        (given,) = model_inputs([microbatch], role.model.forward_size, **settings)
         assert len(given.head_rows.unique()) == len(given.head_rows) == min(expected, given.token_ids.numel())
         assert int(given.head_rows.max()) < given.token_ids.numel()
         assert bool(given.microbatch.output_mask[:, columns].all())
@@ -216,11 +216,11 @@ def test_a_packed_forward_asks_the_device_nothing(
     lists: list[Tensor] = []
     to_list = Tensor.tolist
     role = engine(model, dtype, "lm", packing=True, tokens=1024)
-    (chunk,) = role.models
+    (chunk,) = role.model.models
     for longest in (30, 40):
-        ((_, microbatch),) = split(ids, torch.tensor([longest, 9, 5, 3, 2, 2]), None, range(6), role.forward_size)
+        ((_, microbatch),) = split(ids, torch.tensor([longest, 9, 5, 3, 2, 2]), None, range(6), role.model.forward_size)
         settings = {"cp_group": role.groups.cp, "device": torch.device("cpu"), "one_shape": False}
-        (given,) = model_inputs([microbatch], role.forward_size, **settings)
+        (given,) = model_inputs([microbatch], role.model.forward_size, **settings)
         assert given.packing is not None
         with ScalarsRead() as scalars, monkeypatch.context() as patch:
             patch.setattr(Tensor, "tolist", lambda self: lists.append(self) or to_list(self))
@@ -246,7 +246,7 @@ def test_transformer_engine_rotates_packed_tokens_in_one_kernel(
     monkeypatch.setattr(rope_utils, "fused_apply_rotary_pos_emb", fused)
     monkeypatch.setattr(config_mapping, "uses_transformer_engine", lambda dtype: True)
     role = engine(model, Dtype.fp32, "lm", packing=True, tokens=1024)
-    assert role.bridge.transformer.apply_rope_fusion
+    assert role.model.bridge.transformer.apply_rope_fusion
     assert torch.equal(log_probs(role, ids, None), expected)
     total = int(LENGTHS.sum())
     assert calls == 2 * [((total, 1, heads, 8), (total, 1, 1, 8)) for heads in (4, 2)]

@@ -63,7 +63,7 @@ def make_generator(
 ) -> MegatronGenerator:
     return MegatronGenerator(
         RolloutConfig(max_num_seqs=num_slots, sleep=True),
-        actor,
+        actor.model,
         max_model_len=max_model_len,
         eos_token_ids=[EOS],
         decode=decode,
@@ -153,11 +153,11 @@ def test_the_engine_takes_turns_with_its_actor(actor: TrainEngine, generator: Me
     seen: list[bool] = []
 
     def look(prompt: int, sample: int, response: Response) -> None:
-        seen.append(any(isinstance(p, OffloadedParameter) for p in actor.models[0].parameters()))
+        seen.append(any(isinstance(p, OffloadedParameter) for p in actor.model.models[0].parameters()))
 
     before = ask(generator, PROMPTS[:2], FREE, n=1, seed=1, on_response=look)
     assert seen == [False, False]
-    assert all(isinstance(p, OffloadedParameter) for p in actor.models[0].parameters())
+    assert all(isinstance(p, OffloadedParameter) for p in actor.model.models[0].parameters())
     generator.sleep()
     for needs_cache in (
         lambda: ask(generator, PROMPTS[:1], FREE, n=1, seed=0),
@@ -183,7 +183,7 @@ def test_a_probe_prompt_that_differs_is_an_error(generator: MegatronGenerator) -
 
 def test_logits_that_are_not_finite_are_an_error(actor: TrainEngine, generator: MegatronGenerator) -> None:
     with actor.on_device(phase="test"), torch.no_grad():
-        weight = actor.models[0].decoder.final_layernorm.weight
+        weight = actor.model.models[0].decoder.final_layernorm.weight
         before = weight[0].clone()
         weight[0] = torch.nan
         actor.residency.mark_changed(frozenset(Kind))
@@ -203,7 +203,7 @@ def test_the_plan_counts_the_cache(actor: TrainEngine, model_path: Path, tmp_pat
     path.write_text(json.dumps(config))
     overrides = ["rollout.engine=megatron", "rollout.max_num_seqs=7", "rollout.sampling.max_tokens=30"]
     loaded = load_config(str(path), overrides).config
-    cache = SlotCache(actor.bridge.transformer, 7, max_model_len(loaded))
+    cache = SlotCache(actor.model.bridge.transformer, 7, max_model_len(loaded))
     plan = plan_memory(loaded, 1)
     assert plan.generator is not None
     assert plan.generator.awake == cache.keys.nbytes + cache.values.nbytes
@@ -219,9 +219,9 @@ def test_bf16_log_probs_are_near_the_trainers(tmp_path: Path) -> None:
     width = max(len(prompt) for prompt in PROMPTS) + 24
     rows = [p + r.token_ids for p, (r,) in zip(PROMPTS, answers, strict=True)]
     ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
-    output = log_probs_output(temperature=1.0, vocab_size=actor.vocab_size, groups=actor.groups)
+    output = log_probs_output(temperature=1.0, vocab_size=actor.model.vocab_size, groups=actor.groups)
     with actor.on_device(phase="old_log_probs"):
-        found: Any = actor.forward(ids, torch.tensor([len(row) for row in rows]), output)
+        found: Any = actor.model.forward(ids, torch.tensor([len(row) for row in rows]), output)
     differences = []
     for values, prompt, (response,) in zip(found, PROMPTS, answers, strict=True):
         ours = values[len(prompt) - 1 : len(prompt) - 1 + len(response.token_ids)]

@@ -179,14 +179,14 @@ def test_honest_checkpoints_of_every_kind_load(
     )
     (tmp_path / "config.yaml").write_text("kind: sft\n")
     engine = TrainEngine("actor", config, head, 100)
-    before = {name: tensor.clone() for name, tensor in engine.stream_weights()}
+    before = {name: tensor.clone() for name, tensor in engine.model.stream_weights()}
     with CheckpointManager(tmp_path, CheckpointConfig(), dist.group.WORLD, timeout_s=60.0) as manager:
         manager.save(1, {"actor": engine}, {}, {}, wait=True)
-        for chunk in engine.models:
+        for chunk in engine.model.models:
             for parameter in chunk.parameters():
                 parameter.data.zero_()
         manager.load(tmp_path, {"actor": engine}, ())
-    assert all(torch.equal(tensor, before[name]) for name, tensor in engine.stream_weights())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in engine.model.stream_weights())
     weights_alone = ModelEngine("actor", config, head)
     weights_alone.load_weights(tmp_path / "checkpoints" / "iter_0000001" / "actor")
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights_alone.stream_weights())

@@ -197,8 +197,8 @@ class Roles:
         reward_model = ModelEngine("reward_model", plain, "score", device=self.device)
         self.maker = ExperienceMaker(
             engines={
-                "actor": TrainEngine("actor", trained, "lm", 1, self.device),
-                "critic": self.critic,
+                "actor": TrainEngine("actor", trained, "lm", 1, self.device).model,
+                "critic": self.critic.model,
                 "reference": ModelEngine("reference", plain, "lm", device=self.device),
                 "reward_model": reward_model,
             },

@@ -86,19 +86,19 @@ class Roles:
         with self.reference.on_device(phase="ref_log_probs"):
             results.append(self.log_probs(self.reference))
         with self.actor.on_device(phase="old_log_probs"):
-            results.append(self.log_probs(self.actor))
+            results.append(self.log_probs(self.actor.model))
         with self.critic.on_device(phase="values"):
-            results.append(self.critic.forward(self.ids, self.lengths, values_output))
+            results.append(self.critic.model.forward(self.ids, self.lengths, values_output))
         for engine in (self.critic, self.actor):
             with engine.on_device(grads=True, optimizer=True, phase=f"train_{engine.role}"):
                 results.append(self.train(engine))
         with self.actor.on_device(phase="weight_sync"):
-            results += [tensor.clone() for _, tensor in self.actor.stream_weights()]
+            results += [tensor.clone() for _, tensor in self.actor.model.stream_weights()]
         return results
 
     def train(self, engine: TrainEngine) -> Tensor:
         parts = engine.microbatches(self.ids, self.lengths, AnswerInputs(self.mask), range(ROWS))
-        loss_fn = sft_loss_fn(VOCAB, engine.groups) if engine.head == "lm" else _square_loss
+        loss_fn = sft_loss_fn(VOCAB, engine.groups) if engine.model.head == "lm" else _square_loss
         result = engine.train_step([LossTerm(parts, loss_fn, self.mask.sum().item())])
         return torch.tensor([result.loss, result.grad_norm])
 
@@ -163,7 +163,7 @@ def test_the_ledger_reads_the_storages(roles: Roles) -> None:
     assert held["reward_model"] > 0 and entry.device_bytes < total(entry.host)
     actor = roles.device.ledger.phases["train_actor"]["actor"]
     if roles.actor.config.model.dtype is Dtype.bf16:
-        n = sum(p.numel() for chunk in roles.actor.models for p in chunk.parameters())
+        n = sum(p.numel() for chunk in roles.actor.model.models for p in chunk.parameters())
         assert actor == {Kind.params: 2 * n, Kind.grads: 4 * n, Kind.main_params: 4 * n, Kind.moments: 8 * n}
     assert set(roles.device.ledger.phases) == {phase.name for phase in SCHEDULE}
 
@@ -205,7 +205,7 @@ def test_no_gradient_outlives_its_buffer(roles: Roles) -> None:
     roles.device.settle()
     assert total(roles.device.ledger.look()[0]) == 0
     for engine in (roles.actor, roles.critic):
-        assert all(parameter.grad is None for chunk in engine.models for parameter in chunk.parameters())
+        assert all(parameter.grad is None for chunk in engine.model.models for parameter in chunk.parameters())
         stepped = [p for group in engine.optimizer.param_groups for p in group["params"]]
         assert stepped and all(parameter.grad is None for parameter in stepped)
 
@@ -246,23 +246,23 @@ def test_only_what_changed_is_copied_out(roles: Roles) -> None:
 
 
 MISUSES: dict[str, tuple[str, Callable[[Roles], Any]]] = {
-    "forward outside of a turn": ("actor: a forward needs its params", lambda r: r.log_probs(r.actor)),
+    "forward outside of a turn": ("actor: a forward needs its params", lambda r: r.log_probs(r.actor.model)),
     "parameter outside of a turn": (
         "actor: .* touches a parameter",
-        lambda r: next(r.actor.models[0].parameters()) + 1,
+        lambda r: next(r.actor.model.models[0].parameters()) + 1,
     ),
     "parameter by way of a module": (
         "critic: .* touches a parameter",
-        lambda r: r.critic.models[0].embedding.word_embeddings.weight.sum(),
+        lambda r: r.critic.model.models[0].embedding.word_embeddings.weight.sum(),
     ),
     "state dict": (
         "actor: .* touches a parameter",
         lambda r: {
-            k: v.clone() for k, v in r.actor.models[0].state_dict(keep_vars=True).items() if isinstance(v, Tensor)
+            k: v.clone() for k, v in r.actor.model.models[0].state_dict(keep_vars=True).items() if isinstance(v, Tensor)
         },
     ),
-    "export": ("actor: an export needs", lambda r: r.actor.export("/nowhere")),
-    "reading weights": ("actor: reading its weights needs", lambda r: list(r.actor.stream_weights())),
+    "export": ("actor: an export needs", lambda r: r.actor.model.export("/nowhere")),
+    "reading weights": ("actor: reading its weights needs", lambda r: list(r.actor.model.stream_weights())),
     "optimizer of an untrained role": (
         "reference: .*without training",
         lambda r: r.reference.on_device(optimizer=True, phase="x"),
@@ -291,7 +291,7 @@ def test_turns_do_not_nest(roles: Roles) -> None:
             roles.device.generator_turn("rollout")
         with pytest.raises(ResidencyError, match="actor: training needs its grads, params on the device"):
             roles.train(roles.actor)
-        roles.log_probs(roles.actor)
+        roles.log_probs(roles.actor.model)
     wrong = pytest.raises(ResidencyError, match="critic: an optimizer step needs")
     with roles.critic.on_device(grads=True, phase="train_critic"), wrong:
         roles.train(roles.critic)
@@ -324,7 +324,7 @@ def test_a_turn_that_is_left_out_holds_nothing_up(roles: Roles) -> None:
             with roles.critic.on_device(grads=True, optimizer=True, phase="train_critic"):
                 roles.train(roles.critic)
             with roles.actor.on_device(phase="weight_sync"):
-                roles.log_probs(roles.actor)
+                roles.log_probs(roles.actor.model)
 
     thread = threading.Thread(target=steps, daemon=True)
     thread.start()
@@ -352,7 +352,7 @@ def test_a_turn_that_is_left_out_does_not_stand_in_the_way(roles: Roles) -> None
             with roles.critic.on_device(grads=True, optimizer=True, phase="train_critic"):
                 roles.train(roles.critic)
             with roles.actor.on_device(phase="weight_sync"):
-                roles.log_probs(roles.actor)
+                roles.log_probs(roles.actor.model)
             roles.device.generator_turn("rollout")
         roles.device.settle()
 
@@ -393,7 +393,7 @@ def test_a_checkpoint_comes_straight_from_host_buffers(roles: Roles, tmp_path: P
     assert sum(before.values()) == 0
     snapshots.append(roles.actor.save(folders[1]))
     assert roles.device.ledger.look()[0]["actor"] == before
-    planned = RoleStorage("actor", roles.actor.train_config, 1).checkpoint_bytes(0)
+    planned = RoleStorage("actor", roles.actor.config, 1).checkpoint_bytes(0)
     assert [snapshot.num_bytes for snapshot in snapshots] == [planned] * 2
     following = roles.step()
     roles.device.generator_turn("rollout")
@@ -419,14 +419,14 @@ def test_what_a_role_that_stays_trains_on_is_not_in_its_checkpoint(model: Path, 
 
 def assert_goes_on_alike(roles: Roles, folder: Path, following: list[Tensor]) -> None:
     """Assert that the saved actor takes the step that followed the save."""
-    config = roles.actor.train_config
+    config = roles.actor.config
     other = Roles(Path(config.model.path), config.model.dtype, config.optimizer.distributed)
     with other.actor.on_device(grads=True, optimizer=True, phase="load"):
         other.actor.load(folder)
     with other.actor.on_device(grads=True, optimizer=True, phase="train_actor"):
         loss = other.train(other.actor)
     with other.actor.on_device(phase="weight_sync"):
-        weights = [tensor.clone() for _, tensor in other.actor.stream_weights()]
+        weights = [tensor.clone() for _, tensor in other.actor.model.stream_weights()]
     assert torch.equal(loss, following[5])
     assert all(torch.equal(one, two) for one, two in zip(weights, following[6:], strict=True))
     other.close()

@@ -39,7 +39,7 @@ def train(engine: TrainEngine) -> None:
 
 
 def weights(engine: TrainEngine) -> list[Tensor]:
-    return [tensor.clone() for _, tensor in engine.stream_weights()]
+    return [tensor.clone() for _, tensor in engine.model.stream_weights()]
 
 
 @pytest.mark.parametrize(("distributed", "dtype"), [(False, Dtype.fp32), (True, Dtype.fp32), (False, Dtype.bf16)])

@@ -99,9 +99,9 @@ class Role:
         with engine.on_device(grads=True, optimizer=True, phase="train"):
             parts = engine.microbatches(self.ids, self.lengths, inputs, range(ROWS))
             assert len(parts) == 3
-            loss = sft_loss_fn(VOCAB, engine.groups) if engine.head == "lm" else _square_loss
+            loss = sft_loss_fn(VOCAB, engine.groups) if engine.model.head == "lm" else _square_loss
             result = engine.train_step([LossTerm(parts, loss, ROWS * (LENGTH - 1))])
-            weights = [tensor.clone() for _, tensor in engine.stream_weights()]
+            weights = [tensor.clone() for _, tensor in engine.model.stream_weights()]
         return [torch.tensor([result.loss, result.grad_norm]), *weights]
 
 
@@ -124,23 +124,23 @@ def save_and_load(role: Role, folder: Path) -> None:
 
 def export(role: Role, folder: Path) -> None:
     with role.engine.on_device(phase="export"):
-        role.engine.export(str(folder / "hf"))
+        role.engine.model.export(str(folder / "hf"))
 
 
 def evaluate(role: Role, folder: Path) -> None:
-    head = role.engine.head
+    head = role.engine.model.head
     output = (
         log_probs_output(temperature=1.0, vocab_size=VOCAB, groups=role.engine.groups)
         if head == "lm"
         else values_output
     )
     with role.engine.on_device(phase="evaluation"):
-        role.engine.forward(role.ids, role.lengths, output)
+        role.engine.model.forward(role.ids, role.lengths, output)
 
 
 def sync(role: Role, folder: Path) -> None:
     with role.engine.on_device(phase="weight_sync"):
-        assert list(role.engine.stream_weights())
+        assert list(role.engine.model.stream_weights())
 
 
 def _new(folder: Path) -> Path:

@@ -83,7 +83,7 @@ def test_three_steps_of_several_micro_batches(tmp_path: Path, clip: float, distr
         assert result.terms[0].count == int(mask.sum())
         assert (result.loss, result.grad_norm) == pytest.approx((float(loss), float(norm)), rel=1e-4)
     expected = dict(reference.named_parameters())
-    for name, weight in engine.stream_weights():
+    for name, weight in engine.model.stream_weights():
         torch.testing.assert_close(weight, expected[name].detach(), rtol=1e-4, atol=1e-5, msg=f"{name}: {{}}".format)
 
 
@@ -135,7 +135,7 @@ def test_a_step_on_two_terms_is_torchs_on_their_weighted_sum(
         metrics = step_metrics([dataclasses.replace(result, terms=result.terms[1:])])
         assert metrics == {"sft/loss": pytest.approx(float(losses[1]) * 40 / counts[1], rel=1e-4)}
     expected = dict(reference.named_parameters())
-    for name, weight in engine.stream_weights():
+    for name, weight in engine.model.stream_weights():
         torch.testing.assert_close(weight, expected[name].detach(), rtol=1e-4, atol=1e-5, msg=f"{name}: {{}}".format)
 
 
@@ -184,7 +184,7 @@ def test_weight_decay_leaves_norms_and_biases_alone(
     parts = engine.microbatches(ids, torch.full((ROWS,), LENGTH), AnswerInputs(mask), range(ROWS))
     engine.train_step([LossTerm(parts, nothing, int(mask.sum()))])
     before = load_file(tmp_path / "model.safetensors")
-    weights = dict(engine.stream_weights())
+    weights = dict(engine.model.stream_weights())
     assert any(("experts" if family == "experts" else ".bias") in name for name in weights)
     for name, weight in weights.items():
         factor = 0.875 if everywhere or weight.dim() > 1 else 1.0
@@ -205,7 +205,7 @@ def test_a_critic_without_a_head_starts_at_zero(
     Qwen3ForCausalLM(config).save_pretrained(tmp_path)
     role = CriticConfig(HeadedModelConfig(path=str(tmp_path), head_init=start))
     engine = TrainEngine("critic" if head == "value" else "reward", role, head, 10)
-    assert bool(dict(engine.stream_weights())["score.weight"].any()) is not is_zero
+    assert bool(dict(engine.model.stream_weights())["score.weight"].any()) is not is_zero
 
 
 def test_the_divisor_clips() -> None:
@@ -235,7 +235,7 @@ def test_steps_with_a_gradient_that_is_not_finite_are_skipped_within_a_bound(tmp
         return engine.train_step([LossTerm(parts, loss_fn, int(mask.sum()))])
 
     def state() -> list[torch.Tensor]:
-        return [tensor.clone() for kind in TRAINING - {Kind.grads} for tensor in engine._tensors()[kind]]
+        return [tensor.clone() for kind in TRAINING - {Kind.grads} for tensor in engine.tensors()[kind]]
 
     for loss_fn, is_skipped in ((good, False), (bad, True), (bad, True), (good, False), (bad, True), (bad, True)):
         before = state()
@@ -259,7 +259,7 @@ def test_a_minibatch_without_a_token_to_learn_from_changes_nothing(tmp_path: Pat
     ids, mask = torch.randint(0, VOCAB, (ROWS, LENGTH)), torch.zeros(ROWS, LENGTH - 1, dtype=torch.bool)
 
     def state() -> list[torch.Tensor]:
-        return [tensor.clone() for kind in TRAINING - {Kind.grads} for tensor in engine._tensors()[kind]]
+        return [tensor.clone() for kind in TRAINING - {Kind.grads} for tensor in engine.tensors()[kind]]
 
     before = state()
     parts = engine.microbatches(ids, torch.full((ROWS,), LENGTH), AnswerInputs(mask), range(ROWS))

@@ -92,9 +92,9 @@ def train(model: Path, dtype: str, layout: str, aligned: bool = True) -> dict[st
 def checkpoint(model: Path, folder: Path) -> dict[str, bool]:
     """Save the weights of a trained aligned role in shards, load them in another layout, and compare."""
     trained = TrainEngine("reward", role_config(model, "fp32", LAYOUTS["tp2sp"], aligned=True), "score", 1)
-    before = {name: tensor.clone() for name, tensor in trained.stream_weights()}
+    before = {name: tensor.clone() for name, tensor in trained.model.stream_weights()}
     training_scores(trained)
-    expected = {name: tensor.clone() for name, tensor in trained.stream_weights()}
+    expected = {name: tensor.clone() for name, tensor in trained.model.stream_weights()}
     if dist.get_rank() == 0:
         folder.mkdir()
     dist.barrier()

@@ -61,11 +61,11 @@ def measure(options: dict[str, Any]) -> dict[str, list[float]]:
 
     result: dict[str, list[float]] = {}
     lm = TrainEngine("actor", config, "lm", 10)
-    output = log_probs_output(temperature=0.7, vocab_size=lm.vocab_size, groups=lm.groups)
-    result["log_probs"] = lm.forward(ids, lengths, output).masked_fill(~mask, 0).flatten().tolist()
+    output = log_probs_output(temperature=0.7, vocab_size=lm.model.vocab_size, groups=lm.groups)
+    result["log_probs"] = lm.model.forward(ids, lengths, output).masked_fill(~mask, 0).flatten().tolist()
     wanted = torch.nn.functional.pad(mask, (0, 1))
-    result["wanted"] = lm.forward(ids, lengths, output, wanted).masked_fill(~mask, 0).flatten().tolist()
-    loss_fn = sft_loss_fn(lm.vocab_size, lm.groups)
+    result["wanted"] = lm.model.forward(ids, lengths, output, wanted).masked_fill(~mask, 0).flatten().tolist()
+    loss_fn = sft_loss_fn(lm.model.vocab_size, lm.groups)
     parts = lm.microbatches(ids, lengths, AnswerInputs(mask), range(8))
     steps = [lm.train_step([LossTerm(parts, loss_fn, int(mask.sum()))]) for _ in range(3)]
     result["lm_loss"] = [step.loss for step in steps]
@@ -83,12 +83,12 @@ def measure(options: dict[str, Any]) -> dict[str, list[float]]:
     ]
     result["rm_loss"] = [step.loss for step in steps]
     result["rm_grad_norm"] = [step.grad_norm for step in steps]
-    result["scores"] = rm.forward(ids, lengths, scores_output).tolist()
-    result["wanted_scores"] = rm.forward(ids, lengths, scores_output, sequence_ends(lengths, 14)).tolist()
+    result["scores"] = rm.model.forward(ids, lengths, scores_output).tolist()
+    result["wanted_scores"] = rm.model.forward(ids, lengths, scores_output, sequence_ends(lengths, 14)).tolist()
     # Rows that do not come out even: two micro-batches on one of two ranks, one on the other.
-    result["five_rows"] = rm.forward(ids[:5], lengths[:5], scores_output).tolist()
-    result["one_row"] = rm.forward(ids[:1], lengths[:1], scores_output).tolist()  # fewer rows than ranks
-    result["values"] = rm.forward(ids, lengths, values_output).masked_fill(~mask, 0).flatten().tolist()
+    result["five_rows"] = rm.model.forward(ids[:5], lengths[:5], scores_output).tolist()
+    result["one_row"] = rm.model.forward(ids[:1], lengths[:1], scores_output).tolist()  # fewer rows than ranks
+    result["values"] = rm.model.forward(ids, lengths, values_output).masked_fill(~mask, 0).flatten().tolist()
     return result
 
 

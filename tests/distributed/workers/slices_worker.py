@@ -113,9 +113,9 @@ def save_gathered(engine: TrainEngine, folder: Path) -> Path:
     metadata = {
         "distrib_optim_sharding_type": "fully_reshardable",
         "distrib_optim_fully_reshardable_mem_efficient": False,
-        **engine._sharding_metadata,
+        **engine.model.sharding_metadata,
     }
-    weights = engine._sharded_weights()
+    weights = engine.model.sharded_weights()
     optimizer = engine.optimizer.sharded_state_dict(weights, is_loading=False, metadata=metadata)
     counts = {"steps_done": engine.steps_done, "skipped_in_a_row": 0}
     return write(RoleSnapshot({**weights, "optimizer": optimizer, **counts}, new_folder(folder), set()), folder)
@@ -147,7 +147,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         step(engine)
     with Sent() as sent:
         snapshot = engine.save(new_folder(folder / "slices"))
-    planned = RoleStorage("actor", engine.train_config, dist.get_world_size()).checkpoint_bytes(dist.get_rank())
+    planned = RoleStorage("actor", engine.config, dist.get_world_size()).checkpoint_bytes(dist.get_rank())
     result: dict[str, Any] = {"sent": sent.num_bytes, "copied": snapshot.num_bytes, "planned": planned}
     write(snapshot, folder / "slices")
     saved = whole_tensors(folder / "slices")
@@ -166,7 +166,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
             continue
         result[name] = {"allocated": allocated.num_bytes, "differing": differing(save(other, folder / name), saved)}
         result[name]["parameters"] = sum(
-            parameter.numel() for chunk in other.models for parameter in chunk.parameters()
+            parameter.numel() for chunk in other.model.models for parameter in chunk.parameters()
         )
         if layout == job["written"]:
             result[name]["steps"] = [step(other), following]

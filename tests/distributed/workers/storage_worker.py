@@ -42,7 +42,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     rows = engine.microbatches(torch.ones(8, LENGTH, dtype=torch.int64), torch.full((8,), LENGTH), None, range(8))
     engine.train_step([LossTerm(rows, squared_output, 8)])
     buffers = [buffer for chunk in engine.chunks for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]]
-    parameters = [dict(chunk.named_parameters()) for chunk in engine.models]
+    parameters = [dict(chunk.named_parameters()) for chunk in engine.model.models]
     states = [state for state in optimizer_states(engine) if state]
     main_params = [
         parameter
@@ -71,7 +71,9 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
 
 def kept_for_backward(engine: TrainEngine) -> int:
     """Return the bytes of all storages, without parameters, that autograd keeps for one micro-batch's forward on this rank."""
-    parameters = {parameter.untyped_storage().data_ptr() for chunk in engine.models for parameter in chunk.parameters()}
+    parameters = {
+        parameter.untyped_storage().data_ptr() for chunk in engine.model.models for parameter in chunk.parameters()
+    }
     kept: dict[int, torch.UntypedStorage] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -82,8 +84,11 @@ def kept_for_backward(engine: TrainEngine) -> int:
 
     microbatch = Microbatch(torch.ones(ROWS, LENGTH, dtype=torch.int64), torch.full((ROWS,), LENGTH))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        engine.run_schedule(
-            [microbatch], lambda output, m: (squared_output(output, m).loss, torch.tensor(1), None), forward_only=False
+        engine.model.run_schedule(
+            engine.chunks,
+            [microbatch],
+            lambda output, m: (squared_output(output, m).loss, torch.tensor(1), None),
+            forward_only=False,
         )
     return sum(storage.nbytes() for storage in kept.values())
 
