@@ -189,7 +189,7 @@ def test_by_default_a_role_that_fails_the_self_check_is_plain(
     assert (
         guard is None and "golden scores are not checked, reward.aligned is null, and it failed the self-check" in note
     )
-    trainer = SimpleNamespace(engine=engine)
+    trainer = SimpleNamespace(engine=SimpleNamespace(model=engine))
     assert RewardModelTrainer.weight_files(trainer) == {}
     with pytest.raises(RunError, match="reward.aligned: the bits of .* set reward.aligned to false"):
         _build(_run(), models / "qwen3-score", True)
