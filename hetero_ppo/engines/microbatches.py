@@ -1,4 +1,4 @@
-"""Cut rows into micro-batches, and put what they computed back in place."""
+"""Cutting rows into micro-batches."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ Record = TypeVar("Record")
 
 @dataclass(frozen=True)
 class MicrobatchSize:
-    """How large a micro-batch may be: so many sequences, or so many tokens."""
+    """Largest size of a micro-batch, as a number of sequences or as a number of tokens."""
 
-    rows: int  # sequences, where tokens is None
-    tokens: int | None = None  # of the padded micro-batch, or of its sequences where they are packed
-    packed: bool = False  # sequences lie one after the other, without padding
-    length_multiple: int = 1  # of padded lengths (sequence parallelism cuts them into equal parts)
-    packed_multiple: int = 1  # of the tokens of a packed micro-batch
-    head_multiple: int = 1  # of the tokens that the head computes, as far as there are others to add
-    attention_multiple: int = 1  # packed: of the lengths that sequences are padded to where attention needs it
+    rows: int  # most sequences of a micro-batch, where tokens is None
+    tokens: int | None = None  # most tokens, with padding; packed sequences have none
+    packed: bool = False  # whether sequences are joined to one row without padding between them
+    length_multiple: int = 1  # padded lengths are a multiple of it: sequence parallelism cuts them into equal parts
+    packed_multiple: int = 1  # the number of tokens of a packed micro-batch is a multiple of it
+    head_multiple: int = 1  # the head computes a multiple of it, where the micro-batch has tokens enough
+    attention_multiple: int = 1  # attention that pads packed sequences pads them to a multiple of it
 
     def padded(self, length: int) -> int:
-        """The length that a micro-batch with a longest sequence of ``length`` tokens is padded to."""
+        """Return the padded length of a micro-batch whose longest sequence has ``length`` tokens."""
         return _up(length, self.length_multiple)
 
     def packed_length(self, tokens: int) -> int:
-        """The length of a packed micro-batch of ``tokens`` tokens."""
+        """Return the length of a packed micro-batch of ``tokens`` tokens."""
         return _up(tokens, self.packed_multiple)
 
 
@@ -43,19 +43,19 @@ def _up(number: int, multiple: int) -> int:
 
 
 def deal(lengths: Sequence[int], rows: Sequence[int], ranks: int, *, even: bool) -> list[list[int]]:
-    """Rows of every data-parallel rank, so that their sums of tokens are near equal.
+    """Distribute rows over the data-parallel ranks, so that all ranks get about the same number of tokens.
 
-    The longest row left goes to the rank with the fewest tokens (Graham 1969, "Bounds on multiprocessing timing anomalies"): the
-    largest sum is at most a third above the best possible one. Ties go to the lower row and the lower rank.
+    The longest remaining row goes to the rank with the fewest tokens (Graham 1969, "Bounds on multiprocessing timing anomalies"). The
+    largest sum is then at most a third above the best possible one. Ties go to the lower row and the lower rank.
 
     Args:
-        lengths: Tokens of every row, those not in ``rows`` too.
-        rows: The rows to deal.
+        lengths: Number of tokens of every row, also of rows that are not in ``rows``.
+        rows: Rows to distribute.
         ranks: Number of ranks.
-        even: No rank gets more than ceil(rows / ranks) of them, as micro-batches of so many rows want it.
+        even: Whether no rank may get more than ceil(rows / ranks) rows. Micro-batches with a fixed number of rows need that.
 
     Returns:
-        For each rank its rows, ascending; at least one where there are as many rows as ranks.
+        The rows of each rank in ascending order. Every rank has at least one if there are as many rows as ranks.
     """
     most = -(-len(rows) // ranks) if even else len(rows)
     dealt: list[list[int]] = [[] for _ in range(ranks)]
@@ -69,12 +69,12 @@ def deal(lengths: Sequence[int], rows: Sequence[int], ranks: int, *, even: bool)
 
 
 def cut(lengths: Sequence[int], rows: Sequence[int], size: MicrobatchSize) -> list[list[int]]:
-    """The rows of every micro-batch, shortest first, so that rows of similar length share one.
+    """Group rows into micro-batches, shortest rows first, so that rows of similar length share one.
 
-    A row that is longer than ``size.tokens`` has a micro-batch to itself.
+    A row that is longer than ``size.tokens`` gets a micro-batch of its own.
     """
     parts: list[list[int]] = []
-    tokens = 0  # of the last part's sequences
+    tokens = 0  # tokens of the last part
     for row in sorted(rows, key=lambda row: (lengths[row], row)):
         length = lengths[row]
         if size.tokens is None:
@@ -92,7 +92,7 @@ def cut(lengths: Sequence[int], rows: Sequence[int], size: MicrobatchSize) -> li
 
 
 def select(record: Record, rows: Sequence[int], num_columns: int) -> Record:
-    """The rows of every tensor of a record; tensors with two dimensions get ``num_columns`` columns, added ones 0."""
+    """Select rows of every tensor of a record. Tensors of two dimensions are cut or padded with zeros to ``num_columns`` columns."""
     index = torch.as_tensor(rows)
     picked: dict[str, Any] = {}
     for name, value in vars(record).items():
@@ -104,7 +104,7 @@ def select(record: Record, rows: Sequence[int], num_columns: int) -> Record:
 
 
 def map_tensors(record: Record, change: Callable[[Tensor], Tensor]) -> Record:
-    """The record with every tensor changed; what is None stays None."""
+    """Apply ``change`` to every tensor of a record, and return the new record. Fields that are None stay None."""
     return type(record)(**{name: None if value is None else change(value) for name, value in vars(record).items()})
 
 
@@ -116,18 +116,18 @@ def split(
     size: MicrobatchSize,
     output_mask: Tensor | None = None,
 ) -> list[tuple[list[int], Microbatch]]:
-    """Micro-batches of ``rows``, each with rows of similar length and padded to its own longest.
+    """Cut ``rows`` into micro-batches of similar lengths. Each is padded to the length of its longest row.
 
     Args:
         token_ids: [B, S] int64, right-padded.
         sequence_lengths: [B] int64.
-        inputs: A record of [B, S - 1] and [B] tensors, or None.
-        rows: The rows to take.
-        size: Of a micro-batch.
-        output_mask: Tokens whose outputs are read, [B, S] bool; None: every token.
+        inputs: Record of [B, S - 1] and [B] tensors, or None.
+        rows: Rows to take.
+        size: Largest size of a micro-batch.
+        output_mask: Tokens whose outputs are read, [B, S] bool; None means every token.
 
     Returns:
-        (rows, micro-batch) pairs; together they hold every row once.
+        Pairs of rows and micro-batch, which together hold every row once.
     """
     result = []
     for taken in cut(sequence_lengths.tolist(), rows, size):
@@ -143,19 +143,19 @@ def split(
 
 
 def pair_tokens(batch: PreferenceBatch, size: MicrobatchSize) -> list[int]:
-    """Tokens that every pair counts for: both sequences, twice the longer one where padding makes them equal."""
+    """Return the number of tokens of every pair. Without packing both sequences count as the longer one, to which they are padded."""
     if size.packed:
         return (batch.chosen_lengths + batch.rejected_lengths).tolist()
     return (2 * torch.maximum(batch.chosen_lengths, batch.rejected_lengths)).tolist()
 
 
 def split_pairs(batch: PreferenceBatch, pairs: Sequence[int], size: MicrobatchSize) -> list[Microbatch]:
-    """Micro-batches of whole pairs: rows 0..b/2 - 1 are chosen, the others rejected in the same order.
+    """Cut pairs into micro-batches of whole pairs. Rows 0..b/2 - 1 are the chosen sequences, the other rows the rejected ones in the same order.
 
     Args:
         batch: All pairs.
-        pairs: The pairs to take.
-        size: Of a micro-batch; at least one pair is taken.
+        pairs: Pairs to take.
+        size: Largest size of a micro-batch, which has at least one pair nevertheless.
     """
     pair_size = replace(size, rows=max(1, size.rows // 2), length_multiple=2 * size.length_multiple)
     result = []
@@ -169,11 +169,14 @@ def split_pairs(batch: PreferenceBatch, pairs: Sequence[int], size: MicrobatchSi
 
 
 def with_fillers(microbatches: Sequence[Microbatch], at_least: int, length: int) -> list[Microbatch]:
-    """``at_least`` so many: expert layers are collective over ranks that may have fewer micro-batches than others. What is added is
-    one row that no loss counts.
+    """Add micro-batches until there are ``at_least`` so many. An added one has one row, which no loss counts.
+
+    Expert layers are collective over ranks, so all of these ranks need the same number of micro-batches.
 
     Args:
-        length: Tokens of an added micro-batch.
+        microbatches: Micro-batches of this rank.
+        at_least: Number of micro-batches that the result has at least.
+        length: Number of tokens of an added micro-batch.
     """
     inputs = microbatches[0].inputs
     if inputs is not None:
@@ -184,11 +187,10 @@ def with_fillers(microbatches: Sequence[Microbatch], at_least: int, length: int)
 
 
 def same_shape(microbatches: Sequence[Microbatch], stages: int) -> list[Microbatch]:
-    """All padded to the largest [b, s] of them, and their number to a multiple of ``stages``; what is added is masked out of
-    every loss.
+    """Pad all micro-batches to the largest [b, s] among them, and add empty ones up to a multiple of ``stages``.
 
-    Megatron-Core's interleaved schedule exchanges activations of one shape and goes round the pipeline stages in whole turns. Not
-    for the training of pairs, whose loss has no mask.
+    Megatron-Core's interleaved schedule needs activations of one shape, and a number of micro-batches that the stages divide. The mask
+    of every loss leaves out what is added. The loss of pairs has no mask, so their micro-batches may not be padded here.
     """
     b = max(m.token_ids.shape[0] for m in microbatches)
     s = max(m.token_ids.shape[1] for m in microbatches)
@@ -212,12 +214,12 @@ def same_shape(microbatches: Sequence[Microbatch], stages: int) -> list[Microbat
 
 
 def sequence_ends(sequence_lengths: Tensor, num_columns: int) -> Tensor:
-    """[b] int64 -> [b, num_columns] bool, True at each sequence's last token."""
+    """Return a mask, [b, num_columns] bool, that is True at the last token of each sequence."""
     return torch.arange(num_columns) == last_token_index(sequence_lengths)[:, None]
 
 
 def to_columns(value: Tensor, num_columns: int) -> Tensor:
-    """[b, t] -> [b, num_columns]: cut, or padded with zeros (the padding of length_multiple comes and goes here)."""
+    """Cut a [b, t] tensor to [b, num_columns], or pad it with zeros. Padding to ``length_multiple`` is added and removed here."""
     if value.shape[1] >= num_columns:
         return value[:, :num_columns]
     return pad(value, (0, num_columns - value.shape[1]))

@@ -1,7 +1,7 @@
-"""One role's model on this rank: built, loaded, and run forward in its own layout.
+"""One role's model on this rank: building, loading, forward passes and export in the role's own layout.
 
-Batches come in whole: every rank holds all rows on the host, takes those of its data-parallel rank, and gets the whole
-result back. So the data of one role's layout needs no translation into another's.
+Every rank holds all rows of a batch on the host, computes those of its data-parallel rank, and gets the results of all rows.
+Therefore no data has to be converted from one role's layout to another's.
 """
 
 from __future__ import annotations
@@ -55,15 +55,15 @@ from megatron_bridge.weights.export_hf import export_bytes, save_hf
 from megatron_bridge.weights.import_hf import LoadReport, load_hf
 from megatron_bridge.weights.stream import stream_hf
 
-#: Padded lengths of bf16 micro-batches on a CPU are a multiple of it.
+#: On a CPU, padded lengths of bf16 micro-batches are a multiple of this.
 BF16_CPU_LENGTHS = 16
-#: And the tokens of packed ones, and those that the head computes.
+#: On a CPU, the tokens of packed bf16 micro-batches, and the tokens that the head computes, are a multiple of this.
 PACKED_BF16_CPU_TOKENS = 64
 
 
 @dataclass(frozen=True)
 class RoleModel:
-    """What building a role gives."""
+    """Result of building a role."""
 
     chunks: list[GPTModel]
     bridge: BridgeConfig
@@ -87,7 +87,7 @@ def build_role(
 def head_start(model: ModelConfig, head: Head) -> tuple[HeadInit, int]:
     """Return the initial value of a scalar head that the checkpoint lacks, and its seed.
 
-    A critic's starts at zero: values of 0 explain none of the returns' variance, values at random add their own to it.
+    The head of a critic starts at zero. Values of 0 explain none of the variance of the returns; random values would add to it.
     """
     default = HeadInit.zero if head == "value" else HeadInit.normal
     if isinstance(model, HeadedModelConfig):
@@ -129,7 +129,7 @@ class ModelEngine:
         self.groups = model.groups
         self.load_report = model.report
         self.plain_because: str | None = (
-            None  # "aligned is ...", where the choice was left open and the role is not aligned
+            None  # why the role is not aligned ("aligned is ..."), if its config leaves the choice open
         )
         self.models: list[GPTModel] = model.chunks
         for chunk in self.models:
@@ -164,21 +164,21 @@ class ModelEngine:
         self.device.add(self.residency)
 
     def _finish_gather(self) -> None:
-        """Make parameters whole that the last optimizer step left on other ranks."""
+        """Finish the gather of parameters that the last optimizer step updated on other ranks."""
         if self._parameter_gather is not None:
             self._parameter_gather.finish()
 
     def on_device(
         self, *, grads: bool = False, optimizer: bool = False, phase: str, then: Sequence[str] | None = None
     ) -> contextlib.AbstractContextManager[None]:
-        """A turn of this role: its parameters are on the device, others' may not be.
+        """Return a context with a turn of this role: its parameters are on the device. Those of other roles may not be.
 
         Args:
-            grads: Its gradient buffers too, as zeros.
-            optimizer: fp32 main parameters and moments too; they may come in while the first micro-batch computes.
+            grads: Whether the turn needs gradient buffers, which begin as zeros.
+            optimizer: Whether the turn needs fp32 main parameters and moments. They may be copied while the first micro-batch computes.
             phase: Name of the phase, for messages and the ledger.
-            then: Roles whose parameters the next turn will hold, and which may come in during this one; None: as the
-                device's schedule says.
+            then: Roles whose parameters the next turn needs, and which may be copied during this turn. None takes them from the
+                device's schedule.
 
         Raises:
             ResidencyError: Another turn is open, or the role is not trained.
@@ -211,15 +211,16 @@ class ModelEngine:
         Args:
             token_ids: [B, S] int64, right-padded, on the host, the same on every rank.
             sequence_lengths: [B] int64.
-            output: Last-stage function, giving [b, s - 1] or [b] float32.
-            output_mask: Tokens whose outputs are read, [B, S] bool; the head computes only these. None: every token.
+            output: Function of the last stage, which returns [b, s - 1] or [b] float32.
+            output_mask: Tokens whose outputs are read, [B, S] bool. The head computes only these. None means every token.
 
         Returns:
-            [B, S - 1] or [B] float32, on the host; outside output_mask it may hold anything.
+            [B, S - 1] or [B] float32 on the host. Values outside ``output_mask`` are undefined.
         """
         self.evaluating("a forward")
         given, num_columns = token_ids.shape[0], token_ids.shape[1] - 1
-        # Every data-parallel rank takes part in the role's collectives, so each gets a row at least: copies, cut below.
+        # Every data-parallel rank takes part in the role's collectives and needs at least one row. Copies of the last row
+        # fill up; they are cut off below.
         copies = [*range(given), *[given - 1] * (self.groups.dp.size() - given)]
         token_ids, sequence_lengths = token_ids[copies], sequence_lengths[copies]
         output_mask = None if output_mask is None else output_mask[copies]
@@ -270,8 +271,8 @@ class ModelEngine:
         layout = self.config.parallel
         parts = layout.tensor if layout.sequence else 1
         equal = parts if layout.context == 1 else layout.context * math.lcm(2, parts)
-        # On a CPU, oneDNN compiles bf16 products for every shape that comes and keeps them: with lengths from 40 to 300 the process
-        # grew by 0.8 GiB, which a coarser grid of lengths avoids.
+        # On a CPU, oneDNN compiles bf16 products for every new shape and keeps them. With lengths from 40 to 300 the process
+        # grew by 0.8 GiB. Fewer different lengths avoid that.
         on_grid = self.config.model.dtype is Dtype.bf16 and not platform.HAS_CUDA
         return MicrobatchSize(
             self.config.micro_batch_size,
@@ -285,19 +286,21 @@ class ModelEngine:
 
     @property
     def packed(self) -> bool:
-        """Whether micro-batches are packed: where the role's config leaves it open, where that has been measured to be faster."""
+        """Whether micro-batches are packed. Without a setting in the role's config they are packed where that was measured to be faster."""
         if self.config.packing is not None:
             return self.config.packing
         fast = uses_transformer_engine(self.bridge.transformer.params_dtype) or not platform.HAS_CUDA
         return self.config.parallel.context == 1 and fast
 
     def deal(self, lengths: Sequence[int], rows: Sequence[int], size: MicrobatchSize) -> list[list[int]]:
-        """Rows of every data-parallel rank, the same on all of them. With a budget of tokens their numbers may differ.
+        """Distribute rows over the data-parallel ranks; the result is the same on all of them.
+
+        With a budget of tokens, ranks may get different numbers of rows.
 
         Args:
-            lengths: Tokens of every row.
-            rows: To deal.
-            size: Of the micro-batches.
+            lengths: Number of tokens of every row.
+            rows: Rows to distribute.
+            size: Size of the micro-batches.
         """
         return deal(lengths, rows, self.groups.dp.size(), even=size.tokens is None)
 
@@ -308,12 +311,13 @@ class ModelEngine:
         dealt: Sequence[Sequence[int]],
         size: MicrobatchSize,
     ) -> list[Microbatch]:
-        """This rank's micro-batches; with experts spread over ranks, as many as any other data-parallel rank has.
+        """Return this rank's micro-batches. With expert parallelism, add some until all data-parallel ranks have the same number.
 
         Args:
-            lengths: Tokens of every row.
+            microbatches: Micro-batches of this rank.
+            lengths: Number of tokens of every row.
             dealt: Rows of every data-parallel rank.
-            size: Of the micro-batches.
+            size: Size of the micro-batches.
         """
         if self.groups.ep.size() == 1:
             return microbatches
@@ -321,7 +325,7 @@ class ModelEngine:
         return with_fillers(microbatches, most, size.padded(2))
 
     def _gather(self, local: Tensor | None) -> Tensor:
-        """Sum of the data-parallel ranks' disjoint rows, handed from the last stage to the whole pipeline."""
+        """Sum the disjoint rows of the data-parallel ranks, and broadcast them from the last stage to the whole pipeline."""
         if local is not None and self.groups.dp.size() > 1:
             dist.all_reduce(local, group=self.groups.dp)
         if self.groups.pp.size() > 1:
@@ -437,7 +441,7 @@ class ModelEngine:
         """Write a Hugging Face checkpoint, ``files`` (name -> text) into its folder, and ``config_changes`` into config.json. Collective.
 
         Raises:
-            RunError: The disk takes no more. What was there before is there still.
+            RunError: The disk is full. An earlier export in the folder is kept.
         """
         self.device.require(self.role, FORWARD, "an export")
         self._finish_gather()

@@ -49,7 +49,7 @@ def model_inputs(
         device: Device of the model.
         one_shape: Whether all get the length of the longest; they have equal numbers of rows.
     """
-    reads = [_wanted(m) for m in microbatches]
+    reads = [_output_mask(m) for m in microbatches]
     columns = [torch.arange(1, read.shape[1] + 1) for read in reads]
     used = [(read * column).amax(dim=1).clamp(min=1) for read, column in zip(reads, columns)]  # [b] tokens
     widths = [size.padded(int(u.max())) for u in used]
@@ -65,7 +65,7 @@ def model_inputs(
     return inputs
 
 
-def _wanted(microbatch: Microbatch) -> Tensor:
+def _output_mask(microbatch: Microbatch) -> Tensor:
     """Return the output mask, [b, s] bool; every token of a sequence if the micro-batch has none."""
     if microbatch.output_mask is not None:
         return microbatch.output_mask

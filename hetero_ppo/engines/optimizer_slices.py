@@ -86,7 +86,7 @@ class OptimizerSlices:
         Collective over the world.
 
         Args:
-            loaded: What dist_checkpointing made of ``state``; the weights are loaded too.
+            loaded: Result of dist_checkpointing for ``state``, after the weights have been loaded.
             folder: Folder of the role, for messages.
 
         Raises:

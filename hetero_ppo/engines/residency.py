@@ -1,4 +1,4 @@
-"""Where a role's bytes are: on the device, or in pinned host buffers that were allocated once.
+"""The storages of a role, which are on the device or in pinned host buffers that were allocated once.
 
 A role's storages (``Kind``: parameters, gradient buffers, fp32 main parameters, moments) are released in place with
 ``storage.resize_(0)`` and come back at the same tensor objects, so that Megatron-Core's views into its buffers, its
@@ -22,7 +22,7 @@ from megatron_bridge.platform.copies import ALIGNMENT, CopyLane, pinned_host_mem
 
 
 class ResidencyError(RuntimeError):
-    """A role was used where its bytes are not, or turns were nested. Our own bug, or that of a plugin."""
+    """A role was used while its bytes were not on the device, or turns were nested. This is a bug of this package or of a plugin."""
 
 
 #: Attributes and methods of a parameter that stay usable while its memory is released. None of them reads or writes the memory.
@@ -72,17 +72,17 @@ class Block:
     num_bytes: int
     host: Tensor | None = None  # [num_bytes] uint8 of the role's arena; None for gradients
     is_dirty: bool = True  # the device's bytes are newer than the host's
-    wanted: bool = True  # on the device; the lanes work towards it
-    arriving: bool = False  # it has been given its room on the device, and is being copied there
+    is_target: bool = True  # whether it is to be on the device; the copy lanes bring it there or to the host
+    arriving: bool = False  # its device memory is accounted for, and its bytes are being copied there
     moving: Future[None] | None = None  # the last move that was queued
 
     def __post_init__(self) -> None:
-        # Made once: it follows the storage, whose memory comes and goes.
+        # Created once: the view stays valid when the storage's memory is released and allocated again.
         self._view = torch.empty(0, dtype=torch.uint8, device=self.storage.device).set_(self.storage)
 
     @property
     def on_device(self) -> bool:
-        """True once its memory is there (it may still be on its way in)."""
+        """Whether the block has memory on the device. Its bytes may still be being copied there."""
         return self.storage.nbytes() > 0
 
     def device_view(self) -> Tensor:
@@ -152,7 +152,7 @@ class RoleResidency:
         for block in self.blocks:
             block.is_dirty = block.is_dirty or block.kind in kinds
 
-    # --- how blocks move: called from the lanes' threads ---
+    # --- moves of blocks, called from the threads of the lanes ---
 
     def move_out(self, blocks: Sequence[Block], lane: CopyLane) -> int:
         """Copy blocks to the host where the host's copy is old, and release their memory. Returns the bytes copied."""

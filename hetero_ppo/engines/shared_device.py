@@ -1,11 +1,11 @@
 """The device that all roles share and take turns on.
 
-A turn makes a role's bytes come in and everybody else's leave. What leaves and what comes travels on two lanes at once: a
-block comes in as soon as what has left makes room for it, so that the device never holds more than its largest turn. The next
-turn of the schedule begins to come in while this one computes, as far as there is room.
+For a turn, a role's bytes are copied to the device and those of other roles leave it. Two lanes copy at the same time, one in each
+direction. A block comes in as soon as enough memory is free, so that the device never holds more than its largest turn. While one
+turn computes, the bytes of the next turn in the schedule are copied to the device, as far as they fit.
 
-Leaving is lazy: at the end of a turn its role is guarded, and its bytes go when another turn begins. Two turns of one role in
-a row move nothing.
+At the end of a turn its role is guarded, but its bytes stay until another turn begins. Two successive turns of one role move
+nothing.
 """
 
 from __future__ import annotations
@@ -25,35 +25,35 @@ from hetero_ppo.step.kinds import FORWARD, Kind
 from hetero_ppo.step.phases import Phase
 from megatron_bridge.platform.copies import CopyLane, allocated_bytes, computation_done, reserved_bytes
 
-#: A turn begins to compute with these there; the optimizer's bytes are waited for when it steps.
+#: Kinds that are on the device before a turn computes. ``require`` waits for the optimizer's bytes before the optimizer step.
 FIRST = frozenset({Kind.params, Kind.grads})
 
 
-#: Blocks move in groups of about this size, or of a share of the largest turn where that is less: one by one, hundreds of small
-#: tensors cost as much in Python as their copies take; all at once, nothing would come in before all has left.
+#: Most bytes of a group of blocks that move together; a group is also at most 1/GROUPS_OF_A_TURN of the largest turn. For single
+#: blocks, Python takes as long as the copies. With one large group, nothing could come in before everything has left.
 GROUP_BYTES = 32 * 2**20
 GROUPS_OF_A_TURN = 16
 
 
 @dataclass
 class SwitchCost:
-    """What switching cost since the last ``collect``."""
+    """Cost of switches since the last ``collect_cost``."""
 
-    waited_s: float = 0.0  # the computation stood still
-    bytes_in: int = 0  # copied to the device
-    bytes_out: int = 0  # copied to the host
+    waited_s: float = 0.0  # time for which the computation waited
+    bytes_in: int = 0  # bytes copied to the device
+    bytes_out: int = 0  # bytes copied to the host
 
 
 class SharedDevice:
-    """Roles, their turns, and the lanes between device and host memory."""
+    """The roles of a rank, their turns, and the lanes that copy between device and host memory."""
 
     def __init__(
         self, config: ResidencyConfig, schedule: Sequence[Phase] = (), trace: TraceRecorder | None = None
     ) -> None:
         """Args:
-        config: whether roles leave, and whether switches overlap.
-        schedule: Phases of a step, for what comes in ahead; empty: nothing does.
-        trace: takes a lane for each role and each direction of copies.
+        config: Settings that decide whether roles leave the device, and whether copies overlap with computation.
+        schedule: Phases of a step, which tell the next turn. With an empty schedule nothing is copied ahead.
+        trace: Recorder, which gets a lane for each role and for each direction of copies.
         """
         self.trace = trace or TraceRecorder()
         self.offload = config.offload
@@ -61,12 +61,12 @@ class SharedDevice:
         self.schedule = list(schedule)
         self.roles: dict[str, RoleResidency] = {}
         self.ledger = Ledger(self._look, allocated_bytes, reserved_bytes)
-        self.peak_bytes = 0  # of what the roles hold, switches included
+        self.peak_bytes = 0  # most bytes that the roles have held at one time, switches included
         self.limit = 0  # bytes of the largest turn
         self._in_use = 0
-        self._turn: tuple[str, str] | None = None  # (role, phase) that computes
+        self._turn: tuple[str, str] | None = None  # role and phase of the open turn
         self._generator_phase: tuple[str, Mapping[str, frozenset[Kind]]] | None = (
-            None  # the generator works, and what stays
+            None  # phase of the generator, and the kinds that stay on the device in it
         )
         self._changed = threading.Condition()
         self._cost = SwitchCost()
@@ -75,7 +75,7 @@ class SharedDevice:
     # --- roles ---
 
     def add(self, residency: RoleResidency) -> None:
-        """A role that was just built, all of it on the device. With offload it leaves before the next one is built."""
+        """Add a role that was just built, with all its bytes on the device. With offload they leave at once, before the next role is built."""
         assert residency.role not in self.roles, f"{residency.role} is there already"
         self.roles[residency.role] = residency
         with self._changed:
@@ -90,10 +90,10 @@ class SharedDevice:
             self.settle()
 
     def remove(self, role: str) -> None:
-        """Forget a role that was added and will not be used; its bytes go with its engine.
+        """Forget a role that was added and will not be used. Its memory is freed with its engine.
 
         Raises:
-            ResidencyError: a turn is open.
+            ResidencyError: A turn is open.
         """
         if self._turn is not None:
             raise ResidencyError(f"{role}: it is removed inside the turn of {self._turn[0]} in phase {self._turn[1]!r}")
@@ -123,13 +123,13 @@ class SharedDevice:
         """Hold a role's bytes on the device while the body computes.
 
         Args:
-            role: a role that was added.
-            kinds: what the body needs. Optimizer bytes may still be on their way in: ``require`` waits for them.
-            phase: name of the phase, for messages, the ledger and the place in the schedule.
-            then: what the turn after this one will hold, and may come in during it; None: as the schedule says.
+            role: Name of a role that was added.
+            kinds: Kinds that the body needs. Optimizer bytes may still be copied when it begins: ``require`` waits for them.
+            phase: Name of the phase, for messages, the ledger and the place in the schedule.
+            then: Kinds of each role that the next turn needs and that may be copied during this one. None takes them from the schedule.
 
         Raises:
-            ResidencyError: another turn is open.
+            ResidencyError: Another turn is open.
         """
         residency = self.roles[role]
         if self._turn is not None:
@@ -157,14 +157,14 @@ class SharedDevice:
                     self.settle()
 
     def generator_turn(self, phase: str, *, ahead: bool = True) -> None:
-        """Move everything off the device but what the schedule keeps there in ``phase``, before the generator takes its memory.
+        """Move off the device all bytes that the schedule does not keep there in ``phase``, before the generator takes its memory.
 
         Args:
             phase: Name of the generator's phase.
-            ahead: False: nothing of the next turn comes in, and nothing moves when this returns.
+            ahead: Whether the next turn's bytes may be copied during the phase. If not, all moves are finished on return.
 
         Raises:
-            ResidencyError: a turn is open.
+            ResidencyError: A turn is open.
         """
         if self._turn is not None:
             raise ResidencyError(
@@ -181,26 +181,31 @@ class SharedDevice:
         self._generator_phase = (phase, resident)
 
     def wait_for_room(self) -> None:
-        """Stand still until everything that is on its way out has left."""
+        """Wait until all blocks that have to leave the device have left it."""
         for residency in self.roles.values():
-            self._wait([block for block in residency.blocks if not block.wanted])
+            self._wait([block for block in residency.blocks if not block.is_target])
 
     def require(self, role: str, kinds: frozenset[Kind], what: str) -> None:
-        """Wait until these bytes of the role are there.
+        """Wait until the role's bytes of these kinds are on the device.
+
+        Args:
+            role: Name of a role that was added.
+            kinds: Kinds to wait for.
+            what: Name of the caller's work, for the error.
 
         Raises:
-            ResidencyError: the role's turn did not ask for them, or it has none.
+            ResidencyError: The role has no turn, or its turn does not include these kinds.
         """
         residency = self.roles[role]
         blocks = [block for block in residency.blocks if block.kind in kinds]
         in_turn = self._turn is not None and self._turn[0] == role
-        if (self.offload and not in_turn) or not all(block.wanted for block in blocks):
+        if (self.offload and not in_turn) or not all(block.is_target for block in blocks):
             raise residency.error(f"{what} needs its {', '.join(sorted(kind.value for kind in kinds))} on the device")
         self._wait(blocks)
 
     @contextlib.contextmanager
     def for_saving(self, role: str) -> Iterator[None]:
-        """A role's tensors readable where they are: on the device in its turn, in host memory outside of one."""
+        """Make a role's tensors readable in the body: on the device during its turn, otherwise in host memory."""
         if not self.offload or (self._turn is not None and self._turn[0] == role):
             if self._turn is not None:
                 self._wait(self.roles[role].blocks)
@@ -217,8 +222,8 @@ class SharedDevice:
     # --- switches ---
 
     def _switch(self, resident: Mapping[str, frozenset[Kind]], phase: str, then: Mapping[str, frozenset[Kind]]) -> None:
-        """Queue everything that makes ``resident`` true, and after it what the next turn will want."""
-        if self._generator_phase is not None:  # its bytes came in while the engine was at work, or still do
+        """Queue the moves that bring the ``resident`` kinds to the device, and then those of the next turn (``then``)."""
+        if self._generator_phase is not None:  # its bytes came in while the generator worked, or are still being copied
             for role, kinds in self._generator_phase[1].items():
                 self._wait([b for b in self.roles[role].blocks if b.kind in kinds] if role in self.roles else [])
             self._note_computed(*self._generator_phase)
@@ -229,19 +234,19 @@ class SharedDevice:
         ahead = then if self.overlap else {}
         self.ledger.record(phase, "before")
         self._send_out(self._leaving(resident, ahead))
-        for wanted in (resident, ahead):
-            for name, kinds in wanted.items():
+        for needs in (resident, ahead):
+            for name, kinds in needs.items():
                 self._bring_in(name, [block for block in self.roles[name].blocks if block.kind in kinds])
         if not self.overlap:
             self.settle()
 
     def _leaving(self, resident: Mapping[str, frozenset[Kind]], ahead: Mapping[str, frozenset[Kind]]) -> list[Block]:
-        """What makes room for ``resident``. Blocks of the turn ahead stay where they are as far as they fit beside it."""
+        """Return the blocks that have to leave for ``resident``. Blocks that the next turn needs stay, as far as they fit too."""
         room = self.limit - self._bytes(resident)
         leaving = []
         for name, residency in self.roles.items():
             for block in residency.blocks:
-                if block.kind in resident.get(name, frozenset()) or not block.wanted:
+                if block.kind in resident.get(name, frozenset()) or not block.is_target:
                     continue
                 if block.kind in ahead.get(name, frozenset()) and block.num_bytes <= room:
                     room -= block.num_bytes
@@ -264,12 +269,12 @@ class SharedDevice:
         done = computation_done()
         waiting = _Groups(self._group_bytes)
         with self._changed:
-            going = [block for block in blocks if block.wanted]
+            going = [block for block in blocks if block.is_target]
             for block in going:
-                block.wanted = False
-            self._changed.notify_all()  # one that waits for room to come in gives up
-        # Gradients make room at once, being released without a copy. What is still on its way in goes last: it may be queued behind
-        # blocks that wait for the room which the others leave.
+                block.is_target = False
+            self._changed.notify_all()  # a block of these that waits for free memory to come in gives up
+        # Gradients go first: they are released without a copy. Blocks that are still queued to come in go last: they may be queued
+        # behind blocks that wait for the memory which the others free.
         for block in sorted(
             going, key=lambda b: (b.moving is not None and not b.moving.done(), b.kind is not Kind.grads)
         ):
@@ -282,13 +287,13 @@ class SharedDevice:
         lane, before = self._lanes[1], _moves_of(blocks)
 
         def task() -> None:
-            # A block that still waits for room gives up. Its move is not waited for: it may stand behind one that wants the very
-            # room which this lane makes.
+            # A block that still waits to come in gives up. To wait for its move could be a deadlock: the move may be queued behind
+            # one that needs the memory which this lane frees.
             with self._changed:
                 self._changed.wait_for(lambda: not any(block.arriving for block in blocks))
             for move in before:
                 if move.done():
-                    move.result()  # raises what went wrong in it
+                    move.result()  # raises the error of the move, if it had one
             leaving = [block for block in blocks if block.on_device]
             if not leaving:
                 return
@@ -303,11 +308,11 @@ class SharedDevice:
         _set_moves(blocks, lane.submit(task))
 
     def _bring_in(self, role: str, blocks: Sequence[Block]) -> None:
-        coming = [block for block in blocks if not block.wanted]
+        coming = [block for block in blocks if not block.is_target]
         order = (Kind.params, Kind.grads, Kind.main_params, Kind.moments)
         waiting = _Groups(self._group_bytes)
         for block in sorted(coming, key=lambda b: order.index(b.kind)):
-            block.wanted = True
+            block.is_target = True
             waiting.add(self.roles[role], block)
         for residency, group in waiting.take():
             self._queue_in(residency, group)
@@ -317,7 +322,7 @@ class SharedDevice:
         lane, before = self._lanes[0], _moves_of(blocks)
 
         def coming() -> list[Block]:
-            return [block for block in blocks if block.wanted and not block.on_device]
+            return [block for block in blocks if block.is_target and not block.on_device]
 
         def task() -> None:
             for move in before:
@@ -357,18 +362,18 @@ class SharedDevice:
         )
 
     def _use(self, num_bytes: int) -> None:
-        """Account; the caller holds the condition."""
+        """Add to the bytes in use; the caller holds the condition ``_changed``."""
         self._in_use += num_bytes
         self.peak_bytes = max(self.peak_bytes, self._in_use)
         self._changed.notify_all()
 
     def _wait(self, blocks: Sequence[Block]) -> None:
-        """Let the caller stand still until the last move of each block is done."""
+        """Wait until the last move of each block is done, and count the time."""
         pending = _moves_of(blocks)
         if not pending:
             return
         start = time.perf_counter()
-        for move in reversed(pending):  # the last one first: each wait is one wake-up, and the others are done by then
+        for move in reversed(pending):  # last move first: the thread wakes up once, when the others are done
             move.result()
         end = time.perf_counter()
         self._cost.waited_s += end - start
@@ -377,17 +382,17 @@ class SharedDevice:
             block.moving = None
 
     def settle(self) -> None:
-        """Wait until nothing moves, and check that the storages are what was accounted."""
+        """Wait until nothing moves, and check that the storages hold as many bytes as were counted."""
         for residency in self.roles.values():
             self._wait(residency.blocks)
         device, _ = self._look()
         held = sum(sum(kinds.values()) for kinds in device.values())
         assert held == self._in_use, f"the roles hold {held} bytes of device memory, accounted are {self._in_use}"
 
-    # --- what it cost, what is where ---
+    # --- costs, and bytes that are held ---
 
     def collect_cost(self) -> SwitchCost:
-        """The cost since the last call."""
+        """Return the cost since the last call, and begin again at zero."""
         with self._changed:
             cost, self._cost = self._cost, SwitchCost()
         return cost
@@ -412,7 +417,7 @@ class SharedDevice:
             with self._changed:
                 for residency in self.roles.values():
                     for block in residency.blocks:
-                        block.wanted = block.wanted and block.on_device
+                        block.is_target = block.is_target and block.on_device
                 self._changed.notify_all()
             for lane in self._lanes:
                 lane.close()
@@ -424,7 +429,9 @@ class _Groups:
     """Blocks of one role and kind that move together, in the order in which they were added."""
 
     def __init__(self, num_bytes: int) -> None:
-        """``num_bytes``: of a group; a block that is larger is a group of its own."""
+        """Args:
+        num_bytes: Most bytes of a group. A block that is larger is a group of its own.
+        """
         self._limit = num_bytes
         self._size = 0  # bytes of the last group
         self._groups: list[tuple[RoleResidency, list[Block]]] = []
@@ -445,7 +452,7 @@ class _Groups:
 
 
 def _moves_of(blocks: Sequence[Block]) -> list[Future[None]]:
-    """The last moves that were queued for these blocks, each once."""
+    """Return the last moves that were queued for these blocks, each once."""
     return list({id(block.moving): block.moving for block in blocks if block.moving is not None}.values())
 
 

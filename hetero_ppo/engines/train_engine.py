@@ -40,9 +40,9 @@ from megatron_bridge.model_provider import Head
 
 #: Rows of the buffer that metric sums are reduced in.
 MAX_METRICS = 64
-#: What a checkpoint of a role holds beside tensors.
+#: Values in a checkpoint of a role that are not tensors.
 COUNTS = ("steps_done", "skipped_in_a_row")
-#: Options of the optimizer that torch stores with its state. Learning rate and weight decay are set before every step.
+#: Options that torch stores with the optimizer's state. Learning rate and weight decay are absent: they are set before every step.
 OPTIONS = ("betas", "eps")
 
 
@@ -107,13 +107,13 @@ class TrainEngine:
         return self.model.on_device(grads=grads, optimizer=optimizer, phase=phase, then=then)
 
     def _finalize_gradients(self, model: list[DistributedDataParallel], num_tokens: Tensor, **groups: Any) -> None:
-        """Sums over ranks. The optimizer step divides by the number of tokens, so Megatron-Core is not told of it."""
+        """Sum gradients over ranks. Megatron-Core does not get the number of tokens, because the optimizer step divides by it."""
         self.gradients.end()
         finalize_model_grads(model, None, **groups)
 
     @property
     def _optimizers(self) -> list[MegatronOptimizer]:
-        """The optimizers of one parameter class each (dense, expert) that the role's optimizer chains."""
+        """Optimizers of the role, one for each class of parameters (dense, expert)."""
         chained = isinstance(self.optimizer, ChainedOptimizer)
         return self.optimizer.chained_optimizers if chained else [self.optimizer]
 
@@ -129,7 +129,8 @@ class TrainEngine:
         for optimizer in self._optimizers:
             if optimizer.optimizer is None:  # a stage without parameters of this class
                 continue
-            # Main parameters of an fp32 role are the parameters, or views of their shards: one storage, counted there.
+            # Main parameters of an fp32 role are its parameters, or views of their shards. They share a storage, which counts as
+            # parameters.
             tensors[Kind.main_params] += [p for group in optimizer.optimizer.param_groups for p in group["params"]]
             if isinstance(optimizer, DistributedOptimizer):
                 groups = (*optimizer.shard_float16_groups, *optimizer.shard_fp32_groups)
@@ -151,7 +152,7 @@ class TrainEngine:
             use_distributed_optimizer=config.optimizer.distributed,
             bucket_size=config.ddp.bucket_size,
         )
-        # Buckets after the first chunk's are reduced while earlier chunks still compute: no need to cut them.
+        # Gradients of later chunks are reduced while earlier chunks still compute, so only the first chunk needs small buckets.
         return Ddp(self.model.bridge.transformer, ddp, chunk, disable_bucketing=index > 0, pg_collection=self.groups)
 
     def _build_optimizer(self) -> MegatronOptimizer:
@@ -177,7 +178,7 @@ class TrainEngine:
             use_gloo_process_groups=False,
             pg_collection=self.groups,
         )
-        # Adam makes its moments in the first step; made here, the role's bytes are the same from the start to the end.
+        # Adam would create its moments in the first step. Created here, the role has the same number of bytes at all times.
         for one in optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]:
             if one.optimizer is not None:
                 one.init_state_fn(one.optimizer)
@@ -191,13 +192,13 @@ class TrainEngine:
     def microbatches(
         self, token_ids: Tensor, sequence_lengths: Tensor, inputs: Any, rows: Sequence[int]
     ) -> list[Microbatch]:
-        """This data-parallel rank's part of a minibatch, about as many tokens as any other's.
+        """Return this data-parallel rank's micro-batches of a minibatch. All ranks get about the same number of tokens.
 
         Args:
             token_ids: [B, S] int64, the same on every rank.
             sequence_lengths: [B] int64.
-            inputs: record of [B, S - 1] and [B] tensors for the loss; its mask says which tokens' outputs the loss reads.
-            rows: the minibatch's rows, over all ranks.
+            inputs: Record of [B, S - 1] and [B] tensors for the loss. Its mask marks the tokens whose outputs the loss reads.
+            rows: Rows of the minibatch, over all ranks.
         """
         lengths = sequence_lengths.tolist()
         dealt = self.model.deal(lengths, rows, self.training_size)
@@ -208,10 +209,10 @@ class TrainEngine:
         return self.model.as_many_as_peers([m for _, m in parts], lengths, dealt, self.training_size)
 
     def pair_microbatches(self, batch: PreferenceBatch) -> list[Microbatch]:
-        """This data-parallel rank's part of a batch of pairs; a pair's two sequences share a micro-batch.
+        """Return this data-parallel rank's micro-batches of a batch of pairs. The two sequences of a pair share a micro-batch.
 
         Raises:
-            ValueError: the interleaved schedule can't take micro-batches of these sizes.
+            ValueError: The interleaved schedule cannot run micro-batches of these sizes.
         """
         size = self.training_size
         mine = self.model.deal(pair_tokens(batch, size), range(len(batch.chosen_ids)), size)[self.groups.dp.rank()]
@@ -287,11 +288,11 @@ class TrainEngine:
                 transformer.grad_scale_func = None
 
     def _backward(self, term: LossTerm) -> TermResult:
-        """Forward and backward of one term: gradients are added to those that the step has, losses and metrics to those of all ranks."""
+        """Run forward and backward of one term. Gradients are added to those of earlier terms; losses and metrics are summed over ranks."""
 
         def last_stage(output: Tensor, microbatch: Microbatch) -> tuple[Tensor, Tensor, Loss]:
             result = term.loss_fn(output, microbatch)
-            # Every context-parallel rank has the whole loss, of which it differentiates its own columns; one of them counts.
+            # Every context-parallel rank has the whole loss and differentiates its own columns. Only one of them counts tokens.
             count = result.count if self.groups.cp.rank() == 0 else torch.zeros_like(result.count)
             return result.loss, count.to(torch.int), result
 
@@ -301,19 +302,19 @@ class TrainEngine:
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Bytes of this rank's share of a checkpoint of the role: what data-parallel ranks hold alike is divided among them."""
+        """Bytes of this rank's share of a checkpoint of the role. Ranks that hold the same bytes write equal parts of them."""
         own = OPTIMIZER if self.config.optimizer.distributed else frozenset()
         alike = self.residency.kinds - own - {Kind.grads}
         return self.residency.num_bytes(alike) // self.groups.dp_cp.size() + self.residency.num_bytes(own)
 
     def save(self, folder: Path) -> RoleSnapshot:
-        """Copy weights and optimizer for a checkpoint, from where they are. Collective over the world.
+        """Copy weights and optimizer for a checkpoint, from the device or from host memory. Collective over the world.
 
         Args:
-            folder: there, and empty.
+            folder: Existing empty folder.
 
         Returns:
-            The copy, which is to be written and finished. Whatever the role does next does not change it.
+            The copy, which the caller must write and finish. Later work of the role does not change it.
         """
         with self.device.for_saving(self.role):
             buffers = [buffer for chunk in self.model.models for buffer in chunk.buffers()]
@@ -323,10 +324,12 @@ class TrainEngine:
             return RoleSnapshot(state, folder, live)
 
     def load(self, folder: Path) -> None:
-        """Read what ``save`` wrote, in this or another layout. Collective over the world; in a turn with the optimizer.
+        """Load a checkpoint that ``save`` wrote in this or another layout. Collective over the world.
+
+        The caller holds a turn that includes the optimizer.
 
         Raises:
-            ValueError: it was written with the other kind of optimizer.
+            ValueError: The checkpoint was written with the other kind of optimizer, or by another version of this code.
         """
         self.device.require(self.role, TRAINING & self.residency.kinds, "loading a checkpoint")
         names = tensor_names(folder)
@@ -418,7 +421,7 @@ class TrainEngine:
         return learning_rate
 
     def _reduce(self, outputs: list[Loss]) -> tuple[float, int, dict[str, Tensor]]:
-        """(loss sum, count, metric sums) over micro-batches and data-parallel ranks, on all stages."""
+        """Sum losses, counts and metrics over micro-batches and data-parallel ranks; all stages get (loss, count, metrics)."""
         names: list[str] = []
         totals = torch.zeros(MAX_METRICS, dtype=torch.float64)
         if is_last_stage(self.groups):
@@ -441,12 +444,15 @@ def model_of(engine: ModelEngine | TrainEngine) -> ModelEngine:
 
 
 def _options(group: dict[str, Any]) -> dict[str, Any]:
-    """What the configuration says of a group of parameters: a checkpoint's values do not replace it."""
+    """Return the options of a group of parameters that come from the configuration. A checkpoint's values do not replace them."""
     return {name: group[name] for name in OPTIONS}
 
 
 def _keep_storages(optimizer: torch.optim.Optimizer, before: dict[Tensor, dict[str, Tensor]]) -> None:
-    """torch's load_state_dict makes new tensors of the moments; residency knows the old ones, so they take the values."""
+    """Copy loaded moments into the tensors that the optimizer had before.
+
+    torch's load_state_dict creates new tensors, but residency moves the storages of the old ones.
+    """
     for parameter, values in before.items():
         for name, tensor in values.items():
             loaded = optimizer.state[parameter][name]

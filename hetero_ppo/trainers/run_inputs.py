@@ -34,10 +34,10 @@ def text_inputs(
 
     Args:
         config: Checked configuration.
-        resume: What the run goes on from: a change of the data that an allowed change of template or tokenizer makes is allowed.
+        resume: Resume of the run, with its allowed changes. If template or tokenizer may change, so may the data that they make.
         encoder: Tokenizer and template of the run.
         train: Training data.
-        re_encoders: Of the reward models that read texts again, by role.
+        re_encoders: Re-encoders of the reward models that read texts again, by role.
     """
     policy = next(iter(config_roles(config)))
     inputs = _encoder_inputs("data.chat_template", policy, encoder)

@@ -345,7 +345,7 @@ def test_a_role_leaves_even_if_its_turn_is_the_next_but_one(model: Path) -> None
 
 
 def test_a_turn_that_is_left_out_does_not_stand_in_the_way(roles: Roles) -> None:
-    """The critic warms up: after its training the actor's gradients and optimizer wait for room, and are not wanted any more."""
+    """The critic warms up: after its training the actor's gradients and optimizer wait for free memory, and are not needed any more."""
 
     def two_steps() -> None:
         for _ in range(2):
