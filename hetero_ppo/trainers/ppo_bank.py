@@ -46,18 +46,18 @@ def begin_step(
         bank: The bank; None: nothing is banked.
         generator: Generator whose weights answer.
         step: Number of PPO steps that are done.
-        request: What the step asks of the generator.
+        request: Request of the step to the generator.
     """
     if bank is None:
         return []
     partial = [None if response is None else asdict(response) for response in request.partial or []]
-    key = bank_key(  # the names are those in the keys of older files
-        weights=generator.weights_key,
-        prompts=request.prompts.prompt_ids,
-        n=request.n,
-        begun=partial,
-        wanted=request.num_needed,
-        sampling=asdict(request.sampling),
-        seed=request.seed,
-    )
-    return bank.begin(step, key)
+    parts = {  # The key depends on these names too: with others, the files of older versions would not be found.
+        "weights": generator.weights_key,
+        "prompts": request.prompts.prompt_ids,
+        "n": request.n,
+        "begun": partial,
+        "wanted": request.num_needed,
+        "sampling": asdict(request.sampling),
+        "seed": request.seed,
+    }
+    return bank.begin(step, bank_key(**parts))

@@ -24,7 +24,7 @@ GLOSSARY = {
     r"\b_obey\b": "handle_order",
     r"\bNotInTime\b": "TimeoutError",
     r"(?<![\"'.])\bbegun\b": "partial (a response), started (a run)",
-    r"\bwanted\b": "num_needed (rows), output_mask (tokens), is_target (residency)",
+    r"(?<![\"'.])\bwanted\b": "num_needed (rows), output_mask (tokens), is_target (residency)",
     r"\b(vLLM|rollout|inference|generation) engines?\b": "generator; an engine is the trainer's model of a role",
     r"\bgolden prompts?\b": "probe prompt",
     r"\bjudges?\b": "scorer, scores",
