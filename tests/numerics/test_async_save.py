@@ -136,7 +136,7 @@ def test_a_fault_in_the_background_ends_the_run_and_the_last_good_one_stays(
     engines: dict[str, TrainEngine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A full disk (that of /dev/full), met by the thread that writes; then one that does not even take the small files."""
-    said = r"phase checkpoint: .*of step 2 could not be written .*{}.*of this run: 1$"
+    message = r"phase checkpoint: .*of step 2 could not be written .*{}.*of this run: 1$"
     for fault, reason in (("full", "No space left on device"), ("limit", "File too large")):
         run_dir = tmp_path / fault
         run_dir.mkdir()
@@ -148,10 +148,10 @@ def test_a_fault_in_the_background_ends_the_run_and_the_last_good_one_stays(
                     manager._pending.snapshots[1].files[0].symlink_to("/dev/full")
                     go_on.set()
                     manager._pending.written.exception(ENOUGH_S)
-                with pytest.raises(RunError, match=said.format(reason)):
+                with pytest.raises(RunError, match=message.format(reason)):
                     manager.finish(wait=False)
             else:
-                with file_size_limit(128), pytest.raises(RunError, match=said.format(reason)):
+                with file_size_limit(128), pytest.raises(RunError, match=message.format(reason)):
                     manager.save(2, engines, {}, {}, wait=False)
         assert checkpoint_step(run_dir, None) == 1
         with manager_of(run_dir) as manager:  # a run that goes on removes what the other one left

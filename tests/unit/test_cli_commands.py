@@ -275,8 +275,8 @@ def test_roles_with_other_tokens_are_refused(work: Path, capsys: pytest.CaptureF
         )
         == 0
     )
-    said = "reward_model: prompts and responses are decoded with the tokenizer in model (310 tokens, sha256 "
-    assert said in capsys.readouterr().out
+    expected = "reward_model: prompts and responses are decoded with the tokenizer in model (310 tokens, sha256 "
+    assert expected in capsys.readouterr().out
 
     (work / "model" / "config.json").write_text(json.dumps(MODEL_CONFIG | {"vocab_size": 100}))
     message = failure(capsys, "validate", "--config", "sft.yaml")

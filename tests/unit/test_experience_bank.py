@@ -39,7 +39,7 @@ def test_damaged_lines_are_dropped_and_counted_and_the_rest_is_used(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A bit in a token, in a log-prob, in a checksum, in a line's end, in the key: each costs its line, and nothing wrong is used."""
-    said = caplog.records
+    records = caplog.records
     bank = RolloutBank(tmp_path, resumes=False)
     bank.begin(3, "key")
     for place in range(6):
@@ -57,29 +57,29 @@ def test_damaged_lines_are_dropped_and_counted_and_the_rest_is_used(
         flip(path, position)
         expected = [(place, ONE) for place in range(6) if place not in lost]
         assert bank.begin(3, "key") == expected
-        assert re.search(r"step_000003.jsonl: 1 of \d responses are damaged and dropped", said.pop().message)
+        assert re.search(r"step_000003.jsonl: 1 of \d responses are damaged and dropped", records.pop().message)
         bank.add(min(lost), RESUMED)  # the generator has answered again
-        assert bank.begin(3, "key") == [*expected, (min(lost), RESUMED)] and not said
+        assert bank.begin(3, "key") == [*expected, (min(lost), RESUMED)] and not records
     path.write_bytes(intact)
     flip(path, 2)
     assert bank.begin(3, "key") == []
     assert (
         "its first line, which says whose responses they are, is damaged: its 6 responses are dropped"
-        in said.pop().message
+        in records.pop().message
     )
 
 
 def test_lines_of_an_older_version_have_no_checksum_and_are_not_used(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    said = caplog.records
+    records = caplog.records
     lines = [{"key": "key"}, {"place": 0, "response": asdict(ONE)}]
     (tmp_path / "step_000003.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     bank = RolloutBank(tmp_path, resumes=True)
     assert bank.begin(3, "key") == []
-    assert "an older version wrote it, without checksums: its 1 responses are dropped" in said.pop().message
+    assert "an older version wrote it, without checksums: its 1 responses are dropped" in records.pop().message
     bank.add(0, ONE)
-    assert bank.begin(3, "key") == [(0, ONE)] and not said
+    assert bank.begin(3, "key") == [(0, ONE)] and not records
 
 
 def test_responses_of_another_key_are_dropped(tmp_path: Path) -> None:

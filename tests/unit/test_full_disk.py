@@ -33,7 +33,7 @@ FULL = Path("/dev/full")
 SAID_FULL = r"{} {} could not be written: no space is left there \(No space left on device\).*; .* are free in .*\. Make room there, or .*"
 
 
-def said(what: str, path: Path) -> str:
+def disk_full_message(what: str, path: Path) -> str:
     return SAID_FULL.format(what, re.escape(str(path)))
 
 
@@ -61,7 +61,7 @@ def test_every_way_in_which_a_disk_takes_no_more_is_said(tmp_path: Path, number:
 def test_metrics(tmp_path: Path) -> None:
     (tmp_path / METRICS_FILE).symlink_to(FULL)
     logger = MetricsLogger(tmp_path, RunConfig(dir="r", tensorboard=False), is_writer=True)
-    with logger, pytest.raises(RunError, match=said("metrics of step 3", tmp_path / METRICS_FILE)):
+    with logger, pytest.raises(RunError, match=disk_full_message("metrics of step 3", tmp_path / METRICS_FILE)):
         logger.log(StepMetrics(3, {"train/loss": 1.0}))
 
 
@@ -69,7 +69,8 @@ def test_rollouts(tmp_path: Path) -> None:
     (tmp_path / "step_000003.partial").symlink_to(FULL)
     record = RolloutRecord(3, 0, [1], [2], [-0.5], "stop", "v")
     with pytest.raises(
-        RunError, match=said("rollouts of step 3", tmp_path / "step_000003.jsonl") + "train.dump_rollouts=false"
+        RunError,
+        match=disk_full_message("rollouts of step 3", tmp_path / "step_000003.jsonl") + "train.dump_rollouts=false",
     ):
         write_records(tmp_path, 3, [record])
 
@@ -86,7 +87,7 @@ def test_the_bank(tmp_path: Path) -> None:
         bank.add(1, response)
     assert RolloutBank(tmp_path, resumes=True).begin(0, "key") == [(0, response)]
     (tmp_path / "step_000001.partial").symlink_to(FULL)
-    with pytest.raises(RunError, match=said("bank of responses", tmp_path / "step_000001.jsonl")):
+    with pytest.raises(RunError, match=disk_full_message("bank of responses", tmp_path / "step_000001.jsonl")):
         bank.begin(1, "key")
 
 
@@ -131,7 +132,7 @@ def test_a_command_says_it_with_status_1_and_no_traceback(
     (tmp_path / METRICS_FILE).write_text('{"step": 1, "time": 1.0, "metrics": {"train/loss": 1.0}, "seconds": {}}\n')
     (tmp_path / "config.yaml").write_text("kind: sft\n")
     assert main(["report", "--run", str(tmp_path), "--out", str(FULL)]) == 1
-    assert re.search("error: " + said("report", FULL) + "choose another --out", capsys.readouterr().err)
+    assert re.search("error: " + disk_full_message("report", FULL) + "choose another --out", capsys.readouterr().err)
 
     def fails(number: int) -> None:
         raise OSError(number, os.strerror(number), str(tmp_path / "unknown"))

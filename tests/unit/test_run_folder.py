@@ -71,9 +71,9 @@ def test_every_kind_of_result_is_refused(tmp_path: Path, name: str) -> None:
 
 def test_overwrite_removes_what_a_run_wrote_and_nothing_else(tmp_path: Path) -> None:
     folder = leave_run(tmp_path)
-    with claimed_folder(configured(tmp_path, "run.overwrite=true")) as said:
+    with claimed_folder(configured(tmp_path, "run.overwrite=true")) as messages:
         assert names(folder) == {"mine", "notes.txt"}
-    assert "run.overwrite: removed from" in said[0] and "checkpoints of the steps 4" in said[0]
+    assert "run.overwrite: removed from" in messages[0] and "checkpoints of the steps 4" in messages[0]
 
 
 def test_overwrite_has_no_part_in_a_run_that_goes_on(tmp_path: Path) -> None:
@@ -81,8 +81,8 @@ def test_overwrite_has_no_part_in_a_run_that_goes_on(tmp_path: Path) -> None:
     folder = leave_run(tmp_path)
     before = names(folder)
     loaded = configured(tmp_path, "run.overwrite=true", f"checkpoint.load={folder}")
-    with claimed_folder(loaded) as said:
-        assert names(folder) == before and said == []
+    with claimed_folder(loaded) as messages:
+        assert names(folder) == before and messages == []
 
 
 def test_overwrite_does_not_remove_what_the_run_reads(tmp_path: Path) -> None:
@@ -98,9 +98,9 @@ def test_overwrite_does_not_remove_what_the_run_reads(tmp_path: Path) -> None:
 def test_the_same_run_begins_again_where_it_ended_before_its_first_checkpoint(tmp_path: Path) -> None:
     """A crash, a kill, a job that ran out of time: the same command goes on from step 0, and what there was is kept."""
     folder = leave_run(tmp_path, step=None)
-    with claimed_folder(configured(tmp_path, "run.log_every=7")) as said:  # changes no number
+    with claimed_folder(configured(tmp_path, "run.log_every=7")) as messages:  # changes no number
         assert names(folder) == {"mine", "notes.txt", "ended_1"}
-    assert "ended there before its first checkpoint (metrics.jsonl (4 lines))" in said[0]
+    assert "ended there before its first checkpoint (metrics.jsonl (4 lines))" in messages[0]
     assert (folder / "ended_1" / "metrics.jsonl").read_text().count("\n") == 4
     assert not (folder / "ended_1" / "checkpoints").exists()
 
@@ -114,8 +114,8 @@ def test_another_run_does_not_begin_there(tmp_path: Path) -> None:
 
 def test_a_run_that_did_no_step_leaves_nothing_to_refuse(tmp_path: Path) -> None:
     folder = leave_run(tmp_path, step=None, logged=0)
-    with claimed_folder(configured(tmp_path, "actor.optimizer.lr=1.0")) as said:
-        assert said == [] and names(folder) == {"mine", "notes.txt"}
+    with claimed_folder(configured(tmp_path, "actor.optimizer.lr=1.0")) as messages:
+        assert messages == [] and names(folder) == {"mine", "notes.txt"}
 
 
 def test_a_folder_without_a_run_keeps_all(tmp_path: Path) -> None:
@@ -182,5 +182,5 @@ def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(fcntl, "flock", refuse)
     (tmp_path / "run").mkdir()
-    with claimed_folder(configured(tmp_path)) as said:
-        assert "has no locks (No locks available)" in said[0]
+    with claimed_folder(configured(tmp_path)) as messages:
+        assert "has no locks (No locks available)" in messages[0]
