@@ -40,7 +40,7 @@ def test_unfinished_responses_are_resumed(chain: Chain, tmp_path: Path) -> None:
     (tmp_path / "function.py").write_text(FUNCTION)
     overrides = {**OVERRIDES, "reward__function": f"{tmp_path / 'function.py'}:score"}
     command = chain.train_command("ppo", run_dir, train__steps=2, **overrides)
-    assert "running batch   tokens/s   of the best" in launch_all(1, [command])
+    assert "running batch  tokens/s  of the best" in launch_all(1, [command])
     answers = [sample["response"] for sample in json.loads((run_dir / "eval_after.json").read_text())["samples"]]
     assert any("a" in answer for answer in answers)
     assert all("a" not in answer or len(answer) - answer.index("a") <= LONGEST_TOKEN for answer in answers)

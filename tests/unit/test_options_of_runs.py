@@ -117,8 +117,8 @@ def test_a_supervised_run_evaluates_saves_and_exports(
         dir=tmp_path, is_writer=False, world=ONE_RANK, about=None, watchdog=None, exported=lambda *_: None
     )
     run.forget_later_steps, run.should_stop = (lambda *_: None), (lambda *_: False)
-    model: Any = SimpleNamespace(role="actor", head="lm", config=SimpleNamespace(model=ModelConfig(path="m")))
-    model.export = lambda folder, **_: exported.append(folder)
+    model = SimpleNamespace(head="lm", export=lambda folder, **_: exported.append(folder))
+    engine: Any = SimpleNamespace(role="actor", model=model, config=SimpleNamespace(model=ModelConfig(path="m")))
     sampler: Any = SimpleNamespace(next_global_batch=lambda: [0], state_dict=dict)
     encoder: Any = SimpleNamespace(template_hash="")
     trainer = OneParameter(
@@ -128,7 +128,7 @@ def test_a_supervised_run_evaluates_saves_and_exports(
         CheckpointConfig(every=3, export_hf=export),
         SimpleNamespace(total_steps=5),  # type: ignore[arg-type]
         sampler,
-        model,
+        engine,
         encoder,
     )
     trainer.evaluated = []
@@ -151,7 +151,8 @@ def test_an_evaluation_takes_as_many_batches_as_it_is_told(monkeypatch: pytest.M
 
     train = SupervisedTrainConfig(global_batch_size=2, eval_batches=2)
     monkeypatch.setattr(sft, "log_probs_output", lambda **_: None)
-    engine = SimpleNamespace(forward=forward, vocab_size=9, groups=None, vocab_parts=None)
+    model = SimpleNamespace(forward=forward, vocab_size=9, groups=None, vocab_parts=None)
+    engine = SimpleNamespace(model=model)
     texts = Rows([SftExample([1, 2, 3], [(1, 3)])] * 7)
     assert SftTrainer.evaluate(SimpleNamespace(held_out=texts, train=train, engine=engine)) == {"eval/loss": 0.0}  # type: ignore[arg-type]
     pairs = Rows([PreferenceExample([1, 2], [1, 3], 1)] * 7)
@@ -191,7 +192,7 @@ def test_the_probe_prompt_is_compared_where_that_is_asked_for(
     generator = Recorded(is_recorded)
     device: Any = SimpleNamespace(trace=TraceRecorder(), wait_for_room=lambda: None, generator_turn=lambda phase: None)
     turns = GeneratorTurns(generator, device, ONE_RANK, 0)
-    actor = SimpleNamespace(on_device=lambda phase: nullcontext(), stream_weights=list)
+    actor = SimpleNamespace(on_device=lambda phase: nullcontext(), model=SimpleNamespace(stream_weights=list))
     config = SimpleNamespace(rollout=SimpleNamespace(verify_sync=verify))
     trainer: Any = SimpleNamespace(
         data=SimpleNamespace(probe_ids=[1, 2]), config=config, actor=actor, turns=turns, generator=generator
@@ -209,7 +210,7 @@ def test_the_actor_learns_from_the_tokens_of_its_losses_alone() -> None:
         old_log_probs=old, ref_log_probs=ref, advantages=advantages, response_mask=kept, tis_weights=weights
     )
     experience.rollout = SimpleNamespace(response_mask=sampled)
-    actor = SimpleNamespace(vocab_size=9, groups=None, vocab_parts=None)
+    actor = SimpleNamespace(model=SimpleNamespace(vocab_size=9, groups=None, vocab_parts=None))
     trainer: Any = SimpleNamespace(actor=actor, config=PpoConfig(), maker=SimpleNamespace(temperature=1.0))
     trainer._update = lambda engine, experience, inputs, loss_fn, step: inputs
     inputs: Any = PpoTrainer.update_actor(trainer, experience, 0)
