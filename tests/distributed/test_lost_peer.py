@@ -23,7 +23,7 @@ WORKER = str(Path(__file__).with_name("workers") / "lost_peer_worker.py")
     ],
 )
 def test_a_collective_names_who_waits_where_for_whom(what: str, message: str, least_s: float, tmp_path: Path) -> None:
-    text = run_ranks(2, [WORKER, what, str(tmp_path / "said")])
+    text = run_ranks(2, [WORKER, what, str(tmp_path / "reported")])
     found = re.search(rf"^([\d.]+) rank 0, phase train_critic: {message}\. ", text, re.MULTILINE)
     assert found is not None, text
     assert least_s < float(found[1]) < 20

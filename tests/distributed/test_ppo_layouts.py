@@ -248,7 +248,7 @@ def test_an_ensemble_and_a_function_mix(metrics: Metrics, runs: PpoRuns) -> None
 
 
 def test_scores_of_ppo_are_those_of_the_command_bit_for_bit(metrics: Metrics, runs: PpoRuns, tmp_path: Path) -> None:
-    """Ids of two tensor-parallel ranks, and texts that were encoded anew, by one process."""
+    """Ids of two tensor-parallel ranks, and texts that were encoded again, by one process."""
     rows = read_rollouts(runs.root / SCORERS / "rollouts" / "step_000001.jsonl")
     ids = [{"token_ids": row.prompt_ids + row.response_ids} for row in rows]
     assert scored(runs.root / "dense" / "scorer", ids, tmp_path, "fp32") == [

@@ -1,4 +1,4 @@
-"""What goes wrong is said in one clear error, soon, and leaves nothing running."""
+"""A failure is reported in one clear error, soon, and leaves nothing running."""
 
 from __future__ import annotations
 

@@ -46,8 +46,8 @@ def test_unfinished_responses_are_resumed(chain: Chain, tmp_path: Path) -> None:
     assert all("a" not in answer or len(answer) - answer.index("a") <= LONGEST_TOKEN for answer in answers)
 
     waiting = json.loads((run_dir / "checkpoints" / "iter_0000002" / "trainer.json").read_text())["waiting"]
-    kept = [begun for begun in waiting["begun"] if begun is not None]
-    assert kept and all(begun["token_ids"] for begun in kept)
+    kept = [one for one in waiting["begun"] if one is not None]
+    assert kept and all(one["token_ids"] for one in kept)
     assert len(waiting["begun"]) + 2 * WANTED == 3 * WANTED  # three batches of prompts were read
 
     command = chain.train_command("ppo", run_dir, train__steps=3, checkpoint__load=run_dir, **overrides)
@@ -67,12 +67,12 @@ def test_unfinished_responses_are_resumed(chain: Chain, tmp_path: Path) -> None:
     scores = [len(record.extra["response"]) - 0.25 * len(record.extra["prompt"]) for record in records]
     assert [record.extra["score"] for record in records] == scores
     assert metrics[3]["reward/mean"] == pytest.approx(sum(scores) / WANTED, rel=1e-5)
-    begun_of = list(zip(waiting["prompts"]["prompt_ids"], waiting["begun"], strict=True))
-    for record in resumed:  # two prompts may have begun alike
+    partial_of = list(zip(waiting["prompts"]["prompt_ids"], waiting["begun"], strict=True))
+    for record in resumed:  # two prompts may have partial responses that begin alike
         assert any(
             prompt == record.prompt_ids
-            and begun is not None
-            and record.response_ids[: len(begun["token_ids"])] == begun["token_ids"]
-            and record.rollout_log_probs[: len(begun["token_ids"])] == begun["log_probs"]
-            for prompt, begun in begun_of
+            and partial is not None
+            and record.response_ids[: len(partial["token_ids"])] == partial["token_ids"]
+            and record.rollout_log_probs[: len(partial["token_ids"])] == partial["log_probs"]
+            for prompt, partial in partial_of
         ), record

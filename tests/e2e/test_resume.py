@@ -32,7 +32,7 @@ def results(run_dir: Path) -> dict[int, dict[str, float]]:
 def test_resumed_ppo_takes_the_same_step_bit_for_bit(chain: Chain, one_process: Path) -> None:
     """Weights, both optimizers, the KL controller, the score's moments and the order of the prompts all come back.
 
-    The third step's rollouts are replayed, so the engine's check of the sync is not there. Its forwards ran beside generation in
+    The third step's rollouts are replayed, so the engine's check of the sync is not there. Its forwards ran during generation in
     the straight run, and after it in the resumed one.
     """
     straight, resumed = (results(folder) for folder in (chain.run_dir("ppo"), one_process / "ppo_resumed"))
@@ -112,7 +112,7 @@ def test_nothing_left_to_do_is_an_error(chain: Chain, one_process: Path, stage: 
 
 
 def test_resume_on_two_ranks_from_a_checkpoint_of_one(chain: Chain, two_processes: Path) -> None:
-    """The actor's sharded optimizer (ZeRO-1) is dealt out anew."""
+    """The actor's sharded optimizer (ZeRO-1) is dealt out again."""
     straight, resumed = (read_metrics(folder) for folder in (chain.run_dir("ppo"), two_processes / "resumed"))
     assert list(resumed) == list(range(CHECKPOINT_STEP + 1, NUM_STEPS + 1))
     for name in ("actor/pg_loss", "critic/vf_loss", "actor/grad_norm", "critic/grad_norm", "reward/mean"):

@@ -146,12 +146,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.child is not None:
         return run_child(args)
     checks = importlib.import_module(args.checks).CHECKS
-    wanted = [int(number) for number in args.only.split(",")] if args.only else list(range(len(checks)))
-    where, begun, results = machine(), time.monotonic(), list[Result]()
+    numbers = [int(number) for number in args.only.split(",")] if args.only else list(range(len(checks)))
+    where, start, results = machine(), time.monotonic(), list[Result]()
     print(", ".join(f"{name} {version}" for name, version in where.items()), flush=True)
-    for number in wanted:
+    for number in numbers:
         check = checks[number]
-        if time.monotonic() - begun > 60 * args.minutes:
+        if time.monotonic() - start > 60 * args.minutes:
             result = Result(
                 number, check.name, check.proves, "skipped", 0.0, output=f"--minutes {args.minutes:g} are over"
             )

@@ -1,4 +1,4 @@
-"""What aligned layers are made of: the bits of a row or element depend on nothing beside it, and gradients are right."""
+"""What aligned layers are made of: the bits of a row or element do not depend on what else is computed, and gradients are right."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_attention_does_not_depend_on_padding_neighbours_and_groups(r: int, d: i
 
 @pytest.mark.parametrize("kept", [0, 256])
 def test_gradients_are_those_of_the_plain_functions(kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With attention's probabilities kept, and computed anew."""
+    """With attention's probabilities kept, and computed again."""
     monkeypatch.setattr(attention, "KEPT", kept)
     weight = torch.randn(40)
     cases: list[tuple[Callable[..., Tensor], Callable[..., Tensor], list[Tensor]]] = [

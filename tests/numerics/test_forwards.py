@@ -1,4 +1,4 @@
-"""Packed or padded, of every token or of those that are wanted: the same log-probs, values, scores and gradients, those of transformers."""
+"""Packed or padded, of every token or of those that an output mask selects: the same log-probs, values, scores and gradients, those of transformers."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ VOCAB = 61
 LENGTHS = torch.tensor([40, 7, 23, 3, 37, 24, 2, 39])
 PROMPTS = torch.tensor([20, 3, 4, 1, 30, 20, 1, 4])
 MASK = response_mask(PROMPTS, LENGTHS, 39)
-WANTED = pad(MASK, (0, 1))
+OUTPUT_MASK = pad(MASK, (0, 1))
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +73,9 @@ def engine(model: Path, dtype: Dtype, head: str, *, packing: bool, tokens: int |
     return TrainEngine("actor", config, head, 10)
 
 
-def log_probs(role: TrainEngine, ids: Tensor, wanted: Tensor | None) -> Tensor:
+def log_probs(role: TrainEngine, ids: Tensor, output_mask: Tensor | None) -> Tensor:
     output = log_probs_output(temperature=0.7, vocab_size=VOCAB, groups=role.groups)
-    return role.model.forward(ids, LENGTHS, output, wanted)[MASK]
+    return role.model.forward(ids, LENGTHS, output, output_mask)[MASK]
 
 
 @pytest.mark.parametrize("packing", [False, True])
@@ -86,8 +86,8 @@ def test_log_probs_are_those_of_transformers(model: Path, ids: Tensor, packing: 
         logits = torch.cat([pad(reference(row[None, :n]).logits, (0, 0, 0, 40 - n)) for row, n in zip(ids, LENGTHS)])
     expected = (logits[:, :-1] / 0.7).log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0][MASK]
     role = engine(model, Dtype.fp32, "lm", packing=packing, tokens=tokens)
-    for wanted in (None, WANTED):
-        torch.testing.assert_close(log_probs(role, ids, wanted), expected, rtol=0, atol=1e-5)
+    for output_mask in (None, OUTPUT_MASK):
+        torch.testing.assert_close(log_probs(role, ids, output_mask), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(Dtype.fp32, 1e-5), (Dtype.bf16, 0.05)])
@@ -99,8 +99,8 @@ def test_packed_values_scores_and_gradients_are_the_padded_ones(
     results = []
     for packing in (False, True):
         scalar = engine(model, dtype, "value", packing=packing, tokens=96)
-        values = scalar.model.forward(ids, LENGTHS, values_output, WANTED)[MASK]
-        scores = [scalar.model.forward(ids, LENGTHS, scores_output, wanted) for wanted in (None, ends)]
+        values = scalar.model.forward(ids, LENGTHS, values_output, OUTPUT_MASK)[MASK]
+        scores = [scalar.model.forward(ids, LENGTHS, scores_output, output_mask) for output_mask in (None, ends)]
         torch.testing.assert_close(scores[0], scores[1], rtol=0, atol=tolerance)
         lm = engine(model, dtype, "lm", packing=packing, tokens=96)
         parts = lm.microbatches(ids, LENGTHS, AnswerInputs(MASK), range(8))
@@ -113,7 +113,7 @@ def test_packed_values_scores_and_gradients_are_the_padded_ones(
 
 
 def test_the_head_computes_wanted_tokens_alone(model: Path, ids: Tensor) -> None:
-    """Rows that the head and the last layer's MLP see, and the tokens of the layers below: up to the last one wanted of each row."""
+    """Rows that the head and the last layer's MLP see, and the tokens of the layers below: up to the last selected token of each row."""
     seen: dict[str, int] = {}
     for packing in (False, True):
         role = engine(model, Dtype.fp32, "lm", packing=packing, tokens=1024)
@@ -125,7 +125,7 @@ def test_the_head_computes_wanted_tokens_alone(model: Path, ids: Tensor) -> None
         chunk.decoder.layers[-1].mlp.register_forward_hook(
             lambda _m, given, _o: seen.update(last=given[0].shape[:2].numel())
         )
-        log_probs(role, ids, WANTED)
+        log_probs(role, ids, OUTPUT_MASK)
         count = int(MASK.sum())
         assert seen == {"head": count, "last": count, "body": int((LENGTHS - 1).sum()) if packing else 8 * 39}
 
@@ -142,12 +142,12 @@ def test_a_micro_batch_without_padding_is_not_packed(model: Path, ids: Tensor) -
 
 
 def test_the_head_of_a_bf16_model_computes_a_multiple(model: Path, ids: Tensor) -> None:
-    """oneDNN keeps a product for every shape that comes: 5 wanted tokens become 64, and so does none; of 48 there are no more."""
+    """oneDNN keeps a product for every shape that comes: 5 selected tokens become 64, and so does none; of 48 there are no more."""
     role = engine(model, Dtype.bf16, "lm", packing=True)
     for lengths, columns, expected in (([40, 39, 38], [5, 9, 37], 64), ([40, 39, 38], [], 64), ([9, 9, 9], [1], 48)):
-        wanted = torch.zeros(3, 40, dtype=torch.bool)
-        wanted[:, columns] = True
-        ((_, microbatch),) = split(ids, torch.tensor(lengths), None, range(3), role.model.forward_size, wanted)
+        output_mask = torch.zeros(3, 40, dtype=torch.bool)
+        output_mask[:, columns] = True
+        ((_, microbatch),) = split(ids, torch.tensor(lengths), None, range(3), role.model.forward_size, output_mask)
         settings = {"cp_group": role.groups.cp, "device": torch.device("cpu"), "one_shape": False}
         (given,) = model_inputs([microbatch], role.model.forward_size, **settings)
         assert len(given.head_rows.unique()) == len(given.head_rows) == min(expected, given.token_ids.numel())

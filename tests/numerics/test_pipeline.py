@@ -1,4 +1,4 @@
-"""Forwards beside generation, and their serial twin: the same bits, every role in its turn, errors that arrive."""
+"""Forwards during generation, and their serial twin: the same bits, every role in its turn, errors that arrive."""
 
 from __future__ import annotations
 

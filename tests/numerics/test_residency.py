@@ -317,7 +317,7 @@ def test_out_of_schedule_turns_take_the_place_of_what_came_ahead(roles: Roles) -
 
 
 def test_a_turn_that_is_left_out_holds_nothing_up(roles: Roles) -> None:
-    """While the critic is warmed up the actor is not trained: what has begun to come in for that gives way to the weight sync."""
+    """While the critic is warmed up the actor is not trained: what is already on its way to the device for that gives way to the weight sync."""
 
     def steps() -> None:
         for _ in range(5):

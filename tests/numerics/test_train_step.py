@@ -214,7 +214,7 @@ def test_the_divisor_clips() -> None:
 
 
 def test_steps_with_a_gradient_that_is_not_finite_are_skipped_within_a_bound(tmp_path: Path) -> None:
-    """Two in a row are left out, weights and moments as they were; a good step starts the count anew; the third in a row stops."""
+    """Two in a row are left out, weights and moments as they were; a good step starts the count again; the third in a row stops."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "head_dim": 8}
     config = Qwen3Config(vocab_size=VOCAB, num_attention_heads=2, num_key_value_heads=1, **sizes)

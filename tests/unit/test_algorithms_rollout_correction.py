@@ -131,6 +131,6 @@ def test_the_corrected_gradient_is_that_of_samples_from_the_trainer() -> None:
     logits = trainer.log().requires_grad_()
     log_probs = logits.log_softmax(0)[None]
     corrected = policy_loss(log_probs, trainer.log()[None], advantages * engine, mask, 0.2, None, 1.0, weights).loss
-    wanted = policy_loss(log_probs, trainer.log()[None], advantages * trainer, mask, 0.2, None, 1.0).loss
-    gradients = [torch.autograd.grad(loss, logits, retain_graph=True)[0] for loss in (corrected, wanted)]
+    expected = policy_loss(log_probs, trainer.log()[None], advantages * trainer, mask, 0.2, None, 1.0).loss
+    gradients = [torch.autograd.grad(loss, logits, retain_graph=True)[0] for loss in (corrected, expected)]
     assert gradients[0].tolist() == pytest.approx(gradients[1].tolist())

@@ -112,11 +112,11 @@ def test_real_ranks_speak_once_and_nothing_is_lost(tmp_path: Path) -> None:
     program.write_text(
         "import os, pathlib, sys, time\n"
         "from hetero_ppo.cli.ranks import say_error\n"
-        f"said = pathlib.Path({str(tmp_path / 'said')!r})\n"
+        f"reported = pathlib.Path({str(tmp_path / 'reported')!r})\n"
         "if os.environ['LOCAL_RANK'] == '1':\n"
         "    say_error('of rank 1')\n"
-        "    said.touch()\n"
-        "while not said.exists(): time.sleep(0.01)\n"
+        "    reported.touch()\n"
+        "while not reported.exists(): time.sleep(0.01)\n"
         "say_error('of both')\n"
         "sys.exit(2)\n"
     )

@@ -94,17 +94,17 @@ def test_tensorboard_gets_metrics_and_timings(tmp_path: Path) -> None:
 
 
 def test_a_resumed_run_goes_on_in_its_run_of_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    begun: list[dict[str, str]] = []
+    started: list[dict[str, str]] = []
     wandb = types.ModuleType("wandb")
-    wandb.init = lambda **given: begun.append(given) or types.SimpleNamespace(finish=lambda: None)  # type: ignore[attr-defined]
+    wandb.init = lambda **given: started.append(given) or types.SimpleNamespace(finish=lambda: None)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     for folder, first_step in (("a", 1), ("a", 4), ("b", 4), ("a", 1)):
         config = RunConfig(dir=str(tmp_path / folder), wandb_project="demo", tensorboard=False)
         with MetricsLogger(tmp_path / folder, config, is_writer=True, first_step=first_step):
             pass
-    first, resumed, elsewhere, again = (given["id"] for given in begun)
+    first, resumed, elsewhere, again = (given["id"] for given in started)
     assert first == resumed and len({first, elsewhere, again}) == 3
-    assert {(given["project"], given["resume"]) for given in begun} == {("demo", "allow")}
+    assert {(given["project"], given["resume"]) for given in started} == {("demo", "allow")}
 
 
 def test_wandb_asked_for_and_missing_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

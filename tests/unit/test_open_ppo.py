@@ -120,7 +120,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> Opened:
 def config(monkeypatch: pytest.MonkeyPatch) -> PpoConfig:
     """A run whose data, models and processes are stand-ins; its bank, its device and their threads are real."""
     config = PpoConfig()
-    config.reward.function, config.checkpoint.every = "judge.py:score", 1
+    config.reward.function, config.checkpoint.every = "scorer.py:score", 1
     config.actor.model.dtype = Dtype.fp32
     encoder = SimpleNamespace(decode=None)
     data = SimpleNamespace(encoder=encoder, train=[], datasets=[])

@@ -417,7 +417,7 @@ def test_numbers_of_all_libraries_are_numbers(value: Any, score: float) -> None:
     assert as_score(value) == score
 
 
-#: Values that are no score, and what is said of them.
+#: Values that are no score, and the words of their errors.
 NO_SCORES = [
     ("1.0", "it is a str"),
     (b"1", "it is a bytes"),

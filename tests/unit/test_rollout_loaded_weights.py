@@ -13,7 +13,7 @@ PACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
 
 
 class FusedLayer(nn.Module):
-    """As vLLM holds query, key and value: one matrix, the sizes of its parts beside it."""
+    """As vLLM holds query, key and value: one matrix, with the sizes of its parts."""
 
     def __init__(self, parts: list[Tensor]) -> None:
         super().__init__()

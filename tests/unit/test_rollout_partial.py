@@ -43,7 +43,7 @@ def counted(batch_size: int) -> Callable[[], PromptBatch]:
 
 
 def test_the_oldest_prompts_come_first_and_every_one_is_used_once() -> None:
-    """Two responses for each of 3 prompts are wanted, 9 are sent."""
+    """Two responses for each of 3 prompts are needed, 9 are sent."""
     buffer, next_prompts = PartialBuffer(1.5), counted(3)
     first = buffer.take(6, next_prompts, n=2)
     assert first.prompt_index == [0, 0, 1, 1, 2, 2, 3, 3, 4] and len(buffer) == 12

@@ -104,8 +104,8 @@ def test_gpus_run_the_model_runner_that_a_cpu_has() -> None:
 
 
 def test_batch_invariance_is_asked_for_by_a_variable() -> None:
-    for wanted, value in ((True, "1"), (False, "0")):  # whatever the user's shell has
-        spec = make_spec(cuda=True, batch_invariant=wanted)
+    for is_invariant, value in ((True, "1"), (False, "0")):  # whatever the user's shell has
+        spec = make_spec(cuda=True, batch_invariant=is_invariant)
         assert (
             environment(spec, 0, Path("/private"), "key", {"VLLM_BATCH_INVARIANT": "x"})["VLLM_BATCH_INVARIANT"]
             == value

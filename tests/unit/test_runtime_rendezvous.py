@@ -122,7 +122,7 @@ def test_on_one_node_the_launchers_store_is_its_own_and_the_ranks_meet_in_a_priv
     assert not [key for key in client.list_keys() if "launcher" in key]
     file = Path(os.environ[STORE_FILE])
     assert file.parent.stat().st_mode & 0o777 == 0o700 and not file.exists()
-    one_node.next_rendezvous()  # ranks that are started again meet anew
+    one_node.next_rendezvous()  # ranks that are started again have a new rendezvous
     assert os.environ[STORE_FILE] != str(file)
     one_node.shutdown()
     assert not file.parent.exists()

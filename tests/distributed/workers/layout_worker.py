@@ -63,8 +63,8 @@ def measure(options: dict[str, Any]) -> dict[str, list[float]]:
     lm = TrainEngine("actor", config, "lm", 10)
     output = log_probs_output(temperature=0.7, vocab_size=lm.model.vocab_size, groups=lm.groups)
     result["log_probs"] = lm.model.forward(ids, lengths, output).masked_fill(~mask, 0).flatten().tolist()
-    wanted = torch.nn.functional.pad(mask, (0, 1))
-    result["wanted"] = lm.model.forward(ids, lengths, output, wanted).masked_fill(~mask, 0).flatten().tolist()
+    output_mask = torch.nn.functional.pad(mask, (0, 1))
+    result["output_mask"] = lm.model.forward(ids, lengths, output, output_mask).masked_fill(~mask, 0).flatten().tolist()
     loss_fn = sft_loss_fn(lm.model.vocab_size, lm.groups)
     parts = lm.microbatches(ids, lengths, AnswerInputs(mask), range(8))
     steps = [lm.train_step([LossTerm(parts, loss_fn, int(mask.sum()))]) for _ in range(3)]

@@ -18,21 +18,21 @@ from hetero_ppo.observability.watchdog import Watchdog
 
 DEADLINE_S = 2.0
 
-what, said = sys.argv[1], Path(sys.argv[2])
+what, reported = sys.argv[1], Path(sys.argv[2])
 initialise(DEADLINE_S / 60)
 groups = role_groups("critic", ParallelConfig())
 dist.barrier()
 if dist.get_rank() == 1:
     until = time.monotonic() + 60
-    while what == "late" and not said.exists() and time.monotonic() < until:
+    while what == "late" and not reported.exists() and time.monotonic() < until:
         time.sleep(0.05)
     os._exit(0)
-with Watchdog(said.parent, 0, None) as watchdog:
+with Watchdog(reported.parent, 0, None) as watchdog:
     start = time.monotonic()
     try:
         with PhaseTimer(watchdog=watchdog).phase("train_critic"):
             dist.all_reduce(torch.ones(1), group=groups.dp)
     except RuntimeError as error:
         print(time.monotonic() - start, describe_lost_peer(error, watchdog.failed_in, DEADLINE_S / 60), flush=True)
-said.touch()
+reported.touch()
 os._exit(0)
