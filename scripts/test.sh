@@ -4,7 +4,7 @@
 # On a machine with GPUs, too, the suite runs on the CPU, with vLLM's CPU build and the GPUs hidden. Then the tests that are marked gpu run
 # on the GPUs, one by one, in the environment that the quick start uses. The CPU suite then has an environment of its own: $VENV-cpu.
 #
-# Environment: VENV (.venv), WORKERS (3; 0 runs all tests one by one), DEVICE (cpu or gpu: that part alone; default: both where there is
+# Environment: VENV (.venv), WORKERS (2; 0 runs all tests one by one), DEVICE (cpu or gpu: that part alone; default: both where there is
 # a GPU), DRY_RUN=1 (print the commands, run nothing).
 set -euo pipefail
 # shellcheck source=scripts/common.sh
@@ -35,9 +35,9 @@ run() {
 
 test_on_cpu() {
     run env VENV="$cpu_venv" DEVICE="$1" bash scripts/install.sh || return
-    # Three files at a time, since many wait for a server or for other processes, in the order of their folders: what starts processes
+    # Two files at a time, since many wait for a server or for other processes, in the order of their folders: what starts processes
     # comes first, and short tests fill what is left in the end. Compiled sources are kept, or every process would compile them again.
-    run env CUDA_VISIBLE_DEVICES= PYTHONDONTWRITEBYTECODE= "$cpu_venv/bin/python" -m pytest -n "${WORKERS:-3}" --dist loadfile --no-loadscope-reorder "${@:2}"
+    run env CUDA_VISIBLE_DEVICES= PYTHONDONTWRITEBYTECODE= "$cpu_venv/bin/python" -m pytest -n "${WORKERS:-2}" --dist loadfile --no-loadscope-reorder "${@:2}"
 }
 
 test_on_gpu() {

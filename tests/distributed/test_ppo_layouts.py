@@ -67,11 +67,6 @@ RUNS: dict[str, Run] = {
             "reward_model": {"expert": 2, "context": 2},
         },
     ),
-    "moe interleaved, interleaved recomputed": Run(
-        2,
-        "moe",
-        {"actor": PP2VPP2, "critic": {**PP2VPP2, "recompute": "full"}, "reference": {**PP2VPP2}},
-    ),
     "moe ep2, tp2sp, pp2, all resident": Run(
         2,
         "moe",

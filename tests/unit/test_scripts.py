@@ -278,7 +278,7 @@ def test_the_suite_runs_on_the_cpu_and_then_gpu_tests_on_gpus(with_gpus: dict[st
     venv = with_gpus["VENV"]
     on_cpu = [
         f"env VENV={venv}-cpu DEVICE=cpu bash scripts/install.sh ",
-        f"env CUDA_VISIBLE_DEVICES= PYTHONDONTWRITEBYTECODE= {venv}-cpu/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -k gae ",
+        f"env CUDA_VISIBLE_DEVICES= PYTHONDONTWRITEBYTECODE= {venv}-cpu/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -k gae ",
     ]
     on_gpu = [
         f"env VENV={venv} DEVICE=gpu bash scripts/install.sh ",

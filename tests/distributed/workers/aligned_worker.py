@@ -33,6 +33,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "packed tp2sp": {"tensor": 2, "sequence": True, "packing": True},
 }
 ROLES = (("qwen3", "score"), ("qwen2", "lm"))
+#: Layouts of the language model, whose head is the one part that the scores of all layouts do not show.
+LM_LAYOUTS = ("dp4", "tp2sp", "tp4sp", "packed tp2sp")
 PLAIN_LAYOUTS = ("dp4", "tp2")
 TRAINED_LAYOUTS = ("dp4", "tp2", "tp4sp", "tp2pp2")
 
@@ -62,7 +64,8 @@ def compare(model: Path, head: Any, dtype: str, aligned: bool) -> dict[str, Any]
     """Compare the values of every layout and batching with those of one process and single rows, on all ranks."""
     reference: list[Tensor] = []
     found: dict[str, Any] = {}
-    for layout in LAYOUTS if aligned else PLAIN_LAYOUTS:
+    aligned_layouts = LM_LAYOUTS if head == "lm" else tuple(LAYOUTS)
+    for layout in aligned_layouts if aligned else PLAIN_LAYOUTS:
         engine = ModelEngine("reward", role_config(model, dtype, LAYOUTS[layout], aligned), head)
         by_batching = results(engine)
         reference = reference or by_batching["alone"]

@@ -67,7 +67,7 @@ def measure(options: dict[str, Any]) -> dict[str, list[float]]:
     result["output_mask"] = lm.model.forward(ids, lengths, output, output_mask).masked_fill(~mask, 0).flatten().tolist()
     loss_fn = sft_loss_fn(lm.model.vocab_size, lm.groups)
     parts = lm.microbatches(ids, lengths, AnswerInputs(mask), range(8))
-    steps = [lm.train_step([LossTerm(parts, loss_fn, int(mask.sum()))]) for _ in range(3)]
+    steps = [lm.train_step([LossTerm(parts, loss_fn, int(mask.sum()))]) for _ in range(2)]
     result["lm_loss"] = [step.loss for step in steps]
     result["lm_grad_norm"] = [step.grad_norm for step in steps]
     # A second term on fewer rows, with a denominator of its own that is not the number of its tokens.
@@ -79,7 +79,7 @@ def measure(options: dict[str, Any]) -> dict[str, list[float]]:
     pairs = PreferenceBatch(ids[:4], lengths[:4], ids[4:], lengths[4:])
     steps = [
         rm.train_step([LossTerm(rm.pair_microbatches(pairs), reward_loss_fn(RewardModelLossConfig()), 4)])
-        for _ in range(3)
+        for _ in range(2)
     ]
     result["rm_loss"] = [step.loss for step in steps]
     result["rm_grad_norm"] = [step.grad_norm for step in steps]
