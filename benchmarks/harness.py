@@ -1,4 +1,4 @@
-"""What the benchmarks share: arguments, rounds, medians, and a report with one line of JSON for programs.
+"""Shared parts of the benchmarks: arguments, rounds, medians, and a report with one line of JSON for programs.
 
 A benchmark builds its parser with ``parser``, measures with ``alternate`` or ``median_seconds``, and ends with ``report``. So every
 benchmark has ``--json FILE``, and the last line that it prints is one JSON object.

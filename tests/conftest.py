@@ -55,7 +55,7 @@ def _variables_of_runs() -> dict[str, str]:
 
 @pytest.fixture
 def logged(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
-    """What the package logs, information included."""
+    """Return the log records of the package from level info on."""
     caplog.set_level(logging.INFO, logger="hetero_ppo")
     return caplog
 

@@ -1,4 +1,4 @@
-"""From the scores of responses and of their steps to one reward per token."""
+"""Turns the scores of responses and of their steps into one reward per token."""
 
 from __future__ import annotations
 

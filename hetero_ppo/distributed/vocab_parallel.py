@@ -82,8 +82,9 @@ def vocab_parallel_log_probs(
 
 
 class _VocabParallelLogProbs(torch.autograd.Function):
-    """With p = softmax(x), x = logits / temperature, y the target and H the entropy:
+    """Log-probs and entropy of logits that are divided over ranks, with their gradients.
 
+    Let p = softmax(x), x = logits / temperature, y the target and H the entropy. Then
     ``d log p_y / d x_j = [j = y] - p_j`` and ``d H / d x_j = -p_j (log p_j + H)``.
     """
 

@@ -1,4 +1,4 @@
-"""Where the ranks of a run meet, and how they recognise each other.
+"""The rendezvous of a run's ranks, and the proof that they belong to the same run.
 
 The launcher puts both into the environment. Ranks of one node meet in a file of a private directory (runtime/rendezvous.py). Ranks of
 several nodes meet at a TCPStore at MASTER_ADDR and MASTER_PORT, which the launcher of node 0 opens. Where ranks were started by hand,

@@ -28,7 +28,7 @@ class LossTerm:
 
 @dataclass(frozen=True)
 class TermResult:
-    """What an optimizer step reports of one term, the same on every rank."""
+    """Results of one term of an optimizer step, the same on every rank."""
 
     loss: float  # sum of its losses divided by its denominator, without its weight; 0 without a denominator
     count: int  # tokens, or pairs, that its metrics are over
@@ -37,7 +37,7 @@ class TermResult:
 
 @dataclass(frozen=True)
 class TrainStepResult:
-    """What one optimizer step reports, the same on every rank."""
+    """Results of one optimizer step, the same on every rank."""
 
     loss: float  # weighted sum of the terms
     grad_norm: float  # before clipping

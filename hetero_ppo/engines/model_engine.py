@@ -286,7 +286,7 @@ class ModelEngine:
 
     @property
     def packed(self) -> bool:
-        """Whether micro-batches are packed. Without a setting in the role's config they are packed where that was measured to be faster."""
+        """True when micro-batches are packed. Without a setting in the role's config they are packed where that was measured to be faster."""
         if self.config.packing is not None:
             return self.config.packing
         fast = uses_transformer_engine(self.bridge.transformer.params_dtype) or not platform.HAS_CUDA

@@ -1,4 +1,4 @@
-"""What the model computes of a micro-batch: its tokens, padded or packed, up to the last whose output is read."""
+"""Input of the model for a micro-batch: its tokens, padded or packed, up to the last one whose output is read."""
 
 from __future__ import annotations
 

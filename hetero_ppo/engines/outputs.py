@@ -1,4 +1,4 @@
-"""From a model's output on the last pipeline stage to what the algorithm reads."""
+"""Turns a model's output on the last pipeline stage into what the algorithm reads."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ class Block:
 
     @property
     def on_device(self) -> bool:
-        """Whether the block has memory on the device. Its bytes may still be being copied there."""
+        """True when the block has memory on the device. Its bytes may still be being copied there."""
         return self.storage.nbytes() > 0
 
     def device_view(self) -> Tensor:

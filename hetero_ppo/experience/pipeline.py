@@ -1,4 +1,4 @@
-"""From chunks of a rollout to an experience, while the generator still works.
+"""Turns the chunks of a rollout into an experience, while the generator still works.
 
 The forwards of a complete chunk run while the generator answers the prompts of the next chunks. All chunks that are complete when the
 trainer looks form a wave. In a wave every role takes one turn, in which it runs its forward over each of the wave's chunks. The next wave

@@ -22,7 +22,7 @@ SLICES_HELD = 3
 
 @dataclass(frozen=True)
 class Work:
-    """What one rank computes at a time."""
+    """Sizes of the micro-batches that one rank computes."""
 
     rows: int  # sequences in a micro-batch
     length: int  # tokens of the longest sequence, padded

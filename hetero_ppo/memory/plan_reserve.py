@@ -1,4 +1,4 @@
-"""What a CUDA device holds besides the run's own tensors, part by part. These are estimates: no device was measured.
+"""Memory of a CUDA device besides the run's own tensors, part by part. The numbers are estimates: no device was measured.
 
 A user who has measured one gives it in the ``memory`` section of the configuration (docs/memory.md).
 """

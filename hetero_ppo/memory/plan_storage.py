@@ -33,7 +33,7 @@ _BUCKET_END = 128
 
 @dataclass(frozen=True)
 class Place:
-    """Where a rank stands in a role's layout."""
+    """Place of a rank in a role's layout."""
 
     pp_rank: int
     shard_rank: int  # among the data- and context-parallel ranks, over which the distributed optimizer shards
@@ -185,7 +185,7 @@ class RoleStorage:
 
     @property
     def _optimizer_bytes(self) -> int:
-        """Of a parameter: moments, and a main parameter where it is not fp32 itself."""
+        """Bytes of optimizer state for one element: two moments, and a main parameter if the parameter itself is not fp32."""
         return 2 * FP32_BYTES + (FP32_BYTES if self.element_bytes < FP32_BYTES else 0)
 
     def _count(self, place: Place) -> dict[Kind, int]:

@@ -21,7 +21,7 @@ from hetero_ppo.types import OnResponse, PromptBatch, Response
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What a generator can do and what it needs. All ranks of a run have the same capabilities, also those with a ``NullGenerator``."""
+    """Abilities and needs of a generator. All ranks of a run have the same capabilities, also those with a ``NullGenerator``."""
 
     is_collective: bool = False  # it is on every rank, and all ranks call it together; False: only rank 0 has it
     is_recorded: bool = False  # it repeats recorded responses: it answers no other prompts and scores no given tokens

@@ -66,7 +66,7 @@ class Heartbeat:
 
     @property
     def is_monitored(self) -> bool:
-        """Whether a launcher monitors the beats."""
+        """True when a launcher monitors the beats."""
         return self._path is not None
 
     def __enter__(self) -> Self:

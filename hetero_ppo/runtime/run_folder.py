@@ -82,7 +82,7 @@ class Results:
 
     @property
     def is_saved(self) -> bool:
-        """Whether the earlier run saved weights."""
+        """True when the earlier run saved weights."""
         return bool(self.steps) or self.is_exported
 
     def describe(self) -> str:

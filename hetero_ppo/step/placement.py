@@ -1,4 +1,4 @@
-"""Which ranks of a run each role lives on, as a value. Process groups and the owner of the generator follow from it."""
+"""The placement of a run as a value: the ranks that each role lives on. Process groups and the owner of the generator follow from it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hetero_ppo.step.roles import run_roles
 
 @dataclass(frozen=True)
 class Placement:
-    """Which ranks each role lives on. Roles on the same ranks take turns there; roles without a common rank run at the same time."""
+    """Ranks that each role lives on. Roles on the same ranks take turns there; roles without a common rank run at the same time."""
 
     ranks: Mapping[str, Sequence[int]]  # role -> its ranks, in ascending order
     generator_rank: (

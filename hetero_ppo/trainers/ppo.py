@@ -82,7 +82,7 @@ class PpoTrainer:
 
     @property
     def generator(self) -> Generator:
-        """What answers prompts."""
+        """The generator, which answers the prompts."""
         return self.turns.generator
 
     @property

@@ -62,7 +62,7 @@ class PpoData:
 
     @property
     def probe_ids(self) -> list[int]:
-        """At least two tokens of the first prompts, for the check after a weight sync."""
+        """Token ids of the first prompts, at least two, for the check after a weight sync."""
         ids: list[int] = []
         for example in self.train.examples:
             ids += example.prompt_ids

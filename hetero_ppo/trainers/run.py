@@ -75,7 +75,7 @@ class Run:
 
     @property
     def continues_its_folder(self) -> bool:
-        """Whether the folder has this run's earlier files, which are to stay."""
+        """True when the folder has earlier files of this run, which have to stay."""
         return self.resume is not None and self.resume.is_own_folder
 
     @property

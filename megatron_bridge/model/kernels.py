@@ -31,7 +31,7 @@ def rms_norm(hidden_states: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 class _RmsNorm(torch.autograd.Function):
-    """With r = rsqrt(mean(x^2) + eps) and n = x r: y = n w, dw = sum(g n), dx = r (g w - n mean(g w n))."""
+    """Root-mean-square norm. With r = rsqrt(mean(x^2) + eps) and n = x r: y = n w, dw = sum(g n), dx = r (g w - n mean(g w n))."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -28,7 +28,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def report(models: Path) -> dict[str, Any]:
-    """What one launch of four processes found."""
+    """Return what one launch of four processes found."""
     run_ranks(4, [str(WORKER), str(models), str(models / "report.json")])
     return json.loads((models / "report.json").read_text())
 

@@ -1,4 +1,4 @@
-"""How ranks meet and know each other: see hetero_ppo/distributed/world.py and hetero_ppo/peer_proof.py."""
+"""Ranks find and recognise each other; see hetero_ppo/distributed/world.py and hetero_ppo/peer_proof.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one real run of the chain leaves behind: metrics, evaluations, rollouts, checkpoints, models others can load."""
+"""One real run of the chain leaves the right files behind: metrics, evaluations, rollouts, checkpoints, models others can load."""
 
 from __future__ import annotations
 

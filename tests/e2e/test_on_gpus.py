@@ -1,4 +1,4 @@
-"""What only GPUs can show: scripts/test.sh runs these after the suite, where there are any."""
+"""Tests of what only GPUs can show. scripts/test.sh runs them after the suite on a machine with GPUs."""
 
 from __future__ import annotations
 

@@ -115,7 +115,7 @@ def wait_until_gone(pids: list[int], timeout_s: float) -> list[int]:
 
 
 class TestContract(SamplingContract):
-    """What every generator does."""
+    """The contract of every generator."""
 
 
 def test_the_server_answers_its_owner_alone(generator: VllmGenerator) -> None:
@@ -375,7 +375,7 @@ def test_the_sweep_measures_the_engine(generator: VllmGenerator) -> None:
 def test_a_cpu_server_takes_long_prompts_and_syncs_both_uses_of_a_tied_matrix(
     doomed_trainer: subprocess.Popen[str],
 ) -> None:
-    """Where vLLM on a CPU differs from vLLM on a GPU: packed weights of a tied matrix, and random generators of a request."""
+    """vLLM on a CPU differs from vLLM on a GPU in this: packed weights of a tied matrix, and random generators of a request."""
     assert doomed_trainer.stdout is not None
     found = json.loads(doomed_trainer.stdout.readline())
     assert found["lengths"] == [2] * 96, "vLLM must not split a prompt: it would wind a request's generator back"

@@ -42,7 +42,7 @@ ROWS = {
 
 @dataclass(frozen=True)
 class Chain:
-    """Where the chain's files lie. ``<stage>/hf`` is a stage's export, ``<stage>.log`` its output."""
+    """Folder of the chain's files. ``<stage>/hf`` is a stage's export, ``<stage>.log`` its output."""
 
     root: Path
 

@@ -108,7 +108,7 @@ LIMITS = [40, 2, 9, 1]
 
 
 class GeneratorContract:
-    """What every generator does. A test module brings a ``generator`` that answers ``PROMPTS`` with responses as long as ``LIMITS``."""
+    """The contract of every generator. A test module brings a ``generator`` that answers ``PROMPTS`` with responses as long as ``LIMITS``."""
 
     def test_responses_are_reported_as_they_complete_each_with_its_own_limit(self, generator: Generator) -> None:
         reported: list[tuple[int, int, Response]] = []
@@ -146,7 +146,7 @@ class GeneratorContract:
 
 
 class SamplingContract(GeneratorContract):
-    """What generators with weights do: of ``make_model(0)``, whose version is "initial"; a test module brings its ``model_path`` too."""
+    """The contract of generators with weights. They begin with those of ``make_model(0)``, whose version is "initial". A test module brings its ``model_path`` too."""
 
     @pytest.mark.parametrize("temperature", [1.0, 0.6])
     def test_log_probs_are_those_of_the_sampled_distribution(self, generator: Generator, temperature: float) -> None:

@@ -46,7 +46,7 @@ class Documented:
 
     @property
     def begins_with_a_verb(self) -> bool:
-        """Whether the first word is an imperative verb."""
+        """Return whether the first word is an imperative verb."""
         return re.split(r"[\s,.:;]", self.docstring, maxsplit=1)[0] in VERBS
 
 

@@ -1,4 +1,4 @@
-"""What aligned layers are made of: the bits of a row or element do not depend on what else is computed, and gradients are right."""
+"""The parts of aligned layers: the bits of a row or element do not depend on what else is computed, and gradients are right."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_products_do_not_depend_on_rows_and_columns(k: int, n: int, dtype: torch
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_narrow_products_are_those_of_the_whole_weight(dtype: torch.dtype) -> None:
-    """From 1 to 16 outputs a tensor-parallel rank, of 2 and 4; and as many as that in all."""
+    """The ranks of TP 2 and 4 have from 1 to 16 outputs each, or as many as that in all."""
     for k in (32, 276) if dtype == torch.float32 else (32,):  # bf16 products are compiled for every shape
         inputs = torch.randn(130, k).to(dtype)
         for n in range(1, 17):
@@ -106,7 +106,7 @@ def test_attention_does_not_depend_on_padding_neighbours_and_groups(r: int, d: i
 
 @pytest.mark.parametrize("kept", [0, 256])
 def test_gradients_are_those_of_the_plain_functions(kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With attention's probabilities kept, and computed again."""
+    """The gradients are right both when attention's probabilities are kept and when they are computed again."""
     monkeypatch.setattr(attention, "KEPT", kept)
     weight = torch.randn(40)
     cases: list[tuple[Callable[..., Tensor], Callable[..., Tensor], list[Tensor]]] = [

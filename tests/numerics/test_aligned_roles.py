@@ -1,4 +1,4 @@
-"""What aligned roles are for, in one process: a first PPO update without a KL of its own, and golden scores that trace a difference."""
+"""The uses of aligned roles, in one process: a first PPO update without a KL of its own, and golden scores that trace a difference."""
 
 from __future__ import annotations
 

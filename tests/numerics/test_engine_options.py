@@ -204,7 +204,7 @@ def test_dtype_and_seed_of_a_model(model: Path) -> None:
 
 @pytest.mark.parametrize("aligned", [True, False])
 def test_an_aligned_roles_log_probs_are_sums_over_parts_of_the_vocabulary(model: Path, aligned: bool) -> None:
-    """To the bit: sums over each of the parts that tensor-parallel ranks may have, added in their order. Plain ones are torch's."""
+    """The log-probs are, to the bit, sums over each of the parts that tensor-parallel ranks may have, added in their order. Plain ones are torch's."""
     ids, engine, kept = rows_of_step(0), role(model, aligned=aligned), list[Tensor]()
     log_probs = log_probs_output(
         temperature=1.0, vocab_size=VOCAB, groups=engine.groups, num_parts=engine.model.vocab_parts

@@ -92,7 +92,7 @@ def generator(actor: TrainEngine, model_path: Path) -> Iterator[MegatronGenerato
 
 
 class TestContract(SamplingContract):
-    """What every generator does."""
+    """The contract of every generator."""
 
 
 def responses_of(answers: list[list[Response]]) -> list[Response]:

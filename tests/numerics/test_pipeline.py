@@ -139,7 +139,7 @@ class Killed(Paced):
 
 
 class Collective(ReplayGenerator):
-    """On every rank, like an actor that answers itself: it notes who calls it."""
+    """A generator on every rank, like an actor that answers itself. It notes who calls it."""
 
     capabilities = Capabilities(is_collective=True)
 

@@ -69,7 +69,7 @@ def kept_bytes(bridge: BridgeConfig, groups: Any) -> int:
 @pytest.mark.parametrize("recompute", [None, "selective", "full"])
 @pytest.mark.parametrize("case", ["llama_untied", "qwen3_tied", "qwen3_moe_untied"])
 def test_a_layer_keeps_what_the_formula_says(case: str, recompute: str | None, groups: Any) -> None:
-    """To the byte: two more layers keep twice a layer's bytes more. 131 tokens and sizes of 20 and 48 leave no room for luck."""
+    """The formula holds to the byte: two more layers keep twice a layer's bytes more. 131 tokens and sizes of 20 and 48 leave no room for luck."""
     two, four = (bridge_of(case, torch.float32, recompute, num_layers) for num_layers in (2, 4))
     grown = kept_bytes(four, groups) - kept_bytes(two, groups)
     assert grown == 2 * LayerWidths.of(four).layer(ROWS, LENGTH, recompute)

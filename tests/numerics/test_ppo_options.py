@@ -143,7 +143,7 @@ def test_epochs_and_minibatches_are_optimizer_steps(rank: OneRank) -> None:
 
 
 def test_scores_are_those_of_transformers(rank: OneRank) -> None:
-    """Of each response alone, at its last token. And responses that reached the length limit are those of the record."""
+    """Each score is that of the response alone, at its last token. Responses that reached the length limit are those of the record."""
     torch.set_num_threads(1)
     model = AutoModelForSequenceClassification.from_pretrained(rank.runs.root / "dense" / "scorer", dtype=torch.float32)
     rows = read_rollouts(rank.folder("epochs") / "rollouts" / "step_000001.jsonl")
@@ -227,7 +227,7 @@ def test_every_step_generates_with_its_own_weights(rank: OneRank) -> None:
 
 
 def test_held_out_prompts_are_answered_when_and_as_the_options_say(rank: OneRank) -> None:
-    """After every second step, with the sampling of the evaluation. Without a word about it the run writes no export and no rollouts."""
+    """They are answered after every second step, with the sampling of the evaluation. Without a word about it the run writes no export and no rollouts."""
     folder = rank.folder("generated")
     metrics = read_metrics(folder)
     assert [step for step in metrics if "eval/reward" in metrics[step]] == [2]

@@ -380,7 +380,7 @@ def test_the_next_role_is_on_its_way_before_its_turn(roles: Roles) -> None:
 
 
 def test_a_checkpoint_comes_straight_from_host_buffers(roles: Roles, tmp_path: Path) -> None:
-    """From the device and from the host, written while the role has trained on: it loads what was saved. The device stays as it was."""
+    """A checkpoint from the device or from the host, written while the role trains on, loads what was saved. The device stays as it was."""
     folders = [tmp_path / "device", tmp_path / "host"]
     for folder in folders:
         folder.mkdir()
@@ -406,7 +406,7 @@ def test_a_checkpoint_comes_straight_from_host_buffers(roles: Roles, tmp_path: P
 
 
 def test_what_a_role_that_stays_trains_on_is_not_in_its_checkpoint(model: Path, tmp_path: Path) -> None:
-    """Of fp32 parameters Megatron-Core's own plan has no copy: each has a storage of its own."""
+    """Megatron-Core's own plan has no copy of fp32 parameters: each has a storage of its own."""
     roles = Roles(model, *OPTIMIZERS["fp32"], offload=False)
     roles.step()
     snapshot = roles.actor.save(tmp_path)

@@ -1,4 +1,4 @@
-"""What a run sets up before its trainer: its folder, and groups with a deadline."""
+"""A run sets up its folder, and groups with a deadline, before its trainer."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_a_run_folder_that_cannot_be_written_is_named_with_the_reason(
 
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_a_run_starts_with_its_options(deterministic: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a machine with a GPU: threads, seeds, deadlines, and kernels that give the same bits twice."""
+    """A machine with a GPU gets threads, seeds, deadlines, and kernels that give the same bits twice."""
     given: dict[str, Any] = {"deterministic": False}
     monkeypatch.setattr(run, "platform", SimpleNamespace(HAS_CUDA=True, device=lambda: torch.device("cuda")))
     monkeypatch.setattr(run, "check_compiler", lambda: None)

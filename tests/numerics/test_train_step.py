@@ -140,7 +140,7 @@ def test_a_step_on_two_terms_is_torchs_on_their_weighted_sum(
 
 
 def test_scales_of_terms() -> None:
-    """By hand: 1 for a term that stands alone, a term without tokens adds nothing and does not divide."""
+    """The values are worked out by hand: 1 for a term that stands alone, a term without tokens adds nothing and does not divide."""
     parts, loss_fn = cast(Any, None), cast(Any, None)
 
     def scales(*terms: tuple[float, float]) -> tuple[float, list[float]]:

@@ -32,7 +32,7 @@ METRICS = {"rel": 2e-5, "abs": 5e-6}
 
 @dataclasses.dataclass(frozen=True)
 class Expected:
-    """What the reference gives of a step."""
+    """Results of the reference for a step."""
 
     experience: Any
     metrics: dict[str, float]

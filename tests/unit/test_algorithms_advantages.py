@@ -18,7 +18,7 @@ REWARDS = torch.tensor([[0.0, 1.0, 2.0], [4.0, 0.0, 0.0]])
 
 
 def test_gae_is_the_default_and_reads_gamma_and_lambda() -> None:
-    """By hand, gamma 0.5 and lambda 0.5: row 0 has deltas 1 + 0.5 x 1 - 0 = 1.5 and 2 - 1 = 1, row 1 4 - 2 = 2 and 0."""
+    """The values are worked out by hand with gamma 0.5 and lambda 0.5: row 0 has deltas 1 + 0.5 x 1 - 0 = 1.5 and 2 - 1 = 1, row 1 4 - 2 = 2 and 0."""
     estimator = build_estimator(AlgorithmConfig(gamma=0.5, lam=0.5))
     values = torch.tensor([[9.0, 0.0, 1.0], [2.0, 0.0, 9.0]])
     found = estimator.estimate(AdvantageInputs(REWARDS, MASK, torch.tensor([0, 1]), values))

@@ -146,7 +146,7 @@ def test_the_smallest_and_the_whole_of_top_k_and_top_p() -> None:
 
 
 def test_probabilities_are_added_in_float64() -> None:
-    """Of 100,000 equal tokens, the one whose middle the random number is. In float32 the sums drift by many tokens."""
+    """The sampler draws, of 100,000 equal tokens, the one whose middle the random number is. In float32 the sums drift by many tokens."""
     size = 100_000
     tokens = [17, 50_000, 99_990]
     assert drawn([0.0] * size, [(token + 0.5) / size for token in tokens]) == tokens

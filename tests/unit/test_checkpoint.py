@@ -159,7 +159,7 @@ def test_the_best_checkpoint(tmp_path: Path, metric: str, step: int | None) -> N
 def test_a_save_is_waited_for_where_that_is_asked_for(
     is_async: bool, wait: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For the one before always, and for itself where nothing follows, or ``async_save`` is false."""
+    """A save always waits for the one before it, and for itself if nothing follows or ``async_save`` is false."""
     finished: list[bool] = []
     monkeypatch.setattr(manager_module, "_rng_file", lambda folder, rank: {})
     monkeypatch.setattr(manager_module.PendingSave, "begin", lambda *_: None)

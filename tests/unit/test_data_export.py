@@ -1,4 +1,4 @@
-"""What an export takes along, as transformers reads it; and that both generators stop where a run's sequences end."""
+"""An export takes along what transformers reads, and both generators stop where a run's sequences end."""
 
 from __future__ import annotations
 

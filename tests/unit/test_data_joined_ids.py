@@ -101,7 +101,7 @@ def test_the_context_of_every_turn_is_what_generation_would_have_seen(tmp_path: 
 
 
 def test_ids_and_masks_are_those_of_transformers(tmp_path: Path) -> None:
-    """Where no answer begins with what merges; the template marks what is learned."""
+    """No answer here begins with text that merges. The template marks what is learned."""
     encoder = chatml_encoder()
     messages = [turn("system", "sort"), *multi_turn(["apple pear", "<p>", "hello there"])]
     (example,) = load_sft(

@@ -1,4 +1,4 @@
-"""What rows may say beside their texts: turns that are not learned, tools, labels; and what nothing reads."""
+"""Rows may hold more than texts: turns that are not learned, tools, labels, and fields that nothing reads."""
 
 from __future__ import annotations
 

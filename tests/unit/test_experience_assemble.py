@@ -1,4 +1,4 @@
-"""From scores, log-probs and values to rewards, advantages and weights: every option that takes part, by hand.
+"""Scores, log-probs and values become rewards, advantages and weights: every option that takes part, by hand.
 
 The forwards are given, so no role is needed. ``algorithm`` and ``reward`` fields that a case does not name are neutral: gamma and
 lambda 1, values 0, no KL penalty, no clipping, no whitening. Then a token's advantage is its response's score.

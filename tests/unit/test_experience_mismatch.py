@@ -1,4 +1,4 @@
-"""What the experience says of engine against trainer, and when it stops a run."""
+"""An experience compares the generator with the trainer, and stops a run that is over the bounds."""
 
 from __future__ import annotations
 

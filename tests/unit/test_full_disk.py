@@ -76,7 +76,7 @@ def test_rollouts(tmp_path: Path) -> None:
 
 
 def test_the_bank(tmp_path: Path) -> None:
-    """What was banked before stays."""
+    """Responses that were banked before stay."""
     bank, response = RolloutBank(tmp_path, resumes=False), Response([5] * 100, [-0.5] * 100, "stop", "v")
     bank.begin(0, "key")
     bank.add(0, response)

@@ -1,4 +1,4 @@
-"""What a Hugging Face folder may name: its own files, and those of the Hugging Face cache that it is a snapshot of."""
+"""A Hugging Face folder may name its own files, and those of the Hugging Face cache that it is a snapshot of."""
 
 from __future__ import annotations
 

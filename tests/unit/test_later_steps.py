@@ -1,4 +1,4 @@
-"""What a kill has cut is repaired when a run goes on, and read past by a report; steps that are done again are there once."""
+"""A line that a kill has cut is repaired when a run resumes, and skipped by a report; steps that are done again are there once."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_a_damaged_line_in_the_middle_is_named(tmp_path: Path) -> None:
 
 
 def test_a_report_reads_past_a_torn_last_line(tmp_path: Path) -> None:
-    """Of a killed run, or of one that is writing it."""
+    """A killed run leaves such a line, and so does one that is writing it."""
     path = tmp_path / "metrics.jsonl"
     path.write_text(line(1) + line(2) + line(3)[:20])
     assert read_run(tmp_path).num_steps == 2

@@ -1,4 +1,4 @@
-"""What a CUDA device holds beside tensors, as the plan counts it, against sums by hand; and the groups that a world really makes."""
+"""The plan's memory of a CUDA device besides tensors equals sums by hand, and its groups are those that a world really makes."""
 
 from __future__ import annotations
 

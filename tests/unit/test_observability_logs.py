@@ -1,4 +1,4 @@
-"""Which log lines each rank prints, and in which form."""
+"""Each rank prints the right log lines in the right form."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ STAGES = {
 
 
 class Fault(Exception):
-    """What fails in a stage."""
+    """The error of the stage that fails."""
 
 
 def fail(*_: Any, **__: Any) -> NoReturn:

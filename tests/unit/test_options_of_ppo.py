@@ -35,7 +35,7 @@ from hetero_ppo.trainers.ppo_data import load_data
 
 @dataclass
 class FakeRun:
-    """What these functions ask of a run."""
+    """The part of a run that these functions use."""
 
     dir: Path
     is_writer: bool = True

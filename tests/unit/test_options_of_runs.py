@@ -138,7 +138,7 @@ def test_a_supervised_run_evaluates_saves_and_exports(
 
 
 def test_an_evaluation_takes_as_many_batches_as_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 7 rows two batches of 2, in SFT and of pairs."""
+    """An evaluation on 7 rows takes two batches of 2, in SFT and for pairs."""
     rows: list[int] = []
 
     def forward(token_ids: Tensor, lengths: Tensor, *_: object) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a run that goes on does about a configuration, or inputs, that are not the checkpoint's."""
+"""A run that resumes with a configuration or inputs that differ from the checkpoint's refuses them or says so."""
 
 from __future__ import annotations
 

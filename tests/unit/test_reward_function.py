@@ -1,4 +1,4 @@
-"""What a reward function can do wrong, and what becomes of the response."""
+"""A reward function can fail in several ways; each has its treatment of the response."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What generators check alike."""
+"""Checks that all generators share."""
 
 from __future__ import annotations
 

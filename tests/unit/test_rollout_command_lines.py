@@ -58,7 +58,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def read(model: Path) -> dict[str, Any]:
-    """What vLLM reads from all of them, by one process: its imports take seconds."""
+    """Return what vLLM reads from all of them, by one process, since its imports take seconds."""
     lines, variables = [], set[str]()
     for name, spec, _ in cases(model):
         command = command_line(spec, ENDPOINTS[name])

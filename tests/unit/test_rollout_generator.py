@@ -1,4 +1,4 @@
-"""What a rank without a generator does in its place, what a request says, and what each generator can do."""
+"""The null generator of ranks without one, the fields of a request, and the capabilities of each generator."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an engine's parameters hold is cut back into the checkpoint's tensors and compared with what was sent."""
+"""A server's parameters are cut back into the checkpoint's tensors and compared with what was sent."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
 
 
 class FusedLayer(nn.Module):
-    """As vLLM holds query, key and value: one matrix, with the sizes of its parts."""
+    """Query, key and value as vLLM holds them: one matrix, with the sizes of its parts."""
 
     def __init__(self, parts: list[Tensor]) -> None:
         super().__init__()

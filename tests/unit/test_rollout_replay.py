@@ -81,7 +81,7 @@ def test_replay_answers_by_prompt_and_step(tmp_path: Path) -> None:
 
 
 class TestContract(GeneratorContract):
-    """What every generator does, as far as recorded responses can."""
+    """The contract of every generator, as far as recorded responses can meet it."""
 
     @pytest.fixture
     def generator(self, tmp_path: Path) -> ReplayGenerator:

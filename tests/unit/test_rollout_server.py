@@ -200,7 +200,7 @@ def short_path() -> Iterator[Path]:
 
 
 def test_nobody_takes_the_port_of_a_server_of_another_node(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before its first start, while it runs, when it has ended, and while it is started again with old connections lingering."""
+    """The port stays taken before its first start, while it runs, when it has ended, and while it is started again with old connections lingering."""
     monkeypatch.setattr(
         server_module, "command_line", lambda spec, endpoint: [sys.executable, "-c", ACCEPT, str(endpoint.listen_fd)]
     )
@@ -235,7 +235,7 @@ def test_a_server_of_another_node_gets_a_socket_of_its_nodes_address() -> None:
 
 
 def test_a_server_that_ends_while_starting_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As vLLM ends when it cannot load a model, in less time."""
+    """The server ends as vLLM does when it cannot load a model, in less time."""
     program = "import sys; print('a line of the log', flush=True); sys.exit('OSError: no config.json')"
     monkeypatch.setattr(server_module, "command_line", lambda spec, endpoint: [sys.executable, "-c", program])
     engine = VllmGenerator(

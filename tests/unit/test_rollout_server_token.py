@@ -1,4 +1,4 @@
-"""What a rollout server lets through: the trainer's own routes and calls, for who has the token, after a proof that it has it too."""
+"""A rollout server lets through the trainer's own routes and calls, for who has the token, after a proof that it has the token too."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which folders a run begins in, what it removes or keeps there, and who may be in it at a time."""
+"""Folders that a run may begin in, files that it removes or keeps there, and the one run that may use a folder at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run is made from keeps its digest when it moves, and not when its content changes; a date in a template is the run's."""
+"""An input of a run keeps its digest when it moves, and not when its content changes; a date in a template is the run's."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_ranks_read_a_model_together(tmp_path: Path) -> None:
 
 
 def test_other_data_that_is_allowed_goes_on(tmp_path: Path) -> None:
-    """At the same place, or from the beginning where there are other rows."""
+    """The run continues at the same place, or from the beginning if the rows are others."""
 
     def sampler(rows: int, fingerprint: str, seed: int = 1) -> ResumableSampler:
         return ResumableSampler(rows, 4, 0, 1, seed=seed, shuffle=True, fingerprint=fingerprint)

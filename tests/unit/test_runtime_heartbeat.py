@@ -72,7 +72,7 @@ def test_silent_ranks_end_the_run(tmp_path: Path) -> None:
 
 
 def test_a_launcher_that_was_stopped_with_its_ranks_ends_nothing(tmp_path: Path) -> None:
-    """As scontrol suspend does it: all are stopped for longer than the deadline, and go on."""
+    """All are stopped for longer than the deadline and go on, as scontrol suspend does it."""
     with launched(tmp_path, "lives", "lives") as launcher:
         until = time.monotonic() + 60
         while not all((tmp_path / f"rank{rank}").exists() for rank in (0, 1)):

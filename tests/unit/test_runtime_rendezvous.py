@@ -1,4 +1,4 @@
-"""Where launchers and ranks meet: nothing that others reach is unpickled or trusted, and nothing listens beyond loopback."""
+"""The rendezvous of launchers and ranks: nothing that others reach is unpickled or trusted, and nothing listens beyond loopback."""
 
 from __future__ import annotations
 

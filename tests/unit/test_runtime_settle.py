@@ -1,4 +1,4 @@
-"""What a configuration leaves to the device is decided before the run begins, saved with it, and kept by a run that goes on from it."""
+"""Options that a configuration leaves to the device are decided before the run begins, saved with it, and kept by a run that resumes from it."""
 
 from __future__ import annotations
 

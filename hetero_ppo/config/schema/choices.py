@@ -37,7 +37,7 @@ class KlEstimator(str, Enum):
 
 
 class KlController(str, Enum):
-    """How the weight of the KL penalty changes during a run."""
+    """Rule by which the weight of the KL penalty changes during a run."""
 
     fixed = "fixed"
     adaptive = "adaptive"
@@ -60,7 +60,7 @@ class LogFormat(str, Enum):
 
 
 class TruncatedResponses(str, Enum):
-    """How to treat a response that reached the length limit without an end-of-sequence token."""
+    """Treatment of a response that reached the length limit without an end-of-sequence token."""
 
     score = "score"  # scored like any other
     penalise = "penalise"  # its score is replaced by algorithm.truncation_score
@@ -68,7 +68,7 @@ class TruncatedResponses(str, Enum):
 
 
 class OverlongPrompts(str, Enum):
-    """How to treat a prompt over data.max_prompt_tokens, or an SFT or preference row over max_sequence_tokens."""
+    """Treatment of a prompt over data.max_prompt_tokens, or an SFT or preference row over max_sequence_tokens."""
 
     drop = "drop"  # left out, and their number is printed
     error = "error"  # the run does not start
@@ -83,14 +83,14 @@ class RewardSource(str, Enum):
 
 
 class GeneratorKind(str, Enum):
-    """Generator: what answers the prompts."""
+    """Kind of generator. The generator answers the prompts."""
 
     vllm = "vllm"  # servers next to the trainer
     megatron = "megatron"  # the actor itself, between its other turns; for machines without vLLM, and for debugging
 
 
 class WeightTransfer(str, Enum):
-    """How the actor's weights get into the servers; ``derived.weight_transfer`` has the rule for auto."""
+    """Path of the actor's weights into the servers; ``derived.weight_transfer`` has the rule for auto."""
 
     auto = "auto"
     shared_memory = "shared_memory"  # files that servers on the trainer's node read
@@ -99,7 +99,7 @@ class WeightTransfer(str, Enum):
 
 
 class OldLogProbs(str, Enum):
-    """Where the log-probs of the policy that sampled come from."""
+    """Source of the log-probs of the policy that sampled."""
 
     actor = "actor"  # a forward of the actor
     rollout = "rollout"  # the generator's own; saves a forward, and the generator's rounding enters the ratio
@@ -120,7 +120,7 @@ class CorrectionLevel(str, Enum):
 
 
 class EnsembleScore(str, Enum):
-    """How to combine the scores of reward_models (Coste et al. 2023; Eisenstein et al. 2023)."""
+    """Rule that combines the scores of reward_models (Coste et al. 2023; Eisenstein et al. 2023)."""
 
     mean = "mean"
     min = "min"  # the most sceptical of them
@@ -128,7 +128,7 @@ class EnsembleScore(str, Enum):
 
 
 class RewardErrors(str, Enum):
-    """How to treat a response that the reward function raises for, hangs on, or gives no finite number for."""
+    """Treatment of a response that the reward function raises for, hangs on, or gives no finite number for."""
 
     stop = "stop"  # the run ends, naming the response
     exclude = (

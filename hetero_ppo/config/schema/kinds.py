@@ -30,7 +30,7 @@ _CHECKPOINT = "Saving, keeping and loading of checkpoints"
 
 
 class SupervisedRun:
-    """What SFT and reward-model runs answer alike."""
+    """Properties that SFT and reward-model runs share."""
 
     data: AnsweredDataConfig
 

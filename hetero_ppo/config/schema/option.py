@@ -17,7 +17,7 @@ _KEY = "option"
 
 
 class OnResume(Enum):
-    """What happens to an option whose value is not the checkpoint's when a run resumes."""
+    """Rule for an option whose value differs from the checkpoint's when a run resumes."""
 
     section = "its fields decide"
     start = "belongs to one start of a run, and is not compared"

@@ -74,7 +74,7 @@ TRAINER_PREFIXES = ("TORCHELASTIC_", "PET_", "TORCH_NCCL_")
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where a server listens: a unix socket or a port."""
+    """Address that a server listens on: a unix socket or a port."""
 
     socket_path: Path | None = None
     address: str = ""  # host:port

@@ -1,4 +1,4 @@
-"""How the bytes of new weights get from the trainer to the servers' workers.
+"""Transports: ways of the bytes of new weights from the trainer to the servers' workers.
 
 Either the servers read files in shared memory, or they are sent buckets of the trainer's device memory (``device_buckets.py``). In both cases
 the servers keep their old weights until names, shapes and checksums have been compared.

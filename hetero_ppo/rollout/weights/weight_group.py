@@ -25,7 +25,7 @@ POLL_S = 0.001
 
 @dataclass(frozen=True)
 class Rendezvous:
-    """Where and how the members of one group find each other. It is sent as JSON."""
+    """Data with which the members of one group find each other. It is sent as JSON."""
 
     host: str
     port: int

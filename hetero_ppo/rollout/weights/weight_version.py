@@ -42,7 +42,7 @@ class WeightVersion:
 
 @dataclass(frozen=True)
 class Packer:
-    """How tensors are packed into buckets on their own device, before anything is copied to the host."""
+    """Rules for packing tensors into buckets on their own device, before anything is copied to the host."""
 
     staging: PinnedStaging  # host memory that a GPU's bucket is copied to a file by
     keeps_buckets: bool  # for a transport that sends buckets; their checksums are computed where they are

@@ -1,4 +1,4 @@
-"""On every rank: forwards of aligned and plain roles over layouts and batchings, compared in bits.
+"""Compares forwards of aligned and plain roles over layouts and batchings in bits, on every rank.
 
 usage: aligned_worker.py MODELS_FOLDER OUT_JSON
 """

@@ -1,4 +1,4 @@
-"""On every rank: load checkpoints in several layouts, run them, stream and save them.
+"""Loads checkpoints in several layouts, runs, streams and saves them, on every rank.
 
 Usage: see ``jobs.run_jobs``. A job: checkpoint, out, head, dtype and the layout; ranks where the role does not live on all of them.
 """

@@ -1,4 +1,4 @@
-"""On every rank: the actor generates in several layouts.
+"""Lets the actor generate in several layouts, on every rank.
 
 Usage: see ``jobs.run_jobs``. A job: checkpoint, layout; every rank's answers come back.
 """

@@ -1,4 +1,4 @@
-"""What a worker does with its jobs: one after the other, and what every rank saw of each goes into one file."""
+"""Runs the jobs of a worker one after the other, and writes what every rank saw of each into one file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""On every rank: trains a language-model head and a scalar head for three steps in each of some layouts.
+"""Trains a language-model head and a scalar head for two steps in each of some layouts, on every rank.
 
 usage: layout_worker.py LAYOUTS_JSON OUT_JSON
 """

@@ -1,4 +1,4 @@
-"""On every rank: saves a role with a distributed optimizer, looks at what the ranks send each other, and loads it in other layouts.
+"""Saves a role with a distributed optimizer, records what the ranks send each other, and loads it in other layouts, on every rank.
 
 Usage: see ``jobs.run_jobs``. A job: path, dtype, folder, written (layout and buckets of the first
 save), compared (whether Megatron-Core's own format must hold the same), read: name -> form of the checkpoint, layout of the load.

@@ -1,4 +1,4 @@
-"""On every rank: builds a trained role in each of some layouts, does one optimizer step, and weighs what it holds.
+"""Builds a trained role in each of some layouts, does one optimizer step, and measures what it holds, on every rank.
 
 Usage: see ``jobs.run_jobs``. A job: role, path, dtype, distributed, overlap, bucket_size and the layout.
 """

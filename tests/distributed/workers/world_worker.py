@@ -1,4 +1,4 @@
-"""On both ranks: worlds whose members have the same key, different keys, and a member that only seems to be of the run.
+"""Joins worlds whose members have the same key, different keys, and a member that only seems to be of the run, on both ranks.
 
 usage: world_worker.py
 """
