@@ -130,9 +130,8 @@ def main() -> None:
     )
     parser.add_argument("--stall", action="store_true", help="measure the stall of a save even without the whole table")
     args = parser.parse_args()
-    signal.signal(
-        signal.SIGHUP, lambda *_: sys.exit(128 + signal.SIGHUP) if is_heard else None
-    )  # under nohup the runs would ignore it too
+    # Under nohup the runs would ignore it too.
+    signal.signal(signal.SIGHUP, lambda *_: sys.exit(128 + signal.SIGHUP) if is_heard else None)
     if args.fork and args.jobs > 1:
         parser.error("--fork runs one case at a time: leave --jobs out")
     table = Table(args.json, go_on=args.go_on)

@@ -135,9 +135,8 @@ class RoleBatching:
 
     role: str
     data_parallel_size: int  # ranks
-    batch_per_rank: (
-        int  # sequences, or pairs of a reward model, per optimizer step on one data-parallel rank, on average
-    )
+    # Sequences, or pairs of a reward model, per optimizer step on one data-parallel rank, on average.
+    batch_per_rank: int
     micro_batch_size: int  # the same per forward, where micro_batch_tokens is None
     micro_batch_tokens: int | None  # tokens per forward
     micro_batches: int | None  # per optimizer step on one rank; None: a budget of tokens and the lengths decide

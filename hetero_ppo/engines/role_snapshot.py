@@ -54,9 +54,8 @@ class RoleSnapshot:
                 copies = [(item, t.clone() if t.untyped_storage().data_ptr() in live else t) for item, t in tensors]
                 self._buckets.append((name, key, (texts, copies)))
         self.files = [Path(name) for name, _, _ in self._buckets]
-        self.num_bytes = sum(
-            tensor.nbytes for _, _, (_, tensors) in self._buckets for _, tensor in tensors
-        )  # of this rank's tensors
+        # Of this rank's tensors.
+        self.num_bytes = sum(tensor.nbytes for _, _, (_, tensors) in self._buckets for _, tensor in tensors)
 
     def write(self) -> bool:
         """Write this rank's files and wait until they are on the disk. From any thread.

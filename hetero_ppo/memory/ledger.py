@@ -46,9 +46,8 @@ class Ledger:
     reserved: Callable[[], int | None]
     entries: list[LedgerEntry] = field(default_factory=list)
     phases: dict[str, dict[str, dict[Kind, int]]] = field(default_factory=dict)  # phase -> role -> kind -> bytes
-    reserved_phases: dict[str, int] = field(
-        default_factory=dict
-    )  # phase -> bytes that torch's allocator had; CUDA only
+    # Phase -> bytes that torch's allocator had; CUDA only.
+    reserved_phases: dict[str, int] = field(default_factory=dict)
     max_entries: int = 256
 
     def record(self, phase: str, moment: str) -> LedgerEntry:

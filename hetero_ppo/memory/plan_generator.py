@@ -124,9 +124,8 @@ def _plan_actor_as_generator(
         actor: Role whose parameters it reads.
         device_bytes: Memory of one device; None: a CPU.
     """
-    element = (
-        4 if device_bytes is None else DTYPES[dtype_of(actor.config.model)].itemsize
-    )  # on a CPU attention is in float32
+    # On a CPU attention is in float32.
+    element = 4 if device_bytes is None else DTYPES[dtype_of(actor.config.model)].itemsize
     dims, layers = actor.bridge.dims, actor.bridge.transformer.num_layers
     bytes_per_token = 2 * layers * dims.key * element // actor.config.parallel.tensor
     return GeneratorPlan(

@@ -439,9 +439,8 @@ class VllmGenerator(Generator):
         pool, self._pool = self._pool, None
         if pool is None:
             return
-        assert (
-            self._loop is not None and self._thread is not None and self._private_dir is not None
-        )  # all made with the pool
+        # All made with the pool.
+        assert self._loop is not None and self._thread is not None and self._private_dir is not None
         try:
             asyncio.run_coroutine_threadsafe(pool.stop(), self._loop).result()
         finally:

@@ -14,9 +14,8 @@ class Placement:
     """Ranks that each role lives on. Roles on the same ranks take turns there; roles without a common rank run at the same time."""
 
     ranks: Mapping[str, Sequence[int]]  # role -> its ranks, in ascending order
-    generator_rank: (
-        int  # rank that owns the generator: it sends the requests, and broadcasts the responses to the others
-    )
+    # Rank that owns the generator: it sends the requests, and broadcasts the responses to the others.
+    generator_rank: int
 
 
 def run_placement(config: AnyConfig, world_size: int) -> Placement:

@@ -256,9 +256,8 @@ class PpoTrainer:
                 parts = engine.microbatches(rollout.token_ids, rollout.sequence_lengths, inputs, rows)
                 results.append(engine.train_step([LossTerm(parts, loss_fn, num_loss_tokens(inputs, rows))]))
         metrics = step_metrics(results)
-        if (
-            engine is self.actor
-        ):  # before its first update the policy is the one that sampled, so this is rounding alone
+        # Before its first update the policy is the one that sampled, so this is rounding alone.
+        if engine is self.actor:
             first = results[0].terms[0]
             metrics["actor/ppo_kl_first"] = float(first.metric_sums["actor/ppo_kl"]) / max(first.count, 1)
         skipped = sum(result.is_skipped for result in results)

@@ -55,12 +55,10 @@ class Run:
     watchdog: Watchdog
     beginning: Beginning
     resume: Resume | None  # the checkpoint that it goes on from; None: it starts from the beginning
-    inputs: dict[str, str] = field(
-        default_factory=dict
-    )  # name -> digest of what the run is made from; filled by check_inputs
-    aligned: dict[str, bool] = field(
-        default_factory=dict
-    )  # role whose ``aligned`` is null -> whether it is aligned; filled by build_role
+    # Name -> digest of what the run is made from; filled by check_inputs.
+    inputs: dict[str, str] = field(default_factory=dict)
+    # Role whose ``aligned`` is null -> whether it is aligned; filled by build_role.
+    aligned: dict[str, bool] = field(default_factory=dict)
     changed_inputs: set[str] = field(default_factory=set)  # names of inputs that differ from the checkpoint's and may
 
     @property

@@ -227,11 +227,12 @@ def test_old_log_probs_of_the_engine() -> None:
     experience = maker.assemble(rollout(ENGINE), given)
     assert torch.equal(experience.old_log_probs, ENGINE) and experience.tis_weights is None
     assert float(experience.token_level_rewards[0, 2]) == pytest.approx(2 + math.log(4))
+    # The actor computes nothing.
     assert [stage.name for stage in maker.stages()] == [
         "scores",
         "ref_log_probs",
         "values",
-    ]  # the actor computes nothing
+    ]
     assert [stage.name for stage in make_maker().stages()] == ["scores", "ref_log_probs", "old_log_probs", "values"]
 
 

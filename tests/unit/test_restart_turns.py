@@ -37,9 +37,8 @@ UNIT = 1 << 12  # bytes of a tensor
 TRAINED = (Kind.params, Kind.grads, Kind.main_params, Kind.moments)
 TURN = 8 * len(TRAINED) * UNIT  # bytes of a trained role
 SHARE, WEIGHTS = TURN, TURN // 4  # bytes that a server takes to generate, and of them its weights
-TOTAL = (
-    TURN + WEIGHTS
-)  # of the device: a training turn, or a server; a server does not start beside the actor's parameters
+# Of the device: a training turn, or a server; a server does not start beside the actor's parameters.
+TOTAL = TURN + WEIGHTS
 PARAMS = frozenset({Kind.params})
 SAMPLING = SamplingConfig(max_tokens=1)
 

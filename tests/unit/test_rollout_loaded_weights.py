@@ -81,14 +81,12 @@ def test_parts_of_tensor_parallel_ranks(rank: int) -> None:
     full = torch.arange(48.0).view(8, 6)
     assert torch.equal(part_of(full, (2, 6), rank, 4, padded=False), full[2 * rank : 2 * rank + 2])  # column-parallel
     columns = torch.arange(48.0).view(6, 8)
-    assert torch.equal(
-        part_of(columns, (6, 2), rank, 4, padded=False), columns[:, 2 * rank : 2 * rank + 2]
-    )  # row-parallel
+    # Row-parallel.
+    assert torch.equal(part_of(columns, (6, 2), rank, 4, padded=False), columns[:, 2 * rank : 2 * rank + 2])
     shared = rank // 2  # two key heads over four ranks: each is held twice
     assert torch.equal(part_of(full, (4, 6), rank, 4, padded=False), full[4 * shared : 4 * shared + 4])
-    assert torch.equal(
-        part_of(full, (3, 6), rank, 4, padded=True), full[3 * rank : 3 * rank + 3]
-    )  # a vocabulary of 8 in 12 rows
+    # A vocabulary of 8 in 12 rows.
+    assert torch.equal(part_of(full, (3, 6), rank, 4, padded=True), full[3 * rank : 3 * rank + 3])
 
 
 def test_a_part_is_compared_without_its_padding() -> None:

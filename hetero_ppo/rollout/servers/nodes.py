@@ -119,9 +119,8 @@ class NodeServers:
             for place, index in enumerate(indices)
         ]
         self._starts = [0] * len(self._servers)  # number of each server's last start
-        self._reported: list[dict[str, Any] | None] = [None] * len(
-            self._servers
-        )  # state of each server that rank 0 has
+        # State of each server that rank 0 has.
+        self._reported: list[dict[str, Any] | None] = [None] * len(self._servers)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="node-servers", daemon=True)
 

@@ -171,10 +171,11 @@ def command_line(spec: ServerSpec, endpoint: Endpoint) -> list[str]:
     command += ["--disable-uvicorn-access-log", "--disable-log-stats"]
     command += ["--skip-tokenizer-init"] if spec.tokenizer_path is None else ["--tokenizer", spec.tokenizer_path]
     command += ["--worker-extension-cls", "hetero_ppo.rollout.weights.worker_extension.WeightReceiver"]
+    # vLLM's default takes pickled weights too.
     command += [
         "--load-format",
         "safetensors" if spec.load_weights else "dummy",
-    ]  # vLLM's default takes pickled weights too
+    ]
     if spec.cuda:
         command += ["--gpu-memory-utilization", str(config.gpu_memory_utilization)]
         command += ["--enable-sleep-mode"] if sleeps(config, cuda=True) else []

@@ -35,9 +35,8 @@ class WeightVersion:
     checksums: dict[str, str]  # tensor name -> checksum of its bytes, of the kind that the servers compute
     num_bytes: int  # of all tensors, in the servers' dtype
     paths: list[Path]  # one safetensors file per bucket, in order; empty: there is no file copy
-    buckets: list[Bucket] = field(
-        default_factory=list, repr=False
-    )  # on the trainer's device; empty: they were released
+    # On the trainer's device; empty: they were released.
+    buckets: list[Bucket] = field(default_factory=list, repr=False)
 
 
 @dataclass(frozen=True)
